@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Look at a Spark, plan on the controller, refuse what cannot work."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
+from ansible.plugins.action import ActionBase
+
+from sparkfleet import SparkfleetError, compose, plan
+
+
+class ActionModule(ActionBase):
+    """Runs the module spark_state on the host and makes the plan from what it found."""
+
+    TRANSFERS_FILES = False
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return ``plan``; raise one error with every finding when the host or the input is not fit."""
+        task_vars = task_vars or {}
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        host = task_vars["inventory_hostname"]
+        arguments = dict(self._task.args)
+        token, token_file, hub_endpoint = (arguments.pop(key) for key in ("hf_token", "hf_token_file", "hub_endpoint"))
+        token = (token or "").strip()
+        try:
+            target = plan.Target.of(_settings(arguments))
+        except SparkfleetError as error:
+            raise AnsibleActionFail(f"{host}: {error}") from None
+
+        settings = target.settings
+        request = {
+            "repo": target.card.repo,
+            "revision": target.revision,
+            "image": target.image,
+            "project": compose.PROJECT,
+            "operator": settings.operator,
+            "project_dir": settings.project_dir,
+            "cache_dir": settings.cache_dir,
+            "port": settings.port,
+            "token": token,
+            "token_file": token_file,
+            "hub_endpoint": hub_endpoint,
+        }
+        try:
+            answer = self._execute_module("spark_state", module_args=request, task_vars=task_vars)
+        except AnsibleConnectionFailure as error:
+            raise AnsibleConnectionFailure(_unreachable(host, task_vars, str(error))) from None
+        if answer.get("failed"):
+            raise AnsibleActionFail(f"{host}: cannot look at the host: {_first_line(answer)}")
+
+        made = plan.make(target, answer["state"])
+        if made["findings"]:
+            lines = [f"  {finding['message']} [{finding['id']}]" for finding in made["findings"]]
+            raise AnsibleActionFail(
+                f"{host} cannot serve {made['model']} as it is; nothing was changed on it:\n" + "\n".join(lines)
+            )
+        for line in _summary(made, answer["state"], settings):
+            self._display.display(f"{host}  {line}")
+        result.update(changed=False, plan=made, state=answer["state"])
+        return result
+
+
+def _settings(arguments: dict[str, Any]) -> plan.Settings:
+    known = {field.name for field in dataclasses.fields(plan.Settings)}
+    unknown = sorted(set(arguments) - known)
+    if unknown:
+        raise SparkfleetError(f"spark_plan has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    return plan.Settings(**arguments)
+
+
+def _unreachable(host: str, task_vars: dict[str, Any], reason: str) -> str:
+    address = task_vars.get("ansible_host", host)
+    user = task_vars.get("ansible_user")
+    port = task_vars.get("ansible_port", 22)
+    login = f"{user}@{address}" if user else address
+    return (
+        f"{host} is not reached at {login}:{port}: {' '.join(reason.split())} Check that "
+        f"`ssh -p {port} {login}` works from here, and ansible_host, ansible_port and ansible_user in the inventory."
+    )
+
+
+def _first_line(answer: dict[str, Any]) -> str:
+    text = str(answer.get("msg") or answer.get("module_stderr") or "the module gave no reason")
+    return text.strip().splitlines()[-1] if text.strip() else "the module gave no reason"
+
+
+def _summary(made: dict[str, Any], state: dict[str, Any], settings: plan.Settings) -> list[str]:
+    gpu = (state["gpu"] or {}).get("name", "no GPU")
+    total, free = (state["memory"][key] / plan.GIB for key in ("total", "available"))
+    lines = [f"{made['model']} ({settings.profile}) on {gpu}, {free:.1f} of {total:.1f} GiB of memory available"]
+    for stage in ("prepare", "fetch", "deploy"):
+        reasons = [
+            reason for value in made[stage].values() if isinstance(value, list) for reason in value
+            if value is not made[stage].get("stop_services")
+        ]
+        if reasons:
+            lines.append(f"  {stage}: {'; '.join(reasons)}")
+    return lines if len(lines) > 1 else [lines[0] + "; nothing to change"]

@@ -1,0 +1,82 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
+"""NVIDIA's container runtime in Docker's configuration."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: nvidia_container_runtime
+short_description: Makes nvidia a runtime of Docker, with nvidia-ctk
+description:
+  - Runs C(nvidia-ctk runtime configure --runtime=docker) where the configuration lacks the runtime. Everything else
+    in the file stays as it is. Docker has to be restarted after a change.
+options:
+  config: {description: Docker's configuration., type: path, default: /etc/docker/daemon.json}
+author: ["The Sparkfleet developers"]
+attributes:
+  check_mode: {support: full, description: Says whether the file would change.}
+  diff_mode: {support: full, description: Shows the file before and after.}
+"""
+
+EXAMPLES = r"""
+- name: Make nvidia a runtime of Docker
+  nvidia_container_runtime:
+  notify: Restart Docker
+"""
+
+RETURN = r"""
+config: {description: The file., returned: always, type: str}
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+
+
+def configured(text: str) -> bool:
+    """Whether daemon.json names the runtime; raises ValueError when it is not a JSON object."""
+    data = json.loads(text) if text.strip() else {}
+    if not isinstance(data, dict):
+        raise ValueError("not a JSON object")
+    return "nvidia" in (data.get("runtimes") or {})
+
+
+def main() -> None:
+    """Entry point of the module."""
+    module = AnsibleModule(
+        argument_spec={"config": {"type": "path", "default": "/etc/docker/daemon.json"}},
+        supports_check_mode=True,
+    )
+    path = Path(module.params["config"])
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    try:
+        changed = not configured(before)
+    except ValueError as error:
+        module.fail_json(msg=f"{path} cannot be read ({error}): mend it, Docker does not start with it either")
+    command = ["nvidia-ctk", "runtime", "configure", "--runtime=docker", f"--config={path}"]
+    after = before
+    if changed:
+        if module.check_mode and shutil.which("nvidia-ctk") is None:
+            # Not installed yet; this is what nvidia-ctk adds.
+            runtime = {"nvidia": {"args": [], "path": "nvidia-container-runtime"}}
+            data = json.loads(before) if before.strip() else {}
+            after = json.dumps({**data, "runtimes": {**(data.get("runtimes") or {}), **runtime}}, indent=4) + "\n"
+        elif module.check_mode:
+            # --dry-run prints the new file on standard output, and its log on standard error.
+            _, after, _ = module.run_command([*command, "--dry-run"], check_rc=True)
+        else:
+            module.run_command(command, check_rc=True)
+            after = path.read_text(encoding="utf-8")
+            if not configured(after):
+                module.fail_json(msg=f"nvidia-ctk ran, but {path} still has no runtime nvidia")
+    module.exit_json(
+        changed=changed,
+        config=str(path),
+        diff={"before": before, "after": after, "before_header": str(path), "after_header": str(path)},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
+"""A private file whose content is never shown."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: secret_file
+short_description: Writes a secret into a file that root alone can read
+description:
+  - Unlike M(ansible.builtin.copy) the content travels with the module (on standard input when pipelining), so it
+    is in no temporary file on either side, and it appears in no diff.
+  - Makes the parent folder (0755) if it is missing.
+options:
+  path: {description: The file., type: path, required: true}
+  content: {description: What it holds; a newline is added., type: str, required: true}
+author: ["The Sparkfleet developers"]
+attributes:
+  check_mode: {support: full, description: Says whether the file would change.}
+  diff_mode: {support: none, description: A secret has no diff.}
+"""
+
+EXAMPLES = r"""
+- name: Write the Hugging Face token
+  secret_file:
+    path: /etc/sparkfleet/hf_token
+    content: "{{ sparkfleet_hf_token }}"
+"""
+
+RETURN = r"""
+path: {description: The file., returned: always, type: str}
+"""
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+
+
+def is_current(path: Path, content: bytes) -> bool:
+    """Whether the file is there with this content, owner root (or the one who asks) and mode 0600."""
+    try:
+        info = path.stat()
+        return (
+            stat.S_IMODE(info.st_mode) == 0o600 and info.st_uid == os.geteuid() and path.read_bytes() == content
+        )
+    except OSError:
+        return False
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace the file in one step; it is never readable by others, not even for a moment."""
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp makes it 0600
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def main() -> None:
+    """Entry point of the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "path": {"type": "path", "required": True},
+            "content": {"type": "str", "required": True, "no_log": True},
+        },
+        supports_check_mode=True,
+    )
+    path, content = Path(module.params["path"]), module.params["content"].strip().encode() + b"\n"
+    changed = not is_current(path, content)
+    if changed and not module.check_mode:
+        try:
+            write(path, content)
+        except OSError as error:
+            module.fail_json(msg=f"cannot write {path}: {error.strerror}")
+    module.exit_json(changed=changed, path=str(path))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Documentation of the action plugin of the same name; it never runs on a host."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: spark_plan
+short_description: Looks at a Spark once and plans what is to be done there
+description:
+  - Runs the module M(spark_state) on the host, and makes the plan on the controller (C(sparkfleet.plan)).
+  - Fails with every finding at once when the input is wrong or the host cannot serve the model.
+  - The options are the variables C(sparkfleet_*) of the role C(sparkfleet), which documents them.
+options:
+  model: {description: Name in the catalogue or path of a card., type: str, required: true}
+  profile: {description: Profile of the card., type: str, default: throughput}
+  model_source: {description: Who downloads the model., type: str, choices: [local, hub], default: local}
+  arguments: {description: Arguments of C(vllm serve) that replace the card's., type: dict, default: {}}
+  image: {description: Image in place of the card's., type: str, default: ""}
+  revision: {description: Revision in place of the card's., type: str, default: ""}
+  port: {description: Port of the engine., type: int, default: 8000}
+  project_dir: {description: Folder of the compose file., type: path, default: /opt/sparkfleet}
+  cache_dir: {description: Folder of the model cache., type: path, default: /opt/hf}
+  cache_owner: {description: Owner of the cache., type: str, default: root}
+  cache_group: {description: Group of the cache., type: str, default: docker}
+  cache_mode: {description: Mode of the cache., type: str, default: "2775"}
+  operator: {description: User who may run docker., type: str, default: root}
+  docker_source: {description: Where Docker is installed from., type: str, choices: [distribution, docker], default: distribution}
+  require_gb10: {description: Refuse a host without a GB10., type: bool, default: true}
+  image_disk_gib: {description: Disk that the unpacked image takes in GiB., type: float, default: 25}
+  service_state: {description: Whether the service is to run., type: str, choices: [started, stopped], default: started}
+  hf_token: {description: Hugging Face token., type: str, required: true}
+  hf_token_file: {description: File on the host with the token., type: path, required: true}
+  hub_endpoint: {description: Address of the Hub., type: str, required: true}
+author: ["The Sparkfleet developers"]
+"""
+
+EXAMPLES = r"""
+- name: Plan
+  spark_plan:
+    model: llama31-8b-fp8
+    hf_token: "{{ sparkfleet_hf_token }}"
+    hf_token_file: /etc/sparkfleet/hf_token
+    hub_endpoint: https://huggingface.co
+  register: sparkfleet_look
+"""
+
+RETURN = r"""
+plan: {description: What is to be done; see C(sparkfleet.plan.make)., returned: success, type: dict}
+state: {description: What M(spark_state) found., returned: success, type: dict}
+"""

@@ -1,0 +1,363 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
+"""The one look at a Spark."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: spark_state
+short_description: Reads everything a plan for a Spark needs, in one round trip
+description:
+  - Looks at operating system, GPU, memory, disks, Docker engine and Compose plugin, NVIDIA Container Toolkit,
+    the operator's groups, the cache folder, the Hugging Face token file, the cached model, the deployed compose
+    file, our containers, and who listens on the engine's port.
+  - Asks the Hugging Face Hub whether the model may be downloaded, only if it is not complete on the host.
+  - Changes nothing. A part that cannot be read is reported as absent, with the reason where there is one.
+options:
+  repo: {description: Model on the Hub (ORG/NAME)., type: str, required: true}
+  revision: {description: Branch, tag or commit of the model., type: str, required: true}
+  image: {description: Reference of the engine's image., type: str, required: true}
+  project: {description: Name of the compose project that is ours., type: str, required: true}
+  project_dir: {description: Folder of the compose file., type: path, required: true}
+  cache_dir: {description: Folder of the model cache., type: path, required: true}
+  port: {description: TCP port that the engine is published on., type: int, required: true}
+  operator: {description: User who is to run docker., type: str, required: true}
+  token: {description: Hugging Face token to use; empty for the one in I(token_file)., type: str, default: ""}
+  token_file: {description: File on the host that holds the token., type: path, required: true}
+  hub_endpoint: {description: Address of the Hub., type: str, default: "https://huggingface.co"}
+author: ["The Sparkfleet developers"]
+attributes:
+  check_mode: {support: full, description: Reads only.}
+  diff_mode: {support: none, description: Reads only.}
+"""
+
+EXAMPLES = r"""
+- name: Look at the host
+  spark_state:
+    repo: nvidia/Llama-3.1-8B-Instruct-FP8
+    revision: main
+    image: nvcr.io/nvidia/vllm:25.09-py3
+    project: sparkfleet
+    project_dir: /opt/sparkfleet
+    cache_dir: /opt/hf
+    port: 8000
+    operator: nvidia
+    token_file: /etc/sparkfleet/hf_token
+  register: state
+"""
+
+RETURN = r"""
+state:
+  description: What was found; sizes in bytes.
+  returned: always
+  type: dict
+"""
+
+import glob
+import grp
+import json
+import os
+import platform
+import pwd
+import re
+import shutil
+import stat
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.sparkfleet_cache import model_state
+from ansible.module_utils.sparkfleet_docker import Docker, DockerUnavailable
+
+PROBE_SECONDS = 10
+
+
+def run(*argv: str) -> str | None:
+    """Standard output of a command, or None when it is absent or fails."""
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=PROBE_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def operating_system() -> dict[str, Any]:
+    """Distribution (of /etc/os-release), machine and kernel."""
+    release: dict[str, str] = {}
+    for line in Path("/etc/os-release").read_text(encoding="utf-8").splitlines():
+        key, _, value = line.partition("=")
+        release[key] = value.strip('"')
+    return {
+        "id": release.get("ID", ""),
+        "version": release.get("VERSION_ID", ""),
+        "codename": release.get("VERSION_CODENAME", ""),
+        "name": release.get("PRETTY_NAME", ""),
+        "machine": platform.machine(),
+        "kernel": platform.release(),
+        "boot_id": Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip(),
+    }
+
+
+def gpu() -> dict[str, str] | None:
+    """Name, driver and compute capability of the first GPU, as nvidia-smi gives them."""
+    out = run("nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader")
+    if not out:
+        return None
+    fields = [field.strip() for field in out.splitlines()[0].split(",")]
+    if len(fields) != 3:
+        return None
+    return dict(zip(("name", "driver", "compute_capability"), fields, strict=True))
+
+
+def memory() -> dict[str, int]:
+    """MemTotal and MemAvailable; nvidia-smi has no memory figures on a GB10."""
+    text = Path("/proc/meminfo").read_text(encoding="ascii")
+    found = {key: int(kib) * 1024 for key, kib in re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB$", text, re.M)}
+    return {"total": found.get("MemTotal", 0), "available": found.get("MemAvailable", 0)}
+
+
+def disk(path: str) -> dict[str, Any]:
+    """Free bytes (for ordinary users) of the file system that holds, or would hold, ``path``."""
+    where = Path(path)
+    while not where.exists():
+        where = where.parent
+    figures = os.statvfs(where)
+    return {"free": figures.f_bavail * figures.f_frsize, "device": os.stat(where).st_dev}
+
+
+def folder(path: str) -> dict[str, Any] | None:
+    """Owner, group and mode of a folder, or None when there is none."""
+    try:
+        info = os.stat(path)
+    except OSError:
+        return None
+
+    def name_of(lookup: Callable[[int], Any], number: int) -> str:
+        try:
+            return str(lookup(number)[0])
+        except KeyError:
+            return str(number)
+
+    return {
+        "owner": name_of(pwd.getpwuid, info.st_uid),
+        "group": name_of(grp.getgrgid, info.st_gid),
+        "mode": f"{stat.S_IMODE(info.st_mode):04o}",
+        "directory": stat.S_ISDIR(info.st_mode),
+    }
+
+
+def token_file(path: str, token: str) -> dict[str, Any]:
+    """Whether the token file is there, private, and holds ``token`` (true when none was given)."""
+    try:
+        info, text = os.stat(path), Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return {"present": False, "private": False, "current": not token}
+    private = stat.S_IMODE(info.st_mode) == 0o600 and info.st_uid == 0
+    return {"present": bool(text), "private": private, "current": not token or text == token}
+
+
+def listener(port: int) -> dict[str, Any] | None:
+    """The process that listens on a TCP port; the pid is missing when it cannot be told."""
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            lines = Path(table).read_text(encoding="ascii").splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            fields = line.split()
+            if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
+                inodes.add(f"socket:[{fields[9]}]")
+    if not inodes:
+        return None
+    for link in glob.iglob("/proc/[0-9]*/fd/*"):
+        try:
+            if os.readlink(link) in inodes:
+                pid = int(link.split("/")[2])
+                return {"pid": pid, "process": Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip()}
+        except OSError:
+            continue
+    return {"pid": None, "process": "unknown"}
+
+
+def operator(name: str) -> dict[str, Any]:
+    """Whether the user exists and may use Docker (root always may)."""
+    try:
+        user = pwd.getpwnam(name)
+    except KeyError:
+        return {"name": name, "exists": False, "in_docker_group": False}
+    groups = {group.gr_name for group in grp.getgrall() if name in group.gr_mem}
+    return {"name": name, "exists": True, "in_docker_group": user.pw_uid == 0 or "docker" in groups}
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The Hub's redirects mean that a file may be had; they are not followed, nor is the token sent on."""
+
+    def redirect_request(self, *_args: Any, **_kwargs: Any) -> None:
+        return None
+
+
+def hub_access(endpoint: str, repo: str, revision: str, token: str) -> dict[str, Any]:
+    """What the Hub says of the model's config.json: a status of HTTP and the Hub's own error code."""
+    request = urllib.request.Request(f"{endpoint}/{repo}/resolve/{revision}/config.json", method="HEAD")  # noqa: S310
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.build_opener(NoRedirect).open(request, timeout=PROBE_SECONDS) as answer:
+            return {"status": answer.status, "error": ""}
+    except urllib.error.HTTPError as error:
+        status = 200 if error.code in (301, 302, 303, 307, 308) else error.code
+        return {"status": status, "error": "" if status == 200 else error.headers.get("X-Error-Code", "")}
+    except OSError as error:
+        return {"status": 0, "error": str(getattr(error, "reason", error))}
+
+
+def docker_engine(project: str, image: str) -> dict[str, Any]:
+    """Engine, Compose plugin, runtimes, the image, and every container with its published ports."""
+    found: dict[str, Any] = {
+        "installed": shutil.which("dockerd") is not None and shutil.which("docker") is not None,
+        "running": False,
+        "compose": run("docker", "compose", "version", "--short") if shutil.which("docker") else None,
+    }
+    try:
+        docker = Docker(timeout=PROBE_SECONDS)
+        info = docker.info()
+        found.update(
+            running=True,
+            version=info.get("ServerVersion", ""),
+            root=info.get("DockerRootDir", "/var/lib/docker"),
+            runtimes=sorted(info.get("Runtimes") or {}),
+        )
+        known = docker.image(image)
+        found["image"] = known and {
+            "id": known["Id"],
+            "size": known.get("Size", 0),
+            "digest": next((name.partition("@")[2] for name in known.get("RepoDigests") or []), None),
+        }
+        found["containers"] = [container(docker, item, project) for item in docker.containers(all=True)]
+    except (DockerUnavailable, OSError) as error:
+        found["reason"] = str(error)
+    return found
+
+
+def container(docker: Docker, item: dict[str, Any], project: str) -> dict[str, Any]:
+    """One container: name, image, state, ports; for ours also what it was started with."""
+    labels = item.get("Labels") or {}
+    ours = labels.get("com.docker.compose.project") == project
+    result: dict[str, Any] = {
+        "name": item["Names"][0].lstrip("/"),
+        "image": item["Image"],
+        "state": item["State"],
+        "ports": sorted({port["PublicPort"] for port in item.get("Ports") or [] if port.get("PublicPort")}),
+        "ours": ours,
+        "service": labels.get("com.docker.compose.service") if ours else None,
+    }
+    detail = docker.container(item["Id"]) if ours else None
+    if detail:
+        config, host = detail["Config"], detail["HostConfig"]
+        result["started_with"] = {
+            "image": config["Image"],
+            "command": config.get("Cmd") or [],
+            "environment": dict(pair.partition("=")[::2] for pair in config.get("Env") or []),
+            "ports": sorted(
+                {int(bind["HostPort"]) for binds in (host.get("PortBindings") or {}).values() for bind in binds or []}
+            ),
+            "volumes": sorted(host.get("Binds") or []),
+            "restart": (host.get("RestartPolicy") or {}).get("Name", ""),
+        }
+        result["restart_count"] = detail.get("RestartCount", 0)
+        # A published port is held by a running container only; a stopped one must not look like a holder.
+        result["ports"] = result["started_with"]["ports"] if item["State"] == "running" else result["ports"]
+    return result
+
+
+def healthy(port: int) -> bool:
+    """Whether the engine answers /health; says nothing of its answers."""
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            f"http://127.0.0.1:{port}/health", timeout=3
+        ) as answer:
+            return bool(answer.status == 200)
+    except (OSError, ValueError):
+        return False
+
+
+def toolkit() -> dict[str, Any]:
+    """The NVIDIA Container Toolkit's command, and whether Docker's configuration names the runtime."""
+    try:
+        daemon = json.loads(Path("/etc/docker/daemon.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        daemon = {}
+    return {
+        "installed": shutil.which("nvidia-ctk") is not None,
+        "configured": "nvidia" in (daemon.get("runtimes") or {}),
+    }
+
+
+def read_text(path: Path) -> str | None:
+    """Content of a text file, or None."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return None
+
+
+def look(params: dict[str, Any]) -> dict[str, Any]:
+    """Everything, the slow parts at the same time."""
+    stored = read_text(Path(params["token_file"])) or ""
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        graphics = pool.submit(gpu)
+        engine = pool.submit(docker_engine, params["project"], params["image"])
+        health = pool.submit(healthy, params["port"])
+        model = model_state(params["cache_dir"], params["repo"], params["revision"])
+        hub = None
+        if not model["complete"]:
+            token = params["token"] or stored.strip()
+            hub = pool.submit(hub_access, params["hub_endpoint"], params["repo"], params["revision"], token)
+        docker = engine.result()
+        return {
+            "os": operating_system(),
+            "gpu": graphics.result(),
+            "memory": memory(),
+            "disk": {
+                "cache": disk(params["cache_dir"]),
+                "docker": disk(docker.get("root", "/var/lib/docker")),
+            },
+            "docker": docker,
+            "toolkit": toolkit(),
+            "operator": operator(params["operator"]),
+            "cache": folder(params["cache_dir"]),
+            "project_dir": folder(params["project_dir"]),
+            "token": token_file(params["token_file"], params["token"]),
+            "model": model,
+            "hub": hub.result() if hub else None,
+            "compose_file": read_text(Path(params["project_dir"]) / "compose.yml"),
+            "listener": listener(params["port"]),
+            "healthy": health.result(),
+        }
+
+
+def main() -> None:
+    """Entry point of the module."""
+    text = {"type": "str", "required": True}
+    path = {"type": "path", "required": True}
+    module = AnsibleModule(
+        argument_spec={
+            **dict.fromkeys(("repo", "revision", "image", "project", "operator"), text),
+            **dict.fromkeys(("project_dir", "cache_dir", "token_file"), path),
+            "port": {"type": "int", "required": True},
+            "token": {"type": "str", "default": "", "no_log": True},
+            "hub_endpoint": {"type": "str", "default": "https://huggingface.co"},
+        },
+        supports_check_mode=True,
+    )
+    module.exit_json(changed=False, state=look(module.params))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
+"""Services of one compose project, stopped, whatever file they were started from."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: stop_services
+short_description: Stops running services of a compose project
+description:
+  - Unlike C(docker compose stop) it needs no compose file that still names them, so a service that a newer file has
+    dropped is stopped too. Containers of other projects are never touched.
+options:
+  project: {description: Name of the compose project., type: str, required: true}
+  services: {description: Services to stop., type: list, elements: str, required: true}
+  timeout: {description: Seconds until a service is killed., type: int, default: 60}
+author: ["The Sparkfleet developers"]
+attributes:
+  check_mode: {support: full, description: Says which would be stopped.}
+  diff_mode: {support: none, description: There is nothing to show.}
+"""
+
+EXAMPLES = r"""
+- name: Stop the model that holds the port
+  stop_services:
+    project: sparkfleet
+    services: [vllm-qwen3-8b-fp8]
+"""
+
+RETURN = r"""
+stopped: {description: Names of the containers., returned: success, type: list, elements: str}
+"""
+
+import json
+from typing import Any
+from urllib.parse import quote
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.sparkfleet_docker import Docker, DockerUnavailable
+
+
+def running(docker: Docker, project: str, services: list[str]) -> list[dict[str, Any]]:
+    """Running (or restarting) containers of these services of the project."""
+    filters = quote(json.dumps({"label": [f"com.docker.compose.project={project}"]}))
+    _, containers = docker.get(f"/containers/json?filters={filters}")
+    return [item for item in containers if item["Labels"].get("com.docker.compose.service") in services]
+
+
+def main() -> None:
+    """Entry point of the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "project": {"type": "str", "required": True},
+            "services": {"type": "list", "elements": "str", "required": True},
+            "timeout": {"type": "int", "default": 60},
+        },
+        supports_check_mode=True,
+    )
+    timeout = module.params["timeout"]
+    try:
+        docker = Docker(timeout=timeout + 30)
+        found = running(docker, module.params["project"], module.params["services"])
+        if not module.check_mode:
+            for item in found:
+                status, answer = docker.request("POST", f"/containers/{item['Id']}/stop?t={timeout}")
+                if status >= 400:
+                    reason = answer.get("message") if isinstance(answer, dict) else answer
+                    module.fail_json(msg=f"cannot stop {item['Names'][0].lstrip('/')}: {reason}")
+    except DockerUnavailable as error:
+        if module.check_mode:  # no engine yet, so nothing of ours runs
+            module.exit_json(changed=False, stopped=[])
+        module.fail_json(msg=str(error))
+    module.exit_json(changed=bool(found), stopped=[item["Names"][0].lstrip("/") for item in found])
+
+
+if __name__ == "__main__":
+    main()

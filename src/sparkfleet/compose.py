@@ -1,0 +1,84 @@
+"""The compose file of a model: the guide's service, as data.
+
+``source="hub"`` is the guide's way: the token in the environment, the server downloads.
+``source="local"`` is ours: files fetched and checked before, the server offline, no token, image and
+model pinned to what was fetched.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from sparkfleet.catalog import Arguments, ArgumentValue, Card
+
+PROJECT = "sparkfleet"
+CACHE_IN_CONTAINER = "/root/.cache/huggingface"
+ENGINE_PORT = 8000
+
+Source = Literal["local", "hub"]
+Document = dict[str, Any]
+
+
+def flags(arguments: Arguments) -> list[str]:
+    """``vllm serve`` flags in the order given; true is a bare flag, false leaves it out."""
+    words: list[str] = []
+    for name, value in arguments.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif value is not False:
+            words += [flag, _text(name, value)]
+    return words
+
+
+def _text(name: str, value: ArgumentValue) -> str:
+    # The guide writes 0.90; a float of YAML has lost the zero.
+    return f"{value:.2f}" if name == "gpu_memory_utilization" and isinstance(value, float) else str(value)
+
+
+def document(
+    card: Card,
+    arguments: Arguments,
+    *,
+    source: Source = "local",
+    image: str | None = None,
+    image_digest: str | None = None,
+    commit: str | None = None,
+    cache_dir: str = "/opt/hf",
+    port: int = ENGINE_PORT,
+) -> Document:
+    """The whole compose file as data: one project, one service, in the key order of the guide.
+
+    ``image_digest`` (``sha256:...``) and ``commit`` (40 hex digits) pin what was fetched; they are
+    left out as long as nothing has been fetched. They mean nothing to ``source="hub"``.
+    """
+    image = image or card.image
+    command = ["vllm", "serve", card.repo, "--download-dir", CACHE_IN_CONTAINER, *flags(arguments)]
+    if source == "hub":
+        environment = {"HF_TOKEN": "${HF_TOKEN}", "HUGGING_FACE_HUB_TOKEN": "${HF_TOKEN}"}
+        # The guide's flag, needed by none of its models; offline there is no remote code to trust.
+        command.append("--trust-remote-code")
+    else:
+        # HF_HUB_CACHE: vLLM looks for config and tokenizer there, for the weights in --download-dir.
+        environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": CACHE_IN_CONTAINER}
+        # Offline, vLLM replaces the model's name with a path; clients must still find the name.
+        command += ["--served-model-name", card.repo]
+        if commit:
+            command += ["--revision", commit, "--tokenizer-revision", commit]
+        if image_digest:
+            image = f"{image.partition('@')[0]}@{image_digest}"
+    service: Document = {
+        "image": image,
+        "container_name": card.service,
+        "restart": "unless-stopped",
+        "ports": [f"{port}:{ENGINE_PORT}"],
+        "environment": environment,
+        "ipc": "host",
+        "ulimits": {"memlock": -1, "stack": 67108864},
+        "command": command,
+        "volumes": [f"{cache_dir}:{CACHE_IN_CONTAINER}"],
+        "deploy": {
+            "resources": {"reservations": {"devices": [{"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}]}}
+        },
+    }
+    return {"name": PROJECT, "services": {card.service: service}}
