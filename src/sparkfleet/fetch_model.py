@@ -1,0 +1,500 @@
+"""Downloads a model into a Hugging Face cache, checks every file, and writes a manifest last.
+
+Runs on a Spark inside a short-lived container, as the entry of the zipapp made by `hub_client`; needs only the
+standard library and huggingface_hub. Speaks JSON lines on stdout:
+    {"progress": {"phase", "done", "total"}}   bytes; phases: resolving, downloading, checking
+    {"result": {"commit", "path", "files", "bytes", "downloaded"}}
+    {"error": {"id", "message"}}               with exit code 1; ids as in failures.py
+
+The client (2.x) throws a partial file away when it is interrupted. Large files are therefore fetched here, with
+the client's own `http_get`, locks and names, into `blobs/ETAG.incomplete`, and hashed on the way; the client's
+`snapshot_download` then finds them and does the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import ssl
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, cast
+
+import httpx2
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import http_get
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils._fixes import WeakFileLock
+from huggingface_hub.utils._headers import build_hf_headers
+from huggingface_hub.utils._paths import filter_repo_objects
+
+# Other copies of the weights, which vLLM does not read when there are safetensors.
+IGNORE = ("*.pth", "original/*", "*.gguf", "consolidated*")
+CHUNK = 4 << 20
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class FetchError(Exception):
+    """A failure with an entry in the table of failures."""
+
+    def __init__(self, id: str, message: str) -> None:
+        super().__init__(message)
+        self.id = id
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of the repository as the Hub describes it; `hash` is the sha256 of LFS files, else git's sha1."""
+
+    name: str
+    size: int
+    hash: str
+    lfs: bool
+
+
+@dataclass
+class Request:
+    """What to fetch; `workers` files at the same time."""
+
+    repo: str
+    revision: str
+    cache_dir: Path
+    allow: list[str] = field(default_factory=list)
+    ignore: list[str] | None = None  # None: IGNORE, where the repository has safetensors
+    workers: int = 4
+
+    @property
+    def folder(self) -> Path:
+        return self.cache_dir / ("models--" + self.repo.replace("/", "--"))
+
+
+def say(**value: Any) -> None:
+    """One JSON line on stdout."""
+    sys.stdout.write(json.dumps(value, separators=(",", ":")) + "\n")
+    sys.stdout.flush()
+
+
+class Hashed:
+    """A file for `http_get` to write to, hashed as it is written so that it need not be read again."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.sha = hashlib.sha256()
+        self._hash_existing()
+
+    def _hash_existing(self) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        self._file.seek(0)
+        self.sha = hashlib.sha256()
+        while self._file.tell() < end and (chunk := self._file.read(CHUNK)):
+            self.sha.update(chunk)
+
+    def write(self, data: bytes) -> int:
+        self.sha.update(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def truncate(self) -> int:
+        """Called by http_get when the server ignored the range: what is left is hashed afresh."""
+        size = self._file.truncate()
+        self._hash_existing()
+        return size
+
+
+class Fetch:
+    """One download, from resolving the revision to the manifest."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.commit = ""
+        self.files: list[RemoteFile] = []
+        self.downloaded = 0
+        self._known: dict[str, str] = {}  # blob -> hash computed while it was written
+        self._checked = 0
+        self._lock = threading.Lock()
+
+    @property
+    def total(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def snapshot(self) -> Path:
+        return self.request.folder / "snapshots" / self.commit
+
+    def run(self) -> dict[str, Any]:
+        """Everything; the result for the last line. Raises FetchError and what `explain` understands."""
+        say(progress={"phase": "resolving", "done": 0, "total": 0})
+        self.resolve()
+        before = self._on_disk()
+        self._check_space(before)
+        with self._progress("downloading", self._on_disk):
+            self.download(self.files)
+        with self._progress("checking", lambda: self._checked):
+            wrong = self.check(self.files)
+        if wrong:
+            with self._progress("downloading", self._on_disk):
+                self.fetch_again(wrong)
+        self.downloaded = max(0, self.total - before) + sum(file.size for file in wrong)
+        self._write_ref()
+        self._write_manifest()
+        return {
+            "commit": self.commit,
+            "path": str(self.snapshot),
+            "files": len(self.files),
+            "bytes": self.total,
+            "downloaded": self.downloaded,
+        }
+
+    # -- what there is -------------------------------------------------------------------------------------
+
+    def resolve(self) -> None:
+        """Commit and files; the first file is asked for, since a gated repository shows its list to anyone."""
+
+        repo, revision = self.request.repo, self.request.revision
+        api = HfApi()
+        info = api.model_info(repo, revision=revision)
+        if not info.sha or not COMMIT.fullmatch(info.sha):
+            raise FetchError("hub-revision-unknown", f"the Hub named no commit for {repo} at {revision}")
+        self.commit = info.sha
+        found = [
+            RemoteFile(f.path, f.lfs.size, f.lfs.sha256, True)
+            if f.lfs
+            else RemoteFile(f.path, f.size, f.blob_id, False)
+            for f in api.list_repo_tree(repo, recursive=True, revision=self.commit)
+            if isinstance(f, RepoFile)
+        ]
+        if self.request.ignore is None:
+            some = any(file.name.endswith(".safetensors") for file in found)
+            self.request.ignore = list(IGNORE) if some else []
+        wanted = filter_repo_objects(
+            found,
+            allow_patterns=self.request.allow or None,
+            ignore_patterns=self.request.ignore or None,
+            key=lambda file: file.name,
+        )
+        self.files = sorted(wanted, key=lambda file: file.name)
+        if not self.files:
+            raise FetchError("hub-revision-unknown", f"{repo} at {self.commit} has no file that is asked for")
+        if any(not self._blob(file).exists() for file in self.files):
+            get_hf_file_metadata(hf_hub_url(repo, self.files[0].name, revision=self.commit))
+
+    def _blob(self, file: RemoteFile) -> Path:
+        return self.request.folder / "blobs" / file.hash
+
+    def _partials(self, file: RemoteFile) -> list[Path]:
+        """Ours (HASH.incomplete) and those of an interrupted `hf download` (HASH.XXXXXXXX.incomplete)."""
+        return sorted(self._blob(file).parent.glob(f"{file.hash}*.incomplete"))
+
+    def _on_disk(self) -> int:
+        done = 0
+        for file in {file.hash: file for file in self.files}.values():
+            sizes = [_size(path) for path in self._partials(file)]
+            done += _size(self._blob(file)) or min(file.size, max(sizes, default=0))
+        return min(done, self.total)
+
+    def _check_space(self, present: int) -> None:
+        cache = self.request.cache_dir
+        needed, free = self.total - present, shutil.disk_usage(cache).free
+        if needed > free:
+            raise FetchError(
+                "disk-full",
+                f"{self.request.repo} needs {needed / 1e9:.1f} GB more in {cache}, which has"
+                f" {free / 1e9:.1f} GB free; make room there or set another cache directory",
+            )
+
+    # -- download ------------------------------------------------------------------------------------------
+
+    def download(self, files: Sequence[RemoteFile]) -> None:
+        """LFS files with resume, then the client's own snapshot_download for the rest and the links."""
+
+        large = sorted((file for file in files if file.lfs), key=lambda file: -file.size)
+        unique = list({file.hash: file for file in large if not self._blob(file).exists()}.values())
+        self._in_threads(self._fetch_blob, unique)
+        snapshot_download(
+            self.request.repo,
+            revision=self.commit,
+            cache_dir=self.request.cache_dir,
+            allow_patterns=self.request.allow or None,
+            ignore_patterns=self.request.ignore or None,
+            max_workers=self.request.workers,
+        )
+
+    def _fetch_blob(self, file: RemoteFile) -> None:
+
+        blob = self._blob(file)
+        lock = self.request.cache_dir / ".locks" / self.request.folder.name / f"{file.hash}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(lock):
+            if blob.exists():
+                return
+            partial = blob.with_name(f"{file.hash}.incomplete")
+            # With the lock held nobody writes to these; the longest is worth most.
+            *rest, longest = sorted(self._partials(file), key=_size) or [partial]
+            for path in rest:
+                path.unlink()
+            if longest != partial:
+                longest.rename(partial)
+            if _size(partial) > file.size:
+                partial.unlink()
+            with partial.open("r+b" if partial.exists() else "w+b") as raw:
+                sink = Hashed(raw)
+                http_get(
+                    hf_hub_url(self.request.repo, file.name, revision=self.commit),
+                    cast(BinaryIO, sink),
+                    resume_size=sink.tell(),
+                    headers=build_hf_headers(),
+                    expected_size=file.size,
+                )
+                raw.flush()
+                os.fsync(raw.fileno())  # the manifest must not outlive a power cut that the data does not
+            partial.chmod(0o644)
+            partial.replace(blob)
+        with self._lock:
+            self._known[file.hash] = sink.sha.hexdigest()
+
+    def _in_threads(self, work: Callable[[RemoteFile], Any], files: Sequence[RemoteFile]) -> list[Any]:
+        """Runs `work` on each file; the first failure ends the waiting ones and is raised."""
+        pool = ThreadPoolExecutor(self.request.workers)
+        try:
+            futures = [pool.submit(work, file) for file in files]
+            for future in as_completed(futures):
+                future.result()
+            return [future.result() for future in futures]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    # -- check ---------------------------------------------------------------------------------------------
+
+    def check(self, files: Sequence[RemoteFile]) -> list[RemoteFile]:
+        """The files that are absent, of the wrong size or of the wrong content."""
+        self._checked = 0
+        return [file for file, good in zip(files, self._in_threads(self._is_good, files), strict=True) if not good]
+
+    def _is_good(self, file: RemoteFile) -> bool:
+        path = self.snapshot / file.name
+        if _size(path) != file.size:
+            return False
+        if path.resolve() == self._blob(file).resolve() and file.hash in self._known:
+            self._tick(file.size)
+            return self._known[file.hash] == file.hash
+        sha = hashlib.sha256() if file.lfs else hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+        with path.open("rb") as stream:
+            while chunk := stream.read(CHUNK):
+                sha.update(chunk)
+                self._tick(len(chunk))
+        return sha.hexdigest() == file.hash
+
+    def _tick(self, size: int) -> None:
+        with self._lock:
+            self._checked += size
+
+    def fetch_again(self, files: Sequence[RemoteFile]) -> None:
+        """Deletes what is wrong and downloads it once more; still wrong raises `checksum`."""
+        for file in files:
+            for path in (self.snapshot / file.name, self._blob(file), *self._partials(file)):
+                path.unlink(missing_ok=True)
+            self._known.pop(file.hash, None)
+        self.download(files)
+        still = self.check(files)
+        if still:
+            for file in still:
+                (self.snapshot / file.name).unlink(missing_ok=True)
+                self._blob(file).unlink(missing_ok=True)
+            raise FetchError(
+                "checksum",
+                f"{still[0].name} of {self.request.repo} arrived twice with a content other than the Hub names;"
+                " a proxy or the disk alters it: check both (dmesg, HTTPS_PROXY), then run again",
+            )
+
+    # -- the end -------------------------------------------------------------------------------------------
+
+    def _write_ref(self) -> None:
+        if self.request.revision != self.commit:
+            _write(self.request.folder / "refs" / self.request.revision, self.commit)
+
+    def _write_manifest(self) -> None:
+        manifest = {
+            "repo": self.request.repo,
+            "revision": self.request.revision,
+            "commit": self.commit,
+            "files": {f.name: {"size": f.size, "sha256" if f.lfs else "sha1": f.hash} for f in self.files},
+            "total_bytes": self.total,
+            "completed_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        path = self.request.cache_dir / ".sparkfleet" / self.request.folder.name / f"{self.commit}.json"
+        _write(path, json.dumps(manifest, indent=1) + "\n")
+
+    @contextlib.contextmanager
+    def _progress(self, phase: str, done: Callable[[], int]) -> Iterator[None]:
+        """Says how far the phase is, twice a second and at its end."""
+        over = threading.Event()
+
+        def report() -> None:
+            while True:
+                last = over.wait(0.5)
+                say(progress={"phase": phase, "done": done(), "total": self.total})
+                if last:
+                    return
+
+        say(progress={"phase": phase, "done": done(), "total": self.total})
+        thread = threading.Thread(target=report, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.chmod(0o644)
+    temporary.replace(path)
+
+
+# -- failures ----------------------------------------------------------------------------------------------
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def explain(error: BaseException, request: Request) -> FetchError:
+    """The failure behind an exception of the client, with its remedy; `internal` for what is not known."""
+
+    repo, page = request.repo, f"{constants.ENDPOINT}/{request.repo}"
+    token = Path(constants.HF_TOKEN_PATH).is_file()
+    for cause in _chain(error):
+        if isinstance(cause, FetchError):
+            return cause
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return FetchError(
+                "disk-full",
+                f"no space left in {request.cache_dir} while downloading {repo}; make room and run again, it resumes",
+            )
+        if isinstance(cause, HfHubHTTPError):
+            status = cause.response.status_code
+            if isinstance(cause, RevisionNotFoundError):
+                return FetchError(
+                    "hub-revision-unknown", f"{repo} has no revision {request.revision}; see {page}/commits/main"
+                )
+            if isinstance(cause, GatedRepoError):
+                if token and status != 401:
+                    return FetchError(
+                        "hub-no-access",
+                        f"the account of the token has no access to {repo}; open {page}, accept its licence,"
+                        " then run again",
+                    )
+                return _no_token(repo, token)
+            if isinstance(cause, RepositoryNotFoundError):
+                private = "" if token else ", or is private and needs a token"
+                return FetchError("hub-repo-unknown", f"{repo} does not exist on {constants.ENDPOINT}{private}")
+            if status == 401:
+                return _no_token(repo, token)
+            if status == 403:
+                return FetchError(
+                    "hub-no-access", f"access to {repo} refused (403); open {page} with the token's account"
+                )
+            if status == 404:
+                return FetchError("hub-repo-unknown", f"{cause.response.url} not found (404)")
+            why = "rate limit reached" if status == 429 else "server error"
+            return FetchError("hub-unreachable", f"{constants.ENDPOINT} answered {status} ({why}); run again later")
+        if isinstance(cause, ssl.SSLError):
+            return _unreachable(f"TLS: {cause.reason or cause}; is its CA in /etc/ssl/certs/ca-certificates.crt?")
+        if isinstance(cause, httpx2.TransportError) and not _has_ssl(cause):
+            return _unreachable(f"{str(cause) or type(cause).__name__}; check DNS, network and proxy of this host")
+    text = " ".join(str(error).split())[:300]
+    return FetchError("internal", f"download of {repo} failed: {type(error).__name__}: {text}")
+
+
+def _has_ssl(error: BaseException) -> bool:
+    return any(isinstance(cause, ssl.SSLError) for cause in _chain(error))
+
+
+def _no_token(repo: str, token: bool) -> FetchError:
+    if token:
+        return FetchError("hub-token-missing", f"the Hub does not accept the token (needed for {repo}); replace it")
+    return FetchError("hub-token-missing", f"{repo} is gated and this host has no Hugging Face token; set one")
+
+
+def _unreachable(why: str) -> FetchError:
+
+    return FetchError("hub-unreachable", f"{constants.ENDPOINT} cannot be reached: {why}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: `hf_client.pyz --repo ORG/NAME --revision REV --cache-dir DIR [--allow P] [--ignore P]`."""
+    parser = argparse.ArgumentParser(prog="hf_client", description="Download a model into a cache.")
+    parser.add_argument("--repo", required=True)
+    parser.add_argument("--revision", default="main")
+    parser.add_argument("--cache-dir", type=Path, required=True)
+    parser.add_argument("--allow", action="append", default=[], metavar="PATTERN")
+    parser.add_argument("--ignore", action="append", default=None, metavar="PATTERN")
+    parser.add_argument("--ignore-nothing", action="store_true")
+    parser.add_argument("--workers", type=int, default=4)
+    given = parser.parse_args(argv)
+    request = Request(
+        repo=given.repo,
+        revision=given.revision,
+        cache_dir=given.cache_dir,
+        allow=given.allow,
+        ignore=[] if given.ignore_nothing else given.ignore,
+        workers=given.workers,
+    )
+    try:
+        say(result=Fetch(request).run())
+    except Exception as error:
+        failure = explain(error, request)
+        say(error={"id": failure.id, "message": str(failure)})
+        return 1
+    return 0
+
+
+def run() -> NoReturn:
+    """`main` as a program: ends at once, whatever other threads still wait for."""
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    run()
