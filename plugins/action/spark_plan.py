@@ -93,7 +93,10 @@ def _summary(made: dict[str, Any], state: dict[str, Any], settings: plan.Setting
     lines = [f"{made['model']} ({settings.profile}) on {gpu}, {free:.1f} of {total:.1f} GiB of memory available"]
     for stage in ("prepare", "fetch", "deploy"):
         reasons = [
-            reason for value in made[stage].values() if isinstance(value, list) for reason in value
+            reason
+            for value in made[stage].values()
+            if isinstance(value, list)
+            for reason in value
             if value is not made[stage].get("stop_services")
         ]
         if reasons:

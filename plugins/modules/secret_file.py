@@ -43,9 +43,7 @@ def is_current(path: Path, content: bytes) -> bool:
     """Whether the file is there with this content, owner root (or the one who asks) and mode 0600."""
     try:
         info = path.stat()
-        return (
-            stat.S_IMODE(info.st_mode) == 0o600 and info.st_uid == os.geteuid() and path.read_bytes() == content
-        )
+        return stat.S_IMODE(info.st_mode) == 0o600 and info.st_uid == os.geteuid() and path.read_bytes() == content
     except OSError:
         return False
 

@@ -158,7 +158,21 @@ class _Reader:
         return arguments
 
     def card(self, data: Any) -> Card:
-        known = tuple(["name", "service", "repo", "revision", "image", "download_gib", "licence", "arguments", "profiles", "verify", "sources"])
+        known = tuple(
+            [
+                "name",
+                "service",
+                "repo",
+                "revision",
+                "image",
+                "download_gib",
+                "licence",
+                "arguments",
+                "profiles",
+                "verify",
+                "sources",
+            ]
+        )
         card = self.mapping(data, "card", known)
         size = card.get("download_gib")
         if isinstance(size, bool) or not isinstance(size, int | float) or size <= 0:

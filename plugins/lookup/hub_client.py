@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hub's client as one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ansible.plugins.lookup import LookupBase
+
+from sparkfleet import hub_client
+
+DOCUMENTATION = r"""
+name: hub_client
+short_description: Path of the Hub's client as one file
+description:
+  - Packs huggingface_hub of the controller's environment into one file that runs under a host's own Python, and
+    gives its path on the controller. The same versions give the same bytes; it is made once and kept.
+author: ["The Sparkfleet developers"]
+"""
+
+EXAMPLES = r"""
+- name: Copy the Hub's client
+  ansible.builtin.copy:
+    src: "{{ lookup('hub_client') }}"
+    dest: /opt/sparkfleet/lib/hf_client.pyz
+    mode: "0644"
+"""
+
+RETURN = r"""
+_raw: {description: The path., type: list, elements: path}
+"""
+
+
+class LookupModule(LookupBase):  # type: ignore[misc]
+    """Takes no terms."""
+
+    def run(self, terms: list[str], variables: dict[str, Any] | None = None, **kwargs: Any) -> list[str]:
+        """Return one path."""
+        return [str(hub_client.build(Path(__file__).resolve().parents[2] / ".sparkfleet" / "cache"))]

@@ -1,0 +1,53 @@
+# Shared by the scripts; sourced, from the repository's root.
+# shellcheck shell=bash
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PATH="$PWD/.venv/bin:$PATH" ANSIBLE_CONFIG="$PWD/ansible.cfg"
+
+say() { printf '%s\n' "$*" >&2; }
+die() { say "error: $*"; exit 1; }
+
+# during TEXT COMMAND...: run a command quietly, say every ten seconds that it goes on, show its output if it fails.
+during() {
+    local text=$1 log start status=0 pid waited=0
+    shift
+    log=$(mktemp)
+    start=$SECONDS
+    say "$text ..."
+    "$@" >"$log" 2>&1 &
+    pid=$!
+    while kill -0 "$pid" 2>/dev/null; do
+        sleep 0.2
+        waited=$((waited + 1))
+        if ((waited % 50 == 0)); then say "  $((SECONDS - start)) s  $(tail -n 1 "$log" | cut -c1-100)"; fi
+    done
+    wait "$pid" || status=$?
+    if ((status != 0)); then
+        tail -n 40 "$log" >&2
+        rm -f "$log"
+        die "failed after $((SECONDS - start)) s: $text"
+    fi
+    rm -f "$log"
+    say "  done in $((SECONDS - start)) s"
+}
+
+# setup [test]: make .venv, unless it already is what pyproject.toml and constraints.txt say.
+setup() {
+    local extras=${1:-} python wanted stamp=.venv/.sparkfleet-setup
+    wanted=$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
+    if [[ -x .venv/bin/sparkfleet ]] && grep -qx "$wanted $extras" "$stamp" 2>/dev/null; then return; fi
+    for python in python3 python3.14 python3.13 python3.12 python3.11; do
+        if command -v "$python" >/dev/null && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+            break
+        fi
+        python=
+    done
+    [[ -n $python ]] || die "no Python 3.11 or newer: install one (Debian, Ubuntu: apt-get install python3 python3-venv)"
+    if [[ ! -x .venv/bin/python ]]; then
+        "$python" -m venv .venv || die "cannot make .venv: apt-get install python3-venv"
+    fi
+    during "Installing Ansible and what else Sparkfleet needs into .venv" \
+        .venv/bin/pip install --disable-pip-version-check --constraint constraints.txt --editable ".${extras:+[$extras]}"
+    # A later setup without extras must not undo one with them.
+    printf '%s \n%s %s\n' "$wanted" "$wanted" "$extras" >"$stamp"
+}

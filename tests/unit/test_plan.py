@@ -1,0 +1,315 @@
+"""The plan against host states, from a bare host to one that needs nothing."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import yaml
+
+from sparkfleet import SparkfleetError, plan
+from sparkfleet.plan import GIB, Settings, Target
+
+SERVICE = "vllm-llama31-8b-fp8"
+DIGEST = "sha256:" + "d" * 64
+COMMIT = "c" * 40
+State = dict[str, Any]
+
+
+def target(**settings: Any) -> Target:
+    return Target.of(Settings(**{"model": "llama31-8b-fp8", "operator": "nvidia", **settings}))
+
+
+def bare() -> State:
+    """A fresh host: no Docker, no toolkit, no folders."""
+    return {
+        "os": {"id": "ubuntu", "version": "24.04", "name": "Ubuntu 24.04.3 LTS", "machine": "aarch64"},
+        "gpu": {"name": "NVIDIA GB10", "driver": "580.142", "compute_capability": "12.1"},
+        "memory": {"total": 120 * GIB, "available": 115 * GIB},
+        "disk": {"cache": {"free": 900 * GIB, "device": 1}, "docker": {"free": 900 * GIB, "device": 1}},
+        "docker": {"installed": False, "running": False, "compose": None, "reason": "no socket"},
+        "toolkit": {"installed": False, "configured": False},
+        "operator": {"name": "nvidia", "exists": True, "in_docker_group": False},
+        "cache": None,
+        "project_dir": None,
+        "token": {"present": False, "private": False, "current": False},
+        "model": {"commit": None, "complete": False, "bytes": 0},
+        "hub": {"status": 200, "error": ""},
+        "compose_file": None,
+        "listener": None,
+        "healthy": False,
+    }
+
+
+def prepared() -> State:
+    """DGX OS after the stage prepare."""
+    state = bare()
+    state["docker"] = {
+        "installed": True,
+        "running": True,
+        "version": "29.2.1",
+        "compose": "2.40.3",
+        "root": "/var/lib/docker",
+        "runtimes": ["nvidia", "runc"],
+        "image": None,
+        "containers": [],
+    }
+    state["toolkit"] = {"installed": True, "configured": True}
+    state["operator"]["in_docker_group"] = True
+    state["cache"] = {"owner": "root", "group": "docker", "mode": "2775", "directory": True}
+    state["project_dir"] = {"owner": "root", "group": "root", "mode": "0755", "directory": True}
+    state["token"] = {"present": True, "private": True, "current": True}
+    return state
+
+
+def fetched() -> State:
+    state = prepared()
+    state["docker"]["image"] = {"id": "sha256:1", "digest": DIGEST, "size": 20 * GIB}
+    state["model"] = {"commit": COMMIT, "complete": True, "bytes": 9 * GIB}
+    state["hub"] = None
+    return state
+
+
+def serving(goal: Target | None = None) -> State:
+    """A Spark that does what ``goal`` says."""
+    goal = goal or target()
+    state = fetched()
+    document = goal.document(state)
+    service = document["services"][goal.card.service]
+    state["compose_file"] = "# a comment\n" + yaml.safe_dump(document)
+    state["docker"]["containers"] = [container(goal.card.service, ports=[goal.settings.port])]
+    state["docker"]["containers"][0]["started_with"] = {
+        "image": service["image"],
+        "command": service["command"],
+        "environment": {**service["environment"], "PATH": "/usr/bin"},
+        "ports": [goal.settings.port],
+        "volumes": ["/opt/hf:/root/.cache/huggingface:rw"],
+        "restart": "unless-stopped",
+    }
+    state["listener"] = {"pid": 7, "process": "docker-proxy"}
+    state["healthy"] = True
+    return state
+
+
+def container(name: str, ours: bool = True, state: str = "running", ports: list[int] | None = None) -> State:
+    return {
+        "name": name,
+        "image": "an-image",
+        "state": state,
+        "ports": ports or [],
+        "ours": ours,
+        "service": name if ours else None,
+    }
+
+
+def ids(goal: Target, state: State) -> list[str]:
+    return [finding.id for finding in plan.findings(goal, state)]
+
+
+def test_nothing_to_do_when_serving() -> None:
+    made = plan.make(target(), serving())
+    assert made["findings"] == []
+    assert not any(made[stage]["needed"] for stage in ("prepare", "fetch", "deploy"))
+
+
+def test_bare_host_needs_everything() -> None:
+    made = plan.make(target(), bare())
+    assert made["findings"] == []
+    assert all(made[stage]["needed"] for stage in ("prepare", "fetch", "deploy"))
+    assert "install Docker" in made["prepare"]["docker"]
+    assert made["prepare"]["install_docker"]
+    assert "install the NVIDIA Container Toolkit" in made["prepare"]["toolkit"]
+    assert "make /opt/hf" in made["prepare"]["cache"]
+    assert made["fetch"]["model"] == ["download nvidia/Llama-3.1-8B-Instruct-FP8 at main (8.46 GiB)"]
+
+
+def test_prepared_host_is_left_alone() -> None:
+    made = plan.make(target(), prepared())
+    assert not made["prepare"]["needed"]
+    assert made["fetch"]["image"] and made["fetch"]["model"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "part", "words"),
+    [
+        (("docker", "version"), "20.10.5", "docker", ""),
+        (("docker", "version"), "19.03.1", "docker", "upgrade Docker 19.03.1"),
+        (("docker", "compose"), "2.17.0", "docker", "Compose plugin 2.18 or newer (found 2.17.0)"),
+        (("docker", "runtimes"), ["runc"], "toolkit", "make nvidia a runtime"),
+        (("operator", "in_docker_group"), False, "docker", "put nvidia into the group docker"),
+        (("cache", "mode"), "0755", "cache", "mode 0755 to 2775"),
+        (("token", "current"), False, "cache", "write the Hugging Face token"),
+        (("token", "private"), False, "cache", "readable by root alone"),
+    ],
+)
+def test_differences_of_a_prepared_host(path: tuple[str, str], value: Any, part: str, words: str) -> None:
+    state = prepared()
+    state[path[0]][path[1]] = value
+    reasons = plan.make(target(), state)["prepare"][part]
+    assert (words in "; ".join(reasons)) if words else not reasons
+
+
+def test_pins_are_those_of_what_was_fetched() -> None:
+    made = plan.make(target(), fetched())
+    service = made["compose"]["services"][SERVICE]
+    assert service["image"].endswith("@" + DIGEST)
+    assert COMMIT in service["command"]
+    assert not made["fetch"]["needed"]
+
+
+def test_another_model_stops_the_one_that_runs() -> None:
+    state = serving(target(model="qwen3-8b-fp8"))
+    made = plan.make(target(), state)
+    assert made["findings"] == []
+    assert made["deploy"]["stop_services"] == ["vllm-qwen3-8b-fp8"]
+    assert made["deploy"]["write"] and made["deploy"]["start"]
+
+
+def test_a_changed_argument_starts_anew() -> None:
+    made = plan.make(target(arguments={"max_num_seqs": 32}), serving())
+    assert made["deploy"]["write"] and made["deploy"]["start"]
+    assert made["deploy"]["stop_services"] == [SERVICE]
+    assert not made["deploy"]["recreate"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("image", "other"),
+        ("command", ["vllm", "serve", "other"]),
+        ("environment", {}),
+        ("ports", [9000]),
+        ("volumes", []),
+        ("restart", "no"),
+    ],
+)
+def test_a_container_that_drifted_is_made_anew(key: str, value: Any) -> None:
+    state = serving()
+    state["docker"]["containers"][0]["started_with"][key] = value
+    deployment = plan.make(target(), state)["deploy"]
+    assert deployment["recreate"] and deployment["start"] and not deployment["write"]
+
+
+def test_an_engine_that_still_starts_is_only_waited_for() -> None:
+    state = serving()
+    state["healthy"] = False
+    deployment = plan.make(target(), state)["deploy"]
+    assert deployment["wait"] and not (deployment["start"] or deployment["write"] or deployment["stop_services"])
+
+
+def test_a_stopped_container_is_started() -> None:
+    state = serving()
+    state["docker"]["containers"][0]["state"] = "exited"
+    state["healthy"], state["listener"] = False, None
+    assert plan.make(target(), state)["deploy"]["start"] == [f"start {SERVICE} (exited)"]
+
+
+def test_wanted_stopped() -> None:
+    deployment = plan.make(target(service_state="stopped"), serving())["deploy"]
+    assert deployment["stop_services"] == [SERVICE]
+    assert not deployment["start"] and not deployment["wait"]
+
+
+def test_edited_file_is_written_again() -> None:
+    state = serving()
+    state["compose_file"] = state["compose_file"].replace("'64'", "'65'")
+    assert plan.make(target(), state)["deploy"]["write"]
+    state["compose_file"] = "{ not yaml"
+    assert plan.make(target(), state)["deploy"]["write"]
+
+
+@pytest.mark.parametrize(
+    ("change", "identifier", "words"),
+    [
+        ({"gpu": None}, "not-a-spark", "nvidia-smi reports nothing"),
+        ({"gpu": {"name": "NVIDIA A100"}}, "not-a-spark", "NVIDIA A100"),
+        ({"os": {"id": "fedora", "version": "42", "name": "Fedora 42", "machine": "aarch64"}}, "os-unsupported", "Fed"),
+        (
+            {"os": {"id": "debian", "version": "12", "name": "Debian 12", "machine": "x86_64"}},
+            "os-without-compose",
+            "sparkfleet_docker_source: docker",
+        ),
+        ({"listener": {"pid": 42, "process": "nginx"}}, "port-taken", "nginx (pid 42)"),
+        ({"hub": {"status": 401, "error": "GatedRepo"}}, "hub-token-rejected", "rejects the token"),
+        ({"hub": {"status": 403, "error": "GatedRepo"}}, "hub-no-access", "huggingface.co/nvidia/Llama-3.1"),
+        ({"hub": {"status": 404, "error": "RepoNotFound"}}, "hub-repo-unknown", "llama31-8b-fp8.yml"),
+        ({"hub": {"status": 404, "error": "RevisionNotFound"}}, "hub-revision-unknown", "'main'"),
+        ({"hub": {"status": 0, "error": "Name or service not known"}}, "hub-unreachable", "name server"),
+        ({"hub": {"status": 503, "error": ""}}, "hub-unreachable", "503"),
+        ({"operator": {"exists": False, "in_docker_group": False}}, "operator-unknown", "'nvidia'"),
+        ({"cache": {"owner": "x", "group": "x", "mode": "0644", "directory": False}}, "cache-not-a-folder", "/opt/hf"),
+    ],
+)
+def test_refusals(change: State, identifier: str, words: str) -> None:
+    state = {**bare(), **change}
+    found = plan.findings(target(), state)
+    assert [finding.id for finding in found] == [identifier]
+    assert words in found[0].message
+
+
+def test_missing_token_is_told_from_a_rejected_one() -> None:
+    state = bare()
+    state["hub"], state["token"]["current"] = {"status": 401, "error": "GatedRepo"}, True
+    found = plan.findings(target(), state)
+    assert found[0].id == "hub-token-missing"
+    assert "sparkfleet_hf_token" in found[0].message
+
+
+def test_port_of_another_container_and_name_taken() -> None:
+    state = prepared()
+    state["docker"]["containers"] = [container("web", ours=False, ports=[8000])]
+    assert ids(target(), state) == ["port-taken"]
+    assert ids(target(port=8001), state) == []
+    state["docker"]["containers"] = [container(SERVICE, ours=False, state="exited")]
+    assert ids(target(), state) == ["name-taken"]
+
+
+def test_port_held_by_ours_is_fine() -> None:
+    assert ids(target(), serving(target(model="qwen3-8b-fp8"))) == []
+
+
+def test_disk_is_summed_on_one_device_and_split_over_two() -> None:
+    state = bare()
+    state["disk"] = {"cache": {"free": 20 * GIB, "device": 1}, "docker": {"free": 20 * GIB, "device": 1}}
+    found = plan.findings(target(image_disk_gib=12), state)
+    assert [finding.id for finding in found] == ["disk-full"]
+    assert "20.0 GiB free, 22.5 GiB needed" in found[0].message
+    state["disk"]["docker"]["device"] = 2
+    assert ids(target(image_disk_gib=12), state) == []
+
+
+def test_disk_counts_what_is_there_already() -> None:
+    state = bare()
+    state["disk"] = {"cache": {"free": 5 * GIB, "device": 1}, "docker": {"free": 99 * GIB, "device": 2}}
+    assert ids(target(), state) == ["disk-full"]
+    state["model"]["bytes"] = 6 * GIB
+    assert ids(target(), state) == []
+
+
+def test_not_a_spark_may_be_allowed() -> None:
+    assert ids(target(require_gb10=False), {**bare(), "gpu": None}) == []
+
+
+def test_hub_source_fetches_no_model() -> None:
+    state = prepared()
+    assert plan.make(target(model_source="hub"), state)["fetch"]["model"] == []
+
+
+def test_wrong_argument_names_the_variable() -> None:
+    with pytest.raises(SparkfleetError, match=r"sparkfleet_arguments\.max_num_seqs: must be a whole number above 0"):
+        target(arguments={"max_num_seqs": "many"})
+
+
+def test_plan_does_not_touch_the_state() -> None:
+    state = serving()
+    before = copy.deepcopy(state)
+    plan.make(target(), state)
+    assert state == before
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("29.2.1", (29, 2, 1)), ("v2.26.1-4", (2, 26, 1)), (None, (0,)), ("", (0,))]
+)
+def test_version(text: str | None, numbers: tuple[int, ...]) -> None:
+    assert plan.version(text) == numbers
