@@ -50,6 +50,9 @@ IGNORE = ("*.pth", "original/*", "*.gguf", "consolidated*")
 CHUNK = 4 << 20
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
+# The client writes 10 MB at a time; smaller steps lose less when interrupted and show progress on slow lines.
+constants.DOWNLOAD_CHUNK_SIZE = 1 << 20
+
 
 class FetchError(Exception):
     """A failure with an entry in the table of failures."""

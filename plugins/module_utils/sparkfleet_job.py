@@ -1,0 +1,153 @@
+"""A long job on a Spark: one at a time (a lock), its progress in a JSON status file that others read.
+
+Status file, replaced as a whole: name, what, pid, pid_start, state (running, done, failed), phase, done, total,
+percent, rate (bytes a second), message, error {id, message} or None, result {}, started, updated (Unix times).
+Bytes throughout; `total` and `percent` are None while they are not known. percent never goes back.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+FOLDER = "/run/sparkfleet/fetch"
+WRITE_EVERY = 0.25  # seconds
+RATE_OVER = 10.0  # seconds
+
+
+class JobError(Exception):
+    """A failure with an entry in the table of failures; the message carries cause and remedy."""
+
+    def __init__(self, id: str, message: str) -> None:
+        super().__init__(message)
+        self.id = id
+
+
+class Job:
+    """Takes the lock with `acquire`, tells with `update`, ends with `done` or `failed`. Safe across threads."""
+
+    def __init__(self, status_file: str | Path, name: str, what: str) -> None:
+        self.path = Path(status_file)
+        self.lock_path = self.path.with_name(self.path.name + ".lock")
+        self._lock_fd: int | None = None
+        self._mutex = threading.Lock()
+        self._written = 0.0
+        self._seen: deque[tuple[float, int]] = deque()
+        self.status: dict[str, Any] = {
+            "name": name,
+            "what": what,
+            "pid": os.getpid(),
+            "pid_start": process_start(os.getpid()),
+            "state": "running",
+            "phase": "starting",
+            "done": 0,
+            "total": None,
+            "percent": None,
+            "rate": 0,
+            "message": "",
+            "error": None,
+            "result": {},
+            "started": time.time(),
+            "updated": time.time(),
+        }
+
+    def acquire(self) -> dict[str, Any] | None:
+        """None when the lock is ours now, until this process ends. Else its holder: {"pid", "what"}."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.parent.chmod(0o755)
+        fd = os.open(self.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            try:
+                return _holder(fd)
+            finally:
+                os.close(fd)
+        self._lock_fd = fd
+        self._write()
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, json.dumps({"pid": os.getpid(), "what": self.status["what"]}).encode(), 0)
+        return None
+
+    def update(self, phase: str, done: int, total: int | None, message: str = "") -> None:
+        """Where the job is; written when the phase changes and at most four times a second otherwise."""
+        with self._mutex:
+            now = time.time()
+            status = self.status
+            if phase != status["phase"]:
+                self._seen.clear()
+                status["percent"] = None
+            moved = phase != status["phase"] or message != status["message"]
+            self._seen.append((now, done))
+            while len(self._seen) > 2 and now - self._seen[0][0] > RATE_OVER:
+                self._seen.popleft()
+            (first, before), span = self._seen[0], now - self._seen[0][0]
+            status.update(phase=phase, done=done, total=total, message=message, updated=now)
+            status["rate"] = int(max(0, done - before) / span) if span >= 0.5 and first < now else 0
+            if total:
+                status["percent"] = max(status["percent"] or 0, min(99, int(100 * done / total)))
+            if moved or now - self._written >= WRITE_EVERY:
+                self._write()
+
+    def done(self, result: dict[str, Any]) -> None:
+        """The end: `result` is what the module returns."""
+        with self._mutex:
+            total = self.status["total"]
+            if total:
+                self.status["done"] = total
+            self.status.update(state="done", phase="done", percent=100, rate=0, result=result, message="")
+            self._write()
+
+    def failed(self, id: str, message: str) -> None:
+        """The end, with a cause and a remedy."""
+        with self._mutex:
+            self.status.update(state="failed", rate=0, message=message, error={"id": id, "message": message})
+            self._write()
+
+    def _write(self) -> None:
+        self.status["updated"] = self._written = time.time()
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(self.status) + "\n", "utf-8")
+        temporary.chmod(0o644)
+        temporary.replace(self.path)
+
+
+def process_start(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot (field 22 of /proc/PID/stat); None if there is none."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def is_alive(status: dict[str, Any]) -> bool:
+    """Whether the process that wrote a status still runs (another one with its number does not count)."""
+    start = process_start(int(status.get("pid") or 0))
+    return start is not None and start == status.get("pid_start")
+
+
+def read_status(path: str | Path) -> dict[str, Any] | None:
+    """A status file, or None where there is none or it is broken."""
+    try:
+        value = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) and "state" in value else None
+
+
+def _holder(fd: int) -> dict[str, Any]:
+    for _ in range(20):  # the holder writes its name right after it took the lock
+        try:
+            value = json.loads(os.pread(fd, 4096, 0) or b"0")
+        except ValueError:
+            value = None
+        if isinstance(value, dict) and process_start(int(value.get("pid") or 0)) is not None:
+            return value
+        time.sleep(0.05)
+    return {"pid": 0, "what": "unknown"}

@@ -1,0 +1,426 @@
+"""Ansible module: a Hugging Face model, complete and checked, in a Spark's cache."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: model_download
+short_description: Download a Hugging Face model at a revision into the cache of a Spark
+description:
+  - Runs the real huggingface_hub client in a short-lived container that needs no image of its own. Its root file
+    system is empty but for links, and the host's /usr (with the host's Python) is mounted read-only. So it can run
+    while the image of the engine is still being pulled.
+  - Downloads are resumed, also after the process or the host died. Every file is checked against the size and the
+    checksum the Hub names; a manifest under CACHE_DIR/.sparkfleet is written last and marks the model complete.
+  - A model that is complete is left alone without asking the Hub. A branch or tag is resolved on its first download.
+  - Only one download runs at a time. A second job for the same model returns at once with attached=true; watch the
+    status file (M(fetch_wait)) for its end.
+options:
+  repo:
+    description: Repository on the Hub, ORG/NAME.
+    type: str
+    required: true
+  revision:
+    description: Branch, tag or commit.
+    type: str
+    default: main
+  cache_dir:
+    description: Cache folder (HF_HUB_CACHE), an existing directory.
+    type: path
+    default: /opt/hf
+  client:
+    description: The packed client on the Spark, made by sparkfleet.hub_client.
+    type: path
+    default: /opt/sparkfleet/lib/hf_client.pyz
+  token_file:
+    description: File with the Hugging Face token; used if it exists and is not empty, and never read by this module.
+    type: path
+    default: /etc/sparkfleet/hf_token
+  environment:
+    description: More variables for the client, such as HF_ENDPOINT or HTTPS_PROXY. Not for secrets.
+    type: dict
+    default: {}
+  allow:
+    description: Only files that match one of these patterns.
+    type: list
+    elements: str
+    default: []
+  ignore:
+    description:
+      - No files that match one of these patterns.
+      - By default C(*.pth), C(original/*), C(*.gguf) and C(consolidated*) where the repository has safetensors.
+    type: list
+    elements: str
+  memory:
+    description: Memory limit of the container in bytes; its page cache counts and is reclaimed.
+    type: int
+    default: 2147483648
+  workers:
+    description: Files downloaded at the same time.
+    type: int
+    default: 4
+  network:
+    description: Docker network of the container.
+    type: str
+    default: bridge
+  status_file:
+    description: Where progress is written as JSON.
+    type: path
+    default: /run/sparkfleet/fetch/model.json
+  docker_socket:
+    description: Socket of the Docker engine.
+    type: path
+    default: /var/run/docker.sock
+author: Sparkfleet
+attributes:
+  check_mode:
+    support: full
+    description: Says from the disk whether it would download; does not ask the Hub.
+"""
+
+EXAMPLES = r"""
+- name: Download the model while the image is pulled
+  model_download:
+    repo: nvidia/Llama-3.1-8B-Instruct-FP8
+    revision: main
+  async: "{{ ansible_check_mode | ternary(0, 7200) }}"
+  poll: 0
+  changed_when: false
+  register: fetch_model
+"""
+
+RETURN = r"""
+commit:
+  description: Commit the revision stands for; null in check mode where it is not known yet.
+  returned: unless attached
+  type: str
+path:
+  description: Folder of the snapshot.
+  returned: unless attached
+  type: str
+files:
+  description: How many files.
+  returned: after a download
+  type: int
+bytes:
+  description: Size of the model.
+  returned: unless attached
+  type: int
+downloaded:
+  description: Bytes that were not on this disk before.
+  returned: after a download
+  type: int
+seconds:
+  description: How long the job took.
+  returned: always
+  type: float
+attached:
+  description: Another job already downloads this model; nothing was done here.
+  returned: always
+  type: bool
+holder_pid:
+  description: Process of that other job.
+  returned: when attached
+  type: int
+failure:
+  description: Entry in the table of failures.
+  returned: on failure
+  type: str
+"""
+
+import io
+import json
+import os
+import signal
+import sys
+import tarfile
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.sparkfleet_cache import model_state, repo_folder, valid_repo, valid_revision
+from ansible.module_utils.sparkfleet_docker import Docker, DockerError
+from ansible.module_utils.sparkfleet_job import Job, JobError
+
+IMAGE = "sparkfleet/host-python:1"
+CONTAINER = "sparkfleet-fetch"
+CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
+TRUST = ("/etc/ssl/certs", "/etc/ssl/openssl.cnf", "/etc/ca-certificates")  # not /etc/ssl/private
+TOKEN = "/run/secrets/hf_token"  # noqa: S105  a path, not a token
+CLIENT = "/hf_client.pyz"
+MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
+
+
+def root_tar() -> bytes:
+    """The root file system as a tar: the host's links into /usr, empty folders, and name resolution by DNS."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+
+        def add(name: str, kind: bytes, link: str = "", content: bytes = b"", mode: int = 0o755) -> None:
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname, entry.mode, entry.size = kind, link, mode, len(content)
+            tar.addfile(entry, io.BytesIO(content))
+
+        for name in ("dev", "etc", "etc/ssl", "etc/ssl/certs", "opt", "proc", "run", "run/secrets", "sys"):
+            add(name, tarfile.DIRTYPE)
+        for name in ("tmp", "usr"):
+            add(name, tarfile.DIRTYPE, mode=0o1777 if name == "tmp" else 0o755)
+        for name in MERGED:
+            here = Path("/", name)
+            if here.is_symlink():
+                add(name, tarfile.SYMTYPE, str(here.readlink()))
+        for name, text in {
+            "etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
+            "etc/passwd": "root:x:0:0:root:/tmp:/usr/sbin/nologin\n",
+            "etc/group": "root:x:0:\n",
+            "etc/hosts": "",
+            "etc/hostname": "",
+            "etc/resolv.conf": "",
+            CLIENT.lstrip("/"): "",
+        }.items():
+            add(name, tarfile.REGTYPE, content=text.encode(), mode=0o644)
+    return buffer.getvalue()
+
+
+def python() -> str:
+    """The host's Python as the container sees it (only /usr is there)."""
+    mine = os.path.realpath(sys.executable)
+    return mine if mine.startswith("/usr/bin/") else os.path.realpath("/usr/bin/python3")
+
+
+def command(params: dict[str, Any]) -> list[str]:
+    """The client's command line; -I -S -B: nothing but the standard library and the packed client."""
+    argv = [python(), "-I", "-S", "-B", CLIENT, "--repo", params["repo"], "--revision", params["revision"]]
+    argv += ["--cache-dir", params["cache_dir"], "--workers", str(params["workers"])]
+    for pattern in params["allow"]:
+        argv.append(f"--allow={pattern}")
+    if params["ignore"] == []:
+        argv.append("--ignore-nothing")
+    for pattern in params["ignore"] or []:
+        argv.append(f"--ignore={pattern}")
+    return argv
+
+
+def container_spec(params: dict[str, Any]) -> dict[str, Any]:
+    """The body of POST /containers/create. The token is a mounted file, never an argument or a variable."""
+
+    def bind(source: str, target: str, read_only: bool = True) -> dict[str, Any]:
+        return {"Type": "bind", "Source": source, "Target": target, "ReadOnly": read_only}
+
+    mounts = [
+        bind("/usr", "/usr"),
+        bind(params["client"], CLIENT),
+        bind(params["cache_dir"], params["cache_dir"], False),
+    ]
+    mounts += [bind(path, path) for path in TRUST if Path(path).exists()]
+    environment = {
+        "HOME": "/tmp",  # noqa: S108  a tmpfs of this container alone
+        "HF_HOME": "/tmp/hf",  # noqa: S108
+        "LANG": "C.UTF-8",
+        "PATH": "/usr/bin:/bin",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+    }
+    if Path(CA_BUNDLE).exists():
+        environment.update(SSL_CERT_FILE=CA_BUNDLE, REQUESTS_CA_BUNDLE=CA_BUNDLE)
+    environment.update({str(key): str(value) for key, value in params["environment"].items()})
+    if has_token(params["token_file"]):
+        mounts.append(bind(params["token_file"], TOKEN))
+        environment["HF_TOKEN_PATH"] = TOKEN
+    return {
+        "Image": IMAGE,
+        "Cmd": command(params),
+        "Env": [f"{key}={value}" for key, value in sorted(environment.items())],
+        "WorkingDir": "/tmp",  # noqa: S108
+        "User": "0:0",
+        "Labels": {"sparkfleet.role": "fetch", "sparkfleet.repo": params["repo"]},
+        "HostConfig": {
+            "Mounts": mounts,
+            "Tmpfs": {"/tmp": "rw,nosuid,nodev,size=64m,mode=1777"},  # noqa: S108
+            "ReadonlyRootfs": True,
+            "CapDrop": ["ALL"],
+            "CapAdd": ["DAC_OVERRIDE"],  # the cache may belong to the operator
+            "SecurityOpt": ["no-new-privileges"],
+            "Memory": params["memory"],
+            "PidsLimit": 256,
+            "NetworkMode": params["network"],
+            "LogConfig": {"Type": "json-file", "Config": {"max-size": "5m"}},
+        },
+    }
+
+
+def has_token(path: str) -> bool:
+    """Whether there is a token to mount; its content is not read."""
+    try:
+        return Path(path).stat().st_size > 0 and Path(path).is_file()
+    except OSError:
+        return False
+
+
+def run_client(docker: Docker, params: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Runs the container to its end and removes it; what the client returned. Raises JobError, DockerError."""
+    if docker.image(IMAGE) is None:
+        repository, _, tag = IMAGE.partition(":")
+        for event in docker.stream(
+            "POST", f"/images/create?fromSrc=-&repo={repository}&tag={tag}", body=root_tar(), timeout=120
+        ):
+            if "error" in event:
+                raise DockerError(f"import of {IMAGE}: {event['error']}")
+    remove(docker)
+    docker.call("POST", f"/containers/create?name={CONTAINER}", container_spec(params))
+    result: dict[str, Any] | None = None
+    error: dict[str, str] | None = None
+    other: deque[str] = deque(maxlen=10)
+    try:
+        docker.call("POST", f"/containers/{CONTAINER}/start")
+        for line in docker.frames(f"/containers/{CONTAINER}/logs?follow=1&stdout=1&stderr=1", tty=False):
+            event = parse(line)
+            if "progress" in event:
+                progress = event["progress"]
+                job.update(progress["phase"], progress["done"], progress["total"] or None)
+            elif "result" in event:
+                result = event["result"]
+            elif "error" in event:
+                error = event["error"]
+            elif line.strip():
+                other.append(line.strip())
+        state = (docker.container(CONTAINER) or {}).get("State") or {}
+    finally:
+        remove(docker)
+    if error:
+        raise JobError(error["id"], error["message"])
+    if result is None:
+        raise JobError("fetch-died", died(params, state, other))
+    return result
+
+
+def died(params: dict[str, Any], state: dict[str, Any], lines: deque[str]) -> str:
+    """Why a container that said nothing at its end ended."""
+    if state.get("OOMKilled"):
+        return f"the download of {params['repo']} exceeded its {params['memory'] >> 20} MiB; raise its memory limit"
+    last = f"; last words: {' | '.join(list(lines)[-3:])[:400]}" if lines else ""
+    code = state.get("ExitCode", "unknown")
+    return f"the download of {params['repo']} was ended (exit code {code}); run again, it resumes{last}"
+
+
+def parse(line: str) -> dict[str, Any]:
+    """A JSON line of the client; {} for anything else."""
+    try:
+        value = json.loads(line) if line.startswith("{") else {}
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def remove(docker: Docker) -> None:
+    """Removes the container, running or not; that of a dead job included (the lock says it is dead)."""
+    docker.request("DELETE", f"/containers/{CONTAINER}?force=1&v=1")
+
+
+def give_to_owner(cache_dir: Path, repo: str) -> None:
+    """What the container wrote as root goes to the owner of the cache folder."""
+    owner = cache_dir.stat()
+    if owner.st_uid == 0:
+        return
+    for folder in (cache_dir / repo_folder(repo), cache_dir / ".sparkfleet", cache_dir / ".locks"):
+        for where, folders, files in os.walk(folder):
+            for name in (".", *folders, *files):
+                path = os.path.join(where, name)  # noqa: PTH118
+                if os.lstat(path).st_uid == 0:
+                    os.lchown(path, owner.st_uid, owner.st_gid)
+
+
+def check(params: dict[str, Any]) -> None:
+    """Refuses what cannot work, before anything is done."""
+    if not valid_repo(params["repo"]):
+        raise JobError("bad-input", f"repo {params['repo']!r} is not of the form ORG/NAME")
+    if not valid_revision(params["revision"]):
+        raise JobError("bad-input", f"revision {params['revision']!r} is not a branch, tag or commit")
+
+
+def check_host(params: dict[str, Any]) -> None:
+    if not Path(params["cache_dir"]).is_dir():
+        raise JobError("bad-input", f"cache_dir {params['cache_dir']} is no directory; run the prepare stage")
+    if not Path(params["client"]).is_file():
+        raise JobError("bad-input", f"client {params['client']} is missing; copy hf_client.pyz there first")
+
+
+def main() -> None:
+    """Entry point of the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "repo": {"type": "str", "required": True},
+            "revision": {"type": "str", "default": "main"},
+            "cache_dir": {"type": "path", "default": "/opt/hf"},
+            "client": {"type": "path", "default": "/opt/sparkfleet/lib/hf_client.pyz"},
+            "token_file": {"type": "path", "default": "/etc/sparkfleet/hf_token", "no_log": False},
+            "environment": {"type": "dict", "default": {}},
+            "allow": {"type": "list", "elements": "str", "default": []},
+            "ignore": {"type": "list", "elements": "str"},
+            "memory": {"type": "int", "default": 2 << 30},
+            "workers": {"type": "int", "default": 4},
+            "network": {"type": "str", "default": "bridge"},
+            "status_file": {"type": "path", "default": "/run/sparkfleet/fetch/model.json"},
+            "docker_socket": {"type": "path", "default": "/var/run/docker.sock"},
+        },
+        supports_check_mode=True,
+    )
+    params = module.params
+    began = time.time()
+    what = f"{params['repo']}@{params['revision']}"
+    job: Job | None = None
+
+    def fail(id: str, message: str) -> NoReturn:
+        if job is not None:
+            job.failed(id, message)
+        module.fail_json(msg=message, failure=id, seconds=round(time.time() - began, 1))
+        raise SystemExit(1)
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that `finally` removes the container
+    try:
+        check(params)
+        state = model_state(params["cache_dir"], params["repo"], params["revision"])
+        result = {"commit": state["commit"], "path": state["path"], "bytes": state["bytes"], "attached": False}
+        difference = {"before": "", "after": f"{what} in {params['cache_dir']}\n"}
+        if module.check_mode:
+            if state["complete"]:
+                module.exit_json(changed=False, seconds=0.0, **result)
+            message = f"would download {what} into {params['cache_dir']}"
+            module.exit_json(changed=True, msg=message, diff=difference, seconds=0.0, **result)
+
+        claim = Job(params["status_file"], "model", what)
+        holder = claim.acquire()
+        if holder is not None:
+            if holder["what"] != what:
+                other = f"{holder['what']} (process {holder['pid']})"
+                fail("fetch-busy", f"{other} is being downloaded on this host; wait for it, then ask for {what}")
+            module.exit_json(changed=False, attached=True, holder_pid=holder["pid"], seconds=0.0)
+        job = claim
+        # Again, now that nobody else writes: a job before may just have finished.
+        state = model_state(params["cache_dir"], params["repo"], params["revision"])
+        if state["complete"]:
+            result = {"commit": state["commit"], "path": state["path"], "bytes": state["bytes"]}
+            changed = False
+        else:
+            check_host(params)
+            result = run_client(Docker(params["docker_socket"], timeout=60), params, job)
+            give_to_owner(Path(params["cache_dir"]), params["repo"])
+            changed = True
+        seconds = round(time.time() - began, 1)
+        job.done({**result, "changed": changed, "seconds": seconds})
+        if changed:
+            module.exit_json(changed=True, attached=False, seconds=seconds, diff=difference, **result)
+        module.exit_json(changed=False, attached=False, seconds=seconds, **result)
+    except JobError as error:
+        fail(error.id, str(error))
+    except DockerError as error:
+        fail("docker", f"model download: {error}")
+    except OSError as error:
+        fail("disk-full" if error.errno == 28 else "fetch-io", f"model download: {error}")
+
+
+if __name__ == "__main__":
+    main()

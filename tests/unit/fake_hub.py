@@ -1,0 +1,154 @@
+"""As much of the Hugging Face Hub as the real client asks for, in this process, with faults to order.
+
+Paths and headers as huggingface_hub 2.4 uses them (hf_api.py, file_download.py)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass
+class Hub:
+    """One repository. `large` names are LFS files. Faults: see the fields."""
+
+    repo: str = "acme/tiny"
+    files: dict[str, bytes] = field(default_factory=dict)
+    large: tuple[str, ...] = ()
+    branch: str = "main"
+    gated: bool = False
+    tokens: dict[str, bool] = field(default_factory=dict)  # token: has access
+    corrupt: dict[str, int] = field(default_factory=dict)  # name: how many times it is sent wrong
+    cut_at: dict[str, int] = field(default_factory=dict)  # name: connection closed after so many bytes, once
+    rate: float = 0  # bytes a second and connection; 0: no limit
+    url: str = ""
+    asked: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
+
+    @property
+    def commit(self) -> str:
+        return hashlib.sha1(b"".join(n.encode() + c for n, c in sorted(self.files.items()))).hexdigest()  # noqa: S324
+
+    def hash(self, name: str) -> str:
+        content = self.files[name]
+        if name in self.large:
+            return hashlib.sha256(content).hexdigest()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()  # noqa: S324
+
+    def tree(self) -> list[dict[str, Any]]:
+        entries = []
+        for name, content in self.files.items():
+            oid = self.hash(name)
+            entry = {"type": "file", "path": name, "size": len(content), "oid": oid}
+            if name in self.large:
+                entry["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 130}
+                entry["oid"] = hashlib.sha1(oid.encode()).hexdigest()  # noqa: S324
+            entries.append(entry)
+        return entries
+
+    def gets(self, name: str) -> list[str]:
+        """The Range headers of the GETs of a file's content."""
+        return [r for method, path, r in self.asked if method == "GET" and path.endswith(f"/{name}")]
+
+
+@contextmanager
+def serve(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
+    """Serves `hub` until the end of the block; sets its url."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.respond(head=True)
+
+        def do_GET(self) -> None:
+            self.respond(head=False)
+
+        def respond(self, head: bool) -> None:
+            path = self.path.split("?")[0]
+            hub.asked.append((self.command, path, self.headers.get("Range", "")))
+            api = f"/api/models/{hub.repo}/"
+            if path.startswith("/api/"):
+                if not path.startswith(api):
+                    return self.refuse(404, "RepoNotFound")
+                verb, _, revision = path[len(api) :].partition("/")
+                if revision not in (hub.branch, hub.commit):
+                    return self.refuse(404, "RevisionNotFound")
+                tree = hub.tree()
+                names = [{"rfilename": entry["path"]} for entry in tree]
+                info = {"id": hub.repo, "sha": hub.commit, "siblings": names}
+                return self.send_body(json.dumps(info if verb == "revision" else tree).encode())
+            name = path.removeprefix(f"/{hub.repo}/resolve/{hub.commit}/")
+            if name not in hub.files:
+                return self.refuse(404, "EntryNotFound")
+            if hub.gated:
+                token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+                if token not in hub.tokens:
+                    return self.refuse(401, "GatedRepo")
+                if not hub.tokens[token]:
+                    return self.refuse(403, "GatedRepo")
+            self.send_file(name, head)
+
+        def send_file(self, name: str, head: bool) -> None:
+            content = hub.files[name]
+            size, start, asked = len(content), 0, self.headers.get("Range")
+            if asked and not head:
+                start = int(asked.removeprefix("bytes=").split("-")[0])
+            if not head and hub.corrupt.get(name, 0) > 0:
+                hub.corrupt[name] -= 1
+                content = bytes(len(content))
+            self.send_response(206 if start else 200)
+            self.send_header("ETag", f'"{hub.hash(name)}"')
+            self.send_header("X-Repo-Commit", hub.commit)
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", str(size - start))
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+            self.end_headers()
+            if head:
+                return
+            stop = hub.cut_at.pop(name, size)
+            for at in range(start, stop, 65536):
+                self.wfile.write(content[at : min(stop, at + 65536)])
+                if hub.rate:
+                    time.sleep(65536 / hub.rate)
+            if stop < size:
+                self.close_connection = True
+
+        def refuse(self, status: int, code: str) -> None:
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("X-Error-Message", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def send_body(self, raw: bytes) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        block_on_close = False
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            pass  # a client that was killed half way is part of the tests
+
+    with Server((host, port), Handler) as server:
+        hub.url = f"http://{host}:{server.server_address[1]}"
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        try:
+            yield hub
+        finally:
+            server.shutdown()
