@@ -2,7 +2,8 @@
 
 Status file, replaced as a whole: name, what, pid, pid_start, state (running, done, failed), phase, done, total,
 percent, rate (bytes a second), message, error {id, message} or None, result {}, started, updated (Unix times).
-Bytes throughout; `total` and `percent` are None while they are not known. percent never goes back.
+Bytes throughout; `total` and `percent` are None while they are not known. percent is that of the transfer, stays
+below 100 until the job is done, and never goes back; `done` and `total` are those of the phase.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 FOLDER = "/run/sparkfleet/fetch"
 WRITE_EVERY = 0.25  # seconds
 RATE_OVER = 10.0  # seconds
+TRANSFER = ("pulling", "downloading")
+AFTER = ("extracting", "checking")
 
 
 class JobError(Exception):
@@ -59,6 +62,7 @@ class Job:
 
     def acquire(self) -> dict[str, Any] | None:
         """None when the lock is ours now, until this process ends. Else its holder: {"pid", "what"}."""
+        os.umask(0o022)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.parent.chmod(0o755)
         fd = os.open(self.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -82,7 +86,6 @@ class Job:
             status = self.status
             if phase != status["phase"]:
                 self._seen.clear()
-                status["percent"] = None
             moved = phase != status["phase"] or message != status["message"]
             self._seen.append((now, done))
             while len(self._seen) > 2 and now - self._seen[0][0] > RATE_OVER:
@@ -90,7 +93,9 @@ class Job:
             (first, before), span = self._seen[0], now - self._seen[0][0]
             status.update(phase=phase, done=done, total=total, message=message, updated=now)
             status["rate"] = int(max(0, done - before) / span) if span >= 0.5 and first < now else 0
-            if total:
+            if phase in AFTER:
+                status["percent"] = 99
+            elif total and phase in TRANSFER:
                 status["percent"] = max(status["percent"] or 0, min(99, int(100 * done / total)))
             if moved or now - self._written >= WRITE_EVERY:
                 self._write()

@@ -84,7 +84,7 @@ EXAMPLES = r"""
     revision: main
   async: "{{ ansible_check_mode | ternary(0, 7200) }}"
   poll: 0
-  changed_when: false
+  changed_when: ansible_check_mode and fetch_model.changed  # a launch always says changed; fetch_wait tells the truth
   register: fetch_model
 """
 
@@ -93,7 +93,7 @@ commit:
   description: Commit the revision stands for; null in check mode where it is not known yet.
   returned: unless attached
   type: str
-path:
+snapshot:
   description: Folder of the snapshot.
   returned: unless attached
   type: str
@@ -383,7 +383,7 @@ def main() -> None:
     try:
         check(params)
         state = model_state(params["cache_dir"], params["repo"], params["revision"])
-        result = {"commit": state["commit"], "path": state["path"], "bytes": state["bytes"], "attached": False}
+        result = {"commit": state["commit"], "snapshot": state["path"], "bytes": state["bytes"], "attached": False}
         difference = {"before": "", "after": f"{what} in {params['cache_dir']}\n"}
         if module.check_mode:
             if state["complete"]:
@@ -402,11 +402,13 @@ def main() -> None:
         # Again, now that nobody else writes: a job before may just have finished.
         state = model_state(params["cache_dir"], params["repo"], params["revision"])
         if state["complete"]:
-            result = {"commit": state["commit"], "path": state["path"], "bytes": state["bytes"]}
+            result = {"commit": state["commit"], "snapshot": state["path"], "bytes": state["bytes"]}
+            job.update("downloading", state["bytes"], state["bytes"])
             changed = False
         else:
             check_host(params)
             result = run_client(Docker(params["docker_socket"], timeout=60), params, job)
+            result["snapshot"] = result.pop("path")
             give_to_owner(Path(params["cache_dir"]), params["repo"])
             changed = True
         seconds = round(time.time() - began, 1)
