@@ -81,6 +81,8 @@ def look(job: dict[str, Any], now: float | None = None) -> dict[str, Any]:
     entry["message"] = ""
     if outcome and not outcome.get("attached"):
         if outcome.get("failed"):
+            if "failure" not in outcome and status and status["state"] == "running" and not is_alive(status):
+                return {**entry, "state": "died", "message": f"its process {status['pid']} was killed"}
             message = str(outcome.get("msg") or "no message").strip()
             failure = str(outcome.get("failure") or "internal")
             if failure == "internal":

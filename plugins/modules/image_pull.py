@@ -291,10 +291,10 @@ def explain(text: str, ref: Reference, room: str = "") -> JobError:
     if has("no space left on device", "disk quota exceeded"):
         where = f" ({room})" if room else ""
         return JobError("disk-full", f"no space for {image} in Docker's directory{where}; make room and run again")
-    if has("manifest unknown", "manifest for", "name unknown", "not found: manifest", ": not found"):
-        return JobError("image-unknown", f"{host} has no {image}; check name and tag")
     if has("no matching manifest", "does not match the specified platform"):
         return JobError("image-platform", f"{image} exists, but not for this host's architecture")
+    if has("manifest unknown", "manifest for", "name unknown", "not found: manifest", ": not found"):
+        return JobError("image-unknown", f"{host} has no {image}; check name and tag")
     if has("x509:", "certificate", "tls: ", "server gave http response to https"):
         return JobError(
             "registry-tls",

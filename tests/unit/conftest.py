@@ -10,3 +10,5 @@ import ansible.module_utils
 ROOT = Path(__file__).resolve().parents[2]
 ansible.module_utils.__path__.append(str(ROOT / "plugins" / "module_utils"))
 sys.path.insert(0, str(ROOT / "plugins" / "modules"))
+
+from tests.unit.fake_engine import docker, engine  # noqa: E402, F401  fixtures

@@ -1,0 +1,98 @@
+"""What the disk alone says about a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from ansible.module_utils.sparkfleet_cache import (
+    manifest_path,
+    model_state,
+    repo_folder,
+    resolve_commit,
+    valid_repo,
+    valid_revision,
+)
+
+REPO, COMMIT = "acme/tiny", "a" * 40
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """A complete model of two files, 3 + 5 bytes."""
+    folder = tmp_path / repo_folder(REPO)
+    snapshot = folder / "snapshots" / COMMIT
+    (snapshot / "sub").mkdir(parents=True)
+    (folder / "blobs").mkdir()
+    (folder / "blobs" / "b1").write_bytes(b"abc")
+    (snapshot / "one").symlink_to("../../blobs/b1")
+    (snapshot / "sub" / "two").write_bytes(b"defgh")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(COMMIT)
+    manifest = manifest_path(tmp_path, REPO, COMMIT)
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(json.dumps({"files": {"one": {"size": 3}, "sub/two": {"size": 5}}}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("revision", ["main", COMMIT])
+def test_complete(cache: Path, revision: str) -> None:
+    assert model_state(cache, REPO, revision) == {
+        "commit": COMMIT,
+        "complete": True,
+        "bytes": 8,
+        "total_bytes": 8,
+        "missing": [],
+        "path": str(cache / repo_folder(REPO) / "snapshots" / COMMIT),
+    }
+
+
+def test_absent_model_and_revision(cache: Path) -> None:
+    nothing = model_state(cache, "acme/other", "main")
+    assert (nothing["commit"], nothing["complete"], nothing["bytes"], nothing["path"]) == (None, False, 0, None)
+    assert model_state(cache, REPO, "v2")["complete"] is False
+
+
+def test_link_without_its_blob_is_missing(cache: Path) -> None:
+    (cache / repo_folder(REPO) / "blobs" / "b1").unlink()
+    state = model_state(cache, REPO, "main")
+    assert (state["complete"], state["missing"], state["bytes"]) == (False, ["one"], 5)
+
+
+def test_other_size_is_missing(cache: Path) -> None:
+    (cache / repo_folder(REPO) / "snapshots" / COMMIT / "sub" / "two").write_bytes(b"d")
+    assert model_state(cache, REPO, "main")["missing"] == ["sub/two"]
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"files": {}}', '{"files": {"one": 3}}'])
+def test_no_or_broken_manifest_is_incomplete_and_counts_blobs(cache: Path, text: str | None) -> None:
+    manifest = manifest_path(cache, REPO, COMMIT)
+    if text is None:
+        manifest.unlink()
+    else:
+        manifest.write_text(text)
+    (cache / repo_folder(REPO) / "blobs" / "b2.incomplete").write_bytes(b"1234")
+    state = model_state(cache, REPO, "main")
+    assert state["complete"] is False
+    assert state["bytes"] == (0 if text == '{"files": {}}' else 7)
+
+
+def test_broken_ref_is_no_commit(cache: Path) -> None:
+    (cache / repo_folder(REPO) / "refs" / "main").write_text("")
+    assert resolve_commit(cache, REPO, "main") is None
+
+
+@pytest.mark.parametrize("repo", ["acme/../x", "/etc/passwd", "a/b/c", "", "a b/c", "acme/--x", "-a/b"])
+def test_bad_repositories(repo: str) -> None:
+    assert not valid_repo(repo)
+
+
+@pytest.mark.parametrize("revision", ["../main", "a/../../b", "", "/x", "x/", "a b", "-x"])
+def test_bad_revisions(revision: str) -> None:
+    assert not valid_revision(revision)
+
+
+def test_good_names() -> None:
+    assert valid_repo("nvidia/Llama-3.1-8B-Instruct-FP8")
+    assert all(valid_revision(name) for name in ("main", "refs/pr/1", "v1.0", COMMIT))

@@ -1,0 +1,226 @@
+"""Image names, progress, credentials and failures of image_pull."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible.module_utils.sparkfleet_docker import Docker
+from ansible.module_utils.sparkfleet_job import Job, JobError, read_status
+from plugins.modules import image_pull
+from plugins.modules.image_pull import Progress, credentials, explain, layer_sizes, reference
+
+from tests.unit.fake_engine import Engine, Handler
+
+DIGEST = "sha256:" + "1" * 64
+A, B, C = "a" * 12, "b" * 12, "c" * 12
+
+
+@pytest.mark.parametrize(
+    ("image", "name", "wanted", "registry", "path"),
+    [
+        ("nvcr.io/nvidia/vllm:25.09-py3", "nvcr.io/nvidia/vllm", "25.09-py3", "nvcr.io", "nvidia/vllm"),
+        (f"nvcr.io/nvidia/vllm@{DIGEST}", "nvcr.io/nvidia/vllm", DIGEST, "nvcr.io", "nvidia/vllm"),
+        (f"nvcr.io/nvidia/vllm:x@{DIGEST}", "nvcr.io/nvidia/vllm", DIGEST, "nvcr.io", "nvidia/vllm"),
+        ("127.0.0.1:5000/a:1", "127.0.0.1:5000/a", "1", "127.0.0.1:5000", "a"),
+        ("vllm/vllm-openai:v0.10", "vllm/vllm-openai", "v0.10", "docker.io", "vllm/vllm-openai"),
+        ("debian:12", "debian", "12", "docker.io", "library/debian"),
+    ],
+)
+def test_reference(image: str, name: str, wanted: str, registry: str, path: str) -> None:
+    found = reference(image)
+    assert (found.name, found.wanted, found.registry, found.path) == (name, wanted, registry, path)
+
+
+@pytest.mark.parametrize("image", ["nvcr.io/nvidia/vllm", "", "a:", "a b:1", "127.0.0.1:5000/a", "a@sha256:12"])
+def test_reference_refused(image: str) -> None:
+    with pytest.raises(JobError, match="NAME:TAG"):
+        reference(image)
+
+
+def event(id: str, status: str, current: int = 0, total: int = 0, **more: Any) -> dict[str, Any]:
+    return {"id": id, "status": status, "progressDetail": {"current": current, "total": total, **more}}
+
+
+def test_total_is_unknown_until_every_layer_is() -> None:
+    progress = Progress()
+    for layer in (A, B):
+        progress.feed(event(layer, "Pulling fs layer"))
+    progress.feed(event(A, "Downloading", 50, 100))
+    assert progress.state() == ("pulling", 50, None)
+    progress.feed(event(B, "Downloading", 100, 300))
+    assert progress.state() == ("pulling", 150, 400)
+
+
+def test_sizes_from_the_registry_give_the_total_at_once() -> None:
+    progress = Progress(sizes={A: 100, B: 300, C: 1000})
+    progress.feed({"id": "25.09-py3", "status": "Pulling from nvidia/vllm"})
+    for layer in (A, B):
+        progress.feed(event(layer, "Pulling fs layer"))
+    progress.feed(event(C, "Already exists"))
+    progress.feed(event(A, "Downloading", 40, 100))
+    assert progress.state() == ("pulling", 40, 400)
+
+
+def test_unpacking_follows() -> None:
+    progress = Progress(sizes={A: 100, B: 300})
+    progress.feed(event(A, "Download complete"))
+    progress.feed(event(B, "Download complete"))
+    assert progress.state() == ("extracting", 0, 400)
+    progress.feed(event(A, "Extracting", 60, 100))
+    assert progress.state() == ("extracting", 60, 400)
+    progress.feed(event(A, "Pull complete"))
+    progress.feed(event(B, "Extracting", 7, 0, units="s"))
+    assert progress.state() == ("extracting", 100, 400)
+
+
+def test_layer_that_starts_again_does_not_go_back() -> None:
+    progress = Progress()
+    progress.feed(event(A, "Downloading", 80, 100))
+    progress.feed(event(A, "Downloading", 10, 100))
+    assert progress.state() == ("pulling", 80, 100)
+
+
+@pytest.mark.parametrize(
+    ("text", "id", "remedy"),
+    [
+        ("manifest for nvcr.io/nvidia/vllm:9 not found: manifest unknown", "image-unknown", "check name and tag"),
+        ("pull access denied for x, repository does not exist", "image-denied", "docker login nvcr.io"),
+        ("unauthorized: authentication required", "image-denied", "docker login nvcr.io"),
+        ("write /var/lib/docker/tmp/x: no space left on device", "disk-full", "make room"),
+        ('Get "https://nvcr.io/v2/": x509: certificate signed by unknown authority', "registry-tls", "certs.d/nvcr.io"),
+        ("tls: failed to verify certificate: x509: ...", "registry-tls", "certs.d/nvcr.io"),
+        ("dial tcp: lookup nvcr.io on 1.1.1.1:53: no such host", "registry-name", "DNS"),
+        ("lookup nvcr.io: i/o timeout", "registry-name", "DNS"),
+        ("dial tcp 1.2.3.4:443: connect: connection refused", "registry-unreachable", "firewall"),
+        ("net/http: TLS handshake timeout", "registry-unreachable", "firewall"),
+        ("context deadline exceeded", "registry-unreachable", "firewall"),
+        ("no matching manifest for linux/arm64/v8 in the manifest list entries", "image-platform", "architecture"),
+        ("toomanyrequests: You have reached your pull rate limit", "registry-limit", "docker login"),
+        ("something else", "image-pull", "something else"),
+    ],
+)
+def test_failures(text: str, id: str, remedy: str) -> None:
+    found = explain(text, reference("nvcr.io/nvidia/vllm:25.09-py3"), "/var/lib/docker, 0.1 GB free")
+    assert found.id == id
+    assert remedy in str(found)
+    assert "\n" not in str(found)
+
+
+def test_credentials(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    assert credentials(config, "nvcr.io") is None
+    auth = base64.b64encode(b"$oauthtoken:pa:ss").decode()
+    config.write_text(json.dumps({"auths": {"nvcr.io": {"auth": auth}, "other": {}}}))
+    assert credentials(config, "nvcr.io") == {
+        "username": "$oauthtoken",
+        "password": "pa:ss",
+        "serveraddress": "nvcr.io",
+    }
+    assert credentials(config, "docker.io") is None
+    config.write_text("{")
+    assert credentials(config, "nvcr.io") is None
+
+
+REF = "reg.test:5000/nvidia/vllm:1"
+INSPECT = {"Id": "sha256:id", "RepoDigests": ["other@sha256:2", f"reg.test:5000/nvidia/vllm@{DIGEST}"], "Size": 7}
+
+
+def pull(docker: Docker, tmp_path: Path, config: Path | None = None) -> dict[str, Any]:
+    job = Job(tmp_path / "status" / "image.json", "image", REF)
+    assert job.acquire() is None
+    return image_pull.pull(docker, reference(REF), config or tmp_path / "none", job)
+
+
+@pytest.fixture
+def ready(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    monkeypatch.setattr(image_pull, "layer_sizes", lambda *_: {})
+    engine.routes["GET", "/info"] = {"DockerRootDir": "/"}
+    engine.routes["GET", "/version"] = {"Arch": "arm64"}
+    return engine
+
+
+def test_pull(ready: Engine, docker: Docker, tmp_path: Path) -> None:
+    events = [event(A, "Downloading", 50, 100), event(A, "Download complete"), event(A, "Pull complete")]
+    lines = b"".join(json.dumps(line).encode() + b"\r\n" for line in events)
+
+    def create(handler: Handler) -> None:
+        ready.routes["GET", "/images/reg.test:5000/nvidia/vllm:1/json"] = INSPECT
+        handler.chunks(lines)
+
+    ready.routes["POST", "/images/create"] = create
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"auths": {"reg.test:5000": {"auth": base64.b64encode(b"u:secret").decode()}}}))
+    assert pull(docker, tmp_path, config) == {"id": "sha256:id", "digest": DIGEST, "size": 7}
+    _, path, _, headers = next(seen for seen in ready.seen if seen[0] == "POST")
+    assert path == "/images/create?fromImage=reg.test%3A5000%2Fnvidia%2Fvllm&tag=1"
+    assert json.loads(base64.urlsafe_b64decode(headers["X-Registry-Auth"]))["password"] == "secret"
+    status = read_status(tmp_path / "status" / "image.json")
+    assert status is not None
+    assert (status["phase"], status["percent"], status["total"]) == ("extracting", 99, 100)
+    assert "secret" not in json.dumps(status)
+
+
+def test_error_within_the_stream(ready: Engine, docker: Docker, tmp_path: Path) -> None:
+    ready.routes["POST", "/images/create"] = lambda h: h.chunks(b'{"error":"no space left on device"}\r\n')
+    with pytest.raises(JobError, match=r"Docker's directory \(/, .* GB free\)") as caught:
+        pull(docker, tmp_path)
+    assert caught.value.id == "disk-full"
+
+
+def test_error_before_the_stream(ready: Engine, docker: Docker, tmp_path: Path) -> None:
+    ready.routes["POST", "/images/create"] = lambda h: h.answer(404, {"message": "manifest unknown"})
+    with pytest.raises(JobError) as caught:
+        pull(docker, tmp_path)
+    assert caught.value.id == "image-unknown"
+
+
+class Registry(BaseHTTPRequestHandler):
+    """Token, index, manifest: the three answers a client meets."""
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        host = f"http://{self.headers['Host']}"
+        status = 200
+        headers: dict[str, str] = {}
+        body: dict[str, Any] = {}
+        if self.path.startswith("/token?"):
+            body = {"token": "t0"}
+        elif self.headers.get("Authorization") != "Bearer t0":
+            status = 401
+            headers = {"WWW-Authenticate": f'Bearer realm="{host}/token",service="s",scope="repository:x:pull"'}
+        elif self.path == "/v2/nvidia/vllm/manifests/1":
+            platforms = ({"os": "linux", "architecture": arch} for arch in ("amd64", "arm64"))
+            body = {"manifests": [{"digest": f"d-{p['architecture']}", "platform": p} for p in platforms]}
+        elif self.path == "/v2/nvidia/vllm/manifests/d-arm64":
+            body = {"layers": [{"digest": f"sha256:{A}ff", "size": 10}, {"digest": f"sha256:{B}ff", "size": 20}]}
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+
+@pytest.fixture
+def registry() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Registry) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_layer_sizes_of_this_architecture(registry: str) -> None:
+    assert layer_sizes(reference(f"{registry}/nvidia/vllm:1"), "arm64", {}, None) == {A: 10, B: 20}
+
+
+def test_layer_sizes_are_best_effort(registry: str) -> None:
+    assert layer_sizes(reference(f"{registry}/nvidia/vllm:1"), "riscv64", {}, None) == {}
+    assert layer_sizes(reference("127.0.0.1:9/a:1"), "arm64", {}, None) == {}
