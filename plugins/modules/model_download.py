@@ -291,7 +291,8 @@ def run_client(docker: Docker, params: dict[str, Any], job: Job) -> dict[str, An
     finally:
         remove(docker)
     if error:
-        raise JobError(error["id"], error["message"])
+        where = f" (file {params['token_file']})" if error["id"] == "hub-token-missing" else ""
+        raise JobError(error["id"], error["message"] + where)
     if result is None:
         raise JobError("fetch-died", died(params, state, other))
     return result
