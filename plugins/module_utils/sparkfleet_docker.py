@@ -134,18 +134,14 @@ class Docker:
         """What `docker inspect NAME` says of a container, or None."""
         return self._inspect(f"/containers/{quote(name, safe='')}/json")
 
-    def containers(
-        self, all: bool = True, filters: dict[str, list[str]] | None = None
-    ) -> list[dict[str, Any]]:
+    def containers(self, all: bool = True, filters: dict[str, list[str]] | None = None) -> list[dict[str, Any]]:
         """Containers as `docker ps` lists them; `filters` as the API has them, e.g. {"label": ["a=b"]}."""
         query = {"all": "1" if all else "0"}
         if filters:
             query["filters"] = json.dumps(filters)
         return list(self.call("GET", f"/containers/json?{urlencode(query)}"))
 
-    def logs(
-        self, name: str, since: float = 0.0, tail: int | None = 200, timestamps: bool = True
-    ) -> list[str]:
+    def logs(self, name: str, since: float = 0.0, tail: int | None = 200, timestamps: bool = True) -> list[str]:
         """The last `tail` log lines (None: all) since a Unix time, oldest first; [] for no such container.
         With `timestamps` a line starts with its RFC 3339 time and a space."""
         found = self.container(name)
