@@ -82,7 +82,7 @@ def failure(jobs: Sequence[dict[str, Any]]) -> str | None:
 def entry(given: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """What to ask the host about a job, and its state when that is known already. Raises AnsibleActionFail."""
     if not isinstance(given, dict) or not given.get("name") or set(given) - {"name", "job", "status_file"}:
-        raise AnsibleActionFail(f"fetch_wait: a job is {{name, job, status_file}}, not {given!r}")
+        raise AnsibleActionFail(f"fetch_wait: a job is {{name: image, job: REGISTERED RESULT}}, not {given!r}")
     name, job = str(given["name"]), given.get("job") or {}
     query = {"name": name, "status_file": given.get("status_file") or f"{FOLDER}/{name}.json"}
     state: dict[str, Any] = {"name": name, "message": "", "failure": "", "result": {}}

@@ -36,7 +36,7 @@ options:
     type: path
     default: /etc/sparkfleet/hf_token
   environment:
-    description: More variables for the client, such as HF_ENDPOINT or HTTPS_PROXY. Not for secrets.
+    description: More variables for the client, such as HF_ENDPOINT or HTTPS_PROXY; empty ones are left out. Not for secrets.
     type: dict
     default: {}
   allow:
@@ -226,7 +226,7 @@ def container_spec(params: dict[str, Any]) -> dict[str, Any]:
     }
     if Path(CA_BUNDLE).exists():
         environment.update(SSL_CERT_FILE=CA_BUNDLE, REQUESTS_CA_BUNDLE=CA_BUNDLE)
-    environment.update({str(key): str(value) for key, value in params["environment"].items()})
+    environment.update({str(k): str(v) for k, v in params["environment"].items() if v not in (None, "")})
     if has_token(params["token_file"]):
         mounts.append(bind(params["token_file"], TOKEN))
         environment["HF_TOKEN_PATH"] = TOKEN

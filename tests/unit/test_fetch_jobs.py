@@ -201,7 +201,7 @@ PARAMS: dict[str, Any] = {
     "revision": "main",
     "cache_dir": "/opt/hf",
     "client": "/opt/sparkfleet/lib/hf_client.pyz",
-    "environment": {"HF_ENDPOINT": "https://hub.test"},
+    "environment": {"HF_ENDPOINT": "https://hub.test", "HTTPS_PROXY": ""},
     "allow": [],
     "ignore": None,
     "memory": 2 << 30,
@@ -224,6 +224,7 @@ def test_container_is_confined_and_never_told_the_token(tmp_path: Path) -> None:
     assert "HF_TOKEN_PATH=/run/secrets/hf_token" in spec["Env"]
     assert "HF_HUB_DISABLE_XET=1" in spec["Env"]
     assert "HF_ENDPOINT=https://hub.test" in spec["Env"]
+    assert not [variable for variable in spec["Env"] if variable.startswith("HTTPS_PROXY")]
 
 
 @pytest.mark.parametrize("content", [None, ""])
