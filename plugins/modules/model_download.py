@@ -36,7 +36,7 @@ options:
     type: path
     default: /etc/sparkfleet/hf_token
   environment:
-    description: More variables for the client, such as HF_ENDPOINT or HTTPS_PROXY; empty ones are left out. Not for secrets.
+    description: More variables for the client, such as HF_ENDPOINT or HTTPS_PROXY; empty ones are left out. No secrets.
     type: dict
     default: {}
   allow:
