@@ -1,0 +1,50 @@
+#!/usr/bin/env python3
+"""The Sparks of a simulated world as an inventory; SPARKFLEET_WORLD names the world (default: demo)."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def inventory(world: str, home: Path) -> dict[str, object]:
+    """Inventory of a world that is up; raises FileNotFoundError when it is not."""
+    folder = home / "worlds" / world
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    ssh = folder / "ssh"
+    hosts = {
+        name: {
+            "ansible_port": known["ssh"],
+            "sparkfleet_public_url": f"http://127.0.0.1:{known['http']}",
+        }
+        for name, known in state["sparks"].items()
+    }
+    shared = {
+        "ansible_host": "127.0.0.1",
+        "ansible_user": "nvidia",
+        "ansible_python_interpreter": "/usr/bin/python3",
+        "ansible_ssh_private_key_file": str(ssh / "id_ed25519"),
+        "ansible_ssh_common_args": f"-o UserKnownHostsFile={ssh / 'known_hosts'} -o IdentitiesOnly=yes",
+        "sparkfleet_simulated_token_file": str(folder / "hf_token"),
+    }
+    return {"sparks": {"hosts": sorted(hosts), "vars": shared}, "_meta": {"hostvars": hosts}}
+
+
+def main() -> int:
+    """Print the inventory; 1 and one line on standard error when there is none."""
+    world = os.environ.get("SPARKFLEET_WORLD") or "demo"
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = Path(os.environ.get("SPARKFLEET_SIM_HOME") or f"{cache}/sparkfleet").expanduser()
+    try:
+        print(json.dumps(inventory(world, home)))
+    except FileNotFoundError:
+        if os.environ.get("SPARKFLEET_WORLD_MAY_BE_DOWN"):
+            print(json.dumps({"sparks": {"hosts": []}, "_meta": {"hostvars": {}}}))
+            return 0
+        print(f"the simulated world '{world}' is not up: python -m simulator up --world {world}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""The images of the simulated world, each made once and named by a hash of what went into it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import docker
+
+from simulator import engine_image
+from simulator.shell import SimulatorError, run
+
+FOLDER = Path(__file__).parent
+PREFIX = "sparkfleet-sim"
+LABELS = {"sparkfleet.sim": "image"}
+Say = Callable[[str], None]
+
+
+def exists(client: docker.DockerClient, name: str) -> bool:
+    """Whether the engine has an image of this name."""
+    try:
+        client.images.get(name)
+    except docker.errors.ImageNotFound:
+        return False
+    return True
+
+
+def debian(client: docker.DockerClient, suite: str, cache: Path, say: Say) -> str:
+    """A plain Debian root file system: from a container registry where one answers, else made with mmdebstrap."""
+    name = f"{PREFIX}/debian:{suite}"
+    if exists(client, name):
+        return name
+    say(f"fetching Debian {suite}")
+    try:
+        client.images.pull("debian", f"{suite}-slim").tag(name)
+    except docker.errors.APIError:
+        if shutil.which("mmdebstrap") is None:
+            raise SimulatorError(
+                "no container registry answers and mmdebstrap is missing: apt-get install mmdebstrap"
+            ) from None
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            tar = Path(folder) / "root.tar"
+            run(["mmdebstrap", "--variant=minbase", suite, str(tar)], f"making Debian {suite} with mmdebstrap", say)
+            repository, _, tag = name.partition(":")
+            client.images.import_image_from_file(str(tar), repository=repository, tag=tag)
+    return name
+
+
+def build(client: docker.DockerClient, target: str, cache: Path, say: Say) -> str:
+    """An image of simulator/Dockerfile: bare, dgxos, internet or no-engine."""
+    name = f"{PREFIX}/{target}:{_hash()}"
+    if exists(client, name):
+        return name
+    base = debian(client, "trixie", cache, say)
+    say(f"building the image {target}")
+    _docker_build(client, name, FOLDER / "Dockerfile", {"DEBIAN": base}, target)
+    return name
+
+
+def engine(client: docker.DockerClient, cache: Path, say: Say) -> str:
+    """The image of the real engine (2.4 GB)."""
+    if exists(client, engine_image.tag()):
+        return engine_image.tag()
+    base = debian(client, "bookworm", cache, say)
+    file = FOLDER / "engine" / "Dockerfile.base"
+    name = f"{PREFIX}/engine-base:{_digest([file, FOLDER / 'engine_image.py'])}"
+    if not exists(client, name):
+        say("building the engine's base")
+        packages = " ".join(engine_image.BASE_PACKAGES)
+        _docker_build(client, name, file, {"DEBIAN": base, "PACKAGES": packages}, None)
+    return engine_image.ensure_engine_image(client, name, cache, say)
+
+
+def _docker_build(
+    client: docker.DockerClient, name: str, file: Path, arguments: dict[str, str], target: str | None
+) -> None:
+    # A machine that reaches its package registries through a proxy says so in its environment.
+    proxies = {key: os.environ[key] for key in ("http_proxy", "https_proxy", "no_proxy") if os.environ.get(key)}
+    try:
+        client.images.build(
+            path=str(FOLDER),
+            dockerfile=str(file.relative_to(FOLDER)),
+            tag=name,
+            target=target,
+            buildargs={**proxies, **arguments},
+            labels=LABELS,
+            rm=True,
+            forcerm=True,
+        )
+    except docker.errors.BuildError as error:
+        tail = [str(item.get("stream", item.get("error", ""))).rstrip() for item in error.build_log]
+        raise SimulatorError(f"building {name} failed:\n" + "\n".join([line for line in tail if line][-15:])) from None
+
+
+def _hash() -> str:
+    return _digest([FOLDER / "Dockerfile", *sorted((FOLDER / "rootfs").rglob("*")), FOLDER / "internet" / "hub.py"])
+
+
+def _digest(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        if file.is_file():
+            digest.update(f"{file.relative_to(FOLDER)}\0{file.stat().st_mode:o}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,80 @@
+"""Keys and certificates of a world, made for the occasion."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+NAMES = ("nvcr.io", "huggingface.co", "nvidia.github.io")
+DAYS = 3650
+
+
+def ensure(folder: Path) -> None:
+    """Make ``ssh/`` (a login key, a host key) and ``ca/`` (a CA, a certificate for NAMES) unless they are there."""
+    if not (folder / "ssh" / "host_ed25519.pub").exists():
+        for name in ("id_ed25519", "host_ed25519"):
+            _ssh_key(folder / "ssh" / name)
+    if not (folder / "ca" / "server.pem").exists():
+        _certificates(folder / "ca")
+
+
+def _private(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.touch(mode=0o600)
+    path.write_bytes(content)
+
+
+def _ssh_key(path: Path) -> None:
+    key = ed25519.Ed25519PrivateKey.generate()
+    form = serialization.PrivateFormat.OpenSSH
+    _private(path, key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    path.with_name(f"{path.name}.pub").write_bytes(public + b"\n")
+
+
+def _certificates(folder: Path) -> None:
+    now = datetime.datetime.now(datetime.UTC)
+    authority_key, server_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    authority_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Sparkfleet simulated world")])
+
+    def builder(subject: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(authority_name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=DAYS))
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False
+            )
+        )
+
+    usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
+    authority = (
+        builder(authority_name, authority_key)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .sign(authority_key, hashes.SHA256())
+    )
+    server = (
+        builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, NAMES[0])]), server_key)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name) for name in NAMES]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .sign(authority_key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    _private(folder / "ca.pem", authority.public_bytes(pem))
+    _private(
+        folder / "server.key",
+        server_key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
+    )
+    _private(folder / "server.pem", server.public_bytes(pem))

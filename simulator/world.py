@@ -1,0 +1,460 @@
+"""A simulated world: Sparks, and the internet that they see.
+
+Each world has a network of its own, one container that stands for the internet, and one for each Spark. What a
+person connects to is published on the loopback interface of this machine, on ports that were free.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import ipaddress
+import json
+import os
+import secrets
+import shutil
+import socket
+import tarfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import docker
+from docker.models.containers import Container
+
+from simulator import docker_host, images, keys, model
+from simulator.shell import SimulatorError
+
+IMAGE = "nvidia/vllm:25.09-py3"
+REPOSITORY = "nvidia/Llama-3.1-8B-Instruct-FP8"
+NAMES = ("nvcr.io", "huggingface.co", "nvidia.github.io")
+FLAVOURS = ("dgxos", "bare")
+LABEL = "sparkfleet.sim.world"
+#: What dockerd and systemd need inside; --privileged asks for more than some machines have.
+CAPABILITIES = (
+    "AUDIT_CONTROL AUDIT_READ AUDIT_WRITE BLOCK_SUSPEND DAC_READ_SEARCH IPC_LOCK IPC_OWNER LEASE LINUX_IMMUTABLE "
+    "MAC_ADMIN MAC_OVERRIDE NET_ADMIN NET_BROADCAST SYS_ADMIN SYS_BOOT SYS_CHROOT SYS_MODULE SYS_NICE SYS_PACCT "
+    "SYS_PTRACE SYS_RAWIO SYS_TIME SYS_TTY_CONFIG SYSLOG WAKE_ALARM"
+).split()
+MEMINFO = """MemTotal:       125513728 kB
+MemFree:        118034432 kB
+MemAvailable:   120795136 kB
+Buffers:          262144 kB
+Cached:          2621440 kB
+SwapCached:            0 kB
+SwapTotal:             0 kB
+SwapFree:              0 kB
+"""
+READY_SECONDS = 120
+Say = Callable[[str], None]
+
+
+def home() -> Path:
+    """Where worlds and caches are kept."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("SPARKFLEET_SIM_HOME") or f"{cache}/sparkfleet").expanduser()
+
+
+@dataclasses.dataclass
+class World:
+    """A world by name; what is known of it is in ``folder/state.json``."""
+
+    name: str
+    say: Say = print
+
+    @property
+    def folder(self) -> Path:
+        """Private files of this world."""
+        return home() / "worlds" / self.name
+
+    def state(self) -> dict[str, Any]:
+        """What up() has written; empty when the world is not there."""
+        file = self.folder / "state.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def container_name(self, host: str) -> str:
+        """Name of the container that stands for a host."""
+        return f"sparkfleet-{self.name}-{host}"
+
+    # -- up ---------------------------------------------------------------------------------------------------
+
+    def up(self, sparks: int, flavour: str, engine: str) -> None:
+        """Bring the world up, or add to it what is missing."""
+        client = docker_host.ensure(home(), self.say)
+        cache = home() / "cache"
+        cache.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        state = self.state() or {"world": self.name, "engine": engine, "sparks": {}}
+        if state["engine"] != engine:
+            raise SimulatorError(
+                f"world {self.name} was made with --engine {state['engine']}: take it down first, "
+                f"or choose another --world"
+            )
+        keys.ensure(self.folder)
+        tokens = self._tokens()
+        subnet = self._network(client)
+        state["address"], hub_address = str(subnet[-2]), str(subnet[-3])
+        state["hub_address"] = hub_address
+        internet = self._internet(client, state, subnet, tokens)
+        self._fill(client, internet, state, cache, engine)
+        for number in range(1, sparks + 1):
+            name = f"spark-{number}"
+            if name not in state["sparks"]:
+                state["sparks"][name] = {"flavour": flavour, "ssh": free_port(), "http": free_port()}
+                self._save(state)
+            self._spark(client, name, state, cache)
+        self._write_known_hosts(state)
+        for name in state["sparks"]:
+            self._wait(client, name, state["sparks"][name]["flavour"])
+        self._save(state)
+
+    def _save(self, state: dict[str, Any]) -> None:
+        write_private(self.folder / "state.json", json.dumps(state, indent=2) + "\n")
+
+    def _tokens(self) -> dict[str, Any]:
+        file = self.folder / "tokens.json"
+        if not file.exists():
+            with_access, without = (f"hf_{secrets.token_hex(17)}" for _ in range(2))
+            tokens = {
+                with_access: {"name": "alice", "accepted": [REPOSITORY]},
+                without: {"name": "bob", "accepted": []},
+            }
+            write_private(file, json.dumps(tokens))
+            write_private(self.folder / "hf_token", with_access + "\n")
+            write_private(self.folder / "hf_token_without_access", without + "\n")
+        tokens_known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return tokens_known
+
+    def _network(self, client: docker.DockerClient) -> ipaddress.IPv4Network:
+        name = f"sparkfleet-{self.name}"
+        try:
+            network = client.networks.get(name)
+        except docker.errors.NotFound:
+            # Addresses can be given out only in a subnet that was asked for: let Docker choose a free one first.
+            probe = client.networks.create(f"{name}-probe", labels={LABEL: self.name})
+            probe.reload()
+            subnet = probe.attrs["IPAM"]["Config"][0]["Subnet"]
+            probe.remove()
+            pool = docker.types.IPAMConfig(pool_configs=[docker.types.IPAMPool(subnet=subnet)])
+            network = client.networks.create(name, ipam=pool, labels={LABEL: self.name})
+            network.reload()
+        return ipaddress.IPv4Network(network.attrs["IPAM"]["Config"][0]["Subnet"])
+
+    def _create(
+        self, client: docker.DockerClient, host: str, image: str, ports: dict[str, int], volumes: dict[str, Any],
+        address: str | None = None,
+    ) -> Container:
+        network = f"sparkfleet-{self.name}"
+        limits = client.api.create_host_config(
+            cap_add=CAPABILITIES,
+            security_opt=["seccomp=unconfined", "apparmor=unconfined"],
+            device_cgroup_rules=["a *:* rwm"],
+            tmpfs={"/run": "exec", "/run/lock": "", "/tmp": "exec,mode=1777"},
+            shm_size="2g",
+            port_bindings={port: ("127.0.0.1", number) for port, number in ports.items()},
+            binds=volumes,
+            network_mode=network,
+        )
+        # What `--security-opt systempaths=unconfined` and `--cgroupns=private` mean to the engine.
+        limits |= {"MaskedPaths": [], "ReadonlyPaths": [], "CgroupnsMode": "private"}
+        endpoint = client.api.create_endpoint_config(ipv4_address=address)
+        created = client.api.create_container(
+            image,
+            name=self.container_name(host),
+            hostname=host,
+            ports=[tuple(port.split("/")) for port in ports],
+            volumes=[bind["bind"] for bind in volumes.values()],
+            host_config=limits,
+            networking_config=client.api.create_networking_config({network: endpoint}),
+            labels={LABEL: self.name},
+        )
+        container: Container = client.containers.get(created["Id"])
+        return container
+
+    def _internet(
+        self, client: docker.DockerClient, state: dict[str, Any], subnet: ipaddress.IPv4Network, tokens: dict[str, Any]
+    ) -> Container:
+        name = "internet"
+        try:
+            container = client.containers.get(self.container_name(name))
+        except docker.errors.NotFound:
+            image = images.build(client, "internet", home() / "cache", self.say)
+            state["registry_port"] = free_port()
+            self._save(state)
+            volumes = {
+                f"{images.PREFIX}-registry-{state['engine']}": {"bind": "/var/lib/docker-registry", "mode": "rw"},
+                f"{images.PREFIX}-hub": {"bind": "/srv/hub", "mode": "rw"},
+            }
+            ports = {"5000/tcp": state["registry_port"]}
+            container = self._create(client, name, image, ports, volumes, state["address"])
+            files = {
+                "etc/simulator/server.pem": (self.folder / "ca" / "server.pem").read_bytes(),
+                "etc/simulator/server.key": (self.folder / "ca" / "server.key").read_bytes(),
+                "etc/simulator/addresses": f"HUB_ADDRESS={state['hub_address']}/{subnet.prefixlen}\n".encode(),
+                "etc/simulator/tokens.json": json.dumps(tokens).encode(),
+                "etc/dnsmasq.d/simulator.conf": dnsmasq(state["address"], state["hub_address"]).encode(),
+            }
+            put(container, files)
+        container.start()
+        self._until(lambda: registry_answers(state["registry_port"]), "the simulated registry")
+        return container
+
+    def _fill(
+        self, client: docker.DockerClient, internet: Container, state: dict[str, Any], cache: Path, engine: str
+    ) -> None:
+        """Serve image and model; what the shared volumes hold already is left alone."""
+        if engine == "vllm":
+            image = images.engine(client, cache, self.say)
+        else:
+            image = images.build(client, "no-engine", cache, self.say)
+        mark = "sim-" + image.rpartition(":")[2]
+        registry = f"127.0.0.1:{state['registry_port']}"
+        if not registry_has(state["registry_port"], "nvidia/vllm", mark):
+            self.say("pushing the engine's image to the simulated nvcr.io")
+            for name in (f"{registry}/{IMAGE}", f"{registry}/nvidia/vllm:{mark}"):
+                client.images.get(image).tag(name)
+                began = time.monotonic()
+                said = began
+                for event in client.images.push(name, stream=True, decode=True):
+                    if "error" in event:
+                        raise SimulatorError(f"pushing the engine's image failed: {event['error']}")
+                    if time.monotonic() - said > 10:
+                        said = time.monotonic()
+                        self.say(f"pushing: {said - began:.0f} s")
+                with suppress(docker.errors.APIError):
+                    client.images.remove(name)
+        if run_in(internet, ["test", "-e", f"/srv/hub/{REPOSITORY}/repo.json"])[0] != 0:
+            source = model.ensure_model(client, images.engine(client, cache, self.say), cache, self.say)
+            self.say("filling the simulated huggingface.co")
+            files = {f"srv/hub/{REPOSITORY}/files/{path.name}": path.read_bytes() for path in source.iterdir()}
+            put(internet, files, mode=0o644)
+            put(internet, {f"srv/hub/{REPOSITORY}/repo.json": b'{"gated": true}\n'}, mode=0o644)
+
+    def _spark(self, client: docker.DockerClient, name: str, state: dict[str, Any], cache: Path) -> None:
+        known = state["sparks"][name]
+        try:
+            container = client.containers.get(self.container_name(name))
+        except docker.errors.NotFound:
+            image = images.build(client, known["flavour"], cache, self.say)
+            self.say(f"starting {name} ({known['flavour']})")
+            volumes = {
+                f"sparkfleet-{self.name}-{name}-{folder}": {"bind": f"/var/lib/{folder}", "mode": "rw"}
+                for folder in ("docker", "containerd")
+            }
+            ports = {"22/tcp": known["ssh"], "8000/tcp": known["http"]}
+            container = self._create(client, name, image, ports, volumes)
+            ssh = self.folder / "ssh"
+            put(
+                container,
+                {
+                    "etc/ssh/ssh_host_ed25519_key": (ssh / "host_ed25519").read_bytes(),
+                    "etc/simulator/nameserver": f"nameserver {state['address']}\n".encode(),
+                    "etc/simulator/meminfo": MEMINFO.encode(),
+                },
+            )
+            put(
+                container,
+                {
+                    "usr/local/share/ca-certificates/simulator.crt": (self.folder / "ca" / "ca.pem").read_bytes(),
+                    "etc/ssh/authorized_keys": (ssh / "id_ed25519.pub").read_bytes(),
+                },
+                mode=0o644,
+            )
+        container.start()
+
+    def _write_known_hosts(self, state: dict[str, Any]) -> None:
+        key = (self.folder / "ssh" / "host_ed25519.pub").read_text(encoding="ascii").strip()
+        lines = [f"[127.0.0.1]:{known['ssh']} {key}" for known in state["sparks"].values()]
+        write_private(self.folder / "ssh" / "known_hosts", "\n".join(lines) + "\n")
+
+    def _wait(self, client: docker.DockerClient, name: str, flavour: str) -> None:
+        container = client.containers.get(self.container_name(name))
+        port = self.state()["sparks"][name]["ssh"]
+
+        def ready() -> bool:
+            if not ssh_answers(port):
+                return False
+            if flavour == "dgxos" and run_in(container, ["docker", "version"])[0] != 0:
+                return False
+            return run_in(container, ["curl", "-fsS", "-o", "/dev/null", "https://nvcr.io/v2/"])[0] == 0
+
+        self._until(ready, name)
+
+    def _until(self, ready: Callable[[], bool], what: str) -> None:
+        began = said = time.monotonic()
+        while not ready():
+            now = time.monotonic()
+            if now - began > READY_SECONDS:
+                raise SimulatorError(f"{what} is not ready after {READY_SECONDS} s: docker logs, or `down` and `up`")
+            if now - said > 10:
+                said = now
+                self.say(f"waiting for {what}: {now - began:.0f} s")
+            time.sleep(0.5)
+
+    # -- what else one does with a world ----------------------------------------------------------------------
+
+    def down(self) -> None:
+        """Remove containers, networks, volumes and files of this world; images and shared volumes stay."""
+        client = docker_host.connect()
+        if client is not None:
+            filters = {"label": f"{LABEL}={self.name}"}
+            for container in client.containers.list(all=True, filters=filters):
+                container.remove(force=True, v=True)
+            for network in client.networks.list(filters=filters):
+                network.remove()
+            for volume in client.volumes.list():
+                if volume.name.startswith(f"sparkfleet-{self.name}-spark-"):
+                    volume.remove()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def container(self, host: str) -> Container:
+        """The running container of a host; an error that names the hosts there are."""
+        client = docker_host.connect()
+        if client is None or not self.state():
+            raise SimulatorError(f"world {self.name} is not up: python -m simulator up --world {self.name}")
+        try:
+            found: Container = client.containers.get(self.container_name(host))
+        except docker.errors.NotFound:
+            known = ", ".join([*self.state()["sparks"], "internet"])
+            raise SimulatorError(f"world {self.name} has no host {host}: it has {known}") from None
+        return found
+
+    def reboot(self, host: str) -> None:
+        """Restart a host as a reset button would."""
+        container = self.container(host)
+        container.kill()
+        container.start()
+        known = self.state()["sparks"].get(host)
+        client = docker_host.connect()
+        if known and client is not None:
+            self._wait(client, host, known["flavour"])
+
+    def throttle(self, registry: float | None, hub: float | None) -> None:
+        """Limit what leaves nvcr.io and huggingface.co, in megabits a second; None is no limit."""
+        internet, state = self.container("internet"), self.state()
+        run_in(internet, ["tc", "qdisc", "del", "dev", "eth0", "root"])
+        commands = ["qdisc add dev eth0 root handle 1: htb"]
+        for number, address, rate in ((1, state["address"], registry), (2, state["hub_address"], hub)):
+            if rate is None:
+                continue
+            commands += [
+                f"class add dev eth0 parent 1: classid 1:{number} htb rate {rate}mbit burst 256k",
+                f"filter add dev eth0 parent 1: protocol ip u32 match ip src {address}/32 "
+                f"match ip sport 443 0xffff flowid 1:{number}",
+            ]
+        if len(commands) == 1:
+            return
+        for command in commands:
+            code, output = run_in(internet, ["tc", *command.split()])
+            if code != 0:
+                raise SimulatorError(f"tc {command}: {output.strip()}")
+
+
+def purge(say: Say) -> None:
+    """Remove every trace: worlds, images, volumes, files, and a Docker that was installed for it."""
+    client = docker_host.connect()
+    worlds = home() / "worlds"
+    for folder in sorted(worlds.iterdir()) if worlds.is_dir() else []:
+        say(f"removing world {folder.name}")
+        World(folder.name, say).down()
+    if client is not None:
+        for container in client.containers.list(all=True, filters={"label": LABEL}):
+            container.remove(force=True, v=True)
+        for volume in client.volumes.list():
+            if volume.name.startswith(f"{images.PREFIX}-"):
+                volume.remove()
+        for image in client.images.list():
+            if any(tag.startswith(f"{images.PREFIX}/") for tag in image.tags):
+                for tag in image.tags:
+                    with suppress(docker.errors.APIError):
+                        client.images.remove(tag, force=True)
+        client.images.prune(filters={"label": "sparkfleet.sim"})
+        client.close()
+    docker_host.remove(home(), say)
+    shutil.rmtree(home(), ignore_errors=True)
+
+
+def dnsmasq(address: str, hub_address: str) -> str:
+    """Configuration of the name server: our names here, the rest where Docker sends them."""
+    lines = [f"address=/{name}/{hub_address if name == 'huggingface.co' else address}" for name in NAMES]
+    lines += [f"listen-address={address}", "bind-dynamic", "no-resolv", "server=127.0.0.11", "cache-size=1000"]
+    return "\n".join(lines) + "\n"
+
+
+def put(container: Container, files: dict[str, bytes], mode: int = 0o600) -> None:
+    """Write files into a container, running or not."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        folders: set[str] = set()
+        for name, content in files.items():
+            for parent in reversed(Path(name).parents):
+                if str(parent) not in (".", *folders):
+                    folders.add(str(parent))
+                    info = tarfile.TarInfo(str(parent))
+                    info.type, info.mode = tarfile.DIRTYPE, 0o755
+                    archive.addfile(info)
+            info = tarfile.TarInfo(name)
+            info.size, info.mode, info.mtime = len(content), mode, int(time.time())
+            archive.addfile(info, io.BytesIO(content))
+    container.put_archive("/", buffer.getvalue())
+
+
+def run_in(container: Container, command: list[str]) -> tuple[int, str]:
+    """Exit code and output of a command in a running container."""
+    result = container.exec_run(command)
+    return int(result.exit_code), result.output.decode(errors="replace")
+
+
+def registry_answers(port: int) -> bool:
+    """Whether the registry behind a loopback port speaks its protocol."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def registry_has(port: int, repository: str, tag: str) -> bool:
+    """Whether the registry has a tag."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/{repository}/tags/list", timeout=10) as answer:
+            return tag in (json.load(answer).get("tags") or [])
+    except OSError:
+        return False
+
+
+def ssh_answers(port: int) -> bool:
+    """Whether sshd greets on a loopback port."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
+            connection.settimeout(2)
+            return connection.recv(4) == b"SSH-"
+    except OSError:
+        return False
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody holds."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that its owner alone can read, in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_name(f".{path.name}.new")
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+    temporary.replace(path)
+
+
+@contextmanager
+def progress() -> Iterator[Say]:
+    """Lines with the seconds since the start."""
+    began = time.monotonic()
+    yield lambda text: print(f"[{time.monotonic() - began:4.0f} s] {text}", flush=True)
