@@ -251,13 +251,13 @@ class World:
                 container,
                 {
                     "etc/ssh/ssh_host_ed25519_key": (ssh / "host_ed25519").read_bytes(),
-                    "etc/simulator/nameserver": f"nameserver {state['address']}\n".encode(),
-                    "etc/simulator/meminfo": MEMINFO.encode(),
                 },
             )
             put(
                 container,
                 {
+                    "etc/simulator/nameserver": f"nameserver {state['address']}\n".encode(),
+                    "etc/simulator/meminfo": MEMINFO.encode(),
                     "usr/local/share/ca-certificates/simulator.crt": (self.folder / "ca" / "ca.pem").read_bytes(),
                     "etc/ssh/authorized_keys": (ssh / "id_ed25519.pub").read_bytes(),
                 },

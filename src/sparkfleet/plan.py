@@ -193,7 +193,6 @@ def prepare(target: Target, state: State) -> tuple[Work, Work, Work]:
     if found:
         differs = [f"{key} {found[key]} to {value}" for key, value in wanted.items() if found[key] != value]
         cache.add(differs, f"change {settings.cache_dir}: {', '.join(differs)}")
-    cache.add(state["project_dir"] is None, f"make {settings.project_dir}")
     cache.add(not state["token"]["current"], "write the Hugging Face token")
     cache.add(
         state["token"]["present"] and not state["token"]["private"],
