@@ -87,11 +87,11 @@ def _ask(world: World) -> None:
         raise SimulatorError(f"world {world.name} is not up: python -m simulator up --world {world.name}")
     for host, known in state["sparks"].items():
         url = f"http://127.0.0.1:{known['http']}/v1/chat/completions"
-        body = {"model": REPOSITORY, "messages": [{"role": "user", "content": QUESTION}]}
-        body.update(temperature=0, max_tokens=32)
+        messages = [{"role": "user", "content": QUESTION}]
+        body = {"model": REPOSITORY, "messages": messages, "temperature": 0, "max_tokens": 32}
         request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
+            with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310 - http, loopback
                 text = json.load(answer)["choices"][0]["message"]["content"]
         except (urllib.error.URLError, OSError) as error:
             raise SimulatorError(f"{host} does not answer at {url}: {error}") from None

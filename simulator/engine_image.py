@@ -85,13 +85,13 @@ def ensure_engine_image(client: docker.DockerClient, base: str, cache: Path, say
         wanted = [item for item in wanted if item not in layer]
         say(f"building the engine's image, layer {number} of {len(LAYERS)}")
         script = "set -e; test -x /opt/vllm/bin/python || python3 -m venv /opt/vllm; "
-        script += f"/opt/vllm/bin/pip install -q --no-cache-dir --no-compile --no-deps --no-index -f /wheels {' '.join(layer)}; {STRIP}"
+        install = "/opt/vllm/bin/pip install -q --no-cache-dir --no-compile --no-deps --no-index --find-links /wheels"
+        script += f"{install} {' '.join(layer)}; {STRIP}"
         if number == len(LAYERS):
-            script += (
-                "; mkdir -p '{d}'; printf 'Metadata-Version: 2.1\\nName: vllm\\nVersion: 0.32.0+cpu\\n' >'{d}/METADATA'; "
-                "touch '{d}/RECORD'; rm -f /opt/vllm/bin/vllm; cp /engine/vllm /opt/vllm/bin/vllm; "
-                "chmod 755 /opt/vllm/bin/vllm"
-            ).format(d=f"/opt/vllm/lib/python3.11/site-packages/{DIST_INFO}")
+            folder = f"/opt/vllm/lib/python3.11/site-packages/{DIST_INFO}"
+            metadata = "Metadata-Version: 2.1\\nName: vllm\\nVersion: 0.32.0+cpu\\n"
+            script += f"; mkdir -p {folder}; printf '{metadata}' >{folder}/METADATA; touch {folder}/RECORD"
+            script += "; install -m 755 /engine/vllm /opt/vllm/bin/vllm"
         image = _layer(client, image, script, wheels, name if number == len(LAYERS) else f"{name}-{number}")
     for number in range(1, len(LAYERS)):
         client.images.remove(f"{name}-{number}", noprune=True)

@@ -47,7 +47,7 @@ def debian(client: docker.DockerClient, suite: str, cache: Path, say: Say) -> st
             tar = Path(folder) / "root.tar"
             run(["mmdebstrap", "--variant=minbase", suite, str(tar)], f"making Debian {suite} with mmdebstrap", say)
             repository, _, tag = name.partition(":")
-            client.images.import_image_from_file(str(tar), repository=repository, tag=tag)
+            client.api.import_image_from_file(str(tar), repository=repository, tag=tag)
     return name
 
 

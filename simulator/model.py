@@ -48,7 +48,8 @@ def ensure_model(client: docker.DockerClient, image: str, cache: Path, say: Call
             stderr=True,
         )
     except docker.errors.ContainerError as error:
-        tail = (error.stderr or b"").decode(errors="replace").splitlines()[-8:]
+        # The message of this error carries the container's standard error.
+        tail = str(error).splitlines()[-8:]
         raise SimulatorError("converting the small model failed:\n" + "\n".join(tail)) from None
     partial.rename(folder)
     (cache / name).unlink()

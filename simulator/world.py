@@ -34,7 +34,7 @@ NAMES = ("nvcr.io", "huggingface.co", "nvidia.github.io")
 FLAVOURS = ("dgxos", "bare")
 LABEL = "sparkfleet.sim.world"
 #: What dockerd and systemd need inside; --privileged asks for more than some machines have.
-CAPABILITIES = (
+CAPABILITIES = (  # noqa: SIM905 - one name a line would hide the list
     "AUDIT_CONTROL AUDIT_READ AUDIT_WRITE BLOCK_SUSPEND DAC_READ_SEARCH IPC_LOCK IPC_OWNER LEASE LINUX_IMMUTABLE "
     "MAC_ADMIN MAC_OVERRIDE NET_ADMIN NET_BROADCAST SYS_ADMIN SYS_BOOT SYS_CHROOT SYS_MODULE SYS_NICE SYS_PACCT "
     "SYS_PTRACE SYS_RAWIO SYS_TIME SYS_TTY_CONFIG SYSLOG WAKE_ALARM"
@@ -144,7 +144,12 @@ class World:
         return ipaddress.IPv4Network(network.attrs["IPAM"]["Config"][0]["Subnet"])
 
     def _create(
-        self, client: docker.DockerClient, host: str, image: str, ports: dict[str, int], volumes: dict[str, Any],
+        self,
+        client: docker.DockerClient,
+        host: str,
+        image: str,
+        ports: dict[str, int],
+        volumes: dict[str, Any],
         address: str | None = None,
     ) -> Container:
         network = f"sparkfleet-{self.name}"
@@ -152,7 +157,7 @@ class World:
             cap_add=CAPABILITIES,
             security_opt=["seccomp=unconfined", "apparmor=unconfined"],
             device_cgroup_rules=["a *:* rwm"],
-            tmpfs={"/run": "exec", "/run/lock": "", "/tmp": "exec,mode=1777"},
+            tmpfs={"/run": "exec", "/run/lock": "", "/tmp": "exec,mode=1777"},  # noqa: S108 - the container's own
             shm_size="2g",
             port_bindings={port: ("127.0.0.1", number) for port, number in ports.items()},
             binds=volumes,
@@ -168,7 +173,7 @@ class World:
             ports=[tuple(port.split("/")) for port in ports],
             volumes=[bind["bind"] for bind in volumes.values()],
             host_config=limits,
-            networking_config=client.api.create_networking_config({network: endpoint}),
+            networking_config={"EndpointsConfig": {network: endpoint}},
             labels={LABEL: self.name},
         )
         container: Container = client.containers.get(created["Id"])
@@ -300,7 +305,7 @@ class World:
         """Remove containers, networks, volumes and files of this world; images and shared volumes stay."""
         client = docker_host.connect()
         if client is not None:
-            filters = {"label": f"{LABEL}={self.name}"}
+            filters: dict[str, str | list[str] | bool] = {"label": f"{LABEL}={self.name}"}
             for container in client.containers.list(all=True, filters=filters):
                 container.remove(force=True, v=True)
             for network in client.networks.list(filters=filters):
@@ -405,7 +410,8 @@ def put(container: Container, files: dict[str, bytes], mode: int = 0o600) -> Non
 def run_in(container: Container, command: list[str]) -> tuple[int, str]:
     """Exit code and output of a command in a running container."""
     result = container.exec_run(command)
-    return int(result.exit_code), result.output.decode(errors="replace")
+    output = result.output if isinstance(result.output, bytes) else b"".join(result.output)
+    return int(result.exit_code or 0), output.decode(errors="replace")
 
 
 def registry_answers(port: int) -> bool:

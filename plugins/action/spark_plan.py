@@ -12,7 +12,7 @@ from ansible.plugins.action import ActionBase
 from sparkfleet import SparkfleetError, compose, plan
 
 
-class ActionModule(ActionBase):
+class ActionModule(ActionBase):  # type: ignore[misc]
     """Runs the module spark_state on the host and makes the plan from what it found."""
 
     TRANSFERS_FILES = False

@@ -24,7 +24,11 @@ options:
   cache_group: {description: Group of the cache., type: str, default: docker}
   cache_mode: {description: Mode of the cache., type: str, default: "2775"}
   operator: {description: User who may run docker., type: str, default: root}
-  docker_source: {description: Where Docker is installed from., type: str, choices: [distribution, docker], default: distribution}
+  docker_source:
+    description: Where Docker is installed from.
+    type: str
+    choices: [distribution, docker]
+    default: distribution
   require_gb10: {description: Refuse a host without a GB10., type: bool, default: true}
   image_disk_gib: {description: Disk that the unpacked image takes in GiB., type: float, default: 25}
   service_state: {description: Whether the service is to run., type: str, choices: [started, stopped], default: started}

@@ -53,7 +53,6 @@ state:
   type: dict
 """
 
-import glob
 import grp
 import json
 import os
@@ -127,13 +126,13 @@ def disk(path: str) -> dict[str, Any]:
     while not where.exists():
         where = where.parent
     figures = os.statvfs(where)
-    return {"free": figures.f_bavail * figures.f_frsize, "device": os.stat(where).st_dev}
+    return {"free": figures.f_bavail * figures.f_frsize, "device": where.stat().st_dev}
 
 
 def folder(path: str) -> dict[str, Any] | None:
     """Owner, group and mode of a folder, or None when there is none."""
     try:
-        info = os.stat(path)
+        info = Path(path).stat()
     except OSError:
         return None
 
@@ -154,7 +153,7 @@ def folder(path: str) -> dict[str, Any] | None:
 def token_file(path: str, token: str) -> dict[str, Any]:
     """Whether the token file is there, private, and holds ``token`` (true when none was given)."""
     try:
-        info, text = os.stat(path), Path(path).read_text(encoding="utf-8").strip()
+        info, text = Path(path).stat(), Path(path).read_text(encoding="utf-8").strip()
     except OSError:
         return {"present": False, "private": False, "current": not token}
     private = stat.S_IMODE(info.st_mode) == 0o600 and info.st_uid == 0
@@ -175,10 +174,10 @@ def listener(port: int) -> dict[str, Any] | None:
                 inodes.add(f"socket:[{fields[9]}]")
     if not inodes:
         return None
-    for link in glob.iglob("/proc/[0-9]*/fd/*"):
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
         try:
-            if os.readlink(link) in inodes:
-                pid = int(link.split("/")[2])
+            if str(link.readlink()) in inodes:
+                pid = int(link.parts[2])
                 return {"pid": pid, "process": Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip()}
         except OSError:
             continue

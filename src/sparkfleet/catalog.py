@@ -158,20 +158,9 @@ class _Reader:
         return arguments
 
     def card(self, data: Any) -> Card:
-        known = tuple(
-            [
-                "name",
-                "service",
-                "repo",
-                "revision",
-                "image",
-                "download_gib",
-                "licence",
-                "arguments",
-                "profiles",
-                "verify",
-                "sources",
-            ]
+        known = (
+            *("name", "service", "repo", "revision", "image", "download_gib", "licence"),
+            *("arguments", "profiles", "verify", "sources"),
         )
         card = self.mapping(data, "card", known)
         size = card.get("download_gib")

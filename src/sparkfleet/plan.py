@@ -171,7 +171,8 @@ def prepare(target: Target, state: State) -> tuple[Work, Work, Work]:
     )
     docker.add(
         version(engine["compose"]) < MINIMUM_COMPOSE,
-        f"install Docker's Compose plugin {'.'.join(map(str, MINIMUM_COMPOSE))} or newer (found {engine['compose'] or 'none'})",
+        f"install Docker's Compose plugin {'.'.join(map(str, MINIMUM_COMPOSE))} or newer "
+        f"(found {engine['compose'] or 'none'})",
     )
     docker.add(not state["operator"]["in_docker_group"], f"put {settings.operator} into the group docker")
 
@@ -360,7 +361,8 @@ def _hub_findings(target: Target, state: State, refuse: Any) -> None:
     if hub["status"] == 0:
         refuse(
             "hub-unreachable",
-            f"the host does not reach the Hugging Face Hub ({hub['error']}): check its name server, proxy and certificates",
+            f"the host does not reach the Hugging Face Hub ({hub['error']}): check its name server, proxy "
+            "and certificates",
         )
     elif hub["status"] == 401 and not has_token:
         refuse(

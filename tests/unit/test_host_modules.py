@@ -112,9 +112,7 @@ def test_nvidia_runtime(tmp_path: Path, run: Run, command: Any) -> None:
     assert not run(nvidia_container_runtime, config=config)["changed"]
 
 
-def test_nvidia_runtime_before_the_toolkit_is_there(
-    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nvidia_runtime_before_the_toolkit_is_there(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     preview = run(nvidia_container_runtime, check=True, config=tmp_path / "daemon.json")
     assert preview["changed"] and "nvidia-container-runtime" in preview["diff"]["after"]

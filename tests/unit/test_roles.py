@@ -1,0 +1,32 @@
+"""The roles keep their promises: every default is specified, every page is current."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+ROLES = sorted(path.name for path in (ROOT / "roles").iterdir())
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_defaults_and_specs_name_the_same_variables(role: str) -> None:
+    folder = ROOT / "roles" / role
+    defaults = yaml.safe_load((folder / "defaults" / "main.yml").read_text(encoding="utf-8"))
+    spec = yaml.safe_load((folder / "meta" / "argument_specs.yml").read_text(encoding="utf-8"))
+    options = spec["argument_specs"]["main"]["options"]
+    assert set(defaults) == {name for name, option in options.items() if not option.get("required")}
+    for name, option in options.items():
+        if "default" in option:
+            assert option["default"] == defaults[name], name
+
+
+def test_generated_pages_are_current() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "docs", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
