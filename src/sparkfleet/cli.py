@@ -18,8 +18,8 @@ BAD_INPUT = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    # A reader that has seen enough (`| head`) ends us quietly.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if argv is None:  # as a command: a reader that has seen enough (`| head`) ends it quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     options = _parser().parse_args(argv)
     try:
         return int(options.run(options))

@@ -598,10 +598,16 @@ def match(
 ) -> list[Finding]:
     """What log lines, an HTTP status of the Hub or a container's end tell: failures in the order of the table, then
     harmless ones. An exit code counts only where nothing else was found."""
-    cleaned = [clean(line) for line in lines]
+    read = [plain(split_stamp(line)[1]) for line in lines]
     found: dict[str, Finding] = {}
     for failure, patterns in _COMPILED:
-        hits = [line for line in cleaned if any(pattern.search(line) for pattern in patterns)]
+        hits = [
+            message.strip()
+            for level, message in read
+            # What vLLM itself calls a warning or an information did not end it.
+            if (failure.harmless or level not in ("DEBUG", "INFO", "WARNING"))
+            and any(pattern.search(message) for pattern in patterns)
+        ]
         if (
             hits
             or (status is not None and status in failure.statuses)

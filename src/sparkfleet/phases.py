@@ -188,12 +188,12 @@ class Tracker:
         return [{"phase": phase, "seconds": round(seconds, 1)} for phase, seconds in found.items()]
 
     def kv_words(self) -> str:
-        """The KV cache in words: `KV cache 66.25 GiB, 271,360 tokens, 8.48x 32,000`."""
+        """The KV cache in words: `KV cache 66.25 GiB, 271,360 tokens, 8.48 requests of 32,000`."""
         words = [f"{self.kv['gib']:.2f} GiB"] if "gib" in self.kv else []
         if "tokens" in self.kv:
             words.append(f"{self.kv['tokens']:,} tokens")
         if "max_concurrency" in self.kv:
-            words.append(f"{self.kv['max_concurrency']:.2f} x {self.kv['context']:,}")
+            words.append(f"{self.kv['max_concurrency']:.2f} requests of {self.kv['context']:,}")
         return "KV cache " + ", ".join(words)
 
     def _enter(self, step: Step) -> None:
