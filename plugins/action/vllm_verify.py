@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Action: proves that an endpoint answers, shows the checks as a table, saves the result on the controller.
+
+    - vllm_verify:
+        model: nvidia/Llama-3.1-8B-Instruct-FP8
+        question: What is the capital of France? Answer in one short sentence.
+        expect: Paris
+        report: reports/spark-1.json      # on the controller; none when empty
+
+All other options are those of the module of the same name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from ansible.errors import AnsibleActionFail
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+
+from sparkfleet import failures
+
+display = Display()
+
+
+class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
+    """Runs the module vllm_verify on the host."""
+
+    TRANSFERS_FILES = False
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return what the module found; fail with the first check that did, its cause and its remedy."""
+        task_vars = task_vars or {}
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        arguments = dict(self._task.args)
+        report = str(arguments.pop("report", "") or "")
+        answer = self._execute_module(module_name="vllm_verify", module_args=arguments, task_vars=task_vars)
+        if "checks" not in answer:
+            return {**result, **answer}
+        host = str(task_vars.get("inventory_hostname", "localhost"))
+        made = answer.get("invocation", {}).get("module_args", arguments)
+        display.display(table(host, made, answer))
+        if report and not self._task.check_mode:
+            path = Path(self._loader.path_dwim(report))
+            save(path, record(host, made, answer))
+            answer["report"] = str(path)
+        if answer.get("failed"):
+            answer["msg"] = f"{host} is not verified: {answer['msg']}{advice(answer.get('failure', ''))}"
+        return {**result, **answer, "changed": False}
+
+
+def advice(failure: str) -> str:
+    """Cause, remedy and name of an entry in the table of failures; "" for none."""
+    known = failures.BY_ID.get(failure)
+    return f". {known.cause[0].upper()}{known.cause[1:]}. {known.remedy} [{failure}]" if known else ""
+
+
+def table(host: str, made: dict[str, Any], answer: dict[str, Any]) -> str:
+    """Checks, results, details and times in aligned columns, then question and answer."""
+    rows = [("check", "result", "detail", "time")]
+    rows += [
+        (check["name"], "ok" if check["ok"] else "FAILED", check["detail"], f"{check['seconds']:.2f} s")
+        for check in answer["checks"]
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    widths[2] = min(widths[2], 60)
+    lines = [f"{host}  {made.get('model', '')} at {made.get('url', '')}"]
+    for name, result, detail, seconds in rows:
+        # A long detail is one of a failure: it comes whole in the message.
+        short = detail if len(detail) <= widths[2] else f"{detail[: widths[2] - 3]}..."
+        lines.append(f"  {name:<{widths[0]}}  {result:<{widths[1]}}  {short:<{widths[2]}}  {seconds:>7}")
+    if answer.get("answer"):
+        lines += [f"  question: {made.get('question', '')}", f"  answer:   {' '.join(answer['answer'].split())}"]
+    return "\n".join(lines)
+
+
+def record(host: str, made: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+    """What is saved: host, time (UTC), url, model, question, and the result of the module."""
+    kept = {
+        key: value for key, value in answer.items() if key not in ("invocation", "changed", "failed", "deprecations")
+    }
+    return {
+        "host": host,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **{key: made.get(key) for key in ("url", "model", "question", "expect", "prompt", "prompt_expect")},
+        **{key: value for key, value in kept.items() if not key.startswith("_")},
+    }
+
+
+def save(path: Path, data: dict[str, Any]) -> None:
+    """Write JSON as a whole or not at all, mode 0644; folders are made. Raises AnsibleActionFail."""
+    scratch = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(data, file, indent=2, ensure_ascii=False, sort_keys=False)
+            file.write("\n")
+        Path(scratch).chmod(0o644)
+        Path(scratch).replace(path)
+    except OSError as error:
+        if scratch:
+            with contextlib.suppress(OSError):
+                Path(scratch).unlink()
+        raise AnsibleActionFail(f"report {path} on this machine: {error.strerror}; set another path") from None

@@ -1,0 +1,228 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
+"""A look at an engine that starts: one long poll."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: vllm_wait
+short_description: Looks at an engine that starts, waiting a little for a change
+description:
+  - Polls the container's state and C(/health) until the engine is ready, the container has ended or started anew, or
+    the slice is over; then returns, with what the log says since the cursor. Changes nothing.
+  - The action of the same name repeats it until the engine is ready, has failed or O(timeout) is over, showing phases
+    with their figures, and explains a failure. The module alone ignores O(timeout).
+options:
+  container:
+    description: Name of the engine's container.
+    type: str
+    required: true
+  url:
+    description: Where the engine answers, as seen from the host.
+    type: str
+    default: http://127.0.0.1:8000
+  timeout:
+    description: Seconds until the action gives up.
+    type: float
+    default: 1800
+  slice:
+    description: Seconds of one long poll.
+    type: float
+    default: 3
+  cursor:
+    description: RFC 3339 time of the last log line seen; empty for all lines since the container's last start.
+    type: str
+    default: ""
+  restarts:
+    description: Return at once when the container was restarted more often than this; -1 for never.
+    type: int
+    default: -1
+  socket:
+    description: Socket of the Docker engine.
+    type: path
+    default: /var/run/docker.sock
+author: ["The Sparkfleet developers"]
+attributes:
+  check_mode: {support: full, description: The module reads; the action says that it would wait.}
+  diff_mode: {support: none, description: There is nothing to show.}
+"""
+
+EXAMPLES = r"""
+- name: Wait until the engine is ready
+  vllm_wait:
+    container: vllm-llama31-8b-fp8
+    url: http://127.0.0.1:8000
+    timeout: 1800
+"""
+
+RETURN = r"""
+ready: {description: Whether C(/health) answered 200 and the container runs., returned: always, type: bool}
+state:
+  description: running, exited, restarting or missing. A container that could not be started counts as exited.
+  returned: always
+  type: str
+exit_code: {description: Exit code of the last end., returned: always, type: int}
+restart_count: {description: How often Docker restarted the container., returned: always, type: int}
+oom_killed: {description: Whether the kernel killed it for memory., returned: always, type: bool}
+error: {description: What Docker says about a start that failed., returned: always, type: str}
+started_at: {description: RFC 3339 time of the last start., returned: always, type: str}
+log_lines: {description: Lines since the cursor with their times., returned: always, type: list, elements: str}
+cursor: {description: Time of the last line read., returned: always, type: str}
+now: {description: Unix time of the host., returned: always, type: float}
+seconds: {description: By the action; how long it waited., returned: action, type: float}
+phases: {description: By the action; phase and seconds of each., returned: action, type: list, elements: dict}
+kv_cache: {description: By the action; gib, tokens, max_concurrency and context of it., returned: action, type: dict}
+weights_gib: {description: By the action; size of the loaded weights., returned: action, type: float}
+failure: {description: By the action; entry in the table of failures., returned: failure, type: str}
+log_excerpt: {description: By the action; the lines that say why., returned: failure, type: list, elements: str}
+"""
+
+import calendar
+import itertools
+import re
+import time
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.sparkfleet_docker import Docker, DockerError
+from ansible.module_utils.sparkfleet_http import Client, HttpError
+
+POLL = 0.25  # seconds between two looks
+HEALTH_TIMEOUT = 2.0  # seconds
+HEAD = 1500  # lines read at once, counted from the cursor
+TAIL = 400  # where there are more: the last lines, which tell how it stands
+LINE = 4000  # characters of a line that are kept; the dump of vLLM's configuration is longer
+
+
+def instant(stamp: str) -> tuple[int, int]:
+    """Unix seconds and nanoseconds of an RFC 3339 time in UTC, as Docker writes it; (0, 0) if it is none."""
+    found = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z", stamp)
+    if not found or stamp.startswith("0001-"):
+        return 0, 0
+    seconds = calendar.timegm(time.strptime(found[1], "%Y-%m-%dT%H:%M:%S"))
+    return seconds, int((found[2] or "0").ljust(9, "0"))
+
+
+def just_before(stamp: str) -> str:
+    """A second before a start: Docker notes it when the first lines may be written already. "" for no time."""
+    seconds, _ = instant(stamp)
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds - 1)) if seconds else ""
+
+
+_SECRET = re.compile(r"""hf_[A-Za-z0-9]{8,}|(?<=api_key)(['"]?\s*[:=]\s*)(?:\[[^\]]*\]|'[^']*'|"[^"]*"|[^\s,]+)""")
+
+
+def redact(line: str) -> str:
+    """A log line without tokens and API keys (vLLM prints its arguments; vllm issue 52523)."""
+    return _SECRET.sub(lambda found: f"{found[1] or ''}***", line)
+
+
+def look(docker: Docker, name: str) -> dict[str, Any]:
+    """State of a container, as the module returns it. Raises DockerError."""
+    found = docker.container(name)
+    if found is None:
+        return {
+            "state": "missing",
+            "exit_code": 0,
+            "restart_count": 0,
+            "oom_killed": False,
+            "error": "",
+            "started_at": "",
+            "tty": False,
+        }
+    state = found.get("State") or {}
+    if state.get("Restarting"):
+        word = "restarting"
+    elif state.get("Running"):
+        word = "running"
+    else:
+        word = "exited"  # created, exited, dead
+    return {
+        "state": word,
+        "exit_code": int(state.get("ExitCode") or 0),
+        "restart_count": int(found.get("RestartCount") or 0),
+        "oom_killed": bool(state.get("OOMKilled")),
+        "error": str(state.get("Error") or ""),
+        "started_at": str(state.get("StartedAt") or ""),
+        "tty": bool((found.get("Config") or {}).get("Tty")),
+    }
+
+
+def read_log(docker: Docker, name: str, since: str, tty: bool, tail: int | None = None) -> list[str]:
+    """Log lines later than `since`, oldest first: the first HEAD of them, or the last `tail`. Raises DockerError."""
+    seconds, nanos = instant(since)
+    query = urlencode(
+        {
+            "stdout": 1,
+            "stderr": 1,
+            "timestamps": 1,
+            "since": f"{seconds}.{nanos:09d}" if seconds else 0,
+            "tail": "all" if tail is None else tail,
+        }
+    )
+    frames = docker.frames(f"/containers/{quote(name, safe='')}/logs?{query}", tty, docker.timeout)
+    later = (line for line in frames if instant(line.partition(" ")[0]) > (seconds, nanos))
+    return [line[:LINE] for line in itertools.islice(later, HEAD)]
+
+
+def healthy(client: Client) -> bool:
+    """Whether /health answers 200."""
+    try:
+        return bool(client.get("/health", HEALTH_TIMEOUT).status == 200)
+    except HttpError:
+        return False
+
+
+def wait(docker: Docker, client: Client, name: str, seconds: float, restarts: int) -> dict[str, Any]:
+    """The long poll. Raises DockerError."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = look(docker, name)
+        found["ready"] = found["state"] == "running" and healthy(client)
+        over = found["ready"] or found["state"] != "running" or 0 <= restarts < found["restart_count"]
+        left = deadline - time.monotonic()
+        if over or left <= 0:
+            return found
+        time.sleep(min(POLL, left))
+
+
+def new_lines(docker: Docker, name: str, found: dict[str, Any], cursor: str) -> list[str]:
+    """The log since the cursor; of a container that has ended, its last lines too. Raises DockerError."""
+    if found["state"] == "missing":
+        return []
+    lines = read_log(docker, name, cursor or just_before(found["started_at"]), found["tty"])
+    if len(lines) == HEAD and not found["ready"]:
+        lines += read_log(docker, name, lines[-1].partition(" ")[0], found["tty"], TAIL)
+    return [redact(line) for line in lines]
+
+
+def main() -> None:
+    """Entry point of the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "container": {"type": "str", "required": True},
+            "url": {"type": "str", "default": "http://127.0.0.1:8000"},
+            "timeout": {"type": "float", "default": 1800.0},
+            "slice": {"type": "float", "default": 3.0},
+            "cursor": {"type": "str", "default": ""},
+            "restarts": {"type": "int", "default": -1},
+            "socket": {"type": "path", "default": "/var/run/docker.sock"},
+        },
+        supports_check_mode=True,
+    )
+    params = module.params
+    docker = Docker(params["socket"])
+    try:
+        client = Client(params["url"])
+        found = wait(docker, client, params["container"], params["slice"], params["restarts"])
+        lines = new_lines(docker, params["container"], found, params["cursor"])
+    except (DockerError, HttpError) as error:
+        module.fail_json(msg=str(error))
+    del found["tty"]
+    cursor = lines[-1].partition(" ")[0] if lines else params["cursor"]
+    module.exit_json(changed=False, log_lines=lines, cursor=cursor, now=time.time(), **found)
+
+
+if __name__ == "__main__":
+    main()
