@@ -159,11 +159,13 @@ def explain(container: str, answer: dict[str, Any], watch: Watch) -> dict[str, A
     else:
         what = f"{container} was not ready {after}"
         known = known or [failures.Finding(failures.BY_ID["start-timeout"])]
-    finding = known[0] if known else failures.Finding(failures.BY_ID["engine-died"])
+    failure = known[0].failure if known else failures.BY_ID["engine-died"]
+    # Of what was seen from outside the title would say the same again.
+    why = known[0].message if known and known[0].lines else f"{failure.cause}. {failure.remedy}"
     excerpt = failures.relevant(log, known)
     shown = "".join(f"\n  {line}" for line in excerpt)
     return {
-        "failure": finding.failure.id,
+        "failure": failure.id,
         "log_excerpt": excerpt,
-        "msg": f"{what}: {finding.message}{again} [{finding.failure.id}]{shown}",
+        "msg": f"{what}: {why}{again} [{failure.id}]{shown}",
     }

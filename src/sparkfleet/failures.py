@@ -104,6 +104,13 @@ TABLE: tuple[Failure, ...] = (
         exit_codes=(137,),
         chapter=MEMORY,
     ),
+    Failure(
+        "shared-memory-small",
+        "the container's shared memory is too small",
+        "/dev/shm has Docker's default of 64 MiB",
+        "Give the service `ipc: host`, as Sparkfleet's compose file does.",
+        (r"Insufficient space in /dev/shm", r"insufficient shared memory", r"No space left on device: '/dev/shm"),
+    ),
     # -- the engine's start: kernels and GPU -------------------------------------------------------------------
     Failure(
         "triton-sm121a",
