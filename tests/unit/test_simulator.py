@@ -62,7 +62,11 @@ def said() -> list[str]:
 
 
 def test_stand_ins_can_be_run() -> None:
-    files = [SMI, *(ROOTFS / "toolkit/usr/bin").iterdir(), ROOTFS / "spark/usr/local/lib/sparkfleet-sim/bin/runc"]
+    files = [
+        SMI,
+        *(ROOTFS / "toolkit/usr/bin").iterdir(),
+        ROOTFS / "spark/usr/local/lib/sparkfleet-sim/bin/runc",
+    ]
     assert len(files) == 5
     for file in files:
         assert os.access(file, os.X_OK), file
@@ -152,7 +156,10 @@ def test_nvidia_ctk_refuses_another_runtime(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("verb", [["create", "--bundle"], ["run", "-b"], ["state"]])
 def test_runc_drops_the_memlock_limit_alone(verb: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = [{"type": "RLIMIT_MEMLOCK", "hard": 1, "soft": 1}, {"type": "RLIMIT_STACK", "hard": 2, "soft": 2}]
+    limits = [
+        {"type": "RLIMIT_MEMLOCK", "hard": 1, "soft": 1},
+        {"type": "RLIMIT_STACK", "hard": 2, "soft": 2},
+    ]
     spec = {"process": {"args": ["true"], "rlimits": limits}, "root": {"path": "rootfs"}}
     config = tmp_path / "config.json"
     config.write_text(json.dumps(spec))
@@ -416,8 +423,7 @@ def test_ssh_does_not_answer_where_nobody_listens() -> None:
 
 def test_until_gives_up(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     clock = iter(range(0, 1000, 7))
-    monkeypatch.setattr(world.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(world.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(world, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None))
     with pytest.raises(shell.SimulatorError, match="spark-1 is not ready after 120 s"):
         World("demo", said.append)._until(lambda: False, "spark-1")
     assert "waiting for spark-1: 14 s" in said
@@ -465,7 +471,12 @@ def engine_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeEngine]:
 
 
 def test_down_takes_its_own_alone(home: Path, engine_of: Callable[..., FakeEngine]) -> None:
-    foreign = ["sparkfleet-demo2-spark-1-docker", "sparkfleet-sim-registry-vllm", "sparkfleet-sim-hub", "pgdata"]
+    foreign = [
+        "sparkfleet-demo2-spark-1-docker",
+        "sparkfleet-sim-registry-vllm",
+        "sparkfleet-sim-hub",
+        "pgdata",
+    ]
     engine = engine_of([*foreign, "sparkfleet-demo-spark-1-docker", "sparkfleet-demo-spark-1-containerd"])
     made, other = write_world("demo"), write_world("demo2")
     made.down()
@@ -484,7 +495,7 @@ def test_throttle_shapes_each_name_apart(home: Path, engine_of: Callable[..., Fa
     made = write_world()
     made._save({**made.state(), "address": "172.20.255.254", "hub_address": "172.20.255.253"})
     made.throttle(100, 20)
-    classes = {line.split()[7]: line for line in engine.ran if " class add " in line}
+    classes = {line.split()[8]: line for line in engine.ran if " class add " in line}
     filters = {line.split()[-1]: line for line in engine.ran if " filter add " in line}
     assert "rate 100mbit" in classes["1:1"] and "src 172.20.255.254/32" in filters["1:1"]
     assert "rate 20mbit" in classes["1:2"] and "src 172.20.255.253/32" in filters["1:2"]
@@ -559,7 +570,7 @@ def test_an_image_is_named_after_what_goes_into_it(tmp_path: Path, monkeypatch: 
 def test_ensure_uses_the_engine_that_answers(home: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     client = object()
     monkeypatch.setattr(docker_host, "connect", lambda: client)
-    monkeypatch.setattr(docker_host.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(docker_host, "shutil", SimpleNamespace(which=lambda name: f"/usr/bin/{name}"))
     monkeypatch.setattr(docker_host, "_install", lambda *arguments: pytest.fail("installs"))
     assert docker_host.ensure(home, said.append) is client
 
@@ -579,7 +590,8 @@ def test_ensure_says_what_to_do(
         monkeypatch.setenv("DOCKER_HOST", host)
     monkeypatch.setattr(docker_host, "connect", lambda: None)
     monkeypatch.setattr(os, "geteuid", lambda: user)
-    monkeypatch.setattr(docker_host.shutil, "which", lambda name: "/usr/bin/apt-get" if apt else None)
+    which = SimpleNamespace(which=lambda name: "/usr/bin/apt-get" if apt else None)
+    monkeypatch.setattr(docker_host, "shutil", which)
     monkeypatch.setattr(docker_host, "_install", lambda *arguments: pytest.fail("installs"))
     with pytest.raises(shell.SimulatorError, match=re.escape(expected)):
         docker_host.ensure(home, lambda text: None)
@@ -610,8 +622,10 @@ def removals(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         assert command[:3] == ["apt-get", "purge", "-y"] and options["check"]
         taken.extend(command[4:])
 
-    monkeypatch.setattr(docker_host.subprocess, "run", run)
-    monkeypatch.setattr(docker_host.shutil, "rmtree", lambda folder, ignore_errors: taken.append(folder))
+    # The modules as docker_host sees them, so that nothing else in this process meets them.
+    monkeypatch.setattr(docker_host, "subprocess", SimpleNamespace(run=run))
+    rmtree = SimpleNamespace(rmtree=lambda folder, ignore_errors: taken.append(folder))
+    monkeypatch.setattr(docker_host, "shutil", rmtree)
     return taken
 
 
