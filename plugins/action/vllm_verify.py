@@ -44,7 +44,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         if "checks" not in answer:
             return {**result, **answer}
         host = str(task_vars.get("inventory_hostname", "localhost"))
-        made = answer.get("invocation", {}).get("module_args", arguments)
+        made = {"url": "http://127.0.0.1:8000", **arguments, **answer.get("invocation", {}).get("module_args", {})}
         display.display(table(host, made, answer))
         if report and not self._task.check_mode:
             path = Path(self._loader.path_dwim(report))

@@ -443,6 +443,20 @@ TABLE: tuple[Failure, ...] = (
         "permissions, a broken disk or a missing folder on the host",
         "Run playbooks/prepare.yml, then fetch again.",
     ),
+    Failure(
+        "checksum",
+        "a downloaded file is not what the Hub says it is",
+        "the transfer damaged it, or something in between changed it",
+        "Run again: the file is fetched anew. If it stays so, look for a proxy that alters downloads.",
+        chapter=INCOMPLETE,
+    ),
+    Failure(
+        "docker",
+        "Docker refused or does not answer",
+        "the engine is not running, or the operator may not use it",
+        "See `systemctl status docker` and `journalctl -u docker` on the host; run playbooks/prepare.yml.",
+        (r"Cannot connect to the Docker daemon", r"Is the docker daemon running"),
+    ),
     # -- before anything changes -------------------------------------------------------------------------------
     Failure(
         "not-a-spark",

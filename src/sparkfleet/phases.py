@@ -55,6 +55,14 @@ def plain(line: str) -> tuple[str, str]:
     return (found["level"] or "", text[found.end() :]) if found else ("", text)
 
 
+IDLE = 1.0  # seconds; a "download" that is shorter found everything there
+
+
+def _idle(step: Step, following: Step) -> bool:
+    """Whether vLLM only looked for files that it had."""
+    return step.phase == DOWNLOADING and not step.figure and following.at - step.at < IDLE
+
+
 Reading = tuple[str, str]  # phase, figure
 _Read = Callable[["Tracker", "re.Match[str]"], Reading]
 
@@ -106,7 +114,7 @@ _RULES: tuple[tuple[re.Pattern[str], _Read], ...] = tuple(
             r"[\w.-]+\.safetensors: .*?\| ([\d.]+[kMGT]?)B?/([\d.]+[kMGT]?)B? ",
             _say(DOWNLOADING, r"\1 of \2B"),
         ),
-        (r"Time spent downloading weights for .*?: ([\d.]+?)\d* seconds", _say(DOWNLOADING, r"done, \1 s")),
+        (r"Time spent downloading weights for .*?: (\d+(?:\.\d)?)\d* seconds", _say(DOWNLOADING, r"done, \1 s")),
         (r"Starting to load model|Loading drafter model|Loading model from scratch", _say(LOADING)),
         (
             r"[Ll]oading (?:[\w.]+ )*(?:shards|Streamer|loader): .*?(\d+)/(\d+)",
@@ -153,6 +161,7 @@ class Tracker:
         self.step = Step(STARTING, "", began)
         self.kv: dict[str, float | int] = {}
         self.weights_gib: float | None = None
+        self.served: float | None = None  # when the server said that it listens
         self.graphs = True  # whether CUDA graphs are captured after the KV cache is made
         self._began: list[tuple[str, float]] = [(STARTING, began)]
 
@@ -168,14 +177,14 @@ class Tracker:
                 if (step.phase, step.figure) == (self.step.phase, self.step.figure):
                     continue
                 self._enter(step)
-                if told and told[-1].phase == step.phase:
+                if told and (told[-1].phase == step.phase or _idle(told[-1], step)):
                     told.pop()
                 told.append(step)
         return told
 
     def ready(self, at: float) -> Step:
-        """The engine answers: the last phase ends."""
-        self._enter(Step(READY, "", at))
+        """The engine answers at `at`; ready it was when its server said so, if it did."""
+        self._enter(Step(READY, "", at if self.served is None else min(at, self.served)))
         return self.step
 
     def phases(self, now: float) -> list[dict[str, Any]]:
@@ -183,7 +192,7 @@ class Tracker:
         marks = [*self._began, ("", now)]
         found: dict[str, float] = {}
         for (phase, start), (_, end) in itertools.pairwise(marks):
-            if phase != READY:
+            if phase != READY and not (phase == DOWNLOADING and end - start < IDLE):
                 found[phase] = found.get(phase, 0.0) + max(end - start, 0.0)
         return [{"phase": phase, "seconds": round(seconds, 1)} for phase, seconds in found.items()]
 
@@ -206,6 +215,8 @@ class Tracker:
         _, message = plain(text)
         if _EAGER.search(message):
             self.graphs = False
+        if message.startswith("Application startup complete"):
+            self.served = at
         for pattern, read in _RULES:
             if found := pattern.search(message):
                 phase, figure = read(self, found)
