@@ -26,6 +26,21 @@ from ansible.utils.display import Display
 
 from sparkfleet import failures
 
+# Of the module's result; Ansible adds keys of its own, not all of them plain data.
+KEPT = (
+    "verified",
+    "msg",
+    "failure",
+    "checks",
+    "answer",
+    "completion",
+    "ttft_ms",
+    "tokens_per_second",
+    "usage",
+    "verify_id",
+    "seconds",
+)
+
 display = Display()
 
 
@@ -43,6 +58,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         answer = self._execute_module(module_name="vllm_verify", module_args=arguments, task_vars=task_vars)
         if "checks" not in answer:
             return {**result, **answer}
+        answer.pop("exception", None)  # the module's own account of its failure; the message below says more
         host = str(task_vars.get("inventory_hostname", "localhost"))
         made = {"url": "http://127.0.0.1:8000", **arguments, **answer.get("invocation", {}).get("module_args", {})}
         display.display(table(host, made, answer))
@@ -50,9 +66,13 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             path = Path(self._loader.path_dwim(report))
             save(path, record(host, made, answer))
             answer["report"] = str(path)
-        if answer.get("failed"):
-            answer["msg"] = f"{host} is not verified: {answer['msg']}{advice(answer.get('failure', ''))}"
-        return {**result, **answer, "changed": False}
+        if not answer.get("failed"):
+            return {**result, **answer, "changed": False}
+        # The table was shown and the report has the rest: what fails a play is one message.
+        failure = str(answer.get("failure", ""))
+        kept = {key: answer[key] for key in ("verified", "answer", "report") if key in answer}
+        message = f"{host} is not verified: {answer['msg']}{advice(failure)}"
+        return {**result, **kept, "changed": False, "failed": True, "failure": failure, "msg": message}
 
 
 def advice(failure: str) -> str:
@@ -82,26 +102,22 @@ def table(host: str, made: dict[str, Any], answer: dict[str, Any]) -> str:
 
 def record(host: str, made: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     """What is saved: host, time (UTC), url, model, question, and the result of the module."""
-    kept = {
-        key: value for key, value in answer.items() if key not in ("invocation", "changed", "failed", "deprecations")
-    }
     return {
         "host": host,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **{key: made.get(key) for key in ("url", "model", "question", "expect", "prompt", "prompt_expect")},
-        **{key: value for key, value in kept.items() if not key.startswith("_")},
+        **{key: answer[key] for key in KEPT if key in answer},
     }
 
 
 def save(path: Path, data: dict[str, Any]) -> None:
     """Write JSON as a whole or not at all, mode 0644; folders are made. Raises AnsibleActionFail."""
-    scratch = ""
+    scratch, text = "", json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=2, ensure_ascii=False, sort_keys=False)
-            file.write("\n")
+            file.write(text)
         Path(scratch).chmod(0o644)
         Path(scratch).replace(path)
     except OSError as error:

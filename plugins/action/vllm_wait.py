@@ -75,14 +75,16 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             changed=False,
             ready=answer["ready"],
             seconds=round(watch.elapsed(), 1),
+            restart_count=answer["restart_count"],
+        )
+        if not answer["ready"]:
+            return {**result, "failed": True, **explain(container, answer, watch)}
+        result.update(
             phases=watch.phases(),
             kv_cache=watch.tracker.kv,
             weights_gib=watch.tracker.weights_gib,
-            restart_count=answer["restart_count"],
             started_at=answer["started_at"],
         )
-        if not answer["ready"]:
-            result.update(failed=True, **explain(container, answer, watch))
         return result
 
 
@@ -136,7 +138,7 @@ class Watch:
 
 
 def explain(container: str, answer: dict[str, Any], watch: Watch) -> dict[str, Any]:
-    """msg, failure and log_excerpt of a start that failed."""
+    """msg and failure of a start that failed."""
     log = [*watch.log, *([answer["error"]] if answer["error"] else [])]
     ended = watch.crashed(answer)
     findings = failures.match(log, exit_code=answer["exit_code"] if ended else None, oom_killed=answer["oom_killed"])
@@ -162,10 +164,8 @@ def explain(container: str, answer: dict[str, Any], watch: Watch) -> dict[str, A
     failure = known[0].failure if known else failures.BY_ID["engine-died"]
     # Of what was seen from outside the title would say the same again.
     why = known[0].message if known and known[0].lines else f"{failure.cause}. {failure.remedy}"
-    excerpt = failures.relevant(log, known)
-    shown = "".join(f"\n  {line}" for line in excerpt)
+    shown = "".join(f"\n  {line}" for line in failures.relevant(log, known))
     return {
         "failure": failure.id,
-        "log_excerpt": excerpt,
         "msg": f"{what}: {why}{again} [{failure.id}]{shown}",
     }

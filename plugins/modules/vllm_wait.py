@@ -74,7 +74,6 @@ phases: {description: By the action; phase and seconds of each., returned: actio
 kv_cache: {description: By the action; gib, tokens, max_concurrency and context of it., returned: action, type: dict}
 weights_gib: {description: By the action; size of the loaded weights., returned: action, type: float}
 failure: {description: By the action; entry in the table of failures., returned: failure, type: str}
-log_excerpt: {description: By the action; the lines that say why., returned: failure, type: list, elements: str}
 """
 
 import calendar

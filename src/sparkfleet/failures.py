@@ -107,7 +107,7 @@ TABLE: tuple[Failure, ...] = (
     Failure(
         "shared-memory-small",
         "the container's shared memory is too small",
-        "/dev/shm has Docker's default of 64 MiB",
+        "Docker's default of /dev/shm is 64 MiB",
         "Give the service `ipc: host`, as Sparkfleet's compose file does.",
         (r"Insufficient space in /dev/shm", r"insufficient shared memory", r"No space left on device: '/dev/shm"),
     ),

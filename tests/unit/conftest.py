@@ -12,3 +12,4 @@ ansible.module_utils.__path__.append(str(ROOT / "plugins" / "module_utils"))
 sys.path.insert(0, str(ROOT / "plugins" / "modules"))
 
 from tests.unit.fake_engine import docker, engine  # noqa: E402, F401  fixtures
+from tests.unit.fake_vllm import vllm  # noqa: E402, F401
