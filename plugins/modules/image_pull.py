@@ -91,7 +91,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_docker import Docker, DockerError
+from ansible.module_utils.sparkfleet_docker import Docker, DockerError, DockerUnavailable
 from ansible.module_utils.sparkfleet_job import Job, JobError
 
 SILENCE = 1800.0  # seconds without a word from the engine; a huge layer may unpack for long
@@ -397,7 +397,10 @@ def main() -> None:
         docker = Docker(params["docker_socket"], timeout=60)
         difference = {"before": "", "after": f"image {params['image']}\n"}
         if module.check_mode:
-            found = docker.image(ref.local)
+            try:
+                found = docker.image(ref.local)
+            except DockerUnavailable:
+                found = None  # an earlier task, which check mode has not run either, installs or starts it
             if found is not None:
                 module.exit_json(changed=False, attached=False, seconds=0.0, **describe(found, ref))
             message = f"would pull {params['image']}"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from ansible.module_utils.sparkfleet_docker import Docker
 from ansible.module_utils.sparkfleet_job import Job, JobError, read_status
+from ansible.module_utils.testing import patch_module_args
 from plugins.modules import image_pull
 from plugins.modules.image_pull import Progress, credentials, explain, layer_sizes, reference
 
@@ -224,3 +225,12 @@ def test_layer_sizes_of_this_architecture(registry: str) -> None:
 def test_layer_sizes_are_best_effort(registry: str) -> None:
     assert layer_sizes(reference(f"{registry}/nvidia/vllm:1"), "riscv64", {}, None) == {}
     assert layer_sizes(reference("127.0.0.1:9/a:1"), "arm64", {}, None) == {}
+
+
+def test_check_mode_before_docker_is_installed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    socket = str(tmp_path / "no.sock")
+    arguments = {"image": "nvcr.io/nvidia/vllm:25.09-py3", "docker_socket": socket, "_ansible_check_mode": True}
+    with patch_module_args(arguments), pytest.raises(SystemExit):
+        image_pull.main()
+    result = json.loads(capsys.readouterr().out)
+    assert result["changed"] and result["msg"] == "would pull nvcr.io/nvidia/vllm:25.09-py3"
