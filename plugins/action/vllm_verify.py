@@ -60,11 +60,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             return {**result, **answer}
         answer.pop("exception", None)  # the module's own account of its failure; the message below says more
         host = str(task_vars.get("inventory_hostname", "localhost"))
-        made = {"url": "http://127.0.0.1:8000", **arguments, **answer.get("invocation", {}).get("module_args", {})}
-        display.display(table(host, made, answer))
+        display.display(table(host, answer))
         if report and not self._task.check_mode:
             path = Path(self._loader.path_dwim(report))
-            save(path, record(host, made, answer))
+            save(path, record(host, answer))
             answer["report"] = str(path)
         if not answer.get("failed"):
             return {**result, **answer, "changed": False}
@@ -81,8 +80,9 @@ def advice(failure: str) -> str:
     return f". {known.cause[0].upper()}{known.cause[1:]}. {known.remedy} [{failure}]" if known else ""
 
 
-def table(host: str, made: dict[str, Any], answer: dict[str, Any]) -> str:
+def table(host: str, answer: dict[str, Any]) -> str:
     """Checks, results, details and times in aligned columns, then question and answer."""
+    asked = answer["asked"]
     rows = [("check", "result", "detail", "time")]
     rows += [
         (check["name"], "ok" if check["ok"] else "FAILED", check["detail"], f"{check['seconds']:.2f} s")
@@ -90,22 +90,22 @@ def table(host: str, made: dict[str, Any], answer: dict[str, Any]) -> str:
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     widths[2] = min(widths[2], 60)
-    lines = [f"{host}  {made.get('model', '')} at {made.get('url', '')}"]
+    lines = [f"{host}  {asked['model']} at {asked['url']}"]
     for name, result, detail, seconds in rows:
         # A long detail is one of a failure: it comes whole in the message.
         short = detail if len(detail) <= widths[2] else f"{detail[: widths[2] - 3]}..."
         lines.append(f"  {name:<{widths[0]}}  {result:<{widths[1]}}  {short:<{widths[2]}}  {seconds:>7}")
     if answer.get("answer"):
-        lines += [f"  question: {made.get('question', '')}", f"  answer:   {' '.join(answer['answer'].split())}"]
+        lines += [f"  question: {asked['question']}", f"  answer:   {' '.join(answer['answer'].split())}"]
     return "\n".join(lines)
 
 
-def record(host: str, made: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+def record(host: str, answer: dict[str, Any]) -> dict[str, Any]:
     """What is saved: host, time (UTC), url, model, question, and the result of the module."""
     return {
         "host": host,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **{key: made.get(key) for key in ("url", "model", "question", "expect", "prompt", "prompt_expect")},
+        **answer["asked"],
         **{key: answer[key] for key in KEPT if key in answer},
     }
 

@@ -149,10 +149,8 @@ def explain(container: str, answer: dict[str, Any], watch: Watch) -> dict[str, A
         what, known = f"there is no container {container}", [failures.Finding(failures.BY_ID["container-missing"])]
     elif answer["state"] == "restarting" or answer["restart_count"] > watch.restarts:
         what = f"{container} crashed {after}"
-        again = (
-            f" Docker starts it again and again ({answer['restart_count']} times so far): "
-            "`docker stop` it until that is mended."
-        )
+        count = answer["restart_count"]
+        again = f" Docker keeps starting it again ({count} restart{'s' * (count != 1)} so far): `docker stop` it until then."
         known = known or [failures.Finding(failures.BY_ID["restart-loop"])]
     elif ended and answer["error"]:
         what = f"{container} could not be started"

@@ -75,6 +75,7 @@ checks:
   returned: always
   type: list
   elements: dict
+asked: {description: url, model, question, expect, prompt and prompt_expect as used., returned: always, type: dict}
 answer: {description: The chat answer., returned: always, type: str}
 completion: {description: The completion., returned: always, type: str}
 ttft_ms: {description: ms to the first streamed text with three requests at once., returned: success, type: float}
@@ -99,6 +100,7 @@ LOOK_TIMEOUT = 10.0  # seconds for what needs no model
 COUNTERS_WAIT = 3.0  # seconds until counters have moved; vLLM updates them just after an answer
 COUNTERS = ("generation_tokens", "prompt_tokens", "request_success")
 PATHS = ("/v1/models", "/v1/chat/completions", "/v1/completions")
+ASKED = ("url", "model", "question", "expect", "prompt", "prompt_expect")
 STOP = ["\n"]
 
 
@@ -468,6 +470,7 @@ def main() -> None:
     result = {
         "changed": False,
         "verified": bad is None,
+        "asked": {key: module.params[key] for key in ASKED},
         "checks": verification.checks,
         "answer": verification.answer,
         "completion": verification.completion,

@@ -249,10 +249,10 @@ def test_advice_names_cause_remedy_and_entry() -> None:
 
 def test_report_is_written_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "er" / "spark-1.json"
-    save(path, record("spark-1", {"url": "u", "model": "m"}, {"verified": True, "changed": False, "invocation": {}}))
+    save(path, record("spark-1", {"asked": {"url": "u", "model": "m"}, "verified": True, "changed": False}))
     data = json.loads(path.read_text(encoding="utf-8"))
     assert (data["host"], data["url"], data["model"], data["verified"]) == ("spark-1", "u", "m", True)
-    assert data["time"].endswith("+00:00") and "invocation" not in data and "changed" not in data
+    assert data["time"].endswith("+00:00") and "changed" not in data
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
     assert [entry.name for entry in path.parent.iterdir()] == ["spark-1.json"]
 

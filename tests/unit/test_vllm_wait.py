@@ -339,7 +339,7 @@ def test_earlier_restarts_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     ("last", "failure", "words"),
     [
         ({"state": "missing"}, "container-missing", "there is no container vllm"),
-        ({"state": "restarting", "restart_count": 4}, "restart-loop", "4 times so far"),
+        ({"state": "restarting", "restart_count": 4}, "restart-loop", "(4 restarts so far)"),
         ({"state": "exited", "exit_code": 137, "oom_killed": True}, "out-of-memory", "exit code 137"),
         ({"state": "exited", "exit_code": 3}, "engine-died", "ended with exit code 3"),
         (
