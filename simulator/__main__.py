@@ -11,6 +11,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 
+import docker
+
 from simulator import docker_host
 from simulator.shell import SimulatorError
 from simulator.world import FLAVOURS, REPOSITORY, World, home, progress, purge
@@ -30,6 +32,16 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0
+    if not 0 < rate <= 100_000:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of megabits a second above 0")
+    return rate
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m simulator", description="Simulated Sparks and their internet.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -47,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_parser("purge", help="remove every trace of all worlds, caches included")
     verbs.add_parser("docker-ensure", help="install and start Docker if that is possible")
     throttle = verbs.add_parser("throttle", parents=[world], help="limit the simulated internet, Mbit/s")
-    throttle.add_argument("--registry", type=float, metavar="MBIT")
-    throttle.add_argument("--hub", type=float, metavar="MBIT")
+    throttle.add_argument("--registry", type=_rate, metavar="MBIT", help="nvcr.io; no limit unless given")
+    throttle.add_argument("--hub", type=_rate, metavar="MBIT", help="huggingface.co; no limit unless given")
     reboot = verbs.add_parser("reboot", parents=[world], help="restart a Spark as a reset button would")
     reboot.add_argument("host")
     execute = verbs.add_parser("exec", parents=[world], help="run a command on a Spark as root")
@@ -108,6 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SimulatorError as error:
         print(f"simulator: {error}", file=sys.stderr)
         return 1
+    except (docker.errors.DockerException, OSError) as error:
+        print(f"simulator: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("simulator: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -134,7 +149,7 @@ def _run(options: argparse.Namespace, say: object) -> int:
         case "reboot":
             world.reboot(options.host)
         case "exec":
-            command = [word for word in options.command if word != "--"]
+            command = options.command[1:] if options.command[:1] == ["--"] else options.command
             name = world.container(options.host).name
             return subprocess.run(["docker", "exec", str(name), *command], check=False).returncode
     return 0

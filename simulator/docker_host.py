@@ -69,7 +69,11 @@ def remove(home: Path, say: Say) -> None:
         names = json.loads(list_file.read_text(encoding="utf-8"))
         say(f"removing {len(names)} Debian packages that were installed for the simulator")
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        subprocess.run(["apt-get", "purge", "-y", "-q", *names], check=True, capture_output=True, env=environment)
+        done = subprocess.run(
+            ["apt-get", "purge", "-y", "-q", *names], capture_output=True, text=True, env=environment, check=False
+        )
+        if done.returncode != 0:
+            raise SimulatorError(f"apt-get purge {' '.join(names)} failed: {done.stderr.strip().splitlines()[-1]}")
         if "docker.io" in names:
             for folder in ("/var/lib/docker", "/var/lib/containerd", "/etc/docker"):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -92,12 +96,14 @@ def _install(home: Path, names: list[str] | tuple[str, ...], say: Say) -> None:
     home.mkdir(parents=True, exist_ok=True)
     list_file = home / "installed.json"
     before = _all_installed()
+    known = json.loads(list_file.read_text(encoding="utf-8")) if list_file.exists() else []
     environment = [f"{key}={value}" for key, value in os.environ.items() if key != "DEBIAN_FRONTEND"]
     command = ["env", "-i", *environment, "DEBIAN_FRONTEND=noninteractive", "apt-get", "-q"]
     run([*command, "update"], "updating apt's package lists", say)
-    run([*command, "install", "-y", *names], f"installing {', '.join(names)}", say)
-    known = json.loads(list_file.read_text(encoding="utf-8")) if list_file.exists() else []
-    list_file.write_text(json.dumps(sorted({*known, *(_all_installed() - before)})), encoding="utf-8")
+    try:
+        run([*command, "install", "-y", *names], f"installing {', '.join(names)}", say)
+    finally:  # also what an interrupted installation has left
+        list_file.write_text(json.dumps(sorted({*known, *(_all_installed() - before)})), encoding="utf-8")
 
 
 def _start(home: Path, say: Say) -> None:

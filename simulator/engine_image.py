@@ -10,7 +10,7 @@ from pathlib import Path
 
 import docker
 
-from simulator.shell import run
+from simulator.shell import SimulatorError, run
 
 #: Debian 12 packages of the base image (Python 3.11 there; g++ and libgomp for vLLM's CPU kernels).
 BASE_PACKAGES = ("python3", "python3-venv", "ca-certificates", "libnuma1", "libgomp1", "g++")
@@ -105,15 +105,16 @@ def _layer(client: docker.DockerClient, image: str, script: str, wheels: Path, n
         ["/bin/sh", "-c", script],
         detach=True,
         network_mode="none",
-        volumes={
-            str(wheels): {"bind": "/wheels", "mode": "ro"},
-            str(FOLDER): {"bind": "/engine", "mode": "ro"},
-        },
+        # Mounts, not volumes: a commit would write volumes into the image.
+        mounts=[
+            docker.types.Mount("/wheels", str(wheels), type="bind", read_only=True),
+            docker.types.Mount("/engine", str(FOLDER), type="bind", read_only=True),
+        ],
     )
     try:
         if container.wait()["StatusCode"] != 0:
             log = container.logs(tail=20).decode(errors="replace")
-            raise RuntimeError(f"building {name} failed:\n{log}")
+            raise SimulatorError(f"building {name} failed:\n{log}")
         repository, _, version = name.partition(":")
         container.commit(
             repository,

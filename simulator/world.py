@@ -215,14 +215,13 @@ class World:
             image = images.engine(client, cache, self.say)
         else:
             image = images.build(client, "no-engine", cache, self.say)
-        mark = "sim-" + image.rpartition(":")[2]
         registry = f"127.0.0.1:{state['registry_port']}"
-        if not registry_has(state["registry_port"], "nvidia/vllm", mark):
+        mark = "sim-" + image.rpartition(":")[2]
+        if not registry_serves(state["registry_port"], IMAGE, mark):
             self.say("pushing the engine's image to the simulated nvcr.io")
-            for name in (f"{registry}/{IMAGE}", f"{registry}/nvidia/vllm:{mark}"):
+            for name in (f"{registry}/{IMAGE}", f"{registry}/{IMAGE.partition(':')[0]}:{mark}"):
                 client.images.get(image).tag(name)
-                began = time.monotonic()
-                said = began
+                began = said = time.monotonic()
                 for event in client.images.push(name, stream=True, decode=True):
                     if "error" in event:
                         raise SimulatorError(f"pushing the engine's image failed: {event['error']}")
@@ -231,12 +230,16 @@ class World:
                         self.say(f"pushing: {said - began:.0f} s")
                 with suppress(docker.errors.APIError):
                     client.images.remove(name)
-        if run_in(internet, ["test", "-e", f"/srv/hub/{REPOSITORY}/repo.json"])[0] != 0:
+        wanted = model.mark()
+        if run_in(internet, ["cat", f"/srv/hub/{REPOSITORY}/mark"])[1] != wanted:
             source = model.ensure_model(client, images.engine(client, cache, self.say), cache, self.say)
             self.say("filling the simulated huggingface.co")
+            run_in(internet, ["rm", "-rf", f"/srv/hub/{REPOSITORY}"])
             files = {f"srv/hub/{REPOSITORY}/files/{path.name}": path.read_bytes() for path in source.iterdir()}
             put(internet, files, mode=0o644)
+            # The mark comes last: without it the next `up` fills again.
             put(internet, {f"srv/hub/{REPOSITORY}/repo.json": b'{"gated": true}\n'}, mode=0o644)
+            put(internet, {f"srv/hub/{REPOSITORY}/mark": wanted.encode()}, mode=0o644)
 
     def _spark(self, client: docker.DockerClient, name: str, state: dict[str, Any], cache: Path) -> None:
         known = state["sparks"][name]
@@ -245,10 +248,10 @@ class World:
         except docker.errors.NotFound:
             image = images.build(client, known["flavour"], cache, self.say)
             self.say(f"starting {name} ({known['flavour']})")
-            volumes = {
-                f"sparkfleet-{self.name}-{name}-{folder}": {"bind": f"/var/lib/{folder}", "mode": "rw"}
-                for folder in ("docker", "containerd")
-            }
+            volumes = {}
+            for folder in ("docker", "containerd"):
+                volume = client.volumes.create(f"sparkfleet-{self.name}-{name}-{folder}", labels={LABEL: self.name})
+                volumes[volume.name] = {"bind": f"/var/lib/{folder}", "mode": "rw"}
             ports = {"22/tcp": known["ssh"], "8000/tcp": known["http"]}
             container = self._create(client, name, image, ports, volumes)
             ssh = self.folder / "ssh"
@@ -305,14 +308,7 @@ class World:
         """Remove containers, networks, volumes and files of this world; images and shared volumes stay."""
         client = docker_host.connect()
         if client is not None:
-            filters: dict[str, str | list[str] | bool] = {"label": f"{LABEL}={self.name}"}
-            for container in client.containers.list(all=True, filters=filters):
-                container.remove(force=True, v=True)
-            for network in client.networks.list(filters=filters):
-                network.remove()
-            for volume in client.volumes.list():
-                if volume.name.startswith(f"sparkfleet-{self.name}-spark-"):
-                    volume.remove()
+            remove(client, f"{LABEL}={self.name}")
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def container(self, host: str) -> Container:
@@ -358,6 +354,16 @@ class World:
                 raise SimulatorError(f"tc {command}: {output.strip()}")
 
 
+def remove(client: docker.DockerClient, label: str) -> None:
+    """Remove containers, networks and volumes with a label."""
+    for container in client.containers.list(all=True, filters={"label": label}):
+        container.remove(force=True, v=True)
+    for network in client.networks.list(filters={"label": label}):
+        network.remove()
+    for volume in client.volumes.list(filters={"label": label}):
+        volume.remove()
+
+
 def purge(say: Say) -> None:
     """Remove every trace: worlds, images, volumes, files, and a Docker that was installed for it."""
     client = docker_host.connect()
@@ -366,8 +372,7 @@ def purge(say: Say) -> None:
         say(f"removing world {folder.name}")
         World(folder.name, say).down()
     if client is not None:
-        for container in client.containers.list(all=True, filters={"label": LABEL}):
-            container.remove(force=True, v=True)
+        remove(client, LABEL)
         for volume in client.volumes.list():
             if volume.name.startswith(f"{images.PREFIX}-"):
                 volume.remove()
@@ -423,13 +428,19 @@ def registry_answers(port: int) -> bool:
         return False
 
 
-def registry_has(port: int, repository: str, tag: str) -> bool:
-    """Whether the registry has a tag."""
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/{repository}/tags/list", timeout=10) as answer:
-            return tag in (json.load(answer).get("tags") or [])
-    except OSError:
-        return False
+def registry_serves(port: int, image: str, mark: str) -> bool:
+    """Whether an image's tag and a second tag, which names its content, stand for the same manifest."""
+    repository, _, tag = image.partition(":")
+    digests = set()
+    for name in (tag, mark):
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/v2/{repository}/manifests/{name}", method="HEAD")
+        request.add_header("Accept", "application/vnd.docker.distribution.manifest.v2+json")
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310 - http, loopback
+                digests.add(answer.headers["Docker-Content-Digest"])
+        except OSError:
+            return False
+    return len(digests) == 1
 
 
 def ssh_answers(port: int) -> bool:

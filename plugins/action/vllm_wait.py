@@ -5,6 +5,8 @@
         container: vllm-llama31-8b-fp8
         url: http://127.0.0.1:8000    # as seen from the host
         timeout: 1800                 # seconds
+        download_dir: /opt/hf/models--ORG--NAME     # both only where the server downloads by itself
+        download_bytes: 9083000000
       register: started               # started.seconds, started.phases, started.kv_cache
 
 The host is asked in slices of a few seconds, so a broken connection or Ctrl-C leaves nothing behind.
@@ -42,6 +44,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                 "url": {"type": "str", "default": "http://127.0.0.1:8000"},
                 "timeout": {"type": "float", "default": 1800.0},
                 "slice": {"type": "float", "default": 3.0},
+                "download_dir": {"type": "path", "default": ""},
+                "download_bytes": {"type": "int", "default": 0},
                 "socket": {"type": "path", "default": "/var/run/docker.sock"},
             }
         )
@@ -52,7 +56,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                 "changed": False,
                 "msg": f"would wait until {container} answers at {options['url']}/health",
             }
-        watch = Watch(str(task_vars.get("inventory_hostname", "localhost")), float(options["slice"]))
+        host = str(task_vars.get("inventory_hostname", "localhost"))
+        watch = Watch(host, float(options["slice"]), int(options.pop("download_bytes")))
         while True:
             answer = self._execute_module(
                 module_name="vllm_wait",
@@ -91,8 +96,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 class Watch:
     """What was seen of one start so far, and what to print of it."""
 
-    def __init__(self, host: str, pause: float) -> None:
-        self.host, self.pause = host, pause
+    def __init__(self, host: str, pause: float, download_bytes: int = 0) -> None:
+        self.host, self.pause, self.download_bytes = host, pause, download_bytes
         self.cursor, self.restarts = "", -1
         self.log: deque[str] = deque(maxlen=KEPT)
         self.tracker = phases.Tracker(time.time())
@@ -116,6 +121,8 @@ class Watch:
         self.cursor = answer["cursor"] or self.cursor
         self.log.extend(lines)
         steps = self.tracker.feed(lines, self._now)
+        if answer.get("downloaded"):
+            steps += self.tracker.downloaded(int(answer["downloaded"]), self.download_bytes, self._now)
         # Of what happened before the wait began only the last step is news.
         old = [step for step in steps if step.at < self._offset]
         steps = [*old[-1:], *steps[len(old) :]]
@@ -150,7 +157,8 @@ def explain(container: str, answer: dict[str, Any], watch: Watch) -> dict[str, A
     elif answer["state"] == "restarting" or answer["restart_count"] > watch.restarts:
         what = f"{container} crashed {after}"
         count = answer["restart_count"]
-        again = f" Docker keeps starting it again ({count} restart{'s' * (count != 1)} so far): `docker stop` it until then."
+        times = f"{count} restart{'s' * (count != 1)} so far"
+        again = f" Docker keeps starting it again ({times}): `docker stop` it until then."
         known = known or [failures.Finding(failures.BY_ID["restart-loop"])]
     elif ended and answer["error"]:
         what = f"{container} could not be started"

@@ -37,6 +37,14 @@ options:
     description: Return at once when the container was restarted more often than this; -1 for never.
     type: int
     default: -1
+  download_dir:
+    description: Folder of the model in the cache (models--ORG--NAME), where the server downloads by itself.
+    type: path
+    default: ""
+  download_bytes:
+    description: Size of that download, for the action to show.
+    type: int
+    default: 0
   socket:
     description: Socket of the Docker engine.
     type: path
@@ -68,6 +76,7 @@ error: {description: What Docker says about a start that failed., returned: alwa
 started_at: {description: RFC 3339 time of the last start., returned: always, type: str}
 log_lines: {description: Lines since the cursor with their times., returned: always, type: list, elements: str}
 cursor: {description: Time of the last line read., returned: always, type: str}
+downloaded: {description: Bytes in O(download_dir); 0 without it., returned: always, type: int}
 now: {description: Unix time of the host., returned: always, type: float}
 seconds: {description: By the action; how long it waited., returned: action, type: float}
 phases: {description: By the action; phase and seconds of each., returned: action, type: list, elements: dict}
@@ -77,9 +86,11 @@ failure: {description: By the action; entry in the table of failures., returned:
 """
 
 import calendar
+import contextlib
 import itertools
 import re
 import time
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -196,6 +207,15 @@ def new_lines(docker: Docker, name: str, found: dict[str, Any], cursor: str) -> 
     return [redact(line) for line in lines]
 
 
+def downloaded(folder: str) -> int:
+    """Bytes of a model's blobs, partial ones included; 0 for no folder."""
+    total = 0
+    for file in Path(folder, "blobs").glob("*") if folder else ():
+        with contextlib.suppress(OSError):  # a partial file was just renamed
+            total += file.stat().st_blocks * 512  # a partial file may be sparse
+    return total
+
+
 def main() -> None:
     """Entry point of the module."""
     module = AnsibleModule(
@@ -206,6 +226,8 @@ def main() -> None:
             "slice": {"type": "float", "default": 3.0},
             "cursor": {"type": "str", "default": ""},
             "restarts": {"type": "int", "default": -1},
+            "download_dir": {"type": "path", "default": ""},
+            "download_bytes": {"type": "int", "default": 0},
             "socket": {"type": "path", "default": "/var/run/docker.sock"},
         },
         supports_check_mode=True,
@@ -220,7 +242,8 @@ def main() -> None:
         module.fail_json(msg=str(error))
     del found["tty"]
     cursor = lines[-1].partition(" ")[0] if lines else params["cursor"]
-    module.exit_json(changed=False, log_lines=lines, cursor=cursor, now=time.time(), **found)
+    found.update(log_lines=lines, cursor=cursor, downloaded=downloaded(params["download_dir"]), now=time.time())
+    module.exit_json(changed=False, **found)
 
 
 if __name__ == "__main__":

@@ -182,6 +182,20 @@ class Tracker:
                 told.append(step)
         return told
 
+    def downloaded(self, done: int, total: int, at: float) -> list[Step]:
+        """Bytes that lie in the cache, of `total` (0 for unknown): a step while the server downloads, else none.
+
+        vLLM's own log is silent during a download.
+        """
+        if self.step.phase != DOWNLOADING or self.step.figure.startswith("done"):
+            return []
+        of = f" of {total / 1e9:.1f}" if total else ""
+        step = Step(DOWNLOADING, f"{done / 1e9:.1f}{of} GB", at)
+        if step.figure == self.step.figure:
+            return []
+        self._enter(step)
+        return [step]
+
     def ready(self, at: float) -> Step:
         """The engine answers at `at`; ready it was when its server said so, if it did."""
         self._enter(Step(READY, "", at if self.served is None else min(at, self.served)))

@@ -367,18 +367,20 @@ def test_free_port_can_be_bound() -> None:
 
 @pytest.fixture
 def registry() -> Iterator[int]:
-    """Port of a registry that has nvidia/vllm:sim-1."""
+    """Port of a registry whose nvidia/vllm:25.09-py3 is that of sim-1, and not that of sim-0."""
+    digests = {"25.09-py3": "sha256:1", "sim-1": "sha256:1", "sim-0": "sha256:0"}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            known = {
-                "/v2/": {},
-                "/v2/nvidia/vllm/tags/list": {"tags": ["sim-1"]},
-                "/v2/empty/tags/list": {"tags": None},
-            }
-            self.send_response(200 if self.path in known else 404)
+            self.send_response(200 if self.path == "/v2/" else 404)
             self.end_headers()
-            self.wfile.write(json.dumps(known.get(self.path, {})).encode())
+
+        def do_HEAD(self) -> None:
+            digest = digests.get(self.path.removeprefix("/v2/nvidia/vllm/manifests/"))
+            self.send_response(200 if digest else 404)
+            if digest:
+                self.send_header("Docker-Content-Digest", digest)
+            self.end_headers()
 
         def log_message(self, format: str, *args: Any) -> None:
             pass
@@ -394,10 +396,10 @@ def registry() -> Iterator[int]:
 
 def test_registry(registry: int) -> None:
     assert world.registry_answers(registry) and not world.registry_answers(world.free_port())
-    assert world.registry_has(registry, "nvidia/vllm", "sim-1")
-    assert not world.registry_has(registry, "nvidia/vllm", "sim-2")
-    assert not world.registry_has(registry, "empty", "sim-1")
-    assert not world.registry_has(registry, "absent", "sim-1")
+    assert world.registry_serves(registry, "nvidia/vllm:25.09-py3", "sim-1")
+    assert not world.registry_serves(registry, "nvidia/vllm:25.09-py3", "sim-0")
+    assert not world.registry_serves(registry, "nvidia/vllm:25.09-py3", "sim-2")
+    assert not world.registry_serves(registry, "absent:25.09-py3", "sim-1")
 
 
 @pytest.mark.parametrize(
@@ -441,7 +443,8 @@ class FakeEngine:
         self.names = ["sparkfleet-demo-spark-1", "sparkfleet-demo-internet"]
         self.containers = SimpleNamespace(list=self._containers, get=self._get)
         self.networks = SimpleNamespace(list=lambda filters: [self._item("sparkfleet-demo")])
-        self.volumes = SimpleNamespace(list=lambda: [self._item(name) for name in volumes])
+        self.volumes = SimpleNamespace(list=self._volumes)
+        self._all_volumes = volumes
 
     def _item(self, name: str) -> SimpleNamespace:
         return SimpleNamespace(name=name, remove=lambda **options: self.removed.append(name), exec_run=self._exec)
@@ -453,6 +456,10 @@ class FakeEngine:
     def _containers(self, all: bool, filters: dict[str, str]) -> list[SimpleNamespace]:
         assert filters == {"label": "sparkfleet.sim.world=demo"}
         return [self._item(name) for name in self.names]
+
+    def _volumes(self, filters: dict[str, str]) -> list[SimpleNamespace]:
+        assert filters == {"label": "sparkfleet.sim.world=demo"}
+        return [self._item(name) for name in self._all_volumes]
 
     def _get(self, name: str) -> SimpleNamespace:
         if name not in self.names:
@@ -471,13 +478,7 @@ def engine_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeEngine]:
 
 
 def test_down_takes_its_own_alone(home: Path, engine_of: Callable[..., FakeEngine]) -> None:
-    foreign = [
-        "sparkfleet-demo2-spark-1-docker",
-        "sparkfleet-sim-registry-vllm",
-        "sparkfleet-sim-hub",
-        "pgdata",
-    ]
-    engine = engine_of([*foreign, "sparkfleet-demo-spark-1-docker", "sparkfleet-demo-spark-1-containerd"])
+    engine = engine_of(["sparkfleet-demo-spark-1-docker", "sparkfleet-demo-spark-1-containerd"])
     made, other = write_world("demo"), write_world("demo2")
     made.down()
     assert sorted(engine.removed) == [
@@ -618,9 +619,10 @@ def removals(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What remove() would take away; nothing is."""
     taken: list[str] = []
 
-    def run(command: list[str], **options: Any) -> None:
-        assert command[:3] == ["apt-get", "purge", "-y"] and options["check"]
+    def run(command: list[str], **options: Any) -> SimpleNamespace:
+        assert command[:3] == ["apt-get", "purge", "-y"]
         taken.extend(command[4:])
+        return SimpleNamespace(returncode=0, stderr="")
 
     # The modules as docker_host sees them, so that nothing else in this process meets them.
     monkeypatch.setattr(docker_host, "subprocess", SimpleNamespace(run=run))

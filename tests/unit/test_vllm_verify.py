@@ -232,9 +232,8 @@ def test_table_is_aligned() -> None:
         {"name": "health", "ok": True, "detail": "200", "seconds": 0.002},
         {"name": "completion", "ok": False, "detail": "x" * 200, "seconds": 12.3456},
     ]
-    lines = table("spark-1", {"model": "m", "url": "u", "question": "Q?"}, {"checks": checks, "answer": "A\nB"}).split(
-        "\n"
-    )
+    asked = {"model": "m", "url": "u", "question": "Q?"}
+    lines = table("spark-1", {"asked": asked, "checks": checks, "answer": "A\nB"}).split("\n")
     assert lines[0] == "spark-1  m at u"
     assert len({len(line) for line in lines[1:4]}) == 1 and len(lines[1]) < 100
     assert lines[3].split()[:2] == ["completion", "FAILED"] and lines[3].endswith("12.35 s")

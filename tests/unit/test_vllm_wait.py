@@ -175,6 +175,14 @@ def test_secrets_leave_no_host(poll: Poll, container: Container) -> None:
     assert redact("hf_cache and HF_HUB_CACHE stay") == "hf_cache and HF_HUB_CACHE stay"
 
 
+def test_bytes_of_a_download(poll: Poll, container: Container, tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "a").write_bytes(b"x" * 8192)
+    (tmp_path / "blobs" / "b.incomplete").write_bytes(b"x" * 4096)
+    assert poll(download_dir=str(tmp_path))["downloaded"] == 12288
+    assert poll(download_dir=str(tmp_path / "none"))["downloaded"] == poll()["downloaded"] == 0
+
+
 def test_instant() -> None:
     assert instant("1970-01-01T00:00:01.25Z") == (1, 250000000)
     assert instant("1970-01-01T00:00:01Z") == (1, 0)
@@ -279,6 +287,30 @@ def test_phases_are_printed_as_they_change(monkeypatch: pytest.MonkeyPatch) -> N
     ]
     assert [asked["cursor"] for asked in stage.asked[:4]] == ["", "", stamp(5), stamp(8)]
     assert [asked["restarts"] for asked in stage.asked[:2]] == [-1, 0]
+
+
+def test_a_download_is_shown_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeks = (2, "Using model weights format ['*.safetensors']")
+    stage = Stage(
+        monkeypatch,
+        [
+            answer(3, seeks, downloaded=100_000_000),
+            answer(6, downloaded=3_100_000_000),
+            answer(9, (8, SHARD.format(0)), downloaded=9_100_000_000),
+            answer(10, ready=True, downloaded=9_100_000_000),
+        ],
+        download_dir="/opt/hf/models--a--b",
+        download_bytes=9_100_000_000,
+    )
+    stage.run()
+    assert stage.printed == [
+        "spark-1  2 s  downloading",
+        "spark-1  3 s  downloading, 0.1 of 9.1 GB",
+        "spark-1  6 s  downloading, 3.1 of 9.1 GB",
+        "spark-1  8 s  loading weights, shard 0/4",
+        "spark-1  10 s  ready",
+    ]
+    assert all("download_bytes" not in asked for asked in stage.asked)
 
 
 def test_never_silent_for_more_than_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,147 @@
+"""What the project's speed claims rest on, measured on simulated Sparks: ``scripts/bench``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from simulator.shell import SimulatorError
+from simulator.world import World, progress
+
+ROOT = Path(__file__).resolve().parents[1]
+TRIVIAL = ROOT / "simulator" / "bench_trivial.yml"
+#: Enough to make image and model the long part, as on a real line; Mbit/s.
+REGISTRY_MBIT, HUB_MBIT = 80.0, 30.0
+FLEET = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One playbook run: wall seconds and what it printed."""
+
+    seconds: float
+    output: str
+
+
+def play(world: str, playbook: str | Path, *words: str) -> Run:
+    """Run a playbook against a world; raise with the end of its output when it fails."""
+    environment = {**os.environ, "SPARKFLEET_WORLD": world, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
+    command = ["ansible-playbook", "-i", str(ROOT / "inventory" / "simulated"), str(playbook), *words]
+    began = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    seconds = time.monotonic() - began
+    if done.returncode != 0:
+        raise SimulatorError(f"{' '.join(command)} failed:\n" + "\n".join(done.stdout.splitlines()[-25:]))
+    return Run(seconds, done.stdout)
+
+
+def last_figure(pattern: str, output: str) -> float:
+    """The last number that a pattern finds."""
+    found = re.findall(pattern, output)
+    if not found:
+        raise SimulatorError(f"the run printed nothing like {pattern}")
+    return float(found[-1])
+
+
+def changed(output: str) -> int:
+    """Sum of changed= of the recap."""
+    return sum(map(int, re.findall(r"changed=(\d+)", output)))
+
+
+def fresh(world: World) -> None:
+    """A fresh deploy with throttled sources against its critical path."""
+    world.throttle(REGISTRY_MBIT, HUB_MBIT)
+    try:
+        run = play(world.name, "site.yml")
+    finally:
+        world.throttle(None, None)
+    pull = last_figure(r"image done \((\d+(?:\.\d+)?) s\)", run.output)
+    download = last_figure(r"model done \((\d+(?:\.\d+)?) s\)", run.output)
+    start = last_figure(r"(\d+(?:\.\d+)?) s +ready", run.output)
+    path = max(pull, download) + start
+    print(
+        f"fresh deploy          {run.seconds:6.1f} s   image pull {pull:.0f} s, model download {download:.0f} s, "
+        f"engine start {start:.0f} s; critical path {path:.0f} s; ratio {run.seconds / path:.2f} (goal: at most 1.15)"
+    )
+
+
+def no_op(world: str, runs: int, *words: str, name: str = "no-op run, verified") -> float:
+    """Whole no-op runs in turn with a playbook of one trivial task; the median of the former."""
+    ours, trivial = [], []
+    for _ in range(runs):
+        trivial.append(play(world, TRIVIAL, *words).seconds)
+        run = play(world, "site.yml", *words)
+        if changed(run.output):
+            raise SimulatorError("a run that should change nothing changed something:\n" + run.output)
+        ours.append(run.seconds)
+    ratio = statistics.median(a / b for a, b in zip(ours, trivial, strict=True))
+    print(
+        f"{name:21} {statistics.median(ours):6.2f} s   one trivial task {statistics.median(trivial):.2f} s; "
+        f"ratio {ratio:.2f} (goal: at most 4), {runs} pairs"
+    )
+    return statistics.median(ours)
+
+
+def fleet(runs: int, world: World) -> None:
+    """A no-op run on eight Sparks without a running engine against one of them."""
+    world.up(FLEET, "dgxos", "none")
+    stopped = ("-e", "sparkfleet_service_state=stopped")
+    play(world.name, "site.yml", *stopped)
+    one, all_of_them = [], []
+    for _ in range(runs):
+        one.append(play(world.name, "site.yml", *stopped, "--limit", "localhost,spark-1").seconds)
+        run = play(world.name, "site.yml", *stopped)
+        if changed(run.output):
+            raise SimulatorError("a run that should change nothing changed something:\n" + run.output)
+        all_of_them.append(run.seconds)
+    ratio = statistics.median(b / a for a, b in zip(one, all_of_them, strict=True))
+    print(
+        f"no-op run, {FLEET} Sparks   {statistics.median(all_of_them):6.2f} s   "
+        f"one Spark {statistics.median(one):.2f} s; ratio {ratio:.2f} (goal: at most 3), {runs} pairs"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure; exit 1 when a run fails."""
+    parser = argparse.ArgumentParser(prog="scripts/bench", description="Measure on simulated Sparks.")
+    parser.add_argument("--runs", type=int, default=5, help="pairs of runs (default: %(default)s)")
+    parser.add_argument("--only", choices=("fresh", "no-op", "fleet"), action="append", help="this part only")
+    parser.add_argument("--keep", action="store_true", help="leave the worlds up")
+    options = parser.parse_args(argv)
+    parts = options.only or ["fresh", "no-op", "fleet"]
+    with progress() as say:
+        world, many = World("bench", say), World("bench-fleet", say)
+        try:
+            if "fresh" in parts or "no-op" in parts:
+                if "fresh" in parts:
+                    world.down()
+                world.up(1, "dgxos", "vllm")
+            if "fresh" in parts:
+                fresh(world)
+            elif "no-op" in parts:
+                play(world.name, "site.yml")
+            if "no-op" in parts:
+                no_op(world.name, options.runs)
+            if "fleet" in parts:
+                world.down()
+                fleet(options.runs, many)
+        except SimulatorError as error:
+            print(f"bench: {error}", file=sys.stderr)
+            return 1
+        finally:
+            if not options.keep:
+                world.down()
+                many.down()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
