@@ -101,7 +101,6 @@ TABLE: tuple[Failure, ...] = (
             r"NV_ERR_NO_MEMORY",
             r"\bMemoryError\b",
         ),
-        exit_codes=(137,),
         chapter=MEMORY,
     ),
     Failure(
@@ -512,6 +511,14 @@ TABLE: tuple[Failure, ...] = (
         "the engine crashes again and again",
         "each start fails the same way; on a Spark every round can leak memory until the host stops answering",
         "Stop it (`docker compose stop` in /opt/sparkfleet) and mend what its log says before the next start.",
+    ),
+    Failure(
+        "engine-killed",
+        "the engine was killed",
+        "earlyoom or the kernel for want of memory, or a person (`docker kill`)",
+        "Look for it in `journalctl -k -u earlyoom`; if memory ran out, lower gpu_memory_utilization.",
+        exit_codes=(137,),
+        chapter=MEMORY,
     ),
     Failure(
         "engine-died",

@@ -124,7 +124,7 @@ def test_statuses_of_the_hub(status: int, id: str) -> None:
 
 def test_how_the_container_ended() -> None:
     assert [item.failure.id for item in match(["nothing known"], exit_code=1)] == ["engine-died"]
-    assert [item.failure.id for item in match([], exit_code=137)] == ["out-of-memory"]
+    assert [item.failure.id for item in match([], exit_code=137)] == ["engine-killed"]
     assert [item.failure.id for item in match([], oom_killed=True, exit_code=137)] == ["out-of-memory"]
     assert ids(["OSError: [Errno 98] Address already in use"]) == ["port-taken"]
     found = match(["OSError: [Errno 98] Address already in use"], exit_code=1)
