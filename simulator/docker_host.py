@@ -65,6 +65,7 @@ def remove(home: Path, say: Say) -> None:
     if pid_file.exists():
         _stop(int(pid_file.read_text(encoding="ascii")))
         pid_file.unlink()
+        _restore_network(home / "iptables.rules")
     if list_file.exists():
         names = json.loads(list_file.read_text(encoding="utf-8"))
         say(f"removing {len(names)} Debian packages that were installed for the simulator")
@@ -110,6 +111,8 @@ def _start(home: Path, say: Say) -> None:
     """Start dockerd in a session of its own: there is no init system to ask, and it must outlive us."""
     say("starting Docker")
     home.mkdir(parents=True, exist_ok=True)
+    rules = subprocess.run(["iptables-save"], capture_output=True, text=True, check=False)
+    (home / "iptables.rules").write_text(rules.stdout, encoding="utf-8")
     with (home / "dockerd.log").open("ab") as log:
         process = subprocess.Popen(
             ["dockerd"], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
@@ -124,6 +127,23 @@ def _start(home: Path, say: Say) -> None:
         time.sleep(0.5)
     tail = (home / "dockerd.log").read_text(encoding="utf-8", errors="replace").splitlines()[-3:]
     raise SimulatorError("dockerd does not start:\n" + "\n".join(tail))
+
+
+def _restore_network(before: Path) -> None:
+    """Take back what dockerd leaves behind when it stops: its bridge and its packet filter rules."""
+    subprocess.run(["ip", "link", "delete", "docker0"], capture_output=True, check=False)
+    now = subprocess.run(["iptables-save"], capture_output=True, text=True, check=False)
+    if now.returncode == 0 and before.exists():
+        old = before.read_text(encoding="utf-8")
+        subprocess.run(["iptables-restore"], input=without_docker(now.stdout, old), text=True, check=False)
+
+
+def without_docker(rules: str, before: str) -> str:
+    """Rules of iptables-save less Docker's; FORWARD drops only if it did before."""
+    kept = [line for line in rules.splitlines() if "DOCKER" not in line and "docker0" not in line]
+    if ":FORWARD DROP" not in before:
+        kept = [line.replace(":FORWARD DROP", ":FORWARD ACCEPT") for line in kept]
+    return "\n".join(kept) + "\n"
 
 
 def _stop(pid: int) -> None:

@@ -695,3 +695,23 @@ def test_run_fails_with_the_last_lines() -> None:
         shell.run(["sh", "-c", "seq 1 40; exit 3"], "counting", lambda text: None)
     lines = str(raised.value).splitlines()
     assert lines[0] == "counting failed (exit code 3):" and lines[1] == "26" and lines[-1] == "40"
+
+
+def test_packet_filter_without_docker_keeps_what_others_added() -> None:
+    rules = """*filter
+:INPUT ACCEPT [0:0]
+:FORWARD DROP [0:0]
+:DOCKER - [0:0]
+-A INPUT -p tcp --dport 22 -j ACCEPT
+-A FORWARD -o docker0 -j DOCKER
+COMMIT
+"""
+    kept = docker_host.without_docker(rules, before="*filter\n:FORWARD ACCEPT [0:0]\nCOMMIT\n")
+    assert kept.splitlines() == [
+        "*filter",
+        ":INPUT ACCEPT [0:0]",
+        ":FORWARD ACCEPT [0:0]",
+        "-A INPUT -p tcp --dport 22 -j ACCEPT",
+        "COMMIT",
+    ]
+    assert ":FORWARD DROP" in docker_host.without_docker(rules, before=":FORWARD DROP [0:0]")
