@@ -111,8 +111,9 @@ def _start(home: Path, say: Say) -> None:
     """Start dockerd in a session of its own: there is no init system to ask, and it must outlive us."""
     say("starting Docker")
     home.mkdir(parents=True, exist_ok=True)
-    rules = subprocess.run(["iptables-save"], capture_output=True, text=True, check=False)
-    (home / "iptables.rules").write_text(rules.stdout, encoding="utf-8")
+    if shutil.which("iptables-save"):
+        rules = subprocess.run(["iptables-save"], capture_output=True, text=True, check=False)
+        (home / "iptables.rules").write_text(rules.stdout, encoding="utf-8")
     with (home / "dockerd.log").open("ab") as log:
         process = subprocess.Popen(
             ["dockerd"], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
@@ -131,9 +132,10 @@ def _start(home: Path, say: Say) -> None:
 
 def _restore_network(before: Path) -> None:
     """Take back what dockerd leaves behind when it stops: its bridge and its packet filter rules."""
-    subprocess.run(["ip", "link", "delete", "docker0"], capture_output=True, check=False)
-    now = subprocess.run(["iptables-save"], capture_output=True, text=True, check=False)
-    if now.returncode == 0 and before.exists():
+    if shutil.which("ip"):
+        subprocess.run(["ip", "link", "delete", "docker0"], capture_output=True, check=False)
+    if before.exists():
+        now = subprocess.run(["iptables-save"], capture_output=True, text=True, check=True)
         old = before.read_text(encoding="utf-8")
         subprocess.run(["iptables-restore"], input=without_docker(now.stdout, old), text=True, check=False)
 

@@ -656,6 +656,7 @@ def test_a_docker_that_was_there_keeps_its_data(
 
 def test_stop_spares_a_process_that_is_not_dockerd(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killed: list[int] = []
+    monkeypatch.setattr(docker_host, "_restore_network", lambda before: None)
     monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(pid))
     home.mkdir()
     (home / "dockerd.pid").write_text(str(os.getpid()))
@@ -663,7 +664,8 @@ def test_stop_spares_a_process_that_is_not_dockerd(home: Path, monkeypatch: pyte
     assert killed == [] and not (home / "dockerd.pid").exists()
 
 
-def test_stop_ends_the_dockerd_that_was_started(home: Path, tmp_path: Path) -> None:
+def test_stop_ends_the_dockerd_that_was_started(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(docker_host, "_restore_network", lambda before: None)
     copy = tmp_path / "dockerd"
     shutil.copy2(shutil.which("sleep") or "/bin/sleep", copy)
     process = subprocess.Popen([copy, "60"])
