@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -345,8 +346,10 @@ def test_whoami(hub: Hub) -> None:
 
 def test_log_has_a_line_a_request_and_no_token(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hub.snapshot(tmp_path / "cache", GATED, ALICE)
-    log = capsys.readouterr().err
-    path = f"/{GATED}/resolve/{hub.commit(GATED)}/model-1.safetensors"
+    path, log, until = f"/{GATED}/resolve/{hub.commit(GATED)}/model-1.safetensors", "", time.monotonic() + 5
+    while f"GET {path}" not in log and time.monotonic() < until:  # written after the last byte has gone out
+        time.sleep(0.02)
+        log += capsys.readouterr().err
     assert f"HEAD {path} 200 0 bytes" in log
     assert f"GET {path} 200 1500000 bytes" in log
     assert ALICE not in log
