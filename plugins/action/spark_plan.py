@@ -83,8 +83,11 @@ def _unreachable(host: str, task_vars: dict[str, Any], reason: str) -> str:
 
 
 def _first_line(answer: dict[str, Any]) -> str:
-    text = str(answer.get("msg") or answer.get("module_stderr") or "the module gave no reason")
-    return text.strip().splitlines()[-1] if text.strip() else "the module gave no reason"
+    for key in ("msg", "module_stderr", "exception", "module_stdout"):
+        lines = str(answer.get(key) or "").strip().splitlines()
+        if lines:
+            return lines[-1]
+    return "the module gave no reason; run again with -vvv"
 
 
 def _summary(made: dict[str, Any], state: dict[str, Any], settings: plan.Settings) -> list[str]:

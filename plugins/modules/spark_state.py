@@ -54,6 +54,7 @@ state:
 """
 
 import grp
+import http.client
 import json
 import os
 import platform
@@ -212,7 +213,7 @@ def hub_access(endpoint: str, repo: str, revision: str, token: str) -> dict[str,
     except urllib.error.HTTPError as error:
         status = 200 if error.code in (301, 302, 303, 307, 308) else error.code
         return {"status": status, "error": "" if status == 200 else error.headers.get("X-Error-Code", "")}
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         return {"status": 0, "error": str(getattr(error, "reason", error))}
 
 
@@ -282,7 +283,7 @@ def healthy(port: int) -> bool:
             f"http://127.0.0.1:{port}/health", timeout=3
         ) as answer:
             return bool(answer.status == 200)
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):  # whoever listens there may not speak HTTP
         return False
 
 

@@ -1,0 +1,115 @@
+"""The parts of the one look that can be tried on any machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plugins.modules import spark_state
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the real Hub: 401, 403, 404, or a redirect to where the file lies."""
+
+    def do_HEAD(self) -> None:
+        answers = {"Bearer good": (307, ""), "Bearer stranger": (403, "GatedRepo")}
+        status, code = answers.get(self.headers.get("Authorization", ""), (401, "GatedRepo"))
+        if self.path != "/org/model/resolve/main/config.json":
+            status, code = 404, "RevisionNotFound"
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Location", "http://127.0.0.1:1/never-asked")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(("token", "status"), [("", 401), ("bad", 401), ("stranger", 403), ("good", 200)])
+def test_hub_access(hub: str, token: str, status: int) -> None:
+    assert spark_state.hub_access(hub, "org/model", "main", token)["status"] == status
+
+
+def test_hub_access_tells_an_unknown_revision_and_an_unreachable_hub(hub: str) -> None:
+    assert spark_state.hub_access(hub, "org/model", "v9", "good") == {"status": 404, "error": "RevisionNotFound"}
+    assert spark_state.hub_access("http://127.0.0.1:1", "org/model", "main", "")["status"] == 0
+
+
+def test_listener_and_health_of_a_port_that_speaks_no_http() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def greet() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(b"SSH-2.0-OpenSSH_10\r\n")
+
+        threading.Thread(target=greet, daemon=True).start()
+        found = spark_state.listener(port)
+        assert found and found["pid"] == os.getpid()
+        assert spark_state.healthy(port) is False
+    assert spark_state.listener(port) is None
+
+
+def test_token_file(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    assert spark_state.token_file(str(path), "") == {"present": False, "private": False, "current": True}
+    assert not spark_state.token_file(str(path), "hf_x")["current"]
+    path.write_text("hf_x\n", encoding="utf-8")
+    path.chmod(0o644)
+    assert spark_state.token_file(str(path), "hf_x") == {"present": True, "private": False, "current": True}
+    assert not spark_state.token_file(str(path), "hf_y")["current"]
+
+
+def test_folder_and_disk(tmp_path: Path) -> None:
+    tmp_path.chmod(0o2775)
+    found = spark_state.folder(str(tmp_path))
+    assert found and found["mode"] == "2775" and found["directory"]
+    assert spark_state.folder(str(tmp_path / "absent")) is None
+    assert spark_state.disk(str(tmp_path / "not" / "yet"))["device"] == tmp_path.stat().st_dev
+
+
+def test_gpu_of_a_spark_and_of_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert spark_state.gpu() is None
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA GB10, 580.142, 12.1'\n", encoding="utf-8")
+    tool.chmod(0o755)
+    assert spark_state.gpu() == {"name": "NVIDIA GB10", "driver": "580.142", "compute_capability": "12.1"}
+
+
+def test_a_container_of_ours_and_one_of_a_stranger() -> None:
+    class Engine:
+        def container(self, name: str) -> dict[str, Any]:
+            return {
+                "Config": {"Image": "image@sha256:1", "Cmd": ["vllm", "serve"], "Env": ["A=1", "B=x=y"]},
+                "HostConfig": {
+                    "PortBindings": {"8000/tcp": [{"HostIp": "", "HostPort": "8000"}]},
+                    "Binds": ["/opt/hf:/root/.cache/huggingface:rw"],
+                    "RestartPolicy": {"Name": "unless-stopped"},
+                },
+                "RestartCount": 2,
+            }
+
+    labels = {"com.docker.compose.project": "sparkfleet", "com.docker.compose.service": "vllm-x"}
+    item = {"Id": "1", "Names": ["/vllm-x"], "Image": "image", "State": "running", "Ports": [], "Labels": labels}
+    found = spark_state.container(Engine(), item, "sparkfleet")  # type: ignore[arg-type]
+    assert found["ours"] and found["service"] == "vllm-x" and found["ports"] == [8000]
+    assert found["started_with"]["environment"] == {"A": "1", "B": "x=y"}
+    stranger = spark_state.container(Engine(), {**item, "Labels": {}}, "sparkfleet")  # type: ignore[arg-type]
+    assert not stranger["ours"] and "started_with" not in stranger
