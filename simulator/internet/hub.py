@@ -85,6 +85,8 @@ class Handler(BaseHTTPRequestHandler):
     server_version = "hub-stand-in"
     root: Path
     tokens: Path
+    status: int
+    sent: int
 
     def log_message(self, format: str, *args: Any) -> None:
         """The default log would name nothing secret, but one line of our own is enough."""
@@ -98,11 +100,11 @@ class Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
-        began, sent, status = time.monotonic(), 0, 0
+        began = time.monotonic()
+        self.status, self.sent = 0, 0  # counted as they go out, so that a transfer that was cut is told truly
         try:
-            status, sent = self._route(unquote(urlsplit(self.path).path))
+            self._route(unquote(urlsplit(self.path).path))
         except Refusal as refusal:
-            status = refusal.status
             self._body(
                 {"error": str(refusal)},
                 refusal.status,
@@ -110,8 +112,13 @@ class Handler(BaseHTTPRequestHandler):
             )
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
-        line = f"{self.command} {self.path} {status} {sent} bytes {time.monotonic() - began:.2f} s"
+        line = f"{self.command} {self.path} {self.status} {self.sent} bytes {time.monotonic() - began:.2f} s"
         print(line, file=sys.stderr, flush=True)
+
+    def send_response(self, code: int, message: str | None = None) -> None:
+        """Note the status for the log."""
+        self.status = int(code)
+        super().send_response(code, message)
 
     def _account(self) -> dict[str, Any] | None:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
@@ -139,19 +146,20 @@ class Handler(BaseHTTPRequestHandler):
                 f"Visit {page} to ask for access.",
             )
 
-    def _route(self, path: str) -> tuple[int, int]:
+    def _route(self, path: str) -> None:
+        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?/?", path)
+        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if path == "/api/whoami-v2":
             account = self._account()
             if account is None:
                 raise Refusal(401, "", "Invalid username or password.")
-            return self._body({"type": "user", "name": account["name"], "auth": {"type": "access_token"}})
-        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?/?", path)
-        if api:
-            return self._api(self._repository(api[1]), api[2] or "revision", api[3] or "main")
-        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        if file:
-            return self._file(self._repository(file[1]), file[2], file[3])
-        raise Refusal(404, "", "Not Found")
+            self._body({"type": "user", "name": account["name"], "auth": {"type": "access_token"}})
+        elif api:
+            self._api(self._repository(api[1]), api[2] or "revision", api[3] or "main")
+        elif file:
+            self._file(self._repository(file[1]), file[2], file[3])
+        else:
+            raise Refusal(404, "", "Not Found")
 
     def _repository(self, name: str) -> Repository:
         try:
@@ -161,17 +169,18 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refusal(401, "RepoNotFound", "Invalid username or password.") from None
             raise
 
-    def _api(self, repository: Repository, verb: str, revision: str) -> tuple[int, int]:
+    def _api(self, repository: Repository, verb: str, revision: str) -> None:
         commit = repository.at(revision)
         tree = repository.tree()
         if verb == "tree":
-            return self._body(tree)
+            self._body(tree)
+            return
         siblings = [
             {"rfilename": e["path"], "size": e["size"], "blobId": e["oid"], **({"lfs": e["lfs"]} if "lfs" in e else {})}
             for e in tree
         ]
         gated = "manual" if repository.gated else False
-        return self._body(
+        self._body(
             {
                 "id": repository.name,
                 "modelId": repository.name,
@@ -184,7 +193,7 @@ class Handler(BaseHTTPRequestHandler):
             }
         )
 
-    def _file(self, repository: Repository, revision: str, name: str) -> tuple[int, int]:
+    def _file(self, repository: Repository, revision: str, name: str) -> None:
         commit = repository.at(revision)
         self._allow(repository)
         path = (repository.folder / name).resolve()
@@ -201,7 +210,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header("Content-Range", f"bytes */{size}")
                 self.send_header("Content-Length", "0")
                 self.end_headers()
-                return 416, 0
+                return
             status = HTTPStatus.PARTIAL_CONTENT
         self.send_response(status)
         self.send_header("Content-Type", "application/octet-stream")
@@ -216,17 +225,17 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("X-Linked-Size", str(size))
         self.end_headers()
         if self.command == "HEAD":
-            return status, 0
+            return
         with path.open("rb") as file:
             file.seek(start)
             left = end - start + 1
             while left:
                 chunk = file.read(min(CHUNK, left))
                 self.wfile.write(chunk)
+                self.sent += len(chunk)
                 left -= len(chunk)
-        return status, end - start + 1
 
-    def _body(self, data: Any, status: int = 200, headers: dict[str, str] | None = None) -> tuple[int, int]:
+    def _body(self, data: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(data).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json; charset=utf-8")
@@ -236,7 +245,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
-        return status, len(body)
+            self.sent += len(body)
 
 
 def server(root: Path, tokens: Path, address: str, port: int) -> ThreadingHTTPServer:
