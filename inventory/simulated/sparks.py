@@ -15,7 +15,7 @@ def inventory(world: str, home: Path) -> dict[str, object]:
     hosts = {
         name: {
             "ansible_port": known["ssh"],
-            "sparkfleet_public_url": f"http://127.0.0.1:{known['http']}",
+            "sparkfleet_simulated_url": f"http://127.0.0.1:{known['http']}",
         }
         for name, known in state["sparks"].items()
     }

@@ -215,7 +215,7 @@ def test_inventory(home: Path) -> None:
     assert data["sparks"]["hosts"] == ["spark-1", "spark-2"]
     assert data["_meta"]["hostvars"]["spark-2"] == {
         "ansible_port": 40002,
-        "sparkfleet_public_url": "http://127.0.0.1:41002",
+        "sparkfleet_simulated_url": "http://127.0.0.1:41002",
     }
     assert shared["ansible_host"] == "127.0.0.1" and shared["ansible_user"] == "nvidia"
     assert shared["ansible_ssh_private_key_file"] == str(made.folder / "ssh/id_ed25519")
