@@ -77,7 +77,7 @@ def _unreachable(host: str, task_vars: dict[str, Any], reason: str) -> str:
     port = task_vars.get("ansible_port", 22)
     login = f"{user}@{address}" if user else address
     return (
-        f"{host} is not reached at {login}:{port}: {' '.join(reason.split())} Check that "
+        f"{host} is not reached at {login}:{port}: {' '.join(reason.split()).rstrip('.')}. Check that "
         f"`ssh -p {port} {login}` works from here, and ansible_host, ansible_port and ansible_user in the inventory."
     )
 
