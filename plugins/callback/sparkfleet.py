@@ -23,8 +23,11 @@ author: ["The Sparkfleet developers"]
 
 #: Actions whose messages are written for the operator.
 OWN = frozenset(
-    "compose_file fetch_wait image_pull model_download nvidia_container_runtime page_cache secret_file spark_plan "
-    "stop_services vllm_verify vllm_wait ansible.builtin.assert ansible.builtin.validate_argument_spec".split()  # noqa: SIM905
+    {
+        *("compose_file", "fetch_wait", "image_pull", "model_download", "nvidia_container_runtime", "page_cache"),
+        *("secret_file", "spark_plan", "stop_services", "vllm_verify", "vllm_wait"),
+        *("ansible.builtin.assert", "ansible.builtin.validate_argument_spec"),
+    }
 )
 
 
