@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+#: Whose place the simulated internet takes.
 NAMES = ("nvcr.io", "huggingface.co", "nvidia.github.io")
 DAYS = 3650
 

@@ -30,7 +30,6 @@ from simulator.shell import SimulatorError
 
 IMAGE = "nvidia/vllm:25.09-py3"
 REPOSITORY = "nvidia/Llama-3.1-8B-Instruct-FP8"
-NAMES = ("nvcr.io", "huggingface.co", "nvidia.github.io")
 FLAVOURS = ("dgxos", "bare")
 LABEL = "sparkfleet.sim.world"
 #: What dockerd and systemd need inside; --privileged asks for more than some machines have.
@@ -389,7 +388,7 @@ def purge(say: Say) -> None:
 
 def dnsmasq(address: str, hub_address: str) -> str:
     """Configuration of the name server: our names here, the rest where Docker sends them."""
-    lines = [f"address=/{name}/{hub_address if name == 'huggingface.co' else address}" for name in NAMES]
+    lines = [f"address=/{name}/{hub_address if name == 'huggingface.co' else address}" for name in keys.NAMES]
     lines += [f"listen-address={address}", "bind-dynamic", "no-resolv", "server=127.0.0.11", "cache-size=1000"]
     return "\n".join(lines) + "\n"
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Action: waits for the background jobs of a host and shows how far they are.
 
     - fetch_wait:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a Hugging Face cache folder holds of a model, told from the disk alone.
 
 A model is complete when the manifest that the download wrote last is there and every file it names lies in the

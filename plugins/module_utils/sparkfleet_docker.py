@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Docker Engine API over its unix socket, standard library only.
 
 Paths carry no API version (`/containers/json`, not `/v1.41/...`): an engine then answers in its own newest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A long job on a Spark: one at a time (a lock), its progress in a JSON status file that others read.
 
 Status file, replaced as a whole: name, what, pid, pid_start, state (running, done, failed), phase, done, total,

@@ -1,3 +1,5 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
 """Ansible module: how far the background jobs of a Spark are (a long poll; see the action fetch_wait)."""
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ options:
     description: Seconds to wait for an end.
     type: float
     default: 3.0
-author: Sparkfleet
+author: ["The Sparkfleet developers"]
 attributes:
   check_mode:
     support: full

@@ -1,3 +1,5 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
 """Ansible module: a container image on a Spark, with progress that others can read."""
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ options:
     description: Socket of the Docker engine.
     type: path
     default: /var/run/docker.sock
-author: Sparkfleet
+author: ["The Sparkfleet developers"]
 attributes:
   check_mode:
     support: full

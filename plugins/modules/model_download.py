@@ -1,3 +1,5 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
 """Ansible module: a Hugging Face model, complete and checked, in a Spark's cache."""
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ options:
     description: Socket of the Docker engine.
     type: path
     default: /var/run/docker.sock
-author: Sparkfleet
+author: ["The Sparkfleet developers"]
 attributes:
   check_mode:
     support: full
