@@ -22,6 +22,10 @@ options:
   cache_dir: {description: Folder of the model cache., type: path, default: /opt/hf}
   cache_owner: {description: Owner of the cache., type: str, default: root}
   cache_group: {description: Group of the cache., type: str, default: docker}
+  compile_cache_dir:
+    description: Folder of what the engine compiles.
+    type: path
+    default: /var/cache/sparkfleet
   cache_mode: {description: Mode of the cache., type: str, default: "2775"}
   operator: {description: User who may run docker., type: str, default: root}
   docker_source:

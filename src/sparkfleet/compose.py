@@ -14,6 +14,13 @@ from sparkfleet.catalog import Arguments, ArgumentValue, Card
 PROJECT = "sparkfleet"
 CACHE_IN_CONTAINER = "/root/.cache/huggingface"
 ENGINE_PORT = 8000
+#: Where vLLM, Triton, FlashInfer and the CUDA driver keep what they compile, unless told otherwise.
+COMPILE_CACHES = {
+    "vllm": "/root/.cache/vllm",
+    "triton": "/root/.triton",
+    "flashinfer": "/root/.cache/flashinfer",
+    "nv": "/root/.nv",
+}
 
 Source = Literal["local", "hub"]
 Document = dict[str, Any]
@@ -45,14 +52,18 @@ def document(
     image_digest: str | None = None,
     commit: str | None = None,
     cache_dir: str = "/opt/hf",
+    compile_cache_dir: str = "/var/cache/sparkfleet",
     port: int = ENGINE_PORT,
 ) -> Document:
     """The whole compose file as data: one project, one service, in the key order of the guide.
 
     ``image_digest`` (``sha256:...``) and ``commit`` (40 hex digits) pin what was fetched; they are
     left out as long as nothing has been fetched. They mean nothing to ``source="hub"``.
+    What the engine compiles is kept in ``compile_cache_dir``, one folder an image digest: another image's
+    compiled code does not fit.
     """
     image = image or card.image
+    volumes = [f"{cache_dir}:{CACHE_IN_CONTAINER}"]
     command = ["vllm", "serve", card.repo, "--download-dir", CACHE_IN_CONTAINER, *flags(arguments)]
     if source == "hub":
         environment = {"HF_TOKEN": "${HF_TOKEN}", "HUGGING_FACE_HUB_TOKEN": "${HF_TOKEN}"}
@@ -66,6 +77,8 @@ def document(
         if commit:
             command += ["--revision", commit, "--tokenizer-revision", commit]
         if image_digest:
+            kept = f"{compile_cache_dir}/{image_digest.partition(':')[2][:12]}"
+            volumes += [f"{kept}/{name}:{path}" for name, path in COMPILE_CACHES.items()]
             image = f"{image.partition('@')[0]}@{image_digest}"
     service: Document = {
         "image": image,
@@ -76,7 +89,7 @@ def document(
         "ipc": "host",
         "ulimits": {"memlock": -1, "stack": 67108864},
         "command": command,
-        "volumes": [f"{cache_dir}:{CACHE_IN_CONTAINER}"],
+        "volumes": volumes,
         "deploy": {
             "resources": {"reservations": {"devices": [{"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}]}}
         },

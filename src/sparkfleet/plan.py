@@ -45,6 +45,7 @@ class Settings:
     cache_owner: str = "root"
     cache_group: str = "docker"
     cache_mode: str = "2775"
+    compile_cache_dir: str = "/var/cache/sparkfleet"
     operator: str = "root"
     docker_source: str = "distribution"
     require_gb10: bool = True
@@ -108,6 +109,7 @@ class Target:
             image_digest=known_image.get("digest"),
             commit=known_model.get("commit") if known_model.get("complete") else None,
             cache_dir=self.settings.cache_dir,
+            compile_cache_dir=self.settings.compile_cache_dir,
             port=self.settings.port,
         )
 

@@ -84,7 +84,7 @@ def serving(goal: Target | None = None) -> State:
         "command": service["command"],
         "environment": {**service["environment"], "PATH": "/usr/bin"},
         "ports": [goal.settings.port],
-        "volumes": ["/opt/hf:/root/.cache/huggingface:rw"],
+        "volumes": sorted(f"{volume}:rw" for volume in service["volumes"]),
         "restart": "unless-stopped",
     }
     state["listener"] = {"pid": 7, "process": "docker-proxy"}
@@ -155,6 +155,7 @@ def test_pins_are_those_of_what_was_fetched() -> None:
     service = made["compose"]["services"][SERVICE]
     assert service["image"].endswith("@" + DIGEST)
     assert COMMIT in service["command"]
+    assert "/var/cache/sparkfleet/dddddddddddd/triton:/root/.triton" in service["volumes"]
     assert not made["fetch"]["needed"]
 
 
