@@ -1,40 +1,36 @@
 """The model catalogue: one YAML file a model, read into a typed card.
 
-A card holds what is true of a model wherever it runs: where it lies on the Hub, how vLLM is to be
-started for it, its profiles, and the question whose answer is known. See docs/models.md.
+A card holds what is true of a model wherever it runs: where it lies on the Hub, its sizes and shape, how vLLM is to
+be started for it, its profiles, and the question whose answer is known. ``models/schema.json`` says what a card may
+hold; docs/models.md explains it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
+import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sparkfleet import SparkfleetError
+from sparkfleet.schema import Document, problems
 
-#: Arguments of ``vllm serve`` whose value is checked; any other flag is passed on as it stands.
-POSITIVE_INTEGERS = ("max_model_len", "max_num_batched_tokens", "max_num_seqs")
-_REPO = re.compile(r"[\w.-]+/[\w.-]+")
-_SERVICE = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
-_ARGUMENT = re.compile(r"[a-z][a-z0-9_]*")
-
-ArgumentValue = str | int | float | bool
+ArgumentValue = str | int | float | bool | dict[str, Any]
 Arguments = dict[str, ArgumentValue]
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What verification asks, and the word the answer must contain."""
+    """What verification asks, the word the answer must contain, and the tokens it may have."""
 
     question: str
     expect: str
     prompt: str
     prompt_expect: str
+    max_tokens: int = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,30 +43,89 @@ class Licence:
 
 
 @dataclasses.dataclass(frozen=True)
-class Card:
-    """A model card of the catalogue.
+class Weights:
+    """Sizes: files in GiB, memory in GiB as vLLM logs it, and GB (1e9 bytes) read for one token of output."""
 
-    ``download_gib`` is the size of the weights on disk in GiB. ``arguments`` are those of
-    ``vllm serve`` in snake_case; a profile replaces some of them.
+    download_gib: float
+    read_gb_per_token: float
+    loaded_gib: float = 0.0
+
+    @property
+    def memory_gib(self) -> float:
+        """What the loaded weights take."""
+        return self.loaded_gib or self.download_gib
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """A kind of attention and the number of layers that have it.
+
+    ``full`` and ``sliding`` keep keys and values for ``kv_heads`` heads of ``head_dim``, for all tokens or for the
+    last ``window``; ``mla`` keeps one compressed vector of ``rank + rope_dim``; ``linear`` keeps a state whose size
+    does not follow from these figures.
     """
+
+    kind: str
+    layers: int
+    kv_heads: int = 0
+    head_dim: int = 0
+    window: int = 0
+    rank: int = 0
+    rope_dim: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What of a model's configuration decides about memory: ``context`` in tokens, ``mlp`` the width of the MLP, of a
+    mixture of experts that of one expert."""
+
+    layers: int
+    hidden: int
+    mlp: int
+    vocab: int
+    context: int
+    attention: tuple[Attention, ...]
+    experts_per_token: int = 0
+    kv_cache_dtype: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Tokens a second of one stream that somebody measured on a Spark."""
+
+    tok_s: float
+    source: str
+    ttft_ms: float = 0.0
+    engine: str = ""
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """A model card. ``arguments`` are those of ``vllm serve`` in snake_case; a profile replaces some of them."""
 
     name: str
     service: str
     repo: str
     revision: str
     image: str
-    download_gib: float
+    verified: bool
     licence: Licence
+    weights: Weights
+    shape: Shape
+    tool_call_parser: str
     arguments: Arguments
     profiles: dict[str, Arguments]
     verify: Question
+    measured: tuple[Measurement, ...]
     source: Path
+    profiles_line: int = dataclasses.field(default=1, compare=False)
 
     def with_profile(self, profile: str) -> Arguments:
         """Arguments of ``vllm serve`` under a profile; raises when the card has no such profile."""
         if profile not in self.profiles:
             raise SparkfleetError(
-                f"unknown profile '{profile}' for model {self.name} ({self.source}): "
+                f"{self.source}:{self.profiles_line}: model {self.name} has no profile '{profile}': "
                 f"choose one of {', '.join(self.profiles)}"
             )
         return {**self.arguments, **self.profiles[profile]}
@@ -79,6 +134,13 @@ class Card:
 def catalogue_folder() -> Path:
     """The folder ``models/`` of the checkout this package is installed from (``pip install -e``)."""
     return Path(__file__).resolve().parents[2] / "models"
+
+
+@functools.cache
+def schema() -> dict[str, Any]:
+    """The JSON schema of a card."""
+    found: dict[str, Any] = json.loads((catalogue_folder() / "schema.json").read_text(encoding="utf-8"))
+    return found
 
 
 def names(folder: Path | None = None) -> list[str]:
@@ -96,108 +158,76 @@ def load(model: str, folder: Path | None = None) -> Card:
                 f"model card {path} does not exist: give the path of a YAML file, "
                 f"or one of the names {', '.join(names(folder))}"
             )
-    else:
-        path = folder / f"{model}.yml"
-        if not path.is_file():
-            known = names(folder)
-            near = difflib.get_close_matches(model, known, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise SparkfleetError(
-                f"unknown model '{model}': {hint}The catalogue has {', '.join(known)}; "
-                "a card of your own is given by its path (sparkfleet_model: /path/to/card.yml)"
-            )
+        return parse(path)
+    path = folder / f"{model}.yml"
+    if not path.is_file():
+        known = names(folder)
+        near = difflib.get_close_matches(model, known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise SparkfleetError(
+            f"unknown model '{model}': {hint}The catalogue has {', '.join(known)}; "
+            "a card of your own is given by its path (sparkfleet_model: /path/to/card.yml)"
+        )
     return parse(path)
 
 
 def parse(path: Path) -> Card:
-    """Read and check one card; an error names file, line and key."""
-    text = path.read_text(encoding="utf-8")
+    """Read and check one card; an error names file, line and key, of each problem there is."""
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SparkfleetError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    return _Reader(path, text).card(data)
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SparkfleetError(f"model card {path} cannot be read: {error}") from None
+    document = Document(path, text)
+    document.check(schema())
+    data = document.data
+    shape = {**data["shape"], "attention": tuple(Attention(**entry) for entry in data["shape"]["attention"])}
+    card = Card(
+        **{key: data[key] for key in ("name", "service", "repo", "revision", "image", "verified")},
+        **{key: data[key] for key in ("arguments", "profiles")},
+        licence=Licence(**data["licence"]),
+        weights=Weights(**data["weights"]),
+        shape=Shape(**shape),
+        tool_call_parser=data.get("tool_call_parser", ""),
+        verify=Question(**data["verify"]),
+        measured=tuple(Measurement(**entry) for entry in data["measured"]),
+        source=path,
+        profiles_line=document.line(("profiles",)),
+    )
+    _check_sense(card, document)
+    return card
 
 
-class _Reader:
-    """Turns the parsed YAML of one card into a Card, with errors that name the line."""
-
-    def __init__(self, path: Path, text: str) -> None:
-        self.path = path
-        self.lines = text.splitlines()
-
-    def fail(self, key: str, problem: str) -> SparkfleetError:
-        pattern = re.compile(rf"^\s*{re.escape(key.rsplit('.', 1)[-1])}\s*:")
-        line = next((n for n, text in enumerate(self.lines, 1) if pattern.match(text)), 1)
-        return SparkfleetError(f"{self.path}:{line}: {key}: {problem}")
-
-    def mapping(self, data: Any, key: str, known: tuple[str, ...] | None = None) -> dict[str, Any]:
-        if not isinstance(data, Mapping):
-            raise self.fail(key, f"must be a mapping, not {data!r}")
-        if known is not None:
-            for name in data:
-                if name not in known:
-                    where = f"{key}.{name}" if key != "card" else str(name)
-                    raise self.fail(where, f"unknown key; known here are {', '.join(known)}")
-        return dict(data)
-
-    def string(self, data: Mapping[str, Any], key: str, pattern: re.Pattern[str] | None = None) -> str:
-        value = data.get(key.rsplit(".", 1)[-1])
-        if not isinstance(value, str) or not value:
-            raise self.fail(key, f"must be a non-empty string, not {value!r}")
-        if pattern is not None and not pattern.fullmatch(value):
-            raise self.fail(key, f"'{value}' does not have the form {pattern.pattern}")
-        return value
-
-    def arguments(self, data: Any, key: str) -> Arguments:
-        arguments: Arguments = {}
-        for name, value in self.mapping(data, key).items():
-            arguments[check_argument(str(name), value, lambda problem, n=name: self.fail(f"{key}.{n}", problem))] = (
-                value
+def _check_sense(card: Card, document: Document) -> None:
+    """What a schema cannot say: figures that contradict each other."""
+    described = sum(entry.layers for entry in card.shape.attention)
+    if described != card.shape.layers:
+        raise document.error(
+            ("shape", "attention"),
+            f"shape.attention: describes {described} layers, but shape.layers says {card.shape.layers}",
+        )
+    places: list[tuple[Arguments, tuple[str, ...]]] = [(card.arguments, ("arguments",))]
+    places += [(arguments, ("profiles", name)) for name, arguments in card.profiles.items()]
+    for arguments, place in places:
+        length = arguments.get("max_model_len")
+        # rope scaling through hf_overrides stretches a context on purpose
+        if isinstance(length, int) and length > card.shape.context and "hf_overrides" not in card.arguments:
+            raise document.error(
+                (*place, "max_model_len"),
+                f"{'.'.join(place)}.max_model_len: {length} is longer than the model's context of "
+                f"{card.shape.context} tokens (shape.context)",
             )
-        return arguments
-
-    def card(self, data: Any) -> Card:
-        known = (
-            *("name", "service", "repo", "revision", "image", "download_gib", "licence"),
-            *("arguments", "profiles", "verify", "sources"),
-        )
-        card = self.mapping(data, "card", known)
-        size = card.get("download_gib")
-        if isinstance(size, bool) or not isinstance(size, int | float) or size <= 0:
-            raise self.fail("download_gib", f"must be a positive number of GiB, not {size!r}")
-        licence = self.mapping(card.get("licence"), "licence", ("name", "gated", "page"))
-        if not isinstance(licence.get("gated"), bool):
-            raise self.fail("licence.gated", f"must be true or false, not {licence.get('gated')!r}")
-        verify = self.mapping(card.get("verify"), "verify", ("question", "expect", "prompt", "prompt_expect"))
-        profiles = self.mapping(card.get("profiles"), "profiles")
-        return Card(
-            name=self.string(card, "name"),
-            service=self.string(card, "service", _SERVICE),
-            repo=self.string(card, "repo", _REPO),
-            revision=self.string(card, "revision"),
-            image=self.string(card, "image"),
-            download_gib=float(size),
-            licence=Licence(
-                self.string(licence, "licence.name"), licence["gated"], self.string(licence, "licence.page")
-            ),
-            arguments=self.arguments(card.get("arguments"), "arguments"),
-            profiles={str(name): self.arguments(value, f"profiles.{name}") for name, value in profiles.items()},
-            verify=Question(
-                *(self.string(verify, f"verify.{k}") for k in ("question", "expect", "prompt", "prompt_expect"))
-            ),
-            source=self.path,
-        )
 
 
-def check_argument(name: str, value: Any, fail: Any) -> str:
-    """Check one argument of ``vllm serve``; ``fail(problem)`` makes the exception to raise."""
-    if not _ARGUMENT.fullmatch(name):
-        raise fail("write arguments of vllm serve in snake_case, without dashes")
-    if not isinstance(value, str | int | float | bool):
-        raise fail(f"must be a string, a number or true/false, not {value!r}")
-    if name in POSITIVE_INTEGERS and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise fail(f"must be a whole number above 0, not {value!r}")
-    if name == "gpu_memory_utilization" and (isinstance(value, bool | str) or not 0 < value <= 1):
-        raise fail(f"must be a share between 0 and 1, not {value!r}")
-    return name
+def check_arguments(arguments: Mapping[str, Any], prefix: str) -> None:
+    """Check arguments of ``vllm serve`` that do not come from a card; ``prefix`` is that of their variables."""
+    found = [
+        text
+        for _, text in problems(dict(arguments), {**schema()["$defs"]["arguments"], "$defs": schema()["$defs"]}, prefix)
+    ]
+    known = schema()["$defs"]["arguments"]["properties"]
+    for name in (name for name in arguments if name not in known):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+        if near:  # vLLM takes an unambiguous beginning for the whole, and the plan would not see it
+            found.append(f"{prefix}{name}: write {near[0]}")
+    if found:
+        raise SparkfleetError("\n".join(found))

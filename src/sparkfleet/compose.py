@@ -7,9 +7,11 @@ model pinned to what was fetched.
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal
 
 from sparkfleet.catalog import Arguments, ArgumentValue, Card
+from sparkfleet.engine import starts_with_serve
 
 PROJECT = "sparkfleet"
 CACHE_IN_CONTAINER = "/root/.cache/huggingface"
@@ -27,7 +29,7 @@ Document = dict[str, Any]
 
 
 def flags(arguments: Arguments) -> list[str]:
-    """``vllm serve`` flags in the order given; true is a bare flag, false leaves it out."""
+    """``vllm serve`` flags in the order given; true is a bare flag, false leaves it out, a mapping is JSON."""
     words: list[str] = []
     for name, value in arguments.items():
         flag = "--" + name.replace("_", "-")
@@ -39,6 +41,8 @@ def flags(arguments: Arguments) -> list[str]:
 
 
 def _text(name: str, value: ArgumentValue) -> str:
+    if isinstance(value, dict):
+        return json.dumps(value)
     # The guide writes 0.90; a float of YAML has lost the zero.
     return f"{value:.2f}" if name == "gpu_memory_utilization" and isinstance(value, float) else str(value)
 
@@ -64,7 +68,13 @@ def document(
     """
     image = image or card.image
     volumes = [f"{cache_dir}:{CACHE_IN_CONTAINER}"]
-    command = ["vllm", "serve", card.repo, "--download-dir", CACHE_IN_CONTAINER, *flags(arguments)]
+    command = [
+        *([] if starts_with_serve(image) else ["vllm", "serve"]),
+        card.repo,
+        "--download-dir",
+        CACHE_IN_CONTAINER,
+        *flags(arguments),
+    ]
     if source == "hub":
         environment = {"HF_TOKEN": "${HF_TOKEN}", "HUGGING_FACE_HUB_TOKEN": "${HF_TOKEN}"}
         # The guide's flag, needed by none of its models; offline there is no remote code to trust.

@@ -458,6 +458,54 @@ TABLE: tuple[Failure, ...] = (
     ),
     # -- before anything changes -------------------------------------------------------------------------------
     Failure(
+        "memory-short",
+        "the plan does not fit into the host's memory",
+        "GPU and CPU share one memory; what the engine asks for is not available, would leave the host too little, or "
+        "holds less than one sequence of max_model_len tokens",
+        "Stop what else uses memory on the host, or choose what `sparkfleet plan MODEL` proposes: a lower "
+        "gpu_memory_utilization, a shorter max_model_len, another profile or model. sparkfleet_memory_plan: warn goes "
+        "on all the same.",
+        chapter=MEMORY,
+    ),
+    Failure(
+        "layout-unknown",
+        "the planner does not know the model's KV cache",
+        "its attention keeps something whose size does not follow from the model card",
+        "Set sparkfleet_memory_plan: warn to go on without a plan, and watch the first start.",
+    ),
+    Failure(
+        "image-unsupported",
+        "the image does not run on a GB10",
+        "it was built before the GB10, for another processor, or its name does not say which version it is",
+        "Use nvcr.io/nvidia/vllm:25.09-py3 or later, or vllm/vllm-openai at a version of 2026.",
+        chapter=FP8,
+    ),
+    Failure(
+        "clock-wrong",
+        "the host's clock is wrong",
+        "it was not set by a time server; certificates and signatures look expired or not yet valid",
+        "Set it: `timedatectl set-ntp true` on the host, and let it reach a time server.",
+    ),
+    Failure(
+        "docker-too-old",
+        "Docker is too old",
+        "requests for a GPU in the form that Sparkfleet uses came with Docker 20.10",
+        "Upgrade it the way it was installed; Sparkfleet does not touch a Docker that other containers depend on.",
+    ),
+    Failure(
+        "compose-too-old",
+        "Docker's Compose plugin is missing or too old",
+        "Ansible's module for Compose asks for 2.18",
+        "Install or upgrade it the way Docker was installed (packages docker-compose-plugin, docker-compose-v2 or "
+        "docker-compose).",
+    ),
+    Failure(
+        "toolkit-too-old",
+        "the NVIDIA Container Toolkit is too old",
+        "`nvidia-ctk runtime configure` came with 1.12",
+        "Upgrade it: `apt-get install --only-upgrade nvidia-container-toolkit` on the host.",
+    ),
+    Failure(
         "not-a-spark",
         "the host has no GB10",
         "the address is another machine's, or the driver does not answer",

@@ -51,6 +51,18 @@ def test_a_digest_in_the_reference_is_replaced_not_doubled(card: catalog.Card) -
     assert document["services"][SERVICE]["image"] == "r.example/v@sha256:" + "2" * 64
 
 
+@pytest.mark.parametrize(
+    ("image", "first"),
+    [
+        ("nvcr.io/nvidia/vllm:26.06-py3", "vllm"),
+        ("vllm/vllm-openai:v0.24.0-ubuntu2404", "nvidia/Llama-3.1-8B-Instruct-FP8"),
+        ("mirror.example/vllm/vllm-openai@sha256:" + "1" * 64, "nvidia/Llama-3.1-8B-Instruct-FP8"),
+    ],
+)
+def test_upstreams_images_serve_by_themselves(card: catalog.Card, image: str, first: str) -> None:
+    assert compose.document(card, {}, image=image)["services"][SERVICE]["command"][0] == first
+
+
 def test_profile_and_port(card: catalog.Card) -> None:
     document = compose.document(card, card.with_profile("low_latency"), port=8123)
     words = document["services"][SERVICE]["command"]
@@ -65,6 +77,7 @@ def test_profile_and_port(card: catalog.Card) -> None:
         ({"enforce_eager": True}, ["--enforce-eager"]),
         ({"enable_prefix_caching": False}, []),
         ({"max_num_seqs": 8, "dtype": "auto"}, ["--max-num-seqs", "8", "--dtype", "auto"]),
+        ({"speculative_config": {"method": "mtp"}}, ["--speculative-config", '{"method": "mtp"}']),
         ({"gpu_memory_utilization": 0.9}, ["--gpu-memory-utilization", "0.90"]),
     ],
 )

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from sparkfleet import SparkfleetError, plan
-from sparkfleet.plan import GIB, Settings, Target
+from sparkfleet import SparkfleetError, plan, preflight
+from sparkfleet.preflight import GIB
+from sparkfleet.target import Settings, Target
 
 SERVICE = "vllm-llama31-8b-fp8"
 DIGEST = "sha256:" + "d" * 64
@@ -26,16 +27,24 @@ def bare() -> State:
     return {
         "os": {"id": "ubuntu", "version": "24.04", "name": "Ubuntu 24.04.3 LTS", "machine": "aarch64"},
         "gpu": {"name": "NVIDIA GB10", "driver": "580.142", "compute_capability": "12.1"},
-        "memory": {"total": 120 * GIB, "available": 115 * GIB},
+        "clock": {"offset": 0.4},
+        "memory": {
+            "total": 120 * GIB,
+            "available": 116 * GIB,
+            "swap": [],
+            "swap_in_fstab": [],
+            "earlyoom": {"installed": False, "active": False, "enabled": False, "arguments": ""},
+        },
         "disk": {"cache": {"free": 900 * GIB, "device": 1}, "docker": {"free": 900 * GIB, "device": 1}},
         "docker": {"installed": False, "running": False, "compose": None, "reason": "no socket"},
-        "toolkit": {"installed": False, "configured": False},
+        "toolkit": {"installed": False, "configured": False, "version": ""},
         "operator": {"name": "nvidia", "exists": True, "in_docker_group": False},
         "cache": None,
         "project_dir": None,
         "token": {"present": False, "private": False, "current": False},
         "model": {"commit": None, "complete": False, "bytes": 0},
         "hub": {"status": 200, "error": ""},
+        "registry": {"host": "nvcr.io", "status": 401, "error": "", "failure": ""},
         "compose_file": None,
         "listener": None,
         "healthy": False,
@@ -52,10 +61,13 @@ def prepared() -> State:
         "compose": "2.40.3",
         "root": "/var/lib/docker",
         "runtimes": ["nvidia", "runc"],
+        "proxy": "",
+        "no_proxy": "",
         "image": None,
         "containers": [],
     }
-    state["toolkit"] = {"installed": True, "configured": True}
+    state["toolkit"] = {"installed": True, "configured": True, "version": "1.19.0"}
+    state["memory"]["earlyoom"] = {"installed": True, "active": True, "enabled": True, "arguments": ""}
     state["operator"]["in_docker_group"] = True
     state["cache"] = {"owner": "root", "group": "docker", "mode": "2775", "directory": True}
     state["project_dir"] = {"owner": "root", "group": "root", "mode": "0755", "directory": True}
@@ -67,7 +79,7 @@ def fetched() -> State:
     state = prepared()
     state["docker"]["image"] = {"id": "sha256:1", "digest": DIGEST, "size": 20 * GIB}
     state["model"] = {"commit": COMMIT, "complete": True, "bytes": 9 * GIB}
-    state["hub"] = None
+    state["hub"] = state["registry"] = None
     return state
 
 
@@ -104,7 +116,7 @@ def container(name: str, ours: bool = True, state: str = "running", ports: list[
 
 
 def ids(goal: Target, state: State) -> list[str]:
-    return [finding.id for finding in plan.findings(goal, state)]
+    return [finding["id"] for finding in plan.make(goal, state)["findings"]]
 
 
 def test_nothing_to_do_when_serving() -> None:
@@ -134,8 +146,7 @@ def test_prepared_host_is_left_alone() -> None:
     ("path", "value", "part", "words"),
     [
         (("docker", "version"), "20.10.5", "docker", ""),
-        (("docker", "version"), "19.03.1", "docker", "upgrade Docker 19.03.1"),
-        (("docker", "compose"), "2.17.0", "docker", "Compose plugin 2.18 or newer (found 2.17.0)"),
+        (("docker", "running"), False, "docker", "start Docker"),
         (("docker", "runtimes"), ["runc"], "toolkit", "make nvidia a runtime"),
         (("operator", "in_docker_group"), False, "docker", "put nvidia into the group docker"),
         (("cache", "mode"), "0755", "cache", "mode 0755 to 2775"),
@@ -224,7 +235,20 @@ def test_edited_file_is_written_again() -> None:
     ("change", "identifier", "words"),
     [
         ({"gpu": None}, "not-a-spark", "nvidia-smi reports nothing"),
-        ({"gpu": {"name": "NVIDIA A100"}}, "not-a-spark", "NVIDIA A100"),
+        ({"gpu": {"name": "NVIDIA A100", "driver": "590.1"}}, "not-a-spark", "NVIDIA A100"),
+        ({"gpu": {"name": "NVIDIA GB10", "driver": "570.86"}}, "driver-too-old", "570.86 is older than 580"),
+        ({"clock": {"offset": -259200}}, "clock-wrong", "3.0 days behind"),
+        ({"clock": {"offset": 900}}, "clock-wrong", "15 minutes ahead of"),
+        (
+            {"registry": {"host": "nvcr.io", "status": 0, "error": "refused", "failure": "registry-unreachable"}},
+            "registry-unreachable",
+            "does not reach nvcr.io (refused)",
+        ),
+        (
+            {"registry": {"host": "nvcr.io", "status": 0, "error": "unknown", "failure": "registry-name"}},
+            "registry-name",
+            "nvcr.io (unknown)",
+        ),
         ({"os": {"id": "fedora", "version": "42", "name": "Fedora 42", "machine": "aarch64"}}, "os-unsupported", "Fed"),
         (
             {"os": {"id": "debian", "version": "12", "name": "Debian 12", "machine": "x86_64"}},
@@ -244,17 +268,17 @@ def test_edited_file_is_written_again() -> None:
 )
 def test_refusals(change: State, identifier: str, words: str) -> None:
     state = {**bare(), **change}
-    found = plan.findings(target(), state)
-    assert [finding.id for finding in found] == [identifier]
-    assert words in found[0].message
+    found = plan.make(target(), state)["findings"]
+    assert [finding["id"] for finding in found] == [identifier]
+    assert words in found[0]["message"]
 
 
 def test_missing_token_is_told_from_a_rejected_one() -> None:
     state = bare()
     state["hub"], state["token"]["current"] = {"status": 401, "error": "GatedRepo"}, True
-    found = plan.findings(target(), state)
-    assert found[0].id == "hub-token-missing"
-    assert "sparkfleet_hf_token" in found[0].message
+    found = plan.make(target(), state)["findings"]
+    assert found[0]["id"] == "hub-token-missing"
+    assert "sparkfleet_hf_token" in found[0]["message"]
 
 
 def test_port_of_another_container_and_name_taken() -> None:
@@ -273,9 +297,9 @@ def test_port_held_by_ours_is_fine() -> None:
 def test_disk_is_summed_on_one_device_and_split_over_two() -> None:
     state = bare()
     state["disk"] = {"cache": {"free": 20 * GIB, "device": 1}, "docker": {"free": 20 * GIB, "device": 1}}
-    found = plan.findings(target(image_disk_gib=12), state)
-    assert [finding.id for finding in found] == ["disk-full"]
-    assert "20.0 GiB free, 22.5 GiB needed" in found[0].message
+    found = plan.make(target(image_disk_gib=12), state)["findings"]
+    assert [finding["id"] for finding in found] == ["disk-full"]
+    assert "20.0 GiB free, 22.5 GiB needed" in found[0]["message"]
     state["disk"]["docker"]["device"] = 2
     assert ids(target(image_disk_gib=12), state) == []
 
@@ -298,8 +322,94 @@ def test_hub_source_fetches_no_model() -> None:
 
 
 def test_wrong_argument_names_the_variable() -> None:
-    with pytest.raises(SparkfleetError, match=r"sparkfleet_arguments\.max_num_seqs: must be a whole number above 0"):
+    with pytest.raises(SparkfleetError, match=r"sparkfleet_vllm_max_num_seqs: must be a whole number above 0"):
         target(arguments={"max_num_seqs": "many"})
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "identifier"),
+    [
+        ("docker", "version", "19.03.1", "docker-too-old"),
+        ("docker", "compose", "2.17.0", "compose-too-old"),
+        ("docker", "compose", None, "compose-too-old"),
+        ("toolkit", "version", "1.10.0", "toolkit-too-old"),
+    ],
+)
+def test_what_is_installed_and_too_old_is_not_upgraded_but_named(
+    part: str, key: str, value: str | None, identifier: str
+) -> None:
+    state = prepared()
+    state[part][key] = value
+    made = plan.make(target(), state)
+    assert [finding["id"] for finding in made["findings"]] == [identifier]
+    assert not made["prepare"]["install_docker"]
+
+
+@pytest.mark.parametrize(
+    "image", ["vllm/vllm-openai:latest", "nvcr.io/nvidia/vllm:25.08-py3", "vllm/vllm-openai:v0.9.2"]
+)
+def test_images_that_do_not_run_on_a_gb10(image: str) -> None:
+    assert ids(target(image=image), prepared()) == ["image-unsupported"]
+    assert ids(target(image=image, require_gb10=False), prepared()) == []
+
+
+def test_every_finding_at_once() -> None:
+    state = prepared()
+    state["gpu"] = {"name": "NVIDIA A100", "driver": "535.1", "compute_capability": "8.0"}
+    state["os"] = {"id": "fedora", "version": "42", "name": "Fedora 42", "machine": "i686"}
+    state["clock"]["offset"] = 1e6
+    state["docker"]["compose"] = "2.10.2"
+    state["toolkit"]["version"] = "1.10.0"
+    state["memory"]["available"] = 30 * GIB
+    state["disk"]["cache"] = {"free": GIB, "device": 2}
+    state["listener"] = {"pid": 1, "process": "x"}
+    state["registry"] = {"host": "nvcr.io", "status": 0, "error": "refused", "failure": "registry-unreachable"}
+    state["hub"] = {"status": 403, "error": "GatedRepo"}
+    found = ids(target(image="vllm/vllm-openai:latest"), state)
+    assert found == [
+        *("not-a-spark", "driver-too-old", "os-unsupported", "machine-unsupported", "clock-wrong", "compose-too-old"),
+        *("toolkit-too-old", "image-unsupported", "memory-short", "disk-full", "port-taken", "registry-unreachable"),
+        "hub-no-access",
+    ]
+
+
+def test_memory_is_compared_with_what_will_be_free() -> None:
+    state = serving()
+    state["memory"]["available"] = 5 * GIB  # the engine holds the rest
+    assert ids(target(), state) == []
+    # another model replaces the one that runs, and may have its memory
+    assert ids(target(model="qwen3-8b-fp8"), state) == []
+    state["docker"]["containers"] = []
+    state["listener"], state["healthy"] = None, False
+    found = plan.make(target(), state)["findings"]
+    assert [finding["id"] for finding in found] == ["memory-short"]
+    assert "would refuse to start" in found[0]["message"]
+    assert ids(target(memory_plan="warn"), state) == []
+    assert ids(target(service_state="stopped"), state) == []
+
+
+def test_memory_guards_are_part_of_prepare() -> None:
+    state = prepared()
+    state["memory"]["earlyoom"] |= {"active": False, "arguments": "-m 5"}
+    state["memory"]["swap"] = [{"path": "/swap.img", "size": GIB}]
+    made = plan.make(target(earlyoom_arguments="-m 3", swap="off"), state)["prepare"]
+    assert made["memory"] == ["change the arguments of earlyoom", "start earlyoom, now and at boot", "switch swap off"]
+    assert not plan.make(target(earlyoom=False), state)["prepare"]["memory"]
+
+
+def test_a_proxy_is_given_to_docker() -> None:
+    made = plan.make(target(proxy="http://proxy:3128"), prepared())["prepare"]
+    assert made["docker"] == ["let Docker use the proxy http://proxy:3128 and restart it"]
+    state = prepared()
+    state["docker"]["proxy"] = "http://proxy:3128"
+    assert not plan.make(target(proxy="http://proxy:3128"), state)["prepare"]["docker"]
+
+
+def test_tool_calls_are_the_cards_and_can_be_left_out() -> None:
+    assert target().arguments["tool_call_parser"] == "llama3_json"
+    assert "tool_call_parser" not in target(tool_calls=False).arguments
+    assert "tool_call_parser" not in target(model_source="hub").arguments
+    assert target(arguments={"tool_call_parser": "mine"}).arguments["tool_call_parser"] == "mine"
 
 
 def test_plan_does_not_touch_the_state() -> None:
@@ -313,4 +423,4 @@ def test_plan_does_not_touch_the_state() -> None:
     ("text", "numbers"), [("29.2.1", (29, 2, 1)), ("v2.26.1-4", (2, 26, 1)), (None, (0,)), ("", (0,))]
 )
 def test_version(text: str | None, numbers: tuple[int, ...]) -> None:
-    assert plan.version(text) == numbers
+    assert preflight.version(text) == numbers

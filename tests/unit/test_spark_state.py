@@ -112,3 +112,51 @@ def test_a_container_of_ours_and_one_of_a_stranger() -> None:
     assert found["started_with"]["environment"] == {"A": "1", "B": "x=y"}
     stranger = spark_state.container(Engine(), {**item, "Labels": {}}, "sparkfleet")  # type: ignore[arg-type]
     assert not stranger["ours"] and "started_with" not in stranger
+
+
+@pytest.mark.parametrize(
+    ("image", "host"),
+    [
+        ("nvcr.io/nvidia/vllm:25.09-py3", "nvcr.io"),
+        ("vllm/vllm-openai:latest", "registry-1.docker.io"),
+        ("docker.io/vllm/vllm-openai:v0.24.0", "registry-1.docker.io"),
+        ("busybox", "registry-1.docker.io"),
+        ("mirror.example:5000/nvidia/vllm:1", "mirror.example:5000"),
+        ("localhost/vllm", "localhost"),
+    ],
+)
+def test_registry_of_an_image(image: str, host: str) -> None:
+    assert spark_state.registry_host(image) == host
+
+
+def test_a_registry_that_refuses_and_one_without_a_name() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    found = spark_state.registry_access(f"127.0.0.1:{port}/x:1")
+    assert (found["status"], found["failure"]) == (0, "registry-unreachable")
+    found = spark_state.registry_access("registry.invalid/x:1")
+    assert (found["status"], found["failure"]) == (0, "registry-name")
+
+
+def test_a_registry_that_does_not_speak_tls(hub: str) -> None:
+    found = spark_state.registry_access(f"{hub.removeprefix('http://')}/x:1")
+    assert (found["status"], found["failure"]) == (0, "registry-tls")
+
+
+def test_the_hub_is_asked_through_the_proxy(hub: str) -> None:
+    """The stand-in takes the part of the proxy: it is asked for an address that is not its own."""
+    asked = ("http://hub.invalid", "org/model", "main", "good")
+    assert spark_state.hub_access(*asked, proxy=hub)["status"] == 404  # an absolute address reached it
+    assert spark_state.hub_access(*asked, proxy=hub, no_proxy="other.invalid")["status"] == 404
+    assert spark_state.hub_access(*asked, proxy=hub, no_proxy="localhost, hub.invalid")["status"] == 0
+    assert spark_state.hub_access(*asked, proxy=hub, no_proxy=".invalid")["status"] == 0
+
+
+def test_toolkit_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert spark_state.toolkit()["version"] == "" and not spark_state.toolkit()["installed"]
+    tool = tmp_path / "nvidia-ctk"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA Container Toolkit CLI version 1.18.1'\necho commit: abc\n", "utf-8")
+    tool.chmod(0o755)
+    assert spark_state.toolkit()["version"] == "1.18.1"

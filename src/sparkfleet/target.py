@@ -1,0 +1,94 @@
+"""What is to run on a host: model card and inventory merged, before any host is looked at."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from sparkfleet import catalog, compose, engine
+from sparkfleet.catalog import Arguments, Card
+from sparkfleet.engine import Engine
+
+State = Mapping[str, Any]
+#: What the variables of vLLM's arguments begin with; Ansible's own precedence merges them.
+ARGUMENT_PREFIX = "sparkfleet_vllm_"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the inventory says of one host; the fields are the variables ``sparkfleet_<field>``.
+
+    ``arguments`` are those variables that begin with ``sparkfleet_vllm_``, without that beginning.
+    """
+
+    model: str
+    profile: str = "throughput"
+    model_source: str = "local"
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tool_calls: bool = True
+    image: str = ""
+    revision: str = ""
+    port: int = 8000
+    project_dir: str = "/opt/sparkfleet"
+    cache_dir: str = "/opt/hf"
+    cache_owner: str = "root"
+    cache_group: str = "docker"
+    cache_mode: str = "2775"
+    compile_cache_dir: str = "/var/cache/sparkfleet"
+    operator: str = "root"
+    docker_source: str = "distribution"
+    require_gb10: bool = True
+    image_disk_gib: float = 25.0
+    memory_plan: str = "enforce"
+    memory_reserve_gib: float = 4.0
+    proxy: str = ""
+    no_proxy: str = ""
+    earlyoom: bool = True
+    earlyoom_arguments: str = ""
+    swap: str = "keep"
+    service_state: str = "started"
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Model card and settings merged."""
+
+    card: Card
+    settings: Settings
+    arguments: Arguments
+    image: str
+    revision: str
+
+    @classmethod
+    def of(cls, settings: Settings) -> Target:
+        """Merge in the documented order: model, profile, then the inventory's (group, host, command line)."""
+        card = catalog.load(settings.model)
+        arguments = card.with_profile(settings.profile)
+        catalog.check_arguments(settings.arguments, ARGUMENT_PREFIX)
+        if settings.tool_calls and settings.model_source == "local" and card.tool_call_parser:
+            arguments |= {"enable_auto_tool_choice": True, "tool_call_parser": card.tool_call_parser}
+        arguments |= settings.arguments
+        return cls(card, settings, arguments, settings.image or card.image, settings.revision or card.revision)
+
+    @property
+    def engine(self) -> Engine:
+        """The version of vLLM in the image, as far as it can be told by its name."""
+        return engine.of_image(self.image)
+
+    def document(self, state: State | None = None) -> compose.Document:
+        """The compose file, pinned to what the host has fetched so far."""
+        known_image = ((state or {}).get("docker") or {}).get("image") or {}
+        known_model = (state or {}).get("model") or {}
+        local = self.settings.model_source == "local"
+        return compose.document(
+            self.card,
+            self.arguments,
+            source="local" if local else "hub",
+            image=self.image,
+            image_digest=known_image.get("digest"),
+            commit=known_model.get("commit") if known_model.get("complete") else None,
+            cache_dir=self.settings.cache_dir,
+            compile_cache_dir=self.settings.compile_cache_dir,
+            port=self.settings.port,
+        )

@@ -1,0 +1,214 @@
+"""The memory plan against logs of real hosts, its verdicts, and the ways out it proposes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from sparkfleet import SparkfleetError, catalog, engine, memory
+from sparkfleet.catalog import Attention, Card
+from sparkfleet.engine import Engine
+from sparkfleet.memory import GIB, Memory
+
+V010 = Engine((0, 10, 1, 1))
+V031 = Engine((0, 31, 0))
+
+
+def plan(name: str, profile: str = "throughput", host: Memory | None = None, **change: object) -> memory.Plan:
+    card = catalog.load(name)
+    version = change.pop("version", None)
+    arguments = {**card.with_profile(profile), **change}
+    return memory.make(
+        card,
+        arguments,  # type: ignore[arg-type]
+        profile=profile,
+        version=version,  # type: ignore[arg-type]
+        memory=host or Memory(),
+        others=lambda: [catalog.load(other) for other in catalog.names()],
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_per_token", "limit"),
+    [
+        ("llama31-8b-fp8", 131_072, 34.0),
+        ("qwen3-8b-fp8", 147_456, 33.3),
+        ("mistral-nemo-12b-fp8", 163_840, 22.3),
+        ("qwen3-32b-fp8", 262_144, 8.33),
+        ("qwen3-30b-a3b-fp8", 98_304, 81.0),
+        ("llama33-70b-fp8", 327_680, 3.87),
+    ],
+)
+def test_bytes_a_token_and_decode_limit_of_the_guides_models(name: str, bytes_per_token: int, limit: float) -> None:
+    made = plan(name)
+    assert made.kv_bytes_per_token == bytes_per_token
+    assert made.decode_tok_s_limit == pytest.approx(limit, rel=0.003)
+    assert made.kv_cache_dtype == "bf16"
+    assert made.fits
+
+
+def test_the_budget_adds_up() -> None:
+    made = plan("qwen3-32b-fp8")
+    parts = made.weights_gib + made.activation_gib + made.runtime_gib + made.cuda_graphs_gib + made.kv_cache_gib
+    assert parts == pytest.approx(made.requested_gib) == pytest.approx(0.90 * 119.7)
+    assert made.kv_cache_tokens * made.kv_bytes_per_token <= made.kv_cache_gib * GIB
+    assert made.max_concurrency == pytest.approx(made.kv_cache_tokens / 32000, rel=1e-3)
+
+
+def test_the_seventy_billion_model_of_the_guide() -> None:
+    made = plan("llama33-70b-fp8")
+    assert made.full_length_sequences == 1  # of the 32 that its settings allow
+    assert made.typical_sequences < 32
+    assert made.decode_tok_s_limit == pytest.approx(3.87, abs=0.01)
+    text = " ".join(made.notes)
+    assert "one stream cannot be faster than 3.9 tokens a second (measured: 2.74)" in text
+    assert "within 10%" in text
+    faster = [suggestion.change["model"] for suggestion in made.suggestions]
+    assert faster and "llama33-70b" in faster[0]
+    assert all(plan(name).decode_tok_s_limit > made.decode_tok_s_limit * 1.5 for name in faster)
+
+
+def test_versions_differ() -> None:
+    old, new = plan("llama31-8b-fp8", version=V010), plan("llama31-8b-fp8", version=V031)
+    assert (old.kv_cache_dtype, new.kv_cache_dtype) == ("bf16", "fp8")
+    assert (old.kv_bytes_per_token, new.kv_bytes_per_token) == (131_072, 65_536)
+    assert old.cuda_graphs_gib == 0 < new.cuda_graphs_gib
+    assert plan("llama31-8b-fp8", version=V031, enforce_eager=True).cuda_graphs_gib == 0
+    assert any("page cache" in note for note in old.notes)
+    assert not any("page cache" in note for note in plan("llama31-8b-fp8", version=Engine((0, 33))).notes)
+    refused = plan("llama31-8b-fp8", version=V010, kv_cache_dtype="fp8")
+    assert not refused.fits and "no FP8 KV cache on a GB10" in refused.reasons[0]
+    assert refused.suggestions[0].change == {"kv_cache_dtype": "auto"}
+    assert plan("llama31-8b-fp8", version=V031, kv_cache_dtype="bfloat16").kv_bytes_per_token == 131_072
+
+
+def test_a_host_with_too_little_free() -> None:
+    made = plan("llama31-8b-fp8", host=Memory(119.7, 90.0))
+    assert not made.fits
+    assert "90.0 GiB are available: it would refuse to start" in made.reasons[0]
+    first = made.suggestions[0]
+    assert first.kind == "utilization"
+    share = first.change["gpu_memory_utilization"]
+    assert plan("llama31-8b-fp8", host=Memory(119.7, 90.0), gpu_memory_utilization=share).fits
+    assert not plan("llama31-8b-fp8", host=Memory(119.7, 90.0), gpu_memory_utilization=share + 0.01).fits
+
+
+def test_the_floor_is_never_planned_away() -> None:
+    close = Memory(119.7, 0.90 * 119.7 + memory.BEYOND_BUDGET_GIB + 3.9)
+    made = plan("llama31-8b-fp8", host=close)
+    assert not made.fits and "leaves 3.9 GiB to the host" in made.reasons[0]
+    assert plan("llama31-8b-fp8", host=dataclasses.replace(close, reserve=3.0)).fits
+
+
+def test_a_context_that_does_not_fit_is_shortened() -> None:
+    made = plan("llama33-70b-fp8", max_model_len=131072)
+    assert not made.fits and "one sequence of 131072 tokens needs 40.0" in made.reasons[0]
+    lengths = [way.change["max_model_len"] for way in made.suggestions if way.kind == "context"]
+    assert lengths and plan("llama33-70b-fp8", max_model_len=lengths[0]).fits
+    assert any(way.kind == "profile" for way in made.suggestions)
+
+
+def test_a_model_that_is_too_big_for_one_spark() -> None:
+    made = plan("llama33-70b-fp8", host=Memory(64.0, 60.0))
+    kinds = [way.kind for way in made.suggestions]
+    assert "two_sparks" in kinds and "model" in kinds
+    change = dict(next(way for way in made.suggestions if way.kind == "model").change)
+    assert plan(change.pop("model"), host=Memory(64.0, 60.0), **change).fits
+
+
+def test_what_is_proposed_fits() -> None:
+    """Each way out, taken, is a plan that fits, over a grid of hosts and models."""
+    taken = 0
+    for name in ("llama31-8b-fp8", "qwen3-32b-fp8", "llama33-70b-fp8"):
+        for available in (40.0, 70.0, 90.0, 105.0, 112.0):
+            host = Memory(119.7, available)
+            for way in plan(name, host=host).suggestions:
+                change = dict(way.change)
+                if way.kind == "two_sparks":
+                    continue
+                other, profile = change.pop("model", name), change.pop("profile", "throughput")
+                assert plan(other, profile, host=host, **change).fits, (name, available, way)
+                taken += 1
+    assert taken > 20
+
+
+def test_kv_cache_memory_bytes_leaves_the_utilization_aside() -> None:
+    made = plan("llama31-8b-fp8", kv_cache_memory_bytes=20 * GIB)
+    assert made.kv_cache_gib == 20
+    assert made.requested_gib == pytest.approx(made.weights_gib + made.activation_gib + made.runtime_gib + 20)
+
+
+def layers(*entries: Attention) -> Card:
+    card = catalog.load("llama31-8b-fp8")
+    shape = dataclasses.replace(card.shape, attention=entries, layers=sum(entry.layers for entry in entries))
+    return dataclasses.replace(card, shape=shape)
+
+
+def test_sliding_windows_cost_little_and_stay_bounded() -> None:
+    half = layers(Attention("full", 16, 8, 128), Attention("sliding", 16, 8, 128, window=1024))
+    made = memory.layout(half, "bf16")
+    assert made.bytes_per_token == 65_536
+    # vLLM: the window, a batch that is being computed, and one block more
+    assert made.blocks(131072, 2048) == 131072 // 16 + -(-(1023 + 2048) // 16) + 1
+    assert made.blocks(512, 2048) == 512 // 16 + 512 // 16 + 1
+    assert made.block_bytes == 16 * 16 * 2 * 8 * 128 * 2
+
+
+def test_mla_keeps_one_vector() -> None:
+    assert memory.layout(layers(Attention("mla", 61, rank=512, rope_dim=64)), "bf16").bytes_per_token == 61 * 576 * 2
+
+
+@pytest.mark.parametrize(
+    ("entries", "dtype", "words"),
+    [
+        ((Attention("full", 8, 8, 128), Attention("linear", 24)), "bf16", "attention of kind linear"),
+        ((Attention("mla", 61, rank=512, rope_dim=64),), "fp8", "MLA with an FP8 KV cache"),
+        (
+            (Attention("full", 8, 8, 128), Attention("sliding", 8, 4, 256, 1024), Attention("full", 1, 1, 64)),
+            "bf16",
+            "size",
+        ),
+    ],
+)
+def test_unknown_layouts_are_refused(entries: tuple[Attention, ...], dtype: str, words: str) -> None:
+    with pytest.raises(SparkfleetError, match=words):
+        memory.layout(layers(*entries), dtype)
+
+
+def test_what_a_running_engine_holds() -> None:
+    command = ["vllm", "serve", "x", "--gpu-memory-utilization", "0.50"]
+    assert memory.requested_gib(command, 100) == 50 + memory.BEYOND_BUDGET_GIB
+    assert memory.requested_gib(["vllm", "serve", "x"], 100) == 92 + memory.BEYOND_BUDGET_GIB
+
+
+@pytest.mark.parametrize(
+    ("image", "version"),
+    [
+        ("nvcr.io/nvidia/vllm:25.09-py3", (0, 10, 1, 1)),
+        ("mirror.example:5000/nvidia/vllm:26.10-py3@sha256:" + "a" * 64, (0, 31, 0)),
+        ("vllm/vllm-openai:v0.24.0-aarch64", (0, 24, 0)),
+        ("nvcr.io/nvidia/vllm:27.01-py3", ()),
+        ("somebody/vllm:1", ()),
+    ],
+)
+def test_engine_of_an_image(image: str, version: tuple[int, ...]) -> None:
+    assert engine.of_image(image).version == version
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        ("vllm/vllm-openai:latest", "names no version"),
+        ("vllm/vllm-openai", "names no version"),
+        ("docker.io/vllm/vllm-openai:v0.10.0", "does not support the GB10"),
+        ("vllm/vllm-openai:v0.24.0-x86_64", "built for x86_64"),
+        ("nvcr.io/nvidia/vllm:25.06-py3", "older than 25.09"),
+        ("nvcr.io/nvidia/vllm:25.09-py3", ""),
+        ("vllm/vllm-openai:v0.24.0", ""),
+        ("somebody/vllm:1", ""),
+    ],
+)
+def test_images_that_cannot_run(image: str, reason: str) -> None:
+    said = engine.unfit(image)
+    assert (reason in said) if reason else said == ""
