@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import docker
 
-from simulator import docker_host
+from simulator import docker_host, faults
 from simulator.shell import SimulatorError
 from simulator.world import FLAVOURS, REPOSITORY, World, home, progress, purge
 
@@ -63,6 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     throttle.add_argument("--hub", type=_rate, metavar="MBIT", help="huggingface.co; no limit unless given")
     reboot = verbs.add_parser("reboot", parents=[world], help="restart a Spark as a reset button would")
     reboot.add_argument("host")
+    table = "faults:\n" + "\n".join(f"  {name:10} {fault.what}" for name, fault in faults.FAULTS.items())
+    plain = argparse.RawDescriptionHelpFormatter
+    wrong = verbs.add_parser("break", parents=[world], help="bring faults about", epilog=table, formatter_class=plain)
+    wrong.add_argument("host")
+    wrong.add_argument("fault", nargs="+")
+    right = verbs.add_parser("mend", parents=[world], help="undo faults", epilog=table, formatter_class=plain)
+    right.add_argument("host")
+    right.add_argument("fault", nargs="*", help="all that there are, if none is named")
     execute = verbs.add_parser("exec", parents=[world], help="run a command on a Spark as root")
     execute.add_argument("host")
     execute.add_argument("command", nargs=argparse.REMAINDER)
@@ -148,6 +156,10 @@ def _run(options: argparse.Namespace, say: object) -> int:
             world.throttle(options.registry, options.hub)
         case "reboot":
             world.reboot(options.host)
+        case "break":
+            faults.break_(world, options.host, options.fault)
+        case "mend":
+            faults.mend(world, options.host, options.fault)
         case "exec":
             command = options.command[1:] if options.command[:1] == ["--"] else options.command
             name = world.container(options.host).name

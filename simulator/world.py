@@ -44,8 +44,15 @@ MemAvailable:   120795136 kB
 Buffers:          262144 kB
 Cached:          2621440 kB
 SwapCached:            0 kB
+Active:          1835008 kB
+Inactive:        1441792 kB
 SwapTotal:             0 kB
 SwapFree:              0 kB
+Dirty:               512 kB
+AnonPages:       1310720 kB
+Mapped:           524288 kB
+Shmem:             32768 kB
+Slab:            1048576 kB
 """
 READY_SECONDS = 120
 Say = Callable[[str], None]

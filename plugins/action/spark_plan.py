@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
+import yaml
 from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 
-from sparkfleet import SparkfleetError, compose, plan
+from sparkfleet import SparkfleetError, compose, plan, report
+from sparkfleet.preflight import GIB
+from sparkfleet.target import ARGUMENT_PREFIX, Settings, Target
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
@@ -25,8 +29,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         arguments = dict(self._task.args)
         token, token_file, hub_endpoint = (arguments.pop(key) for key in ("hf_token", "hf_token_file", "hub_endpoint"))
         token = (token or "").strip()
+        arguments["arguments"] = self._vllm_arguments(task_vars)
         try:
-            target = plan.Target.of(_settings(arguments))
+            target = Target.of(_settings(arguments))
         except SparkfleetError as error:
             raise AnsibleActionFail(f"{host}: {error}") from None
 
@@ -43,6 +48,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             "token": token,
             "token_file": token_file,
             "hub_endpoint": hub_endpoint,
+            "proxy": settings.proxy,
+            "no_proxy": settings.no_proxy,
+            "now": time.time(),
         }
         try:
             answer = self._execute_module("spark_state", module_args=request, task_vars=task_vars)
@@ -52,6 +60,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             raise AnsibleActionFail(f"{host}: cannot look at the host: {_first_line(answer)}")
 
         made = plan.make(target, answer["state"])
+        if "preflight" in task_vars.get("ansible_run_tags", ()):
+            for line in _table(made):
+                self._display.display(f"{host}  {line}")
         if made["findings"]:
             lines = [f"  {finding['message']} [{finding['id']}]" for finding in made["findings"]]
             raise AnsibleActionFail(
@@ -62,13 +73,31 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         result.update(changed=False, plan=made, state=answer["state"])
         return result
 
+    def _vllm_arguments(self, task_vars: dict[str, Any]) -> dict[str, Any]:
+        """The variables ``sparkfleet_vllm_*``: one an argument, so that Ansible's own precedence merges them."""
+        found = {}
+        for name in (name for name in task_vars if name.startswith(ARGUMENT_PREFIX)):
+            found[name.removeprefix(ARGUMENT_PREFIX)] = _scalar(self._templar.template(task_vars[name]))
+        return found
 
-def _settings(arguments: dict[str, Any]) -> plan.Settings:
-    known = {field.name for field in dataclasses.fields(plan.Settings)}
+
+def _scalar(value: Any) -> Any:
+    """A number or a truth value out of a string: `-e name=value` knows only strings."""
+    if not isinstance(value, str):
+        return value
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+    return parsed if isinstance(parsed, bool | int | float) else value
+
+
+def _settings(arguments: dict[str, Any]) -> Settings:
+    known = {field.name for field in dataclasses.fields(Settings)}
     unknown = sorted(set(arguments) - known)
     if unknown:
         raise SparkfleetError(f"spark_plan has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    return plan.Settings(**arguments)
+    return Settings(**arguments)
 
 
 def _unreachable(host: str, task_vars: dict[str, Any], reason: str) -> str:
@@ -90,10 +119,18 @@ def _first_line(answer: dict[str, Any]) -> str:
     return "the module gave no reason; run again with -vvv"
 
 
-def _summary(made: dict[str, Any], state: dict[str, Any], settings: plan.Settings) -> list[str]:
+def _table(made: dict[str, Any]) -> list[str]:
+    """What preflight saw, a line a check, and what to know of the memory plan."""
+    lines = [f"{check['name']:<10}{'ok' if check['ok'] else 'NO':<4}{check['seen']}" for check in made["checks"]]
+    return lines + [f"{'':<14}{note}" for note in (made["memory"] or {}).get("notes", ())]
+
+
+def _summary(made: dict[str, Any], state: dict[str, Any], settings: Settings) -> list[str]:
     gpu = (state["gpu"] or {}).get("name", "no GPU")
-    total, free = (state["memory"][key] / plan.GIB for key in ("total", "available"))
+    total, free = (state["memory"][key] / GIB for key in ("total", "available"))
     lines = [f"{made['model']} ({settings.profile}) on {gpu}, {free:.1f} of {total:.1f} GiB of memory available"]
+    if made["deploy"]["start"] and made["memory"]:
+        lines.append(f"  memory: {report.brief(made['memory'])}")
     for stage in ("prepare", "fetch", "deploy"):
         reasons = [
             reason

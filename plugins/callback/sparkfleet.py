@@ -8,6 +8,8 @@ from typing import Any
 from ansible import constants as C
 from ansible.plugins.callback.default import CallbackModule as Default
 
+import sparkfleet.plan  # noqa: F401 - once for all workers, which are forked from this process
+
 DOCUMENTATION = r"""
 name: sparkfleet
 type: stdout
@@ -25,7 +27,7 @@ author: ["The Sparkfleet developers"]
 OWN = frozenset(
     {
         *("compose_file", "fetch_wait", "image_pull", "model_download", "nvidia_container_runtime", "page_cache"),
-        *("secret_file", "spark_plan", "stop_services", "vllm_verify", "vllm_wait"),
+        *("secret_file", "spark_plan", "stop_services", "swap", "vllm_verify", "vllm_wait"),
         *("ansible.builtin.assert", "ansible.builtin.validate_argument_spec"),
     }
 )

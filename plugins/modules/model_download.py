@@ -49,7 +49,8 @@ options:
   ignore:
     description:
       - No files that match one of these patterns.
-      - By default C(*.pth), C(original/*), C(*.gguf) and C(consolidated*) where the repository has safetensors.
+      - By default C(*.pth), C(original/*), C(metal/*), C(*.gguf) and C(consolidated*) where the repository has
+        safetensors.
     type: list
     elements: str
   memory:

@@ -9,12 +9,24 @@ short_description: Looks at a Spark once and plans what is to be done there
 description:
   - Runs the module M(spark_state) on the host, and makes the plan on the controller (C(sparkfleet.plan)).
   - Fails with every finding at once when the input is wrong or the host cannot serve the model.
+  - Arguments of C(vllm serve) are taken from the host's variables C(sparkfleet_vllm_*).
   - The options are the variables C(sparkfleet_*) of the role C(sparkfleet), which documents them.
 options:
   model: {description: Name in the catalogue or path of a card., type: str, required: true}
   profile: {description: Profile of the card., type: str, default: throughput}
   model_source: {description: Who downloads the model., type: str, choices: [local, hub], default: local}
-  arguments: {description: Arguments of C(vllm serve) that replace the card's., type: dict, default: {}}
+  tool_calls: {description: Let clients call tools., type: bool, default: true}
+  memory_plan:
+    description: What to do when the plan does not fit.
+    type: str
+    choices: [enforce, warn]
+    default: enforce
+  memory_reserve_gib: {description: Memory that is left to the host in GiB., type: float, default: 4}
+  earlyoom: {description: Whether earlyoom is wanted., type: bool, default: true}
+  earlyoom_arguments: {description: Its arguments., type: str, default: ""}
+  swap: {description: What to do with swap., type: str, choices: [keep, "off"], default: keep}
+  proxy: {description: Proxy between the host and the internet., type: str, default: ""}
+  no_proxy: {description: Names that are reached without it., type: str, default: ""}
   image: {description: Image in place of the card's., type: str, default: ""}
   revision: {description: Revision in place of the card's., type: str, default: ""}
   port: {description: Port of the engine., type: int, default: 8000}

@@ -8,10 +8,11 @@ DOCUMENTATION = r"""
 module: spark_state
 short_description: Reads everything a plan for a Spark needs, in one round trip
 description:
-  - Looks at operating system, GPU, memory, disks, Docker engine and Compose plugin, NVIDIA Container Toolkit,
-    the operator's groups, the cache folder, the Hugging Face token file, the cached model, the deployed compose
-    file, our containers, and who listens on the engine's port.
-  - Asks the Hugging Face Hub whether the model may be downloaded, only if it is not complete on the host.
+  - Looks at operating system, GPU, clock, memory with swap and earlyoom, disks, Docker engine and Compose plugin,
+    NVIDIA Container Toolkit, the operator's groups, the cache folder, the Hugging Face token file, the cached model,
+    the deployed compose file, our containers, and who listens on the engine's port.
+  - Asks the registry whether it answers, only if the image is not on the host; asks the Hugging Face Hub whether the
+    model may be downloaded, only if it is not complete on the host.
   - Changes nothing. A part that cannot be read is reported as absent, with the reason where there is one.
 options:
   repo: {description: Model on the Hub (ORG/NAME)., type: str, required: true}
@@ -25,6 +26,12 @@ options:
   token: {description: Hugging Face token to use; empty for the one in I(token_file)., type: str, default: ""}
   token_file: {description: File on the host that holds the token., type: path, required: true}
   hub_endpoint: {description: Address of the Hub., type: str, default: "https://huggingface.co"}
+  proxy: {description: Proxy between the host and the internet., type: str, default: ""}
+  no_proxy: {description: Names that are reached without it separated by commas., type: str, default: ""}
+  now:
+    description: The controller's time in seconds since 1970, to compare the host's with; 0 for no comparison.
+    type: float
+    default: 0
 author: ["The Sparkfleet developers"]
 attributes:
   check_mode: {support: full, description: Reads only.}
@@ -61,8 +68,11 @@ import platform
 import pwd
 import re
 import shutil
+import socket
+import ssl
 import stat
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -73,8 +83,10 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.sparkfleet_cache import model_state
 from ansible.module_utils.sparkfleet_docker import Docker, DockerUnavailable
+from ansible.module_utils.sparkfleet_memory import memory_state
 
 PROBE_SECONDS = 10
+REACH_SECONDS = 5
 
 
 def run(*argv: str) -> str | None:
@@ -112,13 +124,6 @@ def gpu() -> dict[str, str] | None:
     if len(fields) != 3:
         return None
     return dict(zip(("name", "driver", "compute_capability"), fields, strict=True))
-
-
-def memory() -> dict[str, int]:
-    """MemTotal and MemAvailable; nvidia-smi has no memory figures on a GB10."""
-    text = Path("/proc/meminfo").read_text(encoding="ascii")
-    found = {key: int(kib) * 1024 for key, kib in re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB$", text, re.M)}
-    return {"total": found.get("MemTotal", 0), "available": found.get("MemAvailable", 0)}
 
 
 def disk(path: str) -> dict[str, Any]:
@@ -202,19 +207,67 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def hub_access(endpoint: str, repo: str, revision: str, token: str) -> dict[str, Any]:
+def opener(
+    host: str, proxy: str, no_proxy: str, context: ssl.SSLContext | None = None
+) -> urllib.request.OpenerDirector:
+    """What asks ``host``: through the proxy, unless there is none or the host is an exception."""
+    exceptions = [name.strip().lstrip("*.") for name in no_proxy.split(",") if name.strip()]
+    direct = not proxy or any(host == name or host.endswith(f".{name}") for name in exceptions)
+    proxies = {} if direct else {"http": proxy, "https": proxy}
+    return urllib.request.build_opener(
+        NoRedirect, urllib.request.ProxyHandler(proxies), urllib.request.HTTPSHandler(context=context)
+    )
+
+
+def hub_access(
+    endpoint: str, repo: str, revision: str, token: str, proxy: str = "", no_proxy: str = ""
+) -> dict[str, Any]:
     """What the Hub says of the model's config.json: a status of HTTP and the Hub's own error code."""
     request = urllib.request.Request(f"{endpoint}/{repo}/resolve/{revision}/config.json", method="HEAD")  # noqa: S310
     if token:
         request.add_header("Authorization", f"Bearer {token}")
     try:
-        with urllib.request.build_opener(NoRedirect).open(request, timeout=PROBE_SECONDS) as answer:
+        with opener(request.host.partition(":")[0], proxy, no_proxy).open(request, timeout=REACH_SECONDS) as answer:
             return {"status": answer.status, "error": ""}
     except urllib.error.HTTPError as error:
         status = 200 if error.code in (301, 302, 303, 307, 308) else error.code
         return {"status": status, "error": "" if status == 200 else error.headers.get("X-Error-Code", "")}
     except (OSError, http.client.HTTPException) as error:
         return {"status": 0, "error": str(getattr(error, "reason", error))}
+
+
+def registry_host(image: str) -> str:
+    """The registry of an image, as Docker understands references."""
+    first, slash, _ = image.partition("/")
+    if slash and ("." in first or ":" in first or first == "localhost"):
+        return "registry-1.docker.io" if first in ("docker.io", "index.docker.io") else first
+    return "registry-1.docker.io"
+
+
+def registry_access(image: str, proxy: str = "", no_proxy: str = "") -> dict[str, Any]:
+    """Whether the image's registry answers, with any status; ``failure`` is an id of the table of failures."""
+    host = registry_host(image)
+    context = ssl.create_default_context()
+    authority = Path(f"/etc/docker/certs.d/{host}/ca.crt")
+    if authority.is_file():
+        context.load_verify_locations(authority)
+    found = {"host": host, "status": 0, "error": "", "failure": ""}
+    try:
+        with opener(host.partition(":")[0], proxy, no_proxy, context).open(
+            f"https://{host}/v2/", timeout=REACH_SECONDS
+        ) as answer:
+            return {**found, "status": answer.status}
+    except urllib.error.HTTPError as error:
+        return {**found, "status": error.code}
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, socket.gaierror):
+            failure = "registry-name"
+        elif isinstance(reason, ssl.SSLError):
+            failure = "registry-tls"
+        else:
+            failure = "registry-unreachable"
+        return {**found, "error": str(reason), "failure": failure}
 
 
 def docker_engine(project: str, image: str) -> dict[str, Any]:
@@ -232,6 +285,8 @@ def docker_engine(project: str, image: str) -> dict[str, Any]:
             version=info.get("ServerVersion", ""),
             root=info.get("DockerRootDir", "/var/lib/docker"),
             runtimes=sorted(info.get("Runtimes") or {}),
+            proxy=info.get("HttpsProxy") or info.get("HttpProxy") or "",
+            no_proxy=info.get("NoProxy") or "",
         )
         known = docker.image(image)
         found["image"] = known and {
@@ -293,8 +348,10 @@ def toolkit() -> dict[str, Any]:
         daemon = json.loads(Path("/etc/docker/daemon.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         daemon = {}
+    said = re.search(r"version (\S+)", run("nvidia-ctk", "--version") or "")
     return {
         "installed": shutil.which("nvidia-ctk") is not None,
+        "version": said[1] if said else "",
         "configured": "nvidia" in (daemon.get("runtimes") or {}),
     }
 
@@ -318,12 +375,22 @@ def look(params: dict[str, Any]) -> dict[str, Any]:
         hub = None
         if not model["complete"]:
             token = params["token"] or stored.strip()
-            hub = pool.submit(hub_access, params["hub_endpoint"], params["repo"], params["revision"], token)
+            hub = pool.submit(
+                hub_access,
+                *(params["hub_endpoint"], params["repo"], params["revision"], token),
+                *(params["proxy"], params["no_proxy"]),
+            )
         docker = engine.result()
+        # What pulls is the engine: its own proxy counts where it has one.
+        through = docker if docker.get("proxy") else params
+        registry = None
+        if not docker.get("image"):
+            registry = pool.submit(registry_access, params["image"], through["proxy"], through["no_proxy"])
         return {
             "os": operating_system(),
             "gpu": graphics.result(),
-            "memory": memory(),
+            "clock": {"offset": time.time() - params["now"] if params["now"] else 0.0},
+            "memory": memory_state(),
             "disk": {
                 "cache": disk(params["cache_dir"]),
                 "docker": disk(docker.get("root", "/var/lib/docker")),
@@ -336,6 +403,7 @@ def look(params: dict[str, Any]) -> dict[str, Any]:
             "token": token_file(params["token_file"], params["token"]),
             "model": model,
             "hub": hub.result() if hub else None,
+            "registry": registry.result() if registry else None,
             "compose_file": read_text(Path(params["project_dir"]) / "compose.yml"),
             "listener": listener(params["port"]),
             "healthy": health.result(),
@@ -353,6 +421,9 @@ def main() -> None:
             "port": {"type": "int", "required": True},
             "token": {"type": "str", "default": "", "no_log": True},
             "hub_endpoint": {"type": "str", "default": "https://huggingface.co"},
+            "proxy": {"type": "str", "default": ""},
+            "no_proxy": {"type": "str", "default": ""},
+            "now": {"type": "float", "default": 0},
         },
         supports_check_mode=True,
     )

