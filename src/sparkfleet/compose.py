@@ -8,6 +8,7 @@ model pinned to what was fetched.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from sparkfleet.catalog import Arguments, ArgumentValue, Card
@@ -16,12 +17,13 @@ from sparkfleet.engine import starts_with_serve
 PROJECT = "sparkfleet"
 CACHE_IN_CONTAINER = "/root/.cache/huggingface"
 ENGINE_PORT = 8000
-#: Where vLLM, Triton, FlashInfer and the CUDA driver keep what they compile, unless told otherwise.
+#: Where vLLM, Triton, FlashInfer, the CUDA driver and torch keep what they compile, unless told otherwise.
 COMPILE_CACHES = {
     "vllm": "/root/.cache/vllm",
     "triton": "/root/.triton",
     "flashinfer": "/root/.cache/flashinfer",
     "nv": "/root/.nv",
+    "inductor": "/tmp/torchinductor_root",  # noqa: S108 - the container's
 }
 
 Source = Literal["local", "hub"]
@@ -51,6 +53,7 @@ def document(
     card: Card,
     arguments: Arguments,
     *,
+    environment: Mapping[str, str] | None = None,
     source: Source = "local",
     image: str | None = None,
     image_digest: str | None = None,
@@ -61,8 +64,8 @@ def document(
 ) -> Document:
     """The whole compose file as data: one project, one service, in the key order of the guide.
 
-    ``image_digest`` (``sha256:...``) and ``commit`` (40 hex digits) pin what was fetched; they are
-    left out as long as nothing has been fetched. They mean nothing to ``source="hub"``.
+    ``environment`` comes on top of the card's. ``image_digest`` (``sha256:...``) and ``commit`` (40 hex digits) pin
+    what was fetched; they are left out as long as nothing has been fetched. They mean nothing to ``source="hub"``.
     What the engine compiles is kept in ``compile_cache_dir``, one folder an image digest: another image's
     compiled code does not fit.
     """
@@ -76,12 +79,12 @@ def document(
         *flags(arguments),
     ]
     if source == "hub":
-        environment = {"HF_TOKEN": "${HF_TOKEN}", "HUGGING_FACE_HUB_TOKEN": "${HF_TOKEN}"}
+        variables = {"HF_TOKEN": "${HF_TOKEN}", "HUGGING_FACE_HUB_TOKEN": "${HF_TOKEN}"}
         # The guide's flag, needed by none of its models; offline there is no remote code to trust.
         command.append("--trust-remote-code")
     else:
         # HF_HUB_CACHE: vLLM looks for config and tokenizer there, for the weights in --download-dir.
-        environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": CACHE_IN_CONTAINER}
+        variables = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": CACHE_IN_CONTAINER}
         # Offline, vLLM replaces the model's name with a path; clients must still find the name.
         command += ["--served-model-name", card.repo]
         if commit:
@@ -95,7 +98,7 @@ def document(
         "container_name": card.service,
         "restart": "unless-stopped",
         "ports": [f"{port}:{ENGINE_PORT}"],
-        "environment": environment,
+        "environment": {**variables, **card.environment, **(environment or {})},
         "ipc": "host",
         "ulimits": {"memlock": -1, "stack": 67108864},
         "command": command,

@@ -9,6 +9,7 @@ cache. How far that is from logs of real hosts is in docs/memory-plan.md, which 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -24,8 +25,10 @@ BANDWIDTH_GB_S = 273.0
 USUAL_TOTAL_GIB = 119.7
 USUAL_HOST_GIB = 4.5
 #: CUDA context, cuBLAS workspaces and host memory of the engine, which a GB10 counts against the budget: 1.5 and 2.2
-#: GiB in logs that tell it apart from the weights (docs/logged-runs.yml).
+#: GiB in logs that tell it apart from the weights (docs/logged-runs.yml). Before 0.11.1 what the host takes while the
+#: weights load counts as well.
 RUNTIME_GIB = 2.2
+OLD_RUNTIME_GIB = 2.5
 #: What the engine takes beyond its budget: 2.6 and 2.8 GiB measured at utilization 0.20 and 0.40 of a GB10
 #: (public preflight script of a vLLM fork); API server, allocator, workspaces.
 BEYOND_BUDGET_GIB = 2.8
@@ -184,13 +187,14 @@ def kv_cache_gib(utilization: float, total: float, consumed: float, activation: 
 
 
 def requested_gib(command: Sequence[str], total: float) -> float:
-    """What an engine that was started with this command holds, GiB."""
-    flag = "--gpu-memory-utilization"
+    """What an engine that was started with this command holds, GiB; rather too little than too much."""
+    given = dict(itertools.pairwise(command))
     try:
-        share = float(command[command.index(flag) + 1]) if flag in command else DEFAULT_UTILIZATION
-    except (IndexError, ValueError):
-        share = DEFAULT_UTILIZATION
-    return share * total + BEYOND_BUDGET_GIB
+        if "--kv-cache-memory-bytes" in given:  # and the weights, which the command does not tell
+            return float(given["--kv-cache-memory-bytes"]) / GIB
+        return float(given.get("--gpu-memory-utilization", DEFAULT_UTILIZATION)) * total + BEYOND_BUDGET_GIB
+    except ValueError:
+        return 0.0
 
 
 def make(
@@ -235,14 +239,15 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
     weights = card.weights.memory_gib / ranks
     activation = activation_gib(card, batched, sequences)
     graphs = CUDA_GRAPHS_GIB if version.counts_cuda_graphs and arguments.get("enforce_eager") is not True else 0.0
-    spent = weights + activation + RUNTIME_GIB + graphs
+    runtime = OLD_RUNTIME_GIB if version.counts_host_growth else RUNTIME_GIB
+    spent = weights + activation + runtime + graphs
     if fixed:  # vLLM then leaves the utilization aside
         cache = fixed / GIB
         requested = spent + cache
         utilization = requested / memory.total
     else:
         requested = utilization * memory.total
-        cache = kv_cache_gib(utilization, memory.total, weights + RUNTIME_GIB, activation, graphs)
+        cache = kv_cache_gib(utilization, memory.total, weights + runtime, activation, graphs)
     blocks = max(int(cache * GIB) * ranks // cut.block_bytes, 0)
     concurrency = blocks / cut.blocks(length, batched)
     left = memory.available - requested - BEYOND_BUDGET_GIB
@@ -267,11 +272,11 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
     if concurrency < 1:
         one = cut.blocks(length, batched) * cut.block_bytes / GIB / ranks
         reasons.append(
-            f"weights ({weights:.1f} GiB), activations ({activation:.1f}) and runtime ({RUNTIME_GIB + graphs:.1f}) "
+            f"weights ({weights:.1f} GiB), activations ({activation:.1f}) and runtime ({runtime + graphs:.1f}) "
             f"leave {max(cache, 0):.1f} GiB for the KV cache; one sequence of {length} tokens needs {one:.1f}"
         )
-    typical = cut.blocks(min(TYPICAL_TOKENS, length), batched)
-    full = int(concurrency)
+    typical = min(blocks // cut.blocks(min(TYPICAL_TOKENS, length), batched), sequences)
+    full = min(int(concurrency), sequences)
     limit = BANDWIDTH_GB_S * ranks / card.weights.read_gb_per_token
     measured = max((entry.tok_s for entry in card.measured), default=None)
     notes = []
@@ -284,15 +289,18 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
         if full < sequences:
             notes.append(
                 f"max_num_seqs {sequences}: {full} of full length ({length} tokens) fit at a time, "
-                f"{min(blocks // typical, sequences)} of {min(TYPICAL_TOKENS, length)}; more are kept waiting"
+                f"{typical} of {min(TYPICAL_TOKENS, length)}; more are kept waiting"
             )
         if limit < SLOW_TOK_S:
             notes.append(
                 f"each token reads {card.weights.read_gb_per_token:g} GB of weights: one stream cannot be faster than "
                 f"{limit:.1f} tokens a second" + (f" (measured: {measured:g})" if measured else "")
             )
+        if "speculative_config" in arguments:
+            notes.append("with speculative decoding a stream can be faster than the weights can be read for each token")
         if version.counts_page_cache:
-            notes.append(f"vLLM {version.text} counts the page cache as used: it is dropped just before the start")
+            counts = "counts" if version.version else "may count"
+            notes.append(f"vLLM {version.text} {counts} the page cache as used: it is dropped just before the start")
         if card.shape.kv_cache_dtype == "fp8" and dtype == "bf16":
             notes.append(
                 f"the checkpoint asks for an FP8 KV cache, vLLM {version.text} keeps it in bf16; "
@@ -307,14 +315,14 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
         kv_cache_dtype=dtype,
         weights_gib=weights,
         activation_gib=activation,
-        runtime_gib=RUNTIME_GIB,
+        runtime_gib=runtime,
         cuda_graphs_gib=graphs,
         kv_bytes_per_token=cut.bytes_per_token,
         kv_cache_gib=max(cache, 0.0),
         kv_cache_tokens=int(concurrency * length),
         max_concurrency=concurrency,
         full_length_sequences=full,
-        typical_sequences=blocks // typical,
+        typical_sequences=typical,
         requested_gib=requested,
         total_gib=memory.total,
         available_gib=memory.available,

@@ -114,7 +114,7 @@ def prepare(target: Target, state: State) -> tuple[Work, Work, Work, Work]:
         hygiene.add(
             guard["installed"] and not (guard["active"] and guard["enabled"]), "start earlyoom, now and at boot"
         )
-    if settings.swap == "off":
+    if settings.swap == "disabled":
         hygiene.add(swap or state["memory"]["swap_in_fstab"], "switch swap off")
     return docker, toolkit, cache, hygiene
 

@@ -200,7 +200,8 @@ def _memory(target: Target, state: State, work: Work) -> tuple[Check, memory.Pla
         for item in state["docker"].get("containers", [])
         if item["ours"] and item["state"] == "running" and item.get("started_with")
     )
-    free = min(available + held, total) if held else available
+    # What ours hold will be free again; a host never gets all.
+    free = max(available, min(available + held, total - memory.USUAL_HOST_GIB))
     seen = f"{available:.1f} of {total:.1f} GiB available"
     try:
         plan = memory.make(

@@ -97,7 +97,10 @@ def problems(data: Any, schema: dict[str, Any], prefix: str = "") -> Iterator[tu
             if (*place, missing) not in misspelt:
                 yield place, f"{where + ': ' if where else ''}the key {missing} is missing"
         elif "propertyNames" in error.absolute_schema_path:
-            yield (*place, error.instance), f"{where}.{error.instance}: must be {error.schema['expected']}"
+            yield (
+                (*place, error.instance),
+                f"{prefix}{name((*place, error.instance))}: must be {error.schema['expected']}",
+            )
         else:
             expected = error.schema.get("expected") or error.message
             yield place, f"{where or 'the file'}: must be {expected}, not {shown(error.instance)}"

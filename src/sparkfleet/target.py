@@ -26,6 +26,7 @@ class Settings:
     profile: str = "throughput"
     model_source: str = "local"
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tool_calls: bool = True
     image: str = ""
     revision: str = ""
@@ -66,6 +67,7 @@ class Target:
         card = catalog.load(settings.model)
         arguments = card.with_profile(settings.profile)
         catalog.check_arguments(settings.arguments, ARGUMENT_PREFIX)
+        catalog.check_environment(settings.environment, "sparkfleet_environment.")
         if settings.tool_calls and settings.model_source == "local" and card.tool_call_parser:
             arguments |= {"enable_auto_tool_choice": True, "tool_call_parser": card.tool_call_parser}
         arguments |= settings.arguments
@@ -84,6 +86,7 @@ class Target:
         return compose.document(
             self.card,
             self.arguments,
+            environment={name: str(value) for name, value in self.settings.environment.items()},
             source="local" if local else "hub",
             image=self.image,
             image_digest=known_image.get("digest"),

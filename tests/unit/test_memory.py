@@ -180,6 +180,9 @@ def test_what_a_running_engine_holds() -> None:
     command = ["vllm", "serve", "x", "--gpu-memory-utilization", "0.50"]
     assert memory.requested_gib(command, 100) == 50 + memory.BEYOND_BUDGET_GIB
     assert memory.requested_gib(["vllm", "serve", "x"], 100) == 92 + memory.BEYOND_BUDGET_GIB
+    assert memory.requested_gib(["vllm", "serve", "x", "--kv-cache-memory-bytes", str(20 * GIB)], 100) == 20
+    assert memory.requested_gib(["vllm", "serve", "x", "--gpu-memory-utilization"], 100) > 92
+    assert memory.requested_gib(["vllm", "serve", "x", "--gpu-memory-utilization", "much"], 100) == 0
 
 
 @pytest.mark.parametrize(

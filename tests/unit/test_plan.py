@@ -392,7 +392,7 @@ def test_memory_guards_are_part_of_prepare() -> None:
     state = prepared()
     state["memory"]["earlyoom"] |= {"active": False, "arguments": "-m 5"}
     state["memory"]["swap"] = [{"path": "/swap.img", "size": GIB}]
-    made = plan.make(target(earlyoom_arguments="-m 3", swap="off"), state)["prepare"]
+    made = plan.make(target(earlyoom_arguments="-m 3", swap="disabled"), state)["prepare"]
     assert made["memory"] == ["change the arguments of earlyoom", "start earlyoom, now and at boot", "switch swap off"]
     assert not plan.make(target(earlyoom=False), state)["prepare"]["memory"]
 
@@ -410,6 +410,18 @@ def test_tool_calls_are_the_cards_and_can_be_left_out() -> None:
     assert "tool_call_parser" not in target(tool_calls=False).arguments
     assert "tool_call_parser" not in target(model_source="hub").arguments
     assert target(arguments={"tool_call_parser": "mine"}).arguments["tool_call_parser"] == "mine"
+
+
+def test_environment_comes_on_top_of_the_cards() -> None:
+    goal = target(environment={"VLLM_USE_AOT_COMPILE": 0})
+    service = goal.document()["services"][SERVICE]
+    assert service["environment"]["VLLM_USE_AOT_COMPILE"] == "0"
+    assert service["environment"]["HF_HUB_OFFLINE"] == "1"
+    assert plan.make(goal, serving())["deploy"]["start"]
+    with pytest.raises(SparkfleetError, match=r"sparkfleet_environment\.vllm: must be the name of a variable"):
+        target(environment={"vllm": "x"})
+    with pytest.raises(SparkfleetError, match=r"sparkfleet_environment\.A: must be a text or a number, not \['x'\]"):
+        target(environment={"A": ["x"]})
 
 
 def test_plan_does_not_touch_the_state() -> None:

@@ -25,6 +25,15 @@ def test_defaults_and_specs_name_the_same_variables(role: str) -> None:
             assert option["default"] == defaults[name], name
 
 
+def test_earlyoom_has_the_same_arguments_in_both_roles() -> None:
+    """The plan compares what is on the host with the variable of the role sparkfleet."""
+    found = set()
+    for role in ("sparkfleet", "memory"):
+        text = (ROOT / "roles" / role / "defaults" / "main.yml").read_text(encoding="utf-8")
+        found.add(yaml.safe_load(text)[f"{role}_earlyoom_arguments"])
+    assert len(found) == 1
+
+
 def test_generated_pages_are_current() -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "docs", "--check"], capture_output=True, text=True, check=False
