@@ -68,7 +68,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             # A later look of the same run comes after changes.
             untouched = "" if "sparkfleet_look" in task_vars else "; nothing was changed on it"
             raise AnsibleActionFail(f"{host} cannot serve {made['model']} as it is{untouched}:\n" + "\n".join(lines))
-        for line in _summary(made, answer["state"], settings):
+        for line in _summary(made, answer["state"], settings, first="sparkfleet_look" not in task_vars):
             self._display.display(f"{host}  {line}")
         result.update(changed=False, plan=made, state=answer["state"])
         return result
@@ -125,11 +125,11 @@ def _table(made: dict[str, Any]) -> list[str]:
     return lines + [f"{'':<14}{note}" for note in (made["memory"] or {}).get("notes", ())]
 
 
-def _summary(made: dict[str, Any], state: dict[str, Any], settings: Settings) -> list[str]:
+def _summary(made: dict[str, Any], state: dict[str, Any], settings: Settings, first: bool) -> list[str]:
     gpu = (state["gpu"] or {}).get("name", "no GPU")
     total, free = (state["memory"][key] / GIB for key in ("total", "available"))
     lines = [f"{made['model']} ({settings.profile}) on {gpu}, {free:.1f} of {total:.1f} GiB of memory available"]
-    if made["deploy"]["start"] and made["memory"]:
+    if first and made["deploy"]["start"] and made["memory"]:
         lines.append(f"  memory: {report.brief(made['memory'])}")
     for stage in ("prepare", "fetch", "deploy"):
         reasons = [
