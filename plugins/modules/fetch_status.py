@@ -63,7 +63,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_job import is_alive, read_status
+from ansible.module_utils.sparkfleet_host.job import is_alive, read_status
 
 POLL = 0.25  # seconds
 START_WITHIN = 60.0  # seconds an async job may take before its first status

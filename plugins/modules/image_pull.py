@@ -93,8 +93,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_docker import Docker, DockerError, DockerUnavailable
-from ansible.module_utils.sparkfleet_job import Job, JobError
+from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError, DockerUnavailable
+from ansible.module_utils.sparkfleet_host.job import Job, JobError
 
 SILENCE = 1800.0  # seconds without a word from the engine; a huge layer may unpack for long
 MANIFESTS = (

@@ -142,9 +142,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_cache import model_state, repo_folder, valid_repo, valid_revision
-from ansible.module_utils.sparkfleet_docker import Docker, DockerError
-from ansible.module_utils.sparkfleet_job import Job, JobError
+from ansible.module_utils.sparkfleet_host.cache import model_state, repo_folder, valid_repo, valid_revision
+from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError
+from ansible.module_utils.sparkfleet_host.job import Job, JobError
 
 IMAGE = "sparkfleet/host-python:1"
 CONTAINER = "sparkfleet-fetch"

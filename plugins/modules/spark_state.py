@@ -81,9 +81,9 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_cache import model_state
-from ansible.module_utils.sparkfleet_docker import Docker, DockerUnavailable
-from ansible.module_utils.sparkfleet_memory import memory_state
+from ansible.module_utils.sparkfleet_host.cache import model_state
+from ansible.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
+from ansible.module_utils.sparkfleet_host.memory import memory_state
 
 PROBE_SECONDS = 10
 REACH_SECONDS = 5

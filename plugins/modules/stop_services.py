@@ -36,7 +36,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_docker import Docker, DockerUnavailable
+from ansible.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
 
 
 def running(docker: Docker, project: str, services: list[str]) -> list[dict[str, Any]]:

@@ -94,7 +94,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_http import Answer, Client, HttpError
+from ansible.module_utils.sparkfleet_host.http import Answer, Client, HttpError
 
 LOOK_TIMEOUT = 10.0  # seconds for what needs no model
 COUNTERS_WAIT = 3.0  # seconds until counters have moved; vLLM updates them just after an answer

@@ -95,8 +95,8 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_docker import Docker, DockerError
-from ansible.module_utils.sparkfleet_http import Client, HttpError
+from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError
+from ansible.module_utils.sparkfleet_host.http import Client, HttpError
 
 POLL = 0.25  # seconds between two looks
 HEALTH_TIMEOUT = 2.0  # seconds

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible.module_utils.sparkfleet_docker import Docker
+from ansible.module_utils.sparkfleet_host.docker import Docker
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from ansible.module_utils.sparkfleet_cache import (
+from ansible.module_utils.sparkfleet_host.cache import (
     manifest_path,
     model_state,
     repo_folder,

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from ansible.module_utils.sparkfleet_docker import Docker, DockerError, DockerUnavailable
+from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError, DockerUnavailable
 
 from tests.unit.fake_engine import Engine, Handler
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible.module_utils import sparkfleet_job
-from ansible.module_utils.sparkfleet_job import Job, is_alive, read_status
+from ansible.module_utils.sparkfleet_host import job as jobs
+from ansible.module_utils.sparkfleet_host.job import Job, is_alive, read_status
 from plugins.action.fetch_wait import describe, entry, failure, gigabytes, line
 from plugins.modules import fetch_status, model_download
 
@@ -42,10 +42,9 @@ def test_second_job_learns_who_holds_the_lock(job: Job) -> None:
 def test_lock_is_free_when_its_holder_is_dead(tmp_path: Path) -> None:
     path = tmp_path / "model.json"
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import sparkfleet_job as j;"
-        "print(j.Job(sys.argv[2], 'model', 'x').acquire())"
+        "import sys; sys.path.insert(0, sys.argv[1]); import job as j;print(j.Job(sys.argv[2], 'model', 'x').acquire())"
     )
-    util = str(Path(str(sparkfleet_job.__file__)).parent)
+    util = str(Path(str(jobs.__file__)).parent)
     run = subprocess.run([sys.executable, "-c", code, util, str(path)], check=True, capture_output=True, text=True)
     assert run.stdout.strip() == "None"
     found = read_status(path)
@@ -80,7 +79,7 @@ def test_writes_are_few_and_percent_never_goes_back(job: Job, monkeypatch: pytes
 
 def test_rate(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(sparkfleet_job.time, "time", lambda: now)
+    monkeypatch.setattr(jobs.time, "time", lambda: now)
     job.update("downloading", 0, 10**9)
     now += 2
     job.update("downloading", 160_000_000, 10**9)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible.module_utils.sparkfleet_cache import manifest_path, model_state
+from ansible.module_utils.sparkfleet_host.cache import manifest_path, model_state
 
 from sparkfleet import hub_client
 from tests.unit.fake_hub import Hub, serve

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import swap
 import yaml
-from ansible.module_utils import sparkfleet_memory
+from ansible.module_utils.sparkfleet_host import memory
 from ansible.module_utils.testing import patch_module_args
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,8 +41,8 @@ def test_state_of_a_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "/etc/fstab": FSTAB,
         "/etc/default/earlyoom": "EARLYOOM_ARGS=-r\n",
     }
-    monkeypatch.setattr(sparkfleet_memory, "_text", lambda path: files.get(path, ""))
-    found = sparkfleet_memory.memory_state()
+    monkeypatch.setattr(memory, "_text", lambda path: files.get(path, ""))
+    found = memory.memory_state()
     assert (found["total"], found["available"]) == (2 << 20, 1 << 20)
     assert (found["swap_total"], found["swap_free"]) == (512 << 10, 256 << 10)
     assert found["swap"] == [{"path": "/swap.img", "size": 512 << 10}, {"path": "/a b", "size": 8 << 10}]
@@ -51,10 +51,10 @@ def test_state_of_a_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_host_without_any_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparkfleet_memory, "_text", lambda path: "")
+    monkeypatch.setattr(memory, "_text", lambda path: "")
     monkeypatch.setenv("PATH", str(tmp_path))  # no systemctl
-    assert sparkfleet_memory._unit("earlyoom.service") == {}
-    found = sparkfleet_memory.memory_state()
+    assert memory._unit("earlyoom.service") == {}
+    found = memory.memory_state()
     assert found["total"] == 0 and found["swap"] == [] and found["swap_in_fstab"] == []
     assert not found["earlyoom"]["active"] and found["earlyoom"]["arguments"] == ""
 
@@ -64,7 +64,7 @@ def test_state_of_a_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     systemctl.write_text("#!/bin/sh\necho ActiveState=active\necho UnitFileState=enabled\n", encoding="utf-8")
     systemctl.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert sparkfleet_memory._unit("x") == {"ActiveState": "active", "UnitFileState": "enabled"}
+    assert memory._unit("x") == {"ActiveState": "active", "UnitFileState": "enabled"}
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_state_of_a_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_arguments_of_earlyoom(text: str, arguments: str) -> None:
-    assert sparkfleet_memory.earlyoom_arguments(text) == arguments
+    assert memory.earlyoom_arguments(text) == arguments
 
 
 def test_template_writes_what_is_read_back() -> None:
@@ -89,7 +89,7 @@ def test_template_writes_what_is_read_back() -> None:
     for arguments in (default_arguments(), "--prefer \"^x\" --avoid 'a b'", "--prefer a\\.b"):
         values = {"ansible_managed": "x", "memory_earlyoom_arguments": arguments}
         text = Templar(variables=values).template(trust_as_template(template), escape_backslashes=False)
-        assert sparkfleet_memory.earlyoom_arguments(text) == arguments
+        assert memory.earlyoom_arguments(text) == arguments
 
 
 def default_arguments() -> str:

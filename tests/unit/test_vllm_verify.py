@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible.module_utils.sparkfleet_http import Client, HttpError
+from ansible.module_utils.sparkfleet_host.http import Client, HttpError
 from ansible.module_utils.testing import patch_module_args
 from plugins.action.vllm_verify import advice, record, save, table
 from plugins.modules import vllm_verify

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ansible.module_utils.sparkfleet_docker import Docker
-from ansible.module_utils.sparkfleet_http import Client
+from ansible.module_utils.sparkfleet_host.docker import Docker
+from ansible.module_utils.sparkfleet_host.http import Client
 from ansible.module_utils.testing import patch_module_args
 from plugins.action import vllm_wait as action
 from plugins.action.vllm_wait import Watch, explain
