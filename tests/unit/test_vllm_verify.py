@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible.module_utils.sparkfleet_host import verify
 from ansible.module_utils.sparkfleet_host.http import Client, HttpError
+from ansible.module_utils.sparkfleet_host.verify import CheckError, StreamReader, counters, judge
 from ansible.module_utils.testing import patch_module_args
 from plugins.action.vllm_verify import advice, record, save, table
 from plugins.modules import vllm_verify
-from plugins.modules.vllm_verify import CheckError, StreamReader, counters, judge
 
 from sparkfleet.failures import BY_ID
 from tests.unit.fake_vllm import ANSWER, MODEL, Vllm
@@ -30,7 +31,7 @@ Verify = Callable[..., dict[str, Any]]
 @pytest.fixture
 def verify(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, vllm: Vllm) -> Verify:
     """Run the module as Ansible does."""
-    monkeypatch.setattr(vllm_verify, "COUNTERS_WAIT", 0.2)
+    monkeypatch.setattr(verify, "COUNTERS_WAIT", 0.2)
 
     def run(check: bool = False, **arguments: Any) -> dict[str, Any]:
         given = {"url": vllm.url, "model": MODEL, "timeout": 5, **arguments, "_ansible_check_mode": check}

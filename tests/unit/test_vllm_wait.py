@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 from ansible.module_utils.sparkfleet_host.docker import Docker
+from ansible.module_utils.sparkfleet_host.engine import HEAD, LINE, TAIL, instant, redact, wait
 from ansible.module_utils.sparkfleet_host.http import Client
 from ansible.module_utils.testing import patch_module_args
 from plugins.action import vllm_wait as action
 from plugins.action.vllm_wait import Watch, explain
 from plugins.modules import vllm_wait
-from plugins.modules.vllm_wait import instant, redact
 
 from sparkfleet.failures import BY_ID
 from tests.unit.fake_engine import Engine, Handler
@@ -127,10 +127,10 @@ def test_log_is_bounded_and_its_end_is_there(poll: Poll, container: Container, v
     vllm.faults.add("sick")
     container.log = [(1 + number / 1000, f"line{number}") for number in range(3000)]
     lines = poll()["log_lines"]
-    assert len(lines) == vllm_wait.HEAD + vllm_wait.TAIL
+    assert len(lines) == HEAD + TAIL
     assert lines[0].endswith("line0") and lines[-1].endswith("line2999")
     container.log = [(1, "x" * 100000)]
-    assert len(poll()["log_lines"][0]) <= vllm_wait.LINE
+    assert len(poll()["log_lines"][0]) <= LINE
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_instant() -> None:
 
 def test_health_is_not_asked_of_a_container_that_does_not_run(container: Container, docker: Docker, vllm: Vllm) -> None:
     container.state = {"Running": False}
-    vllm_wait.wait(docker, Client(vllm.url), "vllm", 5, -1)
+    wait(docker, Client(vllm.url), "vllm", 5, -1)
     assert vllm.seen == []
 
 
