@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible.module_utils.sparkfleet_host import verify
+from ansible.module_utils.sparkfleet_host import verify as verification
 from ansible.module_utils.sparkfleet_host.http import Client, HttpError
 from ansible.module_utils.sparkfleet_host.verify import CheckError, StreamReader, counters, judge
 from ansible.module_utils.testing import patch_module_args
@@ -31,7 +31,7 @@ Verify = Callable[..., dict[str, Any]]
 @pytest.fixture
 def verify(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, vllm: Vllm) -> Verify:
     """Run the module as Ansible does."""
-    monkeypatch.setattr(verify, "COUNTERS_WAIT", 0.2)
+    monkeypatch.setattr(verification, "COUNTERS_WAIT", 0.2)
 
     def run(check: bool = False, **arguments: Any) -> dict[str, Any]:
         given = {"url": vllm.url, "model": MODEL, "timeout": 5, **arguments, "_ansible_check_mode": check}

@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The switch from one release to another: what runs in the end has answered a question, or is what ran before.
+
+    stop the old engine → drop the page cache → start the new one → wait → verify → commit
+                                          any failure → the same back to the old one
+
+It runs on the host as the transient unit `sparkfleet-switch.service`, so that a controller may vanish half way. Each
+step is in the journal (/var/lib/sparkfleet/switch.json) before it begins; `recover` ends a switch that a power cut
+or a kill interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import engine, memory
+from .docker import Docker, DockerError, DockerUnavailable
+from .engine import EngineError
+from .http import Client, HttpError
+from .releases import ReleaseError, Store
+from .verify import verify
+
+DEPLOY, ROLLBACK, RESTART = "deploy", "rollback", "restart"
+VERIFIED, RESTORED, REMOVED, FAILED = "verified", "restored", "removed", "failed"
+DONE = "done"
+BUSY = 75  # exit code where another switch runs (EX_TEMPFAIL)
+START_SECONDS = 1800.0
+VERIFY_SECONDS = 120.0
+KEEP = 5
+LOG_LINES = 400  # of a failed start, kept in the journal
+PATIENCE = 120.0  # seconds that Docker may be away: systemd brings it back
+SETTLE = 20.0  # seconds after its return in which containers come back
+
+
+def boot_id() -> str:
+    """What tells one boot of the host from another."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+class FailedError(Exception):
+    """A release does not work. `facts` say how that showed itself; see `Switch.failed`."""
+
+    def __init__(self, message: str, **facts: Any) -> None:
+        super().__init__(message)
+        self.facts = facts
+
+
+class Switch:
+    """One switch. `request`: {id, to, mode, controller, verb, start_timeout, keep, recreate}; times in seconds."""
+
+    def __init__(
+        self,
+        store: Store,
+        docker: Docker,
+        request: dict[str, Any],
+        now: Callable[[], float] = time.time,
+        pause: float = engine.POLL,
+    ) -> None:
+        self.store, self.docker, self.request, self.now, self.pause = store, docker, request, now, pause
+        self.start_timeout = float(request.get("start_timeout") or START_SECONDS)
+        self.journal: dict[str, Any] = {}
+
+    # -- the whole -------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Switch; the journal as it is in the end. The lock of switches must be held. Raises ReleaseError before
+        anything has changed, OSError where the journal cannot be written."""
+        to, current = int(self.request["to"]), self.store.current()
+        plan = self.store.plan(to)
+        self.store.compose_file(to)
+        self.journal = {
+            **{key: self.request.get(key, "") for key in ("id", "mode", "controller", "verb")},
+            **{"to": to, "from": current, "model": plan["model"], "from_model": self._model(current)},
+            **{"pid": os.getpid(), "boot_id": boot_id(), "began": self.now(), "ended": None},
+            **{"phase": "", "steps": [], "container": "", "outcome": None, "error": None, "restore_error": None},
+            **{"stopped_at": None, "answering_at": None, "out_of_service_s": None, "verification": None},
+        }
+        try:
+            self.activate(to, ("stopping", "starting", "waiting", "verifying"), bool(self.request.get("recreate")))
+        except FailedError as error:
+            self.journal["error"] = {"message": str(error), **error.facts}
+            self.restore()
+        else:
+            try:
+                self.commit(to)
+            except OSError as error:
+                self.journal["error"] = {
+                    "message": f"the release could not be made current: {error}",
+                    "state": "running",
+                }
+                self.restore()
+        return self.journal
+
+    def commit(self, to: int) -> None:
+        """The new release works: make it the current one, and remove what the old one left."""
+        self.phase("committing")
+        self.store.commit(to, self.now())
+        self._remove_others(to)
+        self.store.prune(int(self.request.get("keep") or KEEP))
+        self.end(VERIFIED)
+
+    def restore(self) -> None:
+        """The new release does not work: back to what was there before."""
+        to, before = self.journal["to"], self.journal["from"]
+        error = self.journal["error"]
+        self.phase("restoring")
+        with contextlib.suppress(OSError):  # a full disk must not keep the old release from coming back
+            self.store.note_failure(to, self.now(), error.get("failure", ""), error["message"], error.get("log", []))
+        if before is None or before == to:
+            # Nothing to go back to. A first deployment leaves no container; what served before stays to be looked at.
+            self._clear(remove=before is None)
+            self.end(REMOVED if before is None else FAILED)
+            return
+        try:
+            self.activate(before, ("restoring", "restoring", "restore-waiting", "restore-verifying"), False)
+        except FailedError as again:
+            self.journal["restore_error"] = {"message": str(again), **again.facts}
+            if again.facts.get("state") != "running":
+                self._clear(remove=False)  # or Docker starts it again for ever
+            self.end(FAILED)
+            return
+        with contextlib.suppress(OSError):
+            self.store.commit(before, self.now())
+        self._remove_others(before)
+        self.end(RESTORED)
+
+    # -- the steps -------------------------------------------------------------------------------------------
+
+    def activate(self, number: int, names: Sequence[str], recreate: bool) -> None:
+        """Stop what runs, start a release, wait for it, verify it. `names`: the phases. Raises FailedError."""
+        stopping, starting, waiting, verifying = names
+        try:
+            plan, lock = self.store.plan(number), self.store.lock(number)
+            file = self.store.compose_file(number)
+        except ReleaseError as error:
+            raise FailedError(str(error), failure="release-damaged", state="missing") from None
+        service, client = str(plan["service"]), Client(f"http://127.0.0.1:{int(lock['port'])}")
+        try:
+            self.phase(stopping)
+            self.patiently(lambda: self.stop_all(client))
+            self.phase(starting, service)
+            with contextlib.suppress(OSError):  # not allowed in some containers; then the start itself will tell
+                memory.drop_page_cache()
+            self.patiently(lambda: engine.compose_up(str(self.store.project_dir), str(file), service, recreate))
+            self.phase(waiting, service)
+            self.wait(service, client)
+            self.phase(verifying, service)
+            self.verify(service, plan, client)
+        except (EngineError, DockerError) as error:
+            raise FailedError(str(error), **self.facts(service, {"docker_error": str(error)})) from None
+
+    def stop_all(self, client: Client) -> None:
+        """Stop every running engine of ours; memory is given back before the next one starts."""
+        for item in engine.ours(self.docker):
+            if item["State"] in ("running", "restarting", "paused"):
+                if self.journal["stopped_at"] is None and engine.healthy(client):
+                    self.journal["stopped_at"] = self.now()
+                engine.stop(self.docker, item["Id"])
+
+    def wait(self, service: str, client: Client) -> None:
+        """Until the engine is ready. Raises FailedError when it ends, is restarted, or takes too long."""
+        deadline = time.monotonic() + self.start_timeout
+        away = settled = 0.0
+        while True:
+            now = time.monotonic()
+            try:
+                found = engine.look(self.docker, service)
+                if away:
+                    away, settled = 0.0, now + SETTLE
+            except DockerUnavailable as error:
+                away = away or now
+                if now - away > PATIENCE:
+                    raise FailedError(str(error), **self.facts(service, {"failure": "docker"})) from None
+                time.sleep(self.pause)
+                continue
+            if found["state"] == "running" and engine.healthy(client):
+                return
+            if now > settled:
+                if found["state"] != "running":
+                    raise FailedError(f"{service} ended", **self.facts(service, found))
+                if found["restart_count"]:
+                    raise FailedError(f"{service} crashed", **self.facts(service, found))
+            if now > deadline:
+                found["failure"] = "start-timeout"
+                message = f"{service} was not ready after {self.start_timeout:.0f} s"
+                raise FailedError(message, **self.facts(service, found))
+            time.sleep(self.pause)
+
+    def verify(self, service: str, plan: dict[str, Any], client: Client) -> None:
+        """Ask the questions of the plan. Raises FailedError unless the answers are right."""
+        asked = plan["verify"]
+        params = {
+            "url": client.url,
+            "model": plan["repo"],
+            **{key: asked[key] for key in ("question", "expect", "prompt", "prompt_expect")},
+            "max_tokens": asked.get("max_tokens", 32),
+            "timeout": VERIFY_SECONDS,
+            "chat_template_kwargs": {"enable_thinking": False},
+        }
+        try:
+            result = verify(params)
+        except HttpError as error:
+            raise FailedError(str(error), **self.facts(service, {"failure": "endpoint-down"})) from None
+        self.journal["verification"] = result
+        if not result["verified"]:
+            facts = {"failure": result["failure"], "checks": result["checks"], "answer": result["answer"]}
+            raise FailedError(result["msg"], **self.facts(service, facts))
+        self.journal["answering_at"] = self.now()
+
+    # -- parts -----------------------------------------------------------------------------------------------
+
+    def phase(self, name: str, container: str = "") -> None:
+        """Note what is done next, before it is done. Raises OSError for the first one only."""
+        if name != self.journal["phase"]:
+            self.journal["steps"].append({"phase": name, "at": self.now()})
+        first = not self.journal["phase"]
+        self.journal.update(phase=name, container=container)
+        try:
+            self.store.write_switch(self.journal)
+        except OSError:
+            if first:  # nothing has changed yet; later on the way matters more than its record
+                raise
+
+    def end(self, outcome: str) -> None:
+        """Note how it ended."""
+        stopped, answering = self.journal["stopped_at"], self.journal["answering_at"]
+        served = outcome in (VERIFIED, RESTORED)
+        self.journal["out_of_service_s"] = round(answering - stopped, 1) if stopped and served else None
+        self.journal.update(outcome=outcome, ended=self.now())
+        self.phase(DONE)
+
+    def facts(self, service: str, found: dict[str, Any]) -> dict[str, Any]:
+        """How a container stands, with what it logged last; what is known already (`found`) counts first."""
+        state: dict[str, Any] = {}
+        log: list[str] = []
+        with contextlib.suppress(DockerError):
+            state = engine.look(self.docker, service)
+            log = engine.read_log(self.docker, service, engine.just_before(state["started_at"]), state["tty"])
+            log += engine.read_log(self.docker, service, "", state["tty"], LOG_LINES) if len(log) < 5 else []
+        merged = {**state, **found}
+        return {
+            "state": merged.get("state", "missing"),
+            "exit_code": merged.get("exit_code", 0),
+            "oom_killed": merged.get("oom_killed", False),
+            "restart_count": merged.get("restart_count", 0),
+            "docker_error": merged.get("docker_error") or merged.get("error", ""),
+            **{key: merged[key] for key in ("failure", "checks", "answer") if key in merged},
+            "log": [engine.redact(line) for line in log[-LOG_LINES:]],
+        }
+
+    def patiently(self, action: Callable[[], None]) -> None:
+        """Do something with Docker; again for a while when it is away. Raises FailedError."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                action()
+                return
+            except DockerUnavailable as error:
+                if time.monotonic() > deadline:
+                    raise FailedError(str(error), failure="docker", state="missing") from None
+            except EngineError as error:
+                # Compose has its own words for a daemon that is away.
+                gone = any(word in str(error) for word in ("Cannot connect to the Docker daemon", "daemon running?"))
+                if not gone or time.monotonic() > deadline:
+                    raise
+            time.sleep(1)
+
+    def _remove_others(self, number: int) -> None:
+        """Remove the containers of ours that are no part of a release."""
+        service = self.store.plan(number)["service"]
+        for item in self._ours():
+            if engine.service_of(item) != service:
+                with contextlib.suppress(EngineError, DockerError):
+                    engine.remove(self.docker, item["Id"])
+
+    def _ours(self) -> list[dict[str, Any]]:
+        with contextlib.suppress(DockerError):
+            return engine.ours(self.docker)
+        return []
+
+    def _clear(self, remove: bool) -> None:
+        """Stop, or remove, the containers of ours."""
+        for item in self._ours():
+            with contextlib.suppress(EngineError, DockerError):
+                engine.stop(self.docker, item["Id"])
+                if remove:
+                    engine.remove(self.docker, item["Id"])
+
+    def _model(self, number: int | None) -> str | None:
+        if number is None:
+            return None
+        try:
+            return str(self.store.plan(number)["model"])
+        except (ReleaseError, KeyError):
+            return None
+
+
+def interrupted(store: Store) -> bool:
+    """Whether a switch was begun that nobody goes on with."""
+    journal = store.switch()
+    return journal is not None and journal.get("phase") != DONE and not store.switch_active()
+
+
+def recover(store: Store | None = None, docker: Docker | None = None) -> dict[str, Any] | None:
+    """End a switch that was interrupted: what was current is started and verified again. The journal, or None where
+    there was nothing to do. Raises OSError."""
+    store = store or Store()
+    with store.exclusive() as mine:
+        journal = store.switch()
+        if not mine or journal is None or journal.get("phase") == DONE:
+            return None
+        switch = Switch(store, docker or Docker(), {key: journal.get(key) for key in ("id", "to", "mode", "verb")})
+        switch.journal = journal
+        if journal["phase"] == "committing" and store.current() == journal["to"]:
+            switch.end(VERIFIED)
+            return journal
+        why = "the host was restarted" if journal.get("boot_id") != boot_id() else "its process was killed"
+        if journal["error"] is None:
+            message = f"the switch to release {journal['to']} was cut in the phase {journal['phase']}: {why}"
+            journal["error"] = {"message": message, "failure": "switch-interrupted", "state": "missing"}
+        if journal["mode"] == RESTART and journal["to"] == journal["from"]:
+            # Nothing else to go back to: begin again.
+            switch.request.update(controller=journal["controller"])
+            return switch.run()
+        switch.restore()
+        return journal
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`switch --to N …`: the job that Ansible starts; `switch --recover`."""
+    parser = argparse.ArgumentParser(prog="sparkfleet_host switch", description="Switch to a release, or back.")
+    parser.add_argument("--to", type=int, help="number of the release")
+    parser.add_argument("--recover", action="store_true", help="end a switch that was interrupted")
+    parser.add_argument("--id", default="")
+    parser.add_argument("--mode", choices=(DEPLOY, ROLLBACK, RESTART), default=DEPLOY)
+    parser.add_argument("--controller", default="")
+    parser.add_argument("--verb", default="")
+    parser.add_argument("--start-timeout", type=float, default=START_SECONDS)
+    parser.add_argument("--keep", type=int, default=KEEP)
+    parser.add_argument("--recreate", action="store_true")
+    options = parser.parse_args(argv)
+    if options.recover:
+        ended = recover()
+        return 0 if ended is None or ended["outcome"] in (VERIFIED, RESTORED, REMOVED) else 1
+    if options.to is None:
+        parser.error("one of --to and --recover is needed")
+    store = Store()
+    with store.exclusive() as mine:
+        if not mine:
+            print("another switch is running", flush=True)
+            return BUSY
+        journal = Switch(store, Docker(), vars(options)).run()
+    return 0 if journal["outcome"] == VERIFIED else 1
