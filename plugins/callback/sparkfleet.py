@@ -26,7 +26,7 @@ author: ["The Sparkfleet developers"]
 #: Actions whose messages are written for the operator.
 OWN = frozenset(
     {
-        *("compose_file", "fetch_wait", "image_pull", "model_download", "nvidia_container_runtime", "page_cache"),
+        *("fetch_wait", "image_pull", "model_download", "nvidia_container_runtime", "release_stage", "release_switch"),
         *("secret_file", "spark_plan", "stop_services", "swap", "vllm_verify", "vllm_wait"),
         *("ansible.builtin.assert", "ansible.builtin.validate_argument_spec"),
     }

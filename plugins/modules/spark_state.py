@@ -10,7 +10,7 @@ short_description: Reads everything a plan for a Spark needs, in one round trip
 description:
   - Looks at operating system, GPU, clock, memory with swap and earlyoom, disks, Docker engine and Compose plugin,
     NVIDIA Container Toolkit, the operator's groups, the cache folder, the Hugging Face token file, the cached model,
-    the deployed compose file, our containers, and who listens on the engine's port.
+    the releases, our containers, and who listens on the engine's port.
   - Asks the registry whether it answers, only if the image is not on the host; asks the Hugging Face Hub whether the
     model may be downloaded, only if it is not complete on the host.
   - Changes nothing. A part that cannot be read is reported as absent, with the reason where there is one.
@@ -84,6 +84,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.sparkfleet_host.cache import model_state
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
 from ansible.module_utils.sparkfleet_host.memory import memory_state
+from ansible.module_utils.sparkfleet_host.releases import Store
 
 PROBE_SECONDS = 10
 REACH_SECONDS = 5
@@ -292,6 +293,7 @@ def docker_engine(project: str, image: str) -> dict[str, Any]:
         found["image"] = known and {
             "id": known["Id"],
             "size": known.get("Size", 0),
+            "architecture": known.get("Architecture", ""),
             "digest": next((name.partition("@")[2] for name in known.get("RepoDigests") or []), None),
         }
         found["containers"] = [container(docker, item, project) for item in docker.containers(all=True)]
@@ -405,6 +407,7 @@ def look(params: dict[str, Any]) -> dict[str, Any]:
             "hub": hub.result() if hub else None,
             "registry": registry.result() if registry else None,
             "compose_file": read_text(Path(params["project_dir"]) / "compose.yml"),
+            "releases": Store(params["project_dir"]).summary(),
             "listener": listener(params["port"]),
             "healthy": health.result(),
         }

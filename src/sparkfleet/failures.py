@@ -549,6 +549,24 @@ TABLE: tuple[Failure, ...] = (
     ),
     # -- waiting and verifying: found by looking, not in a log -------------------------------------------------
     Failure(
+        "switch-running-other",
+        "another run is switching the host to a release",
+        "two operators, or a run of yours that was cut: its job goes on on the host",
+        "Wait until it is over (`sparkfleet status` shows it), then run again.",
+    ),
+    Failure(
+        "switch-interrupted",
+        "a switch was cut half way",
+        "the host was restarted, or the job was killed",
+        "Nothing to do: the release before is started and verified again. Then run again.",
+    ),
+    Failure(
+        "release-damaged",
+        "a release on the host is damaged",
+        "files under /opt/sparkfleet/releases were changed or removed",
+        "Run site.yml: it stages a new one. `sparkfleet rollback N` goes to another one.",
+    ),
+    Failure(
         "container-missing",
         "the container does not exist",
         "it was never started, or it was removed",

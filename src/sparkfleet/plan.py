@@ -7,12 +7,13 @@ what there is to do (prepare, fetch, deploy); an empty list of reasons means tha
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
-from sparkfleet import compose, preflight
+from sparkfleet import compose, controller, preflight
 from sparkfleet.target import State, Target
 
 
@@ -45,6 +46,7 @@ def make(target: Target, state: State) -> dict[str, Any]:
         "compose": document,
         "verify": dataclasses.asdict(target.card.verify),
         "memory": memory and memory.as_dict(),
+        "release": release(target, document, memory.as_dict() if memory else None),
         "checks": [{"name": check.name, "seen": check.seen, "ok": not check.findings} for check in checks],
         "findings": [dataclasses.asdict(finding) for check in checks for finding in check.findings],
         "prepare": {
@@ -131,44 +133,69 @@ def fetch(target: Target, state: State) -> tuple[Work, Work]:
     return image, model
 
 
+def release(target: Target, document: compose.Document, memory: dict[str, Any] | None) -> dict[str, Any]:
+    """What is kept on the host beside the compose file: the plan, and what it is pinned to."""
+    service, card = document["services"][target.card.service], target.card
+    known = {"model": card.name, "profile": target.settings.profile, "repo": card.repo, "service": card.service}
+    return {
+        "plan": {**known, "image": target.image, "verify": dataclasses.asdict(card.verify), "memory": memory},
+        "lock": {
+            **known,
+            "revision": next(iter(_after("--revision", service["command"])), target.revision),
+            "image": service["image"],
+            "port": target.settings.port,
+            "controller": controller.name(),
+        },
+    }
+
+
+def _after(flag: str, command: list[str]) -> list[str]:
+    return [value for word, value in itertools.pairwise(command) if word == flag]
+
+
 def deploy(target: Target, state: State, document: compose.Document) -> dict[str, Any]:
-    """What the deploy stage has to do: write the file, start (or restart) the service, or only wait for it."""
+    """What the deploy stage has to do: stage a release, switch to it, start the current one anew, or only wait."""
     service, settings = target.card.service, target.settings
     ours = [item for item in state["docker"].get("containers", []) if item["ours"]]
     current = next((item for item in ours if item["service"] == service), None)
     running = current is not None and current["state"] == "running"
     others = sorted({item["service"] for item in ours if item["service"] != service and item["state"] == "running"})
+    releases = state["releases"]
+    deployed = releases["current"] is not None and _parse(state["compose_file"]) == document
+    staged = deployed or _parse(releases["newest_compose"]) == document
 
-    write = Work()
-    if state["compose_file"] is None:
-        write.add(True, f"write {settings.project_dir}/compose.yml")
-    else:
-        write.add(_parse(state["compose_file"]) != document, f"change {settings.project_dir}/compose.yml")
-    start, stop, wait = Work(), Work(), Work()
-    drifted = running and not write.reasons and not _matches(current, document["services"][service])
+    stage, start, stop, wait = Work(), Work(), Work(), Work()
+    drifted = running and deployed and not _matches(current, document["services"][service])
     if settings.service_state == "started":
-        stop.add(others, f"stop {', '.join(others)}")
-        start.add(current is None, f"create and start {service}")
-        start.add(current is not None and not running, f"start {service} ({current and current['state']})")
-        start.add(write.reasons and running, f"start {service} anew")
+        what = "the first release" if releases["current"] is None else f"a release after {releases['current']}"
+        stage.add(not deployed, f"stage {what}")
+        start.add(not deployed, f"switch to it{', stopping ' + ', '.join(others) if others else ''}")
+        start.add(deployed and current is None, f"create and start {service}")
+        start.add(deployed and current is not None and not running, f"start {service} ({current and current['state']})")
         start.add(drifted, f"start {service} anew: it runs with other settings than its file")
-        wait.add(start.reasons or not state["healthy"], f"wait for {service}")
+        stop.add(others and not start.reasons, f"stop {', '.join(others)}")
+        wait.add(not start.reasons and not state["healthy"], f"wait for {service}")
     else:
+        stage.add(not staged, "stage a release")
         stop.add(running or others, f"stop {', '.join([*others, *([service] if running else [])])}")
-    # An engine that is started anew gives its memory back first, so that the page cache can be dropped between.
-    stops_itself = running and (start.reasons or settings.service_state == "stopped")
     return {
-        "needed": bool(write.reasons or start.reasons or stop.reasons or wait.reasons),
-        "write": write.reasons,
+        "needed": bool(stage.reasons or start.reasons or stop.reasons or wait.reasons),
+        "stage": stage.reasons,
         "stop": stop.reasons,
-        "stop_services": [*others, *([service] if stops_itself else [])],
+        "stop_services": [*others, *([service] if running and settings.service_state == "stopped" else [])]
+        if stop.reasons
+        else [],
         "start": start.reasons,
+        "mode": "restart" if deployed else "deploy",
+        "release": releases["current"] if deployed else None,
         "recreate": drifted,
         "wait": wait.reasons,
     }
 
 
-def _parse(text: str) -> Any:
+def _parse(text: str | None) -> Any:
+    if text is None:
+        return None
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import re
 
+import yaml
+
 from sparkfleet import SparkfleetError, catalog, engine, memory
 from sparkfleet.failures import BY_ID
 from sparkfleet.target import State, Target
@@ -17,6 +19,8 @@ GIB = 1024**3
 #: (ID, VERSION_ID) of /etc/os-release -> where its own packages suffice for Docker with Compose v2.
 SUPPORTED_OS = {("ubuntu", "24.04"): True, ("debian", "13"): True, ("debian", "12"): False}
 SUPPORTED_MACHINES = ("aarch64", "x86_64")
+#: What Docker calls them.
+ARCHITECTURES = {"aarch64": "arm64", "x86_64": "amd64"}
 #: CUDA 13, which the first image for the GB10 has, came with this driver.
 MINIMUM_DRIVER = (580,)
 #: community.docker.docker_compose_v2 asks for this Compose; the engine is the first with the GPU request we use.
@@ -81,10 +85,11 @@ def checks(target: Target, state: State, work: Work) -> tuple[list[Check], memor
         _clock(state),
         _docker(target, state),
         _toolkit(state),
-        _image(target),
+        _image(target, state),
         remembered,
         _disk(target, state, work),
         _port(target, state),
+        _switch(target, state),
         _registry(target, state, work),
         _hub(target, state, work),
         _folders(target, state),
@@ -186,10 +191,16 @@ def _toolkit(state: State) -> Check:
     return Check("toolkit", seen)
 
 
-def _image(target: Target) -> Check:
-    seen = f"{target.image}, vLLM {target.engine.text}"
-    reason = engine.unfit(target.image) if target.settings.require_gb10 else ""
-    return Check("image", seen, (known("image-unsupported", reason),) if reason else ())
+def _image(target: Target, state: State) -> Check:
+    seen, found = f"{target.image}, vLLM {target.engine.text}", []
+    if target.settings.require_gb10 and (reason := engine.unfit(target.image)):
+        found.append(known("image-unsupported", reason))
+    built = (state["docker"].get("image") or {}).get("architecture", "")
+    if built and ARCHITECTURES.get(state["os"]["machine"], built) != built:
+        found.append(
+            known("image-platform", f"{target.image} is built for {built}, the host is {state['os']['machine']}")
+        )
+    return Check("image", seen, tuple(found))
 
 
 def _memory(target: Target, state: State, work: Work) -> tuple[Check, memory.Plan | None]:
@@ -272,6 +283,20 @@ def _port(target: Target, state: State) -> Check:
     if target.settings.service_state != "started":
         return Check("port", f"{port}, held by {who}; not needed")
     return Check("port", f"{port}, held by {who}", (Finding("port-taken", f"port {port} is held by {who}: {remedy}"),))
+
+
+def _switch(target: Target, state: State) -> Check:
+    """Whether another run is at work here. One that does the same is joined."""
+    releases = state["releases"]
+    if not releases["switch_active"]:
+        return Check("switch", f"none; current release {releases['current'] or 'none'}")
+    journal = releases["switch"] or {}
+    fact = (
+        f"{journal.get('controller') or 'another run'} is switching this host to release {journal.get('to')} "
+        f"({journal.get('model')}) with {journal.get('verb') or 'Sparkfleet'}, phase {journal.get('phase')}"
+    )
+    same = yaml.safe_load(releases["switch_compose"] or "null") == target.document(state)
+    return Check("switch", fact, () if same else (known("switch-running-other", fact),))
 
 
 def _registry(target: Target, state: State, work: Work) -> Check:

@@ -11,10 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import compose_file
 import nvidia_container_runtime
-import page_cache
 import pytest
+import release_stage
 import secret_file
 import stop_services
 from ansible.module_utils.testing import patch_module_args
@@ -67,25 +66,40 @@ def test_secret_file(tmp_path: Path, run: Run) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["token"]
 
 
-def test_compose_file_is_written_once_and_shown(tmp_path: Path, run: Run, command: Any) -> None:
+STAGED: dict[str, Any] = {
+    "plan": {"model": "m", "profile": "throughput", "verify": {"expect": "Paris"}, "memory": {"available_gib": 110.0}},
+    "lock": {"model": "m", "service": "vllm-m", "port": 8000, "image": "i@sha256:1"},
+}
+
+
+def test_a_release_is_staged_once_and_shown(tmp_path: Path, run: Run, command: Any) -> None:
     command("docker", "sys.exit(0)")
-    path = tmp_path / "project" / "compose.yml"
-    preview = run(compose_file, check=True, path=path, content="a: 1\n")
-    assert preview["changed"] and preview["diff"]["after"] == "a: 1\n" and not path.parent.exists()
-    assert run(compose_file, path=path, content="a: 1\n")["changed"]
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
-    again = run(compose_file, path=path, content="a: 1\n")
-    assert not again["changed"] and again["diff"]["before"] == again["diff"]["after"]
+    folder = tmp_path / "project"
+    wanted = {"compose": "a: 1\n", "project_dir": folder, **STAGED}
+    preview = run(release_stage, check=True, **wanted)
+    assert preview["changed"] and preview["release"] == 1 and preview["diff"]["after"] == "a: 1\n"
+    assert not folder.exists()
+    first = run(release_stage, **wanted)
+    assert first["changed"] and first["release"] == 1 and first["current"] is None
+    kept = folder / "releases" / "1"
+    assert (kept / "compose.yml").read_text(encoding="utf-8") == "a: 1\n"
+    lock = json.loads((kept / "lock.json").read_text(encoding="utf-8"))
+    assert lock["number"] == 1 and lock["image"] == "i@sha256:1" and lock["created"] > 0
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o755
+    assert stat.S_IMODE((kept / "compose.yml").stat().st_mode) == 0o644
+    # The plan's figures follow the host's memory of the moment; that alone makes no release.
+    again = run(release_stage, **{**wanted, "plan": {**STAGED["plan"], "memory": {"available_gib": 90.0}}})
+    assert not again["changed"] and again["release"] == 1
+    other = run(release_stage, **{**wanted, "plan": {**STAGED["plan"], "verify": {"expect": "Rome"}}})
+    assert other["changed"] and other["release"] == 2
+    assert sorted(path.name for path in (folder / "releases").iterdir()) == ["1", "2"]
 
 
-def test_compose_file_that_docker_refuses_replaces_nothing(tmp_path: Path, run: Run, command: Any) -> None:
-    path = tmp_path / "compose.yml"
-    path.write_text("old\n", encoding="utf-8")
+def test_a_release_that_docker_refuses_is_not_kept(tmp_path: Path, run: Run, command: Any) -> None:
     command("docker", "print('services.x Additional property y is not allowed', file=sys.stderr); sys.exit(15)")
-    result = run(compose_file, path=path, content="new\n")
-    assert result["failed"] and "Additional property y" in result["msg"]
-    assert path.read_text(encoding="utf-8") == "old\n"
-    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["compose.yml"]
+    result = run(release_stage, compose="new\n", project_dir=tmp_path / "project", **STAGED)
+    assert result["failed"] and "Additional property y" in result["msg"] and "untouched" in result["msg"]
+    assert not (tmp_path / "project").exists()
 
 
 NVIDIA_CTK = """
@@ -124,20 +138,6 @@ def test_nvidia_runtime_refuses_a_broken_file(tmp_path: Path, run: Run) -> None:
     result = run(nvidia_container_runtime, config=config)
     assert result["failed"] and "daemon.json cannot be read" in result["msg"]
     assert config.read_text(encoding="utf-8") == "{ broken"
-
-
-def test_page_cache_in_check_mode_drops_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_cache.os, "sync", lambda: pytest.fail("synced in check mode"))
-    assert run(page_cache, check=True) == {
-        "changed": True,
-        "freed": 0,
-        "invocation": {"module_args": {}},
-    }
-
-
-def test_free_bytes() -> None:
-    assert page_cache.free_bytes("MemTotal:  10 kB\nMemFree:   4 kB\n") == 4096
-    assert page_cache.free_bytes("") == 0
 
 
 class FakeDocker:

@@ -46,6 +46,15 @@ def bare() -> State:
         "hub": {"status": 200, "error": ""},
         "registry": {"host": "nvcr.io", "status": 401, "error": "", "failure": ""},
         "compose_file": None,
+        "releases": {
+            "current": None,
+            "previous": None,
+            "numbers": [],
+            "newest_compose": None,
+            "switch": None,
+            "switch_active": False,
+            "switch_compose": None,
+        },
         "listener": None,
         "healthy": False,
     }
@@ -90,6 +99,7 @@ def serving(goal: Target | None = None) -> State:
     document = goal.document(state)
     service = document["services"][goal.card.service]
     state["compose_file"] = "# a comment\n" + yaml.safe_dump(document)
+    state["releases"].update(current=3, previous=2, numbers=[2, 3], newest_compose=state["compose_file"])
     state["docker"]["containers"] = [container(goal.card.service, ports=[goal.settings.port])]
     state["docker"]["containers"][0]["started_with"] = {
         "image": service["image"],
@@ -170,19 +180,69 @@ def test_pins_are_those_of_what_was_fetched() -> None:
     assert not made["fetch"]["needed"]
 
 
-def test_another_model_stops_the_one_that_runs() -> None:
+def test_another_model_is_a_release_that_stops_the_one_that_runs() -> None:
     state = serving(target(model="qwen3-8b-fp8"))
     made = plan.make(target(), state)
     assert made["findings"] == []
-    assert made["deploy"]["stop_services"] == ["vllm-qwen3-8b-fp8"]
-    assert made["deploy"]["write"] and made["deploy"]["start"]
+    deployment = made["deploy"]
+    assert deployment["stage"] == ["stage a release after 3"]
+    assert deployment["start"] == ["switch to it, stopping vllm-qwen3-8b-fp8"]
+    # The switch itself stops what runs, so that it can bring it back.
+    assert deployment["stop_services"] == [] and deployment["mode"] == "deploy" and not deployment["wait"]
 
 
-def test_a_changed_argument_starts_anew() -> None:
-    made = plan.make(target(arguments={"max_num_seqs": 32}), serving())
-    assert made["deploy"]["write"] and made["deploy"]["start"]
-    assert made["deploy"]["stop_services"] == [SERVICE]
-    assert not made["deploy"]["recreate"]
+def test_a_changed_argument_is_a_release() -> None:
+    deployment = plan.make(target(arguments={"max_num_seqs": 32}), serving())["deploy"]
+    assert deployment["stage"] and deployment["start"] == ["switch to it"]
+    assert deployment["release"] is None and not deployment["recreate"]
+
+
+def test_a_release_says_what_it_is() -> None:
+    made = plan.make(target(profile="low_latency", port=9000), fetched())["release"]
+    assert (
+        made["lock"].items()
+        >= {
+            "model": "llama31-8b-fp8",
+            "profile": "low_latency",
+            "service": SERVICE,
+            "revision": COMMIT,
+            "image": f"nvcr.io/nvidia/vllm:25.09-py3@{DIGEST}",
+            "port": 9000,
+        }.items()
+    )
+    assert "@" in made["lock"]["controller"]
+    assert made["plan"]["verify"]["expect"] == "Paris" and made["plan"]["memory"]["fits"]
+
+
+def switching(state: State, to: Target) -> State:
+    """The same host while somebody else switches it to ``to``."""
+    journal = {"to": 4, "model": to.card.name, "controller": "bob@laptop", "verb": "upgrade", "phase": "waiting"}
+    text = yaml.safe_dump(to.document(state))
+    state["releases"].update(switch=journal, switch_active=True, switch_compose=text)
+    return state
+
+
+def test_another_run_that_does_something_else_is_named() -> None:
+    state = switching(serving(), target(model="qwen3-8b-fp8"))
+    findings = plan.make(target(arguments={"max_num_seqs": 32}), state)["findings"]
+    assert [finding["id"] for finding in findings] == ["switch-running-other"]
+    assert "bob@laptop is switching this host to release 4 (qwen3-8b-fp8) with upgrade" in findings[0]["message"]
+
+
+def test_another_run_that_does_the_same_is_joined() -> None:
+    wanted = target(arguments={"max_num_seqs": 32})
+    made = plan.make(wanted, switching(serving(), wanted))
+    assert made["findings"] == [] and made["deploy"]["start"]
+
+
+def test_an_image_for_another_processor_never_stops_what_runs() -> None:
+    state = serving()
+    state["docker"]["image"]["architecture"] = "amd64"
+    findings = plan.make(target(arguments={"max_num_seqs": 32}), state)["findings"]
+    assert [finding["id"] for finding in findings] == ["image-platform"]
+    assert "is built for amd64, the host is aarch64" in findings[0]["message"]
+    state["docker"]["image"]["architecture"] = "arm64"
+    assert plan.make(target(), state)["findings"] == []
 
 
 @pytest.mark.parametrize(
@@ -200,14 +260,15 @@ def test_a_container_that_drifted_is_made_anew(key: str, value: Any) -> None:
     state = serving()
     state["docker"]["containers"][0]["started_with"][key] = value
     deployment = plan.make(target(), state)["deploy"]
-    assert deployment["recreate"] and deployment["start"] and not deployment["write"]
+    assert deployment["recreate"] and deployment["start"] and not deployment["stage"]
+    assert deployment["mode"] == "restart" and deployment["release"] == 3
 
 
 def test_an_engine_that_still_starts_is_only_waited_for() -> None:
     state = serving()
     state["healthy"] = False
     deployment = plan.make(target(), state)["deploy"]
-    assert deployment["wait"] and not (deployment["start"] or deployment["write"] or deployment["stop_services"])
+    assert deployment["wait"] and not (deployment["start"] or deployment["stage"] or deployment["stop_services"])
 
 
 def test_a_stopped_container_is_started() -> None:
@@ -223,12 +284,28 @@ def test_wanted_stopped() -> None:
     assert not deployment["start"] and not deployment["wait"]
 
 
-def test_edited_file_is_written_again() -> None:
+def test_wanted_stopped_is_staged_once() -> None:
+    state, wanted = fetched(), target(service_state="stopped")
+    first = plan.make(wanted, state)["deploy"]
+    assert first["stage"] and not first["start"] and not first["stop_services"]
+    state["releases"].update(numbers=[1], newest_compose=yaml.safe_dump(wanted.document(state)))
+    assert not plan.make(wanted, state)["deploy"]["needed"]
+    assert plan.make(target(), state)["deploy"]["start"]
+
+
+def test_a_second_service_of_ours_is_stopped_and_the_right_one_left_alone() -> None:
+    state = serving()
+    state["docker"]["containers"].append({**container("vllm-other"), "service": "vllm-other"})
+    deployment = plan.make(target(), state)["deploy"]
+    assert deployment["stop_services"] == ["vllm-other"] and not deployment["start"]
+
+
+def test_an_edited_file_gives_way_to_a_release() -> None:
     state = serving()
     state["compose_file"] = state["compose_file"].replace("'64'", "'65'")
-    assert plan.make(target(), state)["deploy"]["write"]
+    assert plan.make(target(), state)["deploy"]["stage"]
     state["compose_file"] = "{ not yaml"
-    assert plan.make(target(), state)["deploy"]["write"]
+    assert plan.make(target(), state)["deploy"]["stage"]
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from ansible.module_utils.sparkfleet_host.engine import HEAD, LINE, TAIL, instan
 from ansible.module_utils.sparkfleet_host.http import Client
 from ansible.module_utils.testing import patch_module_args
 from plugins.action import vllm_wait as action
-from plugins.action.vllm_wait import Watch, explain
 from plugins.modules import vllm_wait
 
 from sparkfleet.failures import BY_ID
+from sparkfleet.start import Watch, explain
 from tests.unit.fake_engine import Engine, Handler
 from tests.unit.fake_vllm import Vllm
 
@@ -223,7 +223,7 @@ class Stage:
         self.asked: list[dict[str, Any]] = []
         self.clock = 0.0
         monkeypatch.setattr(action.display, "display", self.printed.append)
-        monkeypatch.setattr("plugins.action.vllm_wait.time.monotonic", lambda: self.clock)
+        monkeypatch.setattr("sparkfleet.start.time.monotonic", lambda: self.clock)
         self.plugin = object.__new__(action.ActionModule)
         self.plugin._task = SimpleNamespace(
             args={"container": "vllm", **arguments},
@@ -323,7 +323,7 @@ def test_never_silent_for_more_than_ten_seconds(monkeypatch: pytest.MonkeyPatch)
 def test_an_engine_that_runs_already_tells_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
     old = answer(1800.0, (4, SHARD.format(1)), (9, "INFO:     Application startup complete."), ready=True)
     stage = Stage(monkeypatch, [{**old}])
-    monkeypatch.setattr("plugins.action.vllm_wait.time.monotonic", lambda: 0.3)
+    monkeypatch.setattr("sparkfleet.start.time.monotonic", lambda: 0.3)
     result = stage.run()
     assert stage.printed == ["spark-1  0 s  ready"]
     assert sum(phase["seconds"] for phase in result["phases"]) == pytest.approx(8.5)

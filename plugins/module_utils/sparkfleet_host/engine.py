@@ -6,8 +6,10 @@ from __future__ import annotations
 import calendar
 import itertools
 import re
+import shutil
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -192,3 +194,18 @@ def compose_up(project_dir: str, file: str, service: str, recreate: bool = False
 
 def _said(answer: Any) -> str:
     return redact(str(answer.get("message") if isinstance(answer, dict) else answer).strip())
+
+
+def complaint(file: Path) -> str:
+    """What the Compose plugin says against a file; "" for nothing, and where there is no plugin."""
+    docker = shutil.which("docker")
+    if docker is None:
+        return ""
+    done = subprocess.run(
+        [docker, "compose", "--file", str(file), "config", "--quiet", "--no-interpolate"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return "" if done.returncode == 0 else done.stderr.strip() or f"exit code {done.returncode}"

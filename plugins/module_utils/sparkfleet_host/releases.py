@@ -150,8 +150,9 @@ class Store:
         return ", ".join(map(str, self.numbers())) or "(none)"
 
     def summary(self) -> dict[str, Any]:
-        """All of it as plain data: {current, previous, numbers, locks, outcomes, switch, switch_active}."""
-        numbers = self.numbers()
+        """All of it as plain data: {current, previous, numbers, locks, outcomes, newest_compose, switch,
+        switch_active, switch_compose}; of the journal all but log and verification."""
+        numbers, journal, active = self.numbers(), self.switch(), self.switch_active()
         return {
             "current": self.current(),
             "previous": self.previous(),
@@ -159,9 +160,17 @@ class Store:
             # JSON knows only strings as keys.
             "locks": {str(number): read_json(self.folder(number) / LOCK) or {} for number in numbers},
             "outcomes": {str(number): self.outcome(number) for number in numbers},
-            "switch": self.switch(),
-            "switch_active": self.switch_active(),
+            "newest_compose": self._text(numbers[-1]) if numbers else None,
+            "switch": _brief(journal),
+            "switch_active": active,
+            "switch_compose": self._text(int(journal["to"])) if active and journal else None,
         }
+
+    def _text(self, number: int) -> str | None:
+        try:
+            return self.compose_file(number).read_text(encoding="utf-8")
+        except (OSError, ReleaseError):
+            return None
 
     # -- write -----------------------------------------------------------------------------------------------
 
@@ -265,3 +274,13 @@ class Store:
                 yield False
                 return
             yield True
+
+
+def _brief(journal: dict[str, Any] | None) -> dict[str, Any] | None:
+    if journal is None:
+        return None
+    brief = {key: value for key, value in journal.items() if key != "verification"}
+    for key in ("error", "restore_error"):
+        if brief.get(key):
+            brief[key] = {name: value for name, value in brief[key].items() if name not in ("log", "checks")}
+    return brief

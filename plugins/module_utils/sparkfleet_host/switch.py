@@ -23,7 +23,7 @@ from . import engine, memory
 from .docker import Docker, DockerError, DockerUnavailable
 from .engine import EngineError
 from .http import Client, HttpError
-from .releases import ReleaseError, Store
+from .releases import PROJECT_DIR, STATE_DIR, ReleaseError, Store
 from .verify import verify
 
 DEPLOY, ROLLBACK, RESTART = "deploy", "rollback", "restart"
@@ -327,7 +327,7 @@ def recover(store: Store | None = None, docker: Docker | None = None) -> dict[st
         if journal["error"] is None:
             message = f"the switch to release {journal['to']} was cut in the phase {journal['phase']}: {why}"
             journal["error"] = {"message": message, "failure": "switch-interrupted", "state": "missing"}
-        if journal["mode"] == RESTART and journal["to"] == journal["from"]:
+        if journal["to"] == journal["from"]:
             # Nothing else to go back to: begin again.
             switch.request.update(controller=journal["controller"])
             return switch.run()
@@ -347,13 +347,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--start-timeout", type=float, default=START_SECONDS)
     parser.add_argument("--keep", type=int, default=KEEP)
     parser.add_argument("--recreate", action="store_true")
+    parser.add_argument("--project-dir", default=PROJECT_DIR)
+    parser.add_argument("--state-dir", default=STATE_DIR)
     options = parser.parse_args(argv)
+    store = Store(options.project_dir, options.state_dir)
     if options.recover:
-        ended = recover()
+        ended = recover(store)
         return 0 if ended is None or ended["outcome"] in (VERIFIED, RESTORED, REMOVED) else 1
     if options.to is None:
         parser.error("one of --to and --recover is needed")
-    store = Store()
     with store.exclusive() as mine:
         if not mine:
             print("another switch is running", flush=True)

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Action: switches to a release, shows its phases, and fails naming both releases.
+
+    - release_switch:
+        to: 8
+        mode: deploy            # rollback, restart
+        verb: site.yml
+        start_timeout: 1800     # seconds
+      register: switched        # switched.outcome, switched.release, switched.out_of_service_s, …
+
+The job runs on the host: a broken connection or Ctrl-C does not end it, and the same call joins it again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+
+from sparkfleet import controller
+from sparkfleet.switch import Follower
+
+display = Display()
+
+
+class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
+    """Repeats the module release_switch until the job is done."""
+
+    TRANSFERS_FILES = False
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return what serves now; fail with cause, remedy, and what became of the release before."""
+        task_vars = task_vars or {}
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        host = str(task_vars.get("inventory_hostname", "localhost"))
+        options = {"controller": controller.name(), "slice": 3.0, **self._task.args}
+        follower = Follower(host, float(options["slice"]))
+        while not follower.done:
+            answer = self._execute_module(
+                module_name="release_switch", module_args={**options, **follower.asks()}, task_vars=task_vars
+            )
+            if answer.get("failed") or not answer.get("journal"):
+                return {**result, **answer, **refused(host, answer)}
+            for line in follower.take(answer):
+                display.display(line)
+        return {**result, **follower.result()}
+
+
+def refused(host: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """The message of an answer that is no journal: check mode, or a refusal before anything has changed."""
+    if not answer.get("failed") or not answer.get("failure"):
+        return {}
+    return {"msg": f"{host}: {answer['msg']} [{answer['failure']}]"}

@@ -1,0 +1,93 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
+"""A release, staged."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: release_stage
+short_description: Keeps a release on the host, ready to be switched to
+description:
+  - Writes compose file, plan and lock to C(releases/N) under the project folder, as a whole or not at all, after Docker
+    Compose has accepted the file. What runs is not touched. A kept release that is the same is used again.
+options:
+  compose: {description: The whole compose file., type: str, required: true}
+  plan: {description: The plan that it was made by., type: dict, required: true}
+  lock: {description: What it is pinned to., type: dict, required: true}
+  project_dir: {description: Folder of the releases., type: path, default: /opt/sparkfleet}
+author: ["The Sparkfleet developers"]
+attributes:
+  check_mode: {support: full, description: Says which release it would be.}
+  diff_mode: {support: full, description: Shows the compose file against the current release's.}
+"""
+
+EXAMPLES = r"""
+- name: Stage the release
+  release_stage:
+    compose: "{{ lookup('ansible.builtin.template', 'compose.yml.j2') }}"
+    plan: "{{ sparkfleet_look.plan.release.plan }}"
+    lock: "{{ sparkfleet_look.plan.release.lock }}"
+  register: staged
+"""
+
+RETURN = r"""
+release: {description: Number of the release., returned: success, type: int}
+current: {description: Number of the release that is current; null for none., returned: success, type: int}
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.sparkfleet_host.engine import complaint
+from ansible.module_utils.sparkfleet_host.releases import Store
+
+
+def main() -> None:
+    """Entry point of the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "compose": {"type": "str", "required": True},
+            "plan": {"type": "dict", "required": True},
+            "lock": {"type": "dict", "required": True},
+            "project_dir": {"type": "path", "default": "/opt/sparkfleet"},
+        },
+        supports_check_mode=True,
+    )
+    compose, plan, lock = (module.params[key] for key in ("compose", "plan", "lock"))
+    store = Store(module.params["project_dir"])
+    deployed = Path(store.project_dir, "compose.yml")
+    before = deployed.read_text(encoding="utf-8") if deployed.is_file() else ""
+    number, current = store.find(compose, plan), store.current()
+    staged = number is None
+    try:
+        if number is None and module.check_mode:
+            number = max(store.numbers(), default=0) + 1
+        elif number is None:
+            with tempfile.NamedTemporaryFile("w", suffix=".yml", encoding="utf-8") as file:
+                file.write(compose)
+                file.flush()
+                reason = complaint(Path(file.name))
+            if reason:
+                module.fail_json(msg=f"Docker Compose refuses the new release; what runs is untouched: {reason}")
+            number = store.stage(compose, plan, {**lock, "created": time.time()})
+    except OSError as error:
+        module.fail_json(
+            msg=f"cannot write a release under {store.project_dir}: {error.strerror}; what runs is untouched"
+        )
+    module.exit_json(
+        changed=staged,
+        release=number,
+        current=current,
+        diff={
+            "before": before,
+            "after": compose,
+            "before_header": str(deployed),
+            "after_header": f"{store.project_dir}/releases/{number}/compose.yml",
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
+"""The switch to a release: begin it, look at it."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: release_switch
+short_description: Switches to a release, or back to what ran before
+description:
+  - Starts a job on the host that stops the old engine, starts the new one, waits, verifies it, and makes it the
+    current release; on any failure the old one is started and verified again. The job outlives the connection.
+  - The module alone begins the job, or joins one that switches to the same release, and looks at it for O(slice)
+    seconds. The action of the same name repeats that until the job is done, showing phases with their figures, and
+    fails naming both releases.
+options:
+  to: {description: Number of the release., type: int, required: true}
+  mode:
+    description: C(deploy) and C(rollback) differ in their words only; C(restart) is for the current release.
+    type: str
+    choices: [deploy, rollback, restart]
+    default: deploy
+  verb: {description: What was called., type: str, default: ""}
+  controller: {description: Who; USER@HOST. The action knows., type: str, default: ""}
+  start_timeout: {description: Seconds that an engine has until it is ready., type: float, default: 1800}
+  keep: {description: Number of releases that are kept., type: int, default: 5}
+  recreate: {description: Make the container anew though its file has not changed., type: bool, default: false}
+  project_dir: {description: Folder of the releases., type: path, default: /opt/sparkfleet}
+  state_dir: {description: Folder of the journal., type: path, default: /var/lib/sparkfleet}
+  id: {description: The job to look at; empty to begin one. The action's., type: str, default: ""}
+  slice: {description: Seconds of one long poll., type: float, default: 3}
+  container: {description: The container whose log was read last., type: str, default: ""}
+  cursor: {description: RFC 3339 time of the last log line seen., type: str, default: ""}
+author: ["The Sparkfleet developers"]
+attributes:
+  check_mode: {support: full, description: Says that it would switch.}
+  diff_mode: {support: none, description: M(release_stage) shows the file.}
+"""
+
+EXAMPLES = r"""
+- name: Switch to the release
+  release_switch:
+    to: "{{ staged.release }}"
+    verb: site.yml
+"""
+
+RETURN = r"""
+id: {description: Of the job., returned: always, type: str}
+joined: {description: Whether the job was begun by another run., returned: always, type: bool}
+done: {description: Whether the job has ended., returned: always, type: bool}
+journal: {description: Its journal., returned: always, type: dict}
+state: {description: State of the container now waited for; missing for none., returned: always, type: str}
+restart_count: {description: How often Docker restarted it., returned: always, type: int}
+started_at: {description: RFC 3339 time of its last start., returned: always, type: str}
+log_lines: {description: Its lines since the cursor., returned: always, type: list, elements: str}
+cursor: {description: Time of the last line read., returned: always, type: str}
+now: {description: Unix time of the host., returned: always, type: float}
+release: {description: By the action; number and model that serve now., returned: action, type: dict}
+previous: {description: By the action; number and model that served before., returned: action, type: dict}
+outcome: {description: By the action; verified restored removed or failed., returned: action, type: str}
+out_of_service_s: {description: By the action; seconds without an answer., returned: action, type: float}
+seconds: {description: By the action; of the whole., returned: action, type: float}
+verification: {description: By the action; result of the verification., returned: action, type: dict}
+failure: {description: By the action; entry in the table of failures., returned: failure, type: str}
+"""
+
+import contextlib
+import secrets
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError
+from ansible.module_utils.sparkfleet_host.engine import just_before, look, new_lines
+from ansible.module_utils.sparkfleet_host.releases import ReleaseError, Store
+from ansible.module_utils.sparkfleet_host.switch import DONE
+
+UNIT = "sparkfleet-switch"
+PROGRAM = "lib/sparkfleet_host.pyz"
+POLL = 0.25
+BEGIN_SECONDS = 20.0  # until the job has written its first line
+
+
+def who(journal: dict[str, Any]) -> str:
+    """Who does what since when, of a switch that runs."""
+    since = time.strftime("%H:%M:%S", time.localtime(journal.get("began") or 0))
+    return (
+        f"{journal.get('controller') or 'another run'} is switching it to release {journal.get('to')} "
+        f"({journal.get('model')}) with {journal.get('verb') or 'a run of Sparkfleet'} since {since}, "
+        f"phase {journal.get('phase')}"
+    )
+
+
+def begin(module: AnsibleModule, store: Store) -> tuple[str, bool]:
+    """Begin a job, or join the one that does the same: its id, and whether it was joined."""
+    params = module.params
+    if store.switch_active():
+        journal = store.switch() or {}
+        if journal.get("to") == params["to"] and journal.get("phase") not in ("", DONE):
+            return str(journal["id"]), True
+        module.fail_json(msg=f"{who(journal)}; run again when that is over", failure="switch-running-other")
+    id_ = secrets.token_hex(6)
+    program = Path(store.project_dir, PROGRAM)
+    if not program.is_file():
+        module.fail_json(msg=f"{program} is missing: run playbooks/prepare.yml", failure="internal")
+    python = shutil.which("python3") or "/usr/bin/python3"
+    argv = ["systemd-run", "--quiet", "--collect", f"--unit={UNIT}", "--description=Switch of a Sparkfleet release"]
+    # At a shutdown the job ends before Docker does, or it would take the end of the engine for a failure.
+    argv += ["--property=After=docker.service", "--", python, str(program), "switch", f"--id={id_}"]
+    argv += [f"--{key}={params[key]}" for key in ("to", "mode", "controller", "verb", "keep")]
+    argv += [f"--project-dir={params['project_dir']}", f"--state-dir={params['state_dir']}"]
+    argv += [f"--start-timeout={params['start_timeout']}", *(["--recreate"] if params["recreate"] else [])]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+    if done.returncode != 0:
+        reason = done.stderr.strip() or f"exit code {done.returncode}"
+        if "already" in reason:  # another run was faster by a moment
+            module.fail_json(
+                msg=f"{who(store.switch() or {})}; run again when that is over", failure="switch-running-other"
+            )
+        module.fail_json(msg=f"the switch cannot be started: {reason}", failure="internal")
+    deadline = time.monotonic() + BEGIN_SECONDS
+    while (store.switch() or {}).get("id") != id_:
+        if time.monotonic() > deadline:
+            module.fail_json(
+                msg=f"the switch did not begin: see journalctl -u {UNIT}; what runs is untouched", failure="internal"
+            )
+        time.sleep(0.05)
+    return id_, False
+
+
+def watch(store: Store, id_: str, seconds: float) -> tuple[dict[str, Any], bool]:
+    """The journal once its phase has moved, the job is over or the time is: with whether it is over."""
+    deadline = time.monotonic() + seconds
+    first = (store.switch() or {}).get("phase")
+    while True:
+        journal = store.switch() or {}
+        # Active first: the journal is written before the lock is given back.
+        over = not store.switch_active()
+        journal = store.switch() or journal
+        if journal.get("id") != id_ or journal.get("phase") == DONE or over or journal.get("phase") != first:
+            return journal, over or journal.get("phase") == DONE or journal.get("id") != id_
+        if time.monotonic() > deadline:
+            return journal, False
+        time.sleep(POLL)
+
+
+def log(docker: Docker, journal: dict[str, Any], container: str, cursor: str) -> dict[str, Any]:
+    """State and new log lines of the container that the job waits for."""
+    name = str(journal.get("container") or "")
+    found: dict[str, Any] = {
+        "state": "missing",
+        "restart_count": 0,
+        "started_at": "",
+        "log_lines": [],
+        "cursor": cursor,
+    }
+    with contextlib.suppress(DockerError):
+        seen = look(docker, name) if name else None
+        if seen and seen["state"] != "missing":
+            # The log of an earlier start is not that of this one.
+            since = cursor if name == container else ""
+            since = max(since, just_before(seen["started_at"]))
+            lines = new_lines(docker, name, {**seen, "ready": False}, since)
+            found.update({key: seen[key] for key in ("state", "restart_count", "started_at")}, log_lines=lines)
+            found["cursor"] = lines[-1].partition(" ")[0] if lines else since
+    return found
+
+
+def main() -> None:
+    """Entry point of the module."""
+    text = {"type": "str", "default": ""}
+    module = AnsibleModule(
+        argument_spec={
+            "to": {"type": "int", "required": True},
+            "mode": {"type": "str", "choices": ["deploy", "rollback", "restart"], "default": "deploy"},
+            **dict.fromkeys(("verb", "controller", "id", "container", "cursor"), text),
+            "start_timeout": {"type": "float", "default": 1800.0},
+            "keep": {"type": "int", "default": 5},
+            "recreate": {"type": "bool", "default": False},
+            "project_dir": {"type": "path", "default": "/opt/sparkfleet"},
+            "state_dir": {"type": "path", "default": "/var/lib/sparkfleet"},
+            "slice": {"type": "float", "default": 3.0},
+        },
+        supports_check_mode=True,
+    )
+    params = module.params
+    store = Store(params["project_dir"], params["state_dir"])
+    if module.check_mode:
+        module.exit_json(changed=True, done=True, journal={}, msg=f"would switch to release {params['to']}")
+    try:
+        store.plan(params["to"])
+    except ReleaseError as error:
+        module.fail_json(msg=str(error), failure="bad-input")
+    id_, joined = (params["id"], False) if params["id"] else begin(module, store)
+    journal, done = watch(store, id_, params["slice"])
+    if journal.get("id") != id_:
+        module.fail_json(msg=f"the switch was replaced by another: {who(journal)}", failure="switch-running-other")
+    if done and journal.get("phase") != DONE:
+        module.fail_json(
+            msg=f"the switch to release {journal.get('to')} was cut in the phase {journal.get('phase')}: its process "
+            f"ended. The guard brings release {journal.get('from')} back; or run again",
+            failure="switch-interrupted",
+        )
+    found = log(Docker(), journal, params["container"], params["cursor"])
+    module.exit_json(changed=False, id=id_, joined=joined, done=done, journal=journal, now=time.time(), **found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,328 @@
+"""The switch between releases: whatever fails, wherever it is cut, what ran before runs again, verified."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible.module_utils.sparkfleet_host import engine, memory, switch
+from ansible.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
+from ansible.module_utils.sparkfleet_host.engine import EngineError
+from ansible.module_utils.sparkfleet_host.releases import ReleaseError, Store
+from ansible.module_utils.sparkfleet_host.switch import Switch, interrupted, recover
+
+OLD, NEW = "vllm-old", "vllm-new"
+
+
+class PowerCut(BaseException):
+    """The job is gone at this moment."""
+
+
+class World:
+    """A Docker engine with our containers: name -> state. `bad` says how a service fails: crash, silent, wrong."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
+        self.store = store
+        self.containers: dict[str, str] = {}
+        self.bad: dict[str, str] = {}
+        self.away = 0  # looks that Docker does not answer
+        self.cut: str | None = None  # phase at which the power goes
+        self.did: list[str] = []
+        self.clock = 1000.0
+        for name in ("ours", "stop", "remove", "compose_up", "look", "healthy", "read_log"):
+            monkeypatch.setattr(engine, name, getattr(self, name))
+        monkeypatch.setattr(switch, "verify", self.verify)
+        monkeypatch.setattr(memory, "drop_page_cache", lambda: self.did.append("drop"))
+        monkeypatch.setattr(switch.time, "sleep", self.sleep)
+        monkeypatch.setattr(switch.time, "monotonic", lambda: self.clock)
+        write = store.write_switch
+
+        def write_or_cut(journal: dict[str, Any]) -> None:
+            write(journal)
+            if journal["phase"] == self.cut:
+                raise PowerCut
+
+        monkeypatch.setattr(store, "write_switch", write_or_cut)
+
+    def sleep(self, seconds: float) -> None:
+        self.clock += max(seconds, 1.0)
+
+    def ours(self, docker: Docker) -> list[dict[str, Any]]:
+        labels = "com.docker.compose.service"
+        return [{"Id": name, "State": state, "Labels": {labels: name}} for name, state in self.containers.items()]
+
+    def stop(self, docker: Docker, name: str, timeout: int = 60) -> bool:
+        self.did.append(f"stop {name}")
+        self.containers[name] = "exited"
+        return True
+
+    def remove(self, docker: Docker, name: str) -> None:
+        self.did.append(f"remove {name}")
+        del self.containers[name]
+
+    def compose_up(self, project_dir: str, file: str, service: str, recreate: bool = False) -> None:
+        self.did.append(f"up {Path(file).parent.name}")
+        if self.bad.get(service) == "port":
+            raise EngineError("docker compose up: Bind for 0.0.0.0:8000 failed: port is already allocated")
+        assert all(state != "running" for state in self.containers.values()), "two engines at once"
+        self.containers[service] = "exited" if self.bad.get(service) == "crash" else "running"
+
+    def look(self, docker: Docker, name: str) -> dict[str, Any]:
+        if self.away:
+            self.away -= 1
+            raise DockerUnavailable("nothing listens there")
+        state = self.containers.get(name, "missing")
+        return {"state": state, "exit_code": 1, "restart_count": 0, "error": "", "started_at": "", "tty": False}
+
+    def healthy(self, client: Any) -> bool:
+        running = [name for name, state in self.containers.items() if state == "running"]
+        return bool(running) and self.bad.get(running[0]) != "silent"
+
+    def read_log(self, docker: Docker, name: str, since: str, tty: bool, tail: int | None = None) -> list[str]:
+        return [f"2026-11-23T10:00:00Z {name} says api_key='secret'"]
+
+    def verify(self, params: dict[str, Any]) -> dict[str, Any]:
+        running = next(name for name, state in self.containers.items() if state == "running")
+        assert params["model"] == f"org/{running}"
+        if self.bad.get(running) == "wrong":
+            return {
+                "verified": False,
+                "msg": "chat: got Rome",
+                "failure": "answer-wrong",
+                "checks": [],
+                "answer": "Rome",
+            }
+        return {"verified": True, "checks": [], "answer": "Paris"}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "project", tmp_path / "state", str(tmp_path / "lock"))
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch, store: Store) -> World:
+    return World(monkeypatch, store)
+
+
+def stage(store: Store, service: str, text: str = "") -> int:
+    verify = {"question": "q", "expect": "Paris", "prompt": "p", "prompt_expect": "Paris", "max_tokens": 32}
+    plan = {"model": service, "profile": "throughput", "repo": f"org/{service}", "service": service, "verify": verify}
+    return store.stage(text or f"services: {{{service}: {{}}}}\n", plan, {"service": service, "port": 8000})
+
+
+def run(store: Store, to: int, mode: str = "deploy") -> dict[str, Any]:
+    request = {"id": "abc", "to": to, "mode": mode, "controller": "alice@laptop", "verb": "site.yml", "keep": 3}
+    ticks = iter(range(100, 10_000))
+    return Switch(store, Docker("/nowhere"), request, now=lambda: float(next(ticks))).run()
+
+
+@pytest.fixture
+def deployed(store: Store, world: World) -> int:
+    """The old release serves."""
+    number = stage(store, OLD)
+    assert run(store, number)["outcome"] == "verified"
+    world.did.clear()
+    return number
+
+
+def test_a_first_deployment(store: Store, world: World) -> None:
+    journal = run(store, stage(store, NEW))
+    assert (journal["outcome"], journal["from"], journal["phase"]) == ("verified", None, "done")
+    assert world.did == ["drop", "up 1"]
+    assert [step["phase"] for step in journal["steps"]] == [
+        *("stopping", "starting", "waiting", "verifying", "committing", "done"),
+    ]
+    assert store.current() == 1 and (store.project_dir / "compose.yml").read_text().startswith("services")
+    assert (store.project_dir / "compose.yml").readlink() == Path("current/compose.yml")
+    assert journal["out_of_service_s"] is None  # nothing served before
+    assert store.switch() == json.loads(json.dumps(journal))
+
+
+def test_the_old_engine_stops_before_the_new_one_starts_and_is_removed_in_the_end(
+    store: Store, world: World, deployed: int
+) -> None:
+    journal = run(store, stage(store, NEW))
+    assert world.did == [f"stop {OLD}", "drop", "up 2", f"remove {OLD}"]
+    assert journal["outcome"] == "verified" and store.current() == 2 and store.previous() == 1
+    assert journal["out_of_service_s"] == journal["answering_at"] - journal["stopped_at"] > 0
+
+
+@pytest.mark.parametrize(
+    ("how", "message", "failure"),
+    [
+        ("crash", "vllm-new ended", None),
+        ("silent", "vllm-new was not ready after 1800 s", "start-timeout"),
+        ("wrong", "chat: got Rome", "answer-wrong"),
+        ("port", "docker compose up: Bind for 0.0.0.0:8000 failed: port is already allocated", None),
+    ],
+)
+def test_a_release_that_fails_brings_the_old_one_back(
+    store: Store, world: World, deployed: int, how: str, message: str, failure: str | None
+) -> None:
+    world.bad[NEW] = how
+    journal = run(store, stage(store, NEW))
+    assert journal["outcome"] == "restored"
+    assert journal["error"]["message"] == message and journal["error"].get("failure") == failure
+    assert world.containers == {OLD: "running"}
+    assert store.current() == 1 and journal["verification"]["answer"] == "Paris"
+    outcome = store.outcome(2)
+    assert outcome and outcome["state"] == "failed" and outcome["message"] == message
+    kept = (store.folder(2) / "engine.log").read_text()
+    assert "vllm-new says" in kept and "secret" not in kept
+    assert journal["out_of_service_s"] > 0
+
+
+def test_a_first_deployment_that_fails_leaves_no_container(store: Store, world: World) -> None:
+    world.bad[NEW] = "crash"
+    journal = run(store, stage(store, NEW))
+    assert journal["outcome"] == "removed" and world.containers == {}
+    assert store.current() is None and not (store.project_dir / "compose.yml").exists()
+    world.bad.clear()
+    assert run(store, 1)["outcome"] == "verified"  # and can be tried again
+
+
+def test_both_fail(store: Store, world: World, deployed: int) -> None:
+    world.bad.update({NEW: "wrong", OLD: "crash"})
+    journal = run(store, stage(store, NEW))
+    assert journal["outcome"] == "failed" and journal["restore_error"]["message"] == "vllm-old ended"
+    assert "running" not in world.containers.values() and store.current() == 1
+
+
+def test_an_old_engine_that_runs_and_answers_wrong_is_left_to_be_looked_at(
+    store: Store, world: World, deployed: int
+) -> None:
+    world.bad.update({NEW: "crash", OLD: "wrong"})
+    assert run(store, stage(store, NEW))["outcome"] == "failed"
+    assert world.containers[OLD] == "running"
+
+
+def test_a_restart_has_nothing_to_go_back_to(store: Store, world: World, deployed: int) -> None:
+    journal = run(store, deployed, "restart")
+    assert journal["outcome"] == "verified" and world.did == [f"stop {OLD}", "drop", "up 1"]
+    world.bad[OLD] = "crash"
+    journal = run(store, deployed, "restart")
+    assert journal["outcome"] == "failed" and store.current() == deployed
+    assert world.containers == {OLD: "exited"}
+
+
+def test_rollback_goes_to_what_served_before_and_back(store: Store, world: World, deployed: int) -> None:
+    assert run(store, stage(store, NEW))["outcome"] == "verified"
+    assert store.previous() == 1
+    assert run(store, 1, "rollback")["outcome"] == "verified"
+    assert (store.current(), store.previous()) == (1, 2)
+
+
+def test_docker_that_is_away_for_a_while_is_waited_for(store: Store, world: World, deployed: int) -> None:
+    world.away = 30
+    assert run(store, stage(store, NEW))["outcome"] == "verified"
+
+
+def test_docker_that_stays_away_is_a_failure(store: Store, world: World, deployed: int) -> None:
+    world.away = 130
+    journal = run(store, stage(store, NEW))
+    assert journal["outcome"] == "restored" and journal["error"]["failure"] == "docker"
+
+
+PHASES = ("stopping", "starting", "waiting", "verifying", "committing")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_cut_anywhere_it_is_ended_later(store: Store, world: World, deployed: int, phase: str) -> None:
+    world.cut = phase
+    with pytest.raises(PowerCut):
+        run(store, stage(store, NEW))
+    world.cut = None
+    assert interrupted(store)
+    journal = recover(store, Docker("/nowhere"))
+    assert journal and journal["outcome"] == "restored" and journal["error"]["failure"] == "switch-interrupted"
+    assert phase in journal["error"]["message"]
+    assert world.containers == {OLD: "running"} and store.current() == deployed
+    assert not interrupted(store) and recover(store, Docker("/nowhere")) is None
+
+
+@pytest.mark.parametrize("phase", ["restoring", "restore-waiting", "restore-verifying"])
+def test_cut_on_the_way_back(store: Store, world: World, deployed: int, phase: str) -> None:
+    world.bad[NEW], world.cut = "crash", phase
+    with pytest.raises(PowerCut):
+        run(store, stage(store, NEW))
+    world.cut = None
+    journal = recover(store, Docker("/nowhere"))
+    assert journal and journal["outcome"] == "restored" and journal["error"]["message"] == "vllm-new ended"
+    assert world.containers == {OLD: "running"}
+
+
+def test_cut_after_the_commit_it_stays(store: Store, world: World, deployed: int, monkeypatch: Any) -> None:
+    def cut(keep: int) -> list[int]:
+        raise PowerCut
+
+    monkeypatch.setattr(store, "prune", cut)
+    with pytest.raises(PowerCut):
+        run(store, stage(store, NEW))
+    journal = recover(store, Docker("/nowhere"))
+    assert journal and journal["outcome"] == "verified" and store.current() == 2
+    assert world.containers[NEW] == "running"
+
+
+def test_cut_first_deployment_leaves_nothing(store: Store, world: World) -> None:
+    world.cut = "waiting"
+    with pytest.raises(PowerCut):
+        run(store, stage(store, NEW))
+    world.cut = None
+    journal = recover(store, Docker("/nowhere"))
+    assert journal and journal["outcome"] == "removed" and world.containers == {}
+
+
+def test_a_disk_that_fills_up_half_way_does_not_keep_the_old_one_from_coming_back(
+    store: Store, world: World, deployed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = stage(store, NEW)
+    write: Callable[..., None] = store.write_switch
+
+    def full(journal: dict[str, Any]) -> None:
+        if journal["phase"] not in ("stopping", "starting"):
+            raise OSError(28, "No space left on device")
+        write(journal)
+
+    monkeypatch.setattr(store, "write_switch", full)
+    monkeypatch.setattr(store, "note_failure", lambda *args: full({"phase": "x"}))
+    monkeypatch.setattr(store, "commit", lambda number, at: full({"phase": "x"}))
+    journal = run(store, number)
+    assert journal["outcome"] == "restored" and "No space left" in journal["error"]["message"]
+    assert world.containers == {OLD: "running"}
+
+
+def test_a_release_that_is_not_there_changes_nothing(store: Store, world: World, deployed: int) -> None:
+    with pytest.raises(ReleaseError, match="there are releases 1"):
+        run(store, 9)
+    assert world.did == [] and store.switch()["to"] == 1  # type: ignore[index]
+
+
+def test_one_at_a_time(store: Store) -> None:
+    with store.exclusive() as mine:
+        assert mine and store.switch_active()
+        with store.exclusive() as also:
+            assert not also
+    assert not store.switch_active()
+
+
+def test_old_releases_go_but_never_the_current_or_the_previous(store: Store, world: World, deployed: int) -> None:
+    for count in range(4):
+        stage(store, NEW, f"text {count}\n")
+    assert run(store, 2)["outcome"] == "verified"
+    # Kept: the newest three, the current one, and the one before.
+    assert store.numbers() == [1, 2, 3, 4, 5]
+    stage(store, NEW, "text 5\n")
+    assert run(store, 6)["outcome"] == "verified"
+    assert store.numbers() == [2, 4, 5, 6]
+
+
+def test_a_damaged_release_is_a_failure_with_a_name(store: Store, world: World, deployed: int) -> None:
+    assert run(store, stage(store, NEW))["outcome"] == "verified"
+    (store.folder(1) / "plan.json").write_text("{ half")
+    with pytest.raises(ReleaseError, match=r"releases/1/plan.json is missing or damaged"):
+        run(store, 1, "rollback")
+    assert store.current() == 2
