@@ -67,13 +67,16 @@ class Watch:
         return self.tracker.phases(self._now)
 
 
-def explain(container: str, answer: dict[str, Any], watch: Watch, again: bool = True) -> dict[str, Any]:
-    """msg and failure of a start that failed; `again`: say that Docker keeps starting it, if it does."""
+def explain(
+    container: str, answer: dict[str, Any], watch: Watch, again: bool = True, elapsed: float | None = None
+) -> dict[str, Any]:
+    """msg and failure of a start that failed; `again`: say that Docker keeps starting it, if it does. `elapsed`:
+    seconds that it took; without it those of the watch."""
     log = [*watch.log, *([answer["error"]] if answer["error"] else [])]
     ended = watch.crashed(answer)
     findings = failures.match(log, exit_code=answer["exit_code"] if ended else None, oom_killed=answer["oom_killed"])
     known = [item for item in findings if not item.failure.harmless]
-    after = f"after {watch.elapsed():.0f} s ({watch.tracker.step})"
+    after = f"after {watch.elapsed() if elapsed is None else elapsed:.0f} s ({watch.tracker.step})"
     more = ""
     if answer["state"] == "missing":
         what, known = f"there is no container {container}", [failures.Finding(failures.BY_ID["container-missing"])]

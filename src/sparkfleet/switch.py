@@ -19,6 +19,7 @@ WORDS = {
     "restore-verifying": "asking it",
 }
 _WAITING = ("waiting", "restore-waiting")
+_ANSWERS = ("verifying", "restore-verifying")
 
 
 class Follower:
@@ -48,15 +49,24 @@ class Follower:
                 f"{self.host}  joined: {journal['controller']} began it with {journal['verb'] or 'Sparkfleet'}"
             )
         self._id, self.done = str(answer["id"]), bool(answer["done"])
-        for step in journal["steps"][self._steps :]:
-            if words := self._words(step["phase"]):
-                lines.append(f"{self.host}  {max(step['at'] - journal['began'], 0):.0f} s  {words}")
+        news = journal["steps"][self._steps :]
         self._steps = len(journal["steps"])
         self._cursor = (str(journal["container"]), str(answer["cursor"]))
+        # What the log tells belongs between the steps before and after the wait.
+        after = next((place for place, step in enumerate(news) if step["phase"] in _ANSWERS), len(news))
+        for step in news[:after]:
+            lines += self._said(step)
         leg = "back" if journal["phase"].startswith("restor") else "there"
-        if journal["phase"] in _WAITING or (answer["log_lines"] and leg in self._watches):
-            lines += self._watch(leg).take({**answer, "ready": False})
+        ready = any(step["phase"] in _ANSWERS for step in news)
+        if journal["phase"] in _WAITING or ready or (answer["log_lines"] and leg in self._watches):
+            lines += self._watch(leg).take({**answer, "ready": ready})
+        for step in news[after:]:
+            lines += self._said(step)
         return lines
+
+    def _said(self, step: Mapping[str, Any]) -> list[str]:
+        words = self._words(step["phase"])
+        return [f"{self.host}  {max(step['at'] - self._journal['began'], 0):.0f} s  {words}"] if words else []
 
     def _watch(self, leg: str) -> Watch:
         if leg not in self._watches:
@@ -125,7 +135,7 @@ class Follower:
 
     def _why(self, error: Mapping[str, Any], watch: Watch | None) -> dict[str, Any]:
         """msg and failure (entry in the table of failures) of what went wrong."""
-        service = self._journal["container"] or "the engine"
+        service = str(error.get("container") or "the engine")
         known = failures.BY_ID.get(str(error.get("failure") or ""))
         if known and known.id != "start-timeout":
             shown = "".join(f"\n  {line}" for line in failures.relevant(error.get("log", []), [])[-5:])
@@ -133,6 +143,7 @@ class Follower:
             text = f"{error['message']}. {known.cause[0].upper()}{known.cause[1:]}. {known.remedy} [{known.id}]{shown}"
             return {"failure": known.id, "msg": text}
         watch = watch or Watch(self.host, self.pause)
+        watch.restarts = 0  # the switch begins with a fresh start
         watch.log.extend(line for line in error.get("log", []) if line not in watch.log)
         answer = {
             "state": error.get("state", "missing"),
@@ -143,4 +154,10 @@ class Follower:
         }
         if answer["error"] and answer["state"] == "missing":
             answer["state"] = "exited"  # it never came to a container
-        return explain(service, answer, watch, again=False)
+        return explain(service, answer, watch, again=False, elapsed=self._lasted(error is self._journal["error"]))
+
+    def _lasted(self, first: bool) -> float:
+        """Seconds from the start of an engine to its failure; of the first leg, or of the way back."""
+        begins, ends = ("starting", "restoring") if first else ("restore-waiting", "done")
+        at = {step["phase"]: float(step["at"]) for step in self._journal["steps"]}
+        return max(at.get(ends, 0.0) - at.get(begins, 0.0), 0.0)

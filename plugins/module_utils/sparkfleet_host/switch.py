@@ -33,6 +33,7 @@ BUSY = 75  # exit code where another switch runs (EX_TEMPFAIL)
 START_SECONDS = 1800.0
 VERIFY_SECONDS = 120.0
 KEEP = 5
+FAILED_STOP_SECONDS = 5  # until an engine that did not work is killed
 LOG_LINES = 400  # of a failed start, kept in the journal
 PATIENCE = 120.0  # seconds that Docker may be away: systemd brings it back
 SETTLE = 20.0  # seconds after its return in which containers come back
@@ -164,7 +165,10 @@ class Switch:
             if item["State"] in ("running", "restarting", "paused"):
                 if self.journal["stopped_at"] is None and engine.healthy(client):
                     self.journal["stopped_at"] = self.now()
-                engine.stop(self.docker, item["Id"])
+                # One that failed has nothing to finish.
+                engine.stop(
+                    self.docker, item["Id"], FAILED_STOP_SECONDS if self.journal["error"] else engine.STOP_SECONDS
+                )
 
     def wait(self, service: str, client: Client) -> None:
         """Until the engine is ready. Raises FailedError when it ends, is restarted, or takes too long."""
@@ -248,6 +252,7 @@ class Switch:
             log += engine.read_log(self.docker, service, "", state["tty"], LOG_LINES) if len(log) < 5 else []
         merged = {**state, **found}
         return {
+            "container": service,
             "state": merged.get("state", "missing"),
             "exit_code": merged.get("exit_code", 0),
             "oom_killed": merged.get("oom_killed", False),
