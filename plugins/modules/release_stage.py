@@ -77,7 +77,7 @@ def main() -> None:
             msg=f"cannot write a release under {store.project_dir}: {error.strerror}; what runs is untouched"
         )
     module.exit_json(
-        changed=staged,
+        changed=staged or number != current,  # one that was kept is another than what runs, too
         release=number,
         current=current,
         diff={
