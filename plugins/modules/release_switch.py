@@ -29,6 +29,7 @@ options:
   state_dir: {description: Folder of the journal., type: path, default: /var/lib/sparkfleet}
   id: {description: The job to look at; empty to begin one. The action's., type: str, default: ""}
   slice: {description: Seconds of one long poll., type: float, default: 3}
+  recover: {description: End a job that was killed., type: bool, default: true}
   container: {description: The container whose log was read last., type: str, default: ""}
   cursor: {description: RFC 3339 time of the last log line seen., type: str, default: ""}
 author: ["The Sparkfleet developers"]
@@ -48,6 +49,7 @@ RETURN = r"""
 id: {description: Of the job., returned: always, type: str}
 joined: {description: Whether the job was begun by another run., returned: always, type: bool}
 done: {description: Whether the job has ended., returned: always, type: bool}
+cut: {description: Whether the job was killed, and is now being ended., returned: always, type: bool}
 journal: {description: Its journal., returned: always, type: dict}
 state: {description: State of the container now waited for; missing for none., returned: always, type: str}
 restart_count: {description: How often Docker restarted it., returned: always, type: int}
@@ -94,6 +96,25 @@ def who(journal: dict[str, Any]) -> str:
     )
 
 
+def spawn(module: AnsibleModule, store: Store, words: list[str]) -> None:
+    """Start the program's `switch` as a job that outlives this connection."""
+    program = Path(store.project_dir, PROGRAM)
+    if not program.is_file():
+        module.fail_json(msg=f"{program} is missing: run playbooks/prepare.yml", failure="internal")
+    python = shutil.which("python3") or "/usr/bin/python3"
+    argv = ["systemd-run", "--quiet", "--collect", f"--unit={UNIT}", "--description=Switch of a Sparkfleet release"]
+    # At a shutdown the job ends before Docker does, or it would take the end of the engine for a failure.
+    argv += ["--property=After=docker.service", "--", python, str(program), "switch", *words]
+    argv += [f"--project-dir={module.params['project_dir']}", f"--state-dir={module.params['state_dir']}"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+    if done.returncode != 0:
+        reason = done.stderr.strip() or f"exit code {done.returncode}"
+        if "already" in reason:  # another run was faster by a moment
+            who_else = who(store.switch() or {})
+            module.fail_json(msg=f"{who_else}; run again when that is over", failure="switch-running-other")
+        module.fail_json(msg=f"the switch cannot be started: {reason}", failure="internal")
+
+
 def begin(module: AnsibleModule, store: Store) -> tuple[str, bool]:
     """Begin a job, or join the one that does the same: its id, and whether it was joined."""
     params = module.params
@@ -103,24 +124,9 @@ def begin(module: AnsibleModule, store: Store) -> tuple[str, bool]:
             return str(journal["id"]), True
         module.fail_json(msg=f"{who(journal)}; run again when that is over", failure="switch-running-other")
     id_ = secrets.token_hex(6)
-    program = Path(store.project_dir, PROGRAM)
-    if not program.is_file():
-        module.fail_json(msg=f"{program} is missing: run playbooks/prepare.yml", failure="internal")
-    python = shutil.which("python3") or "/usr/bin/python3"
-    argv = ["systemd-run", "--quiet", "--collect", f"--unit={UNIT}", "--description=Switch of a Sparkfleet release"]
-    # At a shutdown the job ends before Docker does, or it would take the end of the engine for a failure.
-    argv += ["--property=After=docker.service", "--", python, str(program), "switch", f"--id={id_}"]
-    argv += [f"--{key}={params[key]}" for key in ("to", "mode", "controller", "verb", "keep")]
-    argv += [f"--project-dir={params['project_dir']}", f"--state-dir={params['state_dir']}"]
-    argv += [f"--start-timeout={params['start_timeout']}", *(["--recreate"] if params["recreate"] else [])]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
-    if done.returncode != 0:
-        reason = done.stderr.strip() or f"exit code {done.returncode}"
-        if "already" in reason:  # another run was faster by a moment
-            module.fail_json(
-                msg=f"{who(store.switch() or {})}; run again when that is over", failure="switch-running-other"
-            )
-        module.fail_json(msg=f"the switch cannot be started: {reason}", failure="internal")
+    words = [f"--{key}={params[key]}" for key in ("to", "mode", "controller", "verb", "keep")]
+    words += [f"--id={id_}", f"--start-timeout={params['start_timeout']}"]
+    spawn(module, store, [*words, *(["--recreate"] if params["recreate"] else [])])
     deadline = time.monotonic() + BEGIN_SECONDS
     while (store.switch() or {}).get("id") != id_:
         if time.monotonic() > deadline:
@@ -183,6 +189,7 @@ def main() -> None:
             "project_dir": {"type": "path", "default": "/opt/sparkfleet"},
             "state_dir": {"type": "path", "default": "/var/lib/sparkfleet"},
             "slice": {"type": "float", "default": 3.0},
+            "recover": {"type": "bool", "default": True},
         },
         supports_check_mode=True,
     )
@@ -198,14 +205,16 @@ def main() -> None:
     journal, done = watch(store, id_, params["slice"])
     if journal.get("id") != id_:
         module.fail_json(msg=f"the switch was replaced by another: {who(journal)}", failure="switch-running-other")
-    if done and journal.get("phase") != DONE:
-        module.fail_json(
-            msg=f"the switch to release {journal.get('to')} was cut in the phase {journal.get('phase')}: its process "
-            f"ended. The guard brings release {journal.get('from')} back; or run again",
-            failure="switch-interrupted",
-        )
+    cut = done and journal.get("phase") != DONE
+    if cut and params["recover"]:
+        spawn(module, store, ["--recover"])
+    elif cut:
+        where = f"the switch to release {journal.get('to')} was cut in the phase {journal.get('phase')}"
+        module.fail_json(msg=f"{where}, and again when it was ended", failure="switch-interrupted")
     found = log(Docker(), journal, params["container"], params["cursor"])
-    module.exit_json(changed=False, id=id_, joined=joined, done=done, journal=journal, now=time.time(), **found)
+    module.exit_json(
+        changed=False, id=id_, joined=joined, done=done and not cut, cut=cut, journal=journal, now=time.time(), **found
+    )
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ class Follower:
         self.done = False
         self.joined = False
         self._id = ""
+        self._cut = False
         self._steps = 0
         self._journal: dict[str, Any] = {}
         self._watches: dict[str, Watch] = {}  # by phase: one for the new release, one for the old
@@ -37,7 +38,7 @@ class Follower:
 
     def asks(self) -> dict[str, Any]:
         """What the next call of the module is to be told."""
-        return {"id": self._id, "container": self._cursor[0], "cursor": self._cursor[1]}
+        return {"id": self._id, "recover": not self._cut, "container": self._cursor[0], "cursor": self._cursor[1]}
 
     def take(self, answer: Mapping[str, Any]) -> list[str]:
         """Note an answer; the lines to print."""
@@ -48,6 +49,9 @@ class Follower:
             lines.append(
                 f"{self.host}  joined: {journal['controller']} began it with {journal['verb'] or 'Sparkfleet'}"
             )
+        if answer["cut"]:
+            self._cut = True
+            lines.append(f"{self.host}  the job was killed in the phase {journal['phase']}; it is being ended")
         self._id, self.done = str(answer["id"]), bool(answer["done"])
         news = journal["steps"][self._steps :]
         self._steps = len(journal["steps"])

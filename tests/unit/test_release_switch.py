@@ -10,7 +10,7 @@ from sparkfleet.failures import BY_ID
 from sparkfleet.switch import Follower
 
 LOG = [
-    "2026-11-23T10:00:04.000000000Z INFO 11-23 10:00:04 [core.py:73] Initializing a V1 LLM engine (v0.10.1.1) with config: x",
+    "2026-11-23T10:00:04.000000000Z INFO 11-23 10:00:04 [core.py] Initializing a V1 LLM engine (v0.10.1.1) with x",
     "2026-11-23T10:00:05.000000000Z usage: vllm [-h] [-v] {chat,complete,serve} ...",
     "2026-11-23T10:00:05.000000000Z vllm: error: unrecognized arguments: --unknown-thing 3",
 ]
@@ -33,7 +33,14 @@ def answer(journal: dict[str, Any], lines: list[str] | None = None, **more: Any)
     """What the module gives."""
     lines = lines or []
     return {
-        **{"id": "abc", "joined": False, "done": journal["phase"] == "done", "journal": journal, "now": BEGAN + 6},
+        **{
+            "id": "abc",
+            "joined": False,
+            "cut": False,
+            "done": journal["phase"] == "done",
+            "journal": journal,
+            "now": BEGAN + 6,
+        },
         **{"state": "running", "restart_count": 0, "started_at": "2026-11-23T10:00:03Z", "log_lines": lines},
         "cursor": lines[-1].partition(" ")[0] if lines else "",
         **more,
@@ -48,13 +55,14 @@ def error(**facts: Any) -> dict[str, Any]:
 
 def test_phases_and_the_log_in_the_order_of_time() -> None:
     follower = Follower("spark-1", 3)
-    assert follower.asks() == {"id": "", "container": "", "cursor": ""}
+    assert follower.asks() == {"id": "", "recover": True, "container": "", "cursor": ""}
     assert follower.take(answer(journal("stopping"))) == ["spark-1  0 s  stopping release 7 (old-model)"]
     assert follower.asks()["id"] == "abc"
     lines = follower.take(answer(journal("stopping", "starting", "waiting"), LOG[:1]))
     assert lines[0] == "spark-1  10 s  starting release 8 (new-model)"
     assert lines[1:] == ["spark-1  4 s  starting, vLLM 0.10.1.1"]
-    assert follower.asks() == {"id": "abc", "container": "vllm-new", "cursor": "2026-11-23T10:00:04.000000000Z"}
+    asked = follower.asks()
+    assert (asked["container"], asked["cursor"]) == ("vllm-new", "2026-11-23T10:00:04.000000000Z")
     lines = follower.take(answer(journal("stopping", "starting", "waiting", "verifying"), now=BEGAN + 31))
     assert [line.split("  ")[-1] for line in lines] == ["ready", "asking it"]
     done = journal(
@@ -131,3 +139,10 @@ def test_joining_says_whose_job_it_is() -> None:
     follower = Follower("spark-1", 3)
     lines = follower.take(answer(journal("stopping"), joined=True))
     assert lines[0] == "spark-1  joined: alice@laptop began it with site.yml"
+
+
+def test_a_job_that_was_killed_is_ended_once() -> None:
+    follower = Follower("spark-1", 3)
+    lines = follower.take(answer(journal("stopping", "starting"), cut=True))
+    assert lines[0].startswith("spark-1  the job was killed in the phase starting")
+    assert follower.asks()["recover"] is False and not follower.done
