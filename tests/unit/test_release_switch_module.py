@@ -1,0 +1,143 @@
+"""The module release_switch: begins a job, joins one, refuses, sees one cut, ends it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import release_switch
+from ansible.module_utils.sparkfleet_host.releases import Store
+from ansible.module_utils.testing import patch_module_args
+
+VERIFY = {"question": "q", "expect": "Paris", "prompt": "p", "prompt_expect": "Paris"}
+Run = Callable[..., dict[str, Any]]
+
+
+class Job:
+    """Stands for systemd-run: notes what it was to start, and lets the test write the journal."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.started: list[list[str]] = []
+        self.writes: dict[str, Any] | None = {}
+        self.error = ""
+
+    def run(self, argv: list[str], **_options: Any) -> Any:
+        self.started.append(argv)
+        if self.error:
+            return SimpleNamespace(returncode=1, stderr=self.error, stdout="")
+        id_ = next((word.partition("=")[2] for word in argv if word.startswith("--id=")), "abc")
+        if self.writes is not None:
+            self.store.write_switch({**journal(id=id_), **self.writes})
+        return SimpleNamespace(returncode=0, stderr="", stdout="")
+
+
+def journal(**more: Any) -> dict[str, Any]:
+    known = {"id": "abc", "to": 1, "from": None, "model": "m", "controller": "bob@desk", "verb": "upgrade"}
+    return {**known, "began": 0.0, "phase": "waiting", "steps": [], "container": "", "outcome": None, **more}
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    made = Store(tmp_path / "project", tmp_path / "state", str(tmp_path / "lock"))
+    plan = {"model": "m", "profile": "throughput", "service": "vllm-m", "verify": VERIFY}
+    assert made.stage("a: 1\n", plan, {"port": 8000}) == 1
+    (tmp_path / "project" / "lib").mkdir()
+    (tmp_path / "project" / "lib" / "sparkfleet_host.pyz").touch()
+    monkeypatch.setattr(release_switch, "Store", lambda *_folders: made)
+    return made
+
+
+@pytest.fixture
+def job(store: Store, monkeypatch: pytest.MonkeyPatch) -> Job:
+    made = Job(store)
+    monkeypatch.setattr(subprocess, "run", made.run)
+    monkeypatch.setattr(release_switch, "BEGIN_SECONDS", 0.1)
+    return made
+
+
+@pytest.fixture
+def run(store: Store, job: Job, capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(check: bool = False, **arguments: Any) -> dict[str, Any]:
+        given = {"to": 1, "slice": 0, "project_dir": str(store.project_dir), "_ansible_check_mode": check, **arguments}
+        with patch_module_args(given), pytest.raises(SystemExit):
+            release_switch.main()
+        answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return answer
+
+    return call
+
+
+def test_a_job_is_begun_that_needs_no_connection(run: Run, job: Job, store: Store) -> None:
+    job.writes = {"phase": "done", "outcome": "verified"}
+    result = run(controller="alice@laptop", verb="site.yml", start_timeout=600, keep=4, recreate=True)
+    assert result["done"] and not result["joined"] and result["journal"]["id"] == result["id"]
+    (argv,) = job.started
+    assert argv[0] == "systemd-run" and "--unit=sparkfleet-switch" in argv
+    assert argv[argv.index("switch") - 1] == str(store.project_dir / "lib" / "sparkfleet_host.pyz")
+    for word in ("--to=1", "--mode=deploy", "--controller=alice@laptop", "--keep=4", "--recreate"):
+        assert word in argv
+    assert "--start-timeout=600.0" in argv
+
+
+def test_check_mode_begins_nothing(run: Run, job: Job) -> None:
+    assert run(check=True, to=9)["msg"] == "would switch to release 9"
+    assert job.started == []
+
+
+def test_a_release_that_is_not_there(run: Run, job: Job) -> None:
+    result = run(to=9)
+    assert result["failed"] and "there are releases 1" in result["msg"] and job.started == []
+
+
+def test_another_ones_job_is_named_and_left_alone(run: Run, job: Job, store: Store) -> None:
+    store.write_switch(journal(to=5))
+    with store.exclusive():
+        result = run()
+    assert result["failure"] == "switch-running-other" and job.started == []
+    assert "bob@desk is switching it to release 5 (m) with upgrade since" in result["msg"]
+
+
+def test_a_job_that_does_the_same_is_joined(run: Run, job: Job, store: Store) -> None:
+    store.write_switch(journal())
+    with store.exclusive():
+        result = run()
+    assert result["joined"] and result["id"] == "abc" and not result["done"] and job.started == []
+
+
+def test_a_job_that_was_faster_by_a_moment(run: Run, job: Job, store: Store) -> None:
+    store.write_switch(journal(to=5))
+    job.error = "Failed to start transient service unit: Unit sparkfleet-switch.service was already loaded"
+    assert run()["failure"] == "switch-running-other"
+
+
+def test_a_job_that_cannot_be_started(run: Run, job: Job) -> None:
+    job.error = "Failed to connect to bus"
+    assert "cannot be started: Failed to connect to bus" in run()["msg"]
+    job.error, job.writes = "", None
+    assert "did not begin: see journalctl -u sparkfleet-switch" in run()["msg"]
+
+
+def test_the_program_must_be_there(run: Run, job: Job, store: Store) -> None:
+    (store.project_dir / "lib" / "sparkfleet_host.pyz").unlink()
+    assert "playbooks/prepare.yml" in run()["msg"] and job.started == []
+
+
+def test_a_job_that_was_cut_is_ended_once(run: Run, job: Job, store: Store) -> None:
+    store.write_switch(journal())
+    result = run(id="abc")
+    assert result["cut"] and not result["done"]
+    assert "--recover" in job.started[0]
+    result = run(id="abc", recover=False)
+    assert result["failure"] == "switch-interrupted" and len(job.started) == 1
+
+
+def test_a_job_that_another_replaced(run: Run, store: Store) -> None:
+    store.write_switch(journal(id="other", to=5))
+    result = run(id="abc")
+    assert result["failure"] == "switch-running-other" and "bob@desk" in result["msg"]
