@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
+from pathlib import Path
 from typing import Any
 
 import yaml
 from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 
-from sparkfleet import SparkfleetError, compose, plan, report
+from sparkfleet import SparkfleetError, compose, host_program, plan, report
 from sparkfleet.preflight import GIB
 from sparkfleet.target import ARGUMENT_PREFIX, Settings, Target
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
@@ -30,6 +34,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         token, token_file, hub_endpoint = (arguments.pop(key) for key in ("hf_token", "hf_token_file", "hub_endpoint"))
         token = (token or "").strip()
         arguments["arguments"] = self._vllm_arguments(task_vars)
+        arguments["host_program"] = hashlib.sha256(
+            host_program.build(ROOT / ".sparkfleet" / "cache").read_bytes()
+        ).hexdigest()
         try:
             target = Target.of(_settings(arguments))
         except SparkfleetError as error:

@@ -61,6 +61,7 @@ state:
 """
 
 import grp
+import hashlib
 import http.client
 import json
 import os
@@ -366,6 +367,14 @@ def read_text(path: Path) -> str | None:
         return None
 
 
+def checksum(path: Path) -> str:
+    """sha256 of a file; "" for none."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
 def look(params: dict[str, Any]) -> dict[str, Any]:
     """Everything, the slow parts at the same time."""
     stored = read_text(Path(params["token_file"])) or ""
@@ -408,6 +417,7 @@ def look(params: dict[str, Any]) -> dict[str, Any]:
             "registry": registry.result() if registry else None,
             "compose_file": read_text(Path(params["project_dir"]) / "compose.yml"),
             "releases": Store(params["project_dir"]).summary(),
+            "host_program": checksum(Path(params["project_dir"]) / "lib" / "sparkfleet_host.pyz"),
             "listener": listener(params["port"]),
             "healthy": health.result(),
         }

@@ -7,17 +7,14 @@ comes along: pure Python, from the distributions of this environment, as `hf_cli
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
-import tempfile
-import zipfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
 from packaging.requirements import Requirement
 
-from sparkfleet import SparkfleetError
+from sparkfleet import SparkfleetError, archive
 
 NAME = "hf_client.pyz"
 ROOT = "huggingface_hub"
@@ -59,27 +56,13 @@ def build(folder: Path) -> Path:
     target = folder / NAME
     parts = distributions()
     key = _key(parts)
-    if _key_of(target) == key:
+    if archive.key_of(target) == key:
         return target
     content = {name: path.read_bytes() for part in parts for name, path in _files(part)}
     content["__main__.py"] = MAIN.encode()
     content["sparkfleet/__init__.py"] = b""
     content["sparkfleet/fetch_model.py"] = _fetch_model()
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{NAME}.")
-    try:
-        with os.fdopen(handle, "wb") as raw, zipfile.ZipFile(raw, "w") as archive:
-            for name in sorted(content):
-                entry = zipfile.ZipInfo(name)  # of 1980-01-01, so that the bytes depend on the content alone
-                entry.create_system = 3
-                entry.external_attr = 0o644 << 16
-                archive.writestr(entry, content[name], zipfile.ZIP_DEFLATED, 9)
-            archive.comment = key.encode()
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return target
+    return archive.write(target, content, key)
 
 
 def _files(part: metadata.Distribution) -> Iterator[tuple[str, Path]]:
@@ -105,14 +88,6 @@ def _key(parts: list[metadata.Distribution]) -> str:
     for part in parts:
         key.update(f"{_normal(part.metadata['Name'])}=={part.version}\n".encode())
     return key.hexdigest()
-
-
-def _key_of(archive: Path) -> str | None:
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            return opened.comment.decode("ascii", "replace")
-    except (OSError, zipfile.BadZipFile):
-        return None
 
 
 def _normal(name: str) -> str:

@@ -31,7 +31,7 @@ class Work:
 
 def make(target: Target, state: State) -> dict[str, Any]:
     """The plan as plain data (it becomes an Ansible variable)."""
-    docker, toolkit, cache, hygiene = prepare(target, state)
+    docker, toolkit, cache, hygiene, program = prepare(target, state)
     image, model = fetch(target, state)
     document = target.document(state)
     deployment = deploy(target, state, document)
@@ -50,12 +50,13 @@ def make(target: Target, state: State) -> dict[str, Any]:
         "checks": [{"name": check.name, "seen": check.seen, "ok": not check.findings} for check in checks],
         "findings": [dataclasses.asdict(finding) for check in checks for finding in check.findings],
         "prepare": {
-            "needed": bool(docker.reasons or toolkit.reasons or cache.reasons or hygiene.reasons),
+            "needed": any(work.reasons for work in (docker, toolkit, cache, hygiene, program)),
             "docker": docker.reasons,
             "install_docker": not state["docker"]["installed"],
             "toolkit": toolkit.reasons,
             "cache": cache.reasons,
             "memory": hygiene.reasons,
+            "host_program": program.reasons,
         },
         "fetch": {
             "needed": bool(image.reasons or model.reasons),
@@ -66,8 +67,9 @@ def make(target: Target, state: State) -> dict[str, Any]:
     }
 
 
-def prepare(target: Target, state: State) -> tuple[Work, Work, Work, Work]:
-    """Reasons to install or configure Docker, the NVIDIA Container Toolkit, folders with the token, memory guards.
+def prepare(target: Target, state: State) -> tuple[Work, Work, Work, Work, Work]:
+    """Reasons to install or configure Docker, the NVIDIA Container Toolkit, folders with the token, memory guards,
+    the program of the services on the host.
 
     A Docker that is there is never upgraded: other containers may depend on it, and it may not be the distribution's.
     """
@@ -118,7 +120,11 @@ def prepare(target: Target, state: State) -> tuple[Work, Work, Work, Work]:
         )
     if settings.swap == "disabled":
         hygiene.add(swap or state["memory"]["swap_in_fstab"], "switch swap off")
-    return docker, toolkit, cache, hygiene
+
+    program = Work()
+    if settings.host_program and state["host_program"] != settings.host_program:
+        program.add(True, f"{'update' if state['host_program'] else 'copy'} the program that switches releases")
+    return docker, toolkit, cache, hygiene, program
 
 
 def fetch(target: Target, state: State) -> tuple[Work, Work]:

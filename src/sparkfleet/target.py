@@ -49,6 +49,7 @@ class Settings:
     earlyoom_arguments: str = ""
     swap: str = "keep"
     service_state: str = "started"
+    host_program: str = ""  # sha256 of the program that is to be on the host; empty: not looked at
 
 
 @dataclasses.dataclass(frozen=True)

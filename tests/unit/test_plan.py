@@ -55,6 +55,7 @@ def bare() -> State:
             "switch_active": False,
             "switch_compose": None,
         },
+        "host_program": "",
         "listener": None,
         "healthy": False,
     }
@@ -282,6 +283,15 @@ def test_wanted_stopped() -> None:
     deployment = plan.make(target(service_state="stopped"), serving())["deploy"]
     assert deployment["stop_services"] == [SERVICE]
     assert not deployment["start"] and not deployment["wait"]
+
+
+def test_the_program_on_the_host_is_the_one_of_the_controller() -> None:
+    state, wanted = serving(), target(host_program="f" * 64)
+    assert plan.make(wanted, state)["prepare"]["host_program"] == ["copy the program that switches releases"]
+    state["host_program"] = "e" * 64
+    assert plan.make(wanted, state)["prepare"]["host_program"] == ["update the program that switches releases"]
+    state["host_program"] = "f" * 64
+    assert not plan.make(wanted, state)["prepare"]["needed"]
 
 
 def test_wanted_stopped_is_staged_once() -> None:

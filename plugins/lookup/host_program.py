@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program of the services on a host, as one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ansible.plugins.lookup import LookupBase
+
+from sparkfleet import host_program
+
+DOCUMENTATION = r"""
+name: host_program
+short_description: Path of the program that the services on a host run
+description:
+  - Packs plugins/module_utils/sparkfleet_host into one file that runs under a host's own Python, and
+    gives its path on the controller. The same sources give the same bytes; it is made once and kept.
+author: ["The Sparkfleet developers"]
+"""
+
+EXAMPLES = r"""
+- name: Copy the program
+  ansible.builtin.copy:
+    src: "{{ lookup('host_program') }}"
+    dest: /opt/sparkfleet/lib/sparkfleet_host.pyz
+    mode: "0644"
+"""
+
+RETURN = r"""
+_raw: {description: The path., type: list, elements: path}
+"""
+
+
+class LookupModule(LookupBase):  # type: ignore[misc]
+    """Takes no terms."""
+
+    def run(self, terms: list[str], variables: dict[str, Any] | None = None, **kwargs: Any) -> list[str]:
+        """Return one path."""
+        return [str(host_program.build(Path(__file__).resolve().parents[2] / ".sparkfleet" / "cache"))]
