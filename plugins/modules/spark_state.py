@@ -10,7 +10,7 @@ short_description: Reads everything a plan for a Spark needs, in one round trip
 description:
   - Looks at operating system, GPU, clock, memory with swap and earlyoom, disks, Docker engine and Compose plugin,
     NVIDIA Container Toolkit, the operator's groups, the cache folder, the Hugging Face token file, the cached model,
-    the releases, our containers, and who listens on the engine's port.
+    the releases, the guard, our containers, and who listens on the engine's port.
   - Asks the registry whether it answers, only if the image is not on the host; asks the Hugging Face Hub whether the
     model may be downloaded, only if it is not complete on the host.
   - Changes nothing. A part that cannot be read is reported as absent, with the reason where there is one.
@@ -84,8 +84,8 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.sparkfleet_host.cache import model_state
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
-from ansible.module_utils.sparkfleet_host.memory import memory_state
-from ansible.module_utils.sparkfleet_host.releases import Store
+from ansible.module_utils.sparkfleet_host.memory import memory_state, unit_state
+from ansible.module_utils.sparkfleet_host.releases import STATE_DIR, Store, read_json
 
 PROBE_SECONDS = 10
 REACH_SECONDS = 5
@@ -367,6 +367,19 @@ def read_text(path: Path) -> str | None:
         return None
 
 
+def guard() -> dict[str, Any]:
+    """The guard's unit and settings, and what it says of the engine."""
+    installed = Path("/etc/systemd/system/sparkfleet-guard.service").exists()
+    unit = unit_state("sparkfleet-guard.service") if installed else {}
+    return {
+        "installed": installed,
+        "active": unit.get("ActiveState") == "active",
+        "enabled": unit.get("UnitFileState") == "enabled",
+        "settings": read_json(Path("/etc/sparkfleet/guard.json")),
+        "state": read_json(Path(STATE_DIR) / "guard-state.json"),
+    }
+
+
 def checksum(path: Path) -> str:
     """sha256 of a file; "" for none."""
     try:
@@ -418,6 +431,7 @@ def look(params: dict[str, Any]) -> dict[str, Any]:
             "compose_file": read_text(Path(params["project_dir"]) / "compose.yml"),
             "releases": Store(params["project_dir"]).summary(),
             "host_program": checksum(Path(params["project_dir"]) / "lib" / "sparkfleet_host.pyz"),
+            "guard": guard(),
             "listener": listener(params["port"]),
             "healthy": health.result(),
         }

@@ -31,7 +31,7 @@ class Work:
 
 def make(target: Target, state: State) -> dict[str, Any]:
     """The plan as plain data (it becomes an Ansible variable)."""
-    docker, toolkit, cache, hygiene, program = prepare(target, state)
+    docker, toolkit, cache, hygiene, program, guard = prepare(target, state)
     image, model = fetch(target, state)
     document = target.document(state)
     deployment = deploy(target, state, document)
@@ -50,13 +50,15 @@ def make(target: Target, state: State) -> dict[str, Any]:
         "checks": [{"name": check.name, "seen": check.seen, "ok": not check.findings} for check in checks],
         "findings": [dataclasses.asdict(finding) for check in checks for finding in check.findings],
         "prepare": {
-            "needed": any(work.reasons for work in (docker, toolkit, cache, hygiene, program)),
+            "needed": any(work.reasons for work in (docker, toolkit, cache, hygiene, program, guard)),
             "docker": docker.reasons,
             "install_docker": not state["docker"]["installed"],
             "toolkit": toolkit.reasons,
             "cache": cache.reasons,
             "memory": hygiene.reasons,
             "host_program": program.reasons,
+            "guard": guard.reasons,
+            "guard_settings": guard_settings(target),
         },
         "fetch": {
             "needed": bool(image.reasons or model.reasons),
@@ -67,9 +69,9 @@ def make(target: Target, state: State) -> dict[str, Any]:
     }
 
 
-def prepare(target: Target, state: State) -> tuple[Work, Work, Work, Work, Work]:
+def prepare(target: Target, state: State) -> tuple[Work, Work, Work, Work, Work, Work]:
     """Reasons to install or configure Docker, the NVIDIA Container Toolkit, folders with the token, memory guards,
-    the program of the services on the host.
+    the program of the services on the host, the guard.
 
     A Docker that is there is never upgraded: other containers may depend on it, and it may not be the distribution's.
     """
@@ -124,7 +126,21 @@ def prepare(target: Target, state: State) -> tuple[Work, Work, Work, Work, Work]
     program = Work()
     if settings.host_program and state["host_program"] != settings.host_program:
         program.add(True, f"{'update' if state['host_program'] else 'copy'} the program that switches releases")
-    return docker, toolkit, cache, hygiene, program
+
+    guard, there = Work(), state["guard"]
+    if settings.guard:
+        guard.add(not there["installed"], "install the guard")
+        guard.add(there["installed"] and program.reasons, "restart the guard with its new program")
+        guard.add(there["installed"] and there["settings"] != guard_settings(target), "change the guard's settings")
+        guard.add(there["installed"] and not (there["active"] and there["enabled"]), "start the guard, now and at boot")
+    else:
+        guard.add(there["active"] or there["enabled"], "stop the guard")
+    return docker, toolkit, cache, hygiene, program, guard
+
+
+def guard_settings(target: Target) -> dict[str, Any]:
+    """The content of the guard's file of settings."""
+    return {**target.settings.guard_settings, "project_dir": target.settings.project_dir}
 
 
 def fetch(target: Target, state: State) -> tuple[Work, Work]:

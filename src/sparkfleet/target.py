@@ -49,6 +49,8 @@ class Settings:
     earlyoom_arguments: str = ""
     swap: str = "keep"
     service_state: str = "started"
+    guard: bool = True
+    guard_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     host_program: str = ""  # sha256 of the program that is to be on the host; empty: not looked at
 
 

@@ -53,7 +53,7 @@ def test_state_of_a_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_host_without_any_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_text", lambda path: "")
     monkeypatch.setenv("PATH", str(tmp_path))  # no systemctl
-    assert memory._unit("earlyoom.service") == {}
+    assert memory.unit_state("earlyoom.service") == {}
     found = memory.memory_state()
     assert found["total"] == 0 and found["swap"] == [] and found["swap_in_fstab"] == []
     assert not found["earlyoom"]["active"] and found["earlyoom"]["arguments"] == ""
@@ -64,7 +64,7 @@ def test_state_of_a_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     systemctl.write_text("#!/bin/sh\necho ActiveState=active\necho UnitFileState=enabled\n", encoding="utf-8")
     systemctl.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert memory._unit("x") == {"ActiveState": "active", "UnitFileState": "enabled"}
+    assert memory.unit_state("x") == {"ActiveState": "active", "UnitFileState": "enabled"}
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def bare() -> State:
             "switch_compose": None,
         },
         "host_program": "",
+        "guard": {"installed": False, "active": False, "enabled": False, "settings": None, "state": None},
         "listener": None,
         "healthy": False,
     }
@@ -80,6 +81,7 @@ def prepared() -> State:
     state["memory"]["earlyoom"] = {"installed": True, "active": True, "enabled": True, "arguments": ""}
     state["operator"]["in_docker_group"] = True
     state["cache"] = {"owner": "root", "group": "docker", "mode": "2775", "directory": True}
+    state["guard"].update(installed=True, active=True, enabled=True, settings={"project_dir": "/opt/sparkfleet"})
     state["project_dir"] = {"owner": "root", "group": "root", "mode": "0755", "directory": True}
     state["token"] = {"present": True, "private": True, "current": True}
     return state
@@ -292,6 +294,23 @@ def test_the_program_on_the_host_is_the_one_of_the_controller() -> None:
     assert plan.make(wanted, state)["prepare"]["host_program"] == ["update the program that switches releases"]
     state["host_program"] = "f" * 64
     assert not plan.make(wanted, state)["prepare"]["needed"]
+
+
+def test_the_guard_is_installed_changed_and_stopped() -> None:
+    def reasons(state: State, **settings: Any) -> list[str]:
+        made: list[str] = plan.make(target(**settings), state)["prepare"]["guard"]
+        return made
+
+    state = serving()
+    assert reasons(state) == []
+    assert reasons(bare()) == ["install the guard"]
+    assert reasons(state, guard_settings={"wedge_seconds": 60.0}) == ["change the guard's settings"]
+    assert reasons(state, host_program="f" * 64) == ["restart the guard with its new program"]
+    assert reasons(state, guard=False) == ["stop the guard"]
+    state["guard"].update(active=False)
+    assert reasons(state) == ["start the guard, now and at boot"]
+    state["guard"].update(enabled=False)
+    assert reasons(state, guard=False) == []
 
 
 def test_wanted_stopped_is_staged_once() -> None:

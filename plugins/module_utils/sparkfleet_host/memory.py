@@ -18,7 +18,7 @@ def memory_state() -> dict[str, Any]:
     earlyoom: {installed, active, enabled, arguments}."""
     found = {key: int(kib) * 1024 for key, kib in re.findall(r"^(\w+):\s+(\d+) kB$", _text("/proc/meminfo"), re.M)}
     installed = Path("/usr/bin/earlyoom").exists()
-    unit = _unit("earlyoom.service") if installed else {}
+    unit = unit_state("earlyoom.service") if installed else {}
     return {
         "total": found.get("MemTotal", 0),
         "available": found.get("MemAvailable", 0),
@@ -72,7 +72,7 @@ def _unescaped(name: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), name)
 
 
-def _unit(name: str) -> dict[str, str]:
+def unit_state(name: str) -> dict[str, str]:
     """State of a unit of systemd."""
     try:
         done = subprocess.run(
