@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Action: looks what a Spark serves, prints it, and finds the release that a verb is about.
+
+- spark_status:
+    show: false
+    want: previous          # current, previous, or the number of a release; fails with those there are
+  register: status          # status.summary, status.release
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ansible.errors import AnsibleActionFail
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+
+from sparkfleet import status
+
+display = Display()
+
+
+class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
+    """Runs the module spark_status on the host."""
+
+    TRANSFERS_FILES = False
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return what the module found, with `summary`, and `release` if one was wanted."""
+        task_vars = task_vars or {}
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        arguments = dict(self._task.args)
+        want = str(arguments.pop("want", "") or "")
+        answer = self._execute_module(module_name="spark_status", module_args=arguments, task_vars=task_vars)
+        if "releases" not in answer:
+            return {**result, **answer}
+        host = str(task_vars.get("inventory_hostname", "localhost"))
+        answer["summary"] = status.summary(host, answer)
+        if want:
+            answer["release"] = choose(host, want, answer["releases"])
+        if arguments.get("show", True):
+            display.display(status.table([answer["summary"]]).rstrip())
+        return {**result, **answer, "changed": False}
+
+
+def choose(host: str, want: str, releases: dict[str, Any]) -> int:
+    """The number of the release that is wanted. Raises AnsibleActionFail with those there are."""
+    there = ", ".join(map(str, releases["numbers"])) or "none"
+    if want in ("current", "previous"):
+        if releases[want] is not None:
+            return int(releases[want])
+        first = f"; the current one is {releases['current']}" if releases["current"] else ""
+        raise AnsibleActionFail(
+            f"{host} has no {want} release{first}; there are {there}. Deploy with site.yml [bad-input]"
+        )
+    if not want.isdigit() or int(want) not in releases["numbers"]:
+        raise AnsibleActionFail(f"{host} has no release {want}; there are {there} [bad-input]")
+    return int(want)
