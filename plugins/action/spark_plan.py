@@ -74,7 +74,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             lines = [f"  {finding['message']} [{finding['id']}]" for finding in made["findings"]]
             # A later look of the same run comes after changes.
             untouched = "" if "sparkfleet_look" in task_vars else "; nothing was changed on it"
-            raise AnsibleActionFail(f"{host} cannot serve {made['model']} as it is{untouched}:\n" + "\n".join(lines))
+            message = f"{host} cannot serve {made['model']} as it is{untouched}:\n" + "\n".join(lines)
+            raise AnsibleActionFail(
+                message, result={"findings": made["findings"], "failure": made["findings"][0]["id"]}
+            )
         for line in _summary(made, answer["state"], settings, first="sparkfleet_look" not in task_vars):
             self._display.display(f"{host}  {line}")
         result.update(changed=False, plan=made, state=answer["state"])

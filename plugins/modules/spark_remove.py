@@ -1,0 +1,147 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
+"""Sparkfleet, taken off a host."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: spark_remove
+short_description: Removes what Sparkfleet put on a host
+description:
+  - Containers of ours, releases, the guard with its unit and settings, journal and metrics, compile caches, and the
+    empty image of the downloads. Models, engine images and the token only where asked. Docker, the NVIDIA toolkit and
+    earlyoom stay, and so does every container that is not ours.
+  - Check mode lists what would go.
+options:
+  project_dir: {description: Folder of the releases., type: path, default: /opt/sparkfleet}
+  cache_dir: {description: Folder of the model cache., type: path, default: /opt/hf}
+  compile_cache_dir: {description: Folder of the compile caches., type: path, default: /var/cache/sparkfleet}
+  token_file: {description: File of the Hugging Face token., type: path, default: /etc/sparkfleet/hf_token}
+  models: {description: The downloaded models too., type: bool, default: false}
+  images: {description: The images of the releases too., type: bool, default: false}
+  token: {description: The Hugging Face token too., type: bool, default: false}
+author: ["The Sparkfleet developers"]
+attributes:
+  check_mode: {support: full, description: Lists what would go.}
+  diff_mode: {support: none, description: RV(removed) says it.}
+"""
+
+EXAMPLES = r"""
+- name: See what would go
+  spark_remove:
+  check_mode: true
+"""
+
+RETURN = r"""
+removed: {description: What went or would go., returned: success, type: list, elements: str}
+"""
+
+import contextlib
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.sparkfleet_host import engine
+from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError
+from ansible.module_utils.sparkfleet_host.releases import STATE_DIR, Store, read_json
+
+UNIT = Path("/etc/systemd/system/sparkfleet-guard.service")
+SETTINGS = Path("/etc/sparkfleet/guard.json")
+HOST_PYTHON = "sparkfleet/host-python:1"
+Item = tuple[str, Callable[[], None]]
+
+
+def plan(params: dict[str, Any], store: Store, docker: Docker) -> list[Item]:
+    """What is there to remove, in order: a name for people, and what removes it."""
+    items: list[Item] = []
+    if UNIT.exists():
+        items.append((f"service {UNIT.name}", remove_unit))
+    images = {HOST_PYTHON}
+    if params["images"]:
+        locks = (read_json(store.folder(number) / "lock.json") or {} for number in store.numbers())
+        images |= {str(lock["image"]) for lock in locks if lock.get("image")}
+    with contextlib.suppress(DockerError):
+        for found in engine.ours(docker):
+            items.append((f"container {found['Names'][0].lstrip('/')}", remove_container(docker, found["Id"])))
+        # Compose makes a network for the project.
+        for network in docker.get(f"/networks?filters={quote(engine_filter())}")[1]:
+            items.append((f"network {network['Name']}", call(docker, f"/networks/{network['Id']}")))
+        for image in sorted(images):
+            if docker.image(image):
+                items.append((f"image {image}", call(docker, f"/images/{quote(image, safe='/:@')}")))
+    folders = [store.project_dir, store.state_dir, Path(params["compile_cache_dir"])]
+    if params["models"]:
+        folders += [*sorted(Path(params["cache_dir"]).glob("models--*")), Path(params["cache_dir"], ".sparkfleet")]
+    items += [(f"{folder}/", remove_folder(folder)) for folder in folders if folder.is_dir()]
+    files = [SETTINGS, *([Path(params["token_file"])] if params["token"] else [])]
+    items += [(str(file), file.unlink) for file in files if file.exists()]
+    return items
+
+
+def engine_filter() -> str:
+    """Docker's filter of what belongs to the project."""
+    return f'{{"label": ["{engine.PROJECT_LABEL}={engine.PROJECT}"]}}'
+
+
+def remove_unit() -> None:
+    """Stop and forget the guard's service."""
+    subprocess.run(["systemctl", "disable", "--now", UNIT.name], capture_output=True, timeout=60, check=True)
+    UNIT.unlink()
+    subprocess.run(["systemctl", "daemon-reload"], capture_output=True, timeout=60, check=True)
+
+
+def remove_container(docker: Docker, name: str) -> Callable[[], None]:
+    """Stop and remove a container of ours."""
+
+    def remove() -> None:
+        engine.stop(docker, name)
+        engine.remove(docker, name)
+
+    return remove
+
+
+def call(docker: Docker, path: str) -> Callable[[], None]:
+    """A deletion by Docker."""
+    return lambda: docker.call("DELETE", path)
+
+
+def remove_folder(folder: Path) -> Callable[[], None]:
+    """Remove a folder with all that is in it."""
+    return lambda: shutil.rmtree(folder)
+
+
+def main() -> None:
+    """Entry point of the module."""
+    flag = {"type": "bool", "default": False}
+    module = AnsibleModule(
+        argument_spec={
+            "project_dir": {"type": "path", "default": "/opt/sparkfleet"},
+            "cache_dir": {"type": "path", "default": "/opt/hf"},
+            "compile_cache_dir": {"type": "path", "default": "/var/cache/sparkfleet"},
+            "token_file": {"type": "path", "default": "/etc/sparkfleet/hf_token"},
+            **dict.fromkeys(("models", "images", "token"), flag),
+        },
+        supports_check_mode=True,
+    )
+    params = module.params
+    store = Store(params["project_dir"], STATE_DIR)
+    if store.switch_active():
+        module.fail_json(msg="a switch of releases is running on this host; run again when it is over")
+    items = plan(params, store, Docker(timeout=60.0))
+    done: list[str] = []
+    if not module.check_mode:
+        for name, remove in items:
+            try:
+                remove()
+            except (OSError, DockerError, engine.EngineError, subprocess.SubprocessError) as error:
+                module.fail_json(msg=f"cannot remove {name}: {error}; removed so far: {', '.join(done) or 'nothing'}")
+            done.append(name)
+    module.exit_json(changed=bool(items), removed=[name for name, _ in items])
+
+
+if __name__ == "__main__":
+    main()
