@@ -1,4 +1,4 @@
-"""The command ``sparkfleet``."""
+"""The command ``sparkfleet``: plans and cards here, verbs as playbooks through ansible-runner."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from collections.abc import Sequence
 
 import yaml
 
-from sparkfleet import SparkfleetError, __version__, catalog, engine, memory, report
+from sparkfleet import SparkfleetError, __version__, catalog, engine, memory, report, status
+from sparkfleet.live import Live, closing, terminal
+from sparkfleet.runner import DOWN, INTERRUPTED, Collector, default_inventory, run
 from sparkfleet.target import Settings, Target
 
 #: Exit codes: bad input, as argparse has it; a plan that does not fit.
@@ -29,6 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SparkfleetError as error:
         print(f"sparkfleet: {error}", file=sys.stderr)
         return BAD_INPUT
+    except KeyboardInterrupt:
+        print(
+            "sparkfleet: interrupted. What runs on the hosts goes on to its end: `sparkfleet status` shows it, and the "
+            "same command joins it.",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,7 +79,111 @@ def _parser() -> argparse.ArgumentParser:
         help="local: fetched before and served offline; hub: the server downloads (default: %(default)s)",
     )
     show.set_defaults(run=_compose)
+    _add_verbs(verbs)
     return parser
+
+
+#: Verbs that run a playbook: their line of help.
+PLAYBOOKS = {
+    "preflight": "look at the hosts, print what stands in the way, change nothing",
+    "deploy": "take the hosts to what the inventory says (site.yml)",
+    "verify": "ask the endpoints questions with known answers",
+    "switch": "another model or profile; back to the old one if it does not verify",
+    "upgrade": "another image; back to the old one if it does not verify",
+    "rollback": "back to the release before, or to one by its number",
+    "start": "start what is deployed",
+    "stop": "stop it; it stays stopped over a restart of the host",
+    "restart": "start it anew, and verify it",
+    "status": "what each host serves, and how",
+    "logs": "the engine's last lines",
+    "remove": "take Sparkfleet off the hosts; shows first what would go",
+}
+
+
+def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("-i", "--inventory", default=default_inventory(), help="default: %(default)s")
+    common.add_argument("-l", "--limit", metavar="HOSTS", help="only these hosts of the inventory")
+    common.add_argument("-e", "--extra-vars", metavar="NAME=VALUE", action="append", default=[])
+    common.add_argument("-C", "--check", action="store_true", help="say what would change, change nothing")
+    common.add_argument("-K", "--ask-become-pass", action="store_true", help="ask for sudo's password")
+    common.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    for verb, text in PLAYBOOKS.items():
+        parser = verbs.add_parser(verb, parents=[common], help=text, description=text)
+        parser.set_defaults(run=_verb, verb=verb)
+        if verb == "switch":
+            parser.add_argument("model", nargs="?", help="a card's name or path; left out, only the profile changes")
+            parser.add_argument("--profile")
+        elif verb == "upgrade":
+            parser.add_argument("image")
+        elif verb == "rollback":
+            parser.add_argument("release", nargs="?", type=int, help="number of a release (default: the one before)")
+        elif verb == "logs":
+            parser.add_argument("host", nargs="?", help="the same as --limit HOST")
+            parser.add_argument("-n", "--lines", type=int, default=100, help="default: %(default)s")
+        elif verb == "remove":
+            parser.add_argument("--yes", action="store_true", help="do not ask")
+            for what in ("models", "images", "token"):
+                parser.add_argument(f"--{what}", action="store_true", help=f"the {what} too")
+
+
+def _arguments(options: argparse.Namespace) -> list[str]:
+    """The words for ansible-playbook."""
+    words = [word for pair in options.extra_vars for word in ("-e", pair)]
+    limit = options.limit or getattr(options, "host", None)
+    words += ["--limit", f"{limit},localhost"] if limit else []
+    words += ["--check", "--diff"] if options.check else []
+    words += ["--ask-become-pass"] if options.ask_become_pass else []
+    given = {
+        "sparkfleet_model": getattr(options, "model", None),
+        "sparkfleet_profile": getattr(options, "profile", None),
+        "sparkfleet_image": getattr(options, "image", None),
+        "sparkfleet_release": getattr(options, "release", None),
+        "sparkfleet_logs_lines": getattr(options, "lines", None),
+        **{f"sparkfleet_remove_{name}": getattr(options, name, None) or None for name in ("models", "images", "token")},
+    }
+    for name, value in given.items():
+        if value is not None:
+            words += ["-e", json.dumps({name: value})]
+    return words + (["--tags", "preflight"] if options.verb == "preflight" else [])
+
+
+def _verb(options: argparse.Namespace) -> int:
+    words = _arguments(options)
+    live = Live(None if options.json else terminal())
+    if options.verb == "remove" and not options.check:
+        if not options.yes:
+            preview = Collector(lambda host, line: None)
+            run("remove", options.inventory, [*words, "--check"], preview)
+            for host in preview.hosts.values():
+                print(f"{host.name}: {', '.join(host.removed) if host.removed else host.message or 'nothing is there'}")
+            if not any(host.removed for host in preview.hosts.values()):
+                return 0
+            if input("Remove this? [yes/no] ").strip().lower() not in ("y", "yes"):
+                raise SparkfleetError("nothing was removed")
+        words += ["-e", json.dumps({"sparkfleet_confirm": True})]
+    collector = Collector((lambda host, line: None) if options.verb == "status" else live.show)
+    code = run(options.verb, options.inventory, words, collector)
+    live.close()
+    hosts = [collector.hosts[name] for name in sorted(collector.hosts)]
+    if options.verb == "status" and code == 0 and any((host.summary or {}).get("state") != "serving" for host in hosts):
+        code = DOWN
+    if options.json:
+        found = {"verb": options.verb, "exit_code": code, "hosts": [host.as_dict() for host in hosts]}
+        print(json.dumps({**found, **({"error": collector.error} if collector.error else {})}, indent=2))
+    elif collector.error:
+        raise SparkfleetError(collector.error)
+    elif options.verb == "status":
+        print(
+            status.table([host.summary or status.absent(host.name, host.result, host.message) for host in hosts]),
+            end="",
+        )
+    elif options.verb == "logs":
+        for host in hosts:
+            print("\n".join([f"== {host.name}", *host.log] if len(hosts) > 1 else host.log) or host.message)
+    else:
+        print(closing(hosts), end="")
+    return code
 
 
 def _gib(text: str) -> float:

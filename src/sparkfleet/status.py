@@ -39,6 +39,14 @@ def summary(host: str, found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def absent(host: str, state: str, message: str) -> dict[str, Any]:
+    """The row of a host that could not be looked at."""
+    empty = dict.fromkeys(
+        ("model", "profile", "release", "digest", "running", "waiting", "kv_cache", "tokens_per_second", "temperature")
+    )
+    return {"host": host, "state": state, **empty, "restarts": None, "slow": False, "message": message}
+
+
 def switch(journal: Mapping[str, Any] | None, active: bool) -> str | None:
     """The switch that runs or ran last, in a line."""
     if not journal:
@@ -75,6 +83,8 @@ def table(rows: list[Mapping[str, Any]]) -> str:
     """All hosts as a table, with what is worth a sentence below."""
     lines = report.table([COLUMNS, *(cells(row) for row in rows)])
     for row in rows:
+        if row.get("message"):
+            lines += f"{row['host']}: {row['message'].removeprefix(row['host'] + ': ')}\n"
         if row.get("given_up"):
             lines += f"{row['host']}: the guard gave up: {row['given_up']}\n"
         if row.get("switch"):

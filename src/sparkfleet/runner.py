@@ -1,0 +1,185 @@
+"""Runs the playbook of a verb through ansible-runner, and makes results of its events."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ansible_runner
+
+from sparkfleet import SparkfleetError
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Exit codes, the gravest that any host has; 1 and 2 as everywhere, 4 is kept for drift.
+OK, INTERNAL, BAD_INPUT, REFUSED, RESTORED, DOWN, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 5, 6, 7, 130
+#: Result of a host -> exit code.
+CODES = {
+    "ok": OK,
+    "changed": OK,
+    "refused": REFUSED,
+    "restored": RESTORED,
+    "failed": DOWN,
+    "down": DOWN,
+    "unreachable": UNREACHABLE,
+}
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_FAILURE = re.compile(r"\[([a-z][a-z0-9-]+)\]")
+#: What a host said last is a line of its own: "HOST  12 s  loading weights".
+_LINE = re.compile(r"^(?P<host>\S+)  (?P<text>.*)")
+
+
+@dataclasses.dataclass
+class Host:
+    """What became of a host in a run; `result` is a key of CODES."""
+
+    name: str
+    result: str = "ok"
+    message: str = ""
+    failure: str = ""
+    findings: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    release: dict[str, Any] | None = None
+    out_of_service_s: float | None = None
+    summary: dict[str, Any] | None = None
+    log: list[str] = dataclasses.field(default_factory=list)
+    removed: list[str] | None = None
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: what is empty is left out."""
+        data = dataclasses.asdict(self)
+        return {key: value for key, value in data.items() if key in ("name", "result") or value not in ("", [], None)}
+
+
+class Collector:
+    """Makes results of events. `show` gets (host or "", line) of what is worth showing as it happens."""
+
+    def __init__(self, show: Callable[[str, str], None]) -> None:
+        self.show = show
+        self.hosts: dict[str, Host] = {}
+        self.error = ""  # of the run itself, such as an inventory that cannot be read
+        self._began = time.monotonic()
+        self._said: list[str] = []
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Note one event of ansible-runner."""
+        kind = str(event.get("event"))
+        data = event.get("event_data") or {}
+        if kind == "verbose":
+            self._line(_ANSI.sub("", str(event.get("stdout") or "")))
+        elif kind in ("runner_on_ok", "runner_on_failed", "runner_on_unreachable") and data.get("host") != "localhost":
+            self._result(kind, self._host(str(data["host"])), data.get("res") or {}, bool(data.get("ignore_errors")))
+        elif kind == "runner_on_failed":
+            self.error = message(data.get("res") or {})
+        elif kind == "playbook_on_stats":
+            for host in data.get("processed") or {}:
+                if host != "localhost":
+                    self._host(host)
+
+    def _host(self, name: str) -> Host:
+        return self.hosts.setdefault(name, Host(name))
+
+    def _line(self, text: str) -> None:
+        for line in text.splitlines():
+            found = _LINE.match(line)
+            if "[ERROR]" in line or "[WARNING]" in line:
+                self._said.append(line)
+            elif found:
+                self.show(found["host"], line)
+            elif line.strip():
+                self.show("", line)
+
+    def _result(self, kind: str, host: Host, res: Mapping[str, Any], ignored: bool) -> None:
+        host.seconds = round(time.monotonic() - self._began, 1)
+        for key in ("summary", "log", "removed"):
+            if res.get(key):
+                setattr(host, key, res[key])
+        if "outcome" in res:
+            host.release, host.out_of_service_s = res.get("release"), res.get("out_of_service_s")
+        if kind == "runner_on_ok":
+            if res.get("changed") and host.result == "ok":
+                host.result = "changed"
+        elif kind == "runner_on_unreachable":
+            host.result, host.message, host.failure = "unreachable", message(res), "unreachable"
+        elif not ignored:
+            host.message = message(res)
+            named = _FAILURE.findall(host.message)
+            host.failure = str(res.get("failure") or (named[-1] if named else ""))
+            host.findings = list(res.get("findings") or [])
+            restored = res.get("outcome") == "restored"
+            refused = bool(host.findings) or host.failure in ("switch-running-other", "bad-input")
+            host.result = "restored" if restored else "refused" if refused else "failed"
+
+    def code(self, rc: int) -> int:
+        """The exit code of the whole, of ansible-playbook's `rc`."""
+        if self.error:
+            return BAD_INPUT
+        code = max((CODES[host.result] for host in self.hosts.values()), default=OK)
+        if code == OK and rc != 0:
+            self.error = _ANSI.sub("", " ".join(self._said)) or f"ansible-playbook ended with {rc}"
+            return BAD_INPUT
+        if not self.hosts:
+            self.error = "no host of the group sparks is in the inventory, or the limit leaves none"
+            return BAD_INPUT
+        return code
+
+
+def message(res: Mapping[str, Any]) -> str:
+    """The message of a failure, without Ansible's words around it."""
+    text = str(res.get("msg") or res.get("stderr") or "no message; run again with -v")
+    return text.removeprefix("Task failed: ").removeprefix("Action failed: ").strip()
+
+
+def playbook(verb: str) -> Path:
+    """The file of a verb."""
+    return ROOT / "site.yml" if verb in ("deploy", "preflight") else ROOT / "playbooks" / f"{verb}.yml"
+
+
+def run(verb: str, inventory: str, arguments: Sequence[str], collector: Collector) -> int:
+    """Run a verb; the exit code. `arguments` are ansible-playbook's own. Raises SparkfleetError."""
+    if not playbook(verb).exists():
+        raise SparkfleetError(f"{playbook(verb)} is missing; run sparkfleet from its repository (scripts/setup)")
+    place = Path(inventory).resolve()
+    if not place.exists():
+        raise SparkfleetError(f"inventory {inventory}: there is no such file or folder; copy inventory/example")
+
+    def take(event: Mapping[str, Any]) -> bool:
+        collector.take(event)
+        return True
+
+    folder = Path(tempfile.mkdtemp(prefix="sparkfleet-"))
+    try:
+        done = ansible_runner.interface.run(
+            private_data_dir=str(folder),
+            project_dir=str(ROOT),
+            playbook=str(playbook(verb)),
+            inventory=str(place),
+            cmdline=" ".join(_quoted(word) for word in arguments) or None,
+            envvars={"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "0"},
+            # Nothing of the environment (it may hold HF_TOKEN) is written down.
+            settings={"suppress_env_files": True, "suppress_ansible_output": True, "pexpect_use_poll": True},
+            quiet=True,
+            event_handler=take,
+        )
+    except ansible_runner.exceptions.AnsibleRunnerException as error:
+        raise SparkfleetError(str(error)) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if done.status == "canceled":
+        raise KeyboardInterrupt
+    return collector.code(int(done.rc or 0))
+
+
+def _quoted(word: str) -> str:
+    return "'" + word.replace("'", "'\\''") + "'"
+
+
+def default_inventory() -> str:
+    """What ansible.cfg names, unless the environment does."""
+    return os.environ.get("ANSIBLE_INVENTORY") or str(ROOT / "inventory" / "local")
