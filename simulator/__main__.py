@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     up = verbs.add_parser("up", parents=[world], help="bring a world up, or add what is missing")
     up.add_argument("--sparks", type=_count, default=1, help="number of Sparks (default: %(default)s)")
     up.add_argument("--flavour", choices=FLAVOURS, default="dgxos", help="dgxos: as DGX OS ships; bare: sshd, Python")
-    up.add_argument("--engine", choices=("vllm", "none"), default="vllm", help="what nvcr.io serves as vLLM's image")
+    up.add_argument("--engine", choices=("vllm", "none", "fault"), default="vllm", help="what nvcr.io serves")
     status = verbs.add_parser("status", parents=[world], help="show a world")
     status.add_argument("--json", action="store_true")
     verbs.add_parser("ask", parents=[world], help="ask each Spark's endpoint a question, show how to")

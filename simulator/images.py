@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import docker
@@ -59,6 +60,37 @@ def build(client: docker.DockerClient, target: str, cache: Path, say: Say) -> st
     base = debian(client, "trixie", cache, say)
     say(f"building the image {target}")
     _docker_build(client, name, FOLDER / "Dockerfile", {"DEBIAN": base}, target)
+    return name
+
+
+def fault_engine(client: docker.DockerClient, version: str, cache: Path, say: Say) -> str:
+    """An engine that fails on command, and says that it is vLLM of this version."""
+    folder = FOLDER / "fault_engine"
+    name = f"{PREFIX}/fault-engine-{version}:{_digest([folder / 'Dockerfile', folder / 'vllm'])}"
+    if not exists(client, name):
+        base = debian(client, "trixie", cache, say)
+        say(f"building the engine that fails on command, {version}")
+        arguments = {"DEBIAN": base, "VERSION": version}
+        _docker_build(client, name, folder / "Dockerfile", arguments, None)
+    return name
+
+
+def foreign(client: docker.DockerClient, image: str, say: Say) -> str:
+    """The same image, but built for a processor that this machine has not, as its description says."""
+    repository, _, tag = image.partition(":")
+    name = f"{repository}-foreign:{tag}"
+    if not exists(client, name):
+        say("making an image for another processor")
+        other = "linux/amd64" if platform.machine() == "aarch64" else "linux/arm64"
+        container = client.containers.create(image, ["true"])
+        try:
+            with tempfile.NamedTemporaryFile(suffix=".tar") as file:
+                parts: Iterable[bytes] = container.export()  # type: ignore[assignment]  # docker-py gives bytes
+                file.writelines(parts)
+                file.flush()
+                run(["docker", "import", "--platform", other, file.name, name], "importing it", say)
+        finally:
+            container.remove(force=True, v=True)
     return name
 
 

@@ -29,6 +29,8 @@ from simulator import docker_host, images, keys, model
 from simulator.shell import SimulatorError
 
 IMAGE = "nvidia/vllm:25.09-py3"
+#: Of a world with --engine fault: one to upgrade to, and one for another processor.
+IMAGE_NEXT, IMAGE_FOREIGN = "nvidia/vllm:25.10-py3", "nvidia/vllm:25.11-py3"
 REPOSITORY = "nvidia/Llama-3.1-8B-Instruct-FP8"
 FLAVOURS = ("dgxos", "bare")
 LABEL = "sparkfleet.sim.world"
@@ -217,20 +219,19 @@ class World:
         self, client: docker.DockerClient, internet: Container, state: dict[str, Any], cache: Path, engine: str
     ) -> None:
         """Serve image and model; what the shared volumes hold already is left alone."""
-        if engine == "vllm":
-            image = images.engine(client, cache, self.say)
-        else:
-            image = images.build(client, "no-engine", cache, self.say)
         registry = f"127.0.0.1:{state['registry_port']}"
-        mark = "sim-" + image.rpartition(":")[2]
-        if not registry_serves(state["registry_port"], IMAGE, mark):
-            self.say("pushing the engine's image to the simulated nvcr.io")
-            for name in (f"{registry}/{IMAGE}", f"{registry}/{IMAGE.partition(':')[0]}:{mark}"):
+        for tag, image in self._engines(client, cache, engine).items():
+            repository = tag.partition(":")[0]
+            mark = f"sim-{tag.partition(':')[2]}-{image.rpartition(':')[2]}"
+            if registry_serves(state["registry_port"], tag, mark):
+                continue
+            self.say(f"pushing nvcr.io/{tag}")
+            for name in (f"{registry}/{tag}", f"{registry}/{repository}:{mark}"):
                 client.images.get(image).tag(name)
                 began = said = time.monotonic()
                 for event in client.images.push(name, stream=True, decode=True):
                     if "error" in event:
-                        raise SimulatorError(f"pushing the engine's image failed: {event['error']}")
+                        raise SimulatorError(f"pushing {tag} failed: {event['error']}")
                     if time.monotonic() - said > 10:
                         said = time.monotonic()
                         self.say(f"pushing: {said - began:.0f} s")
@@ -246,6 +247,15 @@ class World:
             # The mark comes last: without it the next `up` fills again.
             put(internet, {f"srv/hub/{REPOSITORY}/repo.json": b'{"gated": true}\n'}, mode=0o644)
             put(internet, {f"srv/hub/{REPOSITORY}/mark": wanted.encode()}, mode=0o644)
+
+    def _engines(self, client: docker.DockerClient, cache: Path, engine: str) -> dict[str, str]:
+        """What the simulated nvcr.io serves: repository and tag -> local image."""
+        if engine == "vllm":
+            return {IMAGE: images.engine(client, cache, self.say)}
+        if engine == "none":
+            return {IMAGE: images.build(client, "no-engine", cache, self.say)}
+        first, second = (images.fault_engine(client, version, cache, self.say) for version in ("0.10.1.1", "0.10.2"))
+        return {IMAGE: first, IMAGE_NEXT: second, IMAGE_FOREIGN: images.foreign(client, first, self.say)}
 
     def _spark(self, client: docker.DockerClient, name: str, state: dict[str, Any], cache: Path) -> None:
         known = state["sparks"][name]
