@@ -39,84 +39,12 @@ log: {description: The engine's last lines., returned: always, type: list, eleme
 summary: {description: By the action; the row that is printed., returned: action, type: dict}
 """
 
-import contextlib
-import subprocess
 from pathlib import Path
-from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host import engine
-from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError
-from ansible.module_utils.sparkfleet_host.guard import figures
-from ansible.module_utils.sparkfleet_host.http import Client, HttpError
-from ansible.module_utils.sparkfleet_host.releases import ReleaseError, Store, read_json
-
-LOOK_SECONDS = 5.0
-
-
-def gpu() -> dict[str, float | None]:
-    """Temperature in °C and draw in W, as far as nvidia-smi tells."""
-    found: dict[str, float | None] = {"temperature": None, "watts": None}
-    argv = ["nvidia-smi", "--query-gpu=temperature.gpu,power.draw", "--format=csv,noheader,nounits"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=LOOK_SECONDS, check=True)
-        for key, text in zip(found, done.stdout.split(","), strict=False):
-            with contextlib.suppress(ValueError):
-                found[key] = float(text)
-    return found
-
-
-def state(found: dict[str, Any]) -> str:
-    """The engine's state in a word: what a switch or the guard know counts before what a look tells."""
-    guard = found["guard"] or {}
-    if found["releases"]["switch_active"]:
-        return "switching"
-    if not found["docker"]:
-        return "docker-down"
-    running = [item for item in found["containers"] if item["state"] in ("running", "restarting")]
-    if running:
-        if found["healthy"]:
-            return "wedged" if guard.get("engine") == "wedged" else "serving"
-        return "healing" if guard.get("engine") == "healing" else "loading"
-    if guard.get("given_up"):
-        return "given-up"
-    return "stopped" if found["containers"] else "missing"
-
-
-def look(store: Store, docker: Docker, log_lines: int) -> dict[str, Any]:
-    """Everything that the module returns."""
-    found: dict[str, Any] = {
-        "releases": store.summary(),
-        "containers": [],
-        "docker": True,
-        "healthy": False,
-        "figures": {},
-        "guard": read_json(store.state_dir / "guard-state.json"),
-        "gpu": gpu(),
-        "log": [],
-    }
-    for name in ("newest_compose", "switch_compose"):
-        found["releases"].pop(name, None)
-    try:
-        for item in engine.ours(docker):
-            name = item["Names"][0].lstrip("/")
-            found["containers"].append({"name": name, "service": engine.service_of(item), "state": item["State"]})
-    except DockerError:
-        found["docker"] = False
-    current = found["releases"]["current"]
-    if current is not None and found["docker"]:
-        with contextlib.suppress(ReleaseError, KeyError, DockerError, HttpError):
-            lock = store.lock(current)
-            client = Client(f"http://127.0.0.1:{lock['port']}", LOOK_SECONDS)
-            found["healthy"] = engine.healthy(client)
-            if log_lines:
-                seen = engine.look(docker, lock["service"])
-                lines = engine.read_log(docker, lock["service"], "", seen["tty"], log_lines)
-                found["log"] = [engine.redact(line) for line in lines]
-            if found["healthy"]:
-                found["figures"] = figures(client.get("/metrics", LOOK_SECONDS).text)
-    found["engine"] = state(found)
-    return found
+from ansible.module_utils.sparkfleet_host.docker import Docker
+from ansible.module_utils.sparkfleet_host.releases import Store
+from ansible.module_utils.sparkfleet_host.status import look
 
 
 def main() -> None:

@@ -96,6 +96,7 @@ PLAYBOOKS = {
     "restart": "start it anew, and verify it",
     "status": "what each host serves, and how",
     "logs": "the engine's last lines",
+    "diagnose": "find out what is wrong, with causes and remedies; writes a bundle for a report",
     "remove": "take Sparkfleet off the hosts; shows first what would go",
 }
 

@@ -29,6 +29,7 @@ class Failure:
     `id` is what results and tests name. `signature` has regular expressions over single log lines or messages of
     Docker; `statuses` are the Hub's HTTP codes, `exit_codes` the container's. `unless` names entries that explain the
     same lines better. `harmless`: seen in the log of an engine that works. `chapter` is the guide's, "" if it has none.
+    `heals`: what mends it without a person, and how; "" for nothing.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Failure:
     unless: tuple[str, ...] = ()
     harmless: bool = False
     chapter: str = ""
+    heals: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,7 @@ TABLE: tuple[Failure, ...] = (
         "lower gpu_memory_utilization. A smaller max_model_len or `docker system prune` does not help.",
         (r"Free memory on device .*is less than desired", r"Free memory on device .*is less than the engine's budget"),
         chapter=MEMORY,
+        heals="every start by a switch or the guard drops the page cache first",
     ),
     Failure(
         "memory-profiling",
@@ -75,6 +78,7 @@ TABLE: tuple[Failure, ...] = (
         "Deploy again while nothing else starts or stops on the host.",
         (r"Error in memory profiling", r"AssertionError: .*[Ii]nitial free memory"),
         chapter=MEMORY,
+        heals="the guard starts it again, up to its cap",
     ),
     Failure(
         "kv-cache-too-small",
@@ -217,6 +221,7 @@ TABLE: tuple[Failure, ...] = (
             r"weights were not initialized from checkpoint",
         ),
         chapter=INCOMPLETE,
+        heals="playbooks/fetch.yml checks every file and fetches the damaged anew",
     ),
     Failure(
         "model-not-in-cache",
@@ -429,6 +434,7 @@ TABLE: tuple[Failure, ...] = (
         "a background job ended without a result",
         "it was killed, or the host was restarted",
         "Run again: it resumes.",
+        heals="the next run goes on where it stopped",
     ),
     Failure(
         "fetch-timeout",
@@ -448,6 +454,7 @@ TABLE: tuple[Failure, ...] = (
         "the transfer damaged it, or something in between changed it",
         "Run again: the file is fetched anew. If it stays so, look for a proxy that alters downloads.",
         chapter=INCOMPLETE,
+        heals="the next run fetches the file anew",
     ),
     Failure(
         "docker",
@@ -455,6 +462,7 @@ TABLE: tuple[Failure, ...] = (
         "the engine is not running, or the operator may not use it",
         "See `systemctl status docker` and `journalctl -u docker` on the host; run playbooks/prepare.yml.",
         (r"Cannot connect to the Docker daemon", r"Is the docker daemon running"),
+        heals="systemd starts Docker again; a switch waits two minutes for it",
     ),
     # -- before anything changes -------------------------------------------------------------------------------
     Failure(
@@ -559,6 +567,38 @@ TABLE: tuple[Failure, ...] = (
         "a switch was cut half way",
         "the host was restarted, or the job was killed",
         "Nothing to do: the release before is started and verified again. Then run again.",
+        heals="the guard, or the next run, brings the release before back",
+    ),
+    Failure(
+        "switch-restored",
+        "the last switch failed, and what ran before was brought back",
+        "the new release did not verify",
+        "Mend what is named beside it, and deploy again; the release's log is kept in /opt/sparkfleet/releases/N.",
+    ),
+    Failure(
+        "switch-not-restored",
+        "the last switch failed, and so did the way back",
+        "what is wrong with the host keeps both releases from serving",
+        "Mend what is named beside it; then `sparkfleet start`, or deploy again.",
+    ),
+    Failure(
+        "guard-gave-up",
+        "the guard gave up: the engine failed too often",
+        "each start fails the same way, and restart loops leak memory until a Spark stops answering",
+        "Mend what is named beside it; `sparkfleet start` or a deployment ends the giving up.",
+    ),
+    Failure(
+        "engine-crashed",
+        "the engine crashed and was started anew",
+        "its last lines say why, where they are in this table",
+        "Nothing to do if it stays with the one time; `sparkfleet logs` shows the lines before it.",
+        heals="the guard starts it again, up to its cap",
+    ),
+    Failure(
+        "engine-stopped",
+        "the engine was stopped",
+        "somebody stopped it: `sparkfleet stop`, `docker stop`",
+        "`sparkfleet start` starts and verifies it.",
     ),
     Failure(
         "release-damaged",
@@ -585,6 +625,7 @@ TABLE: tuple[Failure, ...] = (
         "Look for it in `journalctl -k -u earlyoom`; if memory ran out, lower gpu_memory_utilization.",
         exit_codes=(137,),
         chapter=MEMORY,
+        heals="the guard starts it again, up to its cap",
     ),
     Failure(
         "engine-died",
@@ -610,6 +651,7 @@ TABLE: tuple[Failure, ...] = (
         "the engine is alive but produces nothing",
         "/health says 200 while requests get no token (vLLM issues 39863 and 40926)",
         "Restart the service: `docker compose restart` in /opt/sparkfleet.",
+        heals="the guard sees that no token moves, and starts it anew",
     ),
     Failure(
         "model-not-served",
@@ -779,6 +821,8 @@ def markdown() -> str:
             parts.append(f"- Shows as: {'; '.join(shown)}")
         parts.append(f"- Cause: {failure.cause}.")
         parts.append(f"- Remedy: {failure.remedy}")
+        if failure.heals:
+            parts.append(f"- Heals by itself: {failure.heals}.")
         if failure.chapter:
             parts.append(f"- In the guide: {failure.chapter}")
         parts.append("")

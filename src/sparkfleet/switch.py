@@ -60,7 +60,7 @@ class Follower:
         after = next((place for place, step in enumerate(news) if step["phase"] in _ANSWERS), len(news))
         for step in news[:after]:
             lines += self._said(step)
-        leg = "back" if journal["phase"].startswith("restor") else "there"
+        leg = "back" if journal["error"] else "there"
         ready = any(step["phase"] in _ANSWERS for step in news)
         if journal["phase"] in _WAITING or ready or (answer["log_lines"] and leg in self._watches):
             lines += self._watch(leg).take({**answer, "ready": ready})

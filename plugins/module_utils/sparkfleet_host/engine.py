@@ -38,12 +38,33 @@ def just_before(stamp: str) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds - 1)) if seconds else ""
 
 
-_SECRET = re.compile(r"""hf_[A-Za-z0-9]{8,}|(?<=api_key)(['"]?\s*[:=]\s*)(?:\[[^\]]*\]|'[^']*'|"[^"]*"|[^\s,]+)""")
+_SECRETS = (
+    re.compile(r"()\b(?:hf|nvapi|sk|ghp|glpat)[_-][A-Za-z0-9_-]{8,}"),
+    # vLLM prints its arguments (vllm issue 52523).
+    re.compile(
+        r"""((?:api[_-]?key|password|secret)['"]?\s*[:= ]\s*)(?:\[[^\]]*\]|'[^']*'|"[^"]*"|[^\s,]+)""", re.IGNORECASE
+    ),
+    re.compile(r"((?:authorization['\"]?\s*[:=]\s*)?['\"]?(?:bearer|basic)\s+)[A-Za-z0-9+/=._~-]{8,}", re.IGNORECASE),
+    re.compile(r"(\w+://[^\s/:@]+:)[^\s/@]+(?=@)"),  # http://user:password@proxy
+)
 
 
-def redact(line: str) -> str:
-    """A log line without tokens and API keys (vLLM prints its arguments; vllm issue 52523)."""
-    return _SECRET.sub(lambda found: f"{found[1] or ''}***", line)
+def redact(line: str, token: str = "") -> str:
+    """A line without tokens, keys and passwords; `token` is removed wherever it stands."""
+    for pattern in _SECRETS:
+        line = pattern.sub(lambda found: f"{found[1]}***", line)
+    return line.replace(token, "***") if len(token) >= 8 else line
+
+
+def redacted(data: Any, token: str = "") -> Any:
+    """The same data with every string redacted."""
+    if isinstance(data, str):
+        return redact(data, token)
+    if isinstance(data, dict):
+        return {key: redacted(value, token) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [redacted(value, token) for value in data]
+    return data
 
 
 def look(docker: Docker, name: str) -> dict[str, Any]:

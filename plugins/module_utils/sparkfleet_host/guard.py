@@ -424,7 +424,9 @@ class Watcher:
             lines = [] if seen["healthy"] else engine.read_log(self.docker, self._name, "", found["tty"], 1)
             seconds, _ = engine.instant(lines[-1].partition(" ")[0]) if lines else (0, 0)
             return {**seen, "logged": float(seconds) or None}
-        if time.monotonic() - self._read_at >= self.settings.metrics_interval:
+        # More than once while an engine may stand still.
+        pause = min(self.settings.metrics_interval, self.settings.wedge_seconds / 4)
+        if time.monotonic() - self._read_at >= pause:
             self._read_at, self._figures = time.monotonic(), None
             with contextlib.suppress(HttpError):
                 answer = client.get("/metrics", LOOK_SECONDS)

@@ -47,6 +47,19 @@ def boot_id() -> str:
         return ""
 
 
+def verify_params(plan: dict[str, Any], port: int) -> dict[str, Any]:
+    """The options of a verification by the questions of a release's plan."""
+    asked = plan["verify"]
+    return {
+        "url": f"http://127.0.0.1:{port}",
+        "model": plan["repo"],
+        **{key: asked[key] for key in ("question", "expect", "prompt", "prompt_expect")},
+        "max_tokens": asked.get("max_tokens", 32),
+        "timeout": VERIFY_SECONDS,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+
+
 class FailedError(Exception):
     """A release does not work. `facts` say how that showed itself; see `Switch.failed`."""
 
@@ -201,15 +214,7 @@ class Switch:
 
     def verify(self, service: str, plan: dict[str, Any], client: Client) -> None:
         """Ask the questions of the plan. Raises FailedError unless the answers are right."""
-        asked = plan["verify"]
-        params = {
-            "url": client.url,
-            "model": plan["repo"],
-            **{key: asked[key] for key in ("question", "expect", "prompt", "prompt_expect")},
-            "max_tokens": asked.get("max_tokens", 32),
-            "timeout": VERIFY_SECONDS,
-            "chat_template_kwargs": {"enable_thinking": False},
-        }
+        params = verify_params(plan, int(client.url.rpartition(":")[2]))
         try:
             result = verify(params)
         except HttpError as error:

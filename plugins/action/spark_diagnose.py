@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Action: finds out what is wrong with a Spark, prints it, and writes a bundle to attach to a report.
+
+- spark_diagnose:
+    report: .sparkfleet/reports/spark-1-diagnose.json       # on the controller
+    bundles: .sparkfleet/bundles                            # a folder on the controller
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from ansible.errors import AnsibleActionFail
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+
+from sparkfleet import diagnose
+
+CHECKED = "engine, answers, releases, the last switch, guard, Docker, GPU, disks, kernel"
+display = Display()
+
+
+class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
+    """Runs the module spark_diagnose on the host."""
+
+    TRANSFERS_FILES = False
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return findings and the place of the bundle."""
+        task_vars = task_vars or {}
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        arguments = dict(self._task.args)
+        report, bundles = (str(arguments.pop(key, "") or "") for key in ("report", "bundles"))
+        answer = self._execute_module(module_name="spark_diagnose", module_args=arguments, task_vars=task_vars)
+        if "facts" not in answer:
+            return {**result, **answer}
+        host = str(task_vars.get("inventory_hostname", "localhost"))
+        found = diagnose.findings(answer["facts"])
+        display.display(diagnose.page(host, found, CHECKED))
+        data: dict[str, Any] = {"host": host, "findings": [item.as_dict() for item in found], "bundle": None}
+        try:
+            if bundles:
+                stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+                path = Path(self._loader.path_dwim(bundles)) / f"{host}-{stamp}.tar.gz"
+                data["bundle"] = str(diagnose.bundle(path, host, answer["facts"], found))
+                display.display(f"{host}  bundle: {data['bundle']}")
+            if report:
+                place = Path(self._loader.path_dwim(report))
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise AnsibleActionFail(f"{error.filename} on this machine: {error.strerror}; set another path") from None
+        return {**result, **data, "changed": False}
