@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import os
 import platform
 import shutil
+import tarfile
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import docker
 
@@ -78,20 +82,40 @@ def fault_engine(client: docker.DockerClient, version: str, cache: Path, say: Sa
 def foreign(client: docker.DockerClient, image: str, say: Say) -> str:
     """The same image, but built for a processor that this machine has not, as its description says."""
     repository, _, tag = image.partition(":")
-    name = f"{repository}-foreign:{tag}"
+    name = f"{repository}-of-another-processor:{tag}"
     if not exists(client, name):
         say("making an image for another processor")
-        other = "linux/amd64" if platform.machine() == "aarch64" else "linux/arm64"
-        container = client.containers.create(image, ["true"])
-        try:
-            with tempfile.NamedTemporaryFile(suffix=".tar") as file:
-                parts: Iterable[bytes] = container.export()  # type: ignore[assignment]  # docker-py gives bytes
-                file.writelines(parts)
-                file.flush()
-                run(["docker", "import", "--platform", other, file.name, name], "importing it", say)
-        finally:
-            container.remove(force=True, v=True)
+        other = "amd64" if platform.machine() == "aarch64" else "arm64"
+        with tempfile.TemporaryDirectory() as folder:
+            saved, changed = Path(folder, "saved.tar"), Path(folder, "changed.tar")
+            run(["docker", "save", "-o", str(saved), image], "saving it", say)
+            _relabel(saved, changed, other, name)
+            run(["docker", "load", "-i", str(changed)], "loading it", say)
     return name
+
+
+def _relabel(saved: Path, changed: Path, architecture: str, name: str) -> None:
+    """Copy what `docker save` wrote, with another architecture in the configuration and another name."""
+    with tarfile.open(saved) as source, tarfile.open(changed, "w") as target:
+        (manifest,) = json.load(_member(source, "manifest.json"))
+        config = {**json.load(_member(source, manifest["Config"])), "architecture": architecture}
+        texts = {
+            "config.json": json.dumps(config),
+            "manifest.json": json.dumps([{**manifest, "Config": "config.json", "RepoTags": [name]}]),
+        }
+        for layer in manifest["Layers"]:
+            target.addfile(source.getmember(layer), _member(source, layer))
+        for path, text in texts.items():
+            entry = tarfile.TarInfo(path)
+            entry.size = len(text.encode())
+            target.addfile(entry, io.BytesIO(text.encode()))
+
+
+def _member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
+    file = archive.extractfile(name)
+    if file is None:
+        raise SimulatorError(f"{name} is no file in the saved image")
+    return file
 
 
 def engine(client: docker.DockerClient, cache: Path, say: Say) -> str:

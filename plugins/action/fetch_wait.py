@@ -70,6 +70,8 @@ def failure(jobs: Sequence[dict[str, Any]]) -> str | None:
     message = str(bad["message"]).rstrip(".")
     if bad["state"] == "died":
         message = f"the job died on the host ({message}); run again, it resumes"
+    if bad.get("failure"):
+        message += f" [{bad['failure']}]"
     others = [
         f"{job['name']} {'is done' if job['state'] == 'done' else job['state']}"
         if job["state"] in ENDED

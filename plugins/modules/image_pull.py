@@ -370,6 +370,12 @@ def pull(docker: Docker, ref: Reference, config: Path, job: Job) -> dict[str, An
     found = docker.image(ref.local)
     if found is None:
         raise JobError("image-pull", f"the engine pulled {ref.local} but does not have it; see journalctl -u docker")
+    # Docker chooses from an index of platforms, and takes a single manifest as it comes.
+    built = str(found.get("Architecture") or "")
+    if arch and built and built != arch:
+        raise JobError(
+            "image-platform", f"{ref.local} is built for {built}, this host is {arch}; docker rmi frees its space"
+        )
     return describe(found, ref)
 
 

@@ -271,7 +271,9 @@ def _port(target: Target, state: State) -> Check:
     port, containers = target.settings.port, state["docker"].get("containers", [])
     remedy = "stop it, or set sparkfleet_port to a free port"
     holders = [item for item in containers if port in item["ports"] and item["state"] == "running"]
-    if any(item["ours"] for item in holders):
+    # While a container of ours is being restarted, Docker's proxy may still, or already, hold its port.
+    passing = not holders and (state["listener"] or {}).get("process") == "docker-proxy"
+    if any(item["ours"] for item in (containers if passing else holders)):
         return Check("port", f"{port}, ours")
     if holders:
         who = f"container {holders[0]['name']} ({holders[0]['image']})"

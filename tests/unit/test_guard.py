@@ -228,7 +228,7 @@ def test_the_cap_holds_over_restarts_of_the_guard_and_of_the_host(host: Host) ->
     done += loop(host, 60)
     assert done == ["restart"] * 3 + ["give-up"]
     host.again()
-    host.more = {"boot_id": "another", "up": 20.0}
+    host.more = {"boot_id": "another"}
     assert host.run(600) == [] and host.guard.engine == "given-up"
 
 
@@ -291,20 +291,54 @@ def test_a_restart_of_docker_is_no_crash(host: Host) -> None:
     assert host.run(400) == [] and host.guard.engine == "serving" and host.guard.restarts == []
 
 
+def test_an_engine_that_docker_forgets_is_started(host: Host) -> None:
+    host.more = {"docker": False}
+    host.run(6)
+    host.more, host.state = {}, "exited"
+    assert host.run(8) == []
+    assert host.run(8) == ["start"]
+    assert host.run(400) == [] and host.guard.engine == "serving" and host.guard.restarts == []
+
+
+def test_one_that_was_stopped_before_docker_went_stays_stopped(host: Host) -> None:
+    host.state = "exited"
+    host.run(60)
+    host.more = {"docker": False}
+    host.run(60)
+    host.more = {}
+    assert host.run(600) == [] and host.guard.engine == "stopped"
+
+
+def test_a_person_may_stop_an_engine_that_is_being_healed(host: Host) -> None:
+    host.crash()
+    assert host.run(30) == ["restart"] and host.guard.engine == "healing"
+    host.state = "exited"
+    assert host.run(600) == [] and host.guard.engine == "stopped"
+
+
+def test_a_person_may_stop_an_engine_soon_after_a_reboot(host: Host) -> None:
+    host.again()
+    host.more = {"boot_id": "another"}
+    host.start()
+    host.run(20)
+    host.state = "exited"
+    assert host.run(600) == [] and host.guard.engine == "stopped"
+
+
 def test_a_reboot_is_no_crash(host: Host) -> None:
     host.count = 2
     host.guard.known["restart_count"] = 2
     host.again()
-    host.more = {"boot_id": "another", "up": 30.0}
+    host.more = {"boot_id": "another"}
     host.start()
     assert host.run(400) == [] and host.guard.engine == "serving"
 
 
 def test_an_engine_that_docker_does_not_bring_back_after_a_reboot_is_started(host: Host) -> None:
     host.again()
-    host.more, host.state = {"boot_id": "another", "up": 30.0}, "exited"
-    assert host.run(50) == []
-    assert host.run(30) == ["start"]
+    host.more, host.state = {"boot_id": "another"}, "exited"
+    assert host.run(8) == []
+    assert host.run(8) == ["start"]
     assert host.run(400) == [] and host.guard.engine == "serving"
 
 
@@ -312,7 +346,7 @@ def test_one_that_was_stopped_before_the_reboot_stays_stopped(host: Host) -> Non
     host.state = "exited"
     host.run(60)
     host.again()
-    host.more = {"boot_id": "another", "up": 30.0}
+    host.more = {"boot_id": "another"}
     assert host.run(600) == []
 
 

@@ -32,7 +32,7 @@ class World:
         self.cut: str | None = None  # phase at which the power goes
         self.did: list[str] = []
         self.clock = 1000.0
-        for name in ("ours", "stop", "remove", "compose_up", "look", "healthy", "read_log"):
+        for name in ("ours", "start", "stop", "remove", "compose_up", "look", "healthy", "read_log"):
             monkeypatch.setattr(engine, name, getattr(self, name))
         monkeypatch.setattr(switch, "verify", self.verify)
         monkeypatch.setattr(memory, "drop_page_cache", lambda: self.did.append("drop"))
@@ -54,6 +54,11 @@ class World:
         labels = "com.docker.compose.service"
         return [{"Id": name, "State": state, "Labels": {labels: name}} for name, state in self.containers.items()]
 
+    def start(self, docker: Docker, name: str) -> None:
+        self.did.append(f"start {name}")
+        if self.bad.get(name) != "stays down":
+            self.containers[name] = "running"
+
     def stop(self, docker: Docker, name: str, timeout: int = 60) -> bool:
         self.did.append(f"stop {name}")
         self.containers[name] = "exited"
@@ -68,7 +73,8 @@ class World:
         if self.bad.get(service) == "port":
             raise EngineError("docker compose up: Bind for 0.0.0.0:8000 failed: port is already allocated")
         assert all(state != "running" for state in self.containers.values()), "two engines at once"
-        self.containers[service] = "exited" if self.bad.get(service) == "crash" else "running"
+        ends = {"crash": "restarting", "forgotten": "exited", "stays down": "exited"}
+        self.containers[service] = ends.get(self.bad.get(service, ""), "running")
 
     def look(self, docker: Docker, name: str) -> dict[str, Any]:
         if self.away:
@@ -155,6 +161,7 @@ def test_the_old_engine_stops_before_the_new_one_starts_and_is_removed_in_the_en
     ("how", "message", "failure"),
     [
         ("crash", "vllm-new ended", None),
+        ("stays down", "vllm-new ended", None),
         ("silent", "vllm-new was not ready after 1800 s", "start-timeout"),
         ("wrong", "chat: got Rome", "answer-wrong"),
         ("port", "docker compose up: Bind for 0.0.0.0:8000 failed: port is already allocated", None),
@@ -219,6 +226,12 @@ def test_rollback_goes_to_what_served_before_and_back(store: Store, world: World
 def test_docker_that_is_away_for_a_while_is_waited_for(store: Store, world: World, deployed: int) -> None:
     world.away = 30
     assert run(store, stage(store, NEW))["outcome"] == "verified"
+
+
+def test_an_engine_that_docker_forgets_is_started(store: Store, world: World, deployed: int) -> None:
+    world.bad[NEW] = "forgotten"
+    assert run(store, stage(store, NEW))["outcome"] == "verified"
+    assert f"start {NEW}" in world.did
 
 
 def test_docker_that_stays_away_is_a_failure(store: Store, world: World, deployed: int) -> None:

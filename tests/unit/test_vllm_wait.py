@@ -42,11 +42,19 @@ class Container:
         self.state: dict[str, Any] = {"Running": True, "ExitCode": 0, "StartedAt": STARTED}
         self.restarts = 0
         self.log: list[tuple[float, str]] = []
+        self.deaths: list[int] = []  # exit codes
+        engine.routes["GET", "/events"] = self.events
         engine.routes["GET", "/containers/vllm/json"] = self.inspect
         engine.routes["GET", "/containers/vllm/logs"] = self.logs
 
     def inspect(self, handler: Handler) -> None:
-        handler.answer(200, {"State": self.state, "RestartCount": self.restarts, "Config": {"Tty": False}})
+        found = {"Id": "abc", "State": self.state, "RestartCount": self.restarts, "Config": {"Tty": False}}
+        handler.answer(200, found)
+
+    def events(self, handler: Handler) -> None:
+        assert "until=" in handler.path and "abc" in handler.path  # else it would never end
+        actors = [{"Action": "die", "Actor": {"Attributes": {"exitCode": str(code)}}} for code in self.deaths]
+        handler.chunks(*(json.dumps(actor).encode() + b"\n" for actor in actors))
 
     def logs(self, handler: Handler) -> None:
         # Docker's `since` is inclusive; `tail` counts from the end.
@@ -155,6 +163,12 @@ def test_a_restart_returns_at_once(poll: Poll, container: Container, vllm: Vllm)
     assert poll(slice=20, restarts=2)["restart_count"] == 3
     assert time.monotonic() - began < 2
     assert poll(slice=0.3, restarts=3)["state"] == "running"
+
+
+def test_how_it_ended_before_docker_started_it_again(poll: Poll, container: Container, vllm: Vllm) -> None:
+    vllm.faults.add("sick")
+    container.restarts, container.deaths = 2, [1, 137]
+    assert poll(slice=0.3, restarts=0)["exit_code"] == 137
 
 
 def test_no_container(poll: Poll, engine: Engine) -> None:

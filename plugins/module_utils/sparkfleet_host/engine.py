@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import calendar
+import contextlib
 import itertools
+import json
 import re
 import shutil
 import subprocess
@@ -87,15 +89,28 @@ def look(docker: Docker, name: str) -> dict[str, Any]:
         word = "running"
     else:
         word = "exited"  # created, exited, dead
+    restarts, code = int(found.get("RestartCount") or 0), int(state.get("ExitCode") or 0)
     return {
         "state": word,
-        "exit_code": int(state.get("ExitCode") or 0),
-        "restart_count": int(found.get("RestartCount") or 0),
+        # Of a container that Docker has started again `docker inspect` does not tell how it ended before.
+        "exit_code": _last_exit(docker, str(found["Id"])) if word == "running" and restarts else code,
+        "restart_count": restarts,
         "oom_killed": bool(state.get("OOMKilled")),
         "error": str(state.get("Error") or ""),
         "started_at": str(state.get("StartedAt") or ""),
         "tty": bool((found.get("Config") or {}).get("Tty")),
     }
+
+
+def _last_exit(docker: Docker, identity: str) -> int:
+    """Exit code of the last end that Docker still knows of (it keeps 256 events), or 0."""
+    filters = json.dumps({"container": [identity], "event": ["die"]})
+    query = urlencode({"since": "0", "until": f"{time.time():.9f}", "filters": filters})
+    code = 0
+    for event in docker.stream("GET", f"/events?{query}", timeout=docker.timeout):
+        with contextlib.suppress(ValueError):
+            code = int(((event.get("Actor") or {}).get("Attributes") or {}).get("exitCode") or 0)
+    return code
 
 
 def read_log(docker: Docker, name: str, since: str, tty: bool, tail: int | None = None) -> list[str]:

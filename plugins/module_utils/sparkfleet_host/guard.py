@@ -30,12 +30,13 @@ STATE_FILE = "guard-state.json"
 METRICS_FILE = "metrics/sparkfleet.prom"
 STOP_SECONDS = 10  # until an engine that crashed or hangs is killed
 LOOK_SECONDS = 5.0  # for /health and /metrics
-BOOT_SECONDS = 60.0  # after a start of the host in which Docker brings its containers back
+BACK_SECONDS = 10.0  # after a start of the host or of Docker in which it may still bring its containers back
 SAVE_SECONDS = 30.0  # at least so often the state is written, moved or not
 LOG_SECONDS = 600.0  # a start without a word for so long hangs
-LOG_LINES = 40
+LOG_LINES = 150  # of an engine that was given up
 KEPT_RESTARTS = 50
 #: States of an engine, as state file and metrics name them.
+SERVED = ("serving", "loading", "healing", "wedged")
 STATES = (*("serving", "loading", "stopped", "wedged", "healing", "given-up", "missing", "switching", "docker-down"),)
 
 
@@ -82,7 +83,6 @@ class Observation:
     now: float  # Unix time
     clock: float  # monotonic
     boot_id: str = "boot"
-    up: float = 1e6  # seconds since the host was started
     docker: bool = True
     switching: bool = False
     interrupted: bool = False
@@ -120,7 +120,6 @@ class Guard:
         self.settings = settings
         data = data or {}
         self.engine = str(data.get("engine") or "missing")
-        self.before = self.engine  # as the state file had it when the guard started
         self.boot_id = str(data.get("boot_id") or "")
         self.restarts: list[dict[str, Any]] = list(data.get("restarts") or [])
         self.totals: dict[str, int] = dict(data.get("restarts_total") or {})
@@ -128,6 +127,8 @@ class Guard:
         self.healing: dict[str, Any] | None = data.get("healing")
         self.known: dict[str, Any] = dict(data.get("known") or {})  # started_at, restart_count, ready, release
         self.canary: dict[str, Any] | None = data.get("canary")
+        self.served = bool(data.get("served", self.engine in SERVED))  # before the host or Docker went down
+        self.lost = ""  # what may have taken the engine along: boot, docker
         self.since = float(data.get("since") or 0.0)
         self.forgiven = float(data.get("forgiven") or 0.0)  # restarts before this do not count any more, Unix time
         self.running = self.waiting = 0.0
@@ -146,8 +147,10 @@ class Guard:
         rebooted = bool(self.boot_id) and self.boot_id != seen.boot_id
         if rebooted:
             self.known.update(restart_count=0)
+            self.lost = "boot" if self.served else ""
         self.boot_id = seen.boot_id
         if not seen.docker:
+            self.lost = self.lost or ("docker" if self.served else "")
             return self._is("docker-down", seen)
         if seen.switching:
             self.healing, self._exited = None, None
@@ -167,9 +170,11 @@ class Guard:
             self.given_up, self.forgiven = None, seen.now
         if seen.state in ("exited", "paused"):
             return self._stopped(seen)
-        self._exited = None
+        self._exited, self.lost = None, ""
         if self.given_up:
             return Action("give-up", "again", "it was started by Docker")
+        if self.healing and engine.instant(seen.started_at)[0] >= int(self.healing["at"]):
+            self.healing["started"] = True
         crashed = seen.state == "restarting" or seen.restart_count > int(self.known.get("restart_count") or 0)
         if crashed:
             self._is("healing", seen)
@@ -183,20 +188,20 @@ class Guard:
         return self._serving(seen)
 
     def _stopped(self, seen: Observation) -> Action:
-        """Docker does not start it again: a person stopped it, or we did."""
+        """Docker starts what crashes. This one a person stopped, or we did, or it went down with host or Docker."""
         if self.given_up:
             return self._is("given-up", seen)
-        if self.healing and seen.state == "exited":
+        if self.healing and not self.healing.get("started") and seen.state == "exited":
             return dataclasses.replace(self._is("healing", seen), do="start", reason=self.healing["reason"])
         if self._exited is None:
             self._exited = seen.clock
-        served = self.before in ("serving", "loading", "healing", "wedged")
-        if served and seen.state == "exited" and seen.up < 10 * BOOT_SECONDS:
-            # It served before the host went down, and Docker has not brought it back.
-            if seen.clock - self._exited < BOOT_SECONDS:
+        if self.lost and seen.state == "exited":
+            # Docker 26 forgets an engine that ran when dockerd was killed.
+            if seen.clock - self._exited < BACK_SECONDS:
                 return self._is("loading", seen)
-            self.before = "stopped"
-            return Action("start", "boot", "Docker did not start it after the host's restart")
+            self.healing = {"reason": self.lost, "at": seen.now}
+            return dataclasses.replace(self._is("healing", seen), do="start", reason=self.lost)
+        self.healing = None
         return self._is("stopped", seen)
 
     def _loading(self, seen: Observation) -> Action:
@@ -266,6 +271,8 @@ class Guard:
     def _is(self, state: str, seen: Observation) -> Action:
         if state != self.engine:
             self.engine, self.since = state, seen.now
+        if state not in ("docker-down", "switching"):
+            self.served = state in SERVED
         self.running, self.waiting = seen.running, seen.waiting
         return NOTHING
 
@@ -276,7 +283,7 @@ class Guard:
     def _back(self, seen: Observation) -> None:
         began = float((self.healing or {}).get("at") or seen.now)
         self.healing = None
-        if self.restarts:
+        if self.restarts and self.restarts[-1]["at"] == began:
             self.restarts[-1]["back_after_s"] = round(seen.now - began, 1)
 
     def _started_since_giving_up(self, seen: Observation) -> bool:
@@ -305,6 +312,7 @@ class Guard:
         return {
             "at": now,
             "engine": self.engine,
+            "served": self.served,
             "since": self.since,
             "release": self.known.get("release"),
             "restarts": self.restarts,
@@ -390,7 +398,6 @@ class Watcher:
             "now": time.time(),
             "clock": time.monotonic(),
             "boot_id": self.boot_id,
-            "up": time.clock_gettime(time.CLOCK_BOOTTIME),
         }
         if self.store.switch_active():
             return Observation(**known, switching=True)

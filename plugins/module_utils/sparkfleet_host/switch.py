@@ -186,13 +186,17 @@ class Switch:
     def wait(self, service: str, client: Client) -> None:
         """Until the engine is ready. Raises FailedError when it ends, is restarted, or takes too long."""
         deadline = time.monotonic() + self.start_timeout
-        away = settled = 0.0
+        away = settled = revived = 0.0
         while True:
             now = time.monotonic()
             try:
                 found = engine.look(self.docker, service)
                 if away:
                     away, settled = 0.0, now + SETTLE
+                # Docker restarts what crashes. One that stays down went down with Docker, which may not bring it back.
+                if found["state"] == "exited" and not revived:
+                    settled = revived = now + SETTLE
+                    engine.start(self.docker, service)
             except DockerUnavailable as error:
                 away = away or now
                 if now - away > PATIENCE:
@@ -254,7 +258,8 @@ class Switch:
         with contextlib.suppress(DockerError):
             state = engine.look(self.docker, service)
             log = engine.read_log(self.docker, service, engine.just_before(state["started_at"]), state["tty"])
-            log += engine.read_log(self.docker, service, "", state["tty"], LOG_LINES) if len(log) < 5 else []
+            if len(log) < 5 or (state["state"] == "running" and state["restart_count"]):  # why is in the run before
+                log = engine.read_log(self.docker, service, "", state["tty"], LOG_LINES)
         merged = {**state, **found}
         return {
             "container": service,

@@ -1,0 +1,752 @@
+"""The fault matrix: each fault injected into a simulated Spark, what the operator sees, how the host ends.
+
+    python -m simulator.matrix --world faults [--only NAME…] [--docs docs/fault-matrix.md] [--json FILE]
+
+The world has the engine that fails on command (`up --engine fault`) and Sparks that serve. Rows are shared out over
+them; each begins and ends with a Spark that has answered a question.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from simulator import faults
+from simulator.shell import SimulatorError
+from simulator.world import REPOSITORY, World, run_in
+
+ROOT = Path(__file__).resolve().parents[1]
+QUESTION = "What is the capital of France? Answer in one short sentence."
+SERVICE = "vllm-llama31-8b-fp8"
+NEXT, FOREIGN, NOWHERE = (f"nvcr.io/nvidia/vllm:25.{month}-py3" for month in ("10", "11", "99"))
+#: The inventory's settings for all rows: hours compressed to seconds.
+BASE = {
+    "sparkfleet_start_timeout": 12,
+    "sparkfleet_guard_interval": 0.3,
+    "sparkfleet_guard_wedge_seconds": 5,
+    "sparkfleet_guard_canary_interval": 1.5,
+    "sparkfleet_guard_canary_timeout": 1.5,
+    "sparkfleet_guard_restart_window": 600,
+}
+END_SECONDS = 75.0  # until a host must be as the row says
+SERVES, SERVES_NEW, BEFORE, STOPPED = "serves the old", "serves the new", "untouched", "stopped"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One fault. `act` brings it about and returns what the operator saw; `sees` must all be in that. `ends`: how the
+    host must be then. `diagnosis`: what diagnose must name, "" where the fault leaves no trace."""
+
+    name: str
+    where: str
+    what: str
+    act: Callable[[Spark], str]
+    sees: tuple[str, ...]
+    ends: str
+    diagnosis: str = ""
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What came of a row."""
+
+    row: Row
+    spark: str
+    seconds: float
+    problem: str = ""
+    gone: float | None = None  # seconds without an answer, by a prober outside
+    output: str = ""
+
+
+class Spark:
+    """A simulated Spark, as the rows use it."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world, self.name = world, name
+        self.port = int(world.state()["sparks"][name]["http"])
+
+    def sh(self, script: str) -> str:
+        """Run a script on the Spark as root; its output. Raises SimulatorError."""
+        code, output = run_in(self.world.container(self.name), ["sh", "-euc", script])
+        if code != 0:
+            raise SimulatorError(f"{self.name}: {script}: {output.strip() or code}")
+        return output
+
+    def start(self, playbook: str, **variables: Any) -> subprocess.Popen[str]:
+        """Begin to run a playbook against this Spark."""
+        values = json.dumps({**BASE, **variables})
+        argv = ["ansible-playbook", "-i", "inventory/simulated", playbook, "--limit", f"{self.name},localhost"]
+        environment = {**os.environ, "SPARKFLEET_WORLD": self.world.name, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
+        return subprocess.Popen(
+            [*argv, "-e", values],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def play(self, playbook: str = "site.yml", **variables: Any) -> str:
+        """Run a playbook to its end; what it printed."""
+        return self.start(playbook, **variables).communicate(timeout=300)[0]
+
+    def answers(self) -> bool:
+        """Whether it answers the question right, asked from outside."""
+        body = {"model": REPOSITORY, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 32}
+        url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=2) as answer:  # noqa: S310 - http, loopback
+                return "Paris" in json.load(answer)["choices"][0]["message"]["content"]
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def release(self) -> str:
+        """The current release's number."""
+        return self.sh("readlink /opt/sparkfleet/current || true").strip().rpartition("/")[2]
+
+    def fingerprint(self) -> str:
+        """What must be the same on an untouched host: our containers with their starts, releases, settings."""
+        return self.sh(
+            "docker ps -a --no-trunc --filter label=com.docker.compose.project=sparkfleet -q | sort | xargs -r docker "
+            "inspect -f '{{.Id}} {{.State.Status}} {{.State.StartedAt}}'; readlink /opt/sparkfleet/current; "
+            "cd /opt/sparkfleet && find releases -name compose.yml | sort | xargs sha256sum; "
+            "sha256sum /etc/sparkfleet/*"
+        )
+
+    def guard(self) -> dict[str, Any]:
+        """The guard's record."""
+        found: dict[str, Any] = json.loads(self.sh("cat /var/lib/sparkfleet/guard-state.json"))
+        return found
+
+    def until(self, what: str, test: Callable[[], bool], seconds: float = END_SECONDS) -> float:
+        """Wait for something; the seconds it took. Raises SimulatorError."""
+        began = time.monotonic()
+        while True:
+            try:
+                if test():
+                    return time.monotonic() - began
+            except SimulatorError:  # the host is being restarted
+                pass
+            if time.monotonic() - began > seconds:
+                raise SimulatorError(f"{self.name}: not within {seconds:.0f} s: {what}")
+            time.sleep(0.2)
+
+    def phase(self, *names: str) -> None:
+        """Wait until a switch that runs is in one of these phases."""
+        script = (
+            "systemctl -q is-active sparkfleet-switch && "
+            'sed -n \'s/^  "phase": "\\(.*\\)",$/\\1/p\' /var/lib/sparkfleet/switch.json || true'
+        )
+        self.until(f"phase {'/'.join(names)}", lambda: self.sh(script).strip() in names, 40)
+
+    def command(self, word: str) -> None:
+        """Tell the running engine to fail. (docker exec: needs a memlock limit that this machine cannot give.)"""
+        self.sh(f"echo {word} >/proc/$(docker inspect -f '{{{{.State.Pid}}}}' {SERVICE})/root/tmp/simulated-fault")
+
+    def diagnose(self) -> list[str]:
+        """The ids that diagnose names."""
+        self.play("playbooks/diagnose.yml")
+        report = ROOT / ".sparkfleet" / "reports" / f"{self.name}-diagnose.json"
+        return [item["id"] for item in json.loads(report.read_text(encoding="utf-8"))["findings"]]
+
+
+# -- ways to bring a fault about -----------------------------------------------------------------------------------
+
+
+def at_start(fault: str, **more: Any) -> Callable[[Spark], str]:
+    """A release whose engine fails in this way."""
+    return lambda spark: spark.play(sparkfleet_environment={"SIMULATED_FAULT": fault}, **more)
+
+
+def playing(playbook: str, **variables: Any) -> Callable[[Spark], str]:
+    """An ordinary run."""
+    return lambda spark: spark.play(playbook, **variables)
+
+
+def broken(fault: str, playbook: str = "site.yml", **variables: Any) -> Callable[[Spark], str]:
+    """A run on a host with a fault of `python -m simulator break`."""
+
+    def act(spark: Spark) -> str:
+        faults.break_(spark.world, spark.name, [fault])
+        return spark.play(playbook, **variables)
+
+    return act
+
+
+def meanwhile(phase: Sequence[str], harm: Callable[[Spark, subprocess.Popen[str]], None]) -> Callable[[Spark], str]:
+    """A deployment that is harmed in a phase of its switch."""
+
+    def act(spark: Spark) -> str:
+        slow = {"SIMULATED_LOAD_SECONDS": "5"}
+        run = spark.start("site.yml", sparkfleet_environment=slow)
+        spark.phase(*phase)
+        harm(spark, run)
+        return run.communicate(timeout=300)[0]
+
+    return act
+
+
+def reboot(spark: Spark, run: subprocess.Popen[str]) -> None:
+    """A reset of the host."""
+    spark.world.reboot(spark.name)
+
+
+def kill_docker(spark: Spark, run: subprocess.Popen[str]) -> None:
+    """Docker's daemon dies; systemd starts it again."""
+    spark.sh("systemctl kill --signal=KILL docker.service")
+
+
+def kill_job(spark: Spark, run: subprocess.Popen[str]) -> None:
+    """The job on the host dies."""
+    spark.sh("systemctl kill --signal=KILL sparkfleet-switch.service")
+
+
+def kill_controller(spark: Spark, run: subprocess.Popen[str]) -> None:
+    """The controller is gone, without a word."""
+    run.kill()
+
+
+def interrupt_controller(spark: Spark, run: subprocess.Popen[str]) -> None:
+    """Ctrl-C."""
+    run.send_signal(2)
+
+
+def cut_ssh(spark: Spark, run: subprocess.Popen[str]) -> None:
+    """Every session of ssh ends, the one that Ansible keeps open too."""
+    spark.sh("kill -9 $(pgrep -x sshd-session)")
+
+
+def command(word: str) -> Callable[[Spark], None]:
+    """An engine that serves fails on command."""
+    return lambda spark: spark.command(word)
+
+
+def healed(harm: Callable[[Spark], None]) -> Callable[[Spark], str]:
+    """Harm an engine that serves, and wait until the guard has started it anew; what it noted of that."""
+
+    def act(spark: Spark) -> str:
+        known = len(spark.guard()["restarts"])
+        harm(spark)
+        spark.until(
+            "the guard heals it",
+            lambda: len(spark.guard()["restarts"]) > known and spark.guard()["engine"] == "serving",
+        )
+        return json.dumps(spark.guard()["restarts"][known:])
+
+    return act
+
+
+def crash_loop(spark: Spark) -> str:
+    """The engine crashes after every start, until the guard gives up."""
+    spark.command("crash")
+    spark.until("the guard gives up", lambda: spark.guard()["engine"] == "given-up")
+    before = spark.sh(f"docker inspect -f '{{{{.State.StartedAt}}}}' {SERVICE}")
+    time.sleep(3)
+    after = spark.sh(f"docker inspect -f '{{{{.State.StartedAt}}}} {{{{.State.Status}}}}' {SERVICE}")
+    guard = spark.guard()
+    kept = before.strip() in after and "exited" in after
+    return f"{len(guard['restarts'])} restarts, {'stays stopped' if kept else 'started again'}: {guard['given_up']}"
+
+
+def kill_engine(spark: Spark) -> None:
+    """kill -9 of the engine's process."""
+    spark.sh(f"kill -9 $(docker inspect -f '{{{{.State.Pid}}}}' {SERVICE})")
+
+
+def slow_tokens(spark: Spark) -> str:
+    """Tokens far below what memory allows."""
+    spark.command("slow")
+    return ""
+
+
+def quiet_hour(spark: Spark) -> str:
+    """Long prefills one after the other, each far longer than what a wedge is told by."""
+    before = spark.guard()["restarts_total"]
+    for seconds in (7, 9):
+        body = json.dumps({"model": REPOSITORY, "prompt": f"prefill {seconds}", "max_tokens": 4}).encode()
+        url = f"http://127.0.0.1:{spark.port}/v1/completions"
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310 - http, loopback
+            answer.read()
+    after = spark.guard()["restarts_total"]
+    return "no restart" if after == before else f"restarted: {before} → {after}"
+
+
+def stopped_by_hand(spark: Spark) -> str:
+    """docker stop, and time for the guard to notice."""
+    spark.sh(f"docker stop -t 2 {SERVICE}")
+    time.sleep(3)
+    return str(spark.guard()["engine"])
+
+
+def port_between(spark: Spark) -> str:
+    """A foreigner takes the port of a stopped engine."""
+    spark.sh(f"docker stop -t 2 {SERVICE}")
+    faults.break_(spark.world, spark.name, ["port"])
+    return spark.play("playbooks/start.yml")
+
+
+def corrupt_cache(spark: Spark) -> str:
+    """A file of the model is cut; the look finds it, fetch mends it."""
+    spark.sh("f=$(find -L /opt/hf/models--*/snapshots -name '*.safetensors' | head -n 1); truncate -s -4096 \"$f\"")
+    return spark.play()
+
+
+def two_controllers(spark: Spark) -> str:
+    """A second run that wants something else, while the first one's switch runs."""
+    first = spark.start("site.yml", sparkfleet_environment={"SIMULATED_LOAD_SECONDS": "6"})
+    spark.phase("waiting")
+    second = spark.play(sparkfleet_vllm_max_num_seqs=7)
+    return f"{second}\n--- the first one:\n{first.communicate(timeout=300)[0]}"
+
+
+def two_that_agree(spark: Spark) -> str:
+    """A second run that wants the same."""
+    wanted = {"SIMULATED_LOAD_SECONDS": "7"}
+    first = spark.start("site.yml", sparkfleet_environment=wanted)
+    spark.phase("waiting")
+    second = spark.play(sparkfleet_environment=wanted)
+    return f"{second}\n--- the first one:\n{first.communicate(timeout=300)[0]}"
+
+
+BACK = "was started again and is verified"
+STARTS = {
+    "memory-refused": "less memory free than vLLM asks for",
+    "memory-profiling": "memory freed while vLLM measures it",
+    "kv-cache-too-small": "no room for one sequence",
+    "out-of-memory": "CUDA out of memory while loading",
+    "triton-sm121a": "ptxas does not know sm_121a",
+    "fp8-cutlass": "an FP8 kernel of CUTLASS fails",
+    "kernel-image-missing": "no code for the GPU in the image",
+    "driver-too-old": "the driver is older than the image's CUDA",
+    "gpu-invisible": "the container sees no GPU",
+    "disk-full": "the disk is full when the engine starts",
+    "download-incomplete": "a file of weights is cut",
+    "model-not-in-cache": "files are missing, and the engine is offline",
+    "context-too-long": "max_model_len beyond the model's context",
+    "model-unsupported": "an architecture that this vLLM does not know",
+    "engine-killed": "the engine is killed (137) while it loads",
+    "start-timeout": "the engine never gets ready",
+}
+ANSWERS = {
+    "answer-wrong": ("answer-wrong", "the engine answers Rome"),
+    "answer-degenerate": ("answer-degenerate", "one token over and over"),
+    "answer-empty": ("answer-degenerate", "the answer is empty"),
+    "stream-broken": ("stream-broken", "the event stream ends half way"),
+    "model-not-served": ("model-not-served", "another model is served"),
+    "request-refused": ("request-refused", "requests get HTTP 500"),
+}
+
+
+def rows() -> list[Row]:
+    """The matrix; long rows first, so that Sparks end at about the same time."""
+    found = [
+        *(
+            Row(
+                f"host rebooted: {phase[0]}",
+                "host",
+                f"reset in the phase {phase[0]} of a switch",
+                meanwhile(phase, reboot),
+                (),
+                SERVES,
+                "switch-interrupted",
+            )
+            for phase in (("starting", "waiting"), ("waiting",))
+        ),
+        Row(
+            "Docker killed",
+            "Docker",
+            "dockerd killed while an engine loads",
+            meanwhile(("waiting",), kill_docker),
+            (),
+            SERVES_NEW,
+        ),
+        Row(
+            "crash loop",
+            "engine",
+            "crashes after every start",
+            crash_loop,
+            ("3 restarts, stays stopped",),
+            STOPPED,
+            "guard-gave-up",
+        ),
+        Row(
+            "wedge",
+            "engine",
+            "/health 200, no token comes",
+            healed(command("engine-wedged once")),
+            ('"wedge"',),
+            SERVES,
+            "engine-wedged",
+        ),
+        Row(
+            "job killed",
+            "host",
+            "SIGKILL of the switch's process",
+            meanwhile(("waiting",), kill_job),
+            (BACK, "[switch-interrupted]"),
+            SERVES,
+            "switch-interrupted",
+        ),
+        Row("long prefills", "engine", "no token for longer than a wedge takes", quiet_hour, ("no restart",), BEFORE),
+        Row(
+            "two controllers",
+            "controllers",
+            "another run wants something else",
+            two_controllers,
+            ("is switching this host to release", "[switch-running-other]", "it is the current release now"),
+            SERVES_NEW,
+        ),
+        Row("two that agree", "controllers", "another run wants the same", two_that_agree, ("joined: ",), SERVES_NEW),
+        Row(
+            "controller killed",
+            "controllers",
+            "SIGKILL of ansible-playbook in a switch",
+            meanwhile(("waiting",), kill_controller),
+            (),
+            SERVES_NEW,
+        ),
+        Row(
+            "Ctrl-C",
+            "controllers",
+            "SIGINT of ansible-playbook in a switch",
+            meanwhile(("waiting",), interrupt_controller),
+            (),
+            SERVES_NEW,
+        ),
+        Row("ssh cut", "SSH", "every ssh session ended in a switch", meanwhile(("waiting",), cut_ssh), (), SERVES_NEW),
+        Row(
+            "crash",
+            "engine",
+            "EngineDeadError, once",
+            healed(command("crash once")),
+            ('"crash"',),
+            SERVES,
+            "engine-crashed",
+        ),
+        Row(
+            "engine killed",
+            "engine",
+            "kill -9 of the engine that serves",
+            healed(kill_engine),
+            ('"crash"',),
+            SERVES,
+            "engine-crashed",
+        ),
+        Row(
+            "port taken",
+            "port",
+            "a foreigner listens when the engine is started",
+            port_between,
+            ("[port-taken]", "nothing serves"),
+            STOPPED,
+            "port-taken",
+        ),
+        *(
+            Row(name, "engine", what, at_start(name), (f"[{name}]", BACK), SERVES, name)
+            for name, what in STARTS.items()
+        ),
+        *(
+            Row(name, "engine", what, at_start(name), (f"[{failure}]", BACK), SERVES, failure)
+            for name, (failure, what) in ANSWERS.items()
+        ),
+        Row(
+            "argument-unknown",
+            "engine",
+            "an argument that this vLLM does not have",
+            playing("site.yml", sparkfleet_vllm_no_such_thing=1),
+            ("[argument-unknown]", BACK),
+            SERVES,
+            "argument-unknown",
+        ),
+        Row(
+            "capability-warning",
+            "engine",
+            "warning of capability 12.1",
+            at_start("capability-warning"),
+            ("it is the current release now",),
+            SERVES_NEW,
+            "capability-warning",
+        ),
+        Row(
+            "slow tokens",
+            "engine",
+            "2.5 tokens a second",
+            slow_tokens,
+            (),
+            BEFORE,
+            "low-throughput",
+        ),
+        Row(
+            "stopped by hand",
+            "host",
+            "docker stop by a person",
+            stopped_by_hand,
+            ("stopped",),
+            STOPPED,
+            "engine-stopped",
+        ),
+        Row("corrupt file", "Hub", "a file of the cached model is cut", corrupt_cache, ("fetch: download",), SERVES),
+        Row(
+            "upgrade",
+            "registry",
+            "none: a good image",
+            playing("playbooks/upgrade.yml", sparkfleet_image=NEXT),
+            ("it is the current release now",),
+            SERVES_NEW,
+        ),
+        Row(
+            "image unknown",
+            "registry",
+            "a tag that does not exist",
+            playing("playbooks/upgrade.yml", sparkfleet_image=NOWHERE, sparkfleet_require_gb10=False),
+            ("[image-unknown]",),
+            BEFORE,
+        ),
+        Row(
+            "image of another processor",
+            "registry",
+            "an image for another processor",
+            playing("playbooks/upgrade.yml", sparkfleet_image=FOREIGN),
+            ("[image-platform]",),
+            BEFORE,
+        ),
+        Row(
+            "registry unreachable",
+            "registry",
+            "nothing listens at nvcr.io",
+            broken("registry", "playbooks/upgrade.yml", sparkfleet_image="nvcr.io/nvidia/vllm:25.12-py3"),
+            ("[registry-unreachable]",),
+            BEFORE,
+        ),
+        Row(
+            "Hub unreachable",
+            "Hub",
+            "nothing listens at huggingface.co",
+            broken("hub", "playbooks/switch.yml", sparkfleet_model="qwen3-8b-fp8"),
+            ("[hub-unreachable]",),
+            BEFORE,
+        ),
+        Row(
+            "no access to the model",
+            "Hub",
+            "the Hub does not know the model",
+            playing("playbooks/switch.yml", sparkfleet_model="qwen3-8b-fp8"),
+            ("[hub-",),
+            BEFORE,
+        ),
+        Row(
+            "memory taken",
+            "memory",
+            "another process holds 85 GiB",
+            broken("memory", sparkfleet_vllm_max_num_seqs=9, sparkfleet_vllm_gpu_memory_utilization=0.95),
+            ("[memory-short]",),
+            BEFORE,
+        ),
+        Row("clock wrong", "host", "the clock is three days behind", broken("clock"), ("[clock-wrong]",), BEFORE),
+        Row(
+            "driver replaced", "host", "nvidia-smi reports driver 535", broken("driver"), ("[driver-too-old]",), BEFORE
+        ),
+        Row(
+            "release that is not there",
+            "host",
+            "rollback to release 999",
+            playing("playbooks/rollback.yml", sparkfleet_release=999),
+            ("has no release 999; there are",),
+            BEFORE,
+        ),
+    ]
+    return found
+
+
+# -- the runner ----------------------------------------------------------------------------------------------------
+
+
+class Prober:
+    """Asks all the time; how long no right answer came."""
+
+    def __init__(self, spark: Spark) -> None:
+        self.spark, self.longest = spark, 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        last = time.monotonic()
+        while not self._over.is_set():
+            if self.spark.answers():
+                last = time.monotonic()
+            self.longest = max(self.longest, time.monotonic() - last)
+            self._over.wait(0.2)
+
+    def end(self) -> float:
+        """The longest time without an answer, s."""
+        self._over.set()
+        self._thread.join(5)
+        return self.longest
+
+
+def run_row(spark: Spark, row: Row) -> Outcome:
+    """One row on a Spark that serves; it serves again afterwards."""
+    began = time.monotonic()
+    outcome = Outcome(row, spark.name, 0.0)
+    release = ""
+    try:
+        before, release = spark.fingerprint(), spark.release()
+        prober = Prober(spark)
+        outcome.output = row.act(spark)
+        missing = [words for words in row.sees if words not in outcome.output]
+        if missing:
+            raise SimulatorError(f"the operator does not see {missing}")
+        check_end(spark, row, before, release)
+        outcome.gone = prober.end()
+        if row.diagnosis:
+            named = spark.diagnose()
+            if row.diagnosis not in named:
+                raise SimulatorError(f"diagnose names {named or 'nothing'}, not {row.diagnosis}")
+    except (SimulatorError, subprocess.SubprocessError, OSError) as error:
+        outcome.problem = str(error)
+    try:
+        mend(spark, release)
+    except (SimulatorError, subprocess.SubprocessError, OSError) as error:
+        outcome.problem = outcome.problem or f"not mended: {error}"
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+def check_end(spark: Spark, row: Row, before: str, release: str) -> None:
+    """Raise unless the host is as the row says."""
+    if row.ends == BEFORE:
+        after = spark.fingerprint()
+        if after != before:
+            raise SimulatorError(f"the host was changed:\n{before}\n---\n{after}")
+    elif row.ends == STOPPED:
+        if "running" in spark.sh(f"docker inspect -f '{{{{.State.Status}}}}' {SERVICE}"):
+            raise SimulatorError("the engine runs")
+        return
+    # The journal's steps have phases too; its own is the one that is indented least.
+    idle = (
+        '! systemctl -q is-active sparkfleet-switch && grep -q \'^  "phase": "done"\' /var/lib/sparkfleet/switch.json'
+    )
+    spark.until("no switch runs", lambda: bool(spark.sh(f"if {idle}; then echo yes; fi")))
+    wanted = {SERVES: spark.release() == release, SERVES_NEW: spark.release() != release, BEFORE: True}
+    if not wanted[row.ends]:
+        raise SimulatorError(f"current release is {spark.release()}, it was {release}; the row says: {row.ends}")
+    if row.name != "slow tokens":  # asked by diagnose
+        spark.until("a right answer", spark.answers)
+
+
+def mend(spark: Spark, release: str = "") -> None:
+    """Back to a Spark that serves what the inventory says; `release`: the one that does."""
+    spark.until("the host is there", lambda: spark.sh("docker version -f x >/dev/null; echo yes").strip() == "yes")
+    faults.mend(spark.world, spark.name, ())
+    # A fault's file lies in the container's own layer, and would outlive the row.
+    spark.sh(
+        f"layer=$(docker inspect -f '{{{{.GraphDriver.Data.UpperDir}}}}' {SERVICE} 2>/dev/null) || exit 0; "
+        'rm -f "$layer/tmp/simulated-fault"'
+    )
+    if release and release == spark.release() and spark.guard()["engine"] == "serving" and spark.answers():
+        return
+    output = ""
+    for _ in range(2):
+        output = spark.play()
+        if "failed=0" in output.rpartition("PLAY RECAP")[2] and spark.answers():
+            return
+    raise SimulatorError(f"site.yml does not bring it back:\n{output[-1500:]}")
+
+
+def run_all(world: World, wanted: Sequence[Row], say: Callable[[str], None]) -> list[Outcome]:
+    """All rows, shared out over the Sparks of the world."""
+    waiting: queue.Queue[Row] = queue.Queue()
+    for row in wanted:
+        waiting.put(row)
+    done: list[Outcome] = []
+
+    def work(name: str) -> None:
+        spark = Spark(world, name)
+        while True:
+            try:
+                row = waiting.get_nowait()
+            except queue.Empty:
+                return
+            outcome = run_row(spark, row)
+            done.append(outcome)
+            gone = f", {outcome.gone:.1f} s without an answer" if outcome.gone and outcome.gone > 1 else ""
+            state = "FAILED" if outcome.problem else row.ends
+            say(f"{len(done)}/{len(wanted)}  {name}  {row.name}: {state} ({outcome.seconds:.0f} s{gone})")
+            if outcome.problem:
+                say(f"    {outcome.problem}\n" + "\n".join(outcome.output.splitlines()[-25:]))
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in world.state()["sparks"]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    order = {row.name: place for place, row in enumerate(wanted)}
+    return sorted(done, key=lambda outcome: order[outcome.row.name])
+
+
+def markdown(outcomes: Sequence[Outcome]) -> str:
+    """The matrix as a page of the docs."""
+    lines = [
+        "# Fault matrix",
+        "",
+        "Made by `python -m simulator.matrix --docs docs/fault-matrix.md` from a run; `molecule test -s faults`",
+        "runs it. Each fault hits a simulated Spark that serves. Afterwards it is asked, from outside, the question",
+        "that it must answer, or compared with what it was: containers with their starts, releases, settings.",
+        "“Without an answer” is what a prober outside measured, with an engine that loads in a second.",
+        "",
+        "| fault | where | what is done | the operator sees | the host ends | diagnose names | without an answer |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for outcome in outcomes:
+        row = outcome.row
+        sees = ", ".join(f"`{re.sub(r'[|]', '', words)}`" for words in row.sees) or "-"
+        gone = f"{outcome.gone:.1f} s" if outcome.gone and outcome.gone > 1 else "-"
+        diagnosis = f"`{row.diagnosis}`" if row.diagnosis else "-"
+        lines.append(f"| {row.name} | {row.where} | {row.what} | {sees} | {row.ends} | {diagnosis} | {gone} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the matrix; 1 when a row does not hold."""
+    parser = argparse.ArgumentParser(prog="python -m simulator.matrix", description="The fault matrix.")
+    parser.add_argument("--world", default="faults")
+    parser.add_argument("--only", nargs="*", metavar="ROW", help="only rows whose name has one of these words")
+    parser.add_argument("--docs", type=Path, help="write the page of the docs")
+    parser.add_argument("--json", type=Path, help="write what was found")
+    options = parser.parse_args(argv)
+    wanted = [row for row in rows() if not options.only or any(word in row.name for word in options.only)]
+    began = time.monotonic()
+    world = World(options.world, lambda text: None)
+    if not world.state():
+        print(f"world {options.world} is not up: python -m simulator up --engine fault", file=sys.stderr)
+        return 1
+    for name in world.state()["sparks"]:
+        mend(Spark(world, name))
+    outcomes = run_all(world, wanted, lambda text: print(text, flush=True))
+    bad = [outcome for outcome in outcomes if outcome.problem]
+    print(f"{len(outcomes)} faults, {len(bad)} failed, {time.monotonic() - began:.0f} s")
+    if options.json:
+        data = [{**vars(item), "row": item.row.name} for item in outcomes]
+        options.json.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    if options.docs and not bad:
+        options.docs.write_text(markdown(outcomes), encoding="utf-8")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
