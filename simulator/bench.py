@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import re
 import statistics
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simulator.shell import SimulatorError
+from simulator.spark import SERVICE, Prober, Spark
 from simulator.world import World, progress, run_in
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +24,7 @@ TRIVIAL = ROOT / "simulator" / "bench_trivial.yml"
 #: Enough to make image and model the long part, as on a real line; Mbit/s.
 REGISTRY_MBIT, HUB_MBIT = 80.0, 30.0
 FLEET = 8
-PARTS = ("fresh", "no-op", "restart", "fleet")
+PARTS = ("fresh", "no-op", "restart", "recovery", "fleet")
 #: torch.compile, which the simulated engine leaves out unless asked; vLLM 0.32 fails to load what it compiled ahead of
 #: time for a CPU, and compiles again.
 COMPILED = (
@@ -133,6 +135,41 @@ def restart(runs: int, world: World) -> None:
     )
 
 
+#: What is done to an engine that serves, as a script on the Spark.
+CRASH = f"kill -9 $(docker inspect -f '{{{{.State.Pid}}}}' {SERVICE})"
+WEDGE = "kill -STOP $(pgrep -f '[V]LLM::EngineCore')"
+
+
+def recovery(world: World) -> None:
+    """A failed upgrade, a crash, a wedge: seconds without an answer, seen from outside, with the default settings."""
+    play(world.name, "site.yml")
+    spark = Spark(world, "spark-1", {})
+    release = spark.release()
+    prober = Prober(spark)
+    output = spark.play(sparkfleet_vllm_no_such_thing=1)
+    gone = prober.end()
+    if "was started again and is verified" not in output or spark.release() != release:
+        raise SimulatorError(f"the old release does not serve:\n{output[-2000:]}")
+    print(f"failed upgrade        {gone:6.1f} s   without an answer, then the old release by itself")
+
+    def serves() -> bool:
+        return bool(spark.guard()["engine"] == "serving" and spark.answers())
+
+    for name, harm in (("crash (kill -9)", CRASH), ("wedge (SIGSTOP)", WEDGE)):
+        spark.until("it serves", serves)
+        known, prober = len(spark.guard()["restarts"]), Prober(spark)
+        spark.sh(harm)
+        restarted = functools.partial(_restarted, spark, known)
+        spark.until("the guard starts it", restarted, START_SECONDS)
+        spark.until("a right answer", serves, START_SECONDS)
+        gone, noted = prober.end(), spark.guard()["restarts"][-1]
+        print(f"{name:21} {gone:6.1f} s   until it answered again, {noted['back_after_s']:.1f} s of it to start")
+
+
+def _restarted(spark: Spark, known: int) -> bool:
+    return len(spark.guard()["restarts"]) > known
+
+
 def start(world: World, between: str) -> float:
     """Remove the engine's container, run a command, start it; seconds from the start until /health answers."""
     spark, compose = world.container("spark-1"), "docker compose --project-directory /opt/sparkfleet"
@@ -175,6 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if "restart" in parts:
                 world.up(1, "dgxos", "vllm")
                 restart(min(options.runs, 3), world)
+            if "recovery" in parts:
+                world.up(1, "dgxos", "vllm")
+                recovery(world)
             if "fleet" in parts:
                 world.down()
                 fleet(options.runs, many)

@@ -1,6 +1,6 @@
 """The fault matrix: each fault injected into a simulated Spark, what the operator sees, how the host ends.
 
-    python -m simulator.matrix --world faults [--only NAME…] [--docs docs/fault-matrix.md] [--json FILE]
+    python -m simulator.matrix --world faults [--brief] [--only WORD…] [--docs docs/fault-matrix.md] [--json FILE]
 
 The world has the engine that fails on command (`up --engine fault`) and Sparks that serve. Rows are shared out over
 them; each begins and ends with a Spark that has answered a question.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import queue
 import re
 import subprocess
@@ -25,11 +24,9 @@ from typing import Any
 
 from simulator import faults
 from simulator.shell import SimulatorError
-from simulator.world import REPOSITORY, World, run_in
+from simulator.spark import SERVICE, Prober, Spark
+from simulator.world import REPOSITORY, World
 
-ROOT = Path(__file__).resolve().parents[1]
-QUESTION = "What is the capital of France? Answer in one short sentence."
-SERVICE = "vllm-llama31-8b-fp8"
 NEXT, FOREIGN, NOWHERE = (f"nvcr.io/nvidia/vllm:25.{month}-py3" for month in ("10", "11", "99"))
 #: The inventory's settings for all rows: hours compressed to seconds.
 BASE = {
@@ -40,8 +37,8 @@ BASE = {
     "sparkfleet_guard_canary_timeout": 1.5,
     "sparkfleet_guard_restart_window": 600,
 }
-END_SECONDS = 75.0  # until a host must be as the row says
-SERVES, SERVES_NEW, BEFORE, STOPPED = "serves the old", "serves the new", "untouched", "stopped"
+SERVES, SERVES_NEW, BEFORE = "serves the old", "serves the new", "untouched"
+STOPPED, CLEAN = "stopped", "no container is left"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,99 +67,6 @@ class Outcome:
     output: str = ""
 
 
-class Spark:
-    """A simulated Spark, as the rows use it."""
-
-    def __init__(self, world: World, name: str) -> None:
-        self.world, self.name = world, name
-        self.port = int(world.state()["sparks"][name]["http"])
-
-    def sh(self, script: str) -> str:
-        """Run a script on the Spark as root; its output. Raises SimulatorError."""
-        code, output = run_in(self.world.container(self.name), ["sh", "-euc", script])
-        if code != 0:
-            raise SimulatorError(f"{self.name}: {script}: {output.strip() or code}")
-        return output
-
-    def start(self, playbook: str, **variables: Any) -> subprocess.Popen[str]:
-        """Begin to run a playbook against this Spark."""
-        values = json.dumps({**BASE, **variables})
-        argv = ["ansible-playbook", "-i", "inventory/simulated", playbook, "--limit", f"{self.name},localhost"]
-        environment = {**os.environ, "SPARKFLEET_WORLD": self.world.name, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
-        return subprocess.Popen(
-            [*argv, "-e", values],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-
-    def play(self, playbook: str = "site.yml", **variables: Any) -> str:
-        """Run a playbook to its end; what it printed."""
-        return self.start(playbook, **variables).communicate(timeout=300)[0]
-
-    def answers(self) -> bool:
-        """Whether it answers the question right, asked from outside."""
-        body = {"model": REPOSITORY, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 32}
-        url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
-        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=2) as answer:  # noqa: S310 - http, loopback
-                return "Paris" in json.load(answer)["choices"][0]["message"]["content"]
-        except (OSError, ValueError, KeyError):
-            return False
-
-    def release(self) -> str:
-        """The current release's number."""
-        return self.sh("readlink /opt/sparkfleet/current || true").strip().rpartition("/")[2]
-
-    def fingerprint(self) -> str:
-        """What must be the same on an untouched host: our containers with their starts, releases, settings."""
-        return self.sh(
-            "docker ps -a --no-trunc --filter label=com.docker.compose.project=sparkfleet -q | sort | xargs -r docker "
-            "inspect -f '{{.Id}} {{.State.Status}} {{.State.StartedAt}}'; readlink /opt/sparkfleet/current; "
-            "cd /opt/sparkfleet && find releases -name compose.yml | sort | xargs sha256sum; "
-            "sha256sum /etc/sparkfleet/*"
-        )
-
-    def guard(self) -> dict[str, Any]:
-        """The guard's record."""
-        found: dict[str, Any] = json.loads(self.sh("cat /var/lib/sparkfleet/guard-state.json"))
-        return found
-
-    def until(self, what: str, test: Callable[[], bool], seconds: float = END_SECONDS) -> float:
-        """Wait for something; the seconds it took. Raises SimulatorError."""
-        began = time.monotonic()
-        while True:
-            try:
-                if test():
-                    return time.monotonic() - began
-            except SimulatorError:  # the host is being restarted
-                pass
-            if time.monotonic() - began > seconds:
-                raise SimulatorError(f"{self.name}: not within {seconds:.0f} s: {what}")
-            time.sleep(0.2)
-
-    def phase(self, *names: str) -> None:
-        """Wait until a switch that runs is in one of these phases."""
-        script = (
-            "systemctl -q is-active sparkfleet-switch && "
-            'sed -n \'s/^  "phase": "\\(.*\\)",$/\\1/p\' /var/lib/sparkfleet/switch.json || true'
-        )
-        self.until(f"phase {'/'.join(names)}", lambda: self.sh(script).strip() in names, 40)
-
-    def command(self, word: str) -> None:
-        """Tell the running engine to fail. (docker exec: needs a memlock limit that this machine cannot give.)"""
-        self.sh(f"echo {word} >/proc/$(docker inspect -f '{{{{.State.Pid}}}}' {SERVICE})/root/tmp/simulated-fault")
-
-    def diagnose(self) -> list[str]:
-        """The ids that diagnose names."""
-        self.play("playbooks/diagnose.yml")
-        report = ROOT / ".sparkfleet" / "reports" / f"{self.name}-diagnose.json"
-        return [item["id"] for item in json.loads(report.read_text(encoding="utf-8"))["findings"]]
-
-
 # -- ways to bring a fault about -----------------------------------------------------------------------------------
 
 
@@ -186,12 +90,17 @@ def broken(fault: str, playbook: str = "site.yml", **variables: Any) -> Callable
     return act
 
 
-def meanwhile(phase: Sequence[str], harm: Callable[[Spark, subprocess.Popen[str]], None]) -> Callable[[Spark], str]:
-    """A deployment that is harmed in a phase of its switch."""
+def meanwhile(
+    phase: Sequence[str],
+    harm: Callable[[Spark, subprocess.Popen[str]], None],
+    before: Callable[[Spark], object] = lambda spark: None,
+    **environment: str,
+) -> Callable[[Spark], str]:
+    """A deployment that is harmed in a phase of its switch. `before`: what is done to the engine that serves."""
 
     def act(spark: Spark) -> str:
-        slow = {"SIMULATED_LOAD_SECONDS": "5"}
-        run = spark.start("site.yml", sparkfleet_environment=slow)
+        before(spark)
+        run = spark.start("site.yml", sparkfleet_environment=environment or {"SIMULATED_LOAD_SECONDS": "5"})
         spark.phase(*phase)
         harm(spark, run)
         return run.communicate(timeout=300)[0]
@@ -299,6 +208,12 @@ def port_between(spark: Spark) -> str:
     return spark.play("playbooks/start.yml")
 
 
+def first_deployment(spark: Spark) -> str:
+    """A host without Sparkfleet, and an engine that does not start there."""
+    removed = spark.play("playbooks/remove.yml", sparkfleet_confirm=True)
+    return removed + spark.play(sparkfleet_environment={"SIMULATED_FAULT": "memory-refused"})
+
+
 def corrupt_cache(spark: Spark) -> str:
     """A file of the model is cut; the look finds it, fetch mends it."""
     spark.sh("f=$(find -L /opt/hf/models--*/snapshots -name '*.safetensors' | head -n 1); truncate -s -4096 \"$f\"")
@@ -351,27 +266,51 @@ ANSWERS = {
 }
 
 
+#: Rows of STARTS and ANSWERS that stand for their kind in a brief run: the others differ in the engine's words, which
+#: tests/unit/test_fault_engine.py reads.
+EXAMPLES = ("memory-refused", "engine-killed", "start-timeout", "answer-wrong", "stream-broken")
+
+
+def brief(row: Row) -> bool:
+    """Whether a row is part of a brief run."""
+    return row.name in EXAMPLES or row.name not in {**STARTS, **ANSWERS}
+
+
 def rows() -> list[Row]:
     """The matrix; long rows first, so that Sparks end at about the same time."""
     found = [
         *(
             Row(
-                f"host rebooted: {phase[0]}",
+                f"host rebooted: {name}",
                 "host",
-                f"reset in the phase {phase[0]} of a switch",
-                meanwhile(phase, reboot),
-                (),
+                f"reset while {name}",
+                act,
+                ("connection lost", "connected again", BACK),
                 SERVES,
-                "switch-interrupted",
+                diagnosis,
             )
-            for phase in (("starting", "waiting"), ("waiting",))
+            for name, act, diagnosis in (
+                ("the old engine stops", meanwhile(("stopping",), reboot, command("slow-stop")), "switch-interrupted"),
+                ("the new engine starts", meanwhile(("starting", "waiting"), reboot), "switch-interrupted"),
+                ("the new engine loads", meanwhile(("waiting",), reboot), "switch-interrupted"),
+                (
+                    "the new engine is asked",
+                    meanwhile(("verifying",), reboot, SIMULATED_FAULT="slow"),
+                    "switch-interrupted",
+                ),
+                (
+                    "the old engine is brought back",
+                    meanwhile(("restore-waiting",), reboot, command("slow-load"), SIMULATED_FAULT="out-of-memory"),
+                    "out-of-memory",
+                ),
+            )
         ),
         Row(
             "Docker killed",
             "Docker",
             "dockerd killed while an engine loads",
             meanwhile(("waiting",), kill_docker),
-            (),
+            ("it is the current release now",),
             SERVES_NEW,
         ),
         Row(
@@ -416,7 +355,7 @@ def rows() -> list[Row]:
             "controllers",
             "SIGKILL of ansible-playbook in a switch",
             meanwhile(("waiting",), kill_controller),
-            (),
+            ("starting release",),
             SERVES_NEW,
         ),
         Row(
@@ -424,10 +363,26 @@ def rows() -> list[Row]:
             "controllers",
             "SIGINT of ansible-playbook in a switch",
             meanwhile(("waiting",), interrupt_controller),
-            (),
+            ("User interrupted execution",),
             SERVES_NEW,
         ),
-        Row("ssh cut", "SSH", "every ssh session ended in a switch", meanwhile(("waiting",), cut_ssh), (), SERVES_NEW),
+        Row(
+            "ssh cut",
+            "SSH",
+            "every ssh session ended in a switch",
+            meanwhile(("waiting",), cut_ssh),
+            ("connection lost", "connected again", "it is the current release now"),
+            SERVES_NEW,
+        ),
+        Row(
+            "first deployment",
+            "engine",
+            "the first release of a host does not start",
+            first_deployment,
+            ("There was no release before it: its container was removed", "[memory-refused]"),
+            CLEAN,
+            "memory-refused",
+        ),
         Row(
             "crash",
             "engine",
@@ -575,30 +530,6 @@ def rows() -> list[Row]:
 # -- the runner ----------------------------------------------------------------------------------------------------
 
 
-class Prober:
-    """Asks all the time; how long no right answer came."""
-
-    def __init__(self, spark: Spark) -> None:
-        self.spark, self.longest = spark, 0.0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        last = time.monotonic()
-        while not self._over.is_set():
-            if self.spark.answers():
-                last = time.monotonic()
-            self.longest = max(self.longest, time.monotonic() - last)
-            self._over.wait(0.2)
-
-    def end(self) -> float:
-        """The longest time without an answer, s."""
-        self._over.set()
-        self._thread.join(5)
-        return self.longest
-
-
 def run_row(spark: Spark, row: Row) -> Outcome:
     """One row on a Spark that serves; it serves again afterwards."""
     began = time.monotonic()
@@ -636,6 +567,11 @@ def check_end(spark: Spark, row: Row, before: str, release: str) -> None:
     elif row.ends == STOPPED:
         if "running" in spark.sh(f"docker inspect -f '{{{{.State.Status}}}}' {SERVICE}"):
             raise SimulatorError("the engine runs")
+        return
+    elif row.ends == CLEAN:
+        left = spark.sh("docker ps -aq --filter label=com.docker.compose.project=sparkfleet").strip()
+        if left or spark.release():
+            raise SimulatorError(f"containers {left or 'none'}, release {spark.release() or 'none'} are left")
         return
     # The journal's steps have phases too; its own is the one that is indented least.
     idle = (
@@ -676,7 +612,8 @@ def run_all(world: World, wanted: Sequence[Row], say: Callable[[str], None]) -> 
     done: list[Outcome] = []
 
     def work(name: str) -> None:
-        spark = Spark(world, name)
+        spark = Spark(world, name, BASE)
+        mend(spark)
         while True:
             try:
                 row = waiting.get_nowait()
@@ -714,11 +651,20 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
     ]
     for outcome in outcomes:
         row = outcome.row
-        sees = ", ".join(f"`{re.sub(r'[|]', '', words)}`" for words in row.sees) or "-"
+        sees = " / ".join(dict.fromkeys(quote(outcome.output, words) for words in row.sees)) or "-"
         gone = f"{outcome.gone:.1f} s" if outcome.gone and outcome.gone > 1 else "-"
         diagnosis = f"`{row.diagnosis}`" if row.diagnosis else "-"
         lines.append(f"| {row.name} | {row.where} | {row.what} | {sees} | {row.ends} | {diagnosis} | {gone} |")
     return "\n".join(lines) + "\n"
+
+
+def quote(output: str, words: str) -> str:
+    """The line of an output that has these words, short enough for a table."""
+    line = next((line for line in output.splitlines() if words in line), words)
+    line = re.sub(r"^(fatal: )?(\[?spark-\d\]?:? +)+(\d+ s  )?", "", line.strip()).replace("|", "/")
+    if len(line) > 150:
+        line = line[:110].rpartition(" ")[0] + " …" + ("" if words in line[:110] else f" {words}")
+    return f"`{line}`"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -726,17 +672,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m simulator.matrix", description="The fault matrix.")
     parser.add_argument("--world", default="faults")
     parser.add_argument("--only", nargs="*", metavar="ROW", help="only rows whose name has one of these words")
+    parser.add_argument("--brief", action="store_true", help="of rows that differ only in the engine's words, some")
     parser.add_argument("--docs", type=Path, help="write the page of the docs")
     parser.add_argument("--json", type=Path, help="write what was found")
     options = parser.parse_args(argv)
     wanted = [row for row in rows() if not options.only or any(word in row.name for word in options.only)]
+    wanted = [row for row in wanted if not options.brief or brief(row)]
     began = time.monotonic()
     world = World(options.world, lambda text: None)
     if not world.state():
         print(f"world {options.world} is not up: python -m simulator up --engine fault", file=sys.stderr)
         return 1
-    for name in world.state()["sparks"]:
-        mend(Spark(world, name))
     outcomes = run_all(world, wanted, lambda text: print(text, flush=True))
     bad = [outcome for outcome in outcomes if outcome.problem]
     print(f"{len(outcomes)} faults, {len(bad)} failed, {time.monotonic() - began:.0f} s")

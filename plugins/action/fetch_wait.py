@@ -22,6 +22,8 @@ from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
+from sparkfleet.patience import Patience
+
 FOLDER = "/run/sparkfleet/fetch"
 SLICE = 3.0  # seconds of one long poll; also the shortest time between two lines
 AT_LEAST = 10.0  # seconds after which a line is printed though nothing moved
@@ -120,6 +122,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             raise AnsibleActionFail("fetch_wait: jobs must be a list of {name, job}")
         pairs = [entry(given) for given in wanted]
         host = str(task_vars.get("inventory_hostname", "localhost"))
+        self._patience = Patience(self, host, display.display)
         began = shown_at = time.monotonic()
         shown = ""
         while True:
@@ -157,7 +160,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         # With one job known to have failed there is nothing to wait for; still say how the others are.
         failed = any(state is not None and state["state"] == "failed" for _, state in pairs)
         if queries:
-            answer = self._execute_module(
+            answer = self._patience.execute(
                 module_name="fetch_status",
                 module_args={"jobs": queries, "slice": 0.0 if failed else SLICE},
                 task_vars=task_vars,

@@ -13,12 +13,14 @@ The job runs on the host: a broken connection or Ctrl-C does not end it, and the
 
 from __future__ import annotations
 
+import secrets
 from typing import Any
 
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
 from sparkfleet import controller
+from sparkfleet.patience import Patience
 from sparkfleet.switch import Follower
 
 display = Display()
@@ -34,10 +36,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         task_vars = task_vars or {}
         result: dict[str, Any] = super().run(tmp, task_vars)
         host = str(task_vars.get("inventory_hostname", "localhost"))
-        options = {"controller": controller.name(), "slice": 3.0, **self._task.args}
-        follower = Follower(host, float(options["slice"]))
+        # With its name given here, a job that was begun by a call whose answer got lost is not begun twice.
+        options = {"controller": controller.name(), "slice": 3.0, "begin": secrets.token_hex(6), **self._task.args}
+        follower, patience = Follower(host, float(options["slice"])), Patience(self, host, display.display)
         while not follower.done:
-            answer = self._execute_module(
+            answer = patience.execute(
                 module_name="release_switch", module_args={**options, **follower.asks()}, task_vars=task_vars
             )
             if answer.get("failed") or not answer.get("journal"):

@@ -27,6 +27,7 @@ options:
   recreate: {description: Make the container anew though its file has not changed., type: bool, default: false}
   project_dir: {description: Folder of the releases., type: path, default: /opt/sparkfleet}
   state_dir: {description: Folder of the journal., type: path, default: /var/lib/sparkfleet}
+  begin: {description: Name of the job that this call begins unless it is there. The action's., type: str, default: ""}
   id: {description: The job to look at; empty to begin one. The action's., type: str, default: ""}
   slice: {description: Seconds of one long poll., type: float, default: 3}
   recover: {description: End a job that was killed., type: bool, default: true}
@@ -118,12 +119,14 @@ def spawn(module: AnsibleModule, store: Store, words: list[str]) -> None:
 def begin(module: AnsibleModule, store: Store) -> tuple[str, bool]:
     """Begin a job, or join the one that does the same: its id, and whether it was joined."""
     params = module.params
+    id_ = params["begin"] or secrets.token_hex(6)
+    if (store.switch() or {}).get("id") == id_:  # begun by a call whose answer was lost with the connection
+        return id_, False
     if store.switch_active():
         journal = store.switch() or {}
         if journal.get("to") == params["to"] and journal.get("phase") not in ("", DONE):
             return str(journal["id"]), True
         module.fail_json(msg=f"{who(journal)}; run again when that is over", failure="switch-running-other")
-    id_ = secrets.token_hex(6)
     words = [f"--{key}={params[key]}" for key in ("to", "mode", "controller", "verb", "keep")]
     words += [f"--id={id_}", f"--start-timeout={params['start_timeout']}"]
     spawn(module, store, [*words, *(["--recreate"] if params["recreate"] else [])])
@@ -182,7 +185,7 @@ def main() -> None:
         argument_spec={
             "to": {"type": "int", "required": True},
             "mode": {"type": "str", "choices": ["deploy", "rollback", "restart"], "default": "deploy"},
-            **dict.fromkeys(("verb", "controller", "id", "container", "cursor"), text),
+            **dict.fromkeys(("verb", "controller", "begin", "id", "container", "cursor"), text),
             "start_timeout": {"type": "float", "default": 1800.0},
             "keep": {"type": "int", "default": 5},
             "recreate": {"type": "bool", "default": False},

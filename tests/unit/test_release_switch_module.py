@@ -85,6 +85,14 @@ def test_a_job_is_begun_that_needs_no_connection(run: Run, job: Job, store: Stor
     assert "--start-timeout=600.0" in argv
 
 
+def test_a_job_whose_first_answer_was_lost_is_not_begun_twice(run: Run, job: Job, store: Store) -> None:
+    job.writes = {"phase": "done", "outcome": "restored"}
+    first = run(begin="0123456789ab")
+    assert first["id"] == "0123456789ab" and not first["joined"]
+    assert run(begin="0123456789ab")["journal"]["outcome"] == "restored"
+    assert len(job.started) == 1
+
+
 def test_check_mode_begins_nothing(run: Run, job: Job) -> None:
     assert run(check=True, to=9)["msg"] == "would switch to release 9"
     assert job.started == []

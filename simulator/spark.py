@@ -1,0 +1,139 @@
+"""A simulated Spark as those use it who harm and measure it: scripts, playbooks, questions from outside."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from simulator.shell import SimulatorError
+from simulator.world import REPOSITORY, World, run_in
+
+ROOT = Path(__file__).resolve().parents[1]
+QUESTION = "What is the capital of France? Answer in one short sentence."
+SERVICE = "vllm-llama31-8b-fp8"
+END_SECONDS = 75.0  # until a host must be as it is waited for
+
+
+class Spark:
+    """One Spark of a world. `variables`: of the inventory, for every run."""
+
+    def __init__(self, world: World, name: str, variables: Mapping[str, Any]) -> None:
+        self.world, self.name, self.variables = world, name, variables
+        self.port = int(world.state()["sparks"][name]["http"])
+
+    def sh(self, script: str) -> str:
+        """Run a script on the Spark as root; its output. Raises SimulatorError."""
+        code, output = run_in(self.world.container(self.name), ["sh", "-euc", script])
+        if code != 0:
+            raise SimulatorError(f"{self.name}: {script}: {output.strip() or code}")
+        return output
+
+    def start(self, playbook: str, **variables: Any) -> subprocess.Popen[str]:
+        """Begin to run a playbook against this Spark."""
+        values = json.dumps({**self.variables, **variables})
+        argv = ["ansible-playbook", "-i", "inventory/simulated", playbook, "--limit", f"{self.name},localhost"]
+        environment = {**os.environ, "SPARKFLEET_WORLD": self.world.name, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
+        return subprocess.Popen(
+            [*argv, "-e", values],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def play(self, playbook: str = "site.yml", **variables: Any) -> str:
+        """Run a playbook to its end; what it printed."""
+        return self.start(playbook, **variables).communicate(timeout=900)[0]
+
+    def answers(self) -> bool:
+        """Whether it answers the question right, asked from outside."""
+        body = {"model": REPOSITORY, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 32}
+        url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=2) as answer:  # noqa: S310 - http, loopback
+                return "Paris" in json.load(answer)["choices"][0]["message"]["content"]
+        except (OSError, http.client.HTTPException, ValueError, KeyError):
+            return False
+
+    def release(self) -> str:
+        """The current release's number."""
+        return self.sh("readlink /opt/sparkfleet/current || true").strip().rpartition("/")[2]
+
+    def fingerprint(self) -> str:
+        """What must be the same on an untouched host: our containers with their starts, releases, settings."""
+        return self.sh(
+            "docker ps -a --no-trunc --filter label=com.docker.compose.project=sparkfleet -q | sort | xargs -r docker "
+            "inspect -f '{{.Id}} {{.State.Status}} {{.State.StartedAt}}'; readlink /opt/sparkfleet/current; "
+            "cd /opt/sparkfleet && find releases -name compose.yml | sort | xargs sha256sum; "
+            "sha256sum /etc/sparkfleet/*"
+        )
+
+    def guard(self) -> dict[str, Any]:
+        """The guard's record."""
+        found: dict[str, Any] = json.loads(self.sh("cat /var/lib/sparkfleet/guard-state.json"))
+        return found
+
+    def until(self, what: str, test: Callable[[], bool], seconds: float = END_SECONDS) -> float:
+        """Wait for something; the seconds it took. Raises SimulatorError."""
+        began = time.monotonic()
+        while True:
+            try:
+                if test():
+                    return time.monotonic() - began
+            except SimulatorError:  # the host is being restarted
+                pass
+            if time.monotonic() - began > seconds:
+                raise SimulatorError(f"{self.name}: not within {seconds:.0f} s: {what}")
+            time.sleep(0.2)
+
+    def phase(self, *names: str) -> None:
+        """Wait until a switch that runs is in one of these phases."""
+        script = (
+            "systemctl -q is-active sparkfleet-switch && "
+            'sed -n \'s/^  "phase": "\\(.*\\)",$/\\1/p\' /var/lib/sparkfleet/switch.json || true'
+        )
+        self.until(f"phase {'/'.join(names)}", lambda: self.sh(script).strip() in names, 40)
+
+    def command(self, word: str) -> None:
+        """Tell the running engine to fail. (docker exec: needs a memlock limit that this machine cannot give.)"""
+        self.sh(f"echo {word} >/proc/$(docker inspect -f '{{{{.State.Pid}}}}' {SERVICE})/root/tmp/simulated-fault")
+
+    def diagnose(self) -> list[str]:
+        """The ids that diagnose names."""
+        self.play("playbooks/diagnose.yml")
+        report = ROOT / ".sparkfleet" / "reports" / f"{self.name}-diagnose.json"
+        return [item["id"] for item in json.loads(report.read_text(encoding="utf-8"))["findings"]]
+
+
+class Prober:
+    """Asks all the time; how long no right answer came."""
+
+    def __init__(self, spark: Spark) -> None:
+        self.spark, self.longest = spark, 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        last = time.monotonic()
+        while not self._over.is_set():
+            if self.spark.answers():
+                last = time.monotonic()
+            self.longest = max(self.longest, time.monotonic() - last)
+            self._over.wait(0.2)
+
+    def end(self) -> float:
+        """The longest time without an answer, s."""
+        self._over.set()
+        self._thread.join(5)
+        return self.longest

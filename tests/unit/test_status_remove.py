@@ -1,0 +1,169 @@
+"""What runs on a Spark for `status` and `remove`, against a Docker engine of a few lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import spark_remove
+from ansible.module_utils.sparkfleet_host import status
+from ansible.module_utils.sparkfleet_host.docker import Docker
+from ansible.module_utils.sparkfleet_host.releases import Store, write_json
+from ansible.module_utils.testing import patch_module_args
+
+from tests.unit.fake_engine import Engine
+from tests.unit.fake_vllm import Vllm
+
+LABELS = {"com.docker.compose.project": "sparkfleet", "com.docker.compose.service": "vllm-m"}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "project", tmp_path / "state", str(tmp_path / "lock"))
+
+
+def deploy(store: Store, engine: Engine, vllm: Vllm, state: str = "running") -> None:
+    """A release is current, and its container is in this state."""
+    verify = {"question": "q", "expect": "Paris", "prompt": "p", "prompt_expect": "Paris"}
+    plan = {"model": "m", "profile": "throughput", "repo": "org/m", "service": "vllm-m", "verify": verify}
+    port = int(vllm.url.rpartition(":")[2])
+    number = store.stage("services: {}\n", plan, {"model": "m", "service": "vllm-m", "port": port, "image": "i:1"})
+    store.commit(number, 100.0)
+    engine.routes["GET", "/containers/json"] = [
+        {"Id": "abc", "Names": ["/vllm-m"], "State": state, "Labels": LABELS},
+    ]
+
+
+def test_a_host_that_serves(store: Store, engine: Engine, docker: Docker, vllm: Vllm) -> None:
+    deploy(store, engine, vllm)
+    found = status.look(store, docker, 0)
+    assert found["engine"] == "serving" and found["healthy"] is True
+    assert found["containers"] == [{"name": "vllm-m", "service": "vllm-m", "state": "running"}]
+    assert found["releases"]["current"] == 1 and "generation_tokens" in found["figures"]
+
+
+@pytest.mark.parametrize(
+    ("state", "guard", "expected"),
+    [
+        ("running", {"engine": "wedged"}, "wedged"),
+        ("exited", {"engine": "stopped"}, "stopped"),
+        ("exited", {"engine": "given-up", "given_up": {"reason": "3 restarts"}}, "given-up"),
+        ("running", None, "serving"),
+    ],
+)
+def test_what_the_guard_knows_counts(
+    store: Store,
+    engine: Engine,
+    docker: Docker,
+    vllm: Vllm,
+    state: str,
+    guard: dict[str, Any] | None,
+    expected: str,
+) -> None:
+    deploy(store, engine, vllm, state)
+    if guard:
+        write_json(store.state_dir / "guard-state.json", guard)
+    assert status.look(store, docker, 0)["engine"] == expected
+
+
+def test_an_engine_that_loads_or_is_healed(store: Store, engine: Engine, docker: Docker, vllm: Vllm) -> None:
+    vllm.faults.add("sick")
+    deploy(store, engine, vllm)
+    assert status.look(store, docker, 0)["engine"] == "loading"
+    write_json(store.state_dir / "guard-state.json", {"engine": "healing"})
+    assert status.look(store, docker, 0)["engine"] == "healing"
+
+
+def test_a_host_without_anything(store: Store, engine: Engine, docker: Docker, tmp_path: Path) -> None:
+    engine.routes["GET", "/containers/json"] = []
+    found = status.look(store, docker, 0)
+    assert found["engine"] == "missing" and found["releases"]["current"] is None
+    assert status.look(store, Docker(str(tmp_path / "none.sock")), 0)["engine"] == "docker-down"
+
+
+@pytest.fixture
+def remove(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., dict[str, Any]]:
+    """Run the module on a host where everything is there."""
+    for folder in ("project", "state", "compiled", "hf/models--org--m", "hf/.sparkfleet"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "file").write_text("x")
+    for file in ("unit", "guard.json", "token"):
+        (tmp_path / file).write_text("x")
+    engine.routes |= {
+        ("GET", "/containers/json"): [{"Id": "abc", "Names": ["/vllm-m"], "State": "running", "Labels": LABELS}],
+        ("GET", "/networks"): [{"Id": "net", "Name": "sparkfleet_default"}],
+        ("GET", "/images/sparkfleet/host-python:1/json"): {"Id": "img"},
+        ("POST", "/containers/abc/stop"): {},
+        ("DELETE", "/containers/abc"): {},
+        ("DELETE", "/networks/net"): {},
+        ("DELETE", "/images/sparkfleet/host-python:1"): [],
+    }
+    monkeypatch.setattr(spark_remove, "UNIT", tmp_path / "unit")
+    monkeypatch.setattr(spark_remove, "SETTINGS", tmp_path / "guard.json")
+    monkeypatch.setattr(spark_remove, "STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setattr(spark_remove, "remove_unit", (tmp_path / "unit").unlink)
+    monkeypatch.setattr(spark_remove, "Docker", lambda timeout: Docker(str(engine.server_address), timeout))
+
+    def run(check: bool = False, **arguments: Any) -> dict[str, Any]:
+        folders = {"project_dir": "project", "cache_dir": "hf", "compile_cache_dir": "compiled", "token_file": "token"}
+        given = {key: str(tmp_path / name) for key, name in folders.items()}
+        with patch_module_args({**given, **arguments, "_ansible_check_mode": check}), pytest.raises(SystemExit):
+            spark_remove.main()
+        result: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return result
+
+    return run
+
+
+def names(folder: Path) -> list[str]:
+    return [
+        *("service unit", "container vllm-m", "network sparkfleet_default", "image sparkfleet/host-python:1"),
+        *(f"{folder}/{name}/" for name in ("project", "state", "compiled")),
+        f"{folder}/guard.json",
+    ]
+
+
+def test_remove_shows_all_and_removes_nothing_in_check_mode(
+    remove: Callable[..., dict[str, Any]], engine: Engine, tmp_path: Path
+) -> None:
+    shown = remove(check=True)
+    assert shown["changed"] is True
+    assert shown["removed"] == names(tmp_path)
+    assert all(method == "GET" for method, *_ in engine.seen)
+    assert (tmp_path / "project" / "file").exists()
+
+
+def test_remove_keeps_models_and_token_unless_asked(
+    remove: Callable[..., dict[str, Any]], engine: Engine, tmp_path: Path
+) -> None:
+    assert remove()["removed"] == names(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "token", "docker.sock"}
+    done = [(method, path.partition("?")[0]) for method, path, *_ in engine.seen if method != "GET"]
+    assert done == [
+        ("POST", "/containers/abc/stop"),
+        ("DELETE", "/containers/abc"),
+        ("DELETE", "/networks/net"),
+        ("DELETE", "/images/sparkfleet/host-python:1"),
+    ]
+
+
+def test_remove_takes_what_is_asked_for(remove: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    removed = remove(models=True, token=True)["removed"]
+    assert f"{tmp_path}/hf/models--org--m/" in removed and f"{tmp_path}/token" in removed
+    assert not (tmp_path / "token").exists() and not list((tmp_path / "hf").glob("models--*"))
+
+
+def test_remove_stops_at_what_cannot_be_removed_and_says_what_went(
+    remove: Callable[..., dict[str, Any]], engine: Engine, tmp_path: Path
+) -> None:
+    engine.routes["DELETE", "/networks/net"] = lambda handler: handler.answer(403, {"message": "has active endpoints"})
+    said = remove()["msg"]
+    assert said == (
+        "cannot remove network sparkfleet_default: has active endpoints; removed so far: service unit, container vllm-m"
+    )
+    assert (tmp_path / "project" / "file").exists()
