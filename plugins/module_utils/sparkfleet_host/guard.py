@@ -103,7 +103,7 @@ class Observation:
 
 @dataclasses.dataclass(frozen=True)
 class Action:
-    """What to do: nothing, canary, restart, start, give-up, recover; and why."""
+    """What to do: nothing, canary, restart, adopt (Docker has started it anew), start, give-up, recover; and why."""
 
     do: str = "nothing"
     reason: str = ""
@@ -175,10 +175,12 @@ class Guard:
             return Action("give-up", "again", "it was started by Docker")
         if self.healing and engine.instant(seen.started_at)[0] >= int(self.healing["at"]):
             self.healing["started"] = True
-        crashed = seen.state == "restarting" or seen.restart_count > int(self.known.get("restart_count") or 0)
-        if crashed:
+        count = int(self.known.get("restart_count") or 0)
+        if seen.restart_count > count or (seen.state == "restarting" and not self.healing):
             self._is("healing", seen)
-            return self._restart("crash", seen.how or "it ended by itself", seen)
+            return self._restart("crash", seen.how or "it ended by itself", seen, "adopt")
+        if seen.state == "restarting":
+            return self._is("healing", seen)
         if seen.started_at != self.known.get("started_at"):
             # Started by a person, by Docker after a restart of itself or of the host, or by us.
             self.known.update(started_at=seen.started_at, restart_count=seen.restart_count, ready=False)
@@ -249,8 +251,8 @@ class Guard:
             return dataclasses.replace(self._is("wedged" if wedged else "serving", seen), do="canary")
         return self._is("wedged" if wedged else "serving", seen)
 
-    def _restart(self, reason: str, detail: str, seen: Observation) -> Action:
-        """Start it anew, unless that was done too often."""
+    def _restart(self, reason: str, detail: str, seen: Observation, do: str = "restart") -> Action:
+        """Start it anew, or let Docker do so, unless that was done too often."""
         window = self.settings.restart_window
         recent = [item for item in self.restarts if seen.now - window < float(item["at"]) > self.forgiven]
         if len(recent) >= self.settings.max_restarts:
@@ -258,13 +260,13 @@ class Guard:
             self.given_up = {"at": seen.now, "reason": why}
             self._is("given-up", seen)
             return Action("give-up", reason, why)
-        self.healing = {"reason": reason, "at": seen.now}
+        self.healing = {"reason": reason, "at": seen.now, "started": do == "adopt"}
         self.restarts = [*self.restarts[1 - KEPT_RESTARTS :], {"at": seen.now, "reason": reason, "detail": detail}]
         self.totals[reason] = self.totals.get(reason, 0) + 1
-        # Whatever starts next is ours, and counts from nought.
-        self.known.update(restart_count=0, ready=False)
+        # What we start counts from nought.
+        self.known.update(restart_count=seen.restart_count if do == "adopt" else 0, ready=False)
         self._forget()
-        return Action("restart", reason, detail)
+        return Action(do, reason, detail)
 
     # -- parts -----------------------------------------------------------------------------------------------
 
@@ -465,6 +467,9 @@ class Watcher:
                 self.save(force=True)  # a reboot between stop and start must end in a start
                 engine.stop(self.docker, self._name, STOP_SECONDS)
                 self._start()
+            elif action.do == "adopt":
+                self.say(f"{self._name}: {action.reason}: {action.detail}; Docker starts it anew")
+                drop_page_cache()  # before the engine measures what is free, some seconds after its start
             elif action.do == "start":
                 self.say(f"{self._name}: starting it ({action.reason})")
                 self._start()
@@ -474,8 +479,7 @@ class Watcher:
             self.say(f"{action.do}: {error}")
 
     def _start(self) -> None:
-        with contextlib.suppress(OSError):  # not allowed in some containers
-            memory.drop_page_cache()
+        drop_page_cache()
         engine.start(self.docker, self._name)
 
     def _give_up(self, action: Action) -> None:
@@ -537,6 +541,12 @@ class Watcher:
             self.act(action, seen)
         self.save()
         return action
+
+
+def drop_page_cache() -> None:
+    """Drop it where that is allowed."""
+    with contextlib.suppress(OSError):
+        memory.drop_page_cache()
 
 
 def say(text: str) -> None:
