@@ -90,6 +90,7 @@ PLAYBOOKS = {
     "verify": "ask the endpoints questions with known answers",
     "switch": "another model or profile; back to the old one if it does not verify",
     "upgrade": "another image; back to the old one if it does not verify",
+    "rollout": "what the inventory says, in waves that stop at the first failure",
     "rollback": "back to the release before, or to one by its number",
     "start": "start what is deployed",
     "stop": "stop it; it stays stopped over a restart of the host",

@@ -107,7 +107,7 @@ class Collector:
                 host.result = "changed"
         elif kind == "runner_on_unreachable":
             host.result, host.message, host.failure = "unreachable", message(res), "unreachable"
-        elif not ignored:
+        elif not ignored and host.result in ("ok", "changed"):  # a failure that follows from another is none of its own
             host.message = message(res)
             named = _FAILURE.findall(host.message)
             host.failure = str(res.get("failure") or (named[-1] if named else ""))

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Action: shares the planned Sparks out to the waves of a rollout. It runs for localhost and contacts nobody.
+
+- rollout_schedule:
+  register: rollout       # rollout.waves, rollout.serial, rollout.max_fail_percentage
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ansible.errors import AnsibleActionFail
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+
+from sparkfleet import SparkfleetError, rollout
+
+display = Display()
+#: Variables that are the same for all Sparks, and their defaults.
+SHARED = {
+    "sparkfleet_rollout_canary": 1,
+    "sparkfleet_rollout_waves": "25%",
+    "sparkfleet_rollout_on_failure": "stop",
+}
+
+
+class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
+    """Reads the plans of the run from the variables of its hosts."""
+
+    TRANSFERS_FILES = False
+    _VALID_ARGS: frozenset[str] = frozenset()
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the waves; raise one error that names a bad value."""
+        task_vars = task_vars or {}
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        hostvars, names = task_vars["hostvars"], list(task_vars["groups"].get("sparks", ()))
+        planned = [name for name in names if "sparkfleet_look" in hostvars[name]]
+        drained = [name for name in names if _truth(hostvars[name].get("sparkfleet_drained", False))]
+        hosts = [_host(name, hostvars[name]) for name in planned if name not in drained]
+        shared = {key: agreed(key, {name: hostvars[name] for name in planned}) for key in SHARED}
+        policy = shared["sparkfleet_rollout_on_failure"]
+        try:
+            waves = rollout.schedule(
+                hosts, int(shared["sparkfleet_rollout_canary"]), shared["sparkfleet_rollout_waves"]
+            )
+        except (SparkfleetError, ValueError) as error:
+            raise AnsibleActionFail(str(error)) from None
+        for line in rollout.lines(waves, hosts, drained):
+            display.display(line)
+        return {
+            **result,
+            "changed": False,
+            "waves": waves,
+            "serial": [len(wave) for wave in waves] or [1],
+            "max_fail_percentage": 0 if policy == "stop" else 100,
+            "hosts": hosts,
+            "drained": drained,
+        }
+
+
+def _host(name: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+    plan = variables["sparkfleet_look"]["plan"]
+    return {"name": name, "model": plan["model"], "needed": bool(plan["deploy"]["needed"]), "drained": False}
+
+
+def _truth(value: Any) -> bool:
+    return str(value).lower() in ("true", "yes", "on", "1")
+
+
+def agreed(key: str, hosts: Mapping[str, Mapping[str, Any]]) -> Any:
+    """The value of a variable that all hosts share. Raises AnsibleActionFail with two hosts that differ."""
+    found: dict[str, tuple[str, Any]] = {}
+    for name, variables in hosts.items():
+        value = variables.get(key, SHARED[key])
+        found.setdefault(repr(value), (name, value))
+    if len(found) > 1:
+        (one, first), (two, second), *_ = found.values()
+        raise AnsibleActionFail(
+            f"{key} is {first!r} for {one} and {second!r} for {two}: a rollout has one; set it for the group sparks"
+        )
+    return next(iter(found.values()))[1] if found else SHARED[key]

@@ -1,0 +1,70 @@
+"""The schedule of a rollout: which Sparks get a change in which wave. A pure function of hosts and settings."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sparkfleet import SparkfleetError
+
+WAVES = "sparkfleet_rollout_waves"
+_EXAMPLES = "write a number of Sparks (2), a share (25%), or a list of both ([1, 2, 50%])"
+
+
+def schedule(hosts: Sequence[Mapping[str, Any]], canary: int, waves: Any) -> list[list[str]]:
+    """The waves, as names of hosts, in the order of `hosts`: [{name, model, needed}].
+
+    First `canary` Sparks of each model, one model after the other: a bad image stops at one Spark, whatever the model.
+    Then what is left in waves of a size: a number, a share of all that need the change, or a list whose last entry
+    goes on. Hosts that need nothing are left out. Raises SparkfleetError naming a bad value.
+    """
+    if canary < 0:
+        raise SparkfleetError(f"sparkfleet_rollout_canary is {canary}: write 0 for none, or a number of Sparks")
+    needed = [host for host in hosts if host["needed"]]
+    sizes = [_size(value, len(needed)) for value in (waves if isinstance(waves, list) else [waves])]
+    if not sizes:
+        raise SparkfleetError(f"{WAVES} is an empty list: {_EXAMPLES}")
+    made: list[list[str]] = []
+    left = [str(host["name"]) for host in needed]
+    if canary:
+        models: dict[str, list[str]] = {}
+        for host in needed:
+            models.setdefault(str(host["model"]), []).append(str(host["name"]))
+        made = [names[:canary] for names in models.values()]
+        first = {name for wave in made for name in wave}
+        left = [name for name in left if name not in first]
+    while left:
+        size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
+        made.append(left[:size])
+        left = left[size:]
+    return made
+
+
+def _size(value: Any, total: int) -> int:
+    """Sparks of a wave: at least one. Raises SparkfleetError."""
+    found = re.fullmatch(r"\s*(\d+)\s*(%?)\s*", str(value))
+    if isinstance(value, bool) or not found or int(found[1]) == 0 or (found[2] and int(found[1]) > 100):
+        raise SparkfleetError(f"{WAVES}: {value!r} is no size of a wave; {_EXAMPLES}")
+    return max(math.floor(total * int(found[1]) / 100), 1) if found[2] else int(found[1])
+
+
+def lines(waves: Sequence[Sequence[str]], hosts: Sequence[Mapping[str, Any]], drained: Sequence[str]) -> list[str]:
+    """The schedule in words."""
+    models = {str(host["name"]): str(host["model"]) for host in hosts}
+    said = []
+    for number, wave in enumerate(waves, 1):
+        kinds = ", ".join(dict.fromkeys(models[name] for name in wave))
+        said.append(f"rollout  wave {number} of {len(waves)}: {names(wave)} ({kinds})")
+    done = [str(host["name"]) for host in hosts if not host["needed"]]
+    if done:
+        said.append(f"rollout  has it already: {names(done)}")
+    if drained:
+        said.append(f"rollout  drained, left out: {names(drained)}")
+    return said or ["rollout  there is nothing to do"]
+
+
+def names(hosts: Sequence[str]) -> str:
+    """Names of hosts, shortened where there are many."""
+    return ", ".join(hosts) if len(hosts) <= 8 else f"{', '.join(hosts[:3])} … {hosts[-1]} ({len(hosts)} Sparks)"

@@ -1,0 +1,78 @@
+"""The schedule of a rollout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ansible.errors import AnsibleActionFail
+from plugins.action.rollout_schedule import agreed
+
+from sparkfleet import SparkfleetError
+from sparkfleet.rollout import lines, schedule
+
+
+def fleet(count: int, model: str = "m", first: int = 1, needed: bool = True) -> list[dict[str, Any]]:
+    return [{"name": f"s{number}", "model": model, "needed": needed} for number in range(first, first + count)]
+
+
+def sizes(hosts: list[dict[str, Any]], canary: int, waves: Any) -> list[int]:
+    made = schedule(hosts, canary, waves)
+    flat = [name for wave in made for name in wave]
+    assert sorted(flat) == sorted(host["name"] for host in hosts if host["needed"])
+    return [len(wave) for wave in made]
+
+
+@pytest.mark.parametrize(
+    ("count", "canary", "waves", "expected"),
+    [
+        (8, 1, "25%", [1, 2, 2, 2, 1]),
+        (8, 1, 3, [1, 3, 3, 1]),
+        (8, 2, "100%", [2, 6]),
+        (8, 0, 4, [4, 4]),
+        (8, 1, [1, 2, "50%"], [1, 1, 2, 4]),
+        (8, 1, ["2", "4"], [1, 2, 4, 1]),
+        (2, 1, "25%", [1, 1]),
+        (1, 1, "25%", [1]),
+        (0, 1, "25%", []),
+        (200, 1, "10%", [1, *[20] * 9, 19]),
+    ],
+)
+def test_sizes(count: int, canary: int, waves: Any, expected: list[int]) -> None:
+    assert sizes(fleet(count), canary, waves) == expected
+
+
+def test_each_model_has_its_canary() -> None:
+    hosts = fleet(3, "a") + fleet(3, "b", first=4)
+    assert schedule(hosts, 1, 2) == [["s1"], ["s4"], ["s2", "s3"], ["s5", "s6"]]
+
+
+def test_what_has_it_is_left_out_so_that_a_rollout_resumes() -> None:
+    hosts = fleet(2, needed=False) + fleet(2, first=3)
+    assert schedule(hosts, 1, 2) == [["s3"], ["s4"]]
+    assert lines(schedule(hosts, 1, 2), hosts, ["s9"]) == [
+        "rollout  wave 1 of 2: s3 (m)",
+        "rollout  wave 2 of 2: s4 (m)",
+        "rollout  has it already: s1, s2",
+        "rollout  drained, left out: s9",
+    ]
+    assert lines([], [], []) == ["rollout  there is nothing to do"]
+
+
+@pytest.mark.parametrize("waves", ["0", 0, -1, "half", "120%", "", None, True, 2.5, [], [1, "x"]])
+def test_a_size_that_is_none_is_named(waves: Any) -> None:
+    with pytest.raises(SparkfleetError, match="sparkfleet_rollout_waves"):
+        schedule(fleet(4), 1, waves)
+
+
+def test_a_negative_canary() -> None:
+    with pytest.raises(SparkfleetError, match="sparkfleet_rollout_canary is -1"):
+        schedule(fleet(4), -1, 1)
+
+
+def test_a_rollout_has_one_policy() -> None:
+    key = "sparkfleet_rollout_waves"
+    assert agreed(key, {"s1": {key: 2}, "s2": {key: 2}}) == 2
+    assert agreed(key, {}) == "25%"
+    with pytest.raises(AnsibleActionFail, match="is 2 for s1 and '25%' for s2"):
+        agreed(key, {"s1": {key: 2}, "s2": {}})
