@@ -36,8 +36,8 @@ def test_one_message(tmp_path: Path) -> None:
     assert "[ERROR]" not in output
 
 
-@pytest.mark.parametrize(("action", "words"), [("assert", ["-v"]), ("fail", [])])
+@pytest.mark.parametrize(("action", "words"), [("assert", ["-v"]), ("slurp", [])])
 def test_everything_else_as_ansible_prints_it(tmp_path: Path, action: str, words: list[str]) -> None:
-    arguments = "{that: false, fail_msg: why}" if action == "assert" else "{msg: why}"
+    arguments = "{that: false, fail_msg: why}" if action == "assert" else "{src: /nowhere/why}"
     output = run(tmp_path, action, arguments, *words)
     assert "FAILED! =>" in output and "why" in output
