@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""The Sparks of a simulated world as an inventory; SPARKFLEET_WORLD names the world (default: demo)."""
+"""The Sparks of a simulated world as an inventory; SPARKFLEET_WORLD names the world (default: demo).
+
+SPARKFLEET_GATEWAYS are Sparks that are gateways as well, separated by commas.
+"""
 
 import json
 import os
@@ -15,6 +18,7 @@ def inventory(world: str, home: Path) -> dict[str, object]:
     hosts = {
         name: {
             "ansible_port": known["ssh"],
+            "sparkfleet_address": f"sparkfleet-{world}-{name}",
             "sparkfleet_simulated_url": f"http://127.0.0.1:{known['http']}",
         }
         for name, known in state["sparks"].items()
@@ -27,7 +31,9 @@ def inventory(world: str, home: Path) -> dict[str, object]:
         "ansible_ssh_common_args": f"-o UserKnownHostsFile={ssh / 'known_hosts'} -o IdentitiesOnly=yes",
         "sparkfleet_simulated_token_file": str(folder / "hf_token"),
     }
-    return {"sparks": {"hosts": sorted(hosts), "vars": shared}, "_meta": {"hostvars": hosts}}
+    groups = {"sparks": {"hosts": sorted(hosts), "vars": shared}}
+    gateways = [name for name in os.environ.get("SPARKFLEET_GATEWAYS", "").split(",") if name in hosts]
+    return {**groups, **({"gateways": {"hosts": gateways}} if gateways else {}), "_meta": {"hostvars": hosts}}
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import http.server
 import json
 import re
 import sys
@@ -32,6 +33,8 @@ STOP_SECONDS = 10  # until an engine that crashed or hangs is killed
 LOOK_SECONDS = 5.0  # for /health and /metrics
 BACK_SECONDS = 10.0  # after a start of the host or of Docker in which it may still bring its containers back
 SAVE_SECONDS = 30.0  # at least so often the state is written, moved or not
+FRESH_SECONDS = 60.0  # a look may take as long as Docker needs to stop an engine
+WINDOW_SECONDS = 60.0  # between two tries to listen
 LOG_SECONDS = 600.0  # a start without a word for so long hangs
 LOG_LINES = 150  # of an engine that was given up
 KEPT_RESTARTS = 50
@@ -43,7 +46,8 @@ STATES = (*("serving", "loading", "stopped", "wedged", "healing", "given-up", "m
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Seconds, but for `max_restarts`. An engine that makes no progress for `wedge_seconds`, and lets a canary wait
-    for `canary_timeout`, hangs. After `max_restarts` within `restart_window` the guard gives up."""
+    for `canary_timeout`, hangs. After `max_restarts` within `restart_window` the guard gives up. `listen_port`: of
+    /ready and /metrics, 0 for none."""
 
     interval: float = 2.0
     metrics_interval: float = 5.0
@@ -53,6 +57,7 @@ class Settings:
     max_restarts: int = 3
     restart_window: float = 3600.0
     start_timeout: float = 1800.0
+    listen_port: int = 0
     project_dir: str = PROJECT_DIR
     state_dir: str = STATE_DIR
 
@@ -391,6 +396,7 @@ class Watcher:
         self._asking = False
         self._figures: dict[str, float] | None = None
         self._read_at = self._saved_at = 0.0
+        self.looked_at = time.monotonic()
         self._saved = ""
         self._name = ""
 
@@ -533,6 +539,7 @@ class Watcher:
     def step(self) -> Action:
         """One look, one decision, one action."""
         seen = self.look()
+        self.looked_at = time.monotonic()
         before = self.guard.engine
         action = self.guard.decide(seen)
         if self.guard.engine != before:
@@ -547,6 +554,61 @@ def drop_page_cache() -> None:
     """Drop it where that is allowed."""
     with contextlib.suppress(OSError):
         memory.drop_page_cache()
+
+
+class Window(http.server.ThreadingHTTPServer):
+    """What the guard knows, over HTTP: /ready is 200 only while the engine serves (a gateway's check), /metrics is
+    Prometheus text. Reads only."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, port: int, watcher: Watcher, address: str = "") -> None:
+        self.watcher = watcher
+        super().__init__((address, port), _Look)
+
+
+class _Look(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = 30
+    server: Window
+
+    def do_GET(self) -> None:
+        watcher = self.server.watcher
+        if self.path == "/ready":
+            state = watcher.guard.engine
+            # A guard that does not look any more knows nothing.
+            fresh = time.monotonic() - watcher.looked_at < FRESH_SECONDS
+            self._send(200 if fresh and state == "serving" else 503, (state if fresh else "guard-stuck") + "\n")
+        elif self.path == "/metrics":
+            self._send(200, metrics(watcher.guard.data(time.time())))
+        else:
+            self._send(404, "there are /ready and /metrics\n")
+
+    do_HEAD = do_GET
+
+    def _send(self, status: int, text: str) -> None:
+        raw = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(raw)
+
+    def log_message(self, *args: Any) -> None:
+        """Checks come every second."""
+
+
+def open_window(watcher: Watcher, port: int) -> bool:
+    """Serve `Window` in a thread; False, and a word, where the port is taken."""
+    try:
+        window = Window(port, watcher)
+    except OSError as error:
+        watcher.say(f"port {port} of /ready and /metrics: {error.strerror or error}; trying again")
+        return False
+    threading.Thread(target=window.serve_forever, daemon=True).start()
+    return True
 
 
 def say(text: str) -> None:
@@ -565,7 +627,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{options.settings}: {error}", file=sys.stderr)
         return 2
     watcher = Watcher(settings, Store(settings.project_dir, settings.state_dir), Docker(timeout=30.0), say)
+    tried = -WINDOW_SECONDS if settings.listen_port else float("inf")
     while True:
         began = time.monotonic()
+        if began - tried >= WINDOW_SECONDS:
+            tried = float("inf") if open_window(watcher, settings.listen_port) else began
         watcher.step()
         time.sleep(max(settings.interval - (time.monotonic() - began), 0.05))

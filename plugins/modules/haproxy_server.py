@@ -1,0 +1,136 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
+"""Module: takes a server out of HAProxy's rotation, its streams running to their end, or puts it back."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: haproxy_server
+short_description: Drain a server of HAProxy, or put it back
+description:
+  - Speaks to HAProxy's runtime socket. A drained server gets no new requests; with O(timeout) the module waits until
+    those that run have ended.
+  - A server that no backend has is no error, so that a Spark which is not in the gateway yet can be rolled out.
+options:
+  server: {description: Name of the server in its backends., type: str, required: true}
+  state: {description: C(drain) or C(ready)., type: str, choices: [drain, ready], required: true}
+  timeout: {description: Seconds to wait for the end of its sessions., type: float, default: 600}
+  socket: {description: The runtime socket., type: path, default: /run/haproxy/admin.sock}
+author: ["The Sparkfleet developers"]
+attributes:
+  check_mode: {support: full, description: Says what would change.}
+  diff_mode: {support: none, description: The state is in the result.}
+"""
+
+EXAMPLES = r"""
+- name: Let it finish its requests
+  haproxy_server:
+    server: "{{ inventory_hostname }}"
+    state: drain
+  delegate_to: gateway-1
+"""
+
+RETURN = r"""
+backends: {description: Backends that have the server., returned: always, type: list, elements: str}
+before: {description: Whether it was drained in all of them., returned: always, type: str}
+sessions: {description: Sessions that were left when the wait ended., returned: always, type: int}
+seconds: {description: That the wait took., returned: always, type: float}
+"""
+
+import csv
+import io
+import socket
+import time
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+SOCKET_SECONDS = 10.0
+POLL = 0.25
+
+
+class Haproxy:
+    """HAProxy's runtime socket. All methods raise OSError."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def ask(self, command: str) -> str:
+        """One command; its answer."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(SOCKET_SECONDS)
+            connection.connect(self.path)
+            connection.sendall(command.encode() + b"\n")
+            parts = []
+            while part := connection.recv(65536):
+                parts.append(part)
+        return b"".join(parts).decode("utf-8", "replace")
+
+    def rows(self, server: str) -> list[dict[str, str]]:
+        """The statistics of a server, a row a backend."""
+        text = self.ask("show stat -1 4 -1").lstrip("# ")
+        return [row for row in csv.DictReader(io.StringIO(text)) if row["svname"] == server]
+
+    def set(self, backend: str, server: str, state: str) -> None:
+        """Change the administrative state. Raises ValueError with what HAProxy says."""
+        said = self.ask(f"set server {backend}/{server} state {state}").strip()
+        if said:
+            raise ValueError(said)
+
+
+def drained(row: dict[str, str]) -> bool:
+    """Whether a row of the statistics is of a drained server."""
+    return row["status"].startswith(("DRAIN", "MAINT"))
+
+
+def change(haproxy: Haproxy, server: str, state: str, timeout: float, check: bool) -> dict[str, Any]:
+    """Do it; what the module returns."""
+    rows = haproxy.rows(server)
+    wrong = [row["pxname"] for row in rows if drained(row) != (state == "drain")]
+    result: dict[str, Any] = {
+        "changed": bool(wrong),
+        "backends": [row["pxname"] for row in rows],
+        "before": "drain" if rows and all(map(drained, rows)) else "ready",
+        "sessions": sum(int(row["scur"] or 0) for row in rows),
+        "seconds": 0.0,
+    }
+    if check:
+        return result
+    began = time.monotonic()
+    for backend in wrong:
+        haproxy.set(backend, server, state)
+    while state == "drain" and rows:
+        result["sessions"] = sum(int(row["scur"] or 0) for row in haproxy.rows(server))
+        if result["sessions"] == 0 or time.monotonic() - began >= timeout:
+            break
+        time.sleep(POLL)
+    result["seconds"] = round(time.monotonic() - began, 1)
+    return result
+
+
+def main() -> None:
+    """Entry point of the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "server": {"type": "str", "required": True},
+            "state": {"type": "str", "choices": ["drain", "ready"], "required": True},
+            "timeout": {"type": "float", "default": 600.0},
+            "socket": {"type": "path", "default": "/run/haproxy/admin.sock"},
+        },
+        supports_check_mode=True,
+    )
+    params = module.params
+    try:
+        result = change(
+            Haproxy(params["socket"]), params["server"], params["state"], params["timeout"], module.check_mode
+        )
+    except (OSError, ValueError) as error:
+        module.fail_json(
+            msg=f"HAProxy at {params['socket']}: {error}; is the gateway deployed (playbooks/gateway.yml)?"
+        )
+        raise SystemExit(1) from None
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()
