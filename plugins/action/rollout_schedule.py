@@ -14,7 +14,7 @@ from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
-from sparkfleet import SparkfleetError, rollout
+from sparkfleet import SparkfleetError, gateway, rollout
 
 display = Display()
 #: Variables that are the same for all Sparks, and their defaults.
@@ -37,11 +37,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         result: dict[str, Any] = super().run(tmp, task_vars)
         hostvars, names = task_vars["hostvars"], list(task_vars["groups"].get("sparks", ()))
         planned = [name for name in names if "sparkfleet_look" in hostvars[name]]
-        drained = [name for name in names if _truth(hostvars[name].get("sparkfleet_drained", False))]
+        drained = [name for name in names if gateway.truth(hostvars[name].get("sparkfleet_drained", False))]
         hosts = [_host(name, hostvars[name]) for name in planned if name not in drained]
-        shared = {key: agreed(key, {name: hostvars[name] for name in planned}) for key in SHARED}
-        policy = shared["sparkfleet_rollout_on_failure"]
+        run = {name: hostvars[name] for name in planned}
         try:
+            shared = {key: rollout.agreed(key, default, run) for key, default in SHARED.items()}
             waves = rollout.schedule(
                 hosts, int(shared["sparkfleet_rollout_canary"]), shared["sparkfleet_rollout_waves"]
             )
@@ -54,7 +54,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             "changed": False,
             "waves": waves,
             "serial": [len(wave) for wave in waves] or [1],
-            "max_fail_percentage": 0 if policy == "stop" else 100,
+            "max_fail_percentage": 0 if shared["sparkfleet_rollout_on_failure"] == "stop" else 100,
             "hosts": hosts,
             "drained": drained,
         }
@@ -62,22 +62,4 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 
 def _host(name: str, variables: Mapping[str, Any]) -> dict[str, Any]:
     plan = variables["sparkfleet_look"]["plan"]
-    return {"name": name, "model": plan["model"], "needed": bool(plan["deploy"]["needed"]), "drained": False}
-
-
-def _truth(value: Any) -> bool:
-    return str(value).lower() in ("true", "yes", "on", "1")
-
-
-def agreed(key: str, hosts: Mapping[str, Mapping[str, Any]]) -> Any:
-    """The value of a variable that all hosts share. Raises AnsibleActionFail with two hosts that differ."""
-    found: dict[str, tuple[str, Any]] = {}
-    for name, variables in hosts.items():
-        value = variables.get(key, SHARED[key])
-        found.setdefault(repr(value), (name, value))
-    if len(found) > 1:
-        (one, first), (two, second), *_ = found.values()
-        raise AnsibleActionFail(
-            f"{key} is {first!r} for {one} and {second!r} for {two}: a rollout has one; set it for the group sparks"
-        )
-    return next(iter(found.values()))[1] if found else SHARED[key]
+    return {"name": name, "model": plan["model"], "needed": bool(plan["deploy"]["needed"])}

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
 
 import yaml
 
-from sparkfleet import SparkfleetError, __version__, catalog, engine, memory, report, status
+from sparkfleet import SparkfleetError, __version__, catalog, dry, engine, memory, report, status
 from sparkfleet.live import Live, closing, terminal
-from sparkfleet.runner import DOWN, INTERRUPTED, Collector, default_inventory, run
+from sparkfleet.runner import DOWN, INTERRUPTED, ROOT, Collector, default_inventory, events, run
 from sparkfleet.target import Settings, Target
 
 #: Exit codes: bad input, as argparse has it; a plan that does not fit.
@@ -97,6 +98,7 @@ PLAYBOOKS = {
     "restart": "start it anew, and verify it",
     "status": "what each host serves, and how",
     "logs": "the engine's last lines",
+    "drift": "what differs from the inventory; exit code 4 if anything does",
     "diagnose": "find out what is wrong, with causes and remedies; writes a bundle for a report",
     "remove": "take Sparkfleet off the hosts; shows first what would go",
 }
@@ -118,6 +120,8 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
             parser.add_argument("--profile")
         elif verb == "upgrade":
             parser.add_argument("image")
+        elif verb == "rollout":
+            parser.add_argument("--dry", action="store_true", help="plan, input and waves on paper; contacts nobody")
         elif verb == "rollback":
             parser.add_argument("release", nargs="?", type=int, help="number of a release (default: the one before)")
         elif verb == "logs":
@@ -150,7 +154,18 @@ def _arguments(options: argparse.Namespace) -> list[str]:
     return words + (["--tags", "preflight"] if options.verb == "preflight" else [])
 
 
+def _dry(options: argparse.Namespace) -> int:
+    os.environ.setdefault("ANSIBLE_CONFIG", str(ROOT / "ansible.cfg"))
+    from sparkfleet import inventory  # noqa: PLC0415 - Ansible reads its configuration as it is imported
+
+    paper = dry.make(inventory.variables(options.inventory, options.limit, options.extra_vars))
+    print(json.dumps(paper.as_dict(), indent=2) if options.json else dry.page(paper), end="\n" if options.json else "")
+    return 0 if paper.fits else DOES_NOT_FIT
+
+
 def _verb(options: argparse.Namespace) -> int:
+    if getattr(options, "dry", False):
+        return _dry(options)
     words = _arguments(options)
     live = Live(None if options.json else terminal())
     if options.verb == "remove" and not options.check:
@@ -164,8 +179,10 @@ def _verb(options: argparse.Namespace) -> int:
             if input("Remove this? [yes/no] ").strip().lower() not in ("y", "yes"):
                 raise SparkfleetError("nothing was removed")
         words += ["-e", json.dumps({"sparkfleet_confirm": True})]
-    collector = Collector((lambda host, line: None) if options.verb == "status" else live.show)
-    code = run(options.verb, options.inventory, words, collector)
+    show = (lambda host, line: None) if options.verb == "status" else live.show
+    with events(options.verb) as log:
+        collector = Collector(show, log)
+        code = run(options.verb, options.inventory, words, collector)
     live.close()
     hosts = [collector.hosts[name] for name in sorted(collector.hosts)]
     if options.verb == "status" and code == 0 and any((host.summary or {}).get("state") != "serving" for host in hosts):
@@ -185,7 +202,17 @@ def _verb(options: argparse.Namespace) -> int:
             print("\n".join([f"== {host.name}", *host.log] if len(hosts) > 1 else host.log) or host.message)
     else:
         print(closing(hosts), end="")
+        if options.verb == "rollout" and not options.check:
+            print("\n" + _now(options.inventory, options.limit), end="")
     return code
+
+
+def _now(inventory: str, limit: str | None) -> str:
+    """Which Spark runs what, after a rollout."""
+    collector = Collector(lambda host, line: None)
+    run("status", inventory, ["--limit", f"{limit},localhost"] if limit else [], collector)
+    hosts = [collector.hosts[name] for name in sorted(collector.hosts)]
+    return status.table([host.summary or status.absent(host.name, host.result, host.message) for host in hosts])
 
 
 def _gib(text: str) -> float:

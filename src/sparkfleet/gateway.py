@@ -32,7 +32,7 @@ def plan(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Backends of what `settings` gives: [{name, model, repo, servers: [{name, address, port, check_port}]}], the JSON
     document of GET /v1/models, and the names that were left out. Raises SparkfleetError naming host and value."""
     backends: dict[str, dict[str, Any]] = {}
-    drained = [host for host, values in hosts.items() if _truth(values["drained"])]
+    drained = [host for host, values in hosts.items() if truth(values["drained"])]
     for host, values in hosts.items():
         if host in drained:
             continue
@@ -44,7 +44,7 @@ def plan(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             "name": _word(host),
             "address": _address(host, str(values["address"])),
             "port": _port(host, "sparkfleet_port", values["port"]),
-            "check_port": _port(host, "sparkfleet_guard_port", values["guard_port"]) if _truth(values["guard"]) else 0,
+            "check_port": _port(host, "sparkfleet_guard_port", values["guard_port"]) if truth(values["guard"]) else 0,
         }
         known = {"name": _word(card.name), "model": card.name, "repo": card.repo}
         backends.setdefault(card.name, {**known, "servers": []})["servers"].append(server)
@@ -58,7 +58,8 @@ def plan(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _truth(value: Any) -> bool:
+def truth(value: Any) -> bool:
+    """A truth value as inventories write it."""
     return str(value).lower() in ("true", "yes", "on", "1")
 
 

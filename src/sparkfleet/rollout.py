@@ -68,3 +68,17 @@ def lines(waves: Sequence[Sequence[str]], hosts: Sequence[Mapping[str, Any]], dr
 def names(hosts: Sequence[str]) -> str:
     """Names of hosts, shortened where there are many."""
     return ", ".join(hosts) if len(hosts) <= 8 else f"{', '.join(hosts[:3])} … {hosts[-1]} ({len(hosts)} Sparks)"
+
+
+def agreed(key: str, default: Any, hosts: Mapping[str, Mapping[str, Any]]) -> Any:
+    """The value of a variable that all hosts share. Raises SparkfleetError with two hosts that differ."""
+    found: dict[str, tuple[str, Any]] = {}
+    for name, variables in hosts.items():
+        value = variables.get(key, default)
+        found.setdefault(repr(value), (name, value))
+    if len(found) > 1:
+        (one, first), (two, second), *_ = found.values()
+        raise SparkfleetError(
+            f"{key} is {first!r} for {one} and {second!r} for {two}: a rollout has one; set it for the group sparks"
+        )
+    return next(iter(found.values()))[1] if found else default

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,14 @@ import ansible_runner
 from sparkfleet import SparkfleetError
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Exit codes, the gravest that any host has; 1 and 2 as everywhere, 4 is kept for drift.
-OK, INTERNAL, BAD_INPUT, REFUSED, RESTORED, DOWN, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 5, 6, 7, 130
+#: Exit codes, the gravest that any host has; 1 and 2 as everywhere.
+OK, INTERNAL, BAD_INPUT, REFUSED, DRIFT, RESTORED, DOWN, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 7, 130
 #: Result of a host -> exit code.
 CODES = {
     "ok": OK,
     "changed": OK,
     "refused": REFUSED,
+    "drift": DRIFT,
     "restored": RESTORED,
     "failed": DOWN,
     "down": DOWN,
@@ -49,6 +52,7 @@ class Host:
     summary: dict[str, Any] | None = None
     log: list[str] = dataclasses.field(default_factory=list)
     removed: list[str] | None = None
+    drift: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -60,8 +64,8 @@ class Host:
 class Collector:
     """Makes results of events. `show` gets (host or "", line) of what is worth showing as it happens."""
 
-    def __init__(self, show: Callable[[str, str], None]) -> None:
-        self.show = show
+    def __init__(self, show: Callable[[str, str], None], log: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self.show, self.log = show, log or (lambda item: None)
         self.hosts: dict[str, Host] = {}
         self.error = ""  # of the run itself, such as an inventory that cannot be read
         self._began = time.monotonic()
@@ -77,6 +81,8 @@ class Collector:
             self._result(kind, self._host(str(data["host"])), data.get("res") or {}, bool(data.get("ignore_errors")))
         elif kind == "runner_on_failed":
             self.error = message(data.get("res") or {})
+        elif kind == "playbook_on_play_start":
+            self.log({"play": str(data.get("play"))})
         elif kind == "playbook_on_stats":
             for host in data.get("processed") or {}:
                 if host != "localhost":
@@ -91,11 +97,18 @@ class Collector:
             if "[ERROR]" in line or "[WARNING]" in line:
                 self._said.append(line)
             elif found:
+                self.log({"host": found["host"], "text": found["text"].strip()})
                 self.show(found["host"], line)
             elif line.strip():
                 self.show("", line)
 
     def _result(self, kind: str, host: Host, res: Mapping[str, Any], ignored: bool) -> None:
+        before = host.result
+        self._note(kind, host, res, ignored)
+        if host.result != before:
+            self.log({"host": host.name, "result": host.result, **({"message": host.message} if host.message else {})})
+
+    def _note(self, kind: str, host: Host, res: Mapping[str, Any], ignored: bool) -> None:
         host.seconds = round(time.monotonic() - self._began, 1)
         for key in ("summary", "log", "removed"):
             if res.get(key):
@@ -114,7 +127,8 @@ class Collector:
             host.findings = list(res.get("findings") or [])
             restored = res.get("outcome") == "restored"
             refused = bool(host.findings) or host.failure in ("switch-running-other", "bad-input")
-            host.result = "restored" if restored else "refused" if refused else "failed"
+            host.drift = list(res.get("drift") or [])
+            host.result = "drift" if host.drift else "restored" if restored else "refused" if refused else "failed"
 
     def code(self, rc: int) -> int:
         """The exit code of the whole, of ansible-playbook's `rc`."""
@@ -128,6 +142,24 @@ class Collector:
             self.error = "no host of the group sparks is in the inventory, or the limit leaves none"
             return BAD_INPUT
         return code
+
+
+@contextlib.contextmanager
+def events(verb: str) -> Iterator[Callable[[dict[str, Any]], None] | None]:
+    """The log of a rollout, `.sparkfleet/rollouts/TIME.jsonl`: an object a line with `at` (Unix time) and what
+    happened. Other verbs have none."""
+    if verb != "rollout":
+        yield None
+        return
+    folder = ROOT / ".sparkfleet" / "rollouts"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / time.strftime("%Y%m%dT%H%M%SZ.jsonl", time.gmtime())).open("w", encoding="utf-8") as file:
+
+        def write(item: dict[str, Any]) -> None:
+            file.write(json.dumps({"at": round(time.time(), 1), **item}, ensure_ascii=False) + "\n")
+            file.flush()
+
+        yield write
 
 
 def message(res: Mapping[str, Any]) -> str:

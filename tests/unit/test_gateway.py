@@ -72,9 +72,8 @@ def render(made: dict[str, Any], **more: Any) -> str:
     folder = ROOT / "roles" / "gateway"
     values = {"gateway_folder": "/etc/haproxy/sparkfleet", "gateway_port": 8080, "gateway_statistics_port": 8404}
     values |= {"gateway_connections": 4096, "gateway_keys": [], "gateway_certificate": "", **more}
-    environment = jinja2.Environment(
-        trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined, autoescape=False
-    )  # noqa: S701
+    options = {"trim_blocks": True, "keep_trailing_newline": True, "undefined": jinja2.StrictUndefined}
+    environment = jinja2.Environment(**options)  # noqa: S701 - no HTML
     template = environment.from_string((folder / "templates" / "haproxy.cfg.j2").read_text(encoding="utf-8"))
     return template.render(**values, gateway_backends=made["backends"], gateway_models=made["models"])
 

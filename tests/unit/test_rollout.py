@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from ansible.errors import AnsibleActionFail
-from plugins.action.rollout_schedule import agreed
 
 from sparkfleet import SparkfleetError
-from sparkfleet.rollout import lines, schedule
+from sparkfleet.rollout import agreed, lines, schedule
 
 
 def fleet(count: int, model: str = "m", first: int = 1, needed: bool = True) -> list[dict[str, Any]]:
@@ -72,7 +70,7 @@ def test_a_negative_canary() -> None:
 
 def test_a_rollout_has_one_policy() -> None:
     key = "sparkfleet_rollout_waves"
-    assert agreed(key, {"s1": {key: 2}, "s2": {key: 2}}) == 2
-    assert agreed(key, {}) == "25%"
-    with pytest.raises(AnsibleActionFail, match="is 2 for s1 and '25%' for s2"):
-        agreed(key, {"s1": {key: 2}, "s2": {}})
+    assert agreed(key, "25%", {"s1": {key: 2}, "s2": {key: 2}}) == 2
+    assert agreed(key, "25%", {}) == "25%"
+    with pytest.raises(SparkfleetError, match="is 2 for s1 and '25%' for s2"):
+        agreed(key, "25%", {"s1": {key: 2}, "s2": {}})

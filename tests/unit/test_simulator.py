@@ -215,12 +215,15 @@ def test_inventory(home: Path) -> None:
     assert data["sparks"]["hosts"] == ["spark-1", "spark-2"]
     assert data["_meta"]["hostvars"]["spark-2"] == {
         "ansible_port": 40002,
+        "sparkfleet_address": f"sparkfleet-{made.name}-spark-2",
         "sparkfleet_simulated_url": "http://127.0.0.1:41002",
     }
     assert shared["ansible_host"] == "127.0.0.1" and shared["ansible_user"] == "nvidia"
     assert shared["ansible_ssh_private_key_file"] == str(made.folder / "ssh/id_ed25519")
     assert f"UserKnownHostsFile={made.folder / 'ssh/known_hosts'}" in shared["ansible_ssh_common_args"]
     assert "StrictHostKeyChecking" not in answer.stdout
+    assert "gateways" not in data
+    assert json.loads(script(SPARKFLEET_GATEWAYS="spark-2,spark-9").stdout)["gateways"] == {"hosts": ["spark-2"]}
 
 
 def test_inventory_keeps_the_token_to_itself(home: Path) -> None:

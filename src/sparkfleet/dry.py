@@ -1,0 +1,109 @@
+"""A rollout on paper: plan, input and schedule of a whole inventory, with nobody contacted.
+
+What only a look at a host tells (free memory, what is deployed) is taken as usual: a Spark with nothing else on it, and
+every Spark in need of the change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from sparkfleet import SparkfleetError, gateway, memory, report, rollout
+from sparkfleet.target import ARGUMENT_PREFIX, Settings, Target
+
+#: Settings that Target and memory plan depend on.
+FIELDS = (
+    *("model", "profile", "model_source", "environment", "tool_calls", "image", "revision", "port"),
+    *("memory_plan", "memory_reserve_gib"),
+)
+SHARED = ("sparkfleet_rollout_canary", "sparkfleet_rollout_waves", "sparkfleet_rollout_on_failure")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Sparks with the same settings: their plan (of `memory.Plan.as_dict`), or why there is none."""
+
+    hosts: list[str]
+    model: str
+    profile: str
+    image: str
+    plan: dict[str, Any] | None
+    problem: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Paper:
+    """The whole: kinds of Sparks, waves, names that are drained."""
+
+    kinds: list[Kind]
+    waves: list[list[str]]
+    drained: list[str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing stands in the way."""
+        return all(kind.plan and kind.plan["fits"] for kind in self.kinds)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**dataclasses.asdict(self), "fits": self.fits}
+
+
+def make(hosts: Mapping[str, Mapping[str, Any]]) -> Paper:
+    """Plan and schedule of hosts with their variables. Raises SparkfleetError for settings that a rollout has once."""
+    defaults = yaml.safe_load(gateway.DEFAULTS.read_text(encoding="utf-8"))
+    drained = [name for name, values in hosts.items() if gateway.truth(values.get("sparkfleet_drained", False))]
+    same: dict[str, list[str]] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    for name, values in hosts.items():
+        if name in drained:
+            continue
+        wanted = {field: values.get(f"sparkfleet_{field}", defaults[f"sparkfleet_{field}"]) for field in FIELDS}
+        wanted["arguments"] = {
+            key.removeprefix(ARGUMENT_PREFIX): value for key, value in values.items() if key.startswith(ARGUMENT_PREFIX)
+        }
+        key = repr(sorted(wanted.items(), key=str))
+        same.setdefault(key, []).append(name)
+        settings[key] = wanted
+    kinds = [_kind(names, settings[key]) for key, names in same.items()]
+    models = {name: kind.model for kind in kinds for name in kind.hosts}
+    needing = [{"name": name, "model": models[name], "needed": True} for name in hosts if name in models]
+    shared = {key: rollout.agreed(key, defaults[key], hosts) for key in SHARED}
+    waves = rollout.schedule(needing, int(shared["sparkfleet_rollout_canary"]), shared["sparkfleet_rollout_waves"])
+    return Paper(kinds, waves, drained)
+
+
+def _kind(names: list[str], wanted: Mapping[str, Any]) -> Kind:
+    try:
+        target = Target.of(Settings(**{key: value for key, value in wanted.items() if key != "memory_reserve_gib"}))
+        total = memory.USUAL_TOTAL_GIB
+        plan = memory.make(
+            target.card,
+            target.arguments,
+            profile=target.settings.profile,
+            version=target.engine,
+            memory=memory.Memory(total, total - memory.USUAL_HOST_GIB, float(wanted["memory_reserve_gib"])),
+        ).as_dict()
+    except (SparkfleetError, TypeError, ValueError) as error:
+        return Kind(names, str(wanted["model"]), str(wanted["profile"]), str(wanted["image"]), None, str(error))
+    return Kind(names, target.card.name, target.settings.profile, target.image, plan)
+
+
+def page(paper: Paper) -> str:
+    """The paper for people."""
+    lines = []
+    for kind in paper.kinds:
+        lines.append(f"{rollout.names(kind.hosts)}: {kind.model} ({kind.profile}), {kind.image or 'no image'}")
+        if kind.plan is None:
+            lines.append(f"  NO  {kind.problem}")
+            continue
+        lines.append(f"  {'ok' if kind.plan['fits'] else 'NO'}  memory: {report.brief(kind.plan)}")
+        lines += [f"      {reason}" for reason in kind.plan["reasons"]]
+    hosts = [{"name": name, "model": kind.model, "needed": True} for kind in paper.kinds for name in kind.hosts]
+    lines += ["", *rollout.lines(paper.waves, hosts, paper.drained)]
+    lines.append("nobody was contacted; what a host has, and whether it is fit, tells `sparkfleet preflight`")
+    return "\n".join(lines) + "\n"
