@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -24,7 +25,8 @@ TRIVIAL = ROOT / "simulator" / "bench_trivial.yml"
 #: Enough to make image and model the long part, as on a real line; Mbit/s.
 REGISTRY_MBIT, HUB_MBIT = 80.0, 30.0
 FLEET = 8
-PARTS = ("fresh", "no-op", "restart", "recovery", "fleet")
+HOSTS = (1, 2, 4, 8, 16)
+PARTS = ("fresh", "no-op", "restart", "recovery", "fleet", "controller")
 #: torch.compile, which the simulated engine leaves out unless asked; vLLM 0.32 fails to load what it compiled ahead of
 #: time for a CPU, and compiles again.
 COMPILED = (
@@ -118,6 +120,34 @@ def fleet(runs: int, world: World) -> None:
         f"no-op run, {FLEET} Sparks   {statistics.median(all_of_them):6.2f} s   "
         f"one Spark {statistics.median(one):.2f} s; ratio {ratio:.2f} (goal: at most 3), {runs} pairs"
     )
+
+
+def controller(runs: int, world: World) -> None:
+    """Seconds and processor seconds of the controller for a no-op run, by number of hosts; their slopes."""
+    world.up(HOSTS[-1], "dgxos", "none")
+    stopped = ("-e", "sparkfleet_service_state=stopped")
+    play(world.name, "site.yml", *stopped)
+    wall, processor = [], []
+    for count in HOSTS:
+        limit = ",".join(["localhost", *(f"spark-{number}" for number in range(1, count + 1))])
+        seconds, used = [], []
+        for _ in range(runs):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds.append(play(world.name, "site.yml", *stopped, "--limit", limit).seconds)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            used.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        wall.append(statistics.median(seconds))
+        processor.append(statistics.median(used))
+        print(f"no-op run, {count:2} hosts    {wall[-1]:6.2f} s   {processor[-1]:.2f} s of processor, {runs} runs")
+    print(
+        f"each further host     {slope(HOSTS, wall):6.2f} s   {slope(HOSTS, processor):.2f} s of processor "
+        f"(the Sparks run on the same {os.cpu_count()} processors)"
+    )
+
+
+def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Of the line through the points, by least squares."""
+    return statistics.linear_regression(xs, ys).slope
 
 
 def restart(runs: int, world: World) -> None:
@@ -218,6 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if "fleet" in parts:
                 world.down()
                 fleet(options.runs, many)
+            if "controller" in parts:
+                world.down()
+                controller(min(options.runs, 3), many)
         except SimulatorError as error:
             print(f"bench: {error}", file=sys.stderr)
             return 1
