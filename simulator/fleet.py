@@ -41,11 +41,10 @@ class Fleet:
 
     def __post_init__(self) -> None:
         self.names = sorted(self.world.state()["sparks"])
-        code, said = run_in(self.world.container(self.gateway), ["hostname", "-I"])
+        code, said = run_in(self.world.container(self.gateway), ["hostname", "-i"])
         if code != 0:
             raise SimulatorError(f"{self.gateway}: {said}")
-        # The world's network is bridged to this machine. Networks of Docker inside the Spark come later in the list.
-        self.address = said.split()[0]
+        self.address = said.split()[0]  # the world's network is bridged to this machine
 
     def sparkfleet(self, *words: str, **variables: Any) -> tuple[int, str, float]:
         """Run a verb; exit code, what it printed, seconds."""

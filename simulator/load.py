@@ -93,6 +93,7 @@ class Load:
                 reason = f"{type(error).__name__}: {error}"[:120]
                 connection.close()
                 connection = None
+                self._over.wait(0.1)  # one who refuses would be asked as fast as the machine can
             with self._lock:
                 self.sent += 1
                 if reason:
