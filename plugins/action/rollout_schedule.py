@@ -17,12 +17,6 @@ from ansible.utils.display import Display
 from sparkfleet import SparkfleetError, gateway, rollout
 
 display = Display()
-#: Variables that are the same for all Sparks, and their defaults.
-SHARED = {
-    "sparkfleet_rollout_canary": 1,
-    "sparkfleet_rollout_waves": "25%",
-    "sparkfleet_rollout_on_failure": "stop",
-}
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
@@ -39,9 +33,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         planned = [name for name in names if "sparkfleet_look" in hostvars[name]]
         drained = [name for name in names if gateway.truth(hostvars[name].get("sparkfleet_drained", False))]
         hosts = [_host(name, hostvars[name]) for name in planned if name not in drained]
-        run = {name: hostvars[name] for name in planned}
         try:
-            shared = {key: rollout.agreed(key, default, run) for key, default in SHARED.items()}
+            shared = rollout.shared({name: hostvars[name] for name in planned})
             waves = rollout.schedule(
                 hosts, int(shared["sparkfleet_rollout_canary"]), shared["sparkfleet_rollout_waves"]
             )

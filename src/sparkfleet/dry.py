@@ -10,9 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
-from sparkfleet import SparkfleetError, gateway, memory, report, rollout
+from sparkfleet import SparkfleetError, gateway, memory, report, rollout, target
 from sparkfleet.target import ARGUMENT_PREFIX, Settings, Target
 
 #: Settings that Target and memory plan depend on.
@@ -20,7 +18,6 @@ FIELDS = (
     *("model", "profile", "model_source", "environment", "tool_calls", "image", "revision", "port"),
     *("memory_plan", "memory_reserve_gib"),
 )
-SHARED = ("sparkfleet_rollout_canary", "sparkfleet_rollout_waves", "sparkfleet_rollout_on_failure")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Paper:
 
 def make(hosts: Mapping[str, Mapping[str, Any]]) -> Paper:
     """Plan and schedule of hosts with their variables. Raises SparkfleetError for settings that a rollout has once."""
-    defaults = yaml.safe_load(gateway.DEFAULTS.read_text(encoding="utf-8"))
+    defaults = target.defaults()
     drained = [name for name, values in hosts.items() if gateway.truth(values.get("sparkfleet_drained", False))]
     same: dict[str, list[str]] = {}
     settings: dict[str, dict[str, Any]] = {}
@@ -72,25 +69,25 @@ def make(hosts: Mapping[str, Mapping[str, Any]]) -> Paper:
     kinds = [_kind(names, settings[key]) for key, names in same.items()]
     models = {name: kind.model for kind in kinds for name in kind.hosts}
     needing = [{"name": name, "model": models[name], "needed": True} for name in hosts if name in models]
-    shared = {key: rollout.agreed(key, defaults[key], hosts) for key in SHARED}
+    shared = rollout.shared(hosts)
     waves = rollout.schedule(needing, int(shared["sparkfleet_rollout_canary"]), shared["sparkfleet_rollout_waves"])
     return Paper(kinds, waves, drained)
 
 
 def _kind(names: list[str], wanted: Mapping[str, Any]) -> Kind:
     try:
-        target = Target.of(Settings(**{key: value for key, value in wanted.items() if key != "memory_reserve_gib"}))
+        wished = Target.of(Settings(**{key: value for key, value in wanted.items() if key != "memory_reserve_gib"}))
         total = memory.USUAL_TOTAL_GIB
         plan = memory.make(
-            target.card,
-            target.arguments,
-            profile=target.settings.profile,
-            version=target.engine,
+            wished.card,
+            wished.arguments,
+            profile=wished.settings.profile,
+            version=wished.engine,
             memory=memory.Memory(total, total - memory.USUAL_HOST_GIB, float(wanted["memory_reserve_gib"])),
         ).as_dict()
     except (SparkfleetError, TypeError, ValueError) as error:
         return Kind(names, str(wanted["model"]), str(wanted["profile"]), str(wanted["image"]), None, str(error))
-    return Kind(names, target.card.name, target.settings.profile, target.image, plan)
+    return Kind(names, wished.card.name, wished.settings.profile, wished.image, plan)
 
 
 def page(paper: Paper) -> str:

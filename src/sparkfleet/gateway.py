@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml
+from sparkfleet import SparkfleetError, catalog, target
 
-from sparkfleet import SparkfleetError, catalog
-
-DEFAULTS = Path(__file__).resolve().parents[2] / "roles" / "sparkfleet" / "defaults" / "main.yml"
 #: Variables of a Spark that a gateway reads.
 VARIABLES = ("model", "port", "guard", "guard_port", "address", "drained")
 
 
 def settings(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Of each host the variables that a gateway reads, defaults filled in, without their prefix."""
-    defaults = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))
+    defaults = target.defaults()
     found = {}
     for host, variables in hosts.items():
         values = {key: variables.get(f"sparkfleet_{key}", defaults[f"sparkfleet_{key}"]) for key in VARIABLES}

@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparkfleet import SparkfleetError
+from sparkfleet import SparkfleetError, target
 
 WAVES = "sparkfleet_rollout_waves"
+SHARED = ("sparkfleet_rollout_canary", WAVES, "sparkfleet_rollout_on_failure")
 _EXAMPLES = "write a number of Sparks (2), a share (25%), or a list of both ([1, 2, 50%])"
 
 
@@ -68,6 +69,12 @@ def lines(waves: Sequence[Sequence[str]], hosts: Sequence[Mapping[str, Any]], dr
 def names(hosts: Sequence[str]) -> str:
     """Names of hosts, shortened where there are many."""
     return ", ".join(hosts) if len(hosts) <= 8 else f"{', '.join(hosts[:3])} … {hosts[-1]} ({len(hosts)} Sparks)"
+
+
+def shared(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings of a rollout, which all of its hosts share. Raises SparkfleetError."""
+    defaults = target.defaults()
+    return {key: agreed(key, defaults[key], hosts) for key in SHARED}
 
 
 def agreed(key: str, default: Any, hosts: Mapping[str, Mapping[str, Any]]) -> Any:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from sparkfleet import catalog, compose, engine
 from sparkfleet.catalog import Arguments, Card
@@ -13,6 +16,13 @@ from sparkfleet.engine import Engine
 State = Mapping[str, Any]
 #: What the variables of vLLM's arguments begin with; Ansible's own precedence merges them.
 ARGUMENT_PREFIX = "sparkfleet_vllm_"
+DEFAULTS = Path(__file__).resolve().parents[2] / "roles" / "sparkfleet" / "defaults" / "main.yml"
+
+
+def defaults() -> dict[str, Any]:
+    """The variables of the inventory with their defaults, as the role has them (templates not resolved)."""
+    found: dict[str, Any] = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
