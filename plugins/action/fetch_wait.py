@@ -142,6 +142,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                 message = f"not done after {timeout:.0f} s ({text}); the jobs go on, run again to attach"
                 break
         for job in jobs:
+            alone = job["result"].get("mirror_failed") or job["result"].get("peer_failed")
+            if alone:
+                display.display(f"{host}  {job['name']} came from the internet after all: {alone[:200]}")
             result[job["name"]] = {**job["result"], "state": job["state"]}
         result["changed"] = any(bool(job["result"].get("changed")) for job in jobs)
         result["seconds"] = round(time.monotonic() - began, 1)

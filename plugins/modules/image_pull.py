@@ -21,6 +21,16 @@ options:
     description: Where progress is written as JSON.
     type: path
     default: /run/sparkfleet/fetch/image.json
+  mirror:
+    description: >-
+      HOST:PORT of a registry that is asked first, for O(mirror_digest); see M(share). Where it does not help, the
+      image's own registry is asked.
+    type: str
+    default: ""
+  mirror_digest:
+    description: What the image stands for, sha256:...
+    type: str
+    default: ""
   docker_config:
     description: Docker's configuration file; its C(auths) entry of the registry is sent to the engine.
     type: path
@@ -58,6 +68,10 @@ size:
   description: Size on disk in bytes, as the engine counts it.
   returned: when the image is present
   type: int
+mirror_failed:
+  description: Why the mirror did not help; empty where it did or none was named.
+  returned: after a pull
+  type: str
 seconds:
   description: How long the job took.
   returned: always
@@ -77,17 +91,12 @@ failure:
 """
 
 import base64
-import binascii
-import contextlib
 import json
 import re
 import shutil
-import ssl
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -95,53 +104,9 @@ from typing import Any, NoReturn
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError, DockerUnavailable
 from ansible.module_utils.sparkfleet_host.job import Job, JobError
+from ansible.module_utils.sparkfleet_host.registry import Reference, credentials, layer_sizes, reference
 
 SILENCE = 1800.0  # seconds without a word from the engine; a huge layer may unpack for long
-MANIFESTS = (
-    "application/vnd.oci.image.index.v1+json",
-    "application/vnd.docker.distribution.manifest.list.v2+json",
-    "application/vnd.oci.image.manifest.v1+json",
-    "application/vnd.docker.distribution.manifest.v2+json",
-)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """An image name taken apart; `registry` is the host, `path` the repository there."""
-
-    name: str
-    tag: str
-    digest: str
-    registry: str
-    path: str
-
-    @property
-    def wanted(self) -> str:
-        """What the API calls tag: the digest where there is one."""
-        return self.digest or self.tag
-
-    @property
-    def local(self) -> str:
-        """How the engine names it locally."""
-        return f"{self.name}@{self.digest}" if self.digest else f"{self.name}:{self.tag}"
-
-
-def reference(image: str) -> Reference:
-    """Parse NAME[:TAG][@sha256:DIGEST]; raises JobError. A tag or digest is asked for, `latest` never assumed."""
-    match = re.fullmatch(
-        r"(?P<name>[a-zA-Z0-9][\w.-]*(?::\d+(?=/))?(?:/[a-z0-9][\w.-]*)*)"
-        r"(?::(?P<tag>\w[\w.-]{0,127}))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?",
-        image,
-    )
-    if not match or not (match["tag"] or match["digest"]):
-        raise JobError("bad-input", f"image {image!r} is not of the form NAME:TAG or NAME@sha256:DIGEST")
-    name = match["name"]
-    first, _, rest = name.partition("/")
-    if rest and ("." in first or ":" in first or first == "localhost"):
-        registry, path = first, rest
-    else:
-        registry, path = "docker.io", name if rest else f"library/{name}"
-    return Reference(name, match["tag"] or "", match["digest"] or "", registry, path)
 
 
 # -- progress ----------------------------------------------------------------------------------------------
@@ -209,78 +174,7 @@ class Progress:
         return "pulling", pulled, total if known else None
 
 
-def layer_sizes(ref: Reference, arch: str, info: dict[str, Any], auth: dict[str, str] | None) -> dict[str, int]:
-    """Sizes of the layers by short id, from the registry's manifest. Best effort ({} on any trouble): the engine
-    tells a layer's size only when it starts on it, too late for a total."""
-    host = "registry-1.docker.io" if ref.registry == "docker.io" else ref.registry
-    context = ssl.create_default_context()
-    for authority in sorted(Path("/etc/docker/certs.d", ref.registry).glob("*.crt")):
-        with contextlib.suppress(OSError):
-            context.load_verify_locations(str(authority))
-    proxies = {"http": info.get("HttpProxy") or "", "https": info.get("HttpsProxy") or ""}
-    opener = urllib.request.build_opener(
-        urllib.request.HTTPSHandler(context=context),
-        urllib.request.ProxyHandler({kind: proxy for kind, proxy in proxies.items() if proxy}),
-    )
-    basic = ""
-    if auth:
-        basic = "Basic " + base64.b64encode(f"{auth['username']}:{auth['password']}".encode()).decode()
-    header = {"Accept": ", ".join(MANIFESTS)}
-
-    def fetch(url: str, headers: dict[str, str]) -> Any:
-        with opener.open(urllib.request.Request(url, headers=headers), timeout=15) as answer:  # noqa: S310
-            return json.load(answer)
-
-    def manifest(scheme: str, wanted: str) -> dict[str, Any]:
-        url = f"{scheme}://{host}/v2/{ref.path}/manifests/{wanted}"
-        try:
-            return dict(fetch(url, header))
-        except urllib.error.HTTPError as error:
-            challenge = error.headers.get("WWW-Authenticate", "")
-            if error.code != 401:
-                raise
-            if challenge.lower().startswith("basic"):
-                header["Authorization"] = basic
-            else:
-                given = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
-                query = urllib.parse.urlencode({k: given[k] for k in ("service", "scope") if k in given})
-                token = fetch(f"{given['realm']}?{query}", {"Authorization": basic} if basic else {})
-                header["Authorization"] = f"Bearer {token.get('token') or token['access_token']}"
-            return dict(fetch(url, header))
-
-    index = ((info.get("RegistryConfig") or {}).get("IndexConfigs") or {}).get(ref.registry) or {}
-    plain = index.get("Secure") is False or re.match(r"(127\.|localhost\b)", ref.registry)
-    for scheme in ("https", "http") if plain else ("https",):
-        try:
-            found = manifest(scheme, ref.wanted)
-            for entry in found.get("manifests", []):
-                platform = entry.get("platform") or {}
-                if platform.get("os") == "linux" and platform.get("architecture") == arch:
-                    found = manifest(scheme, entry["digest"])
-                    break
-            return {layer["digest"].partition(":")[2][:12]: int(layer["size"]) for layer in found["layers"]}
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return {}
-
-
-# -- credentials and failures ------------------------------------------------------------------------------
-
-
-def credentials(config: Path, registry: str) -> dict[str, str] | None:
-    """User and password that `docker login` left for a registry; None where there are none."""
-    try:
-        entries = json.loads(config.read_text("utf-8")).get("auths") or {}
-        keys = [registry, f"https://{registry}", f"https://{registry}/v1/", f"https://{registry}/v2/"]
-        if registry == "docker.io":
-            keys.insert(0, "https://index.docker.io/v1/")
-        for key in keys:
-            if (entries.get(key) or {}).get("auth"):
-                user, _, password = base64.b64decode(entries[key]["auth"]).decode().partition(":")
-                return {"username": user, "password": password.rstrip("\0"), "serveraddress": key}
-    except (OSError, ValueError, AttributeError, binascii.Error):
-        return None
-    return None
+# -- failures ----------------------------------------------------------------------------------------------
 
 
 def explain(text: str, ref: Reference, room: str = "") -> JobError:
@@ -379,12 +273,50 @@ def pull(docker: Docker, ref: Reference, config: Path, job: Job) -> dict[str, An
     return describe(found, ref)
 
 
+def get(docker: Docker, ref: Reference, params: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Pulls from the mirror, if there is one, else from the image's own registry."""
+    config, reason = Path(params["docker_config"]), ""
+    if params["mirror"]:
+        try:
+            return from_mirror(docker, ref, params["mirror"], params["mirror_digest"], config, job)
+        except (JobError, DockerError) as error:
+            if isinstance(error, JobError) and error.id in ("disk-full", "image-platform"):
+                raise
+            reason = str(error)
+            job.update("pulling", 0, None, f"{params['mirror']} did not help: {reason}")
+    return {**pull(docker, ref, config, job), "mirror_failed": reason}
+
+
+def from_mirror(docker: Docker, ref: Reference, mirror: str, digest: str, config: Path, job: Job) -> dict[str, Any]:
+    """Pulls by digest from a mirror, then lets the image have its own name. Raises JobError and DockerError."""
+    there = reference(f"{mirror}/{ref.path}@{digest}")
+    pull(docker, there, config, job)
+    own = reference(f"{ref.name}@{digest}")
+    try:
+        # Its layers are here: this asks for the manifest alone, and makes Docker know the digest by the own name.
+        pull(docker, own, config, job)
+        name = own.local
+    except (JobError, DockerError):
+        name = there.local  # no internet: known by the mirror's name then
+    if ref.tag:
+        query = urllib.parse.urlencode({"repo": ref.name, "tag": ref.tag})
+        docker.call("POST", f"/images/{urllib.parse.quote(name, safe='/:@')}/tag?{query}")
+    if name == own.local:
+        docker.call("DELETE", f"/images/{urllib.parse.quote(there.local, safe='/:@')}?noprune=1")
+    found = docker.image(ref.local if ref.tag else name)
+    if found is None:
+        raise JobError("image-pull", f"the engine pulled {there.local} but does not have {ref.local}")
+    return {**describe(found, ref), "mirror_failed": ""}
+
+
 def main() -> None:
     """Entry point of the module."""
     module = AnsibleModule(
         argument_spec={
             "image": {"type": "str", "required": True},
             "status_file": {"type": "path", "default": "/run/sparkfleet/fetch/image.json"},
+            "mirror": {"type": "str", "default": ""},
+            "mirror_digest": {"type": "str", "default": ""},
             "docker_config": {"type": "path", "default": "/root/.docker/config.json"},
             "docker_socket": {"type": "path", "default": "/var/run/docker.sock"},
         },
@@ -424,7 +356,7 @@ def main() -> None:
         job = claim
         found = docker.image(ref.local)
         changed = found is None
-        result = describe(found, ref) if found else pull(docker, ref, Path(params["docker_config"]), job)
+        result = describe(found, ref) if found else get(docker, ref, params, job)
         seconds = round(time.time() - began, 1)
         job.done({**result, "changed": changed, "seconds": seconds})
         if changed:

@@ -41,6 +41,12 @@ options:
     description: More variables for the client, such as HF_ENDPOINT or HTTPS_PROXY; empty ones are left out. No secrets.
     type: dict
     default: {}
+  peer:
+    description: >-
+      Address of another Spark's service on the loopback interface that is asked first, see M(share). Where it does not
+      help, the Hub is asked.
+    type: str
+    default: ""
   allow:
     description: Only files that match one of these patterns.
     type: list
@@ -112,6 +118,10 @@ downloaded:
   description: Bytes that were not on this disk before.
   returned: after a download
   type: int
+peer_failed:
+  description: Why the other Spark did not help; empty where it did or none was named.
+  returned: after a download
+  type: str
 seconds:
   description: How long the job took.
   returned: always
@@ -301,6 +311,22 @@ def run_client(docker: Docker, params: dict[str, Any], job: Job) -> dict[str, An
     return result
 
 
+def fetch(docker: Docker, params: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Downloads from another Spark, if one is named, else from the Hub. What has arrived is not asked for again."""
+    reason = ""
+    if params["peer"]:
+        # On the loopback interface, so in the host's network; a file may still be on its way to the other Spark.
+        there = {"HF_ENDPOINT": params["peer"], "HF_HUB_DOWNLOAD_TIMEOUT": "180", "HF_HUB_ETAG_TIMEOUT": "120"}
+        try:
+            result = run_client(docker, {**params, "environment": there, "network": "host", "token_file": ""}, job)
+            return {**result, "peer_failed": ""}
+        except JobError as error:
+            if error.id == "disk-full":
+                raise
+            reason = str(error)
+    return {**run_client(docker, params, job), "peer_failed": reason}
+
+
 def died(params: dict[str, Any], state: dict[str, Any], lines: deque[str]) -> str:
     """Why a container that said nothing at its end ended."""
     if state.get("OOMKilled"):
@@ -362,6 +388,7 @@ def main() -> None:
             "client": {"type": "path", "default": "/opt/sparkfleet/lib/hf_client.pyz"},
             "token_file": {"type": "path", "default": "/etc/sparkfleet/hf_token", "no_log": False},
             "environment": {"type": "dict", "default": {}},
+            "peer": {"type": "str", "default": ""},
             "allow": {"type": "list", "elements": "str", "default": []},
             "ignore": {"type": "list", "elements": "str"},
             "memory": {"type": "int", "default": 2 << 30},
@@ -411,7 +438,7 @@ def main() -> None:
             changed = False
         else:
             check_host(params)
-            result = run_client(Docker(params["docker_socket"], timeout=60), params, job)
+            result = fetch(Docker(params["docker_socket"], timeout=60), params, job)
             result["snapshot"] = result.pop("path")
             give_to_owner(Path(params["cache_dir"]), params["repo"])
             changed = True

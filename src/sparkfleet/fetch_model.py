@@ -150,6 +150,7 @@ class Fetch:
         """Everything; the result for the last line. Raises FetchError and what `explain` understands."""
         say(progress={"phase": "resolving", "done": 0, "total": 0})
         self.resolve()
+        self._write(self._listing(), "fetching")
         before = self._on_disk()
         self._check_space(before)
         with self._progress("downloading", self._on_disk):
@@ -338,17 +339,24 @@ class Fetch:
         if self.request.revision != self.commit:
             _write(self.request.folder / "refs" / self.request.revision, self.commit)
 
-    def _write_manifest(self) -> None:
-        manifest = {
+    def _listing(self) -> dict[str, Any]:
+        return {
             "repo": self.request.repo,
             "revision": self.request.revision,
             "commit": self.commit,
             "files": {f.name: {"size": f.size, "sha256" if f.lfs else "sha1": f.hash} for f in self.files},
             "total_bytes": self.total,
-            "completed_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        path = self.request.cache_dir / ".sparkfleet" / self.request.folder.name / f"{self.commit}.json"
-        _write(path, json.dumps(manifest, indent=1) + "\n")
+
+    def _write_manifest(self) -> None:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._write({**self._listing(), "completed_at": now}, self.commit).with_name("fetching.json").unlink()
+
+    def _write(self, listing: dict[str, Any], name: str) -> Path:
+        """`fetching.json` is for others that take files as they come (share.py); the commit's name says complete."""
+        path = self.request.cache_dir / ".sparkfleet" / self.request.folder.name / f"{name}.json"
+        _write(path, json.dumps(listing, indent=1) + "\n")
+        return path
 
     @contextlib.contextmanager
     def _progress(self, phase: str, done: Callable[[], int]) -> Iterator[None]:

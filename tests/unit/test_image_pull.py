@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -166,6 +168,59 @@ def test_pull(ready: Engine, docker: Docker, tmp_path: Path) -> None:
     assert status is not None
     assert (status["phase"], status["percent"], status["total"]) == ("extracting", 99, 100)
     assert "secret" not in json.dumps(status)
+
+
+MIRROR = "127.0.0.1:9111"
+OWN, THERE = f"reg.test:5000/nvidia/vllm@{DIGEST}", f"{MIRROR}/nvidia/vllm@{DIGEST}"
+
+
+def from_mirror(ready: Engine, docker: Docker, tmp_path: Path, good: set[str]) -> tuple[dict[str, Any], list[str]]:
+    """Pull with a mirror where only the registries `good` answer: the result, and what Docker was told to do."""
+
+    def create(handler: Handler) -> None:
+        name, tag = re.findall(r"fromImage=(.*)&tag=(.*)", urllib.parse.unquote(handler.path))[0]
+        if name.partition("/")[0] not in good:
+            handler.answer(500, {"message": "dial tcp: connection refused"})
+            return
+        ready.routes["GET", f"/images/{name}{'@' if ':' in tag else ':'}{tag}/json"] = INSPECT
+        handler.chunks(b'{"status":"Pull complete"}\r\n')
+
+    def tag(handler: Handler) -> None:
+        ready.routes["GET", "/images/reg.test:5000/nvidia/vllm:1/json"] = INSPECT
+        handler.answer(201, None)
+
+    ready.routes["POST", "/images/create"] = create
+    for name in (OWN, THERE):
+        ready.routes["POST", f"/images/{name}/tag"] = tag
+        ready.routes["DELETE", f"/images/{name}"] = []
+    params = {"mirror": MIRROR, "mirror_digest": DIGEST, "docker_config": str(tmp_path / "none")}
+    job = Job(tmp_path / "status" / "image.json", "image", "x")
+    job.acquire()
+    result = image_pull.get(docker, reference("reg.test:5000/nvidia/vllm:1"), params, job)
+    return result, [f"{verb} {urllib.parse.unquote(path)}" for verb, path, *_ in ready.seen if verb != "GET"]
+
+
+def test_mirror_first_then_the_own_name(ready: Engine, docker: Docker, tmp_path: Path) -> None:
+    result, told = from_mirror(ready, docker, tmp_path, {MIRROR, "reg.test:5000"})
+    assert (result["digest"], result["mirror_failed"]) == (DIGEST, "")
+    assert told == [
+        f"POST /images/create?fromImage={MIRROR}/nvidia/vllm&tag={DIGEST}",
+        f"POST /images/create?fromImage=reg.test:5000/nvidia/vllm&tag={DIGEST}",
+        f"POST /images/{OWN}/tag?repo=reg.test:5000/nvidia/vllm&tag=1",
+        f"DELETE /images/{THERE}?noprune=1",
+    ]
+
+
+def test_mirror_that_fails_is_gone_round(ready: Engine, docker: Docker, tmp_path: Path) -> None:
+    result, told = from_mirror(ready, docker, tmp_path, {"reg.test:5000"})
+    assert MIRROR in result["mirror_failed"]
+    assert told[-1] == "POST /images/create?fromImage=reg.test:5000/nvidia/vllm&tag=1"
+
+
+def test_without_internet_the_mirrors_name_stays(ready: Engine, docker: Docker, tmp_path: Path) -> None:
+    result, told = from_mirror(ready, docker, tmp_path, {MIRROR})
+    assert result["mirror_failed"] == ""
+    assert told[-1] == f"POST /images/{THERE}/tag?repo=reg.test:5000/nvidia/vllm&tag=1"
 
 
 def test_error_within_the_stream(ready: Engine, docker: Docker, tmp_path: Path) -> None:

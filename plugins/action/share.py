@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Action: what one Spark fetches, others take from it.
+
+- share: {state: schedule}               # who takes from whom; contacts nobody
+  register: fetch_share_plan             # image_from, model_from, sources (those that this host looks after), takes
+- share: {state: serve, source: "{{ item }}"}   # delegated to the source; a loop registered as fetch_share_served
+- share: {state: connect}                # this host's ways to its sources
+  register: fetch_share_way              # mirror, digest, peer
+- share: {state: absent}
+
+What does not work is said and gone round: a Spark without a source fetches from the internet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Mapping
+from typing import Any
+
+from ansible.errors import AnsibleConnectionFailure
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from sparkfleet import gateway, share
+
+REGISTRY_PORT, HUB_PORT = 9111, 9112  # as in sparkfleet_host.share
+
+display = Display()
+
+
+def key_pair() -> str:
+    """A key and a certificate of its own for one day, in PEM: who has them is of this run."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "sparkfleet-share")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))  # clocks differ
+        .not_valid_after(now + datetime.timedelta(days=2))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return (private + certificate.public_bytes(serialization.Encoding.PEM)).decode()
+
+
+class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
+    """See the module's docstring."""
+
+    TRANSFERS_FILES = False
+    _supports_check_mode = True
+    _VALID_ARGS = frozenset(("state", "enabled", "port", "room", "cache_dir", "source", "clean"))
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What the state asks for; never fails for want of a source."""
+        task_vars = task_vars or {}
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        result["changed"] = False
+        state = self._task.args.get("state")
+        work = {"schedule": self._schedule, "serve": self._serve, "connect": self._connect, "absent": self._absent}
+        return {**result, **work[str(state)](task_vars)}
+
+    def _schedule(self, task_vars: Mapping[str, Any]) -> dict[str, Any]:
+        """{"sources": those that this host looks after, "image_from", "model_from": hosts, or empty}."""
+        host, lacks = task_vars["inventory_hostname"], []
+        for name in task_vars["ansible_play_hosts_all"]:
+            known = task_vars["hostvars"][name]
+            look = known.get("sparkfleet_look") or {}
+            if look.get("plan") and gateway.truth(known.get("sparkfleet_share", True)):
+                drained = gateway.truth(known.get("sparkfleet_drained", False))
+                lacks.append(share.lack(name, look, serves=not drained))
+        made = share.schedule(lacks if self._task.args.get("enabled", True) and not self._task.check_mode else [])
+        for line in made.summary(host):
+            display.display(line)
+        takes = host in made.image_from or host in made.model_from
+        return {
+            "sources": [dataclasses.asdict(source) for source in made.leads(host)],
+            "image_from": made.image_from.get(host, ""),
+            "model_from": made.model_from.get(host, ""),
+            "takes": takes,
+            "takes_part": takes or bool(made.leads(host)),
+            "leaders": {name: source.leader for name, source in made.sources.items()},
+        }
+
+    def _serve(self, task_vars: Mapping[str, Any]) -> dict[str, Any]:
+        """Start a source: {"host", "pair", "port", "digests", "reason"}; not shown, for the pair's sake."""
+        arguments, source = self._task.args, self._task.args["source"]
+        pair = key_pair()
+        settings = {
+            "port": int(arguments.get("port", 9110)),
+            "images": source["images"],
+            "models": source["models"],
+            "cache_dir": arguments.get("cache_dir", "/opt/hf"),
+            "room": int(arguments.get("room", 0)),
+        }
+        answer = self._module(task_vars, state="serve", settings=settings, pairs={"run": pair})
+        if answer["reason"]:
+            display.display(f"{source['host']} gives nothing, each Spark fetches by itself: {answer['reason']}")
+        if "BEGIN" in answer.get("pair", ""):  # else masked: it is the one above
+            pair = answer["pair"]  # of a run that was interrupted, which others still use
+        given = {"host": source["host"], "port": settings["port"], "pair": pair, "_ansible_no_log": True}
+        return {**given, "reason": answer["reason"], "digests": answer.get("digests") or {}}
+
+    def _connect(self, task_vars: Mapping[str, Any]) -> dict[str, Any]:
+        """{"mirror": registry to pull from, "digest", "peer": address of a Hub}, empty where there is none."""
+        host = task_vars["inventory_hostname"]
+        plan, image = task_vars["fetch_share_plan"], task_vars["sparkfleet_look"]["plan"]["image"]
+        served = {name: self._served(task_vars, plan, name) for name in {plan["image_from"], plan["model_from"]} - {""}}
+        tunnels, pairs = [], {}
+        for listen, name in ((REGISTRY_PORT, plan["image_from"]), (HUB_PORT, plan["model_from"])):
+            if name and name != host and served[name]:
+                known = gateway.settings({name: task_vars["hostvars"][name]})[name]
+                way = {"listen": listen, "address": known["address"], "port": served[name]["port"], "pair": name}
+                tunnels.append(way)
+                pairs[name] = served[name]["pair"]
+        reason = ""
+        if tunnels:
+            reason = self._module(task_vars, state="connect", settings={"tunnels": tunnels}, pairs=pairs)["reason"]
+        if reason:
+            display.display(f"{host} fetches by itself: {reason}")
+        ready = {name: found for name, found in served.items() if found and (name == host or not reason)}
+        giver = ready.get(plan["image_from"], {})
+        digest = giver.get("digests", {}).get(image, "")
+        return {
+            "mirror": f"127.0.0.1:{REGISTRY_PORT}" if digest else "",
+            "digest": digest,
+            "peer": f"http://127.0.0.1:{HUB_PORT}" if plan["model_from"] in ready else "",
+        }
+
+    def _absent(self, task_vars: Mapping[str, Any]) -> dict[str, Any]:
+        """End what serves and what leads to it."""
+        return {"reason": self._module(task_vars, state="absent", clean=self._task.args.get("clean", True))["reason"]}
+
+    def _served(self, task_vars: Mapping[str, Any], plan: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """What the leader of a source was told when it began to serve; {} where it does not serve."""
+        found = task_vars["hostvars"][plan["leaders"][name]].get("fetch_share_served") or {}
+        answers = [dict(answer) for answer in found.get("results") or [] if answer.get("host") == name]
+        return answers[0] if answers and not answers[0]["reason"] else {}
+
+    def _module(self, task_vars: Mapping[str, Any], **arguments: Any) -> dict[str, Any]:
+        """Run the module; a host that cannot be reached, or refuses, is a reason."""
+        try:
+            answer: dict[str, Any] = self._execute_module("share", module_args=arguments, task_vars=task_vars)
+        except AnsibleConnectionFailure as error:
+            answer = {"reason": f"not reached: {' '.join(str(error).split())[:120]}"}
+        if answer.get("failed") or "reason" not in answer:
+            answer = {"reason": str(answer.get("msg") or "no answer")[:200]}
+        return answer

@@ -1,0 +1,529 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one Spark fetches, others take from it: image by digest, model by the Hub's own protocol.
+
+`share serve FILE`   on the source: a registry that fetches what it lacks once, and the Hub's answers for models in the
+                     cache folder, also while they are still being downloaded. Other Sparks come in over TLS, with a
+                     key pair made for this run; this host's own Docker over the loopback interface.
+`share connect FILE` on the others: the source's services on ports of the loopback interface, which Docker takes for a
+                     registry without TLS by itself.
+
+FILE is JSON (see `Settings`). What is ready, or why it is not, is told in `ready.json` beside it. Both end when nobody
+has asked for anything for `idle` seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import select
+import shutil
+import signal
+import socket
+import socketserver
+import ssl
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from .cache import manifest_path, model_state, repo_folder
+from .docker import Docker, DockerError
+from .job import FOLDER as JOBS
+from .job import JobError, is_alive, read_status
+from .registry import DIGEST, Growing, Layout, Reference, Registry, credentials, reference
+
+FOLDER = "/run/sparkfleet/share"
+STORE = "/var/lib/sparkfleet/share"
+#: On the loopback interface: the source's registry and the source's Hub, on every Spark of a run.
+REGISTRY_PORT, HUB_PORT = 9111, 9112
+WAIT = 100.0  # seconds that a model's list of files may take to appear
+CONNECT_SECONDS = 5.0
+
+
+@dataclasses.dataclass
+class Settings:
+    """What a source serves; sizes in bytes, times in seconds."""
+
+    port: int = 9110  # for the others, over TLS
+    images: list[str] = dataclasses.field(default_factory=list)
+    models: list[dict[str, str]] = dataclasses.field(default_factory=list)  # [{"repo", "revision"}]
+    cache_dir: str = "/opt/hf"
+    store: str = STORE
+    offline: bool = False  # the store has all there is
+    room: int = 0  # that must stay free beside the image's blobs
+    docker_config: str = "/root/.docker/config.json"
+    idle: float = 900.0
+
+
+class Refused(Exception):
+    """An answer other than the thing asked for."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+# -- models ------------------------------------------------------------------------------------------------
+
+
+class Model:
+    """A model in a Hub cache folder, as the Hub would tell of it."""
+
+    def __init__(self, cache_dir: str, repo: str, revision: str, jobs: str = JOBS) -> None:
+        self.cache_dir, self.repo, self.revision = Path(cache_dir), repo, revision
+        self.folder = self.cache_dir / repo_folder(repo)
+        self._status = Path(jobs, "model.json")
+        self._began = time.time()
+
+    def answers_for(self, revision: str) -> bool:
+        """Whether `revision` is the one that is served, by its name or its commit."""
+        return revision in (self.revision, self.listing()["commit"])
+
+    def listing(self) -> dict[str, Any]:
+        """{"commit", "files": {name: {"size", "sha256" | "sha1"}}}; waits while the download finds it out."""
+        deadline = time.monotonic() + WAIT
+        while True:
+            state = model_state(self.cache_dir, self.repo, self.revision)
+            place = manifest_path(self.cache_dir, self.repo, state["commit"] or "")
+            if not state["complete"]:
+                place = place.with_name("fetching.json")
+            try:
+                found: dict[str, Any] = json.loads(place.read_text("utf-8"))
+                if self.revision in (found["revision"], found["commit"]):
+                    return found
+            except (OSError, ValueError, KeyError):
+                pass
+            if not self.alive() or time.monotonic() > deadline:
+                raise Refused(503, f"{self.repo} is neither here nor on its way")
+            time.sleep(0.2)
+
+    def alive(self) -> bool:
+        """Whether the download may still bring something: it runs, or has not begun."""
+        status = read_status(self._status)
+        if status is None or not str(status.get("what", "")).startswith(f"{self.repo}@"):
+            return True
+        if float(status.get("updated") or 0) < self._began:  # of an earlier run
+            return True
+        return bool(status["state"] == "running" and is_alive(status))
+
+    def file(self, name: str) -> tuple[dict[str, Any], Growing]:
+        """A file's entry of the list, and its content. Raises Refused."""
+        entry = self.listing()["files"].get(name)
+        if entry is None:
+            raise Refused(404, f"{self.repo} has no file {name}")
+        blob = self.folder / "blobs" / str(entry.get("sha256") or entry.get("sha1"))
+        partial = blob.with_name(f"{blob.name}.incomplete")
+
+        def find() -> Path | None:
+            if blob.is_file():
+                return blob
+            # Large files are written to a name of ours; the client renames small ones into place.
+            return partial if "sha256" in entry and partial.is_file() else None
+
+        return entry, Growing(find, int(entry["size"]), lambda: blob.is_file() or self.alive())
+
+
+# -- the source's server -----------------------------------------------------------------------------------
+
+
+class Source:
+    """What a source has to give."""
+
+    def __init__(self, settings: Settings, docker: Docker | None = None, jobs: str = JOBS) -> None:
+        self.settings = settings
+        self.layout = Layout(settings.store)
+        self.images: dict[str, tuple[Reference, str]] = {}  # repository there -> reference, digest
+        self.models = {
+            item["repo"]: Model(settings.cache_dir, item["repo"], item["revision"], jobs) for item in settings.models
+        }
+        self._docker = docker or Docker()
+
+    def prepare(self) -> dict[str, str]:
+        """Find out what the images stand for: {image: digest}. Raises JobError."""
+        info: dict[str, Any] = {}
+        arch = ""
+        if self.settings.images and not self.settings.offline:
+            info, arch = self._docker.info(), str(self._docker.version().get("Arch") or "")
+        kept: list[str] = []
+        for image in self.settings.images:
+            ref = reference(image)
+            if self.settings.offline:
+                digest = self.layout.names().get(image, "")
+                if not digest:
+                    raise JobError("bundle", f"{image} is not in the bundle")
+                kept += self.layout.know(digest)
+            else:
+                auth = credentials(Path(self.settings.docker_config), ref.registry)
+                try:
+                    digest, blobs = self.layout.add(image, Registry(ref, info, auth), arch)
+                except (OSError, ValueError, KeyError) as error:
+                    raise JobError("registry-unreachable", f"{ref.registry} was asked for {image}: {error}") from error
+                kept += blobs
+            self.images[ref.path] = (ref, digest)
+        if not self.settings.offline and self.settings.images:
+            self.layout.prune(kept)
+            self._check_room(kept)
+        return {image: self.images[reference(image).path][1] for image in self.settings.images}
+
+    def blobs(self) -> list[str]:
+        """The blobs of all images, manifests included."""
+        return [blob for _, digest in self.images.values() for blob in self.layout.know(digest)]
+
+    def _check_room(self, blobs: list[str]) -> None:
+        missing = sum(self.layout.sizes[blob] for blob in set(blobs) if not self.layout.path(blob).is_file())
+        free = shutil.disk_usage(self.settings.store).free
+        if free < missing + self.settings.room:
+            needed = f"{missing / 1e9:.1f} GB for the image as it travels beside {self.settings.room / 1e9:.1f} GB"
+            raise JobError("disk-full", f"{self.settings.store} has {free / 1e9:.1f} GB free, it takes {needed}")
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers one connection: GET and HEAD of a registry and of the Hub."""
+
+    protocol_version = "HTTP/1.1"
+    server_version = "sparkfleet-share"
+    server: Server
+    timeout = 300
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """One line a request, for the journal."""
+        print(f"{self.client_address[0]} {format % args}", file=sys.stderr, flush=True)
+
+    def do_HEAD(self) -> None:
+        """Headers only."""
+        self._answer()
+
+    def do_GET(self) -> None:
+        """Content."""
+        self._answer()
+
+    def _answer(self) -> None:
+        with self.server.busy():
+            try:
+                self._route(unquote(urlsplit(self.path).path))
+            except Refused as refused:
+                self._json({"errors": [{"code": "UNKNOWN", "message": str(refused)}]}, refused.status)
+            except (BrokenPipeError, ConnectionResetError, TimeoutError, ssl.SSLError):
+                self.close_connection = True
+
+    def _route(self, path: str) -> None:
+        source = self.server.source
+        registry = re.fullmatch(r"/v2/(.+)/(manifests|blobs)/([^/]+)", path)
+        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+?))?/?", path)
+        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        if path in ("/v2", "/v2/"):
+            self._json({})
+        elif registry:
+            self._blob(source, registry[1], registry[2], registry[3])
+        elif api:
+            model = self._model(api[1], api[3])
+            if api[2] == "tree":
+                self._json(tree(model.listing()))
+            else:
+                self._json(info(model.repo, model.listing()))
+        elif file:
+            self._file(self._model(file[1], file[2]), file[3])
+        else:
+            raise Refused(404, "no such thing here")
+
+    # -- registry ------------------------------------------------------------------------------------------
+
+    def _blob(self, source: Source, path: str, kind: str, wanted: str) -> None:
+        if path not in source.images:
+            raise Refused(404, f"{path} is not shared")
+        ref, digest = source.images[path]
+        if wanted == ref.tag and kind == "manifests":
+            wanted = digest
+        if not DIGEST.fullmatch(wanted) or wanted not in source.layout.sizes:
+            raise Refused(404, f"{path} has no {wanted}")
+        headers = {"Docker-Content-Digest": wanted, "ETag": f'"{wanted}"'}
+        headers["Content-Type"] = (
+            source.layout.media_type(wanted) if kind == "manifests" else "application/octet-stream"
+        )
+        # Looking at a blob does not fetch it: Docker looks at all before it takes any.
+        content = source.layout.open(wanted) if self.command == "GET" else None
+        self._content(content, source.layout.sizes[wanted], headers)
+
+    # -- Hub -----------------------------------------------------------------------------------------------
+
+    def _model(self, repo: str, revision: str | None) -> Model:
+        model = self.server.source.models.get(repo)
+        if model is None or not model.answers_for(revision or "main"):
+            raise Refused(404, f"{repo} is not shared")
+        return model
+
+    def _file(self, model: Model, name: str) -> None:
+        entry, content = model.file(name)
+        etag = f'"{entry.get("sha256") or entry.get("sha1")}"'
+        headers = {"ETag": etag, "X-Repo-Commit": model.listing()["commit"], "Content-Type": "application/octet-stream"}
+        if "sha256" in entry:
+            headers.update({"X-Linked-Etag": etag, "X-Linked-Size": str(entry["size"])})
+        self._content(content, int(entry["size"]), headers)
+
+    # -- answers -------------------------------------------------------------------------------------------
+
+    def _content(self, content: Growing | None, size: int, headers: dict[str, str]) -> None:
+        start, end, status = 0, size, 200
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if wanted and self.headers.get("If-Range", headers["ETag"]) == headers["ETag"]:
+            start, end, status = int(wanted[1]), min(int(wanted[2] or size - 1) + 1, size), 206
+            if start >= size:
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{size}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(end - start))
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
+        self.end_headers()
+        if self.command == "HEAD" or content is None:
+            return
+        try:
+            for chunk in content.read(start, end):
+                self.wfile.write(chunk)
+        except OSError as error:
+            # The length was promised: whoever reads sees that it was cut.
+            print(f"{self.path}: {error}", file=sys.stderr, flush=True)
+            self.close_connection = True
+
+    def _json(self, data: Any, status: int = 200) -> None:
+        body = json.dumps(data).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Docker-Distribution-Api-Version", "registry/2.0")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def tree(listing: dict[str, Any]) -> list[dict[str, Any]]:
+    """The Hub's GET /api/models/REPO/tree/REVISION?recursive=true."""
+    found = []
+    for name, entry in listing["files"].items():
+        item = {"type": "file", "path": name, "size": entry["size"], "oid": entry.get("sha1") or entry["sha256"][:40]}
+        if "sha256" in entry:
+            item["lfs"] = {"oid": entry["sha256"], "sha256": entry["sha256"], "size": entry["size"], "pointerSize": 130}
+        found.append(item)
+    return found
+
+
+def info(repo: str, listing: dict[str, Any]) -> dict[str, Any]:
+    """The Hub's GET /api/models/REPO/revision/REVISION."""
+    siblings = [{"rfilename": name, "size": entry["size"]} for name, entry in listing["files"].items()]
+    return {"id": repo, "modelId": repo, "sha": listing["commit"], "private": False, "tags": [], "siblings": siblings}
+
+
+class Activity:
+    """When something was last asked for."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._count, self._last = 0, time.monotonic()
+
+    def __enter__(self) -> None:
+        with self._mutex:
+            self._count += 1
+
+    def __exit__(self, *exc: object) -> None:
+        with self._mutex:
+            self._count -= 1
+            self._last = time.monotonic()
+
+    def idle(self) -> float:
+        """Seconds since."""
+        with self._mutex:
+            return 0.0 if self._count else time.monotonic() - self._last
+
+
+class Server(ThreadingHTTPServer):
+    """The source's server; over TLS where there is a `context`."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, address: tuple[str, int], source: Source, activity: Activity, context: ssl.SSLContext | None):
+        self.source, self._activity, self._context = source, activity, context
+        super().__init__(address, Handler)
+
+    def busy(self) -> Activity:
+        """A context for the time of a request."""
+        return self._activity
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """In the connection's own thread: a slow handshake keeps nobody waiting."""
+        if self._context is None:
+            super().finish_request(request, client_address)
+            return
+        try:
+            request.settimeout(CONNECT_SECONDS)
+            wrapped = self._context.wrap_socket(request, server_side=True)
+        except (OSError, ssl.SSLError) as error:
+            print(f"{client_address[0]} was not let in: {error}", file=sys.stderr, flush=True)
+            return
+        with wrapped:
+            super().finish_request(wrapped, client_address)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that broke is the other side's to mend."""
+        print(f"{client_address[0]}: {sys.exc_info()[1]!r}", file=sys.stderr, flush=True)
+
+
+# -- the others' tunnels -----------------------------------------------------------------------------------
+
+
+class Tunnel(socketserver.ThreadingTCPServer):
+    """A port of the loopback interface that leads to a source, over TLS."""
+
+    allow_reuse_address = True
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, port: int, target: tuple[str, int], context: ssl.SSLContext, activity: Activity) -> None:
+        self._target, self._context, self._activity = target, context, activity
+        super().__init__(("127.0.0.1", port), socketserver.BaseRequestHandler)
+
+    def connect(self) -> ssl.SSLSocket:
+        """A connection to the source. Raises OSError."""
+        raw = socket.create_connection(self._target, timeout=CONNECT_SECONDS)
+        try:
+            wrapped = self._context.wrap_socket(raw, server_hostname=None)
+        except OSError:
+            raw.close()
+            raise
+        wrapped.settimeout(None)
+        return wrapped
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Carry bytes both ways until either side has done."""
+        with self._activity:
+            try:
+                with self.connect() as far:
+                    carry(request, far)
+            except OSError as error:
+                print(f"to {self._target[0]}:{self._target[1]}: {error}", file=sys.stderr, flush=True)
+
+
+def carry(near: socket.socket, far: ssl.SSLSocket) -> None:
+    """Bytes from each to the other, until one closes."""
+    while True:
+        ready = [far] if far.pending() else select.select([near, far], [], [], 600)[0]
+        if not ready:
+            return
+        for here in ready:
+            data = here.recv(1 << 17)
+            if not data:
+                return
+            (far if here is near else near).sendall(data)
+
+
+# -- the verb ----------------------------------------------------------------------------------------------
+
+
+def server_context(pair: Path) -> ssl.SSLContext:
+    """TLS that lets in those who have the run's key pair alone."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_cert_chain(pair)
+    context.load_verify_locations(pair)
+    context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def client_context(pair: Path) -> ssl.SSLContext:
+    """TLS to a server that shows the run's certificate, whatever its name."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_cert_chain(pair)
+    context.load_verify_locations(pair)
+    return context
+
+
+def tell(folder: Path, **what: Any) -> None:
+    """`ready.json`, replaced as a whole."""
+    temporary = folder / ".ready.json.new"
+    temporary.write_text(json.dumps(what) + "\n", "utf-8")
+    temporary.replace(folder / "ready.json")
+
+
+def serve(file: Path) -> int:
+    """Serve until idle or told to stop."""
+    folder = file.parent
+    settings = Settings(**json.loads(file.read_text("utf-8")))
+    activity = Activity()
+    source = Source(settings)
+    try:
+        digests = source.prepare()
+        servers = [
+            Server(("0.0.0.0", settings.port), source, activity, server_context(folder / "run.pem")),  # noqa: S104  the others
+            Server(("127.0.0.1", REGISTRY_PORT), source, activity, None),
+        ]
+        if settings.offline:
+            servers.append(Server(("127.0.0.1", HUB_PORT), source, activity, None))
+    except JobError as error:
+        tell(folder, error=str(error))
+        return 0
+    except (OSError, DockerError) as error:
+        tell(folder, error=f"ports {settings.port} and {REGISTRY_PORT}: {error}")
+        return 0
+    _run(servers, activity, settings.idle, folder, digests=digests)
+    _clean(source)
+    return 0
+
+
+def connect(file: Path) -> int:
+    """Lead to the sources until idle or told to stop."""
+    folder = file.parent
+    settings = json.loads(file.read_text("utf-8"))
+    activity = Activity()
+    try:
+        tunnels = []
+        for item in settings["tunnels"]:
+            context = client_context(folder / f"{item['pair']}.pem")
+            tunnels.append(Tunnel(int(item["listen"]), (item["address"], int(item["port"])), context, activity))
+        for tunnel in tunnels:  # better known now than when Docker asks
+            tunnel.connect().close()
+    except OSError as error:
+        where = ", ".join(sorted({f"{item['address']}:{item['port']}" for item in settings["tunnels"]}))
+        tell(folder, error=f"no way to {where}: {error}")
+        return 0
+    _run(tunnels, activity, float(settings.get("idle", 900)), folder)
+    return 0
+
+
+def _run(
+    servers: Sequence[socketserver.BaseServer], activity: Activity, idle: float, folder: Path, **ready: Any
+) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    for server in servers:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    tell(folder, error="", **ready)
+    while activity.idle() < idle:
+        time.sleep(1)
+
+
+def _clean(source: Source) -> None:
+    """After a run that was never seen to end: what is whole here has been fetched; what is not is worth keeping."""
+    if not source.settings.offline and all(source.layout.path(blob).is_file() for blob in source.blobs()):
+        shutil.rmtree(source.settings.store, ignore_errors=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """`serve FILE` or `connect FILE`; the exit code."""
+    verbs = {"serve": serve, "connect": connect}
+    if len(argv) != 2 or argv[0] not in verbs:
+        print("usage: sparkfleet_host.pyz share serve|connect FILE", file=sys.stderr)
+        return 2
+    return verbs[argv[0]](Path(argv[1]))
