@@ -47,6 +47,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 SOCKET_SECONDS = 10.0
 POLL = 0.25
+FORCED = 0x01 | 0x08  # of srv_admin_state: maintenance and drain by a command
 
 
 class Haproxy:
@@ -71,6 +72,18 @@ class Haproxy:
         text = self.ask("show stat -1 4 -1").lstrip("# ")
         return [row for row in csv.DictReader(io.StringIO(text)) if row["svname"] == server]
 
+    def forced(self, server: str) -> set[str]:
+        """Backends in which a server is drained or in maintenance by a command. Of one that is down as well, the
+        statistics say no more than that it is down."""
+        lines = self.ask("show servers state").splitlines()
+        head = next((line.lstrip("# ").split() for line in lines if line.startswith("#")), [])
+        found = [dict(zip(head, line.split(), strict=False)) for line in lines if line[:1].isdigit()]
+        return {
+            row["be_name"]
+            for row in found
+            if row.get("srv_name") == server and int(row.get("srv_admin_state") or 0) & FORCED
+        }
+
     def set(self, backend: str, server: str, state: str) -> None:
         """Change the administrative state. Raises ValueError with what HAProxy says."""
         said = self.ask(f"set server {backend}/{server} state {state}").strip()
@@ -86,11 +99,12 @@ def drained(row: dict[str, str]) -> bool:
 def change(haproxy: Haproxy, server: str, state: str, timeout: float, check: bool) -> dict[str, Any]:
     """Do it; what the module returns."""
     rows = haproxy.rows(server)
-    wrong = [row["pxname"] for row in rows if drained(row) != (state == "drain")]
+    out = {row["pxname"] for row in rows if drained(row)} | haproxy.forced(server)
+    wrong = [row["pxname"] for row in rows if (row["pxname"] in out) != (state == "drain")]
     result: dict[str, Any] = {
         "changed": bool(wrong),
         "backends": [row["pxname"] for row in rows],
-        "before": "drain" if rows and all(map(drained, rows)) else "ready",
+        "before": "drain" if rows and all(row["pxname"] in out for row in rows) else "ready",
         "sessions": sum(int(row["scur"] or 0) for row in rows),
         "seconds": 0.0,
     }

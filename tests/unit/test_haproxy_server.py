@@ -1,0 +1,43 @@
+"""A server that a command drains and puts back, as HAProxy tells of it while its health check fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import haproxy_server
+import pytest
+
+STATE = "# be_id be_name srv_id srv_name srv_addr srv_op_state srv_admin_state srv_uweight"
+
+
+class Socket(haproxy_server.Haproxy):
+    """Answers as HAProxy 3.0 does; `status` is what the statistics say, `admin` the state by command."""
+
+    def __init__(self, status: str, admin: int) -> None:
+        super().__init__("")
+        self.status, self.admin, self.said = status, admin, list[str]()
+
+    def ask(self, command: str) -> str:
+        self.said.append(command)
+        if command == "show servers state":
+            return f"1\n{STATE}\n3 m 1 spark-1 192.0.2.1 2 {self.admin} 1\n3 m 2 spark-2 192.0.2.2 2 8 1\n"
+        return f"# pxname,svname,scur,status,\nm,spark-1,0,{self.status},\n" if command.startswith("show") else "\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "admin", "state", "asked"),
+    [
+        ("DRAIN", 8, "ready", True),
+        ("DOWN", 8, "ready", True),  # it was drained, and its engine is only now back
+        ("DOWN", 0, "ready", False),
+        ("UP", 0, "ready", False),
+        ("DOWN", 8, "drain", False),
+        ("DOWN", 0, "drain", True),
+        ("MAINT", 1, "ready", True),
+    ],
+)
+def test_what_was_set_by_command_counts(status: str, admin: int, state: str, asked: bool) -> None:
+    haproxy = Socket(status, admin)
+    result: dict[str, Any] = haproxy_server.change(haproxy, "spark-1", state, 0.0, check=False)
+    assert result["changed"] is asked
+    assert (f"set server m/spark-1 state {state}" in haproxy.said) is asked
