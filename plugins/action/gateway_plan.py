@@ -3,7 +3,10 @@
 
 - gateway_plan:
     keys: "{{ sparkfleet_gateway_keys }}"
-  register: gateway       # gateway.backends, gateway.models
+    address: "{{ sparkfleet_gateway_address }}"
+    models: "{{ sparkfleet_gateway_ports }}"                                      # {model: port}
+    ports: {sparkfleet_gateway_port: "{{ sparkfleet_gateway_port }}"}             # that must differ
+  register: gateway       # gateway.backends, gateway.models, gateway.engine_keys, gateway.gateways
 """
 
 from __future__ import annotations
@@ -20,19 +23,32 @@ display = Display()
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
-    """Reads the variables of the group sparks."""
+    """Reads the variables of the groups sparks and gateways."""
 
     TRANSFERS_FILES = False
-    _VALID_ARGS = frozenset(("keys",))
+    _VALID_ARGS = frozenset(("keys", "address", "models", "ports"))
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the plan; raise one error that names a bad value."""
         task_vars = task_vars or {}
         result: dict[str, Any] = super().run(tmp, task_vars)
-        sparks = {name: task_vars["hostvars"][name] for name in task_vars["groups"].get("sparks", ())}
+        groups, known = task_vars["groups"], task_vars["hostvars"]
+        arguments = self._task.args
+        models = arguments.get("models") or {}
         try:
-            gateway.keys(self._task.args.get("keys") or [])
-            made = gateway.plan(gateway.settings(sparks))
+            gateway.keys(arguments.get("keys") or [])
+            gateway.check_ports(
+                {
+                    **(arguments.get("ports") or {}),
+                    **{f"sparkfleet_gateway_ports.{model}": port for model, port in models.items()},
+                }
+            )
+            if arguments.get("address"):
+                gateway.floating(str(arguments["address"]))
+            made = gateway.plan(gateway.settings({name: known[name] for name in groups.get("sparks", ())}), models)
+            gateways = [
+                {"name": name, "address": gateway.address(name, known[name])} for name in groups.get("gateways", ())
+            ]
         except SparkfleetError as error:
             raise AnsibleActionFail(str(error)) from None
         host = task_vars["inventory_hostname"]
@@ -40,4 +56,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             display.display(f"{host}  {item['repo']}: {', '.join(server['name'] for server in item['servers'])}")
         if made["drained"]:
             display.display(f"{host}  drained, left out: {', '.join(made['drained'])}")
-        return {**result, **made, "changed": False}
+        made["gateways"] = gateways
+        own = (item["address"] for item in gateways if item["name"] == host)
+        made["certificate_names"] = gateway.names(host, "localhost", *own, str(arguments.get("address") or ""))
+        # The engines' keys are among it.
+        return {**result, **made, "changed": False, "_ansible_no_log": True}

@@ -13,9 +13,9 @@ import yaml
 from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 
-from sparkfleet import SparkfleetError, compose, host_program, plan, report
+from sparkfleet import SparkfleetError, compose, gateway, host_program, plan, report
 from sparkfleet.preflight import GIB
-from sparkfleet.target import ARGUMENT_PREFIX, Settings, Target
+from sparkfleet.target import ARGUMENT_PREFIX, Settings, Target, listen
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,11 +33,15 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         arguments = dict(self._task.args)
         token, token_file, hub_endpoint = (arguments.pop(key) for key in ("hf_token", "hf_token_file", "hub_endpoint"))
         token = (token or "").strip()
+        engine_key, address = (str(arguments.pop(key, "") or "").strip() for key in ("engine_key", "address"))
+        arguments["keyed"] = bool(engine_key)
+        arguments["gateways"] = gateways(task_vars)
         arguments["arguments"] = self._vllm_arguments(task_vars)
         arguments["host_program"] = hashlib.sha256(
             host_program.build(ROOT / ".sparkfleet" / "cache").read_bytes()
         ).hexdigest()
         try:
+            gateway.check_key("sparkfleet_engine_key", engine_key)
             target = Target.of(_settings(arguments))
         except SparkfleetError as error:
             raise AnsibleActionFail(f"{host}: {error}") from None
@@ -54,6 +58,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             "port": settings.port,
             "token": token,
             "token_file": token_file,
+            "engine_key": engine_key,
+            "address": address or task_vars.get("ansible_host") or host,
+            "gateways": list(settings.gateways) if listen(settings.listen) == "auto" else [],
             "hub_endpoint": hub_endpoint,
             "proxy": settings.proxy,
             "no_proxy": settings.no_proxy,
@@ -89,6 +96,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         for name in (name for name in task_vars if name.startswith(ARGUMENT_PREFIX)):
             found[name.removeprefix(ARGUMENT_PREFIX)] = _scalar(self._templar.template(task_vars[name]))
         return found
+
+
+def gateways(task_vars: dict[str, Any]) -> tuple[str, ...]:
+    """Where the gateways of the inventory are."""
+    known = ((name, task_vars["hostvars"][name]) for name in task_vars.get("groups", {}).get("gateways", ()))
+    return tuple(gateway.address(name, values) for name, values in known)
 
 
 def _scalar(value: Any) -> Any:

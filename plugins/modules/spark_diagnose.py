@@ -46,6 +46,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.sparkfleet_host import engine
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError
+from ansible.module_utils.sparkfleet_host.http import KEY_FILE
 from ansible.module_utils.sparkfleet_host.memory import memory_state
 from ansible.module_utils.sparkfleet_host.releases import Store, read_json
 from ansible.module_utils.sparkfleet_host.status import look
@@ -168,10 +169,11 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    token = ""
-    with contextlib.suppress(OSError):
-        token = Path(module.params["token_file"]).read_text(encoding="utf-8").strip()
-    module.exit_json(changed=False, facts=engine.redacted(collect(module.params), token))
+    facts = collect(module.params)
+    for path in (module.params["token_file"], KEY_FILE):
+        with contextlib.suppress(OSError):
+            facts = engine.redacted(facts, Path(path).read_text(encoding="utf-8").strip())
+    module.exit_json(changed=False, facts=engine.redacted(facts))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,9 @@ options:
   image: {description: Image in place of the card's., type: str, default: ""}
   revision: {description: Revision in place of the card's., type: str, default: ""}
   port: {description: Port of the engine., type: int, default: 8000}
+  listen: {description: Addresses that the port is published on., type: raw, default: auto}
+  address: {description: Where gateways reach the host., type: str, default: ""}
+  engine_key: {description: Key that the engine asks for., type: str, default: ""}
   project_dir: {description: Folder of the compose file., type: path, default: /opt/sparkfleet}
   cache_dir: {description: Folder of the model cache., type: path, default: /opt/hf}
   cache_owner: {description: Owner of the cache., type: str, default: root}

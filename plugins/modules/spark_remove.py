@@ -47,6 +47,7 @@ from urllib.parse import quote
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.sparkfleet_host import engine
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError
+from ansible.module_utils.sparkfleet_host.http import KEY_FILE
 from ansible.module_utils.sparkfleet_host.releases import STATE_DIR, Store, read_json
 
 UNIT = Path("/etc/systemd/system/sparkfleet-guard.service")
@@ -77,7 +78,7 @@ def plan(params: dict[str, Any], store: Store, docker: Docker) -> list[Item]:
     if params["models"]:
         folders += [*sorted(Path(params["cache_dir"]).glob("models--*")), Path(params["cache_dir"], ".sparkfleet")]
     items += [(f"{folder}/", remove_folder(folder)) for folder in folders if folder.is_dir()]
-    files = [SETTINGS, *([Path(params["token_file"])] if params["token"] else [])]
+    files = [SETTINGS, Path(KEY_FILE), *([Path(params["token_file"])] if params["token"] else [])]
     items += [(str(file), file.unlink) for file in files if file.exists()]
     return items
 

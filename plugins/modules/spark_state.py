@@ -25,6 +25,14 @@ options:
   operator: {description: User who is to run docker., type: str, required: true}
   token: {description: Hugging Face token to use; empty for the one in I(token_file)., type: str, default: ""}
   token_file: {description: File on the host that holds the token., type: path, required: true}
+  engine_key: {description: Key that the engine is to ask for., type: str, default: ""}
+  engine_key_file: {description: File on the host that holds it., type: path, default: /etc/sparkfleet/engine_key}
+  address: {description: Name or address of this host in the inventory., type: str, default: ""}
+  gateways:
+    description: Names or addresses of the gateways; with them the host's own address towards them is looked for.
+    type: list
+    elements: str
+    default: []
   hub_endpoint: {description: Address of the Hub., type: str, default: "https://huggingface.co"}
   proxy: {description: Proxy between the host and the internet., type: str, default: ""}
   no_proxy: {description: Names that are reached without it separated by commas., type: str, default: ""}
@@ -84,7 +92,9 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.sparkfleet_host.cache import model_state
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
+from ansible.module_utils.sparkfleet_host.http import KEY_FILE
 from ansible.module_utils.sparkfleet_host.memory import memory_state, unit_state
+from ansible.module_utils.sparkfleet_host.network import reached_at
 from ansible.module_utils.sparkfleet_host.releases import STATE_DIR, Store, read_json
 
 PROBE_SECONDS = 10
@@ -318,13 +328,13 @@ def container(docker: Docker, item: dict[str, Any], project: str) -> dict[str, A
     detail = docker.container(item["Id"]) if ours else None
     if detail:
         config, host = detail["Config"], detail["HostConfig"]
+        bound = (host.get("PortBindings") or {}).values()
         result["started_with"] = {
             "image": config["Image"],
             "command": config.get("Cmd") or [],
             "environment": dict(pair.partition("=")[::2] for pair in config.get("Env") or []),
-            "ports": sorted(
-                {int(bind["HostPort"]) for binds in (host.get("PortBindings") or {}).values() for bind in binds or []}
-            ),
+            "ports": sorted({int(bind["HostPort"]) for binds in bound for bind in binds or []}),
+            "published": sorted(map(published, (bind for binds in bound for bind in binds or []))),
             "volumes": sorted(host.get("Binds") or []),
             "restart": (host.get("RestartPolicy") or {}).get("Name", ""),
         }
@@ -332,6 +342,14 @@ def container(docker: Docker, item: dict[str, Any], project: str) -> dict[str, A
         # A published port is held by a running container only; a stopped one must not look like a holder.
         result["ports"] = result["started_with"]["ports"] if item["State"] == "running" else result["ports"]
     return result
+
+
+def published(bind: dict[str, str]) -> str:
+    """Address and port of a binding as a compose file has them; the port alone for one of all addresses."""
+    address = bind.get("HostIp") or ""
+    if address in ("", "0.0.0.0", "::"):  # noqa: S104  what Docker says, nothing that is opened
+        return bind["HostPort"]
+    return f"{f'[{address}]' if ':' in address else address}:{bind['HostPort']}"
 
 
 def healthy(port: int) -> bool:
@@ -425,6 +443,8 @@ def look(params: dict[str, Any]) -> dict[str, Any]:
             "cache": folder(params["cache_dir"]),
             "project_dir": folder(params["project_dir"]),
             "token": token_file(params["token_file"], params["token"]),
+            "engine_key": token_file(params["engine_key_file"], params["engine_key"]),
+            "reached_at": reached_at(params["address"], params["gateways"]) if params["gateways"] else [],
             "model": model,
             "hub": hub.result() if hub else None,
             "registry": registry.result() if registry else None,
@@ -447,6 +467,10 @@ def main() -> None:
             **dict.fromkeys(("project_dir", "cache_dir", "token_file"), path),
             "port": {"type": "int", "required": True},
             "token": {"type": "str", "default": "", "no_log": True},
+            "engine_key": {"type": "str", "default": "", "no_log": True},
+            "engine_key_file": {"type": "path", "default": KEY_FILE, "no_log": False},
+            "address": {"type": "str", "default": ""},
+            "gateways": {"type": "list", "elements": "str", "default": []},
             "hub_endpoint": {"type": "str", "default": "https://huggingface.co"},
             "proxy": {"type": "str", "default": ""},
             "no_proxy": {"type": "str", "default": ""},

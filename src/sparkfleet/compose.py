@@ -8,7 +8,7 @@ model pinned to what was fetched.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from sparkfleet.catalog import Arguments, ArgumentValue, Card
@@ -17,6 +17,12 @@ from sparkfleet.engine import starts_with_serve
 PROJECT = "sparkfleet"
 CACHE_IN_CONTAINER = "/root/.cache/huggingface"
 ENGINE_PORT = 8000
+LOOPBACK = "127.0.0.1"
+#: On the host, 0600; in the container Docker mounts it under the name of the secret.
+KEY_FILE, KEY_NAME = "/etc/sparkfleet/engine_key", "engine_key"
+#: vLLM reads its key from the environment. What Compose puts there `docker inspect` shows, so this does. (`$$` is
+#: Compose's way to write `$`.)
+KEYED = ["sh", "-c", f'VLLM_API_KEY=$$(cat /run/secrets/{KEY_NAME}) && export VLLM_API_KEY && exec "$$@"', "sh"]
 #: Where vLLM, Triton, FlashInfer, the CUDA driver and torch keep what they compile, unless told otherwise.
 COMPILE_CACHES = {
     "vllm": "/root/.cache/vllm",
@@ -61,6 +67,8 @@ def document(
     cache_dir: str = "/opt/hf",
     compile_cache_dir: str = "/var/cache/sparkfleet",
     port: int = ENGINE_PORT,
+    addresses: Sequence[str] = (),
+    keyed: bool = False,
 ) -> Document:
     """The whole compose file as data: one project, one service, in the key order of the guide.
 
@@ -97,7 +105,7 @@ def document(
         "image": image,
         "container_name": card.service,
         "restart": "unless-stopped",
-        "ports": [f"{port}:{ENGINE_PORT}"],
+        "ports": published(port, addresses),
         "environment": {**variables, **card.environment, **(environment or {})},
         "ipc": "host",
         "ulimits": {"memlock": -1, "stack": 67108864},
@@ -107,4 +115,25 @@ def document(
             "resources": {"reservations": {"devices": [{"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}]}}
         },
     }
-    return {"name": PROJECT, "services": {card.service: service}}
+    made: Document = {"name": PROJECT, "services": {card.service: service}}
+    if keyed:
+        if starts_with_serve(image):
+            service["entrypoint"] = [*KEYED, "vllm", "serve"]
+        else:
+            service["command"] = [*KEYED, *command]
+        service["secrets"] = [KEY_NAME]
+        made["secrets"] = {KEY_NAME: {"file": KEY_FILE}}
+    return made
+
+
+def published(port: int, addresses: Sequence[str]) -> list[str]:
+    """The ports of the service: everywhere, or on loopback (for guard and verification) and the addresses given."""
+    if not addresses:
+        return [f"{port}:{ENGINE_PORT}"]
+    hosts = dict.fromkeys((LOOPBACK, *addresses))
+    return [f"{f'[{host}]' if ':' in host else host}:{port}:{ENGINE_PORT}" for host in hosts]
+
+
+def without_key(command: Sequence[Any]) -> list[Any]:
+    """A command without what hands it the key."""
+    return list(command[len(KEYED) :] if list(command[: len(KEYED)]) == KEYED else command)

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from sparkfleet import compose
+
 #: Reasons that say nothing that the differences of the file do not say better.
 _STAGE = ("stage", "switch to")
 
@@ -65,7 +67,7 @@ def _flags(command: Sequence[Any]) -> dict[str, str]:
     """Flags of a command with their values; what stands before them is the model."""
     found: dict[str, str] = {}
     flag = "model"
-    for word in map(str, command):
+    for word in map(str, compose.without_key(command)):
         if word.startswith("--"):
             flag = word
             found[flag] = ""

@@ -281,6 +281,20 @@ TABLE: tuple[Failure, ...] = (
         ),
     ),
     Failure(
+        "address-unknown",
+        "it is not known where a gateway reaches the engine",
+        "the inventory has gateways; the Spark's name in it stands for no address of the Spark's own, and no way leads "
+        "from there to the gateways",
+        "Set sparkfleet_address to the Spark's address, or sparkfleet_listen to addresses or to `all`.",
+    ),
+    Failure(
+        "address-gone",
+        "the host does not have the address that the engine is published on",
+        "it has got another address since it was deployed (DHCP without a reservation)",
+        "Deploy again, which takes the address of today, or set sparkfleet_listen: all.",
+        (r"[Cc]annot assign requested address",),
+    ),
+    Failure(
         "name-taken",
         "the container's name is taken",
         "a container of that name exists that Sparkfleet did not make",

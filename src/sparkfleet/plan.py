@@ -195,6 +195,8 @@ def deploy(target: Target, state: State, document: compose.Document) -> dict[str
         start.add(deployed and current is None, f"create and start {service}")
         start.add(deployed and current is not None and not running, f"start {service} ({current and current['state']})")
         start.add(drifted, f"start {service} anew: it runs with other settings than its file")
+        new_key = target.settings.keyed and not state["engine_key"]["current"]
+        start.add(deployed and running and not drifted and new_key, f"start {service} anew: its key is another")
         stop.add(others and not start.reasons, f"stop {', '.join(others)}")
         wait.add(not start.reasons and not state["healthy"], f"wait for {service}")
     else:
@@ -232,11 +234,11 @@ def _matches(container: Mapping[str, Any] | None, service: Mapping[str, Any]) ->
     environment = service["environment"]
     return bool(
         started["image"] == service["image"]
-        and started["command"] == service["command"]
+        and started["command"] == [str(word).replace("$$", "$") for word in service["command"]]
         # In hub mode the value is the token, which is not looked at.
         and all(key in started["environment"] for key in environment)
         and all(started["environment"][key] == value for key, value in environment.items() if not value.startswith("$"))
-        and started["ports"] == sorted(int(port.partition(":")[0]) for port in service["ports"])
+        and started["published"] == sorted(port.rpartition(":")[0] for port in service["ports"])
         and started["volumes"] == sorted(f"{volume}:rw" for volume in service["volumes"])
         and started["restart"] == service["restart"]
     )

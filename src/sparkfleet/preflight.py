@@ -13,7 +13,7 @@ import yaml
 
 from sparkfleet import SparkfleetError, catalog, engine, memory
 from sparkfleet.failures import BY_ID
-from sparkfleet.target import State, Target
+from sparkfleet.target import State, Target, listen
 
 GIB = 1024**3
 #: (ID, VERSION_ID) of /etc/os-release -> where its own packages suffice for Docker with Compose v2.
@@ -89,6 +89,7 @@ def checks(target: Target, state: State, work: Work) -> tuple[list[Check], memor
         remembered,
         _disk(target, state, work),
         _port(target, state),
+        *([_address(target, state)] if target.settings.gateways else []),
         _switch(target, state),
         _registry(target, state, work),
         _hub(target, state, work),
@@ -285,6 +286,14 @@ def _port(target: Target, state: State) -> Check:
     if target.settings.service_state != "started":
         return Check("port", f"{port}, held by {who}; not needed")
     return Check("port", f"{port}, held by {who}", (Finding("port-taken", f"port {port} is held by {who}: {remedy}"),))
+
+
+def _address(target: Target, state: State) -> Check:
+    """Whether it is known where gateways reach the engine."""
+    found = ", ".join(target.addresses(state))
+    if found or listen(target.settings.listen) == "all":
+        return Check("address", f"gateways reach {found}" if found else "everywhere")
+    return Check("address", "not known", (known("address-unknown", "no address of this host leads to a gateway"),))
 
 
 def _switch(target: Target, state: State) -> Check:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sparkfleet import catalog, compose, engine
+from sparkfleet import SparkfleetError, catalog, compose, engine
 from sparkfleet.catalog import Arguments, Card
 from sparkfleet.engine import Engine
 
@@ -41,6 +42,9 @@ class Settings:
     image: str = ""
     revision: str = ""
     port: int = 8000
+    listen: Any = "auto"
+    gateways: tuple[str, ...] = ()  # names or addresses of the inventory's gateways
+    keyed: bool = False  # there is a sparkfleet_engine_key
     project_dir: str = "/opt/sparkfleet"
     cache_dir: str = "/opt/hf"
     cache_owner: str = "root"
@@ -64,6 +68,17 @@ class Settings:
     host_program: str = ""  # sha256 of the program that is to be on the host; empty: not looked at
 
 
+def listen(value: Any) -> str | list[str]:
+    """`auto`, `all`, or addresses, of sparkfleet_listen. Raises SparkfleetError naming what is none."""
+    if value in ("auto", "all"):
+        return str(value)
+    found = value if isinstance(value, list | tuple) else str(value).split(",")
+    try:
+        return [str(ipaddress.ip_address(str(item).strip())) for item in found]
+    except ValueError as error:
+        raise SparkfleetError(f"sparkfleet_listen: {error}; write auto, all, or addresses of the Spark") from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """Model card and settings merged."""
@@ -81,6 +96,7 @@ class Target:
         arguments = card.with_profile(settings.profile)
         catalog.check_arguments(settings.arguments, ARGUMENT_PREFIX)
         catalog.check_environment(settings.environment, "sparkfleet_environment.")
+        listen(settings.listen)
         if settings.tool_calls and settings.model_source == "local" and card.tool_call_parser:
             arguments |= {"enable_auto_tool_choice": True, "tool_call_parser": card.tool_call_parser}
         arguments |= settings.arguments
@@ -107,4 +123,13 @@ class Target:
             cache_dir=self.settings.cache_dir,
             compile_cache_dir=self.settings.compile_cache_dir,
             port=self.settings.port,
+            addresses=self.addresses(state),
+            keyed=self.settings.keyed,
         )
+
+    def addresses(self, state: State | None = None) -> list[str]:
+        """Addresses that the engine's port is published on, beside loopback; none for everywhere."""
+        wanted = listen(self.settings.listen)
+        if isinstance(wanted, list):
+            return wanted
+        return list((state or {}).get("reached_at") or []) if wanted == "auto" and self.settings.gateways else []

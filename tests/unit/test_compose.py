@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 import yaml
+from ansible.module_utils.sparkfleet_host.http import KEY_FILE
 
 from sparkfleet import catalog, cli, compose
 
@@ -61,6 +64,37 @@ def test_a_digest_in_the_reference_is_replaced_not_doubled(card: catalog.Card) -
 )
 def test_upstreams_images_serve_by_themselves(card: catalog.Card, image: str, first: str) -> None:
     assert compose.document(card, {}, image=image)["services"][SERVICE]["command"][0] == first
+
+
+@pytest.mark.parametrize(
+    ("image", "entrypoint", "command"),
+    [
+        ("nvcr.io/nvidia/vllm:26.06-py3", None, [*compose.KEYED, "vllm", "serve"]),
+        ("vllm/vllm-openai:v0.24.0", [*compose.KEYED, "vllm", "serve"], ["nvidia/Llama-3.1-8B-Instruct-FP8"]),
+    ],
+)
+def test_a_key_comes_from_a_file_and_into_no_argument(
+    card: catalog.Card, image: str, entrypoint: list[str] | None, command: list[str]
+) -> None:
+    document = compose.document(card, {}, image=image, keyed=True)
+    service = document["services"][SERVICE]
+    assert service.get("entrypoint") == entrypoint
+    assert service["command"][: len(command)] == command
+    assert service["secrets"] == ["engine_key"] and "VLLM_API_KEY" not in service["environment"]
+    assert document["secrets"] == {"engine_key": {"file": KEY_FILE}} and compose.KEY_FILE == KEY_FILE
+    assert compose.without_key(service["command"])[-1] == card.repo
+
+
+def test_the_key_is_in_the_engine_s_environment() -> None:
+    """As Compose hands it over: `$$` is `$` then."""
+    script = compose.KEYED[2].replace("$$", "$").replace("/run/secrets/", "./")
+    with tempfile.TemporaryDirectory() as folder:
+        argv = ["sh", "-c", script, "sh", "sh", "-c", 'echo "$VLLM_API_KEY $1"', "sh", "a b"]
+        refused = subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=False)
+        assert refused.returncode != 0 and refused.stdout == ""  # no key, no engine
+        Path(folder, "engine_key").write_text("0123456789\n", encoding="ascii")
+        done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout == "0123456789 a b\n"
 
 
 def test_profile_and_port(card: catalog.Card) -> None:

@@ -51,6 +51,12 @@ def test_what_is_deployed_is_compared_line_by_line() -> None:
     assert drift.reasons(made, {"compose_file": None}) == ["nothing is deployed"]
 
 
+def test_a_key_is_told_as_a_secret() -> None:
+    made = plan(deploy={"stage": ["stage a release after 1"], "start": ["switch to it"]})
+    made["compose"] = Target.of(Settings(model="llama31-8b-fp8", keyed=True)).document()
+    assert drift.reasons(made, STATE) == ["secrets: none → engine_key"]
+
+
 def test_another_image_is_one_line() -> None:
     digest = "sha256:" + "ab" * 32
     known = Target.of(Settings(model="llama31-8b-fp8")).document(

@@ -12,9 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gateway_network
 import haproxy_server
 import jinja2
 import pytest
+import yaml
+from ansible.module_utils.sparkfleet_host import network
 from ansible.module_utils.sparkfleet_host.guard import Guard, Settings, Window, open_window
 from ansible.module_utils.testing import patch_module_args
 
@@ -29,8 +32,8 @@ HOSTS: dict[str, dict[str, Any]] = {
 }
 
 
-def plan(hosts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return gateway.plan(gateway.settings(hosts))
+def plan(hosts: dict[str, dict[str, Any]], **ports: Any) -> dict[str, Any]:
+    return gateway.plan(gateway.settings(hosts), {name.replace("_", "-"): port for name, port in ports.items()})
 
 
 def test_a_backend_a_model_a_server_a_spark() -> None:
@@ -68,14 +71,118 @@ def test_a_bad_key_is_told_by_its_place() -> None:
     assert "secret" not in str(error.value)
 
 
-def render(made: dict[str, Any], **more: Any) -> str:
+@pytest.mark.parametrize(
+    ("ports", "words"),
+    [
+        ({"gpt_oss_20b": 8081}, "no Spark serves 'gpt-oss-20b'; there are gpt-oss-120b, llama31-8b-fp8"),
+        ({"gpt_oss_120b": "web"}, "sparkfleet_gateway_ports.gpt-oss-120b: 'web' is no TCP port"),
+    ],
+)
+def test_a_port_of_a_model_that_will_not_do(ports: dict[str, Any], words: str) -> None:
+    with pytest.raises(SparkfleetError, match=words):
+        plan(HOSTS, **ports)
+
+
+def test_a_port_of_a_model_whose_sparks_are_all_drained_is_left_out() -> None:
+    hosts = {**HOSTS, "spark-3": {**HOSTS["spark-3"], "sparkfleet_drained": True}}
+    assert [item["ports"] for item in plan(hosts, gpt_oss_120b=8081)["backends"]] == [[]]
+
+
+def test_a_port_has_one_use() -> None:
+    gateway.check_ports({"sparkfleet_gateway_port": 8080, "sparkfleet_gateway_ports.a": "8081"})
+    with pytest.raises(SparkfleetError, match=r"ports\.a: 8080 is the port of sparkfleet_gateway_port already"):
+        gateway.check_ports({"sparkfleet_gateway_port": 8080, "sparkfleet_gateway_ports.a": "8080"})
+
+
+def test_the_engines_of_a_model_have_one_key() -> None:
+    keyed = {name: {**values, "sparkfleet_engine_key": "k" * 10} for name, values in HOSTS.items()}
+    assert plan(keyed)["engine_keys"] == {"llama31-8b-fp8": "k" * 10, "gpt-oss-120b": "k" * 10}
+    assert plan(HOSTS)["engine_keys"] == {}
+    keyed["spark-2"]["sparkfleet_engine_key"] = "s3cret-of-2"
+    with pytest.raises(SparkfleetError, match=r"llama31-8b-fp8 \(spark-1, spark-2\)") as error:
+        plan(keyed)
+    assert "s3cret" not in str(error.value)
+    keyed["spark-2"]["sparkfleet_engine_key"] = "two words"
+    with pytest.raises(SparkfleetError, match="spark-2: sparkfleet_engine_key has blanks"):
+        plan(keyed)
+
+
+def test_a_floating_address_is_one() -> None:
+    assert gateway.floating("192.0.2.4/24") == "192.0.2.4/24"
+    for wrong in ("gateway.lan", "fd00::4", "192.0.2.4/40"):
+        with pytest.raises(SparkfleetError, match="sparkfleet_gateway_address"):
+            gateway.floating(wrong)
+
+
+def test_a_certificate_names_every_way_to_the_gateway() -> None:
+    said = gateway.names("gateway-1", "localhost", "192.0.2.5", "192.0.2.4/24", "")
+    assert said == ["DNS:gateway-1", "DNS:localhost", "IP:192.0.2.5", "IP:192.0.2.4"]
+
+
+GATEWAYS = [{"name": "gateway-1", "address": "192.0.2.5"}, {"name": "gateway-2", "address": "192.0.2.6"}]
+INTERFACES = {"lo": ["127.0.0.1/8"], "eth0": ["192.0.2.5/24"], "fabric0": ["10.0.0.5/30"]}
+
+
+def meet(monkeypatch: pytest.MonkeyPatch, own: str = "192.0.2.5", **more: Any) -> dict[str, Any]:
+    monkeypatch.setattr(network, "towards", lambda address: own)
+    given = {"name": "gateway-1", "gateways": GATEWAYS, "address": "", "interface": "", **more}
+    return gateway_network.look(given, INTERFACES)
+
+
+def test_where_gateways_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = meet(monkeypatch, address="192.0.2.4")
+    assert found == {"own": "192.0.2.5", "interface": "eth0", "address": "192.0.2.4/24", "peers": GATEWAYS}
+    assert meet(monkeypatch)["address"] == ""
+    other = meet(monkeypatch, address="10.0.0.6/30", interface="fabric0")
+    assert (other["own"], other["interface"], other["address"]) == ("10.0.0.5", "fabric0", "10.0.0.6/30")
+    alone = meet(monkeypatch, gateways=GATEWAYS[:1], address="192.0.2.4")
+    assert alone["peers"] == GATEWAYS[:1]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"address": "198.51.100.4"}, "198.51.100.4 is not in the network of eth0"),
+        ({"address": "192.0.2.6"}, "192.0.2.6 is a gateway's own address"),
+        ({"interface": "eth9"}, "eth9 has no IPv4 address here; there are lo, eth0, fabric0"),
+        ({"own": ""}, "no way leads to 192.0.2.6"),
+        ({"gateways": [GATEWAYS[0], {"name": "gateway-2", "address": "127.0.1.1"}]}, "stands for no IPv4 address here"),
+    ],
+)
+def test_what_a_floating_address_cannot_be(monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        meet(monkeypatch, **more)
+
+
+def test_where_others_reach_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"spark-1": ["127.0.1.1"], "spark-1.lan": ["192.0.2.11", "198.51.100.1"], "gateway-1": ["192.0.2.5"]}
+    monkeypatch.setattr(network, "resolve", lambda name: names.get(name, []))
+    monkeypatch.setattr(network, "is_own", lambda address: address in ("127.0.1.1", "192.0.2.11"))
+    monkeypatch.setattr(network, "towards", lambda address: "192.0.2.11")
+    assert network.reached_at("spark-1.lan", ["gateway-1"]) == ["192.0.2.11"]
+    assert network.reached_at("spark-1", ["gateway-1"]) == ["127.0.1.1", "192.0.2.11"]
+    assert network.reached_at("spark-9", ["gateway-9"]) == []
+
+
+def test_addresses_of_this_very_host() -> None:
+    assert network.is_own("127.0.0.1") and not network.is_own("192.0.2.1")
+    assert network.resolve("127.0.0.1") == ["127.0.0.1"] and network.resolve("no-such-host.invalid") == []
+    assert network.towards("127.0.0.1") == "127.0.0.1"
+
+
+def render(made: dict[str, Any], template: str = "haproxy.cfg.j2", **more: Any) -> str:
     folder = ROOT / "roles" / "gateway"
-    values = {"gateway_folder": "/etc/haproxy/sparkfleet", "gateway_port": 8080, "gateway_statistics_port": 8404}
-    values |= {"gateway_connections": 4096, "gateway_keys": [], "gateway_certificate": "", **more}
+    values = yaml.safe_load((folder / "defaults" / "main.yml").read_text(encoding="utf-8"))
+    values |= {
+        "inventory_hostname": "gateway-1",
+        "ansible_managed": "",
+        "gateway_engine_keys": made["engine_keys"],
+        **more,
+    }
     options = {"trim_blocks": True, "keep_trailing_newline": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(**options)  # noqa: S701 - no HTML
-    template = environment.from_string((folder / "templates" / "haproxy.cfg.j2").read_text(encoding="utf-8"))
-    return template.render(**values, gateway_backends=made["backends"], gateway_models=made["models"])
+    text = environment.from_string((folder / "templates" / template).read_text(encoding="utf-8"))
+    return text.render(**values, gateway_backends=made["backends"], gateway_models=made["models"])
 
 
 def test_one_model_takes_everything() -> None:
@@ -83,7 +190,7 @@ def test_one_model_takes_everything() -> None:
     assert "default_backend llama31-8b-fp8" in text and "json_query" not in text
     assert "server spark-1 192.0.2.11:8000 check port 9109" in text and "uri /ready" in text
     assert "on-marked-down" not in text and "retry-on conn-failure empty-response 503" in text
-    assert "401" not in text and "ssl" not in text
+    assert "401" not in text and "ssl" not in text and "peers" not in text and "engine_keys" not in text
 
 
 def test_several_models_are_told_apart() -> None:
@@ -93,6 +200,37 @@ def test_several_models_are_told_apart() -> None:
     assert "http_auth_bearer -m str -f /etc/haproxy/sparkfleet/keys" in text and "kkkk" not in text
     assert "ssl crt /etc/haproxy/sparkfleet/gateway.pem" in text
     assert "http-check expect string openai/gpt-oss-120b" in text  # no guard there
+
+
+def test_a_model_by_its_port() -> None:
+    text = render(plan(HOSTS, gpt_oss_120b=8081), gateway_certificate="self-signed")
+    assert "bind :8081 ssl crt" in text
+    assert "http-request set-var(txn.backend) str(gpt-oss-120b) if { dst_port 8081 }" in text
+
+
+def test_the_engine_s_key_takes_the_place_of_the_client_s() -> None:
+    keyed = {name: {**values, "sparkfleet_engine_key": "k" * 10} for name, values in HOSTS.items()}
+    text = render(plan(keyed))
+    read = '"%[str(gpt-oss-120b),map(/etc/haproxy/sparkfleet/engine_keys)]"'
+    assert f"http-request set-header Authorization {read}" in text
+    assert f"http-check send meth GET uri /v1/models hdr Authorization {read}" in text  # no guard there
+    assert "kkkk" not in text
+
+
+def test_gateways_tell_each_other_where_a_session_is() -> None:
+    text = render(plan(HOSTS), gateway_peers=GATEWAYS)
+    assert "localpeer gateway-1" in text and "    peer gateway-2 192.0.2.6:8405\n" in text
+    assert text.count("expire 1h peers gateways") == 2
+
+
+def test_a_floating_address_goes_from_one_gateway_to_the_next() -> None:
+    given = {"gateway_address": "192.0.2.4/24", "gateway_interface": "eth0", "gateway_own": "192.0.2.5"}
+    text = render(plan(HOSTS), "keepalived.conf.j2", gateway_peers=GATEWAYS, **given)
+    assert "nopreempt" in text and "priority 200" in text and "192.0.2.4/24 dev eth0" in text
+    peers = text.partition("unicast_peer {")[2].partition("}")[0].split()
+    assert peers == ["192.0.2.6"]
+    second = render(plan(HOSTS), "keepalived.conf.j2", gateway_peers=GATEWAYS, inventory_hostname="gateway-2", **given)
+    assert "priority 199" in second
 
 
 class Haproxy(socketserver.ThreadingUnixStreamServer):

@@ -106,9 +106,10 @@ def serving(goal: Target | None = None) -> State:
     state["docker"]["containers"] = [container(goal.card.service, ports=[goal.settings.port])]
     state["docker"]["containers"][0]["started_with"] = {
         "image": service["image"],
-        "command": service["command"],
+        "command": [word.replace("$$", "$") for word in service["command"]],
         "environment": {**service["environment"], "PATH": "/usr/bin"},
         "ports": [goal.settings.port],
+        "published": sorted(port.rpartition(":")[0] for port in service["ports"]),
         "volumes": sorted(f"{volume}:rw" for volume in service["volumes"]),
         "restart": "unless-stopped",
     }
@@ -254,7 +255,8 @@ def test_an_image_for_another_processor_never_stops_what_runs() -> None:
         ("image", "other"),
         ("command", ["vllm", "serve", "other"]),
         ("environment", {}),
-        ("ports", [9000]),
+        ("published", ["9000"]),
+        ("published", ["0.0.0.0:8000"]),
         ("volumes", []),
         ("restart", "no"),
     ],
@@ -265,6 +267,45 @@ def test_a_container_that_drifted_is_made_anew(key: str, value: Any) -> None:
     deployment = plan.make(target(), state)["deploy"]
     assert deployment["recreate"] and deployment["start"] and not deployment["stage"]
     assert deployment["mode"] == "restart" and deployment["release"] == 3
+
+
+GATEWAYS: dict[str, Any] = {"gateways": ("gateway-1",)}
+
+
+def test_with_gateways_the_engine_listens_where_they_reach_it() -> None:
+    goal = target(**GATEWAYS)
+    state = {**serving(), "reached_at": ["192.0.2.11"]}
+    made = plan.make(goal, state)
+    assert made["compose"]["services"][goal.card.service]["ports"] == ["127.0.0.1:8000:8000", "192.0.2.11:8000:8000"]
+    assert made["deploy"]["stage"]  # it was everywhere
+    again = serving(goal) | {"reached_at": ["192.0.2.11"]}
+    again["compose_file"] = yaml.safe_dump(goal.document(again))
+    again["docker"]["containers"][0]["started_with"]["published"] = ["127.0.0.1:8000", "192.0.2.11:8000"]
+    assert not plan.make(goal, again)["deploy"]["needed"]
+
+
+def test_where_gateways_reach_it_must_be_known() -> None:
+    state = {**serving(), "reached_at": []}
+    assert [item["id"] for item in plan.make(target(**GATEWAYS), state)["findings"]] == ["address-unknown"]
+    for listen in ("all", "192.0.2.11, fd00::11", ["192.0.2.11"]):
+        assert not plan.make(target(**GATEWAYS, listen=listen), state)["findings"]
+    assert target(listen="192.0.2.11, fd00::11").document()["services"]["vllm-llama31-8b-fp8"]["ports"] == [
+        "127.0.0.1:8000:8000",
+        "192.0.2.11:8000:8000",
+        "[fd00::11]:8000:8000",
+    ]
+    with pytest.raises(SparkfleetError, match="sparkfleet_listen: 'spark-1' does not appear"):
+        target(listen="spark-1")
+
+
+def test_another_key_starts_the_engine_anew() -> None:
+    goal = target(keyed=True)
+    state = serving(goal) | {"engine_key": {"present": True, "private": True, "current": True}}
+    assert not plan.make(goal, state)["deploy"]["needed"]
+    state["engine_key"]["current"] = False
+    deployment = plan.make(goal, state)["deploy"]
+    assert deployment["start"] == ["start vllm-llama31-8b-fp8 anew: its key is another"]
+    assert deployment["mode"] == "restart" and deployment["release"] == 3 and not deployment["stage"]
 
 
 def test_an_engine_that_still_starts_is_only_waited_for() -> None:

@@ -98,7 +98,9 @@ def test_a_container_of_ours_and_one_of_a_stranger() -> None:
             return {
                 "Config": {"Image": "image@sha256:1", "Cmd": ["vllm", "serve"], "Env": ["A=1", "B=x=y"]},
                 "HostConfig": {
-                    "PortBindings": {"8000/tcp": [{"HostIp": "", "HostPort": "8000"}]},
+                    "PortBindings": {
+                        "8000/tcp": [{"HostIp": "", "HostPort": "8000"}, {"HostIp": "fd00::1", "HostPort": "8000"}]
+                    },
                     "Binds": ["/opt/hf:/root/.cache/huggingface:rw"],
                     "RestartPolicy": {"Name": "unless-stopped"},
                 },
@@ -110,6 +112,7 @@ def test_a_container_of_ours_and_one_of_a_stranger() -> None:
     found = spark_state.container(Engine(), item, "sparkfleet")  # type: ignore[arg-type]
     assert found["ours"] and found["service"] == "vllm-x" and found["ports"] == [8000]
     assert found["started_with"]["environment"] == {"A": "1", "B": "x=y"}
+    assert found["started_with"]["published"] == ["8000", "[fd00::1]:8000"]
     stranger = spark_state.container(Engine(), {**item, "Labels": {}}, "sparkfleet")  # type: ignore[arg-type]
     assert not stranger["ours"] and "started_with" not in stranger
 

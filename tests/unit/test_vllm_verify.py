@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible.module_utils.sparkfleet_host import http
 from ansible.module_utils.sparkfleet_host import verify as verification
 from ansible.module_utils.sparkfleet_host.http import Client, HttpError
 from ansible.module_utils.sparkfleet_host.verify import CheckError, StreamReader, counters, judge
@@ -71,6 +72,25 @@ def test_requests_are_short_repeatable_and_named(verify: Verify, vllm: Vllm) -> 
     assert streamed["stream"] is True and completion["stop"] == ["\n"]
     ids = {headers["X-Request-Id"] for _, body, headers in vllm.seen if body}
     assert len(ids) == 6 and all("sparkfleet-" in id for id in ids)
+
+
+def test_the_engine_is_asked_with_its_key(
+    verify: Verify, vllm: Vllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "KEY_FILE", str(tmp_path / "engine_key"))
+    verify()
+    assert not any("Authorization" in headers for _, _, headers in vllm.seen)
+    (tmp_path / "engine_key").write_text("0123456789\n", encoding="ascii")
+    vllm.seen.clear()
+    verify()
+    assert vllm.seen and all(headers["Authorization"] == "Bearer 0123456789" for _, _, headers in vllm.seen)
+
+
+def test_no_other_host_gets_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "KEY_FILE", str(tmp_path / "engine_key"))
+    (tmp_path / "engine_key").write_text("0123456789\n", encoding="ascii")
+    assert http.engine_client("http://192.0.2.1:8000").headers == {}
+    assert http.engine_client("http://127.0.0.1:8000").headers
 
 
 def test_check_mode_asks_too(verify: Verify, vllm: Vllm) -> None:

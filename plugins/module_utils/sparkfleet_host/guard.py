@@ -23,7 +23,7 @@ from typing import Any
 from . import engine, memory, switch
 from .docker import Docker, DockerError, DockerUnavailable
 from .engine import EngineError
-from .http import Client, HttpError
+from .http import HttpError, engine_client
 from .releases import PROJECT_DIR, STATE_DIR, ReleaseError, Store, read_json, write_json, write_text
 
 SETTINGS_FILE = "/etc/sparkfleet/guard.json"
@@ -433,7 +433,7 @@ class Watcher:
         seen["limit"] = float((plan.get("memory") or {}).get("decode_tok_s_limit") or 0.0)
         if found["state"] != "running":
             return seen
-        client = Client(f"http://127.0.0.1:{port}", LOOK_SECONDS)
+        client = engine_client(f"http://127.0.0.1:{port}", LOOK_SECONDS)
         if not self.guard.known.get("ready"):
             seen["healthy"] = engine.healthy(client)
             lines = [] if seen["healthy"] else engine.read_log(self.docker, self._name, "", found["tty"], 1)
@@ -511,7 +511,7 @@ class Watcher:
         def ask() -> None:
             ok = False
             try:
-                client = Client(f"http://127.0.0.1:{port}", self.settings.canary_timeout)
+                client = engine_client(f"http://127.0.0.1:{port}", self.settings.canary_timeout)
                 body = {"model": model, "prompt": "1", "max_tokens": 1, "temperature": 0}
                 ok = client.post("/v1/completions", body, headers={"X-Request-Id": "sparkfleet-canary"}).status == 200
             except HttpError:

@@ -10,7 +10,7 @@ from typing import Any
 from . import engine
 from .docker import Docker, DockerError
 from .guard import figures
-from .http import Client, HttpError
+from .http import HttpError, engine_client
 from .releases import ReleaseError, Store, read_json
 
 LOOK_SECONDS = 5.0
@@ -69,7 +69,7 @@ def look(store: Store, docker: Docker, log_lines: int) -> dict[str, Any]:
     if current is not None and found["docker"]:
         with contextlib.suppress(ReleaseError, KeyError, DockerError, HttpError):
             lock = store.lock(current)
-            client = Client(f"http://127.0.0.1:{lock['port']}", LOOK_SECONDS)
+            client = engine_client(f"http://127.0.0.1:{lock['port']}", LOOK_SECONDS)
             found["healthy"] = engine.healthy(client)
             if log_lines:
                 seen = engine.look(docker, lock["service"])

@@ -22,7 +22,7 @@ from typing import Any
 from . import engine, memory
 from .docker import Docker, DockerError, DockerUnavailable
 from .engine import EngineError
-from .http import Client, HttpError
+from .http import Client, HttpError, engine_client
 from .releases import PROJECT_DIR, STATE_DIR, ReleaseError, Store
 from .verify import verify
 
@@ -157,7 +157,7 @@ class Switch:
             file = self.store.compose_file(number)
         except ReleaseError as error:
             raise FailedError(str(error), failure="release-damaged", state="missing") from None
-        service, client = str(plan["service"]), Client(f"http://127.0.0.1:{int(lock['port'])}")
+        service, client = str(plan["service"]), engine_client(f"http://127.0.0.1:{int(lock['port'])}")
         try:
             self.phase(stopping)
             self.patiently(lambda: self.stop_all(client))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from .http import Answer, Client, HttpError
+from .http import Answer, HttpError, engine_client
 
 LOOK_TIMEOUT = 10.0  # seconds for what needs no model
 COUNTERS_WAIT = 3.0  # seconds until counters have moved; vLLM updates them just after an answer
@@ -79,7 +79,7 @@ class Verification:
 
     def __init__(self, params: dict[str, Any]) -> None:
         self.params = params
-        self.client = Client(params["url"], params["timeout"])
+        self.client = engine_client(params["url"], params["timeout"])
         self.verify_id = f"sparkfleet-{secrets.token_hex(6)}"
         self.seed = int(self.verify_id[-6:], 16)
         self.answer = self.completion = ""
