@@ -33,7 +33,7 @@ during() {
 
 # setup [test]: make .venv, unless it already is what pyproject.toml and constraints.txt say.
 setup() {
-    local extras=${1:-} python wanted stamp=.venv/.sparkfleet-setup
+    local extras=${1:-} python wanted stamp=.venv/.sparkfleet-setup from=()
     wanted=$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
     if [[ -x .venv/bin/sparkfleet ]] && grep -qx "$wanted $extras" "$stamp" 2>/dev/null; then return; fi
     for python in python3 python3.14 python3.13 python3.12 python3.11; do
@@ -46,8 +46,13 @@ setup() {
     if [[ ! -x .venv/bin/python ]]; then
         "$python" -m venv .venv || die "cannot make .venv: apt-get install python3-venv"
     fi
+    if [[ -n ${bundle:-} ]]; then
+        [[ -d $bundle/python ]] || die "$bundle has no folder python: \`sparkfleet bundle FOLDER\` makes one"
+        from=(--no-index --find-links "$bundle/python")
+    fi
     during "Installing Ansible and what else Sparkfleet needs into .venv" \
-        .venv/bin/pip install --disable-pip-version-check --constraint constraints.txt --editable ".${extras:+[$extras]}"
+        .venv/bin/pip install --disable-pip-version-check "${from[@]}" --constraint constraints.txt \
+        --editable ".${extras:+[$extras]}"
     # A later setup without extras must not undo one with them.
     printf '%s \n%s %s\n' "$wanted" "$wanted" "$extras" >"$stamp"
 }

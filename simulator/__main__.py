@@ -61,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     throttle = verbs.add_parser("throttle", parents=[world], help="limit the simulated internet, Mbit/s")
     throttle.add_argument("--registry", type=_rate, metavar="MBIT", help="nvcr.io; no limit unless given")
     throttle.add_argument("--hub", type=_rate, metavar="MBIT", help="huggingface.co; no limit unless given")
+    verbs.add_parser("unplug", parents=[world], help="take the internet away; Sparks reach each other")
+    verbs.add_parser("plug", parents=[world], help="give it back")
     reboot = verbs.add_parser("reboot", parents=[world], help="restart a Spark as a reset button would")
     reboot.add_argument("host")
     table = "faults:\n" + "\n".join(f"  {name:10} {fault.what}" for name, fault in faults.FAULTS.items())
@@ -154,6 +156,8 @@ def _run(options: argparse.Namespace, say: object) -> int:
             docker_host.ensure(home(), world.say)
         case "throttle":
             world.throttle(options.registry, options.hub)
+        case "unplug" | "plug":
+            world.unplug(options.verb == "plug")
         case "reboot":
             world.reboot(options.host)
         case "break":

@@ -349,6 +349,18 @@ class World:
         if known and client is not None:
             self._wait(client, host, known["flavour"])
 
+    def unplug(self, plugged: bool = False) -> None:
+        """Take the internet away, the simulated and the real one, or give it back; Sparks reach each other and the
+        name server all the same."""
+        run_in(self.container("internet"), ["systemctl", "start" if plugged else "stop", "nginx.service"])
+        for host in self.state()["sparks"]:
+            spark = self.container(host)
+            networks = spark.attrs["NetworkSettings"]["Networks"].values()
+            gateway = next(str(network["Gateway"]) for network in networks)
+            run_in(spark, ["ip", "route", *(("replace", "default", "via", gateway) if plugged else ("del", "default"))])
+            if (run_in(spark, ["ip", "route", "show", "default"])[1].strip() != "") != plugged:
+                raise SimulatorError(f"{host}: its way to the internet is {'not there' if plugged else 'still there'}")
+
     def throttle(self, registry: float | None, hub: float | None) -> None:
         """Limit what leaves nvcr.io and huggingface.co, in megabits a second; None is no limit."""
         internet, state = self.container("internet"), self.state()

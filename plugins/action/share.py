@@ -8,7 +8,8 @@
   register: fetch_share_way              # mirror, digest, peer
 - share: {state: absent}
 
-What does not work is said and gone round: a Spark without a source fetches from the internet.
+What does not work is said and gone round: a Spark without a source fetches from the internet. With a `bundle` there is
+none, and what does not work is an error.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import datetime
 from collections.abc import Mapping
 from typing import Any
 
-from ansible.errors import AnsibleConnectionFailure
+from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from cryptography import x509
@@ -29,6 +30,8 @@ from cryptography.x509.oid import NameOID
 from sparkfleet import gateway, share
 
 REGISTRY_PORT, HUB_PORT = 9111, 9112  # as in sparkfleet_host.share
+
+BUNDLE = "/var/lib/sparkfleet/bundle"  # as in bundle_receive
 
 display = Display()
 
@@ -60,7 +63,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 
     TRANSFERS_FILES = False
     _supports_check_mode = True
-    _VALID_ARGS = frozenset(("state", "enabled", "port", "room", "cache_dir", "source", "clean"))
+    _VALID_ARGS = frozenset(("state", "enabled", "bundle", "port", "room", "cache_dir", "source", "clean"))
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """What the state asks for; never fails for want of a source."""
@@ -73,14 +76,16 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 
     def _schedule(self, task_vars: Mapping[str, Any]) -> dict[str, Any]:
         """{"sources": those that this host looks after, "image_from", "model_from": hosts, or empty}."""
-        host, lacks = task_vars["inventory_hostname"], []
+        host, lacks, bundle = task_vars["inventory_hostname"], [], bool(self._task.args.get("bundle"))
         for name in task_vars["ansible_play_hosts_all"]:
             known = task_vars["hostvars"][name]
             look = known.get("sparkfleet_look") or {}
-            if look.get("plan") and gateway.truth(known.get("sparkfleet_share", True)):
+            if look.get("plan") and (bundle or gateway.truth(known.get("sparkfleet_share", True))):
                 drained = gateway.truth(known.get("sparkfleet_drained", False))
                 lacks.append(share.lack(name, look, serves=not drained))
-        made = share.schedule(lacks if self._task.args.get("enabled", True) and not self._task.check_mode else [])
+        enabled = bool(self._task.args.get("enabled", True))
+        some = (enabled or bundle) and not self._task.check_mode
+        made = share.schedule(lacks if some else [], bundle=bundle, alone=not enabled)
         for line in made.summary(host):
             display.display(line)
         takes = host in made.image_from or host in made.model_from
@@ -104,7 +109,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             "cache_dir": arguments.get("cache_dir", "/opt/hf"),
             "room": int(arguments.get("room", 0)),
         }
+        if arguments.get("bundle"):
+            settings.update(offline=True, store=f"{BUNDLE}/image", cache_dir=f"{BUNDLE}/hub")
         answer = self._module(task_vars, state="serve", settings=settings, pairs={"run": pair})
+        if answer["reason"] and arguments.get("bundle"):
+            raise AnsibleActionFail(f"{source['host']} cannot serve the bundle: {answer['reason']}")
         if answer["reason"]:
             display.display(f"{source['host']} gives nothing, each Spark fetches by itself: {answer['reason']}")
         if "BEGIN" in answer.get("pair", ""):  # else masked: it is the one above
@@ -127,6 +136,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         reason = ""
         if tunnels:
             reason = self._module(task_vars, state="connect", settings={"tunnels": tunnels}, pairs=pairs)["reason"]
+        if reason and self._task.args.get("bundle"):
+            raise AnsibleActionFail(f"{host} does not reach {', '.join(sorted(pairs))}, which has the bundle: {reason}")
         if reason:
             display.display(f"{host} fetches by itself: {reason}")
         ready = {name: found for name, found in served.items() if found and (name == host or not reason)}

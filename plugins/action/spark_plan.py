@@ -65,6 +65,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             "proxy": settings.proxy,
             "no_proxy": settings.no_proxy,
             "now": time.time(),
+            "internet": target.bundle is None,
         }
         try:
             answer = self._execute_module("spark_state", module_args=request, task_vars=task_vars)
@@ -157,10 +158,9 @@ def _summary(made: dict[str, Any], state: dict[str, Any], settings: Settings, fi
     for stage in ("prepare", "fetch", "deploy"):
         reasons = [
             reason
-            for value in made[stage].values()
-            if isinstance(value, list)
+            for key, value in made[stage].items()
+            if isinstance(value, list) and key != "stop_services"
             for reason in value
-            if value is not made[stage].get("stop_services")
         ]
         if reasons:
             lines.append(f"  {stage}: {'; '.join(reasons)}")

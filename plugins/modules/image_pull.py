@@ -31,6 +31,10 @@ options:
     description: What the image stands for, sha256:...
     type: str
     default: ""
+  internet:
+    description: Whether the image's own registry may be asked at all; with V(false) the mirror must have it.
+    type: bool
+    default: true
   docker_config:
     description: Docker's configuration file; its C(auths) entry of the registry is sent to the engine.
     type: path
@@ -91,6 +95,7 @@ failure:
 """
 
 import base64
+import contextlib
 import json
 import re
 import shutil
@@ -278,26 +283,31 @@ def get(docker: Docker, ref: Reference, params: dict[str, Any], job: Job) -> dic
     config, reason = Path(params["docker_config"]), ""
     if params["mirror"]:
         try:
-            return from_mirror(docker, ref, params["mirror"], params["mirror_digest"], config, job)
+            return from_mirror(docker, ref, params, config, job)
         except (JobError, DockerError) as error:
-            if isinstance(error, JobError) and error.id in ("disk-full", "image-platform"):
+            if not params["internet"] or (isinstance(error, JobError) and error.id in ("disk-full", "image-platform")):
                 raise
             reason = str(error)
             job.update("pulling", 0, None, f"{params['mirror']} did not help: {reason}")
+    if not params["internet"]:
+        raise JobError(
+            "bundle", f"nothing on this host or beside it serves {ref.local}, and the internet is not to be asked"
+        )
     return {**pull(docker, ref, config, job), "mirror_failed": reason}
 
 
-def from_mirror(docker: Docker, ref: Reference, mirror: str, digest: str, config: Path, job: Job) -> dict[str, Any]:
+def from_mirror(docker: Docker, ref: Reference, params: dict[str, Any], config: Path, job: Job) -> dict[str, Any]:
     """Pulls by digest from a mirror, then lets the image have its own name. Raises JobError and DockerError."""
-    there = reference(f"{mirror}/{ref.path}@{digest}")
+    digest = params["mirror_digest"]
+    there = reference(f"{params['mirror']}/{ref.path}@{digest}")
     pull(docker, there, config, job)
     own = reference(f"{ref.name}@{digest}")
-    try:
-        # Its layers are here: this asks for the manifest alone, and makes Docker know the digest by the own name.
-        pull(docker, own, config, job)
-        name = own.local
-    except (JobError, DockerError):
-        name = there.local  # no internet: known by the mirror's name then
+    name = there.local  # without internet Docker knows the digest by the mirror's name alone
+    if params["internet"]:
+        with contextlib.suppress(JobError, DockerError):
+            # Its layers are here: this asks for the manifest alone, and makes Docker know the digest by the own name.
+            pull(docker, own, config, job)
+            name = own.local
     if ref.tag:
         query = urllib.parse.urlencode({"repo": ref.name, "tag": ref.tag})
         docker.call("POST", f"/images/{urllib.parse.quote(name, safe='/:@')}/tag?{query}")
@@ -317,6 +327,7 @@ def main() -> None:
             "status_file": {"type": "path", "default": "/run/sparkfleet/fetch/image.json"},
             "mirror": {"type": "str", "default": ""},
             "mirror_digest": {"type": "str", "default": ""},
+            "internet": {"type": "bool", "default": True},
             "docker_config": {"type": "path", "default": "/root/.docker/config.json"},
             "docker_socket": {"type": "path", "default": "/var/run/docker.sock"},
         },

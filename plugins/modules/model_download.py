@@ -47,6 +47,10 @@ options:
       help, the Hub is asked.
     type: str
     default: ""
+  internet:
+    description: Whether the Hub may be asked at all; with V(false) the other Spark must have the model.
+    type: bool
+    default: true
   allow:
     description: Only files that match one of these patterns.
     type: list
@@ -321,9 +325,13 @@ def fetch(docker: Docker, params: dict[str, Any], job: Job) -> dict[str, Any]:
             result = run_client(docker, {**params, "environment": there, "network": "host", "token_file": ""}, job)
             return {**result, "peer_failed": ""}
         except JobError as error:
-            if error.id == "disk-full":
+            if error.id == "disk-full" or not params["internet"]:
                 raise
             reason = str(error)
+    if not params["internet"]:
+        raise JobError(
+            "bundle", f"nothing on this host or beside it serves {params['repo']}, and the internet is not to be asked"
+        )
     return {**run_client(docker, params, job), "peer_failed": reason}
 
 
@@ -389,6 +397,7 @@ def main() -> None:
             "token_file": {"type": "path", "default": "/etc/sparkfleet/hf_token", "no_log": False},
             "environment": {"type": "dict", "default": {}},
             "peer": {"type": "str", "default": ""},
+            "internet": {"type": "bool", "default": True},
             "allow": {"type": "list", "elements": "str", "default": []},
             "ignore": {"type": "list", "elements": "str"},
             "memory": {"type": "int", "default": 2 << 30},

@@ -49,6 +49,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.sparkfleet_host.share import STORE
 
 UNITS = {"serve": "sparkfleet-share", "connect": "sparkfleet-tunnel"}
+BUNDLE = "/var/lib/sparkfleet/bundle"  # as in bundle_receive
 READY_SECONDS = 60.0
 
 
@@ -133,7 +134,8 @@ def main() -> None:
             systemctl("stop", *(f"{unit}.service" for unit in UNITS.values()))
             shutil.rmtree(params["folder"], ignore_errors=True)
             if params["clean"]:
-                shutil.rmtree(STORE, ignore_errors=True)
+                for folder in (STORE, BUNDLE):
+                    shutil.rmtree(folder, ignore_errors=True)
             module.exit_json(changed=False, reason="")
         found = start(
             params["state"], params["settings"], params["pairs"], Path(params["program"]), Path(params["folder"])

@@ -40,6 +40,7 @@ options:
     description: The controller's time in seconds since 1970, to compare the host's with; 0 for no comparison.
     type: float
     default: 0
+  internet: {description: Whether registry and Hub are to be asked., type: bool, default: true}
 author: ["The Sparkfleet developers"]
 attributes:
   check_mode: {support: full, description: Reads only.}
@@ -305,12 +306,21 @@ def docker_engine(project: str, image: str) -> dict[str, Any]:
             "id": known["Id"],
             "size": known.get("Size", 0),
             "architecture": known.get("Architecture", ""),
-            "digest": next((name.partition("@")[2] for name in known.get("RepoDigests") or []), None),
+            **pinned(known),
         }
         found["containers"] = [container(docker, item, project) for item in docker.containers(all=True)]
     except (DockerUnavailable, OSError) as error:
         found["reason"] = str(error)
     return found
+
+
+def pinned(known: dict[str, Any]) -> dict[str, Any]:
+    """The digest of an image, and `known_as`: NAME@DIGEST where Docker knows it by another name than its own. One that
+    came out of a bundle is known by the address of the Spark's own registry alone."""
+    names = [str(name) for name in known.get("RepoDigests") or []]
+    own = [name for name in names if not name.startswith("127.0.0.1:")]
+    first = next(iter([*own, *names]), "")
+    return {"digest": first.partition("@")[2] or None, "known_as": None if own else first or None}
 
 
 def container(docker: Docker, item: dict[str, Any], project: str) -> dict[str, Any]:
@@ -415,7 +425,7 @@ def look(params: dict[str, Any]) -> dict[str, Any]:
         health = pool.submit(healthy, params["port"])
         model = model_state(params["cache_dir"], params["repo"], params["revision"])
         hub = None
-        if not model["complete"]:
+        if not model["complete"] and params["internet"]:
             token = params["token"] or stored.strip()
             hub = pool.submit(
                 hub_access,
@@ -426,7 +436,7 @@ def look(params: dict[str, Any]) -> dict[str, Any]:
         # What pulls is the engine: its own proxy counts where it has one.
         through = docker if docker.get("proxy") else params
         registry = None
-        if not docker.get("image"):
+        if not docker.get("image") and params["internet"]:
             registry = pool.submit(registry_access, params["image"], through["proxy"], through["no_proxy"])
         return {
             "os": operating_system(),
@@ -475,6 +485,7 @@ def main() -> None:
             "proxy": {"type": "str", "default": ""},
             "no_proxy": {"type": "str", "default": ""},
             "now": {"type": "float", "default": 0},
+            "internet": {"type": "bool", "default": True},
         },
         supports_check_mode=True,
     )

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import yaml
 
@@ -99,6 +100,7 @@ PLAYBOOKS = {
     "status": "what each host serves, and how",
     "logs": "the engine's last lines",
     "drift": "what differs from the inventory; exit code 4 if anything does",
+    "bundle": "a folder with all that Sparks without internet need, to carry in (sparkfleet_bundle)",
     "diagnose": "find out what is wrong, with causes and remedies; writes a bundle for a report",
     "remove": "take Sparkfleet off the hosts; shows first what would go",
 }
@@ -120,6 +122,8 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
             parser.add_argument("--profile")
         elif verb == "upgrade":
             parser.add_argument("image")
+        elif verb == "bundle":
+            parser.add_argument("folder", help="where to; one that is there gets what it lacks")
         elif verb == "rollout":
             parser.add_argument("--dry", action="store_true", help="plan, input and waves on paper; contacts nobody")
         elif verb == "rollback":
@@ -146,6 +150,7 @@ def _arguments(options: argparse.Namespace) -> list[str]:
         "sparkfleet_image": getattr(options, "image", None),
         "sparkfleet_release": getattr(options, "release", None),
         "sparkfleet_logs_lines": getattr(options, "lines", None),
+        "sparkfleet_bundle_folder": str(Path(options.folder).resolve()) if options.verb == "bundle" else None,
         **{f"sparkfleet_remove_{name}": getattr(options, name, None) or None for name in ("models", "images", "token")},
     }
     for name, value in given.items():

@@ -63,6 +63,7 @@ def document(
     source: Source = "local",
     image: str | None = None,
     image_digest: str | None = None,
+    image_known_as: str | None = None,
     commit: str | None = None,
     cache_dir: str = "/opt/hf",
     compile_cache_dir: str = "/var/cache/sparkfleet",
@@ -74,6 +75,9 @@ def document(
 
     ``environment`` comes on top of the card's. ``image_digest`` (``sha256:...``) and ``commit`` (40 hex digits) pin
     what was fetched; they are left out as long as nothing has been fetched. They mean nothing to ``source="hub"``.
+    ``image_known_as`` (NAME@DIGEST) is how Docker knows an image that came without internet.
+    ``addresses`` are those of the host that the port is published on, beside loopback; all if there are none.
+    ``keyed``: the engine takes only requests with the key in `KEY_FILE`.
     What the engine compiles is kept in ``compile_cache_dir``, one folder an image digest: another image's
     compiled code does not fit.
     """
@@ -100,7 +104,7 @@ def document(
         if image_digest:
             kept = f"{compile_cache_dir}/{image_digest.partition(':')[2][:12]}"
             volumes += [f"{kept}/{name}:{path}" for name, path in COMPILE_CACHES.items()]
-            image = f"{image.partition('@')[0]}@{image_digest}"
+            image = image_known_as or f"{image.partition('@')[0]}@{image_digest}"
     service: Document = {
         "image": image,
         "container_name": card.service,

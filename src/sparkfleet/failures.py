@@ -444,6 +444,18 @@ TABLE: tuple[Failure, ...] = (
         "Wait for it, then run again.",
     ),
     Failure(
+        "bundle",
+        "the bundle does not have what the host needs",
+        "it was made for another image, model, system or processor, or files of it are missing or cut",
+        "Make it again with `sparkfleet bundle FOLDER` and the inventory that is to be deployed.",
+    ),
+    Failure(
+        "packages",
+        "packages could not be put together, or not be listed",
+        "apt refused: its sources do not answer, or lack a package",
+        "Run `apt-get update` on the host and mend what it complains of.",
+    ),
+    Failure(
         "fetch-died",
         "a background job ended without a result",
         "it was killed, or the host was restarted",

@@ -35,7 +35,8 @@ def make(target: Target, state: State) -> dict[str, Any]:
     image, model = fetch(target, state)
     document = target.document(state)
     deployment = deploy(target, state, document)
-    work = preflight.Work(bool(image.reasons), bool(model.reasons), bool(deployment["start"]))
+    installs = packages(target, state)
+    work = preflight.Work(bool(image.reasons), bool(model.reasons), bool(deployment["start"]), bool(installs))
     checks, memory = preflight.checks(target, state, work)
     return {
         "model": target.card.name,
@@ -59,6 +60,7 @@ def make(target: Target, state: State) -> dict[str, Any]:
             "host_program": program.reasons,
             "guard": guard.reasons,
             "guard_settings": guard_settings(target),
+            "packages": bool(installs),
         },
         "fetch": {
             "needed": bool(image.reasons or model.reasons),
@@ -136,6 +138,14 @@ def prepare(target: Target, state: State) -> tuple[Work, Work, Work, Work, Work,
     else:
         guard.add(there["active"] or there["enabled"], "stop the guard")
     return docker, toolkit, cache, hygiene, program, guard
+
+
+def packages(target: Target, state: State) -> list[str]:
+    """What the stage prepare installs with apt, in words."""
+    there = {"Docker": state["docker"]["installed"], "the NVIDIA Container Toolkit": state["toolkit"]["installed"]}
+    if target.settings.earlyoom:
+        there["earlyoom"] = state["memory"]["earlyoom"]["installed"]
+    return [name for name, installed in there.items() if not installed]
 
 
 def guard_settings(target: Target) -> dict[str, Any]:

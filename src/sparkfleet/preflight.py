@@ -58,6 +58,7 @@ class Work:
     pulls_image: bool
     downloads_model: bool
     starts: bool
+    installs: bool = False
 
 
 def version(text: str | None) -> tuple[int, ...]:
@@ -91,6 +92,7 @@ def checks(target: Target, state: State, work: Work) -> tuple[list[Check], memor
         _port(target, state),
         *([_address(target, state)] if target.settings.gateways else []),
         _switch(target, state),
+        *([_bundle(target, state, work)] if target.bundle else []),
         _registry(target, state, work),
         _hub(target, state, work),
         _folders(target, state),
@@ -310,10 +312,35 @@ def _switch(target: Target, state: State) -> Check:
     return Check("switch", fact, () if same else (known("switch-running-other", fact),))
 
 
+def _bundle(target: Target, state: State, work: Work) -> Check:
+    """Whether a bundle has what is to be fetched and installed."""
+    bundle, system = target.bundle, state["os"]
+    if bundle is None:
+        return Check("bundle", "none")
+    lacks = []
+    if work.pulls_image and target.image not in bundle.images:
+        lacks.append(f"no image {target.image} (it has {', '.join(sorted(bundle.images)) or 'none'})")
+    wanted = f"{target.card.repo}@{target.revision}"
+    if work.downloads_model and wanted not in bundle.models:
+        lacks.append(f"no model {wanted} (it has {', '.join(sorted(bundle.models)) or 'none'})")
+    here = {"id": system["id"], "codename": system["codename"], "machine": system["machine"]}
+    if work.installs and bundle.system != here:
+        packages = " ".join(bundle.system.values()) or "nothing"
+        lacks.append(f"packages for {packages}, the host is {' '.join(here.values())}")
+    elif work.pulls_image and bundle.system.get("machine") != here["machine"]:
+        lacks.append(f"an image for {bundle.system.get('machine')}, the host is {here['machine']}")
+    lacking = bundle.lacking()
+    if lacking:
+        lacks.append(f"{len(lacking)} of {len(bundle.files)} files missing or cut, such as {lacking[0]}")
+    if not lacks:
+        return Check("bundle", f"{bundle.folder} has what is needed")
+    return Check("bundle", "; ".join(lacks), (known("bundle", f"the bundle {bundle.folder} has {'; '.join(lacks)}"),))
+
+
 def _registry(target: Target, state: State, work: Work) -> Check:
     registry = state["registry"]
     if registry is None or not work.pulls_image:
-        return Check("registry", "image is there" if not work.pulls_image else "not asked")
+        return Check("registry", "image is there" if not work.pulls_image else "not asked; there is a bundle")
     if registry["status"]:
         return Check("registry", f"{registry['host']} answers")
     fact = f"the host does not reach {registry['host']} ({registry['error']})"
@@ -323,7 +350,7 @@ def _registry(target: Target, state: State, work: Work) -> Check:
 def _hub(target: Target, state: State, work: Work) -> Check:
     hub, card = state["hub"], target.card
     if hub is None or not work.downloads_model:
-        return Check("hub", "model is there" if state["model"]["complete"] else "not asked")
+        return Check("hub", "model is there" if state["model"]["complete"] else "not asked; there is a bundle")
     seen = f"{card.repo}: {hub['error'] or hub['status']}"
     if hub["status"] == 200 or hub["error"] == "EntryNotFound":  # not every format has a config.json
         return Check("hub", f"gives {card.repo}")

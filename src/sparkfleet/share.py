@@ -59,34 +59,49 @@ class Schedule:
                 if host != source.host and source.host in (self.image_from.get(host), self.model_from.get(host))
             )
             what = [*source.images, *(model["repo"] for model in source.models)]
-            lines.append(f"{source.host} gives {' and '.join(what)} to {', '.join(takers)}")
+            if takers:  # out of a bundle one may give to itself alone
+                lines.append(f"{source.host} gives {' and '.join(what)} to {', '.join(takers)}")
         return lines
 
 
-def schedule(lacks: Sequence[Lack]) -> Schedule:
+def schedule(lacks: Sequence[Lack], bundle: bool = False, alone: bool = False) -> Schedule:
     """Each image and each model comes from the internet once, or not at all where a Spark has the model already.
 
     An image is given by the first Spark that lacks it, while it fetches it: Docker keeps no copy of an image as it
-    travelled. A model is given by one that has it, else by the first that lacks it.
+    travelled. A model is given by one that has it, else by the first that lacks it. With a `bundle` the first Spark
+    that lacks anything gets all of it, and takes from itself as well; with `alone` too each that lacks something.
     """
     made = Schedule()
     for image in dict.fromkeys(lack.image for lack in lacks if lack.lacks_image):
         takers = [lack for lack in lacks if lack.image == image and lack.lacks_image]
-        givers = [lack for lack in takers if lack.serves]
-        if len(takers) > 1 and givers:
-            _source(made, givers[0], givers[0].host).images.append(image)
-            made.image_from.update({lack.host: givers[0].host for lack in takers})
+        for some, giver in _givers(made, takers, [], bundle, alone):
+            _source(made, giver, giver.host).images.append(image)
+            made.image_from.update({lack.host: giver.host for lack in some})
     for model in dict.fromkeys(lack.model for lack in lacks if lack.lacks_model):
         takers = [lack for lack in lacks if lack.model == model and lack.lacks_model]
         havers = [lack for lack in lacks if lack.model == model and lack.has_model and lack.serves]
-        givers = havers or ([lack for lack in takers if lack.serves] if len(takers) > 1 else [])
-        if givers:
-            giver = min(givers, key=lambda lack: lack.host not in made.sources)  # one that gives already, if it can
-            leader = giver.host if giver.lacks_model or giver.lacks_image else takers[0].host
+        for some, giver in _givers(made, takers, havers, bundle, alone):
+            leader = giver.host if giver.lacks_model or giver.lacks_image else some[0].host
             repo, revision = model
             _source(made, giver, leader).models.append({"repo": repo, "revision": revision})
-            made.model_from.update({lack.host: giver.host for lack in takers if lack.host != giver.host})
+            made.model_from.update({lack.host: giver.host for lack in some if bundle or lack.host != giver.host})
     return made
+
+
+def _givers(
+    made: Schedule, takers: list[Lack], havers: list[Lack], bundle: bool, alone: bool
+) -> list[tuple[list[Lack], Lack]]:
+    """Who takes a thing from whom; nobody where it is not worth it."""
+    if bundle and alone:
+        return [([taker], taker) for taker in takers]
+    able = [taker for taker in takers if taker.serves]
+    if bundle:
+        first = next(iter(made.sources), "")
+        giver = next((taker for taker in (*able, *takers) if taker.host == first), None)
+        return [(takers, giver or next(iter(able), takers[0]))]
+    givers = havers or (able if len(takers) > 1 else [])
+    # One that gives already, if it can.
+    return [(takers, min(givers, key=lambda lack: lack.host not in made.sources))] if givers else []
 
 
 def _source(made: Schedule, giver: Lack, leader: str) -> Source:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from sparkfleet import SparkfleetError, catalog, compose, engine
+from sparkfleet.bundle import Bundle
 from sparkfleet.catalog import Arguments, Card
 from sparkfleet.engine import Engine
 
@@ -65,6 +66,7 @@ class Settings:
     service_state: str = "started"
     guard: bool = True
     guard_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    bundle: str = ""  # folder on the controller that stands for the internet
     host_program: str = ""  # sha256 of the program that is to be on the host; empty: not looked at
 
 
@@ -88,6 +90,7 @@ class Target:
     arguments: Arguments
     image: str
     revision: str
+    bundle: Bundle | None = None  # what stands for the internet
 
     @classmethod
     def of(cls, settings: Settings) -> Target:
@@ -100,7 +103,13 @@ class Target:
         if settings.tool_calls and settings.model_source == "local" and card.tool_call_parser:
             arguments |= {"enable_auto_tool_choice": True, "tool_call_parser": card.tool_call_parser}
         arguments |= settings.arguments
-        return cls(card, settings, arguments, settings.image or card.image, settings.revision or card.revision)
+        if settings.bundle and settings.model_source != "local":
+            raise SparkfleetError(
+                f"sparkfleet_model_source: {settings.model_source} needs the internet; with sparkfleet_bundle set it "
+                "to local"
+            )
+        bundle = Bundle.read(settings.bundle) if settings.bundle else None
+        return cls(card, settings, arguments, settings.image or card.image, settings.revision or card.revision, bundle)
 
     @property
     def engine(self) -> Engine:
@@ -119,6 +128,7 @@ class Target:
             source="local" if local else "hub",
             image=self.image,
             image_digest=known_image.get("digest"),
+            image_known_as=known_image.get("known_as"),
             commit=known_model.get("commit") if known_model.get("complete") else None,
             cache_dir=self.settings.cache_dir,
             compile_cache_dir=self.settings.compile_cache_dir,

@@ -174,7 +174,9 @@ MIRROR = "127.0.0.1:9111"
 OWN, THERE = f"reg.test:5000/nvidia/vllm@{DIGEST}", f"{MIRROR}/nvidia/vllm@{DIGEST}"
 
 
-def from_mirror(ready: Engine, docker: Docker, tmp_path: Path, good: set[str]) -> tuple[dict[str, Any], list[str]]:
+def from_mirror(
+    ready: Engine, docker: Docker, tmp_path: Path, good: set[str], internet: bool = True
+) -> tuple[dict[str, Any], list[str]]:
     """Pull with a mirror where only the registries `good` answer: the result, and what Docker was told to do."""
 
     def create(handler: Handler) -> None:
@@ -193,7 +195,7 @@ def from_mirror(ready: Engine, docker: Docker, tmp_path: Path, good: set[str]) -
     for name in (OWN, THERE):
         ready.routes["POST", f"/images/{name}/tag"] = tag
         ready.routes["DELETE", f"/images/{name}"] = []
-    params = {"mirror": MIRROR, "mirror_digest": DIGEST, "docker_config": str(tmp_path / "none")}
+    params = {"mirror": MIRROR, "mirror_digest": DIGEST, "docker_config": str(tmp_path / "none"), "internet": internet}
     job = Job(tmp_path / "status" / "image.json", "image", "x")
     job.acquire()
     result = image_pull.get(docker, reference("reg.test:5000/nvidia/vllm:1"), params, job)
@@ -221,6 +223,15 @@ def test_without_internet_the_mirrors_name_stays(ready: Engine, docker: Docker, 
     result, told = from_mirror(ready, docker, tmp_path, {MIRROR})
     assert result["mirror_failed"] == ""
     assert told[-1] == f"POST /images/{THERE}/tag?repo=reg.test:5000/nvidia/vllm&tag=1"
+
+
+def test_where_there_is_no_internet_nobody_else_is_asked(ready: Engine, docker: Docker, tmp_path: Path) -> None:
+    _, told = from_mirror(ready, docker, tmp_path, {MIRROR}, internet=False)
+    assert not any("fromImage=reg.test" in line for line in told)
+    assert told[-1] == f"POST /images/{THERE}/tag?repo=reg.test:5000/nvidia/vllm&tag=1"
+    with pytest.raises(JobError, match=MIRROR):
+        from_mirror(ready, docker, tmp_path, set(), internet=False)
+    assert not any("fromImage=reg.test" in urllib.parse.unquote(path) for _, path, *_ in ready.seen)
 
 
 def test_error_within_the_stream(ready: Engine, docker: Docker, tmp_path: Path) -> None:

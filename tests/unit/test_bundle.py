@@ -1,0 +1,280 @@
+"""A bundle: what is in it, what a host gets of it, and what is said when something lacks."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible.module_utils.sparkfleet_host.job import Job, JobError
+from ansible.module_utils.sparkfleet_host.registry import Layout
+from ansible.module_utils.sparkfleet_host.share import Model
+from plugins.modules import bundle_collect, bundle_receive, spark_state
+from plugins.modules.bundle_receive import BundleError
+
+from sparkfleet import SparkfleetError, plan, share, wheels
+from sparkfleet.bundle import Bundle
+from sparkfleet.share import Lack
+from sparkfleet.target import Target
+from tests.unit.test_plan import bare, fetched, target
+
+IMAGE = "nvcr.io/nvidia/vllm:25.09-py3"
+REPO, COMMIT = "org/model", "c" * 40
+MANIFEST = json.dumps({"config": {"digest": "sha256:" + "1" * 64, "size": 2}, "layers": []}).encode()
+DIGEST = "sha256:" + hashlib.sha256(MANIFEST).hexdigest()
+WEIGHTS = b"weights"
+SHA = hashlib.sha256(WEIGHTS).hexdigest()
+LISTING = {
+    "repo": REPO,
+    "revision": "main",
+    "commit": COMMIT,
+    "files": {"model.safetensors": {"size": len(WEIGHTS), "sha256": SHA}},
+    "total_bytes": len(WEIGHTS),
+}
+
+
+def collected(folder: Path) -> dict[str, Any]:
+    """What `bundle_collect` returns, with its files in `folder`."""
+    content = {
+        f"image/blobs/sha256/{DIGEST.partition(':')[2]}": MANIFEST,
+        "image/blobs/sha256/" + "1" * 64: b"{}",
+        f"hub/models--org--model/blobs/{SHA}": WEIGHTS,
+        "packages/Packages": b"Package: a\n",
+        "packages/a_1_arm64.deb": b"deb",
+    }
+    for name, body in content.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(body)
+    entry = {"name": IMAGE, "digest": DIGEST, "media_type": "application/vnd.oci.image.manifest.v1+json"}
+    return {
+        "image": {**entry, "size": len(MANIFEST), "blobs": [DIGEST, "sha256:" + "1" * 64]},
+        "model": f"{REPO}@main",
+        "listing": LISTING,
+        "system": {"id": "ubuntu", "codename": "noble", "machine": "aarch64"},
+        "packages": ["a"],
+        "files": [{"name": name, "size": len(body)} for name, body in content.items()],
+    }
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    made = Bundle.open(tmp_path / "carry")
+    made.add(collected(made.folder))
+    made.write()
+    return Bundle.read(made.folder)
+
+
+def test_what_is_written_is_read(bundle: Bundle) -> None:
+    assert list(bundle.images) == [IMAGE] and list(bundle.models) == [f"{REPO}@main"]
+    assert bundle.lacking() == []
+    assert bundle.system["machine"] == "aarch64"
+    assert Layout(bundle.folder / "image").names() == {IMAGE: DIGEST}  # what serves it on a Spark
+
+
+def test_a_spark_serves_the_model_from_it(bundle: Bundle, tmp_path: Path) -> None:
+    model = Model(str(bundle.folder / "hub"), REPO, "main", str(tmp_path / "jobs"))
+    assert model.listing()["commit"] == COMMIT
+    _, content = model.file("model.safetensors")
+    assert b"".join(content.read(0, len(WEIGHTS))) == WEIGHTS
+
+
+def test_files_of_a_fetch_and_of_apt(bundle: Bundle) -> None:
+    fetched = bundle.of_fetch([IMAGE], [f"{REPO}@main"])
+    assert sorted(fetched) == sorted(name for name in bundle.files if not name.startswith("packages/"))
+    assert sorted(bundle.of_packages()) == ["packages/Packages", "packages/a_1_arm64.deb"]
+    with pytest.raises(SparkfleetError, match=r"other:1 not in the bundle .*sparkfleet bundle"):
+        bundle.of_fetch(["other:1"], [])
+
+
+def test_a_cut_file_is_told(bundle: Bundle) -> None:
+    (bundle.folder / "packages" / "a_1_arm64.deb").write_bytes(b"d")
+    assert bundle.lacking() == ["packages/a_1_arm64.deb"]
+    assert "packages/a_1_arm64.deb" not in bundle.complete()
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"images": {}}'])
+def test_a_folder_that_is_no_bundle(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "bundle.json").write_text(content)
+    with pytest.raises(SparkfleetError, match=f"sparkfleet_bundle {tmp_path}: no bundle is there"):
+        Bundle.read(tmp_path)
+
+
+def test_what_is_added_later_stays_beside(bundle: Bundle) -> None:
+    more = collected(bundle.folder)
+    more["image"]["name"], more["packages"] = "other:1", []
+    bundle.add(more)
+    assert sorted(bundle.images) == [IMAGE, "other:1"]
+    assert bundle.packages == ["a"] and bundle.lacking() == []
+
+
+# -- who gets it -------------------------------------------------------------------------------------------
+
+
+def lack(host: str, image: bool = True, model: bool = True) -> Lack:
+    return Lack(host, IMAGE, image, REPO, "main", model, not model)
+
+
+def test_one_spark_gets_the_bundle_and_gives_it_to_all() -> None:
+    made = share.schedule([lack("a"), lack("b"), lack("c", image=False)], bundle=True)
+    assert list(made.sources) == ["a"]
+    assert made.image_from == {"a": "a", "b": "a"}
+    assert made.model_from == {"a": "a", "b": "a", "c": "a"}
+
+
+def test_one_alone_gets_it_too() -> None:
+    made = share.schedule([lack("a")], bundle=True)
+    assert (made.image_from, made.model_from) == ({"a": "a"}, {"a": "a"})
+    assert made.summary("a") == []
+    assert share.schedule([lack("a", image=False, model=False)], bundle=True).sources == {}
+
+
+def test_without_sharing_each_gets_it() -> None:
+    made = share.schedule([lack("a"), lack("b")], bundle=True, alone=True)
+    assert made.image_from == {"a": "a", "b": "b"} and made.model_from == {"a": "a", "b": "b"}
+
+
+# -- the host's side ---------------------------------------------------------------------------------------
+
+
+def params(**given: Any) -> dict[str, Any]:
+    return {"needed": 0, "moves": {}, "texts": {}, "links": {}, "packages": False, "user": "", **given}
+
+
+def test_files_are_moved_where_they_belong(tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    brought = Path(str(bundle_receive.receive(params(), folder)["incoming"]), "0")
+    brought.write_bytes(b"12345")
+    there = bundle_receive.receive(
+        params(moves={str(brought): "hub/m/blobs/x"}, texts={"image/index.json": "{}"}), folder
+    )
+    assert there["files"] == {"hub/m/blobs/x": 5, "image/index.json": 2}
+    assert (folder / "hub/m/blobs/x").stat().st_mode & 0o777 == 0o644
+    assert os.listdir(str(there["incoming"])) == []  # noqa: PTH208
+
+
+def test_nothing_is_written_outside(tmp_path: Path) -> None:
+    for name in ("../x", "/x", "hub/../../x"):
+        with pytest.raises(BundleError, match="outside of the bundle"):
+            bundle_receive.receive(params(texts={name: ""}), tmp_path / "bundle")
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_room_is_asked_for_first(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"GB free, the bundle takes 1000000000\.0 GB more") as caught:
+        bundle_receive.receive(params(needed=10**18), tmp_path / "bundle")
+    assert caught.value.id == "disk-full"
+
+
+def test_a_folder_of_the_host_itself_is_linked(tmp_path: Path) -> None:
+    (tmp_path / "usb" / "hub").mkdir(parents=True)
+    (tmp_path / "usb" / "hub" / "x").write_text("1")
+    folder = tmp_path / "bundle"
+    for _ in range(2):
+        there = bundle_receive.receive(params(links={"hub": str(tmp_path / "usb" / "hub")}), folder)
+    assert there["files"] == {}
+    assert (folder / "hub" / "x").read_text() == "1"
+
+
+def test_packages_become_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, ...]] = []
+
+    def apt(*words: str, seconds: float = 0) -> str:
+        told.append(words)
+        if "madison" in words:
+            return " a | 1 | somewhere\n"
+        if "install" in words:
+            (tmp_path / "packages" / "a_1_arm64.deb").write_bytes(b"deb")
+        return "Package: a\nVersion: 1\n" if words[0] == "dpkg-deb" else ""
+
+    monkeypatch.setattr(bundle_collect, "apt", apt)
+    job = Job(tmp_path / "job" / "bundle.json", "bundle", "x")
+    job.acquire()
+    names, files = bundle_collect.collect_packages({"packages": ["a", "b"], "folder": str(tmp_path)}, job)
+    assert names == ["a"]  # b has no source here
+    index = (tmp_path / "packages" / "Packages").read_text()
+    assert "Filename: ./a_1_arm64.deb" in index and hashlib.sha256(b"deb").hexdigest() in index
+    assert [item["name"] for item in files] == ["packages/a_1_arm64.deb", "packages/Packages"]
+    assert any("--download-only" in words and words[-1] == "a" for words in told)
+
+
+def test_a_model_that_is_not_complete_is_not_collected(tmp_path: Path) -> None:
+    with pytest.raises(JobError) as caught:
+        bundle_collect.collect_model({"repo": REPO, "revision": "main", "cache_dir": str(tmp_path)})
+    assert caught.value.id == "download-incomplete"
+
+
+def test_wheels_are_for_the_program_and_its_build() -> None:
+    names = [name.partition(">")[0] for name in wheels.requirements()]
+    assert {"ansible", "huggingface_hub", "setuptools"} <= set(names)
+    assert "--python-version" in wheels._platform("aarch64", "3.12")
+    assert "manylinux_2_17_aarch64" in wheels._platform("aarch64", "3.12")
+
+
+# -- the plan ----------------------------------------------------------------------------------------------
+
+
+def bundle_for(target: Target, folder: Path, system: dict[str, str]) -> Target:
+    made = Bundle.open(folder)
+    made.add({**collected(folder), "system": system, "model": f"{target.card.repo}@{target.revision}"})
+    made.write()
+    return dataclasses.replace(target, bundle=Bundle.read(folder))
+
+
+def spark_here() -> dict[str, Any]:
+    state = bare()
+    state["os"]["codename"] = "noble"
+    state["hub"] = state["registry"] = None  # nobody was asked
+    return state
+
+
+def test_a_bundle_that_has_all_lets_the_plan_go_on(tmp_path: Path) -> None:
+    ready = bundle_for(target(), tmp_path, {"id": "ubuntu", "codename": "noble", "machine": "aarch64"})
+    made = plan.make(ready, spark_here())
+    assert made["findings"] == []
+    assert made["prepare"]["packages"] is True
+    assert {check["name"]: check["seen"] for check in made["checks"]}["registry"] == "not asked; there is a bundle"
+
+
+def test_what_a_bundle_lacks_is_one_finding(tmp_path: Path) -> None:
+    other = target(image="nvcr.io/nvidia/vllm:25.10-py3", revision="other")
+    ready = bundle_for(target(), tmp_path, {"id": "debian", "codename": "trixie", "machine": "aarch64"})
+    (tmp_path / "packages" / "a_1_arm64.deb").unlink()
+    (finding,) = plan.make(dataclasses.replace(other, bundle=ready.bundle), spark_here())["findings"]
+    assert finding["id"] == "bundle"
+    for words in (
+        "no image nvcr.io/nvidia/vllm:25.10-py3 (it has nvcr.io/nvidia/vllm:25.09-py3)",
+        f"no model {other.card.repo}@other (it has {other.card.repo}@main)",
+        "packages for debian trixie aarch64, the host is ubuntu noble aarch64",
+        "1 of 6 files missing or cut, such as packages/a_1_arm64.deb",
+        "sparkfleet bundle",
+    ):
+        assert words in finding["message"]
+
+
+def test_a_spark_that_has_all_needs_nothing_of_it(tmp_path: Path) -> None:
+    ready = bundle_for(target(), tmp_path, {"id": "debian", "codename": "trixie", "machine": "x86_64"})
+    state = fetched()
+    state["os"]["codename"] = "noble"
+    assert plan.make(ready, state)["findings"] == []
+
+
+def test_an_image_out_of_a_bundle_is_pinned_as_docker_knows_it() -> None:
+    state = fetched()
+    mirror = f"127.0.0.1:9111/nvidia/vllm@{DIGEST}"
+    state["docker"]["image"] |= spark_state.pinned({"RepoDigests": [mirror]})
+    service = target().document(state)["services"]["vllm-llama31-8b-fp8"]
+    assert service["image"] == mirror
+    own = f"nvcr.io/nvidia/vllm@{DIGEST}"
+    state["docker"]["image"] |= spark_state.pinned({"RepoDigests": [mirror, own]})
+    service = target().document(state)["services"]["vllm-llama31-8b-fp8"]
+    assert service["image"] == f"nvcr.io/nvidia/vllm:25.09-py3@{DIGEST}"
+
+
+def test_a_server_that_downloads_needs_the_internet(bundle: Bundle) -> None:
+    with pytest.raises(SparkfleetError, match=r"sparkfleet_model_source: hub needs the internet"):
+        target(bundle=str(bundle.folder), model_source="hub")
