@@ -8,7 +8,8 @@ DOCUMENTATION = r"""
 module: haproxy_server
 short_description: Drain a server of HAProxy, or put it back
 description:
-  - Speaks to HAProxy's runtime socket. A drained server gets no new requests; with O(timeout) the module waits until
+  - Speaks to HAProxy's runtime socket. A drained server (HAProxy calls it in maintenance) gets no new requests, those of
+    its sessions neither; with O(timeout) the module waits until
     those that run have ended.
   - A server that no backend has is no error, so that a Spark which is not in the gateway yet can be rolled out.
 options:
@@ -48,6 +49,8 @@ from ansible.module_utils.basic import AnsibleModule
 SOCKET_SECONDS = 10.0
 POLL = 0.25
 FORCED = 0x01 | 0x08  # of srv_admin_state: maintenance and drain by a command
+#: HAProxy's own drain goes on to send what a session sticks with; maintenance lets streams end all the same.
+WORDS = {"drain": "maint", "ready": "ready"}
 
 
 class Haproxy:
@@ -112,7 +115,7 @@ def change(haproxy: Haproxy, server: str, state: str, timeout: float, check: boo
         return result
     began = time.monotonic()
     for backend in wrong:
-        haproxy.set(backend, server, state)
+        haproxy.set(backend, server, WORDS[state])
     while state == "drain" and rows:
         result["sessions"] = sum(int(row["scur"] or 0) for row in haproxy.rows(server))
         if result["sessions"] == 0 or time.monotonic() - began >= timeout:

@@ -254,8 +254,8 @@ class Ask(socketserver.StreamRequestHandler):
             rows = ["# pxname,svname,scur,status,", f"m,spark-1,{self.server.sessions},{self.server.status},"]
             self.server.sessions = max(self.server.sessions - 1, 0)
             self.wfile.write("\n".join(rows).encode() + b"\n\n")
-        elif command.endswith("drain"):
-            self.server.status = "DRAIN"
+        elif command.endswith("maint"):
+            self.server.status = "MAINT"
             self.wfile.write(b"\n")
         elif command.endswith("ready"):
             self.server.status = "UP"
@@ -283,7 +283,7 @@ def test_drain_waits_for_the_end_of_what_runs(haproxy: Haproxy, capsys: pytest.C
     haproxy.sessions = 4
     result = change(haproxy, capsys, state="drain")
     assert result["changed"] and result["sessions"] == 0 and result["backends"] == ["m"]
-    assert haproxy.status == "DRAIN" and "set server m/spark-1 state drain" in haproxy.asked
+    assert haproxy.status == "MAINT" and "set server m/spark-1 state maint" in haproxy.asked
     assert not change(haproxy, capsys, state="drain")["changed"]
     assert change(haproxy, capsys, state="ready")["changed"] and haproxy.status == "UP"
     assert not change(haproxy, capsys, state="ready")["changed"]
