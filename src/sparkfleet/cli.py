@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from sparkfleet import SparkfleetError, __version__, catalog, dry, engine, memory, report, status
+from sparkfleet import SparkfleetError, __version__, catalog, dry, engine, init, memory, report, status
 from sparkfleet.live import Live, closing, terminal
 from sparkfleet.runner import DOWN, INTERRUPTED, ROOT, Collector, default_inventory, events, run
 from sparkfleet.target import Settings, Target
@@ -27,7 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     if argv is None:  # as a command: a reader that has seen enough (`| head`) ends it quietly
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(options, "words") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # hosts of `init` behind an option
+        options.words += rest
     try:
         return int(options.run(options))
     except SparkfleetError as error:
@@ -81,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         help="local: fetched before and served offline; hub: the server downloads (default: %(default)s)",
     )
     show.set_defaults(run=_compose)
+    init.add_parser(verbs)
     _add_verbs(verbs)
     return parser
 

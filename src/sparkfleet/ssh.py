@@ -1,0 +1,325 @@
+"""Hosts over ssh, with the ssh and the settings of the user: their keys, a login, and one look.
+
+Nothing is accepted silently: a host key that is not known is shown, and written down only when a person said so.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import getpass
+import hashlib
+import hmac
+import ipaddress
+import os
+import re
+import secrets
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sparkfleet import SparkfleetError
+
+#: Seconds for the connection, and for all of a look.
+CONNECT_SECONDS = 8
+LOOK_SECONDS = 40
+PORT = 22
+#: Kinds of host keys, the best first.
+KEYS = ("ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521", "ssh-rsa")
+GIB = 1024**3
+_MARK = "sparkfleet:"
+_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
+_USER = re.compile(r"[A-Za-z_][A-Za-z0-9._-]*")
+#: Read by sh on the host; changes nothing. `sudo -k COMMAND` leaves aside that a password was given before.
+_SCRIPT = r"""
+say() { printf 'sparkfleet:%s=%s\n' "$1" "$2"; }
+say hostname "$(hostname -s 2>/dev/null || uname -n)"
+say user "$(id -un)"
+say machine "$(cat /etc/machine-id 2>/dev/null)"
+say gpu "$(timeout 15 nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)"
+say total "$(sed -n 's/^MemTotal: *\([0-9]*\) kB$/\1/p' /proc/meminfo)"
+say available "$(sed -n 's/^MemAvailable: *\([0-9]*\) kB$/\1/p' /proc/meminfo)"
+say python "$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)"
+if [ "$(id -u)" = 0 ]; then say sudo root
+elif ! command -v sudo >/dev/null 2>&1; then say sudo missing
+elif sudo -kn true 2>/dev/null; then say sudo yes
+else say sudo password; fi
+say end yes
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a host is. No address: this very machine. No user, port 0: what ssh takes by itself."""
+
+    address: str = ""
+    user: str = ""
+    port: int = 0
+    private_key: str = ""
+    common_args: str = ""
+
+    @property
+    def local(self) -> bool:
+        """Whether it is this very machine."""
+        return not self.address
+
+    @property
+    def text(self) -> str:
+        """As people write it."""
+        if self.local:
+            return "this machine"
+        host = f"[{self.address}]" if ":" in self.address and self.port else self.address
+        return (f"{self.user}@" if self.user else "") + host + (f":{self.port}" if self.port else "")
+
+    def words(self) -> list[str]:
+        """Options of ssh, without the host."""
+        words = shlex.split(self.common_args)
+        words += ["-i", self.private_key] if self.private_key else []
+        words += ["-p", str(self.port)] if self.port else []
+        return words + (["-l", self.user] if self.user else [])
+
+    def command(self, program: str = "ssh") -> str:
+        """What a person types to log in."""
+        login = f"{self.user}@{self.address}" if self.user else self.address
+        words = [*shlex.split(self.common_args), *(["-i", self.private_key] if self.private_key else [])]
+        return shlex.join([program, *words, *(["-p", str(self.port)] if self.port else []), login])
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the look found; bytes. `sudo`: yes, password, root or missing. `python`: 3.12, or empty."""
+
+    hostname: str
+    user: str
+    machine: str
+    gpu: str
+    total: int
+    available: int
+    python: str
+    sudo: str
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """The same for two addresses of one machine."""
+        return self.machine, self.hostname
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What came of a look: facts, or a problem (unreachable, key-unknown, key-changed, login) in ssh's own words."""
+
+    facts: Facts | None = None
+    problem: str = ""
+    message: str = ""
+
+    @property
+    def takes_passwords(self) -> bool:
+        """Whether a login that was refused might go with a password, so that ssh-copy-id can."""
+        return "password" in self.message or "keyboard-interactive" in self.message
+
+
+@dataclasses.dataclass(frozen=True)
+class HostKey:
+    """A host key as it was offered: `kind` and `data` as in known_hosts."""
+
+    kind: str
+    data: str
+
+    @property
+    def fingerprint(self) -> str:
+        """As `ssh-keygen -l` prints it."""
+        digest = hashlib.sha256(base64.b64decode(self.data)).digest()
+        return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
+
+
+def parse(text: str) -> Place:
+    """A host of the command line, [user@]name-or-address[:port]; localhost is this machine. Raises SparkfleetError."""
+    user, at, rest = text.rpartition("@")
+    host, port = rest, ""
+    if found := re.fullmatch(r"\[([^\]]+)\](?::(.+))?", rest):
+        host, port = found[1], found[2] or ""
+    elif rest.count(":") == 1:
+        host, _, port = rest.partition(":")
+    if bool(user) != bool(at) or (user and not _USER.fullmatch(user)):
+        raise SparkfleetError(f"host '{text}': '{user}' is not the name of a user")
+    if not _NAME.fullmatch(host) and not is_address(host):
+        raise SparkfleetError(f"host '{text}': write [user@]name-or-address[:port], such as nvidia@spark-1a2b.local")
+    if rest.endswith(":") or (port and not (port.isdecimal() and 0 < int(port) < 65536)):
+        raise SparkfleetError(f"host '{text}': '{port}' is not a TCP port")
+    if host == "localhost" and not user and not port:
+        return Place()
+    return Place(host, user, int(port or 0))
+
+
+def is_address(text: str) -> bool:
+    """Whether it is an IP address."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _run(argv: Sequence[str], seconds: float, script: str = "") -> subprocess.CompletedProcess[str]:
+    """A command with its output in English. Raises SparkfleetError when it is not installed, TimeoutExpired."""
+    try:
+        return subprocess.run(
+            argv,
+            input=script,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+            check=False,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except FileNotFoundError:
+        raise SparkfleetError(f"{argv[0]} is not installed: install OpenSSH's client (openssh-client)") from None
+
+
+def settings(place: Place) -> dict[str, str]:
+    """What ssh would do: the first value of each of its settings, names in lower case. Raises SparkfleetError."""
+    done = _run(["ssh", "-G", *place.words(), "--", place.address], CONNECT_SECONDS)
+    if done.returncode:
+        raise SparkfleetError(f"ssh does not take its options: {_last(done.stderr)}")
+    found: dict[str, str] = {}
+    for line in done.stdout.splitlines():
+        name, _, value = line.partition(" ")
+        if name == "identityfile":
+            found[name] = f"{found[name]}\n{value}" if name in found else value
+        else:
+            found.setdefault(name, value)
+    return found
+
+
+def look(place: Place) -> Look:
+    """Log in and look, once. Raises SparkfleetError when there is no ssh here."""
+    argv = ["sh", "-s"]
+    if not place.local:
+        asks = ["-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
+        # A connection that stays open for others would hold our pipe.
+        asks += ["-o", "ControlMaster=no", "-o", "ControlPath=none", "-T"]
+        argv = ["ssh", *asks, *place.words(), "--", place.address, *argv]
+    try:
+        done = _run(argv, LOOK_SECONDS, _SCRIPT)
+    except subprocess.TimeoutExpired:
+        return Look(None, "unreachable", f"no answer within {LOOK_SECONDS} s")
+    found = dict(line.removeprefix(_MARK).split("=", 1) for line in done.stdout.splitlines() if line.startswith(_MARK))
+    if found.get("end") != "yes":
+        return Look(None, *problem(done.stderr))
+    return Look(
+        Facts(
+            hostname=found["hostname"].partition(".")[0].lower(),
+            user=found["user"],
+            machine=found["machine"],
+            gpu=found["gpu"].strip(),
+            total=int(found["total"] or 0) * 1024,
+            available=int(found["available"] or 0) * 1024,
+            python=found["python"],
+            sudo=found["sudo"],
+        )
+    )
+
+
+def problem(said: str) -> tuple[str, str]:
+    """What kept ssh from it, of what it said: a problem of `Look`, and the line that tells it."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    for word, kind in (
+        ("HOST IDENTIFICATION HAS CHANGED", "key-changed"),
+        ("host key is known for", "key-unknown"),
+        ("Permission denied", "login"),
+        ("Too many authentication failures", "login"),
+        ("Host key verification failed", "key-unknown"),
+    ):
+        for line in lines:
+            if word in line:
+                return kind, "its host key is not the one that is known" if kind == "key-changed" else _bare(line)
+    return "unreachable", _bare(_last(said))
+
+
+def _bare(line: str) -> str:
+    """A line of ssh without who says it or of whom."""
+    return re.sub(r"^(ssh|\S+@\S+): ", "", line)
+
+
+def _last(said: str) -> str:
+    return next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "no reason given")
+
+
+def host_key(place: Place, known: Mapping[str, str]) -> HostKey | None:
+    """The host key that is offered at the place, the best kind of it; None when nobody offers one, or the way there
+    is through another host. `known` is of `settings`."""
+    if any(known.get(name, "none") != "none" for name in ("proxycommand", "proxyjump")):
+        return None
+    kinds = "ed25519,ecdsa,rsa"
+    argv = ["ssh-keyscan", "-T", str(CONNECT_SECONDS), "-p", known["port"], "-t", kinds, "--", known["hostname"]]
+    try:
+        done = _run(argv, 4 * CONNECT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
+    offered = [line.split() for line in done.stdout.splitlines() if line and not line.startswith("#")]
+    keys = [HostKey(words[1], words[2]) for words in offered if len(words) == 3 and words[1] in KEYS]
+    return min(keys, key=lambda key: KEYS.index(key.kind), default=None)
+
+
+def known_hosts(place: Place, known: Mapping[str, str]) -> tuple[Path, str]:
+    """The file that a new host key goes to, and the name under which ssh looks for it there."""
+    file = Path(known["userknownhostsfile"].split()[0]).expanduser()
+    host = known.get("hostkeyalias") or known["hostname"]
+    return file, host if known["port"] == str(PORT) or "hostkeyalias" in known else f"[{host}]:{known['port']}"
+
+
+def trust(place: Place, key: HostKey, known: Mapping[str, str]) -> Path:
+    """Write a host key into the user's known_hosts, as ssh itself does; returns the file."""
+    file, name = known_hosts(place, known)
+    if known.get("hashknownhosts") == "yes":
+        salt = secrets.token_bytes(20)
+        digest = hmac.new(salt, name.encode(), hashlib.sha1).digest()
+        name = f"|1|{base64.b64encode(salt).decode()}|{base64.b64encode(digest).decode()}"
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    before = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a", encoding="utf-8") as stream:
+        stream.write(("" if before.endswith("\n") or not before else "\n") + f"{name} {key.kind} {key.data}\n")
+    return file
+
+
+def own_key(place: Place, known: Mapping[str, str]) -> Path | None:
+    """The public key that ssh would log in with, or None when there is none."""
+    named = [place.private_key] if place.private_key else known.get("identityfile", "").splitlines()
+    for name in named:
+        public = Path(f"{name}.pub").expanduser()
+        if public.is_file():
+            return public
+    return None
+
+
+def make_key(place: Place, known: Mapping[str, str]) -> Path:
+    """Make a key pair (ed25519, no passphrase) where ssh looks for one; the public key. Raises SparkfleetError."""
+    places = [name for name in known.get("identityfile", "").splitlines() if name.endswith("id_ed25519")]
+    private = Path(place.private_key or (places or ["~/.ssh/id_ed25519"])[0]).expanduser()
+    private.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    comment = f"{getpass.getuser()}@{os.uname().nodename}"
+    done = _run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(private)], CONNECT_SECONDS)
+    if done.returncode:
+        raise SparkfleetError(f"ssh-keygen made no key {private}: {_last(done.stderr)}")
+    return private.with_name(f"{private.name}.pub")
+
+
+def copy_command(place: Place, public: Path | None) -> list[str]:
+    """ssh-copy-id for a place, which knows -o and -p, but not ssh's other options."""
+    words: list[str] = []
+    for word in (given := iter(shlex.split(place.common_args))):
+        words += ["-o", f"ProxyJump={next(given, '')}"] if word == "-J" else [word]
+    words += ["-i", str(public)] if public else []
+    words += ["-p", str(place.port)] if place.port else []
+    return ["ssh-copy-id", *words, f"{place.user}@{place.address}" if place.user else place.address]
+
+
+def copy_key(place: Place, public: Path) -> bool:
+    """Run ssh-copy-id on the terminal, which asks for the password; whether it went well. Raises SparkfleetError."""
+    (Path.home() / ".ssh").mkdir(mode=0o700, exist_ok=True)  # it works there, and does not make it
+    try:
+        return subprocess.run(copy_command(place, public), check=False).returncode == 0
+    except FileNotFoundError:
+        raise SparkfleetError("ssh-copy-id is not installed: install OpenSSH's client (openssh-client)") from None
