@@ -26,7 +26,7 @@ TRIVIAL = ROOT / "simulator" / "bench_trivial.yml"
 REGISTRY_MBIT, HUB_MBIT = 80.0, 30.0
 FLEET = 8
 HOSTS = (1, 2, 4, 8, 16)
-PARTS = ("fresh", "no-op", "restart", "recovery", "fleet", "controller")
+PARTS = ("fresh", "no-op", "restart", "recovery", "fleet", "controller", "once")
 #: torch.compile, which the simulated engine leaves out unless asked; vLLM 0.32 fails to load what it compiled ahead of
 #: time for a CPU, and compiles again.
 COMPILED = (
@@ -145,6 +145,31 @@ def controller(runs: int, world: World) -> None:
     )
 
 
+def once(world: World) -> None:
+    """Bytes that leave the simulated internet, and seconds, for one fresh Spark and for eight at once."""
+    left, seconds = [], []
+    for count in (1, FLEET):
+        world.down()
+        world.up(count, "dgxos", "fault")
+        before = sent(world)
+        run = play(world.name, "site.yml")
+        left.append(sent(world) - before)
+        seconds.append(run.seconds)
+        alone = len(re.findall(r"came from the internet after all|fetches by itself", run.output))
+        size = f"{left[-1] / 1e6:.1f} MB left the internet"
+        print(f"fetch, {count} fresh Sparks {run.seconds:6.1f} s   {size}; {alone} went alone")
+    ratio = left[1] / left[0]
+    print(f"bytes, {FLEET} against 1     {ratio:6.3f}     (goal: at most 1.05); time {seconds[1] / seconds[0]:.2f}")
+
+
+def sent(world: World) -> int:
+    """Bytes that the simulated internet has sent to its Sparks so far: registry, Hub and name server."""
+    code, output = run_in(world.container("internet"), ["cat", "/sys/class/net/eth0/statistics/tx_bytes"])
+    if code != 0:
+        raise SimulatorError(f"internet: {output.strip()}")
+    return int(output)
+
+
 def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
     """Of the line through the points, by least squares."""
     return statistics.linear_regression(xs, ys).slope
@@ -227,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     parts = options.only or PARTS
     with progress() as say:
-        world, many = World("bench", say), World("bench-fleet", say)
+        world, many, fresh_ones = World("bench", say), World("bench-fleet", say), World("bench-once", say)
         try:
             if "fresh" in parts or "no-op" in parts:
                 if "fresh" in parts:
@@ -251,6 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if "controller" in parts:
                 world.down()
                 controller(min(options.runs, 3), many)
+            if "once" in parts:
+                world.down()
+                once(fresh_ones)
         except SimulatorError as error:
             print(f"bench: {error}", file=sys.stderr)
             return 1
@@ -258,6 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not options.keep:
                 world.down()
                 many.down()
+                fresh_ones.down()
     return 0
 
 

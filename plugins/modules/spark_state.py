@@ -232,15 +232,27 @@ def opener(
     )
 
 
+def patiently(ask: Callable[[float], dict[str, Any]]) -> dict[str, Any]:
+    """Ask a service that may be slow; once more, with more time, where it said nothing in the usual."""
+    answer = ask(REACH_SECONDS)
+    return ask(PROBE_SECONDS) if "timed out" in answer["error"] else answer
+
+
 def hub_access(
-    endpoint: str, repo: str, revision: str, token: str, proxy: str = "", no_proxy: str = ""
+    endpoint: str,
+    repo: str,
+    revision: str,
+    token: str,
+    proxy: str = "",
+    no_proxy: str = "",
+    seconds: float = REACH_SECONDS,
 ) -> dict[str, Any]:
     """What the Hub says of the model's config.json: a status of HTTP and the Hub's own error code."""
     request = urllib.request.Request(f"{endpoint}/{repo}/resolve/{revision}/config.json", method="HEAD")  # noqa: S310
     if token:
         request.add_header("Authorization", f"Bearer {token}")
     try:
-        with opener(request.host.partition(":")[0], proxy, no_proxy).open(request, timeout=REACH_SECONDS) as answer:
+        with opener(request.host.partition(":")[0], proxy, no_proxy).open(request, timeout=seconds) as answer:
             return {"status": answer.status, "error": ""}
     except urllib.error.HTTPError as error:
         status = 200 if error.code in (301, 302, 303, 307, 308) else error.code
@@ -257,7 +269,7 @@ def registry_host(image: str) -> str:
     return "registry-1.docker.io"
 
 
-def registry_access(image: str, proxy: str = "", no_proxy: str = "") -> dict[str, Any]:
+def registry_access(image: str, proxy: str = "", no_proxy: str = "", seconds: float = REACH_SECONDS) -> dict[str, Any]:
     """Whether the image's registry answers, with any status; ``failure`` is an id of the table of failures."""
     host = registry_host(image)
     context = ssl.create_default_context()
@@ -267,7 +279,7 @@ def registry_access(image: str, proxy: str = "", no_proxy: str = "") -> dict[str
     found = {"host": host, "status": 0, "error": "", "failure": ""}
     try:
         with opener(host.partition(":")[0], proxy, no_proxy, context).open(
-            f"https://{host}/v2/", timeout=REACH_SECONDS
+            f"https://{host}/v2/", timeout=seconds
         ) as answer:
             return {**found, "status": answer.status}
     except urllib.error.HTTPError as error:
@@ -427,17 +439,16 @@ def look(params: dict[str, Any]) -> dict[str, Any]:
         hub = None
         if not model["complete"] and params["internet"]:
             token = params["token"] or stored.strip()
-            hub = pool.submit(
-                hub_access,
-                *(params["hub_endpoint"], params["repo"], params["revision"], token),
-                *(params["proxy"], params["no_proxy"]),
-            )
+            asked = (params["hub_endpoint"], params["repo"], params["revision"], token)
+            ways = (params["proxy"], params["no_proxy"])
+            hub = pool.submit(patiently, lambda seconds: hub_access(*asked, *ways, seconds))
         docker = engine.result()
         # What pulls is the engine: its own proxy counts where it has one.
         through = docker if docker.get("proxy") else params
         registry = None
         if not docker.get("image") and params["internet"]:
-            registry = pool.submit(registry_access, params["image"], through["proxy"], through["no_proxy"])
+            way = (params["image"], through["proxy"], through["no_proxy"])
+            registry = pool.submit(patiently, lambda seconds: registry_access(*way, seconds))
         return {
             "os": operating_system(),
             "gpu": graphics.result(),

@@ -248,12 +248,17 @@ class Handler(BaseHTTPRequestHandler):
             self.sent += len(body)
 
 
+class Server(ThreadingHTTPServer):
+    """As many callers at once as there are Sparks."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+
 def server(root: Path, tokens: Path, address: str, port: int) -> ThreadingHTTPServer:
     """A server that is ready to serve."""
     handler = type("BoundHandler", (Handler,), {"root": root, "tokens": tokens})
-    made = ThreadingHTTPServer((address, port), handler)
-    made.daemon_threads = True
-    return made
+    return Server((address, port), handler)
 
 
 def main() -> None:

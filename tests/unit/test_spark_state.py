@@ -49,6 +49,21 @@ def test_hub_access_tells_an_unknown_revision_and_an_unreachable_hub(hub: str) -
     assert spark_state.hub_access("http://127.0.0.1:1", "org/model", "main", "")["status"] == 0
 
 
+def test_a_slow_service_is_asked_once_more_with_more_time() -> None:
+    seen: list[float] = []
+
+    def ask(seconds: float) -> dict[str, Any]:
+        seen.append(seconds)
+        return {
+            "status": 0 if len(seen) == 1 else 200,
+            "error": "The read operation timed out" if len(seen) == 1 else "",
+        }
+
+    assert spark_state.patiently(ask)["status"] == 200
+    assert seen == [spark_state.REACH_SECONDS, spark_state.PROBE_SECONDS]
+    assert spark_state.patiently(lambda seconds: {"status": 0, "error": "refused"})["error"] == "refused"
+
+
 def test_listener_and_health_of_a_port_that_speaks_no_http() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
