@@ -19,6 +19,8 @@ T = TypeVar("T")
 #: Oldest Python on a host that our modules run with.
 PYTHON = "3.10"
 TOGETHER = 32
+#: A host of the name of a group would be neither.
+GROUPS = ("all", "ungrouped", "sparks", "gateways")
 #: Memory that a Spark has less than an idle one, GiB, to be worth a word.
 TAKEN_GIB = 8.0
 #: What is said of a problem while there may be help for it.
@@ -88,7 +90,7 @@ def check(hosts: Sequence[Host], person: Person, accept_keys: bool) -> None:
     seen: dict[tuple[str, str], Host] = {}
     # Those of the inventory first: a new one that is one of them is no other.
     for host in sorted(hosts, key=lambda host: not host.known):
-        _judge(host, seen, {other.name for other in hosts})
+        _judge(host, seen, {*GROUPS, *(other.name for other in hosts)})
 
 
 def _count(hosts: Sequence[Host]) -> str:
@@ -226,8 +228,15 @@ def table(hosts: Sequence[Host]) -> str:
             seen = (facts.gpu or "none", f"{facts.total / GIB:.1f} GiB", facts.sudo)
         rows.append((host.name or host.place.address, host.place.text, *seen, _result(host)))
     text = report.table(rows)
-    said = [(host, line) for host in hosts for line in ([host.message] if host.message else host.notes)]
-    return text + "".join(f"{host.label}: {line}\n" for host, line in said)
+    said = [(host.label, line) for host in hosts for line in ([host.message] if host.message else host.notes)]
+    asking = [
+        host.name for host in hosts if host.result == "ok" and host.look.facts and host.look.facts.sudo == "password"
+    ]
+    if asking:
+        said.append(
+            (", ".join(asking), "sudo asks for a password there, which is fine: run with -K (--ask-become-pass)")
+        )
+    return text + "".join(f"{who}: {line}\n" for who, line in said)
 
 
 def _result(host: Host) -> str:

@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparkfleet import SparkfleetError, catalog, enrol, inventory_file, memory, report, ssh, target
-from sparkfleet.catalog import Card
+from sparkfleet import SparkfleetError, catalog, choice, enrol, inventory_file, memory, ssh, target
+from sparkfleet.choice import Choice
 from sparkfleet.enrol import Host
 from sparkfleet.gateway import truth
 from sparkfleet.inventory_file import Entry
@@ -27,7 +27,6 @@ from sparkfleet.person import Person, tell
 from sparkfleet.runner import CODES, INTERRUPTED, OK, REFUSED, ROOT
 from sparkfleet.ssh import GIB, Place
 
-PROFILE = "throughput"
 TOKENS = "https://huggingface.co/settings/tokens"
 #: What may lie in the folder of an inventory and is none of its sources.
 NO_SOURCE = ("group_vars", "host_vars")
@@ -60,7 +59,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--ssh-common-args", metavar="ARGS", default="", help="further arguments of ssh; the inventory has them"
     )
     parser.add_argument("--model", default="", help="a name of the catalogue, or a card's path (default: asked)")
-    parser.add_argument("--profile", default="", help=f"profile of the card (default: asked, else {PROFILE})")
+    parser.add_argument("--profile", default="", help=f"profile of the card (default: asked, else {choice.PROFILE})")
     parser.add_argument("--gateway", metavar="SPARK", default="", help="Spark that is the gateway too (default: none)")
     parser.add_argument("--accept-host-keys", action="store_true", help="accept host keys that are not known yet")
     parser.add_argument("--force", action="store_true", help="take a model whose plan does not fit")
@@ -71,38 +70,6 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """What the Sparks are to serve: a name or path, a profile, the plan (None where there can be none)."""
-
-    card: Card
-    model: str
-    profile: str
-    plan: memory.Plan | None
-    problem: str = ""
-
-    @property
-    def fits(self) -> bool:
-        """Whether the plan says so."""
-        return bool(self.plan and self.plan.fits)
-
-    @property
-    def why(self) -> str:
-        """Why it does not fit, and what would."""
-        if self.plan is None:
-            return f"whether {self.card.name} fits cannot be told: {self.problem}"
-        ways = "; or ".join(way.text for way in self.plan.suggestions[:2])
-        return f"{self.card.name} does not fit: {'; '.join(self.plan.reasons)}" + (
-            f". What would: {ways}" if ways else ""
-        )
-
-    def variables(self) -> dict[str, Any]:
-        """For the inventory. One that was forced is warned of and started all the same."""
-        found = {"sparkfleet_model": self.model}
-        found |= {"sparkfleet_profile": self.profile} if self.profile != PROFILE else {}
-        return found | ({} if self.fits else {"sparkfleet_memory_plan": "warn"})
-
-
-@dataclasses.dataclass(frozen=True)
 class Inventory:
     """What is there already: hosts, the variables that a new one has without a word, whether there is any."""
 
@@ -110,13 +77,18 @@ class Inventory:
     shared: Mapping[str, Any]
     there: bool
 
+    def says(self, setting: str) -> str:
+        """What a new host would have of sparkfleet_model or sparkfleet_profile."""
+        name = f"sparkfleet_{setting}"
+        return str(self.shared.get(name) or target.defaults()[name])
+
 
 def run(options: argparse.Namespace) -> int:
     """The verb; returns the exit code. Raises SparkfleetError with nothing written."""
     person = Person(not (options.yes or options.json) and sys.stdin.isatty() and sys.stdout.isatty())
     try:
         return _run(options, person)
-    except DoesNotFit as error:
+    except choice.DoesNotFit as error:
         tell(f"sparkfleet: {error}")
         return REFUSED
     except (KeyboardInterrupt, EOFError):
@@ -143,19 +115,19 @@ def _run(options: argparse.Namespace, person: Person) -> int:
     code = max((CODES.get(host.result, OK) for host in hosts), default=OK)
     added = [host for host in hosts if host.new]
     files: dict[Path, tuple[str, str]] = {}
-    choice = None
+    chosen = None
     if added:
-        choice = _choice(options, person, added, known)
+        chosen = _choice(options, person, added, known)
         gateway = "" if known.there else _gateway(options, person, added)
-        files = _files(folder, known, added, choice, gateway)
+        files = _files(folder, known, added, chosen, gateway)
         _write(files, options, person)
     if options.json:
-        document = {**_document(code, folder, hosts, files, choice), "also_found": [place for _, place in found]}
+        document = {**_document(code, folder, hosts, files, chosen), "also_found": [place for _, place in found]}
         print(json.dumps(document, indent=2))
         return code
     for name, place in found:
         print(f"also on this network: {name}; `sparkfleet init {_shown(folder)} {place}` adds it")
-    print(_closing(folder, hosts, added, choice, known.there), end="")
+    print(_closing(folder, hosts, added, chosen, known.there), end="")
     return code
 
 
@@ -179,15 +151,11 @@ def _check_options(options: argparse.Namespace) -> None:
     if options.private_key or options.ssh_common_args:
         ssh.settings(Place("host", "", 0, _key(options), options.ssh_common_args))
     if options.model or options.profile:
-        catalog.load(options.model or _default_model()).with_profile(options.profile or PROFILE)
+        catalog.load(options.model or choice.default()).with_profile(options.profile or choice.PROFILE)
 
 
 def _key(options: argparse.Namespace) -> str:
     return str(Path(options.private_key).expanduser().absolute()) if options.private_key else ""
-
-
-def _default_model() -> str:
-    return str(target.defaults()["sparkfleet_model"])
 
 
 def read(folder: Path) -> Inventory:
@@ -240,14 +208,12 @@ def _check_existing(options: argparse.Namespace, folder: Path, known: Inventory,
             f"--gateway {options.gateway}: {_shown(folder)} is there already; write the group gateways there by hand "
             "(docs/gateway.md)"
         )
-    has = {"model": known.shared.get("sparkfleet_model"), "profile": known.shared.get("sparkfleet_profile")}
-    has = {"model": has["model"] or _default_model(), "profile": has["profile"] or PROFILE}
     for option in ("model", "profile"):
-        asked = getattr(options, option)
-        if not new and asked and asked != has[option]:
+        asked, has = getattr(options, option), known.says(option)
+        if not new and asked and asked != has:
             raise SparkfleetError(
-                f"--{option} {asked}: {_shown(folder)} says {has[option]}; change sparkfleet_{option} there, or try it "
-                f"with `sparkfleet switch`"
+                f"--{option} {asked}: {_shown(folder)} says {has}; change sparkfleet_{option} there, or try it with "
+                "`sparkfleet switch`"
             )
 
 
@@ -330,65 +296,10 @@ def _choice(options: argparse.Namespace, person: Person, added: Sequence[Host], 
     if known.there and not (model or profile):
         return None
     if known.there:  # the word that was not said is the inventory's
-        model = model or str(known.shared.get("sparkfleet_model") or _default_model())
-        profile = profile or PROFILE
-    smallest = min((host.look.facts.total / GIB for host in added if host.look.facts), default=memory.USUAL_TOTAL_GIB)
+        model, profile = (options.model or known.says("model"), options.profile or known.says("profile"))
+    smallest = min(host.look.facts.total / GIB for host in added if host.look.facts)
     room = memory.Memory(smallest, smallest - memory.USUAL_HOST_GIB)
-    if not model and person.there:
-        offers = [_offer(name, PROFILE, room) for name in catalog.names()]
-        fits = {offer.card.name: offer.plan.fits if offer.plan else None for offer in offers}
-        print(f"\nModels, and whether they fit {smallest:.1f} GiB:")
-        print(report.models([offer.card for offer in offers], fits), end="")
-    while True:
-        choice = _asked(person, model, profile, room)
-        if choice.plan:
-            tell(f"{choice.card.name} ({choice.profile}): {report.brief(choice.plan.as_dict())}")
-        if choice.fits or options.force:
-            return choice
-        if not person.there or (model and profile):
-            raise DoesNotFit(f"{choice.why}. Take another --model or --profile; --force takes it all the same")
-        tell(f"  {choice.why}")
-        model = profile = ""
-
-
-class DoesNotFit(SparkfleetError):
-    """A plan that does not fit, and nobody to choose another."""
-
-
-def _asked(person: Person, model: str, profile: str, room: memory.Memory) -> Choice:
-    """Model and profile, each asked for where it was not said."""
-
-    def known(name: str) -> str:
-        catalog.load(name)
-        return name
-
-    def has(name: str) -> str:
-        card.with_profile(name)
-        return name
-
-    model = model or person.ask("Model", _default_model(), known)
-    card = catalog.load(model)
-    usual = profile or (PROFILE if PROFILE in card.profiles or not card.profiles else next(iter(card.profiles)))
-    if not profile and len(card.profiles) > 1:
-        question = f"Profile ({', '.join(card.profiles)})"
-        usual = person.ask(question, usual, has)
-    return _offer(model, usual, room)
-
-
-def _offer(model: str, profile: str, room: memory.Memory) -> Choice:
-    """A model with its plan on a Spark with this memory."""
-    card = catalog.load(model)
-    name = str(Path(model).expanduser().absolute()) if "/" in model or model.endswith((".yml", ".yaml")) else model
-    arguments = card.with_profile(profile)
-    try:
-        plan = memory.make(card, arguments, profile=profile, memory=room, others=_catalogue)
-    except SparkfleetError as error:
-        return Choice(card, name, profile, None, str(error))
-    return Choice(card, name, profile, plan)
-
-
-def _catalogue() -> list[Card]:
-    return [catalog.load(name) for name in catalog.names()]
+    return choice.choose(person, model, profile, room, options.force)
 
 
 def _gateway(options: argparse.Namespace, person: Person, added: Sequence[Host]) -> str:
@@ -408,12 +319,12 @@ def _gateway(options: argparse.Namespace, person: Person, added: Sequence[Host])
 
 
 def _files(
-    folder: Path, known: Inventory, added: Sequence[Host], choice: Choice | None, gateway: str
+    folder: Path, known: Inventory, added: Sequence[Host], chosen: Choice | None, gateway: str
 ) -> dict[Path, tuple[str, str]]:
     """File -> its text as it is ("" where there is none), and as it is to be."""
     if known.there:
-        own = choice.variables() if choice else {}
-        own = {name: value for name, value in own.items() if known.shared.get(name) != value}
+        has = {f"sparkfleet_{setting}": known.says(setting) for setting in ("model", "profile")}
+        own = chosen.variables({**known.shared, **has}) if chosen else {}
         entries = [_entry(host, known.shared, many=True, more=own) for host in added]
         path = inventory_file.group_file(folder)
         before = inventory_file.read(path)
@@ -422,8 +333,9 @@ def _files(
     entries = [_entry(host, shared, many=len(added) > 1) for host in added]
     files = {folder / "hosts.yml": ("", inventory_file.hosts(entries, shared, gateway))}
     settings = folder / "group_vars" / "sparks.yml"
-    if choice and not any((folder / "group_vars").glob("sparks*")):
-        files[settings] = ("", inventory_file.settings(choice.variables(), choice.card.licence.gated))
+    if chosen and not any((folder / "group_vars").glob("sparks*")):
+        values = chosen.variables({"sparkfleet_profile": choice.PROFILE})
+        files[settings] = ("", inventory_file.settings(values, chosen.card.licence.gated))
     return files
 
 
@@ -489,11 +401,11 @@ def _shown(path: Path) -> str:
 
 
 def _document(
-    code: int, folder: Path, hosts: Sequence[Host], files: Mapping[Path, Any], choice: Choice | None
+    code: int, folder: Path, hosts: Sequence[Host], files: Mapping[Path, Any], chosen: Choice | None
 ) -> dict[str, Any]:
     """For programs."""
-    served = {"model": choice.card.name, "profile": choice.profile, "fits": choice.fits} if choice else {}
-    plan = {"plan": choice.plan.as_dict()} if choice and choice.plan else {}
+    served = {"model": chosen.card.name, "profile": chosen.profile, "fits": chosen.fits} if chosen else {}
+    plan = {"plan": chosen.plan.as_dict()} if chosen and chosen.plan else {}
     written = [str(path.absolute()) for path in files]
     hosts_found = [host.as_dict() for host in hosts]
     return {
@@ -507,7 +419,7 @@ def _document(
     }
 
 
-def _closing(folder: Path, hosts: Sequence[Host], added: Sequence[Host], choice: Choice | None, there: bool) -> str:
+def _closing(folder: Path, hosts: Sequence[Host], added: Sequence[Host], chosen: Choice | None, there: bool) -> str:
     """What became of it, and what to do next."""
     name, lines = _shown(folder), []
     absent = [host.label for host in hosts if host.result in ("unreachable", "refused") and not host.known]
@@ -519,9 +431,9 @@ def _closing(folder: Path, hosts: Sequence[Host], added: Sequence[Host], choice:
         lines.append(f"not written: {', '.join(absent)}; run this again when that is mended")
     if not added:
         return "\n" + "\n".join(lines) + "\n"
-    if choice and choice.card.licence.gated and not os.environ.get("HF_TOKEN"):
+    if chosen and chosen.card.licence.gated and not os.environ.get("HF_TOKEN"):
         lines.append(
-            f"{choice.card.name} is behind a licence: accept it at {choice.card.licence.page}, make a read token at "
+            f"{chosen.card.name} is behind a licence: accept it at {chosen.card.licence.page}, make a read token at "
             f"{TOKENS}, and `export HF_TOKEN=hf_...` before the run, or keep it in a vault (where it goes is in "
             f"{name}/group_vars/sparks.yml)"
         )

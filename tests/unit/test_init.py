@@ -198,6 +198,10 @@ def test_a_host_of_another_model(net: Network, run: Run, tmp_path: Path) -> None
     assert run("inv/", "192.0.2.14", "--model", "gpt-oss-120b")[0] == 0
     hosts = yaml.safe_load((tmp_path / "inv/hosts.yml").read_text())["sparks"]["hosts"]
     assert hosts["spark-5e6f"] == {"ansible_host": "192.0.2.14", "sparkfleet_model": "gpt-oss-120b"}
+    net.host("192.0.2.15", "spark-7788")
+    assert run("inv/", "192.0.2.15", "--profile", "long_context")[0] == 0
+    hosts = yaml.safe_load((tmp_path / "inv/hosts.yml").read_text())["sparks"]["hosts"]
+    assert hosts["spark-7788"] == {"ansible_host": "192.0.2.15", "sparkfleet_profile": "long_context"}
 
 
 def test_what_keeps_hosts_out(net: Network, run: Run, tmp_path: Path) -> None:
@@ -229,6 +233,7 @@ def test_what_keeps_hosts_out(net: Network, run: Run, tmp_path: Path) -> None:
         "there is no sudo",
         "59.8 GiB of its memory are available now, 115.2 when it is idle",
         "the same machine as spark-1a2b",
+        "busy: sudo asks for a password there, which is fine: run with -K",
         "sparkfleet deploy -i inv -K",
     ):
         assert said in out
@@ -290,6 +295,14 @@ def test_a_folder_that_is_no_inventory(net: Network, run: Run, tmp_path: Path) -
     (tmp_path / "file").write_text("")
     code, _, err = run("./file")
     assert code == 2 and "is a file" in err
+
+
+def test_which_word_is_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lab").mkdir()
+    assert init.words([]) == (ROOT / "inventory" / "mine", [])
+    assert init.words(["lab", "me@spark-1"]) == (Path("lab"), [Place("spark-1", "me")])
+    assert init.words(["spark-1", "a/b", "spark-1"]) == (Path("a/b"), [Place("spark-1")])
 
 
 def test_all_questions(net: Network, run: Run, tmp_path: Path, person: Sits) -> None:
