@@ -1,20 +1,29 @@
-"""A fleet behind its gateway, under load the whole time: rollouts good and bad, an engine and a Spark that die, drift.
+"""A fleet behind its gateways, under load: rollouts good and bad, an engine, a Spark and a gateway that die, drift;
+keys, TLS, paths, ports and drain of the gateway; what it costs.
 
-    python -m simulator.fleet --world NAME [--streams 8] [--json FILE]
+    python -m simulator.fleet --world NAME [--gateways spark-1,spark-2] [--streams 8] [--only SCENE...] [--json FILE]
 
-The world has the engine that fails on command, a gateway (SPARKFLEET_GATEWAYS=spark-1), and what site.yml deploys.
-Each scene ends with every Spark serving again.
+The world has the engine that fails on command, one gateway or two (SPARKFLEET_GATEWAYS=spark-1,spark-2; two have a
+floating address), a key of the engines or none (SPARKFLEET_ENGINE_KEY), and what site.yml deploys. Each scene ends with
+every Spark serving again.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import functools
+import http.client
+import io
+import ipaddress
 import json
 import os
+import re
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,13 +31,18 @@ from typing import Any
 
 from simulator.load import Load, line
 from simulator.shell import SimulatorError
-from simulator.spark import ROOT, SERVICE, Spark
-from simulator.world import World, run_in
+from simulator.spark import ROOT, SERVICE, Spark, bearer, engine_key
+from simulator.world import REPOSITORY, World
 
 NEXT = "nvcr.io/nvidia/vllm:25.10-py3"
-PORT = 8080
+PORT, MODEL_PORT, ENGINE_PORT = 8080, 8081, 8000
+MODEL = SERVICE.removeprefix("vllm-")
+CLIENT_KEY = "a-key-of-a-client"
+GAP_SECONDS = 6.0  # in which somebody must get an answer whatever becomes of a gateway
+COST_STREAMS, COST_ROUNDS, COST_SECONDS = (1, 8, 64), 3, 4.0
 BASE = {"sparkfleet_start_timeout": 30, "sparkfleet_guard_interval": 0.5, "sparkfleet_rollout_waves": "50%"}
 DRIFT = 4
+SHOWN = ("rollout_s", "untouched", "down_s", "back_s", "longest_gap_s", "killed_gap_s", "stopped_gap_s")
 
 
 @dataclasses.dataclass
@@ -36,32 +50,69 @@ class Fleet:
     """The Sparks of a world, and the gateway on one of them."""
 
     world: World
-    gateway: str
+    gateways: list[str]
     streams: int
 
     def __post_init__(self) -> None:
         self.names = sorted(self.world.state()["sparks"])
-        code, said = run_in(self.world.container(self.gateway), ["hostname", "-i"])
-        if code != 0:
-            raise SimulatorError(f"{self.gateway}: {said}")
-        self.address = said.split()[0]  # the world's network is bridged to this machine
+        # The world's network is bridged to this machine. A floating address is that of the inventory.
+        floating = ipaddress.IPv4Address(self.world.state()["address"]) - 2
+        self.address = str(floating) if len(self.gateways) > 1 else self.own(self.gateways[0])
 
-    def sparkfleet(self, *words: str, **variables: Any) -> tuple[int, str, float]:
-        """Run a verb; exit code, what it printed, seconds."""
-        environment = {**os.environ, "SPARKFLEET_WORLD": self.world.name, "SPARKFLEET_GATEWAYS": self.gateway}
-        argv = [str(Path(sys.executable).with_name("sparkfleet")), *words, "-i", "inventory/simulated"]
+    def own(self, name: str) -> str:
+        """The address of a Spark itself."""
+        return self.spark(name).sh("hostname -i").split()[0]
+
+    def holder(self, but: str = "") -> Spark:
+        """The gateway that has the address at this moment; `but` is dead. Raises SimulatorError."""
+        for name in self.gateways:
+            if name != but and f" {self.address}/" in self.spark(name).sh("ip -4 address show"):
+                return self.spark(name)
+        raise SimulatorError(f"no gateway has {self.address}")
+
+    def run(self, program: str, *words: str, **variables: Any) -> tuple[int, str, float]:
+        """Run a program of ours with the world's inventory; exit code, what it printed, seconds."""
         began = time.monotonic()
-        done = subprocess.run(
+        done = self.start(program, *words, **variables)
+        said, _ = done.communicate(timeout=900)
+        return done.returncode, said, time.monotonic() - began
+
+    def start(self, program: str, *words: str, **variables: Any) -> subprocess.Popen[str]:
+        """Begin to run it."""
+        environment = {
+            **os.environ,
+            "SPARKFLEET_WORLD": self.world.name,
+            "SPARKFLEET_GATEWAYS": ",".join(self.gateways),
+            "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+        }
+        argv = [str(Path(sys.executable).with_name(program)), *words, "-i", "inventory/simulated"]
+        return subprocess.Popen(
             [*argv, "-e", json.dumps({**BASE, **variables})],
             cwd=ROOT,
             env=environment,
-            capture_output=True,
             text=True,
-            check=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
-        return done.returncode, done.stdout + done.stderr, time.monotonic() - began
 
-    def under_load(self, scene: Callable[[], None]) -> dict[str, Any]:
+    def sparkfleet(self, *words: str, **variables: Any) -> tuple[int, str, float]:
+        """Run a verb; exit code, what it printed, seconds."""
+        return self.run("sparkfleet", *words, **variables)
+
+    def gateway(self, **variables: Any) -> str:
+        """Deploy the gateways anew; what was printed. Raises SimulatorError."""
+        code, said, _ = self.run("ansible-playbook", "playbooks/gateway.yml", **variables)
+        expect(code == 0, "playbooks/gateway.yml failed", said)
+        return said
+
+    def logged(self, spark: Spark, since: float, words: str) -> list[float]:
+        """When a gateway logged something, as seconds since a moment."""
+        journal = f"journalctl --no-pager -o short-unix --since @{int(since)} -t haproxy"
+        said = spark.sh(f"{journal} | grep -F '{words}' || true")
+        times = sorted(float(text.split()[0]) - since for text in said.splitlines())
+        return [round(at, 2) for at in times if at >= 0]
+
+    def under_load(self, scene: Callable[[], object]) -> dict[str, Any]:
         """Do something while requests come through the gateway; what became of them."""
         load = Load(f"http://{self.address}:{PORT}", self.streams).start()
         time.sleep(2)
@@ -141,28 +192,240 @@ def bad(fleet: Fleet) -> dict[str, Any]:
 
 def killed(fleet: Fleet) -> dict[str, Any]:
     """kill -9 of an engine: what was in flight there is lost, nothing else."""
-    victim = fleet.spark(fleet.names[-1])
-    result = fleet.under_load(lambda: kill(victim))
-    expect(result["failed"] <= fleet.streams, "more failed than was in flight", line(result))
-    return result
+    victim, times = fleet.spark(fleet.names[-1]), list[float]()
 
+    def scene() -> None:
+        times.append(time.time())
+        victim.sh(f"kill -9 $(docker inspect -f '{{{{.State.Pid}}}}' {SERVICE})")
+        victim.until("it serves again", functools.partial(serves, victim))
+        time.sleep(3)
 
-def kill(spark: Spark) -> None:
-    """kill -9 of the engine, and time to route around it."""
-    spark.sh(f"kill -9 $(docker inspect -f '{{{{.State.Pid}}}}' {SERVICE})")
-    time.sleep(5)
+    return around(fleet, victim, fleet.under_load(scene), times[0])
 
 
 def gone(fleet: Fleet) -> dict[str, Any]:
     """A whole Spark dies, and comes back."""
+    victim, times = fleet.spark(fleet.names[-1]), list[float]()
 
     def scene() -> None:
-        fleet.world.reboot(fleet.names[-1])
+        times.append(time.time())
+        fleet.world.reboot(victim.name)
+        victim.until("it serves again", functools.partial(serves, victim))
         time.sleep(3)
 
-    result = fleet.under_load(scene)
+    return around(fleet, victim, fleet.under_load(scene), times[0])
+
+
+def around(fleet: Fleet, victim: Spark, result: dict[str, Any], since: float) -> dict[str, Any]:
+    """What became of requests while a Spark was away; seconds until the gateway's log has it down, and up again."""
     expect(result["failed"] <= fleet.streams, "more failed than was in flight", line(result))
+    gateway, server = fleet.holder(), f"/{victim.name} is "
+    down, back = (fleet.logged(gateway, since, f"{server}{word}") for word in ("DOWN", "UP"))
+    expect(bool(down and back), "the gateway did not see it go and come back", (down, back))
+    return {**result, "down_s": down[0], "back_s": back[-1]}
+
+
+def gateway_gone(fleet: Fleet) -> dict[str, Any]:
+    """The gateway that has the floating address dies with its whole host; the other one knows its sessions."""
+    if len(fleet.gateways) < 2:
+        return {"left out": "there is one gateway"}
+    before = fleet.holder()
+    other = next(fleet.spark(name) for name in fleet.gateways if name != before.name)
+    ask(fleet, session="kept")
+    where = stuck(other, "kept")
+    expect(where == stuck(before, "kept") != "", "the gateways do not share sessions", where)
+
+    def scene() -> None:
+        fleet.world.container(before.name).kill()
+        time.sleep(5)
+
+    result = fleet.under_load(scene)
+    expect(fleet.holder(but=before.name).name == other.name, "the address has not moved")
+    expect(result["longest_gap_s"] < GAP_SECONDS, f"nothing was answered for {GAP_SECONDS:g} s", line(result))
+    expect(stuck(other, "kept") == where, "the session was lost")
+    fleet.world.container(before.name).start()
+    fleet.healthy()
+    expect(fleet.holder().name == other.name, "the address went back by itself")
     return result
+
+
+def haproxy_gone(fleet: Fleet) -> dict[str, Any]:
+    """HAProxy alone dies (systemd starts it anew), and is stopped for good (the address moves)."""
+    first = fleet.holder()
+
+    def scene(script: str) -> None:
+        first.sh(script)
+        time.sleep(4)
+
+    result = fleet.under_load(lambda: scene("kill -9 $(pidof haproxy)"))
+    expect(result["longest_gap_s"] < GAP_SECONDS, f"nothing was answered for {GAP_SECONDS:g} s", line(result))
+    more: dict[str, Any] = {"killed_gap_s": result["longest_gap_s"]}
+    if len(fleet.gateways) > 1:
+        stopped = fleet.under_load(lambda: scene("systemctl stop haproxy"))
+        first.sh("systemctl start haproxy")
+        expect(stopped["longest_gap_s"] < GAP_SECONDS, f"nothing was answered for {GAP_SECONDS:g} s", line(stopped))
+        more["stopped_gap_s"] = stopped["longest_gap_s"]
+    return {**result, **more}
+
+
+def door(fleet: Fleet) -> dict[str, Any]:
+    """Client keys, a certificate made on the spot, allowed paths, a port of the model; a stream that began before goes
+    on over both reloads."""
+    stream = Asked(fleet, "prefill 9")
+    wanted = {"sparkfleet_gateway_keys": [CLIENT_KEY], "sparkfleet_gateway_ports": {MODEL: MODEL_PORT}}
+    said = fleet.gateway(**wanted, sparkfleet_gateway_certificate="self-signed")
+    expect(CLIENT_KEY not in said, "a key was printed")
+    holder, model = fleet.holder(), f"/{MODEL}"
+    forbidden = ("/tokenize", "/metrics", "/v1", f"{model}/pause")
+    wishes: list[tuple[int, dict[str, Any]]] = [
+        (401, {}),
+        (401, {"key": "another-key"}),
+        (200, {"key": CLIENT_KEY}),
+        (200, {"key": CLIENT_KEY, "path": f"{model}/v1/models"}),
+        (200, {"key": CLIENT_KEY, "port": MODEL_PORT}),
+        (401, {"port": MODEL_PORT}),
+        (200, {"path": "/health"}),
+        *((404, {"key": CLIENT_KEY, "path": path}) for path in forbidden),
+    ]
+    tls = ssl.create_default_context(cadata=holder.sh("cat /etc/haproxy/sparkfleet/gateway.pem"))
+    try:
+        for status, more in wishes:
+            got = ask(fleet, tls=tls, **more)
+            expect(got == status, f"{more}: {status} is expected", got)
+        direct = ask(fleet, address=fleet.own(fleet.names[-1]), port=ENGINE_PORT)
+        expect(direct == (401 if engine_key() else 200), "the engine itself asks for its key", direct)
+    finally:
+        fleet.gateway()
+    expect(stream.whole(), "the stream was cut", stream.text)
+    return {"stream": "whole"}
+
+
+def drained(fleet: Fleet) -> dict[str, Any]:
+    """A Spark is drained: its stream goes on to its end, new requests go elsewhere, those of its sessions too."""
+    stream = Asked(fleet, "prefill 5", session="drained")
+    holder = fleet.holder()
+    time.sleep(1)  # it is on its way
+    victim = stuck(holder, "drained") or in_flight(holder)
+    words = ("gateways", "--become", "--module-name", "haproxy_server", "--args")
+    began = time.monotonic()
+    draining = fleet.start("ansible", *words, json.dumps({"server": victim, "state": "drain", "timeout": 30}))
+    holder.until("it is drained", lambda: statistics(holder, victim)["status"].startswith(("MAINT", "DRAIN")))
+    before = statistics(holder, victim)["stot"]
+    for _ in range(2 * len(fleet.names)):
+        expect(ask(fleet, session="drained") == 200, "a request was refused")
+    expect(statistics(holder, victim)["stot"] == before, "a drained Spark got a request")
+    said, _ = draining.communicate(timeout=60)
+    seconds = time.monotonic() - began
+    code, more, _ = fleet.run("ansible", *words, json.dumps({"server": victim, "state": "ready"}))
+    expect(draining.returncode == 0 and code == 0, "it was not drained and put back", said + more)
+    expect(stream.whole(), "the stream was cut", stream.text)
+    return {"waited_s": round(seconds, 1)}
+
+
+def cost(fleet: Fleet) -> dict[str, Any]:
+    """The same load straight at the engines and through the gateway, in turn."""
+    engines = ",".join(f"http://{fleet.own(name)}:{ENGINE_PORT}" for name in fleet.names)
+    ways = {"direct": (engines, engine_key()), "gateway": (f"http://{fleet.address}:{PORT}", "")}
+    found: dict[str, Any] = {}
+    for streams in COST_STREAMS:
+        loads: dict[str, list[Load]] = {name: [] for name in ways}
+        for _ in range(COST_ROUNDS):
+            for name, (url, key) in ways.items():
+                load = Load(url, streams, key).start()
+                time.sleep(COST_SECONDS)
+                result = load.stop()
+                expect(result["failed"] == 0, f"requests failed, {name}", line(result))
+                loads[name].append(load)
+        for name, done in loads.items():
+            found[f"{streams} {name}"] = merged(done)
+            print(f"cost: {streams:>2} streams {name:<7} {found[f'{streams} {name}']}", flush=True)
+    return found
+
+
+def merged(loads: Sequence[Load]) -> dict[str, float]:
+    """Median and 99th percentile of all the latencies in ms, requests a second."""
+    ordered = sorted(second for load in loads for second in load.latencies)
+    seconds = sum(load.result()["seconds"] for load in loads)
+    return {
+        "p50_ms": round(1000 * ordered[len(ordered) // 2], 1),
+        "p99_ms": round(1000 * ordered[int(0.99 * len(ordered))], 1),
+        "requests_per_second": round(len(ordered) / seconds, 1),
+    }
+
+
+class Asked:
+    """One long stream through the gateway, in a thread of its own."""
+
+    def __init__(self, fleet: Fleet, text: str, session: str = "") -> None:
+        self.text = ""
+        headers = {"Content-Type": "application/json", **({"X-Session-ID": session} if session else {})}
+        body = {"model": REPOSITORY, "messages": [{"role": "user", "content": text}], "max_tokens": 32, "stream": True}
+        self._connection = http.client.HTTPConnection(fleet.address, PORT, timeout=60)
+        self._connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            self.text = self._connection.getresponse().read().decode("utf-8", "replace")
+        except (OSError, http.client.HTTPException) as error:
+            self.text = f"{type(error).__name__}: {error}"
+
+    def whole(self) -> bool:
+        """Whether it ended as it should."""
+        self._thread.join(60)
+        return self.text.rstrip().endswith("data: [DONE]")
+
+
+def ask(
+    fleet: Fleet,
+    path: str = "/v1/models",
+    key: str = "",
+    session: str = "",
+    address: str = "",
+    port: int = PORT,
+    tls: ssl.SSLContext | None = None,
+) -> int:
+    """The status of a GET, with the gateway's certificate checked where there is one."""
+    where = address or fleet.address
+    plain = tls is None or bool(address)
+    connection = (
+        http.client.HTTPConnection(where, port, timeout=10)
+        if plain
+        else http.client.HTTPSConnection(where, port, timeout=10, context=tls)
+    )
+    connection.request("GET", path, headers={**bearer(key), **({"X-Session-ID": session} if session else {})})
+    answer = connection.getresponse()
+    answer.read()
+    connection.close()
+    return answer.status
+
+
+def runtime(gateway: Spark, command: str) -> str:
+    """What HAProxy's runtime socket says."""
+    program = (
+        "import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/haproxy/admin.sock'); "
+        f"s.sendall(b'{command}\\n'); print(s.makefile().read())"
+    )
+    return gateway.sh(f'python3 -c "{program}"')
+
+
+def statistics(gateway: Spark, server: str) -> dict[str, str]:
+    """A server's row of the statistics."""
+    text = runtime(gateway, "show stat").lstrip("# ")
+    return next(row for row in csv.DictReader(io.StringIO(text)) if row["svname"] == server)
+
+
+def in_flight(gateway: Spark) -> str:
+    """The first server that has a request."""
+    text = runtime(gateway, "show stat -1 4 -1").lstrip("# ")
+    return next((row["svname"] for row in csv.DictReader(io.StringIO(text)) if int(row["scur"] or 0)), "")
+
+
+def stuck(gateway: Spark, session: str) -> str:
+    """The server that a session stays on, as a gateway knows it; "" for none."""
+    found = re.search(rf"key={session} .*server_key=(\S+)", runtime(gateway, f"show table {MODEL}"))
+    return found[1] if found else ""
 
 
 def drift(fleet: Fleet) -> dict[str, Any]:
@@ -185,28 +448,29 @@ def resumed(fleet: Fleet) -> dict[str, Any]:
     return {"seconds": round(seconds, 1)}
 
 
-SCENES = (good, resumed, bad, killed, gone, drift)
+SCENES = (good, resumed, bad, killed, gone, drift, drained, door, haproxy_gone, gateway_gone)
+MORE = (cost,)  # only by name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Play the scenes; 1 when one does not end as it should."""
     parser = argparse.ArgumentParser(prog="python -m simulator.fleet", description="A fleet under load.")
     parser.add_argument("--world", default="fleet")
-    parser.add_argument("--gateway", default="spark-1")
+    parser.add_argument("--gateways", default=os.environ.get("SPARKFLEET_GATEWAYS") or "spark-1")
     parser.add_argument("--streams", type=int, default=8)
-    parser.add_argument("--only", nargs="*", choices=[scene.__name__ for scene in SCENES])
+    parser.add_argument("--only", nargs="*", choices=[scene.__name__ for scene in (*SCENES, *MORE)])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     world = World(options.world, lambda text: None)
     found: dict[str, Any] = {}
     try:
-        fleet = Fleet(world, options.gateway, options.streams)
-        for scene in SCENES:
-            if options.only and scene.__name__ not in options.only:
+        fleet = Fleet(world, options.gateways.split(","), options.streams)
+        for scene in (*SCENES, *MORE):
+            if scene.__name__ not in (options.only or [known.__name__ for known in SCENES]):
                 continue
             fleet.healthy()
             found[scene.__name__] = result = scene(fleet)
-            more = {key: result[key] for key in ("rollout_s", "untouched") if key in result}
+            more = {key: result[key] for key in SHOWN if key in result}
             print(f"{scene.__name__}: {line(result) if 'sent' in result else ''} {more or result}", flush=True)
     except SimulatorError as error:
         print(f"FAILED after {', '.join(found) or 'nothing'}: {error}", file=sys.stderr)

@@ -2,7 +2,8 @@
 
     python -m simulator.load --url http://127.0.0.1:8000 --streams 8 --seconds 60 [--key KEY] [--json FILE]
 
-Every other request streams. An answer counts only when it is whole: the words expected, and [DONE] of a stream.
+Several URLs, separated by commas, share the streams. Every other request streams. An answer counts only when it is
+whole: the words expected, and [DONE] of a stream.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import collections
 import contextlib
 import dataclasses
 import http.client
+import itertools
 import json
 import math
 import sys
@@ -39,6 +41,7 @@ class Load:
     answered: int = 0
     latencies: list[float] = dataclasses.field(default_factory=list)
     failures: list[tuple[float, str]] = dataclasses.field(default_factory=list)  # seconds since the start, why
+    right: list[float] = dataclasses.field(default_factory=list)  # when an answer came, seconds since the start
     sent: int = 0
 
     def start(self) -> Load:
@@ -76,11 +79,13 @@ class Load:
             "p50_s": quantile(0.5),
             "p99_s": quantile(0.99),
             "reasons": dict(collections.Counter(reason for _, reason in self.failures)),
+            "longest_gap_s": round(max((b - a for a, b in itertools.pairwise(sorted(self.right))), default=0.0), 2),
             "failed_at_s": [round(at, 1) for at, _ in self.failures],
         }
 
     def _run(self, number: int) -> None:
-        place = urllib.parse.urlsplit(self.url)
+        urls = self.url.split(",")
+        place = urllib.parse.urlsplit(urls[number % len(urls)])
         connection: http.client.HTTPConnection | None = None
         count = number
         while not self._over.is_set():
@@ -101,6 +106,7 @@ class Load:
                 else:
                     self.answered += 1
                     self.latencies.append(time.monotonic() - began)
+                    self.right.append(time.monotonic() - self._began)
 
     def _ask(self, connection: http.client.HTTPConnection, path: str, stream: bool) -> None:
         """One request. Raises OSError, HTTPException, ValueError (not what was expected) or KeyError."""

@@ -22,6 +22,16 @@ SERVICE = "vllm-llama31-8b-fp8"
 END_SECONDS = 75.0  # until a host must be as it is waited for
 
 
+def engine_key() -> str:
+    """The key that engines ask for, as the inventory of simulated Sparks reads it; "" for none."""
+    return os.environ.get("SPARKFLEET_ENGINE_KEY", "")
+
+
+def bearer(key: str) -> dict[str, str]:
+    """The header of a key."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 class Spark:
     """One Spark of a world. `variables`: of the inventory, for every run."""
 
@@ -58,7 +68,8 @@ class Spark:
         """Whether it answers the question right, asked from outside."""
         body = {"model": REPOSITORY, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 32}
         url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
-        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json", **bearer(engine_key())}
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=2) as answer:  # noqa: S310 - http, loopback
                 return "Paris" in json.load(answer)["choices"][0]["message"]["content"]

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """The Sparks of a simulated world as an inventory; SPARKFLEET_WORLD names the world (default: demo).
 
-SPARKFLEET_GATEWAYS are Sparks that are gateways as well, separated by commas.
+SPARKFLEET_GATEWAYS are Sparks that are gateways as well, separated by commas; several have a floating address.
 """
 
+import ipaddress
 import json
 import os
 import sys
@@ -33,7 +34,10 @@ def inventory(world: str, home: Path) -> dict[str, object]:
     }
     groups = {"sparks": {"hosts": sorted(hosts), "vars": shared}}
     gateways = [name for name in os.environ.get("SPARKFLEET_GATEWAYS", "").split(",") if name in hosts]
-    return {**groups, **({"gateways": {"hosts": gateways}} if gateways else {}), "_meta": {"hostvars": hosts}}
+    # Docker gives out addresses from the other end; the world's own are the last.
+    floating = {"sparkfleet_gateway_address": str(ipaddress.IPv4Address(state.get("address", "127.0.0.3")) - 2)}
+    group = {"hosts": gateways, **({"vars": floating} if len(gateways) > 1 else {})}
+    return {**groups, **({"gateways": group} if gateways else {}), "_meta": {"hostvars": hosts}}
 
 
 def main() -> int:

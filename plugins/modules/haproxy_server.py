@@ -8,9 +8,8 @@ DOCUMENTATION = r"""
 module: haproxy_server
 short_description: Drain a server of HAProxy, or put it back
 description:
-  - Speaks to HAProxy's runtime socket. A drained server (HAProxy calls it in maintenance) gets no new requests, those of
-    its sessions neither; with O(timeout) the module waits until
-    those that run have ended.
+  - Speaks to HAProxy's runtime socket. A drained server (HAProxy calls it in maintenance) gets no new requests, not of
+    its sessions either; with O(timeout) the module waits until those that run have ended.
   - A server that no backend has is no error, so that a Spark which is not in the gateway yet can be rolled out.
 options:
   server: {description: Name of the server in its backends., type: str, required: true}

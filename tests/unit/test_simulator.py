@@ -224,6 +224,8 @@ def test_inventory(home: Path) -> None:
     assert "StrictHostKeyChecking" not in answer.stdout
     assert "gateways" not in data
     assert json.loads(script(SPARKFLEET_GATEWAYS="spark-2,spark-9").stdout)["gateways"] == {"hosts": ["spark-2"]}
+    several = json.loads(script(SPARKFLEET_GATEWAYS="spark-2,spark-1").stdout)["gateways"]
+    assert several == {"hosts": ["spark-2", "spark-1"], "vars": {"sparkfleet_gateway_address": "127.0.0.1"}}
 
 
 def test_inventory_keeps_the_token_to_itself(home: Path) -> None:
