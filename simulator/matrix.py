@@ -24,7 +24,7 @@ from typing import Any
 
 from simulator import faults
 from simulator.shell import SimulatorError
-from simulator.spark import SERVICE, Prober, Spark
+from simulator.spark import ROOT, SERVICE, Prober, Spark
 from simulator.world import REPOSITORY, World
 
 NEXT, FOREIGN, NOWHERE = (f"nvcr.io/nvidia/vllm:25.{month}-py3" for month in ("10", "11", "99"))
@@ -673,6 +673,7 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
 def quote(output: str, words: str) -> str:
     """The line of an output that has these words, short enough for a table."""
     line = next((line for line in output.splitlines() if words in line), words)
+    line = line.replace(f"{ROOT}/", "")
     line = re.sub(r"^(fatal: )?(\[?spark-\d\]?:? +)+(\d+ s  )?", "", line.strip()).replace("|", "/")
     if len(line) > 150:
         line = line[:110].rpartition(" ")[0] + " …" + ("" if words in line[:110] else f" {words}")

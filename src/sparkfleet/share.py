@@ -74,13 +74,13 @@ def schedule(lacks: Sequence[Lack], bundle: bool = False, alone: bool = False) -
     made = Schedule()
     for image in dict.fromkeys(lack.image for lack in lacks if lack.lacks_image):
         takers = [lack for lack in lacks if lack.image == image and lack.lacks_image]
-        for some, giver in _givers(made, takers, [], bundle, alone):
+        for some, giver in _bundled(lacks, takers, alone) if bundle else _givers(made, takers, []):
             _source(made, giver, giver.host).images.append(image)
             made.image_from.update({lack.host: giver.host for lack in some})
     for model in dict.fromkeys(lack.model for lack in lacks if lack.lacks_model):
         takers = [lack for lack in lacks if lack.model == model and lack.lacks_model]
         havers = [lack for lack in lacks if lack.model == model and lack.has_model and lack.serves]
-        for some, giver in _givers(made, takers, havers, bundle, alone):
+        for some, giver in _bundled(lacks, takers, alone) if bundle else _givers(made, takers, havers):
             leader = giver.host if giver.lacks_model or giver.lacks_image else some[0].host
             repo, revision = model
             _source(made, giver, leader).models.append({"repo": repo, "revision": revision})
@@ -88,20 +88,19 @@ def schedule(lacks: Sequence[Lack], bundle: bool = False, alone: bool = False) -
     return made
 
 
-def _givers(
-    made: Schedule, takers: list[Lack], havers: list[Lack], bundle: bool, alone: bool
-) -> list[tuple[list[Lack], Lack]]:
+def _givers(made: Schedule, takers: list[Lack], havers: list[Lack]) -> list[tuple[list[Lack], Lack]]:
     """Who takes a thing from whom; nobody where it is not worth it."""
-    if bundle and alone:
-        return [([taker], taker) for taker in takers]
-    able = [taker for taker in takers if taker.serves]
-    if bundle:
-        first = next(iter(made.sources), "")
-        giver = next((taker for taker in (*able, *takers) if taker.host == first), None)
-        return [(takers, giver or next(iter(able), takers[0]))]
-    givers = havers or (able if len(takers) > 1 else [])
+    givers = havers or ([taker for taker in takers if taker.serves] if len(takers) > 1 else [])
     # One that gives already, if it can.
     return [(takers, min(givers, key=lambda lack: lack.host not in made.sources))] if givers else []
+
+
+def _bundled(lacks: Sequence[Lack], takers: list[Lack], alone: bool) -> list[tuple[list[Lack], Lack]]:
+    """The same with a bundle: from the first of all that lack anything, or from oneself."""
+    if alone:
+        return [([taker], taker) for taker in takers]
+    lacking = [lack for lack in lacks if lack.lacks_image or lack.lacks_model]
+    return [(takers, next((lack for lack in lacking if lack.serves), lacking[0]))]
 
 
 def _source(made: Schedule, giver: Lack, leader: str) -> Source:

@@ -126,6 +126,12 @@ def test_one_spark_gets_the_bundle_and_gives_it_to_all() -> None:
     assert made.model_from == {"a": "a", "b": "a", "c": "a"}
 
 
+def test_who_gets_it_gives_what_it_has_itself_as_well() -> None:
+    made = share.schedule([lack("a", model=False), lack("b")], bundle=True)
+    assert list(made.sources) == ["a"]  # not two, whose ports would be in each other's way
+    assert (made.image_from, made.model_from) == ({"a": "a", "b": "a"}, {"b": "a"})
+
+
 def test_one_alone_gets_it_too() -> None:
     made = share.schedule([lack("a")], bundle=True)
     assert (made.image_from, made.model_from) == ({"a": "a"}, {"a": "a"})

@@ -466,11 +466,11 @@ def serve(file: Path) -> int:
     source = Source(settings)
     try:
         digests = source.prepare()
-        servers = [
-            Server(("0.0.0.0", settings.port), source, activity, server_context(folder / "run.pem")),  # noqa: S104  the others
-            Server(("127.0.0.1", REGISTRY_PORT), source, activity, None),
-        ]
-        if settings.offline:
+        servers = [Server(("0.0.0.0", settings.port), source, activity, server_context(folder / "run.pem"))]  # noqa: S104  the others
+        # For this host itself; a port that it has no use for may lead to another source.
+        if settings.images:
+            servers.append(Server(("127.0.0.1", REGISTRY_PORT), source, activity, None))
+        if settings.models and settings.offline:
             servers.append(Server(("127.0.0.1", HUB_PORT), source, activity, None))
     except JobError as error:
         tell(folder, error=str(error))
