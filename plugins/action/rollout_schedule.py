@@ -2,7 +2,7 @@
 """Action: shares the planned Sparks out to the waves of a rollout. It runs for localhost and contacts nobody.
 
 - rollout_schedule:
-  register: rollout       # rollout.waves, rollout.serial, rollout.max_fail_percentage
+  register: rollout       # rollout.waves, rollout.labels, rollout.serial, rollout.max_fail_percentage
 """
 
 from __future__ import annotations
@@ -30,22 +30,27 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         task_vars = task_vars or {}
         result: dict[str, Any] = super().run(tmp, task_vars)
         hostvars, names = task_vars["hostvars"], list(task_vars["groups"].get("sparks", ()))
-        planned = [name for name in names if "sparkfleet_look" in hostvars[name]]
         drained = [name for name in names if gateway.truth(hostvars[name].get("sparkfleet_drained", False))]
+        looked = [name for name in names if "sparkfleet_look" in hostvars[name]]
+        planned = [name for name in looked if "plan" in hostvars[name]["sparkfleet_look"]]
+        lost = [name for name in looked if name not in planned and name not in drained]
+        if lost:
+            display.display(f"rollout  no wave begins: {rollout.names(lost)} cannot be planned")
+            planned = []
         hosts = [_host(name, hostvars[name]) for name in planned if name not in drained]
         try:
             shared = rollout.shared({name: hostvars[name] for name in planned})
-            waves = rollout.schedule(
-                hosts, int(shared["sparkfleet_rollout_canary"]), shared["sparkfleet_rollout_waves"]
-            )
+            canary = int(shared["sparkfleet_rollout_canary"])
+            waves = rollout.schedule(hosts, canary, shared["sparkfleet_rollout_waves"])
         except (SparkfleetError, ValueError) as error:
             raise AnsibleActionFail(str(error)) from None
-        for line in rollout.lines(waves, hosts, drained):
+        for line in [] if lost else rollout.lines(waves, hosts, drained):
             display.display(line)
         return {
             **result,
             "changed": False,
             "waves": waves,
+            "labels": rollout.labels(waves, hosts, canary),
             "serial": [len(wave) for wave in waves] or [1],
             "max_fail_percentage": 0 if shared["sparkfleet_rollout_on_failure"] == "stop" else 100,
             "hosts": hosts,

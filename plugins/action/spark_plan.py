@@ -33,6 +33,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         arguments = dict(self._task.args)
         token, token_file, hub_endpoint = (arguments.pop(key) for key in ("hf_token", "hf_token_file", "hub_endpoint"))
         token = (token or "").strip()
+        status = bool(arguments.pop("status", False))
         engine_key, address = (str(arguments.pop(key, "") or "").strip() for key in ("engine_key", "address"))
         arguments["keyed"] = bool(engine_key)
         arguments["gateways"] = gateways(task_vars)
@@ -65,7 +66,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             "proxy": settings.proxy,
             "no_proxy": settings.no_proxy,
             "now": time.time(),
-            "internet": target.bundle is None,
+            # What is served needs no internet to be told.
+            "internet": target.bundle is None and not status,
+            "status": status,
         }
         try:
             answer = self._execute_module("spark_state", module_args=request, task_vars=task_vars)
@@ -86,7 +89,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             raise AnsibleActionFail(
                 message, result={"findings": made["findings"], "failure": made["findings"][0]["id"]}
             )
-        for line in _summary(made, answer["state"], settings, first="sparkfleet_look" not in task_vars):
+        lines = _summary(made, answer["state"], settings, first="sparkfleet_look" not in task_vars)
+        for line in [] if status else lines:
             self._display.display(f"{host}  {line}")
         result.update(changed=False, plan=made, state=answer["state"])
         return result

@@ -3,8 +3,12 @@
 
 - spark_status:
     show: false
+    look: "{{ sparkfleet_look }}"   # what the action spark_plan returned with `status: true`: no second round trip,
+                                    # and how the Spark differs from the inventory
     want: previous          # current, previous, or the number of a release; fails with those there are
   register: status          # status.summary, status.release
+- spark_status:
+    problem: "{{ ansible_failed_result.msg }}"    # why the Spark cannot be compared with the inventory
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
-from sparkfleet import status
+from sparkfleet import drift, gateway, status
 
 display = Display()
 
@@ -31,16 +35,26 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         result: dict[str, Any] = super().run(tmp, task_vars)
         arguments = dict(self._task.args)
         want = str(arguments.pop("want", "") or "")
-        answer = self._execute_module(module_name="spark_status", module_args=arguments, task_vars=task_vars)
+        look, problem = arguments.pop("look", None) or {}, str(arguments.pop("problem", "") or "")
+        answer = (look.get("state") or {}).get("status")
+        if answer is None:
+            answer = self._execute_module(module_name="spark_status", module_args=arguments, task_vars=task_vars)
         if "releases" not in answer:
             return {**result, **answer}
         host = str(task_vars.get("inventory_hostname", "localhost"))
-        answer["summary"] = status.summary(host, answer)
+        differs = drift.reasons(look["plan"], look["state"]) if look.get("plan") else None
+        drained = gateway.truth(self._templar.template(task_vars.get("sparkfleet_drained", False)))
+        answer["summary"] = status.summary(host, answer, differs, problem=_bare(problem), drained=drained)
         if want:
             answer["release"] = choose(host, want, answer["releases"])
         if arguments.get("show", True):
             display.display(status.table([answer["summary"]]).rstrip())
         return {**result, **answer, "changed": False}
+
+
+def _bare(problem: str) -> str:
+    """A failure's message in a line."""
+    return " ".join(problem.removeprefix("Task failed: ").removeprefix("Action failed: ").split())
 
 
 def choose(host: str, want: str, releases: dict[str, Any]) -> int:

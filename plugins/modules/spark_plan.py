@@ -54,6 +54,10 @@ options:
   service_state: {description: Whether the service is to run., type: str, choices: [started, stopped], default: started}
   hf_token: {description: Hugging Face token., type: str, required: true}
   hf_token_file: {description: File on the host with the token., type: path, required: true}
+  status:
+    description: Look at what is served as well, for M(spark_status), and print nothing.
+    type: bool
+    default: false
   hub_endpoint: {description: Address of the Hub., type: str, required: true}
 author: ["The Sparkfleet developers"]
 """

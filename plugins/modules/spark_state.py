@@ -36,6 +36,7 @@ options:
   hub_endpoint: {description: Address of the Hub., type: str, default: "https://huggingface.co"}
   proxy: {description: Proxy between the host and the internet., type: str, default: ""}
   no_proxy: {description: Names that are reached without it separated by commas., type: str, default: ""}
+  status: {description: Look at what is served as well, as the module M(spark_status) does., type: bool, default: false}
   now:
     description: The controller's time in seconds since 1970, to compare the host's with; 0 for no comparison.
     type: float
@@ -428,6 +429,14 @@ def checksum(path: Path) -> str:
         return ""
 
 
+def status(store: Store) -> dict[str, Any]:
+    """What the module spark_status sees."""
+    from ansible.module_utils.sparkfleet_host.status import look as served  # noqa: PLC0415 - most looks can do without
+
+    found: dict[str, Any] = served(store, Docker(timeout=PROBE_SECONDS), 0)
+    return found
+
+
 def look(params: dict[str, Any]) -> dict[str, Any]:
     """Everything, the slow parts at the same time."""
     stored = read_text(Path(params["token_file"])) or ""
@@ -435,6 +444,8 @@ def look(params: dict[str, Any]) -> dict[str, Any]:
         graphics = pool.submit(gpu)
         engine = pool.submit(docker_engine, params["project"], params["image"])
         health = pool.submit(healthy, params["port"])
+        store = Store(params["project_dir"])
+        served = pool.submit(status, store) if params["status"] else None
         model = model_state(params["cache_dir"], params["repo"], params["revision"])
         hub = None
         if not model["complete"] and params["internet"]:
@@ -470,11 +481,12 @@ def look(params: dict[str, Any]) -> dict[str, Any]:
             "hub": hub.result() if hub else None,
             "registry": registry.result() if registry else None,
             "compose_file": read_text(Path(params["project_dir"]) / "compose.yml"),
-            "releases": Store(params["project_dir"]).summary(),
+            "releases": store.summary(),
             "host_program": checksum(Path(params["project_dir"]) / "lib" / "sparkfleet_host.pyz"),
             "guard": guard(),
             "listener": listener(params["port"]),
             "healthy": health.result(),
+            "status": served.result() if served else None,
         }
 
 
@@ -495,6 +507,7 @@ def main() -> None:
             "hub_endpoint": {"type": "str", "default": "https://huggingface.co"},
             "proxy": {"type": "str", "default": ""},
             "no_proxy": {"type": "str", "default": ""},
+            "status": {"type": "bool", "default": False},
             "now": {"type": "float", "default": 0},
             "internet": {"type": "bool", "default": True},
         },

@@ -14,6 +14,10 @@ options:
   project_dir: {description: Folder of the releases., type: path, default: /opt/sparkfleet}
   state_dir: {description: Folder of journal and guard., type: path, default: /var/lib/sparkfleet}
   log_lines: {description: Lines of the engine's log to bring along., type: int, default: 0}
+  look:
+    description: By the action; what M(spark_plan) returned with C(status=true), to compare with the inventory.
+    type: dict
+  problem: {description: By the action; why it cannot be compared., type: str, default: ""}
   show: {description: By the action; print the status., type: bool, default: true}
 author: ["The Sparkfleet developers"]
 attributes:
@@ -33,6 +37,7 @@ engine: {description: "serving, loading, stopped, missing, given-up, switchingâ€
 containers: {description: Name and state of each of ours., returned: always, type: list, elements: dict}
 healthy: {description: Whether the engine answers., returned: always, type: bool}
 figures: {description: Figures of vLLM's metrics., returned: always, type: dict}
+tokens_per_second: {description: Of all requests together now., returned: always, type: float}
 guard: {description: The guard's record., returned: always, type: dict}
 gpu: {description: Temperature in degrees Celsius and draw in W or null., returned: always, type: dict}
 log: {description: The engine's last lines., returned: always, type: list, elements: str}

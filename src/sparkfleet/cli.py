@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from sparkfleet import SparkfleetError, __version__, catalog, dry, engine, init, memory, report, status
-from sparkfleet.live import Live, closing, terminal
-from sparkfleet.runner import DOWN, INTERRUPTED, ROOT, Collector, default_inventory, events, run
+from sparkfleet import (
+    SparkfleetError,
+    __version__,
+    catalog,
+    closing,
+    dry,
+    engine,
+    eventlog,
+    init,
+    memory,
+    report,
+    status,
+)
+from sparkfleet.live import Live, Page, columns, terminal
+from sparkfleet.progress import Board
+from sparkfleet.runner import DOWN, INTERRUPTED, OK, ROOT, Collector, Host, default_inventory, run
 from sparkfleet.target import Settings, Target
 
 #: Exit codes: bad input, as argparse has it; a plan that does not fit.
@@ -112,6 +128,10 @@ PLAYBOOKS = {
 }
 
 
+#: Verbs whose result is all that there is to show.
+SILENT = frozenset(("status", "logs"))
+
+
 def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("-i", "--inventory", default=default_inventory(), help="default: %(default)s")
@@ -134,6 +154,17 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
             parser.add_argument("--dry", action="store_true", help="plan, input and waves on paper; contacts nobody")
         elif verb == "rollback":
             parser.add_argument("release", nargs="?", type=int, help="number of a release (default: the one before)")
+        elif verb == "status":
+            parser.set_defaults(run=_status)
+            parser.add_argument(
+                "-w",
+                "--watch",
+                metavar="SECONDS",
+                nargs="?",
+                type=_seconds,
+                const=5.0,
+                help="look again and again, with this pause (default: 5)",
+            )
         elif verb == "logs":
             parser.add_argument("host", nargs="?", help="the same as --limit HOST")
             parser.add_argument("-n", "--lines", type=int, default=100, help="default: %(default)s")
@@ -178,7 +209,6 @@ def _verb(options: argparse.Namespace) -> int:
     if getattr(options, "dry", False):
         return _dry(options)
     words = _arguments(options)
-    live = Live(None if options.json else terminal())
     if options.verb == "remove" and not options.check:
         if not options.yes:
             preview = Collector(lambda host, line: None)
@@ -190,40 +220,113 @@ def _verb(options: argparse.Namespace) -> int:
             if input("Remove this? [yes/no] ").strip().lower() not in ("y", "yes"):
                 raise SparkfleetError("nothing was removed")
         words += ["-e", json.dumps({"sparkfleet_confirm": True})]
-    show = (lambda host, line: None) if options.verb == "status" else live.show
-    with events(options.verb) as log:
-        collector = Collector(show, log)
-        code = run(options.verb, options.inventory, words, collector)
-    live.close()
-    hosts = [collector.hosts[name] for name in sorted(collector.hosts)]
-    if options.verb == "status" and code == 0 and any((host.summary or {}).get("state") != "serving" for host in hosts):
-        code = DOWN
+    about = {"inventory": options.inventory, "limit": options.limit}
+    with eventlog.keep(ROOT, options.verb, options.check, options.extra_vars, **about) as log:
+        board = Board(log)
+        with Live(None if options.json or options.verb in SILENT else terminal(), board, options.verb) as live:
+            collector = Collector(live.show, log, board)
+            try:
+                code = run(options.verb, options.inventory, words, collector)
+            except BaseException as error:
+                log({"event": "end", "exit_code": INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1})
+                raise
+            live.stand = not sys.stdout.isatty()  # what comes next goes elsewhere
+        hosts = _sorted(collector)
+        made: dict[str, Any] = {"verb": options.verb, "exit_code": code, "hosts": [host.as_dict() for host in hosts]}
+        made.update({"error": collector.error} if collector.error else {})
+        if options.verb == "rollout" and not options.check and not collector.error:
+            made["rollout"] = closing.of_rollout(hosts, board)
+        log({"event": "end", "seconds": round(board.seconds(), 1), **made})
+    if log.path:
+        made["events"] = str(log.path)
+    return _show(options, hosts, board, made)
+
+
+def _sorted(collector: Collector) -> list[Host]:
+    return [collector.hosts[name] for name in sorted(collector.hosts, key=report.natural)]
+
+
+def _show(options: argparse.Namespace, hosts: list[Host], board: Board, made: dict[str, Any]) -> int:
+    """The result of a verb, for people or for programs; the exit code."""
     if options.json:
-        found = {"verb": options.verb, "exit_code": code, "hosts": [host.as_dict() for host in hosts]}
-        print(json.dumps({**found, **({"error": collector.error} if collector.error else {})}, indent=2))
-    elif collector.error:
-        raise SparkfleetError(collector.error)
-    elif options.verb == "status":
-        print(
-            status.table([host.summary or status.absent(host.name, host.result, host.message) for host in hosts]),
-            end="",
-        )
+        now = {"now": _now(options)} if "rollout" in made else {}
+        print(json.dumps({**made, **now}, indent=2))
+    elif "error" in made:
+        raise SparkfleetError(made["error"])
     elif options.verb == "logs":
         for host in hosts:
             print("\n".join([f"== {host.name}", *host.log] if len(hosts) > 1 else host.log) or host.message)
     else:
-        print(closing(hosts), end="")
-        if options.verb == "rollout" and not options.check:
-            print("\n" + _now(options.inventory, options.limit), end="")
+        print(closing.page(hosts, board), end="")
+        if "rollout" in made:
+            print("\n" + status.table(_now(options), columns(sys.stdout)))
+            print(closing.words(made["rollout"], os.path.relpath(made["events"])), end="")
+    return int(made["exit_code"])
+
+
+def _now(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Which Spark runs what, after a rollout."""
+    limit = ["--limit", f"{options.limit},localhost"] if options.limit else []
+    words = [*limit, *(word for pair in options.extra_vars for word in ("-e", pair))]
+    return status.rows(_looked(options.inventory, words)[0])
+
+
+def _looked(inventory: str, words: Sequence[str]) -> tuple[list[Host], int]:
+    """What `status` finds: its hosts and its exit code. Raises SparkfleetError."""
+    collector = Collector(lambda host, line: None)
+    code = run("status", inventory, words, collector)
+    if collector.error:
+        raise SparkfleetError(collector.error)
+    hosts = _sorted(collector)
+    if code == OK and any(row["state"] != "serving" for row in status.rows(hosts)):
+        code = DOWN
+    return hosts, code
+
+
+def _status(options: argparse.Namespace) -> int:
+    words = _arguments(options)
+    if options.watch is not None:
+        if options.json:
+            raise SparkfleetError("--watch is for people: leave out --json, or call status again and again")
+        return _watch(options, words)
+    error: dict[str, Any] = {}
+    try:
+        hosts, code = _looked(options.inventory, words)
+    except SparkfleetError as problem:
+        if not options.json:
+            raise
+        hosts, code, error = [], BAD_INPUT, {"error": str(problem)}
+    rows = status.rows(hosts)
+    if options.json:
+        found = {"verb": "status", "exit_code": code, "hosts": [host.as_dict() for host in hosts]}
+        print(json.dumps({**found, "fleet": status.totals(rows), **error}, indent=2))
+    else:
+        print(status.page(rows, columns(sys.stdout)), end="")
     return code
 
 
-def _now(inventory: str, limit: str | None) -> str:
-    """Which Spark runs what, after a rollout."""
-    collector = Collector(lambda host, line: None)
-    run("status", inventory, ["--limit", f"{limit},localhost"] if limit else [], collector)
-    hosts = [collector.hosts[name] for name in sorted(collector.hosts)]
-    return status.table([host.summary or status.absent(host.name, host.result, host.message) for host in hosts])
+def _watch(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """`status` again and again, until Ctrl-C; the last one stays, and its exit code."""
+    text, code = "", OK
+    with contextlib.suppress(KeyboardInterrupt), Page(sys.stdout) as page:
+        while True:
+            hosts, code = _looked(options.inventory, words)
+            text = status.page(status.rows(hosts), columns(sys.stdout))
+            page.show(f"{text}{time.strftime('%H:%M:%S')}, again after {options.watch:g} s; Ctrl-C ends it\n")
+            time.sleep(options.watch)
+    if sys.stdout.isatty():
+        print(text, end="")
+    return code
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 86400:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds (0 to 86400)")
+    return value
 
 
 def _gib(text: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -106,6 +107,16 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def _cells(row: Sequence[str], widths: Sequence[int]) -> Iterable[str]:
     for text, width in zip(row, widths, strict=True):
         yield text.rjust(width) if text[:1].isdigit() or text == "-" else text.ljust(width)
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key to sort names by, with spark-10 after spark-9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def count(number: int, what: str) -> str:
+    """As "1 Spark", "3 Sparks"."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def colour_wanted() -> bool:

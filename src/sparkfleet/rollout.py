@@ -51,6 +51,12 @@ def _size(value: Any, total: int) -> int:
     return max(math.floor(total * int(found[1]) / 100), 1) if found[2] else int(found[1])
 
 
+def labels(waves: Sequence[Sequence[str]], hosts: Sequence[Mapping[str, Any]], canary: int) -> list[str]:
+    """What the waves are called, in a word each: "canary" for those of the canaries, else "2/4"."""
+    first = len({str(host["model"]) for host in hosts if host["needed"]}) if canary else 0
+    return ["canary" if number <= first else f"{number}/{len(waves)}" for number in range(1, len(waves) + 1)]
+
+
 def lines(waves: Sequence[Sequence[str]], hosts: Sequence[Mapping[str, Any]], drained: Sequence[str]) -> list[str]:
     """The schedule in words."""
     models = {str(host["name"]): str(host["model"]) for host in hosts}

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
 import re
 import shutil
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ansible_runner
 
 from sparkfleet import SparkfleetError
+from sparkfleet.progress import Board, phase_of
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Exit codes, the gravest that any host has; 1 and 2 as everywhere.
@@ -25,6 +26,7 @@ OK, INTERNAL, BAD_INPUT, REFUSED, DRIFT, RESTORED, DOWN, UNREACHABLE, INTERRUPTE
 CODES = {
     "ok": OK,
     "changed": OK,
+    "untouched": OK,  # by a rollout that stopped before it
     "refused": REFUSED,
     "drift": DRIFT,
     "restored": RESTORED,
@@ -62,10 +64,16 @@ class Host:
 
 
 class Collector:
-    """Makes results of events. `show` gets (host or "", line) of what is worth showing as it happens."""
+    """Makes results of events. `show` gets (host or "", line) of what is worth showing as it happens; `board` is told
+    how far each host is; `log` gets all of it as plain data."""
 
-    def __init__(self, show: Callable[[str, str], None], log: Callable[[dict[str, Any]], None] | None = None) -> None:
-        self.show, self.log = show, log or (lambda item: None)
+    def __init__(
+        self,
+        show: Callable[[str, str], None],
+        log: Callable[[dict[str, Any]], None] | None = None,
+        board: Board | None = None,
+    ) -> None:
+        self.show, self.log, self.board = show, log or (lambda item: None), board or Board(log)
         self.hosts: dict[str, Host] = {}
         self.error = ""  # of the run itself, such as an inventory that cannot be read
         self._began = time.monotonic()
@@ -75,47 +83,77 @@ class Collector:
         """Note one event of ansible-runner."""
         kind = str(event.get("event"))
         data = event.get("event_data") or {}
+        host = str(data.get("host") or "")
         if kind == "verbose":
-            self._line(_ANSI.sub("", str(event.get("stdout") or "")))
-        elif kind in ("runner_on_ok", "runner_on_failed", "runner_on_unreachable") and data.get("host") != "localhost":
-            self._result(kind, self._host(str(data["host"])), data.get("res") or {}, bool(data.get("ignore_errors")))
+            self._lines(_ANSI.sub("", str(event.get("stdout") or "")))
+        elif kind == "runner_on_start" and host != "localhost":
+            self.board.task(host, data)
+        elif kind == "runner_on_skipped" and host != "localhost":
+            self.board.skip(host)
+        elif kind in ("runner_on_ok", "runner_on_failed", "runner_on_unreachable") and host != "localhost":
+            self._result(kind, self._host(host), data)
+        elif kind == "runner_on_ok" and data.get("task_action") == "rollout_schedule":
+            self.board.schedule(data.get("res") or {})
         elif kind == "runner_on_failed":
             self.error = message(data.get("res") or {})
         elif kind == "playbook_on_play_start":
-            self.log({"play": str(data.get("play"))})
+            self.log({"event": "play", "play": str(data.get("play"))})
+            self.board.play()
         elif kind == "playbook_on_stats":
-            for host in data.get("processed") or {}:
-                if host != "localhost":
-                    self._host(host)
+            self._end([host for host in data.get("processed") or {} if host != "localhost"])
+
+    def _end(self, processed: Sequence[str]) -> None:
+        for name in processed:
+            self._host(name)
+        for name in self.board.unreached():
+            host = self._host(name)
+            if host.result in ("ok", "changed"):
+                host.result, host.message = "untouched", ""
+        self.board.end()
 
     def _host(self, name: str) -> Host:
         return self.hosts.setdefault(name, Host(name))
 
-    def _line(self, text: str) -> None:
-        for line in text.splitlines():
+    def _lines(self, text: str) -> None:
+        lines = [line for line in text.splitlines() if line.strip()]
+        for line in lines:
             found = _LINE.match(line)
             if "[ERROR]" in line or "[WARNING]" in line:
                 self._said.append(line)
-            elif found:
-                self.log({"host": found["host"], "text": found["text"].strip()})
-                self.show(found["host"], line)
-            elif line.strip():
-                self.show("", line)
+                continue
+            host = found["host"] if found and found["host"] in self.board.rows else ""
+            text = line.removeprefix(host).strip() if host else line
+            # Of more lines than one the first is their heading.
+            if host and len(lines) == 1:
+                self.board.line(host, text)
+            self.log({"event": "line", **({"host": host} if host else {}), "text": text})
+            self.show(host if len(lines) == 1 else "", line)
 
-    def _result(self, kind: str, host: Host, res: Mapping[str, Any], ignored: bool) -> None:
-        before = host.result
-        self._note(kind, host, res, ignored)
+    def _result(self, kind: str, host: Host, data: Mapping[str, Any]) -> None:
+        res, before = data.get("res") or {}, host.result
+        self._note(kind, host, res, bool(data.get("ignore_errors")))
+        if phase_of(data):  # a last word to all is no work of each
+            host.seconds = round(time.monotonic() - self._began, 1)
+        for key in ("plan", "summary", "release"):
+            if isinstance(res.get(key), dict):
+                self.board.model(host.name, res[key].get("model"))
+        self.board.result(host.name, host.result, host.message)
+        if kind == "runner_on_ok" and data.get("task_action") == "vllm_verify":
+            self.board.proved(host.name, proof(host))
         if host.result != before:
-            self.log({"host": host.name, "result": host.result, **({"message": host.message} if host.message else {})})
+            what = {"result": host.result, "failure": host.failure, "message": host.message}
+            self.log({"event": "result", "host": host.name, **{key: value for key, value in what.items() if value}})
 
     def _note(self, kind: str, host: Host, res: Mapping[str, Any], ignored: bool) -> None:
-        host.seconds = round(time.monotonic() - self._began, 1)
         for key in ("summary", "log", "removed"):
             if res.get(key):
                 setattr(host, key, res[key])
         if "outcome" in res:
             host.release, host.out_of_service_s = res.get("release"), res.get("out_of_service_s")
-        if kind == "runner_on_ok":
+        if kind == "runner_on_ok" and res.get("summary"):
+            # Status tells what is, whatever stood in the way of a plan.
+            host.result, host.message, host.failure, host.findings = "ok", "", "", []
+        elif kind == "runner_on_ok":
             if res.get("changed") and host.result == "ok":
                 host.result = "changed"
         elif kind == "runner_on_unreachable":
@@ -144,22 +182,11 @@ class Collector:
         return code
 
 
-@contextlib.contextmanager
-def events(verb: str) -> Iterator[Callable[[dict[str, Any]], None] | None]:
-    """The log of a rollout, `.sparkfleet/rollouts/TIME.jsonl`: an object a line with `at` (Unix time) and what
-    happened. Other verbs have none."""
-    if verb != "rollout":
-        yield None
-        return
-    folder = ROOT / ".sparkfleet" / "rollouts"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / time.strftime("%Y%m%dT%H%M%SZ.jsonl", time.gmtime())).open("w", encoding="utf-8") as file:
-
-        def write(item: dict[str, Any]) -> None:
-            file.write(json.dumps({"at": round(time.time(), 1), **item}, ensure_ascii=False) + "\n")
-            file.flush()
-
-        yield write
+def proof(host: Host) -> str:
+    """That a host is verified, in words."""
+    number = f"release {host.release['number']} " if host.release else ""
+    gone = f", {host.out_of_service_s:.0f} s without service" if host.out_of_service_s is not None else ""
+    return f"{number}verified{gone}"
 
 
 def message(res: Mapping[str, Any]) -> str:
@@ -186,6 +213,7 @@ def run(verb: str, inventory: str, arguments: Sequence[str], collector: Collecto
         return True
 
     folder = Path(tempfile.mkdtemp(prefix="sparkfleet-"))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         done = ansible_runner.interface.run(
             private_data_dir=str(folder),
@@ -195,7 +223,12 @@ def run(verb: str, inventory: str, arguments: Sequence[str], collector: Collecto
             cmdline=" ".join(_quoted(word) for word in arguments) or None,
             envvars={"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "0"},
             # Nothing of the environment (it may hold HF_TOKEN) is written down.
-            settings={"suppress_env_files": True, "suppress_ansible_output": True, "pexpect_use_poll": True},
+            settings={
+                "suppress_env_files": True,
+                "suppress_ansible_output": True,
+                "pexpect_use_poll": True,
+                "pexpect_timeout": 0.5,
+            },
             quiet=True,
             event_handler=take,
         )
@@ -203,9 +236,17 @@ def run(verb: str, inventory: str, arguments: Sequence[str], collector: Collecto
         raise SparkfleetError(str(error)) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        _restore(handlers)
     if done.status == "canceled":
         raise KeyboardInterrupt
     return collector.code(int(done.rc or 0))
+
+
+def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
+    """Take back Ctrl-C, which ansible-runner has for itself from its first run on."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _quoted(word: str) -> str:

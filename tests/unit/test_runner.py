@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import re
+import signal
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
-from sparkfleet import SparkfleetError, cli, runner, status
-from sparkfleet.live import Live, closing
-from sparkfleet.runner import BAD_INPUT, DOWN, OK, REFUSED, RESTORED, UNREACHABLE, Collector, Host
+from sparkfleet import SparkfleetError, cli, eventlog, runner, status
+from sparkfleet.runner import BAD_INPUT, DOWN, INTERRUPTED, OK, REFUSED, RESTORED, UNREACHABLE, Collector, Host
 
 
 def event(kind: str, host: str = "spark-1", **res: Any) -> dict[str, Any]:
@@ -81,43 +81,98 @@ def test_bad_input_is_told_apart() -> None:
 def test_lines_of_hosts_are_shown() -> None:
     said: list[tuple[str, str]] = []
     collector = Collector(lambda host, line: said.append((host, line)))
-    collector.take({"event": "verbose", "stdout": "spark-1  12 s  loading weights\n\n  check  result"})
-    assert said == [("spark-1", "spark-1  12 s  loading weights"), ("", "  check  result")]
+    collector.take(event("runner_on_start"))
+    for text in ("spark-1  12 s  loading weights\n", "spark-1  repo at url\n  check  result", "rollout  wave 1 of 1"):
+        collector.take({"event": "verbose", "stdout": text})
+    assert said == [
+        ("spark-1", "spark-1  12 s  loading weights"),
+        # A table belongs to nobody's row, and what no host has said neither.
+        *(("", "spark-1  repo at url"), ("", "  check  result"), ("", "rollout  wave 1 of 1")),
+    ]
+    assert collector.board.rows["spark-1"].said == "loading weights"
 
 
-def test_on_a_terminal_steps_replace_each_other() -> None:
-    screen = io.StringIO()
-    live = Live(screen, terminal=True)
-    live.show("spark-1", "spark-1  1 s  starting")
-    live.show("spark-2", "spark-2  1 s  starting")
-    live.show("spark-1", "spark-1  2 s  loading weights")
-    live.show("", "a table")
-    live.close()
-    text = screen.getvalue()
-    assert text.count("\033[2F\033[J") == 2  # two lines were drawn, then erased
-    assert text.endswith("a table\nspark-1  2 s  loading weights\nspark-2  1 s  starting\n")
+WAVES = {
+    "waves": [["spark-1"], ["spark-2"]],
+    "labels": ["canary", "2/2"],
+    "drained": ["spark-4"],
+    "hosts": [
+        {"name": "spark-1", "model": "m", "needed": True},
+        {"name": "spark-2", "model": "m", "needed": True},
+        {"name": "spark-3", "model": "m", "needed": False},
+    ],
+}
+END = {"event": "playbook_on_stats", "event_data": {"processed": {"localhost": 1, "spark-1": 1}}}
 
 
-def test_elsewhere_every_line_stands_and_nothing_is_coloured() -> None:
-    file = io.StringIO()
-    live = Live(file)
-    live.show("spark-1", "spark-1  1 s  starting")
-    live.show("spark-1", "spark-1  2 s  ready")
-    assert file.getvalue() == "spark-1  1 s  starting\nspark-1  2 s  ready\n"
+def scheduled(**res: Any) -> dict[str, Any]:
+    data = {"host": "localhost", "task_action": "rollout_schedule", "res": {**WAVES, **res}}
+    return {"event": "runner_on_ok", "event_data": data}
 
 
-def test_the_table_at_the_end() -> None:
-    good = Host("spark-1", "changed", release=RELEASE, out_of_service_s=41.4, seconds=60)
-    bad = Host("spark-2", "restored", "spark-2: release 3 does not serve", "memory-refused", seconds=20)
-    text = closing([good, bad])
-    assert re.search(r"spark-1 +changed +3 \(llama31-8b-fp8\) +60 +41 s", text)
-    assert "restored [memory-refused]" in text and text.endswith("\nspark-2: release 3 does not serve\n")
+def test_what_a_rollout_does_not_reach_is_untouched() -> None:
+    collector = collect(
+        event("runner_on_ok", "spark-2", changed=True),  # it was fetched for
+        scheduled(),
+        event("runner_on_start"),
+        event("runner_on_failed", outcome="restored", release=RELEASE, **FAILED),
+        END,
+    )
+    assert {name: host.result for name, host in collector.hosts.items()} == {
+        "spark-1": "restored",
+        "spark-2": "untouched",
+    }
+    assert collector.code(2) == RESTORED
+
+
+def test_a_status_after_a_plan_that_failed_is_a_status() -> None:
+    row = status.summary("spark-1", FOUND, problem="unknown model 'nope'")
+    collector = collect(event("runner_on_failed", msg="unknown model 'nope'"), event("runner_on_ok", summary=row))
+    assert collector.hosts["spark-1"].result == "ok" and not collector.hosts["spark-1"].message
+    assert collector.code(0) == OK
+
+
+def test_everything_is_logged() -> None:
+    log: list[dict[str, Any]] = []
+    collector = Collector(lambda host, line: None, log.append)
+    task = {"task": "Switch to the release", "task_action": "release_switch"}
+    for item in (
+        {"event": "playbook_on_play_start", "event_data": {"play": "Roll out"}},
+        scheduled(),
+        {"event": "runner_on_start", "event_data": {"host": "spark-1", **task}},
+        {"event": "verbose", "stdout": "spark-1  3 s  loading weights"},
+        event("runner_on_failed", outcome="restored", release=RELEASE, **FAILED),
+    ):
+        collector.take(item)
+    assert log == [
+        {"event": "play", "play": "Roll out"},
+        {"event": "waves", **{key: WAVES[key] for key in ("waves", "labels", "drained")}},
+        {"event": "phase", "host": "spark-1", "phase": "start", "wave": "canary"},
+        {"event": "phase", "host": "spark-1", "phase": "wait", "wave": "canary"},
+        {"event": "line", "host": "spark-1", "text": "3 s  loading weights"},
+        {
+            **{"event": "result", "host": "spark-1", "result": "restored", "failure": "memory-refused"},
+            "message": "spark-1: release 3 does not serve: … [memory-refused]",
+        },
+    ]
+
+
+def test_ctrl_c_is_what_it_was_after_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hold(**given: Any) -> SimpleNamespace:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as ansible-runner does, and leaves it
+        return SimpleNamespace(status="successful", rc=0)
+
+    monkeypatch.setattr("ansible_runner.interface.run", hold)
+    before = signal.getsignal(signal.SIGINT)
+    runner.run("status", "inventory/local", [], Collector(lambda host, line: None))
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 FOUND: dict[str, Any] = {
     "engine": "serving",
     "healthy": True,
     "figures": {"num_requests_running": 2.0, "num_requests_waiting": 1.0, "kv_cache_usage_perc": 0.25},
+    "tokens_per_second": 431.2,
     "gpu": {"temperature": 61.0, "watts": 40.0},
     "guard": {"restarts_total": {"crash": 1, "wedge": 1}, "tokens_per_second": 28.4, "slow": False, "given_up": None},
     "releases": {
@@ -131,23 +186,52 @@ FOUND: dict[str, Any] = {
 
 
 def test_the_row_of_a_host() -> None:
-    row = status.summary("spark-1", FOUND)
+    row = status.summary("spark-1", FOUND, ["image: a → b", "argument --x: 1 → 2"], drained=True)
     assert json.loads(json.dumps(row)) == row
     assert status.cells(row) == (
-        *("spark-1", "serving", "m", "throughput", "2", "0123456789ab", "2+1", "25%", "28.4", "61 °C", "2"),
+        *("spark-1", "serving, drained", "m", "throughput", "2", "0123456789ab", "2+1", "25%", "431.2", "61 °C", "2"),
+        "2 differences",
     )
+    assert row["stream_tokens_per_second"] == 28.4
+    assert status.cells(status.summary("spark-1", FOUND, []))[-1] == "-"
+    assert status.cells(status.summary("spark-1", FOUND))[-1] == "?"
 
 
 def test_a_host_that_cannot_be_reached_is_a_row() -> None:
     rows = [status.summary("spark-1", FOUND), status.absent("spark-2", "unreachable", "spark-2: No route to host")]
-    text = status.table(rows)
-    assert re.search(r"spark-2 +unreachable +- ", text) and text.endswith("spark-2: No route to host\n")
+    text = status.page(rows)
+    assert re.search(r"spark-2 +unreachable +- .* \?$", text, re.MULTILINE) and "\nspark-2: No route to host\n" in text
+    assert text.endswith("\n2 Sparks: 1 serving, 1 unreachable; 2 running, 1 waiting requests, 431 tokens/s\n")
+
+
+def test_what_several_sparks_have_to_say_is_said_once() -> None:
+    rows = [status.summary(name, FOUND, ["image: a → b", "x"]) for name in ("spark-1", "spark-2")]
+    assert "spark-1, spark-2: image: a → b, and 1 more (sparkfleet drift lists them)\n" in status.table(rows)
+    assert status.totals(rows)["differ"] == 2
+
+
+def test_a_narrow_terminal_has_fewer_columns() -> None:
+    rows = [status.summary("spark-1", FOUND)]
+    whole = status.table(rows).splitlines()[0]
+    assert status.table(rows, len(whole)).splitlines()[0] == whole
+    cut = status.table(rows, 70).splitlines()
+    assert max(map(len, cut)) <= 70 and "profile" not in cut[0] and cut[0].endswith("drift")
 
 
 def test_what_the_guard_gave_up_is_said() -> None:
     guard = {**FOUND["guard"], "given_up": {"reason": "3 restarts in 3600 s"}}
     text = status.table([status.summary("spark-1", {**FOUND, "engine": "given-up", "guard": guard})])
     assert "spark-1: the guard gave up: 3 restarts in 3600 s" in text
+
+
+def test_the_last_switch_of_many_is_no_news_where_it_went_well() -> None:
+    rows = [
+        {**status.summary(name, FOUND), "switch": f"1 → 2: {outcome}"}
+        for name, outcome in (("spark-1", "verified"), ("spark-2", "restored"))
+    ]
+    text = status.table(rows)
+    assert "spark-2: last switch 1 → 2: restored" in text and "spark-1: last" not in text
+    assert "spark-1: last switch 1 → 2: verified" in status.table(rows[:1])
 
 
 def test_a_switch_that_runs_is_said() -> None:
@@ -171,6 +255,11 @@ class Calls:
         self.made.append((verb, list(arguments)))
         collector.hosts = {host.name: host for host in self.hosts}
         return self.code
+
+
+@pytest.fixture(autouse=True)
+def logs_go_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(eventlog, "FOLDER", tmp_path / "events")
 
 
 def command(monkeypatch: pytest.MonkeyPatch, calls: Calls, *words: str) -> int:
@@ -205,6 +294,62 @@ def test_status_of_a_fleet_that_does_not_serve(
     assert command(monkeypatch, calls, "status", "--json") == DOWN
     made = json.loads(capsys.readouterr().out)
     assert made["exit_code"] == DOWN and made["hosts"][0]["summary"]["state"] == "stopped"
+
+
+def test_an_unreachable_spark_is_a_row_and_exit_code_7(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = Host("spark-1", summary=status.summary("spark-1", FOUND, []))
+    calls = Calls(good, Host("spark-10", "unreachable", "no"), Host("spark-9", "unreachable", "no"), code=UNREACHABLE)
+    assert command(monkeypatch, calls, "status") == UNREACHABLE
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows[:4]] == ["host", "spark-1", "spark-9", "spark-10"]
+    assert "3 Sparks: 2 unreachable, 1 serving" in rows[-1]
+
+
+def test_a_status_is_watched_until_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = Calls(Host("spark-1", summary=status.summary("spark-1", FOUND, [])))
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", pause)
+    assert command(monkeypatch, calls, "status", "--watch", "3") == OK
+    assert pauses == [3.0, 3.0] and capsys.readouterr().out.count("again after 3 s") == 2
+    assert command(monkeypatch, calls, "status", "--watch", "--json") == BAD_INPUT
+    with pytest.raises(SystemExit):
+        command(monkeypatch, calls, "status", "--watch", "soon")
+
+
+def test_a_rollout_ends_with_what_runs_where(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = status.summary("spark-1", FOUND, [])
+    calls = Calls(Host("spark-1", "changed", release=RELEASE, summary=row))
+    words = ("rollout", "-l", "spark-1", "-e", "sparkfleet_image=i:2")
+    assert command(monkeypatch, calls, *words) == OK
+    said = capsys.readouterr().out
+    assert "spark-1  serving" in said and "events" in said
+    # The look at the end is one at what was asked for.
+    assert calls.made[1] == ("status", ["--limit", "spark-1,localhost", "-e", "sparkfleet_image=i:2"])
+    assert command(monkeypatch, calls, *words, "--json") == OK
+    made = json.loads(capsys.readouterr().out)
+    assert made["now"][0]["digest"] == "0123456789ab" and made["rollout"]["waves"] == []
+    lines = Path(made["events"]).read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["begin", "end"]
+
+
+def test_an_interrupted_run_says_so_in_its_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def cut(*given: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", cut)
+    assert cli.main(["deploy"]) == INTERRUPTED
+    (log,) = (tmp_path / "events").iterdir()
+    assert json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["exit_code"] == INTERRUPTED
 
 
 def test_remove_shows_first_and_asks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,6 +44,24 @@ def test_a_host_that_serves(store: Store, engine: Engine, docker: Docker, vllm: 
     assert found["engine"] == "serving" and found["healthy"] is True
     assert found["containers"] == [{"name": "vllm-m", "service": "vllm-m", "state": "running"}]
     assert found["releases"]["current"] == 1 and "generation_tokens" in found["figures"]
+
+
+def test_tokens_a_second_are_measured_where_requests_run(
+    store: Store, engine: Engine, docker: Docker, vllm: Vllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deploy(store, engine, vllm)
+    paused: list[float] = []
+
+    def pause(seconds: float) -> None:
+        paused.append(seconds)
+        vllm.counters["generation_tokens"] += 300.0
+
+    clock = iter((10.0, 12.0))
+    monkeypatch.setattr(status, "time", SimpleNamespace(sleep=pause, monotonic=lambda: next(clock)))
+    assert status.look(store, docker, 0)["tokens_per_second"] == 0.0 and not paused
+    vllm.counters["num_requests_running"] = 3.0
+    assert status.look(store, docker, 0)["tokens_per_second"] == 150.0
+    assert paused == [status.PACE_SECONDS]
 
 
 @pytest.mark.parametrize(

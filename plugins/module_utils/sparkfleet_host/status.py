@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import time
 from typing import Any
 
 from . import engine
 from .docker import Docker, DockerError
 from .guard import figures
-from .http import HttpError, engine_client
+from .http import Client, HttpError, engine_client
 from .releases import ReleaseError, Store, read_json
 
 LOOK_SECONDS = 5.0
+PACE_SECONDS = 1.0  # between two looks at a counter, where requests run
 
 
 def gpu() -> dict[str, float | None]:
@@ -45,6 +47,17 @@ def state(found: dict[str, Any]) -> str:
     return "stopped" if found["containers"] else "missing"
 
 
+def pace(client: Client, before: dict[str, float]) -> float:
+    """Tokens a second of all requests together, over PACE_SECONDS; nought where none runs. Raises HttpError."""
+    if not before.get("num_requests_running"):
+        return 0.0
+    began = time.monotonic()
+    time.sleep(PACE_SECONDS)
+    after = figures(client.get("/metrics", LOOK_SECONDS).text)
+    made = after.get("generation_tokens", 0.0) - before.get("generation_tokens", 0.0)
+    return round(max(made, 0.0) / (time.monotonic() - began), 1)
+
+
 def look(store: Store, docker: Docker, log_lines: int) -> dict[str, Any]:
     """Everything that the module returns."""
     found: dict[str, Any] = {
@@ -53,6 +66,7 @@ def look(store: Store, docker: Docker, log_lines: int) -> dict[str, Any]:
         "docker": True,
         "healthy": False,
         "figures": {},
+        "tokens_per_second": None,
         "guard": read_json(store.state_dir / "guard-state.json"),
         "gpu": gpu(),
         "log": [],
@@ -77,5 +91,6 @@ def look(store: Store, docker: Docker, log_lines: int) -> dict[str, Any]:
                 found["log"] = [engine.redact(line) for line in lines]
             if found["healthy"]:
                 found["figures"] = figures(client.get("/metrics", LOOK_SECONDS).text)
+                found["tokens_per_second"] = pace(client, found["figures"])
     found["engine"] = state(found)
     return found
