@@ -42,6 +42,7 @@ class Live:
         self.terminal = is_terminal(stream) if terminal is None else terminal
         self.stand = False  # whether the last frame stays when it ends
         self._above: list[str] = []
+        self._told: set[str] = set()  # lines of hosts that were above; a second look says most of them again
         self._drawn: list[str] = []  # the lines of the last frame
         self._seen: object = None
         self._said_at = time.monotonic()
@@ -66,8 +67,9 @@ class Live:
         with self._lock:
             if not self.terminal:
                 self._print(line)
-            elif not self.board.passing(host, line.removeprefix(host).strip()):
+            elif line not in self._told and not self.board.passing(host, line.removeprefix(host).strip()):
                 self._above.append(line)
+                self._told.update([line] if host else [])
 
     def close(self) -> None:
         """End it: the table goes, or stands as it is."""

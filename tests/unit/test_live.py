@@ -149,6 +149,16 @@ def test_the_table_is_drawn_anew_in_its_place() -> None:
     assert screen.feed(stream.getvalue()) == ["a table"] and screen.cursor
 
 
+def test_what_a_second_look_says_again_is_shown_once() -> None:
+    stream, made = io.StringIO(), board()
+    with Live(stream, made, "deploy", terminal=True) as shown:
+        for _ in range(2):
+            shown.show("spark-1", "spark-1  m on NVIDIA GB10")
+            shown.show("", "  question: What is the capital of France?")
+        shown.draw()
+    assert stream.getvalue().count("GB10") == 1 and stream.getvalue().count("capital") == 2
+
+
 def test_a_terminal_that_became_narrower_has_broken_the_lines(terminal: list[int]) -> None:
     stream, made = io.StringIO(), board()
     shown = Live(stream, made, "deploy", terminal=True)
