@@ -14,6 +14,7 @@ description:
 options:
   server: {description: Name of the server in its backends., type: str, required: true}
   state: {description: C(drain) or C(ready)., type: str, choices: [drain, ready], required: true}
+  backend: {description: Only in this backend; in all that have it unless told., type: str, default: ""}
   timeout: {description: Seconds to wait for the end of its sessions., type: float, default: 600}
   socket: {description: The runtime socket., type: path, default: /run/haproxy/admin.sock}
 author: ["The Sparkfleet developers"]
@@ -98,9 +99,9 @@ def drained(row: dict[str, str]) -> bool:
     return row["status"].startswith(("DRAIN", "MAINT"))
 
 
-def change(haproxy: Haproxy, server: str, state: str, timeout: float, check: bool) -> dict[str, Any]:
+def change(haproxy: Haproxy, server: str, state: str, timeout: float, check: bool, backend: str = "") -> dict[str, Any]:
     """Do it; what the module returns."""
-    rows = haproxy.rows(server)
+    rows = [row for row in haproxy.rows(server) if backend in ("", row["pxname"])]
     out = {row["pxname"] for row in rows if drained(row)} | haproxy.forced(server)
     wrong = [row["pxname"] for row in rows if (row["pxname"] in out) != (state == "drain")]
     result: dict[str, Any] = {
@@ -113,8 +114,8 @@ def change(haproxy: Haproxy, server: str, state: str, timeout: float, check: boo
     if check:
         return result
     began = time.monotonic()
-    for backend in wrong:
-        haproxy.set(backend, server, WORDS[state])
+    for name in wrong:
+        haproxy.set(name, server, WORDS[state])
     while state == "drain" and rows:
         result["sessions"] = sum(int(row["scur"] or 0) for row in haproxy.rows(server))
         if result["sessions"] == 0 or time.monotonic() - began >= timeout:
@@ -130,6 +131,7 @@ def main() -> None:
         argument_spec={
             "server": {"type": "str", "required": True},
             "state": {"type": "str", "choices": ["drain", "ready"], "required": True},
+            "backend": {"type": "str", "default": ""},
             "timeout": {"type": "float", "default": 600.0},
             "socket": {"type": "path", "default": "/run/haproxy/admin.sock"},
         },
@@ -137,9 +139,8 @@ def main() -> None:
     )
     params = module.params
     try:
-        result = change(
-            Haproxy(params["socket"]), params["server"], params["state"], params["timeout"], module.check_mode
-        )
+        options = {key: params[key] for key in ("server", "state", "timeout", "backend")}
+        result = change(Haproxy(params["socket"]), check=module.check_mode, **options)
     except (OSError, ValueError) as error:
         module.fail_json(
             msg=f"HAProxy at {params['socket']}: {error}; is the gateway deployed (playbooks/gateway.yml)?"

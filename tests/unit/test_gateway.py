@@ -20,6 +20,8 @@ import yaml
 from ansible.module_utils.sparkfleet_host import network
 from ansible.module_utils.sparkfleet_host.guard import Guard, Settings, Window, open_window
 from ansible.module_utils.testing import patch_module_args
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar
 
 from sparkfleet import SparkfleetError, gateway
 
@@ -215,6 +217,15 @@ def test_the_engine_s_key_takes_the_place_of_the_client_s() -> None:
     assert f"http-request set-header Authorization {read}" in text
     assert f"http-check send meth GET uri /v1/models hdr Authorization {read}" in text  # no guard there
     assert "kkkk" not in text
+
+
+def test_the_engines_keys_are_lines_of_a_map() -> None:
+    """As Ansible makes them of the task."""
+    loader = DataLoader()
+    tasks = loader.load_from_file(str(ROOT / "roles/gateway/tasks/main.yml"), trusted_as_template=True)
+    content = next(task for task in tasks if task["name"] == "Write the keys of engines")["secret_file"]["content"]
+    made = Templar(loader, variables={"gateway_engine_keys": {"a": "k1", "b": "k2"}}).template(content)
+    assert made.split("\n") == ["a Bearer k1", "b Bearer k2", ""]
 
 
 def test_gateways_tell_each_other_where_a_session_is() -> None:

@@ -24,6 +24,14 @@ class Socket(haproxy_server.Haproxy):
         return f"# pxname,svname,scur,status,\nm,spark-1,0,{self.status},\n" if command.startswith("show") else "\n"
 
 
+def test_only_in_the_backend_of_what_it_serves() -> None:
+    haproxy = Socket("MAINT", 1)
+    elsewhere = haproxy_server.change(haproxy, "spark-1", "ready", 0.0, check=False, backend="another-model")
+    assert not elsewhere["changed"] and elsewhere["backends"] == []
+    assert haproxy_server.change(haproxy, "spark-1", "ready", 0.0, check=False, backend="m")["changed"]
+    assert haproxy.said[-1] == "set server m/spark-1 state ready"
+
+
 @pytest.mark.parametrize(
     ("status", "admin", "state", "asked"),
     [
