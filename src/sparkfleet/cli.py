@@ -268,6 +268,7 @@ def _now(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Which Spark runs what, after a rollout."""
     limit = ["--limit", f"{options.limit},localhost"] if options.limit else []
     words = [*limit, *(word for pair in options.extra_vars for word in ("-e", pair))]
+    words += ["--ask-become-pass"] if options.ask_become_pass else []
     return status.rows(_looked(options.inventory, words)[0])
 
 

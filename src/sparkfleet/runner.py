@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import getpass
 import os
 import re
 import shutil
@@ -34,6 +36,8 @@ CODES = {
     "down": DOWN,
     "unreachable": UNREACHABLE,
 }
+#: Ansible's words for a sudo that wants a password and got none, or a wrong one.
+_PASSWORD = re.compile(r"(Missing|Incorrect) \w+ password")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _FAILURE = re.compile(r"\[([a-z][a-z0-9-]+)\]")
 #: What a host said last is a line of its own: "HOST  12 s  loading weights".
@@ -192,12 +196,19 @@ def proof(host: Host) -> str:
 def message(res: Mapping[str, Any]) -> str:
     """The message of a failure, without Ansible's words around it."""
     text = str(res.get("msg") or res.get("stderr") or "no message; run again with -v")
-    return text.removeprefix("Task failed: ").removeprefix("Action failed: ").strip()
+    text = text.removeprefix("Task failed: ").removeprefix("Action failed: ").strip()
+    return f"{text}: run again with -K, and type it" if _PASSWORD.fullmatch(text) else text
 
 
 def playbook(verb: str) -> Path:
     """The file of a verb."""
     return ROOT / "site.yml" if verb in ("deploy", "preflight") else ROOT / "playbooks" / f"{verb}.yml"
+
+
+@functools.cache
+def become_password() -> str:
+    """Sudo's password, asked once: ansible-runner keeps ansible-playbook's own question to itself."""
+    return getpass.getpass("BECOME password: ")
 
 
 def run(verb: str, inventory: str, arguments: Sequence[str], collector: Collector) -> int:
@@ -212,6 +223,7 @@ def run(verb: str, inventory: str, arguments: Sequence[str], collector: Collecto
         collector.take(event)
         return True
 
+    passwords = {r"BECOME password[^:]*:\s*$": become_password()} if "--ask-become-pass" in arguments else None
     folder = Path(tempfile.mkdtemp(prefix="sparkfleet-"))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -221,6 +233,7 @@ def run(verb: str, inventory: str, arguments: Sequence[str], collector: Collecto
             playbook=str(playbook(verb)),
             inventory=str(place),
             cmdline=" ".join(_quoted(word) for word in arguments) or None,
+            passwords=passwords,
             envvars={"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "0"},
             # Nothing of the environment (it may hold HF_TOKEN) is written down.
             settings={

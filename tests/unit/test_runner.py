@@ -388,3 +388,28 @@ def test_the_default_inventory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runner.default_inventory() == "/somewhere"
     monkeypatch.delenv("ANSIBLE_INVENTORY")
     assert Path(runner.default_inventory()).name == "local"
+
+
+def test_a_sudo_that_wants_a_password_has_its_remedy() -> None:
+    assert runner.message({"msg": "Task failed: Missing sudo password"}) == (
+        "Missing sudo password: run again with -K, and type it"
+    )
+
+
+def test_sudo_s_password_is_asked_once_and_given_to_ansible(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr("getpass.getpass", lambda prompt: given.append(prompt) or "secret")
+    runs: list[dict[str, Any]] = []
+    done = SimpleNamespace(status="successful", rc=0)
+    monkeypatch.setattr("ansible_runner.interface.run", lambda **words: runs.append(words) or done)
+    runner.become_password.cache_clear()
+    try:
+        for words in ([], ["--ask-become-pass"], ["--ask-become-pass"]):
+            runner.run("status", "inventory/local", words, Collector(lambda host, line: None))
+    finally:
+        runner.become_password.cache_clear()
+    assert given == ["BECOME password: "]
+    assert runs[0]["passwords"] is None
+    assert [list(run["passwords"].values()) for run in runs[1:]] == [["secret"], ["secret"]]
+    assert all(re.search(pattern, "BECOME password: ") for pattern in runs[1]["passwords"])
+    assert "secret" not in str(runs[1]["cmdline"])
