@@ -39,6 +39,7 @@ PORT, MODEL_PORT, ENGINE_PORT = 8080, 8081, 8000
 MODEL = SERVICE.removeprefix("vllm-")
 CLIENT_KEY = "a-key-of-a-client"
 GAP_SECONDS = 6.0  # in which somebody must get an answer whatever becomes of a gateway
+PREFILL = 30  # seconds; longer than the gateway takes to notice
 COST_STREAMS, COST_ROUNDS, COST_SECONDS = (1, 8, 64), 3, 4.0
 BASE = {"sparkfleet_start_timeout": 30, "sparkfleet_guard_interval": 0.5, "sparkfleet_rollout_waves": "50%"}
 DRIFT = 4
@@ -225,6 +226,27 @@ def around(fleet: Fleet, victim: Spark, result: dict[str, Any], since: float) ->
     return {**result, "down_s": down[0], "back_s": back[-1]}
 
 
+def unplugged(fleet: Fleet) -> dict[str, Any]:
+    """The cable of a Spark is pulled: a request that waits there is given to another one, one that streams ends."""
+    victim = fleet.spark(fleet.names[-1])
+    gateway = fleet.holder()
+    others = [name for name in fleet.names if name != victim.name]
+    for name in others:
+        runtime(gateway, f"set server {MODEL}/{name} state maint")
+    waiting = Asked(fleet, f"prefill {PREFILL}", session="unplugged")
+    victim.until("it is there", lambda: statistics(gateway, victim.name)["scur"] == "1")
+    for name in others:
+        runtime(gateway, f"set server {MODEL}/{name} state ready")
+    began, route = time.monotonic(), victim.sh("ip route show default").strip()
+    victim.sh("ip link set eth0 down")
+    try:
+        whole = waiting.whole(120)
+    finally:
+        victim.sh(f"ip link set eth0 up; ip route replace {route}")
+    expect(whole, "the request was not answered by another Spark", waiting.text)
+    return {"answered_by_another_s": round(time.monotonic() - began - PREFILL, 1)}
+
+
 def gateway_gone(fleet: Fleet) -> dict[str, Any]:
     """The gateway that has the floating address dies with its whole host; the other one knows its sessions."""
     if len(fleet.gateways) < 2:
@@ -336,9 +358,9 @@ def cost(fleet: Fleet) -> dict[str, Any]:
                 result = load.stop()
                 expect(result["failed"] == 0, f"requests failed, {name}", line(result))
                 loads[name].append(load)
-        for name, done in loads.items():
-            found[f"{streams} {name}"] = merged(done)
-            print(f"cost: {streams:>2} streams {name:<7} {found[f'{streams} {name}']}", flush=True)
+        direct, gateway = (merged(loads[name]) for name in ways)
+        added = {f"added_{key}": round(gateway[key] - direct[key], 1) for key in ("p50_ms", "p99_ms")}
+        found[str(streams)] = {"direct": direct, "gateway": gateway, **added}
     return found
 
 
@@ -360,7 +382,7 @@ class Asked:
         self.text = ""
         headers = {"Content-Type": "application/json", **({"X-Session-ID": session} if session else {})}
         body = {"model": REPOSITORY, "messages": [{"role": "user", "content": text}], "max_tokens": 32, "stream": True}
-        self._connection = http.client.HTTPConnection(fleet.address, PORT, timeout=60)
+        self._connection = http.client.HTTPConnection(fleet.address, PORT, timeout=150)
         self._connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
@@ -371,9 +393,9 @@ class Asked:
         except (OSError, http.client.HTTPException) as error:
             self.text = f"{type(error).__name__}: {error}"
 
-    def whole(self) -> bool:
+    def whole(self, seconds: float = 60) -> bool:
         """Whether it ended as it should."""
-        self._thread.join(60)
+        self._thread.join(seconds)
         return self.text.rstrip().endswith("data: [DONE]")
 
 
@@ -449,7 +471,7 @@ def resumed(fleet: Fleet) -> dict[str, Any]:
 
 
 SCENES = (good, resumed, bad, killed, gone, drift, drained, door, haproxy_gone, gateway_gone)
-MORE = (cost,)  # only by name
+MORE = (cost, unplugged)  # only by name
 
 
 def main(argv: Sequence[str] | None = None) -> int:

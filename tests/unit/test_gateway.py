@@ -191,7 +191,8 @@ def test_one_model_takes_everything() -> None:
     text = render(plan({"spark-1": {"ansible_host": "192.0.2.11"}}))
     assert "default_backend llama31-8b-fp8" in text and "json_query" not in text
     assert "server spark-1 192.0.2.11:8000 check port 9109" in text and "uri /ready" in text
-    assert "on-marked-down" not in text and "retry-on conn-failure empty-response 503" in text
+    assert "retry-on conn-failure empty-response 503" in text and "option srvtcpka" in text
+    assert "on-marked-down" not in text
     assert "401" not in text and "ssl" not in text and "peers" not in text and "engine_keys" not in text
 
 
