@@ -26,7 +26,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from simulator import __main__ as verbs
-from simulator import docker_host, images, keys, shell, world
+from simulator import docker_host, images, keys, matrix, shell, world
 from simulator.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -722,3 +722,11 @@ COMMIT
         "COMMIT",
     ]
     assert ":FORWARD DROP" in docker_host.without_docker(rules, before=":FORWARD DROP [0:0]")
+
+
+def test_a_brief_matrix_has_a_row_of_each_place() -> None:
+    found = matrix.rows()
+    some = [row for row in found if matrix.brief(row)]
+    assert {row.where for row in some} == {row.where for row in found}
+    assert {*matrix.EXAMPLES, *matrix.LIKE_OTHERS} <= {row.name for row in found}
+    assert len(some) >= 25
