@@ -198,8 +198,7 @@ def killed(fleet: Fleet) -> dict[str, Any]:
     def scene() -> None:
         times.append(time.time())
         victim.sh(f"kill -9 $(docker inspect -f '{{{{.State.Pid}}}}' {SERVICE})")
-        victim.until("it serves again", functools.partial(serves, victim))
-        time.sleep(3)
+        rejoined(fleet, victim)
 
     return around(fleet, victim, fleet.under_load(scene), times[0])
 
@@ -211,10 +210,17 @@ def gone(fleet: Fleet) -> dict[str, Any]:
     def scene() -> None:
         times.append(time.time())
         fleet.world.reboot(victim.name)
-        victim.until("it serves again", functools.partial(serves, victim))
-        time.sleep(3)
+        rejoined(fleet, victim)
 
     return around(fleet, victim, fleet.under_load(scene), times[0])
+
+
+def rejoined(fleet: Fleet, victim: Spark) -> None:
+    """Wait until its guard says that it serves, and the gateway agrees."""
+    time.sleep(1)  # they have seen it go
+    gateway = fleet.holder()
+    victim.until("it serves again", functools.partial(serves, victim))
+    gateway.until("it gets requests again", lambda: statistics(gateway, victim.name)["status"].startswith("UP"))
 
 
 def around(fleet: Fleet, victim: Spark, result: dict[str, Any], since: float) -> dict[str, Any]:

@@ -192,7 +192,7 @@ def test_one_model_takes_everything() -> None:
     assert "default_backend llama31-8b-fp8" in text and "json_query" not in text
     assert "server spark-1 192.0.2.11:8000 check port 9109" in text and "uri /ready" in text
     assert "retry-on conn-failure empty-response 503" in text and "option srvtcpka" in text
-    assert "on-marked-down" not in text
+    assert "on-marked-down" not in text and "option http-buffer-request" in text and "tune.bufsize" in text
     assert "401" not in text and "ssl" not in text and "peers" not in text and "engine_keys" not in text
 
 
@@ -346,6 +346,17 @@ def test_ready_is_what_the_guard_knows(window: Window) -> None:
     assert get(window, "/ready") == (503, "guard-stuck\n")
     assert "sparkfleet_engine_up 1" in get(window, "/metrics")[1]
     assert get(window, "/else")[0] == 404
+
+
+@pytest.mark.parametrize(("error", "said"), [(ConnectionResetError(), False), (KeyError("x"), True)])
+def test_who_hangs_up_is_no_news(
+    window: Window, error: Exception, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        raise error
+    except type(error):
+        window.handle_error(None, ("192.0.2.5", 1))
+    assert ("Traceback" in capsys.readouterr().err) is said
 
 
 def test_a_port_that_is_taken_is_said(window: Window) -> None:

@@ -567,6 +567,11 @@ class Window(http.server.ThreadingHTTPServer):
         self.watcher = watcher
         super().__init__((address, port), _Look)
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A gateway's check hangs up once it has seen the status; that is no news for the journal."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
 
 class _Look(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
