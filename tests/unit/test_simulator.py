@@ -203,7 +203,7 @@ def script(**environment: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, **environment},
+        env={key: value for key, value in os.environ.items() if key != "SPARKFLEET_GATEWAYS"} | environment,
     )
 
 
