@@ -79,7 +79,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError
 from ansible.module_utils.sparkfleet_host.engine import just_before, look, new_lines
 from ansible.module_utils.sparkfleet_host.releases import ReleaseError, Store
-from ansible.module_utils.sparkfleet_host.switch import DONE
+from ansible.module_utils.sparkfleet_host.switch import DONE, VERIFIED
 
 UNIT = "sparkfleet-switch"
 PROGRAM = "lib/sparkfleet_host.pyz"
@@ -127,6 +127,11 @@ def begin(module: AnsibleModule, store: Store) -> tuple[str, bool]:
         if journal.get("to") == params["to"] and journal.get("phase") not in ("", DONE):
             return str(journal["id"]), True
         module.fail_json(msg=f"{who(journal)}; run again when that is over", failure="switch-running-other")
+    ended = store.switch() or {}
+    current = store.current() == params["to"] == ended.get("to")
+    if params["mode"] == "deploy" and current and ended.get("outcome") == VERIFIED:
+        # It was not the current one when this run looked: another that wants the same was faster.
+        return str(ended["id"]), True
     words = [f"--{key}={params[key]}" for key in ("to", "mode", "controller", "verb", "keep")]
     words += [f"--id={id_}", f"--start-timeout={params['start_timeout']}"]
     spawn(module, store, [*words, *(["--recreate"] if params["recreate"] else [])])

@@ -73,6 +73,19 @@ def run(store: Store, job: Job, capsys: pytest.CaptureFixture[str]) -> Run:
     return call
 
 
+def test_what_another_run_did_since_the_look_is_not_done_again(run: Run, job: Job, store: Store) -> None:
+    (store.project_dir / "current").symlink_to("releases/1")
+    store.write_switch(journal(id="other", phase="done", outcome="verified"))
+    result = run()
+    assert job.started == [] and result["joined"] and result["done"]
+    assert result["journal"]["controller"] == "bob@desk"
+    for again in ({"mode": "restart"}, {"mode": "rollback"}):  # asked for whatever is current
+        job.writes = {"phase": "done", "outcome": "verified"}
+        assert not run(**again)["joined"]
+    store.write_switch(journal(id="other", phase="done", outcome="restored"))
+    assert not run()["joined"]
+
+
 def test_a_job_is_begun_that_needs_no_connection(run: Run, job: Job, store: Store) -> None:
     job.writes = {"phase": "done", "outcome": "verified"}
     result = run(controller="alice@laptop", verb="site.yml", start_timeout=600, keep=4, recreate=True)
