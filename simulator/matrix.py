@@ -295,6 +295,14 @@ def brief(row: Row) -> bool:
 def rows() -> list[Row]:
     """The matrix; long rows first, so that Sparks end at about the same time."""
     found = [
+        Row(
+            "long prefills",
+            "engine",
+            "an hour at the pace of this table; no token for longer than a wedge takes",
+            quiet_hour,
+            ("no restart",),
+            BEFORE,
+        ),
         *(
             Row(
                 f"host rebooted: {name}",
@@ -355,14 +363,6 @@ def rows() -> list[Row]:
             (BACK, "[switch-interrupted]"),
             SERVES,
             "switch-interrupted",
-        ),
-        Row(
-            "long prefills",
-            "engine",
-            "an hour at the pace of this table; no token for longer than a wedge takes",
-            quiet_hour,
-            ("no restart",),
-            BEFORE,
         ),
         Row(
             "two controllers",
