@@ -114,15 +114,20 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 
     def _fetch(self, task_vars: Mapping[str, Any]) -> dict[str, Any]:
         bundle, collected = self._open(), self._task.args["collected"]
-        there = set(bundle.complete())
-        waiting = [item for item in collected["files"] if item["name"] not in there or _changes(item["name"])]
+        known = task_vars["sparkfleet_look"]["state"]["os"]
+        system = {key: str(known[key]) for key in ("id", "codename", "machine")}
+        bundle.check_system(system)
+        # What came before an interruption is there without being noted yet.
+        waiting = [
+            item for item in collected["files"] if not bundle.has(item["name"], item["size"]) or _changes(item["name"])
+        ]
         travel = Travel(self._host, "to the controller:", len(waiting), sum(item["size"] for item in waiting))
         began = time.monotonic()
         for item in waiting:
             travel.carry(lambda item=item: self._fetch_file(bundle.folder, item), item["size"])  # type: ignore[misc]
         travel.end(began)
         before = [*bundle.images, *bundle.models, *bundle.packages]
-        bundle.add(collected)
+        bundle.add(collected, system)
         bundle.write()
         if collected["left_out"]:
             names = ", ".join(collected["left_out"])
@@ -143,14 +148,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 
     def _python(self, task_vars: Mapping[str, Any]) -> dict[str, Any]:
         bundle = self._open()
-        machines = {str(part["machine"]) for part in [bundle.system] if part.get("machine")}
-        names = wheels.download(bundle.folder / "python", machines, display.display)
+        before = set(bundle.files)
+        names = wheels.download(bundle.folder / "python", filter(None, [bundle.system.get("machine")]), display.display)
         bundle.files = {name: size for name, size in bundle.files.items() if not name.startswith("python/")}
         bundle.files.update({f"python/{name}": (bundle.folder / "python" / name).stat().st_size for name in names})
         bundle.write()
         size = sum(bundle.files.values())
         display.display(f"{bundle.folder}: {len(bundle.files)} files, {size / 1e9:.2f} GB")
-        return {"files": len(names)}
+        return {"changed": before != set(bundle.files)}
 
     def _open(self) -> Bundle:
         folder = str(self._task.args.get("folder") or "")
@@ -202,7 +207,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
     def _receive(self, task_vars: dict[str, Any], **arguments: Any) -> dict[str, Any]:
         answer: dict[str, Any] = self._execute_module("bundle_receive", module_args=arguments, task_vars=task_vars)
         if answer.get("failed"):
-            raise SparkfleetError(str(answer.get("msg")))
+            failure = {"failure": str(answer.get("failure") or "bundle")}
+            raise AnsibleActionFail(f"{self._host}: {answer.get('msg')}", result=failure)
         return answer
 
     def _absent(self, task_vars: dict[str, Any]) -> dict[str, Any]:

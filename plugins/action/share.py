@@ -31,7 +31,7 @@ from sparkfleet import gateway, share
 
 REGISTRY_PORT, HUB_PORT = 9111, 9112  # as in sparkfleet_host.share
 
-BUNDLE = "/var/lib/sparkfleet/bundle"  # as in bundle_receive
+BUNDLE = "/var/lib/sparkfleet/bundle"  # as in sparkfleet_host.share
 
 display = Display()
 

@@ -42,7 +42,6 @@ RETURN = r"""
 image: {description: Its name digest media_type size and blobs., returned: success, type: dict}
 model: {description: REPO@REVISION., returned: success, type: str}
 listing: {description: The model's files; empty without a model., returned: success, type: dict}
-system: {description: id codename machine., returned: success, type: dict}
 packages: {description: Packages that were asked for and are there., returned: success, type: list, elements: str}
 left_out: {description: Packages that the host's sources do not have., returned: success, type: list, elements: str}
 files: {description: name in the bundle path size and sha256 or sha1 of each file., returned: success, type: list}
@@ -50,7 +49,6 @@ files: {description: name in the bundle path size and sha256 or sha1 of each fil
 
 import hashlib
 import json
-import platform
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -60,6 +58,7 @@ from ansible.module_utils.sparkfleet_host.cache import manifest_path, model_stat
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError
 from ansible.module_utils.sparkfleet_host.job import Job, JobError
 from ansible.module_utils.sparkfleet_host.registry import Layout, Registry, credentials, reference
+from ansible.module_utils.sparkfleet_host.share import BUNDLE
 
 
 def blob_name(digest: str) -> str:
@@ -151,14 +150,6 @@ def collect_packages(params: dict[str, Any], job: Job) -> tuple[list[str], list[
     return names, files
 
 
-def system() -> dict[str, str]:
-    """What packages are for."""
-    lines = (line.partition("=") for line in Path("/etc/os-release").read_text("utf-8").splitlines())
-    release = {key: value.strip('"') for key, _, value in lines}
-    known = {"id": release.get("ID", ""), "codename": release.get("VERSION_CODENAME", "")}
-    return {**known, "machine": platform.machine()}
-
-
 def main() -> None:
     """Entry point of the module."""
     module = AnsibleModule(
@@ -169,7 +160,7 @@ def main() -> None:
             "cache_dir": {"type": "path", "default": "/opt/hf"},
             "packages": {"type": "list", "elements": "str", "default": []},
             "have": {"type": "list", "elements": "str", "default": []},
-            "folder": {"type": "path", "default": "/var/lib/sparkfleet/bundle"},
+            "folder": {"type": "path", "default": BUNDLE},
             "docker_config": {"type": "path", "default": "/root/.docker/config.json"},
             "status_file": {"type": "path", "default": "/run/sparkfleet/fetch/bundle.json"},
         },
@@ -189,8 +180,8 @@ def main() -> None:
         model = f"{params['repo']}@{params['revision']}" if listing else ""
         left_out = sorted(set(params["packages"]) - set(names))
         files = [*of_image, *of_model, *of_packages]
-        result: dict[str, Any] = {"image": image, "model": model, "listing": listing, "system": system()}
-        result.update(packages=names, left_out=left_out, files=files)
+        result: dict[str, Any] = {"image": image, "model": model, "listing": listing, "packages": names}
+        result.update(left_out=left_out, files=files)
         job.done({**result, "changed": False})
         module.exit_json(changed=False, **result)
     except JobError as error:

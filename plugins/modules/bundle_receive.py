@@ -43,6 +43,8 @@ import subprocess
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.sparkfleet_host.job import JobError
+from ansible.module_utils.sparkfleet_host.share import BUNDLE
 
 APT_CONF = """Dir::Etc::sourcelist "{folder}/sources.list";
 Dir::Etc::sourceparts "-";
@@ -54,18 +56,10 @@ PARTS = ("image", "hub", "packages")
 RESERVE = 1 << 30  # bytes that stay free
 
 
-class BundleError(Exception):
-    """What went wrong: an id of the table of failures, and a sentence."""
-
-    def __init__(self, id: str, message: str) -> None:
-        super().__init__(message)
-        self.id = id
-
-
 def inside(folder: Path, name: str) -> Path:
-    """The place of a name within the folder. Raises BundleError for one outside."""
+    """The place of a name within the folder. Raises JobError for one outside."""
     if ".." in Path(name).parts or name.startswith("/"):
-        raise BundleError("bad-input", f"{name} is outside of the bundle")
+        raise JobError("bad-input", f"{name} is outside of the bundle")
     return folder / name
 
 
@@ -111,7 +105,7 @@ def link(folder: Path, links: dict[str, str]) -> None:
 
 
 def let_apt_know(folder: Path) -> None:
-    """A configuration with the packages as only source, and its lists. Raises BundleError."""
+    """A configuration with the packages as only source, and its lists. Raises JobError."""
     (folder / "lists" / "partial").mkdir(parents=True, exist_ok=True)
     (folder / "sources.list").write_text(f"deb [trusted=yes] file:{(folder / 'packages').resolve()} ./\n", "utf-8")
     (folder / "apt.conf").write_text(APT_CONF.format(folder=folder), "utf-8")
@@ -120,20 +114,18 @@ def let_apt_know(folder: Path) -> None:
         ["apt-get", "--quiet", "update"], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     if done.returncode != 0 or "Err:" in done.stdout:
-        raise BundleError(
-            "packages", f"apt does not read the bundle's packages: {' '.join(done.stderr.split())[-300:]}"
-        )
+        raise JobError("packages", f"apt does not read the bundle's packages: {' '.join(done.stderr.split())[-300:]}")
 
 
 def receive(params: dict[str, object], folder: Path) -> dict[str, object]:
-    """Everything; what is there afterwards. Raises OSError and BundleError."""
+    """Everything; what is there afterwards. Raises OSError and JobError."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o755)
     there = files(folder)
     free = shutil.disk_usage(folder).free
     missing = int(str(params["needed"])) - sum(there.values())
     if params["needed"] and missing + RESERVE > free:
-        raise BundleError(
+        raise JobError(
             "disk-full",
             f"{folder} has {free / 1e9:.1f} GB free, the bundle takes {missing / 1e9:.1f} GB more; make room",
         )
@@ -152,7 +144,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-            "folder": {"type": "path", "default": "/var/lib/sparkfleet/bundle"},
+            "folder": {"type": "path", "default": BUNDLE},
             "user": {"type": "str", "default": ""},
             "needed": {"type": "int", "default": 0},
             "moves": {"type": "dict", "default": {}},
@@ -170,7 +162,7 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
             module.exit_json(changed=False)
         module.exit_json(changed=False, **receive(module.params, folder))
-    except BundleError as error:
+    except JobError as error:
         module.fail_json(msg=str(error), failure=error.id)
     except KeyError:
         module.fail_json(msg=f"there is no user {module.params['user']} on the host", failure="bad-input")

@@ -46,10 +46,9 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host.share import STORE
+from ansible.module_utils.sparkfleet_host.share import BUNDLE, STORE
 
 UNITS = {"serve": "sparkfleet-share", "connect": "sparkfleet-tunnel"}
-BUNDLE = "/var/lib/sparkfleet/bundle"  # as in bundle_receive
 READY_SECONDS = 60.0
 
 

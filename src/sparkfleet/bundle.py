@@ -72,10 +72,19 @@ class Bundle:
         ]
         return _json({"schemaVersion": 2, "manifests": entries})
 
-    def add(self, collected: Mapping[str, Any]) -> None:
-        """Note what `bundle_collect` returned, once its files are here."""
+    def check_system(self, system: Mapping[str, str]) -> None:
+        """Whether what is for this system (id, codename, machine) may come in. Raises SparkfleetError."""
+        if self.system and self.system != system:
+            has, here = (" ".join(item.values()) for item in (self.system, system))
+            raise SparkfleetError(
+                f"the bundle {self.folder} is for {has}, this host is {here}: make one in another folder, or leave the "
+                "host out with --limit"
+            )
+
+    def add(self, collected: Mapping[str, Any], system: Mapping[str, str]) -> None:
+        """Note what `bundle_collect` returned on a host of this system, once its files are here."""
         image, model, listing = collected["image"], collected["model"], collected["listing"]
-        self.system = dict(collected["system"])
+        self.system = dict(system)
         self.images[image["name"]] = {key: image[key] for key in ("digest", "media_type", "size", "blobs")}
         if listing:
             hashes = sorted({entry.get("sha256") or entry["sha1"] for entry in listing["files"].values()})
@@ -95,7 +104,11 @@ class Bundle:
 
     def lacking(self) -> list[str]:
         """Files that are not as they should be."""
-        return [name for name, size in sorted(self.files.items()) if _size(self.folder / name) != size]
+        return [name for name, size in sorted(self.files.items()) if not self.has(name, size)]
+
+    def has(self, name: str, size: int) -> bool:
+        """Whether a file is there; it gets its name only when it is whole and was checked."""
+        return _size(self.folder / name) == size
 
     def of_packages(self) -> Iterator[str]:
         """Files of the repository for apt."""

@@ -15,7 +15,7 @@ from sparkfleet import SparkfleetError, controller
 
 #: Verbs that change hosts.
 MUTATING = frozenset(
-    ("deploy", "switch", "upgrade", "rollout", "rollback", "start", "stop", "restart", "remove"),
+    ("deploy", "switch", "upgrade", "rollout", "rollback", "start", "stop", "restart", "remove", "bundle"),
 )
 FOLDER = Path(".sparkfleet") / "events"
 _SECRET_NAME = re.compile(r"token|key|passw|secret", re.IGNORECASE)

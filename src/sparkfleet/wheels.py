@@ -6,7 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import tomllib
@@ -24,7 +24,7 @@ def requirements() -> list[str]:
     return [*project["project"]["dependencies"], *project["build-system"]["requires"]]
 
 
-def download(folder: Path, machines: Collection[str], say: Callable[[str], object]) -> list[str]:
+def download(folder: Path, machines: Iterable[str], say: Callable[[str], object]) -> list[str]:
     """Wheels for this Python, and for the Pythons of Sparks of these machines (as `uname -m` says): names in
     `folder`. What is there is not downloaded again. Raises SparkfleetError."""
     here = (platform.machine(), f"{sys.version_info[0]}.{sys.version_info[1]}")

@@ -14,7 +14,6 @@ from ansible.module_utils.sparkfleet_host.job import Job, JobError
 from ansible.module_utils.sparkfleet_host.registry import Layout
 from ansible.module_utils.sparkfleet_host.share import Model
 from plugins.modules import bundle_collect, bundle_receive, spark_state
-from plugins.modules.bundle_receive import BundleError
 
 from sparkfleet import SparkfleetError, plan, share, wheels
 from sparkfleet.bundle import Bundle
@@ -23,6 +22,7 @@ from sparkfleet.target import Target
 from tests.unit.test_plan import bare, fetched, target
 
 IMAGE = "nvcr.io/nvidia/vllm:25.09-py3"
+SYSTEM = {"id": "ubuntu", "codename": "noble", "machine": "aarch64"}
 REPO, COMMIT = "org/model", "c" * 40
 MANIFEST = json.dumps({"config": {"digest": "sha256:" + "1" * 64, "size": 2}, "layers": []}).encode()
 DIGEST = "sha256:" + hashlib.sha256(MANIFEST).hexdigest()
@@ -54,7 +54,6 @@ def collected(folder: Path) -> dict[str, Any]:
         "image": {**entry, "size": len(MANIFEST), "blobs": [DIGEST, "sha256:" + "1" * 64]},
         "model": f"{REPO}@main",
         "listing": LISTING,
-        "system": {"id": "ubuntu", "codename": "noble", "machine": "aarch64"},
         "packages": ["a"],
         "files": [{"name": name, "size": len(body)} for name, body in content.items()],
     }
@@ -63,7 +62,7 @@ def collected(folder: Path) -> dict[str, Any]:
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
     made = Bundle.open(tmp_path / "carry")
-    made.add(collected(made.folder))
+    made.add(collected(made.folder), SYSTEM)
     made.write()
     return Bundle.read(made.folder)
 
@@ -104,10 +103,27 @@ def test_a_folder_that_is_no_bundle(tmp_path: Path, content: str | None) -> None
         Bundle.read(tmp_path)
 
 
+def test_what_came_before_an_interruption_is_known_without_being_noted(tmp_path: Path) -> None:
+    made = Bundle.open(tmp_path)
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "a.deb").write_bytes(b"deb")
+    assert made.complete() == []
+    assert made.has("packages/a.deb", 3) and not made.has("packages/a.deb", 4) and not made.has("packages/b.deb", 3)
+
+
+def test_one_bundle_is_for_one_system(bundle: Bundle) -> None:
+    bundle.check_system(SYSTEM)
+    with pytest.raises(
+        SparkfleetError, match=r"is for ubuntu noble aarch64, this host is debian noble aarch64: .*--limit"
+    ):
+        bundle.check_system({**SYSTEM, "id": "debian"})
+    Bundle(bundle.folder).check_system({**SYSTEM, "id": "debian"})  # a new one
+
+
 def test_what_is_added_later_stays_beside(bundle: Bundle) -> None:
     more = collected(bundle.folder)
     more["image"]["name"], more["packages"] = "other:1", []
-    bundle.add(more)
+    bundle.add(more, SYSTEM)
     assert sorted(bundle.images) == [IMAGE, "other:1"]
     assert bundle.packages == ["a"] and bundle.lacking() == []
 
@@ -165,13 +181,13 @@ def test_files_are_moved_where_they_belong(tmp_path: Path) -> None:
 
 def test_nothing_is_written_outside(tmp_path: Path) -> None:
     for name in ("../x", "/x", "hub/../../x"):
-        with pytest.raises(BundleError, match="outside of the bundle"):
+        with pytest.raises(JobError, match="outside of the bundle"):
             bundle_receive.receive(params(texts={name: ""}), tmp_path / "bundle")
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
 def test_room_is_asked_for_first(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"GB free, the bundle takes 1000000000\.0 GB more") as caught:
+    with pytest.raises(JobError, match=r"GB free, the bundle takes 1000000000\.0 GB more") as caught:
         bundle_receive.receive(params(needed=10**18), tmp_path / "bundle")
     assert caught.value.id == "disk-full"
 
@@ -226,7 +242,7 @@ def test_wheels_are_for_the_program_and_its_build() -> None:
 
 def bundle_for(target: Target, folder: Path, system: dict[str, str]) -> Target:
     made = Bundle.open(folder)
-    made.add({**collected(folder), "system": system, "model": f"{target.card.repo}@{target.revision}"})
+    made.add({**collected(folder), "model": f"{target.card.repo}@{target.revision}"}, system)
     made.write()
     return dataclasses.replace(target, bundle=Bundle.read(folder))
 

@@ -39,6 +39,8 @@ from .registry import DIGEST, Growing, Layout, Reference, Registry, credentials,
 
 FOLDER = "/run/sparkfleet/share"
 STORE = "/var/lib/sparkfleet/share"
+#: What is carried in, for the time of a run.
+BUNDLE = "/var/lib/sparkfleet/bundle"
 #: On the loopback interface: the source's registry and the source's Hub, on every Spark of a run.
 REGISTRY_PORT, HUB_PORT = 9111, 9112
 WAIT = 100.0  # seconds that a model's list of files may take to appear
