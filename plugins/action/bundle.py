@@ -118,9 +118,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         system = {key: str(known[key]) for key in ("id", "codename", "machine")}
         bundle.check_system(system)
         # What came before an interruption is there without being noted yet.
-        waiting = [
-            item for item in collected["files"] if not bundle.has(item["name"], item["size"]) or _changes(item["name"])
-        ]
+        waiting = [item for item in collected["files"] if not _is_here(bundle, item)]
         travel = Travel(self._host, "to the controller:", len(waiting), sum(item["size"] for item in waiting))
         began = time.monotonic()
         for item in waiting:
@@ -216,9 +214,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         return {}
 
 
-def _changes(name: str) -> bool:
-    """Whether a file may have another content under the same name and size."""
-    return name == "packages/Packages"
+def _is_here(bundle: Bundle, item: Mapping[str, Any]) -> bool:
+    """Whether a file need not travel. The others are called by their content or version; apt's list always the same."""
+    there = bundle.has(item["name"], item["size"])
+    if there and item["name"] == "packages/Packages":
+        return _digest(bundle.folder / item["name"], "sha256", item["size"]) == str(item["sha256"])
+    return there
 
 
 def _digest(path: Path, name: str, size: int) -> str:
