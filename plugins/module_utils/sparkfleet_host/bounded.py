@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data from outside, read within limits: what a Hub, a registry, an engine, Docker, another host or a state file says
+is bounded in size and depth, and what is out of bounds ends as one typed error.
+
+A parser here never raises anything but `BoundsError` (a ValueError) for the data, and OSError for the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+KIB, MIB = 1 << 10, 1 << 20
+DEPTH = 64  # of nested arrays and objects
+NUMBER = 400  # characters of a number
+STATE_FILE = 4 * MIB
+SET_ASIDE = 3  # damaged copies of a file that are kept
+
+
+class BoundsError(ValueError):
+    """Data from outside is too large, too deep or not of the form it must have; the message names what and why."""
+
+
+# -- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def parse_json(data: bytes | str, what: str, limit: int = 16 * MIB, depth: int = DEPTH) -> Any:
+    """Decode JSON (RFC 8259: no NaN, no Infinity, no number beyond a float). `what` names the data in the error.
+    Raises BoundsError."""
+    if len(data) > limit:
+        raise BoundsError(f"{what}: more than {limit} bytes")
+    try:
+        value = json.loads(data, parse_constant=_constant, parse_float=_float, parse_int=_int)
+        _check_depth(value, depth)
+        return value
+    except RecursionError:
+        raise BoundsError(f"{what}: nested more than {depth} deep") from None
+    except UnicodeDecodeError:
+        raise BoundsError(f"{what}: not UTF-8") from None
+    except ValueError as error:
+        shown = data if isinstance(data, str) else data[:200].decode("utf-8", "replace")
+        raise BoundsError(f"{what}: {_reason(error)}: {printable(shown, 80)!r}") from None
+
+
+def _reason(error: ValueError) -> str:
+    return f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def _constant(text: str) -> Any:
+    raise ValueError(f"{text} is not a number of JSON")
+
+
+def _float(text: str) -> float:
+    value = float(text) if len(text) <= NUMBER else math.inf
+    if not math.isfinite(value):
+        raise ValueError("a number is out of range")
+    return value
+
+
+def _int(text: str) -> int:
+    if len(text) > NUMBER:
+        raise ValueError("a number is out of range")
+    return int(text)
+
+
+def _check_depth(value: Any, depth: int) -> None:
+    level, seen = [value], 0
+    while level:
+        level = [
+            child
+            for item in level
+            if isinstance(item, dict | list)
+            for child in (item.values() if isinstance(item, dict) else item)
+            if isinstance(child, dict | list)
+        ]
+        seen += 1
+        if seen > depth:
+            raise ValueError(f"nested more than {depth} deep")
+
+
+def as_dict(value: Any, what: str) -> dict[str, Any]:
+    """`value`, which must be an object of JSON. Raises BoundsError."""
+    if not isinstance(value, dict):
+        raise BoundsError(f"{what}: not an object: {_shown(value)}")
+    return value
+
+
+def as_list(value: Any, what: str, most: int = 100_000) -> list[Any]:
+    """`value`, which must be an array of at most `most` items. Raises BoundsError."""
+    if not isinstance(value, list):
+        raise BoundsError(f"{what}: not an array: {_shown(value)}")
+    if len(value) > most:
+        raise BoundsError(f"{what}: more than {most} items")
+    return value
+
+
+def as_str(value: Any, what: str, limit: int = 64 * KIB) -> str:
+    """`value`, which must be a string of at most `limit` characters. Raises BoundsError."""
+    if not isinstance(value, str):
+        raise BoundsError(f"{what}: not a string: {_shown(value)}")
+    if len(value) > limit:
+        raise BoundsError(f"{what}: more than {limit} characters")
+    return value
+
+
+def as_int(value: Any, what: str, least: int = 0, most: int = 1 << 62) -> int:
+    """`value`, which must be a whole number from `least` to `most`. Raises BoundsError."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise BoundsError(f"{what}: not a whole number: {_shown(value)}")
+    if not least <= value <= most:
+        raise BoundsError(f"{what}: {_shown(value)} is not between {least} and {most}")
+    return value
+
+
+def as_number(value: Any, what: str, least: float = 0.0, most: float = 1e300) -> float:
+    """`value`, which must be a finite number from `least` to `most`. Raises BoundsError."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BoundsError(f"{what}: not a number: {_shown(value)}")
+    if not least <= value <= most:  # false for NaN as well
+        raise BoundsError(f"{what}: {_shown(value)} is not between {least:g} and {most:g}")
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    return printable(repr(value), 80)
+
+
+# -- bytes -----------------------------------------------------------------------------------------------------------
+
+
+def read_file(path: str | Path, limit: int = STATE_FILE, follow: bool = True) -> bytes:
+    """The content of a regular file. `follow=False` refuses a symbolic link as the last part of the path. Raises
+    BoundsError for a larger file or one that is not regular, OSError."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    handle = os.open(path, flags)
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise BoundsError(f"{path}: not a regular file")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise BoundsError(f"{path}: more than {limit} bytes")
+    return data
+
+
+def read_json(path: str | Path, limit: int = STATE_FILE, follow: bool = True) -> dict[str, Any]:
+    """The JSON object in a file. Raises BoundsError, OSError."""
+    return as_dict(parse_json(read_file(path, limit, follow), str(path), limit), str(path))
+
+
+def read_all(
+    read: Callable[[int], bytes], what: str, limit: int, deadline: float | None = None, chunk: int = 64 * KIB
+) -> bytes:
+    """All that `read(size)` gives until it gives b"". `deadline` is monotonic. Raises BoundsError for more than
+    `limit` bytes, TimeoutError, and what `read` raises."""
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        if deadline is not None and time.monotonic() > deadline:
+            raise TimeoutError(f"{what}: not read to its end in time")
+        part = read(min(chunk, limit + 1 - size))
+        if not part:
+            return b"".join(parts)
+        parts.append(part)
+        size += len(part)
+        if size > limit:
+            raise BoundsError(f"{what}: more than {limit} bytes")
+
+
+def limited_lines(parts: Iterable[bytes], what: str, line_limit: int, limit: int) -> Iterable[bytes]:
+    """Lines, with their ends, of a stream of bytes; a longer line than `line_limit` bytes is cut there. Raises
+    BoundsError for more than `limit` bytes in all."""
+    rest, size, cut = b"", 0, False
+    for part in parts:
+        size += len(part)
+        if size > limit:
+            raise BoundsError(f"{what}: more than {limit} bytes")
+        *whole, rest = (rest + part).split(b"\n")
+        for line in whole:
+            if not cut:
+                yield line[:line_limit] + b"\n"
+            cut = False
+        if len(rest) > line_limit:
+            if not cut:
+                yield rest[:line_limit] + b"\n"
+            rest, cut = b"", True
+    if rest and not cut:
+        yield rest
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+#: What may be between a name from outside and a path, a URL or a command line. Used with fullmatch (`$` matches before
+#: a newline).
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+REVISION = re.compile(r"[A-Za-z0-9_][\w./+-]{0,199}", re.ASCII)
+HOST = re.compile(
+    r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62}[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]{0,62}[A-Za-z0-9_])?)*\.?"
+)
+_PART = re.compile(r"[A-Za-z0-9_][\w .+=@,~^:%!()\[\]-]{0,254}", re.ASCII)
+
+
+def is_relative_path(name: Any, parts: int = 16) -> bool:
+    """Whether `name` is a path that stays where it is put: relative, at most `parts` names, none of them `..`, `.`,
+    hidden or with control characters, a backslash or a slash at either end."""
+    if not isinstance(name, str) or len(name) > 1024:
+        return False
+    names = name.split("/")
+    return len(names) <= parts and all(_PART.fullmatch(part) for part in names)
+
+
+def relative_path(name: Any, what: str) -> str:
+    """`name` if `is_relative_path`. Raises BoundsError."""
+    if not is_relative_path(name):
+        raise BoundsError(f"{what}: {_shown(name)} is not a relative path of plain names")
+    return str(name)
+
+
+def matched(pattern: re.Pattern[str], value: Any, what: str) -> str:
+    """`value`, which must match as a whole. Raises BoundsError."""
+    if not isinstance(value, str) or len(value) > 4096 or not pattern.fullmatch(value):
+        raise BoundsError(f"{what}: {_shown(value)} is not of the form it must have")
+    return value
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+
+
+def printable(text: str, limit: int = 4000) -> str:
+    """`text` for a terminal, a log or a message: control characters (escape sequences among them) and marks that
+    change the direction of text are replaced, and what is longer than `limit` characters is cut."""
+    shown = text if len(text) <= limit else f"{text[: limit - 1]}…"
+    return _CONTROL.sub(lambda found: " " if found[0] in "\t\n\r" else "\ufffd", shown)
+
+
+# -- state files -----------------------------------------------------------------------------------------------------
+
+
+def set_aside(path: Path, now: float | None = None) -> Path | None:
+    """Rename a damaged file to NAME.damaged-UNIXTIME beside it, so that a new one can be begun and nothing is lost;
+    the newest SET_ASIDE of them are kept. The new path, or None where it could not be renamed."""
+    target = path.with_name(f"{path.name}.damaged-{int(time.time() if now is None else now)}")
+    try:
+        path.replace(target)
+    except OSError:
+        return None
+    for old in sorted(path.parent.glob(f"{path.name}.damaged-*"))[:-SET_ASIDE]:
+        with contextlib.suppress(OSError):
+            old.unlink()
+    return target
