@@ -23,6 +23,7 @@ from typing import Any
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from sparkfleet_host.bounded import printable
 
 from sparkfleet import failures
 
@@ -96,7 +97,7 @@ def table(host: str, answer: dict[str, Any]) -> str:
         short = detail if len(detail) <= widths[2] else f"{detail[: widths[2] - 3]}..."
         lines.append(f"  {name:<{widths[0]}}  {result:<{widths[1]}}  {short:<{widths[2]}}  {seconds:>7}")
     if answer.get("answer"):
-        lines += [f"  question: {asked['question']}", f"  answer:   {' '.join(answer['answer'].split())}"]
+        lines += [f"  question: {asked['question']}", f"  answer:   {printable(' '.join(answer['answer'].split()))}"]
     return "\n".join(lines)
 
 

@@ -692,6 +692,12 @@ TABLE: tuple[Failure, ...] = (
         "Read its message, and `docker logs` of the container.",
     ),
     Failure(
+        "answer-malformed",
+        "an answer is not of the form that the API has",
+        "something else than vLLM answers on the port, or the engine is damaged",
+        "Check which container holds the port; use the image of the model card.",
+    ),
+    Failure(
         "answer-wrong",
         "the answer is wrong",
         "a question with a known answer did not get it: damaged weights, a wrong chat template, a kernel that computes "

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import json
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from .bounded import MIB, BoundsError, limited_lines, parse_json, printable, read_file
+
 KEY_FILE = "/etc/sparkfleet/engine_key"
+LIMIT = 16 * MIB  # of a body
+LINE_LIMIT = 1 * MIB  # of a line of a stream
 
 
 class HttpError(Exception):
-    """No answer came, or not a whole one. `kind`: address, refused, timeout or broken."""
+    """No answer came, or not a whole one. `kind`: address, refused, timeout, broken (cut short, not HTTP) or
+    malformed (whole, but too large or not of the form it must have)."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -42,22 +47,23 @@ class Answer:
         return self.body.decode("utf-8", "replace")
 
     def json(self) -> Any:
-        """The body decoded from JSON. Raises HttpError (broken)."""
+        """The body decoded from JSON. Raises HttpError (malformed)."""
         try:
-            return json.loads(self.body)
-        except ValueError as error:
-            raise HttpError("broken", f"not JSON: {' '.join(self.text.split())[:120]!r}") from error
+            return parse_json(self.body, "the answer", LIMIT)
+        except BoundsError as error:
+            raise HttpError("malformed", str(error)) from None
 
 
 class Client:
     """Requests to one server. `url` is `http://HOST:PORT`, `timeout` bounds a whole exchange, in seconds.
 
-    Every request has a connection of its own, so a client is safe across threads.
+    `limit`: bytes of a body; a longer one ends in HttpError (malformed). Every request has a connection of its own, so
+    a client is safe across threads.
     """
 
     def __init__(self, url: str, timeout: float = 10.0, headers: dict[str, str] | None = None) -> None:
-        parts = urlsplit(url)
         try:
+            parts = urlsplit(url)
             self.host, self.port = parts.hostname or "", parts.port or 80
         except ValueError as error:
             raise HttpError("address", f"url {url!r}: {error}") from error
@@ -68,13 +74,20 @@ class Client:
         self.timeout = timeout
         self.headers = dict(headers or {})
 
-    def get(self, path: str, timeout: float | None = None) -> Answer:
+    def get(self, path: str, timeout: float | None = None, limit: int = LIMIT) -> Answer:
         """GET a path. Raises HttpError; the status is the caller's to judge."""
-        return self._whole("GET", path, None, timeout, None)
+        return self._whole("GET", path, None, timeout, None, limit)
 
-    def post(self, path: str, body: Any, timeout: float | None = None, headers: dict[str, str] | None = None) -> Answer:
+    def post(
+        self,
+        path: str,
+        body: Any,
+        timeout: float | None = None,
+        headers: dict[str, str] | None = None,
+        limit: int = LIMIT,
+    ) -> Answer:
         """POST JSON. Raises HttpError; the status is the caller's to judge."""
-        return self._whole("POST", path, body, timeout, headers)
+        return self._whole("POST", path, body, timeout, headers, limit)
 
     def stream(
         self, path: str, body: Any, timeout: float | None = None, headers: dict[str, str] | None = None
@@ -83,18 +96,23 @@ class Client:
         return Stream(*self._open("POST", path, body, timeout, headers))
 
     def _whole(
-        self, method: str, path: str, body: Any, timeout: float | None, headers: dict[str, str] | None
+        self, method: str, path: str, body: Any, timeout: float | None, headers: dict[str, str] | None, limit: int
     ) -> Answer:
-        with Stream(*self._open(method, path, body, timeout, headers)) as stream:
+        with Stream(*self._open(method, path, body, timeout, headers), limit=limit) as stream:
             return stream.answer()
 
     def _open(
         self, method: str, path: str, body: Any, timeout: float | None, headers: dict[str, str] | None
-    ) -> tuple[socket.socket, http.client.HTTPResponse, float, str]:
+    ) -> tuple[http.client.HTTPResponse, str]:
         seconds = self.timeout if timeout is None else timeout
         deadline = time.monotonic() + seconds
         where = f"{self.url}{path}"
         connection = http.client.HTTPConnection(self.host, self.port, timeout=seconds)
+        # The deadline is that of the whole exchange: a head or a body of one byte a second does not stretch it.
+        connection.response_class = lambda sock, **more: http.client.HTTPResponse(  # type: ignore[assignment]
+            _Timed(sock, deadline),  # type: ignore[arg-type]
+            **more,
+        )
         sent = {"Accept": "*/*", "Connection": "close", **self.headers, **(headers or {})}
         data = None
         if body is not None:
@@ -102,29 +120,57 @@ class Client:
             sent["Content-Type"] = "application/json"
         try:
             connection.request(method, self.prefix + path, body=data, headers=sent)
-            # With `Connection: close` the connection drops its socket as soon as the head of the answer is read.
-            sock = connection.sock
-            sock.settimeout(max(deadline - time.monotonic(), 0.001))
-            return sock, connection.getresponse(), deadline, where
-        except (OSError, http.client.HTTPException) as error:
+            return connection.getresponse(), where
+        except (OSError, http.client.HTTPException, ValueError) as error:
             connection.close()
             raise explain(error, where, seconds) from error
+
+
+class _Timed:
+    """Stands for a socket whose answer must have been read by a deadline (monotonic)."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self._sock, self._deadline = sock, deadline
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(_TimedReader(self._sock, self._deadline), 64 << 10)
+
+
+class _TimedReader(io.RawIOBase):
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self._sock, self._deadline = sock, deadline
+        self._raw = sock.makefile("rb", buffering=0)  # keeps the socket when the connection drops it
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._sock.settimeout(left)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 def engine_client(url: str, timeout: float = 10.0) -> Client:
     """A client of the engine on this host, with its key where there is one. An engine without does not mind."""
     client = Client(url, timeout)
     if client.host in ("127.0.0.1", "::1", "localhost"):
-        with contextlib.suppress(OSError):
-            client.headers["Authorization"] = f"Bearer {Path(KEY_FILE).read_text(encoding='ascii').strip()}"
+        with contextlib.suppress(OSError, ValueError):
+            key = read_file(KEY_FILE, 4096).decode("ascii").strip()
+            client.headers["Authorization"] = f"Bearer {key}"
     return client
 
 
 class Stream:
     """An answer that is still coming. Use as a context manager; closing it ends the connection."""
 
-    def __init__(self, sock: socket.socket, response: http.client.HTTPResponse, deadline: float, where: str) -> None:
-        self._socket, self._response, self._deadline, self._where = sock, response, deadline, where
+    def __init__(self, response: http.client.HTTPResponse, where: str, limit: int = LIMIT) -> None:
+        self._response, self._where, self._limit = response, where, limit
         self.status = response.status
         self.content_type = (response.getheader("Content-Type") or "").partition(";")[0].strip().lower()
 
@@ -135,30 +181,31 @@ class Stream:
         self._response.close()
 
     def answer(self) -> Answer:
-        """The whole answer. Raises HttpError when the server goes silent or cuts it short."""
-        return Answer(self.status, self.content_type, b"".join(self._parts()))
+        """The whole answer. Raises HttpError when the server goes silent, cuts it short or does not end."""
+        parts: list[bytes] = []
+        size = 0
+        for part in self._parts():
+            size += len(part)
+            if size > self._limit:
+                raise HttpError("malformed", f"{self._where}: more than {self._limit} bytes")
+            parts.append(part)
+        return Answer(self.status, self.content_type, b"".join(parts))
 
     def lines(self) -> Iterator[bytes]:
-        """Lines with their ends, as they come. Raises HttpError as `answer` does."""
-        rest = b""
-        for part in self._parts():
-            *whole, rest = (rest + part).split(b"\n")
-            for line in whole:
-                yield line + b"\n"
-        if rest:
-            yield rest
+        """Lines with their ends, as they come; what is longer than LINE_LIMIT is cut. Raises HttpError as `answer`
+        does."""
+        try:
+            yield from limited_lines(self._parts(), self._where, LINE_LIMIT, self._limit)
+        except BoundsError as error:
+            raise HttpError("malformed", str(error)) from None
 
     def _parts(self) -> Iterator[bytes]:
         while True:
-            left = self._deadline - time.monotonic()
             try:
-                if left <= 0:
-                    raise TimeoutError
                 if self._response.isclosed():
                     return
-                self._socket.settimeout(left)
                 part = self._response.read1(65536)  # raises IncompleteRead for a chunk that is cut
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, http.client.HTTPException, ValueError) as error:
                 raise explain(error, self._where, None) from error
             if not part:
                 if self._response.length:
@@ -169,7 +216,7 @@ class Stream:
     def events(self) -> Iterator[str]:
         """The data of each server-sent event (https://html.spec.whatwg.org/multipage/server-sent-events.html).
 
-        Raises HttpError (broken) for a line that is no field of an event, and for an event without its blank line.
+        Raises HttpError (malformed) for a line that is no field of an event, and for an event without its blank line.
         """
         data: list[str] = []
         for raw in self.lines():
@@ -183,9 +230,9 @@ class Stream:
             if name == "data":
                 data.append(value[1:] if value.startswith(" ") else value)
             elif name not in ("", "event", "id", "retry"):
-                raise HttpError("broken", f"a line that is no event: {line[:80]!r}")
+                raise HttpError("malformed", f"a line that is no event: {printable(line, 80)!r}")
         if data:
-            raise HttpError("broken", f"the last event has no end: {data[-1][:80]!r}")
+            raise HttpError("malformed", f"the last event has no end: {printable(data[-1], 80)!r}")
 
 
 def explain(error: Exception, where: str, seconds: float | None) -> HttpError:
@@ -200,4 +247,4 @@ def explain(error: Exception, where: str, seconds: float | None) -> HttpError:
         return HttpError("broken", f"{where}: the answer was cut short")
     if isinstance(error, http.client.RemoteDisconnected):
         return HttpError("broken", f"{where}: the server closed the connection without an answer")
-    return HttpError("broken", f"{where}: {type(error).__name__}: {error}")
+    return HttpError("broken", f"{where}: {type(error).__name__}: {printable(str(error), 200)}")

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from . import metrics
+from .bounded import BoundsError, as_dict, as_int, as_list, as_str, parse_json, printable
 from .http import Answer, HttpError, engine_client
 
 LOOK_TIMEOUT = 10.0  # seconds for what needs no model
@@ -19,6 +21,8 @@ COUNTERS = ("generation_tokens", "prompt_tokens", "request_success")
 PATHS = ("/v1/models", "/v1/chat/completions", "/v1/completions")
 ASKED = ("url", "model", "question", "expect", "prompt", "prompt_expect")
 STOP = ["\n"]
+SHOWN = 4000  # characters of an answer that are kept
+TOKENS = 1 << 40  # more than that of them is no count
 
 
 class CheckError(Exception):
@@ -31,7 +35,7 @@ class CheckError(Exception):
 
 def words(text: str) -> str:
     """Text on one line, shortened, in quotes."""
-    flat = " ".join(text.split())
+    flat = printable(" ".join(text[:1000].split()))
     return json.dumps(flat if len(flat) <= 120 else f"{flat[:117]}...", ensure_ascii=False)
 
 
@@ -58,20 +62,12 @@ def refusal(answer: Answer) -> str:
         message = error.get("message", error) if isinstance(error, dict) else error
     except HttpError:
         message = answer.text
-    return f"HTTP {answer.status}: {' '.join(str(message).split())[:200]}"
+    return f"HTTP {answer.status}: {printable(' '.join(str(message)[:1000].split()), 200)}"
 
 
 def counters(text: str) -> dict[str, float]:
-    """The counters of COUNTERS, summed over their label sets, from Prometheus text.
-
-    Names differ a little: with or without _total, `vllm:` or (under Ray) `ray_vllm_`.
-    """
-    sums: dict[str, float] = {}
-    for line in text.splitlines():
-        found = re.match(r"(?:ray_)?vllm[:_](\w+?)(?:_total)*(?:\{.*\})?\s+([-+.\deEinfNa]+)(?:\s+\d+)?$", line)
-        if found and found[1] in COUNTERS:
-            sums[found[1]] = sums.get(found[1], 0.0) + float(found[2])
-    return sums
+    """The counters of COUNTERS, summed over their label sets, from Prometheus text."""
+    return metrics.sums(text, COUNTERS)
 
 
 class Verification:
@@ -128,8 +124,13 @@ class Verification:
         except CheckError as error:
             ok, failure, detail = False, error.id, str(error)
         except HttpError as error:
-            kinds = {"refused": "endpoint-down", "address": "endpoint-down", "timeout": "timeout"}
+            kinds = {
+                **{"refused": "endpoint-down", "address": "endpoint-down", "timeout": "timeout"},
+                **{"malformed": "answer-malformed"},
+            }
             ok, failure, detail = False, kinds.get(error.kind, "request-refused"), str(error)
+        except BoundsError as error:
+            ok, failure, detail = False, "answer-malformed", str(error)
         return {"ok": ok, "detail": detail, "seconds": round(time.monotonic() - began, 3), "failure": failure}
 
     # -- without the model -----------------------------------------------------------------------------------
@@ -146,11 +147,10 @@ class Verification:
         answer = self.client.get("/v1/models", LOOK_TIMEOUT)
         if answer.status != 200:
             raise CheckError("request-refused", refusal(answer))
-        data = answer.json()
-        entries = data.get("data") if isinstance(data, dict) else None
-        names = [str(entry.get("id")) for entry in entries or [] if isinstance(entry, dict)]
+        entries = as_list(as_dict(answer.json(), "/v1/models").get("data"), "data of /v1/models", 1000)
+        names = [str(entry.get("id")) for entry in entries if isinstance(entry, dict)]
         if self.params["model"] not in names:
-            served = ", ".join(names) or "no model"
+            served = printable(", ".join(names), 200) or "no model"
             raise CheckError("model-not-served", f"expected {self.params['model']}, the endpoint serves {served}")
         return str(self.params["model"])
 
@@ -159,12 +159,11 @@ class Verification:
         answer = self.client.get("/openapi.json", LOOK_TIMEOUT)
         if answer.status != 200:
             raise CheckError("api-incomplete", refusal(answer))
-        data = answer.json()
-        paths = data.get("paths") if isinstance(data, dict) else None
-        missing = [path for path in PATHS if path not in (paths or {})]
+        paths = as_dict(as_dict(answer.json(), "/openapi.json").get("paths"), "paths of /openapi.json")
+        missing = [path for path in PATHS if path not in paths]
         if missing:
             raise CheckError("api-incomplete", f"/openapi.json does not name {', '.join(missing)}")
-        return f"{len(paths or {})} paths"
+        return f"{len(paths)} paths"
 
     # -- with the model --------------------------------------------------------------------------------------
 
@@ -193,35 +192,38 @@ class Verification:
             answer = self.client.post(path, body, headers=self._headers(name))
         if answer.status != 200:
             raise CheckError("request-refused", refusal(answer))
-        data = answer.json()
-        if not isinstance(data, dict) or not isinstance(data.get("choices"), list) or not data["choices"]:
-            raise CheckError("request-refused", f"an answer without choices: {words(answer.text)}")
+        data = as_dict(answer.json(), f"the answer of {path}")
+        choices = as_list(data.get("choices"), f"choices of {path}", 100)
+        if not choices:
+            raise CheckError("answer-malformed", f"an answer without choices: {words(answer.text)}")
         self._count(data.get("usage"))
-        choice = data["choices"][0]
-        return choice if isinstance(choice, dict) else {}
+        return as_dict(choices[0], f"the choice of {path}")
 
     def _count(self, usage: Any) -> int:
-        if not isinstance(usage, dict):
-            return 0
-        for key in self.usage:
-            self.usage[key] += int(usage.get(key) or 0)
-        return int(usage.get("completion_tokens") or 0)
+        """Add the tokens of an answer to `usage`; those of the answer itself. Raises BoundsError."""
+        counted = {} if usage is None else as_dict(usage, "usage")
+        tokens = {key: as_int(counted.get(key) or 0, f"usage.{key}", most=TOKENS) for key in self.usage}
+        for key, count in tokens.items():
+            self.usage[key] += count
+        return tokens["completion_tokens"]
 
     def chat(self) -> str:
         """/v1/chat/completions gives the expected answer."""
         choice = self._ask("/v1/chat/completions", self._chat_body(), "chat")
-        message = choice.get("message")
-        self.answer = str((message if isinstance(message, dict) else {}).get("content") or "").strip()
-        judge(self.answer, self.params["expect"])
-        return words(self.answer)
+        message = as_dict(choice.get("message"), "message")
+        said = as_str(message.get("content") or "", "message.content").strip()
+        self.answer = said[:SHOWN]
+        judge(said, self.params["expect"])
+        return words(said)
 
     def complete(self) -> str:
         """/v1/completions continues as expected."""
         body = self._body(prompt=self.params["prompt"], stop=STOP)
         body["max_tokens"] = min(self.params["max_tokens"], 12)
-        self.completion = str(self._ask("/v1/completions", body, "completion").get("text") or "").strip()
-        judge(self.completion, self.params["prompt_expect"])
-        return words(self.completion)
+        said = as_str(self._ask("/v1/completions", body, "completion").get("text") or "", "text").strip()
+        self.completion = said[:SHOWN]
+        judge(said, self.params["prompt_expect"])
+        return words(said)
 
     def stream(self) -> str:
         """A streamed chat is a well-formed event stream that ends in [DONE] and holds the expected answer."""
@@ -265,7 +267,7 @@ class Verification:
 
     def _counters(self) -> dict[str, float]:
         try:
-            answer = self.client.get("/metrics", LOOK_TIMEOUT)
+            answer = self.client.get("/metrics", LOOK_TIMEOUT, metrics.LIMIT)
         except HttpError as error:
             raise CheckError("counters-still", str(error)) from error
         if answer.status != 200:
@@ -319,8 +321,8 @@ class StreamReader:
             self._done = True
             return
         try:
-            chunk = json.loads(data)
-        except ValueError:
+            chunk = parse_json(data, "an event")
+        except BoundsError:
             raise CheckError("stream-broken", f"an event that is not JSON: {words(data)} ({self.so_far()})") from None
         if not isinstance(chunk, dict):
             raise CheckError("stream-broken", f"an event that is no object: {words(data)}")
@@ -329,8 +331,11 @@ class StreamReader:
         if chunk.get("object") != "chat.completion.chunk" or not isinstance(chunk.get("choices"), list):
             raise CheckError("stream-broken", f"an event that is no chat.completion.chunk: {words(data)}")
         if not chunk.get("id") or (self._id and chunk["id"] != self._id):
-            raise CheckError("stream-broken", f"expected the id {self._id or 'of the stream'}, got {chunk.get('id')}")
-        self._id = str(chunk["id"])
+            got = printable(str(chunk.get("id")), 80)
+            raise CheckError("stream-broken", f"expected the id {self._id or 'of the stream'}, got {got}")
+        if not isinstance(chunk["id"], str):
+            raise CheckError("stream-broken", f"an id that is no string: {words(str(chunk['id']))}")
+        self._id = chunk["id"]
         self.usage = chunk.get("usage") or self.usage
         for choice in chunk["choices"]:
             self._choice(choice if isinstance(choice, dict) else {})
@@ -341,12 +346,14 @@ class StreamReader:
             raise CheckError("stream-broken", f"a choice without delta: {words(json.dumps(choice))}")
         self._role = self._role or delta.get("role") == "assistant"
         text = delta.get("content") or ""
+        if not isinstance(text, str):
+            raise CheckError("stream-broken", f"content that is no string: {words(json.dumps(text))}")
         if self._finish and text:
-            raise CheckError("stream-broken", f"text after finish_reason: {words(str(text))}")
+            raise CheckError("stream-broken", f"text after finish_reason: {words(text)}")
         if text:
             self.last = time.monotonic()
             self.first = self.first or self.last
-            self.text += str(text)
+            self.text += text
             self.events += 1
         self._finish = str(choice.get("finish_reason") or self._finish)
 
