@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from ansible.module_utils.sparkfleet_host import bounded
 from ansible.module_utils.sparkfleet_host.cache import (
     manifest_path,
     model_state,
     repo_folder,
+    repo_of,
     resolve_commit,
     valid_repo,
     valid_revision,
@@ -44,6 +46,7 @@ def test_complete(cache: Path, revision: str) -> None:
         "bytes": 8,
         "total_bytes": 8,
         "missing": [],
+        "suspect": "",
         "path": str(cache / repo_folder(REPO) / "snapshots" / COMMIT),
     }
 
@@ -96,3 +99,24 @@ def test_bad_revisions(revision: str) -> None:
 def test_good_names() -> None:
     assert valid_repo("nvidia/Llama-3.1-8B-Instruct-FP8")
     assert all(valid_revision(name) for name in ("main", "refs/pr/1", "v1.0", COMMIT))
+
+
+@pytest.mark.parametrize("name", ["config.json", ".gitattributes", "a/b c.txt", "图.png", "x" * 255])
+def test_names_of_files_that_a_repository_may_have(name: str) -> None:
+    assert bounded.is_repository_path(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "/etc/passwd", "../x", "a/../b", "a//b", "a/", ".git/config", "a/.GIT/x", "a\\b", "a\nb", "x" * 256, 5, None,
+     "/".join("a" * 17), "\x1b[2J", ".", " a", "\udc80"],
+)  # fmt: skip
+def test_names_that_no_file_of_a_repository_has(name: object) -> None:
+    assert not bounded.is_repository_path(name)
+
+
+def test_a_folder_names_its_model() -> None:
+    assert repo_of(repo_folder("acme/tiny")) == "acme/tiny"
+    assert repo_of("models--gpt2") == "gpt2"
+    for name in ("datasets--a--b", "models--..--..", "models--a--b--c", "models--", "version.txt"):
+        assert repo_of(name) is None

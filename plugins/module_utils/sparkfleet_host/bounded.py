@@ -226,6 +226,27 @@ def relative_path(name: Any, what: str) -> str:
     return str(name)
 
 
+def is_repository_path(name: Any, parts: int = 16) -> bool:
+    """Whether `name` can be a file of a Git repository that is put into a folder: relative, at most `parts` names, none
+    of them `.`, `..` or `.git`, longer than 255 bytes, or with a backslash or a control character. Other than with
+    `is_relative_path`, hidden names (`.gitattributes`) and letters of any language pass."""
+    if not isinstance(name, str) or len(name) > 1024:
+        return False
+    names = name.split("/")
+    return len(names) <= parts and all(_is_repository_name(part) for part in names)
+
+
+def _is_repository_name(part: str) -> bool:
+    return (
+        0 < len(part.encode("utf-8", "replace")) <= 255
+        and part == part.strip()
+        and part.lower() not in (".", "..", ".git")
+        and "\\" not in part
+        and not _CONTROL.search(part)
+        and not any("\ud800" <= letter <= "\udfff" for letter in part)
+    )
+
+
 def matched(pattern: re.Pattern[str], value: Any, what: str) -> str:
     """`value`, which must match as a whole. Raises BoundsError."""
     if not isinstance(value, str) or len(value) > 4096 or not pattern.fullmatch(value):

@@ -1,30 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Hugging Face cache folder holds of a model, told from the disk alone.
+"""What a Hugging Face cache folder holds of a model, from the disk alone.
 
-A model is complete when the manifest that the download wrote last is there and every file it names lies in the
-snapshot with the size it names. The manifest is `CACHE/.sparkfleet/models--ORG--NAME/COMMIT.json`.
+A model is complete when the manifest that the download wrote last is there, every file it names lies in the snapshot
+with the size it names, and nobody has marked it suspect. Below `CACHE/.sparkfleet/models--ORG--NAME/`:
+
+    COMMIT.json           the manifest of a finished download
+    COMMIT.suspect.json   why its files are to be hashed before they are used again (see `mark_suspect`)
+    fetching.json         the list of a download that is under way
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import re
+import os
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-REPO = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-REVISION = re.compile(r"[A-Za-z0-9_][\w./+-]*")
-COMMIT = re.compile(r"[0-9a-f]{40}")
+from . import bounded
+from .bounded import COMMIT, REPO, REVISION, SHA256, BoundsError
+
+FOLDER = ".sparkfleet"
+MANIFEST_BYTES = 16 << 20
+MOST_FILES = 20_000
 
 
-def valid_repo(repo: str) -> bool:
+def valid_repo(repo: Any) -> bool:
     """Whether `repo` can be a Hub repository: ORG/NAME of letters, digits, `-`, `_` and `.`."""
-    return bool(REPO.fullmatch(repo)) and ".." not in repo and "--" not in repo
+    return isinstance(repo, str) and bool(REPO.fullmatch(repo)) and ".." not in repo and "--" not in repo
 
 
-def valid_revision(revision: str) -> bool:
+def valid_revision(revision: Any) -> bool:
     """Whether `revision` can be a branch, tag or commit (and stays within `refs/` as a path)."""
-    return bool(REVISION.fullmatch(revision)) and ".." not in revision and not revision.endswith("/")
+    return (
+        isinstance(revision, str)
+        and bool(REVISION.fullmatch(revision))
+        and ".." not in revision
+        and not revision.endswith("/")
+    )
 
 
 def repo_folder(repo: str) -> str:
@@ -32,9 +47,108 @@ def repo_folder(repo: str) -> str:
     return "--".join(("models", *repo.split("/")))
 
 
+def repo_of(folder: str) -> str | None:
+    """The model of a cache folder's name, None for another folder: the reverse of `repo_folder`."""
+    kind, _, name = folder.partition("--")
+    repo = name.replace("--", "/", 1)
+    return repo if kind == "models" and valid_repo(repo) and repo_folder(repo) == folder else None
+
+
 def manifest_path(cache_dir: str | Path, repo: str, commit: str) -> Path:
     """Where the manifest of a finished download lies."""
-    return Path(cache_dir) / ".sparkfleet" / repo_folder(repo) / f"{commit}.json"
+    return Path(cache_dir) / FOLDER / repo_folder(repo) / f"{commit}.json"
+
+
+def suspect_path(cache_dir: str | Path, repo: str, commit: str) -> Path:
+    """Where it lies that a model's files are to be hashed before they are used again."""
+    return manifest_path(cache_dir, repo, commit).with_name(f"{commit}.suspect.json")
+
+
+# -- manifests -------------------------------------------------------------------------------------------------------
+
+
+def check_listing(value: Any, what: str) -> dict[str, Any]:
+    """The list of a model's files from a Hub, a peer, a bundle or the disk: {"files": {name: {"size", "sha256" |
+    "sha1"}}, …}. Names, sizes and hashes are of the form they must have. Raises BoundsError, which names `what`."""
+    listing = bounded.as_dict(value, what)
+    files = bounded.as_dict(listing.get("files"), f"{what}: files")
+    if len(files) > MOST_FILES:
+        raise BoundsError(f"{what}: more than {MOST_FILES} files")
+    for name, item in files.items():
+        if not bounded.is_repository_path(name):
+            raise BoundsError(f"{what}: {bounded.printable(repr(name), 120)} cannot be a file's name")
+        entry = bounded.as_dict(item, f"{what}: {name}")
+        bounded.as_int(entry.get("size"), f"{what}: size of {name}")
+        if "sha256" in entry:
+            bounded.matched(SHA256, entry["sha256"], f"{what}: sha256 of {name}")
+        elif "sha1" in entry:
+            bounded.matched(COMMIT, entry["sha1"], f"{what}: sha1 of {name}")
+    for key, pattern in (("commit", COMMIT), ("repo", REPO), ("revision", REVISION)):
+        if key in listing:
+            bounded.matched(pattern, listing[key], f"{what}: {key}")
+    return listing
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest, checked, with `total_bytes` counted. Raises OSError and BoundsError."""
+    value = bounded.parse_json(bounded.read_file(path, MANIFEST_BYTES), str(path), MANIFEST_BYTES)
+    listing = check_listing(value, str(path))
+    return {**listing, "total_bytes": sum(entry["size"] for entry in listing["files"].values())}
+
+
+def finished(cache_dir: str | Path) -> Iterator[tuple[str, str]]:
+    """(repo, commit) of each manifest in a cache, damaged ones included, in order of their names."""
+    for path in sorted(Path(cache_dir, FOLDER).glob("models--*/*.json")):
+        repo, commit = repo_of(path.parent.name), path.name.removesuffix(".json")
+        if repo and COMMIT.fullmatch(commit):
+            yield repo, commit
+
+
+# -- suspicion -------------------------------------------------------------------------------------------------------
+
+
+def mark_suspect(cache_dir: str | Path, repo: str, commit: str, reason: str, files: Sequence[str] = ()) -> bool:
+    """Note that the files of a model are to be hashed before they are used again: the model then counts as not
+    complete, the next fetch hashes all of it and replaces what is damaged. False where it could not be noted (a
+    read-only cache, no such model). `files`: names that are known to be damaged."""
+    path = suspect_path(cache_dir, repo, commit)
+    note = {"reason": reason[:400], "files": list(files)[:1000], "at": int(time.time())}
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        # Root writes where others may: never through a link that one of them has put there.
+        if path.parent.resolve(strict=True) != Path(cache_dir).resolve() / FOLDER / repo_folder(repo):
+            return False
+        scratch.unlink(missing_ok=True)
+        handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            os.fchmod(handle, 0o644)
+            file.write(json.dumps(note) + "\n")
+        scratch.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        return False
+    return True
+
+
+def suspicion(cache_dir: str | Path, repo: str, commit: str) -> str:
+    """Why a model's files are to be hashed; "" for no reason."""
+    path = suspect_path(cache_dir, repo, commit)
+    try:
+        note = bounded.read_json(path)
+        return bounded.printable(str(note.get("reason") or "marked"), 400)
+    except FileNotFoundError:
+        return ""
+    except (OSError, BoundsError):
+        return "marked"  # that it is there is enough
+
+
+def clear_suspicion(cache_dir: str | Path, repo: str, commit: str) -> None:
+    """Forget the mark, once all files were hashed. Raises OSError."""
+    suspect_path(cache_dir, repo, commit).unlink(missing_ok=True)
+
+
+# -- state -----------------------------------------------------------------------------------------------------------
 
 
 def resolve_commit(cache_dir: str | Path, repo: str, revision: str) -> str | None:
@@ -42,8 +156,9 @@ def resolve_commit(cache_dir: str | Path, repo: str, revision: str) -> str | Non
     if COMMIT.fullmatch(revision):
         return revision
     try:
-        commit = (Path(cache_dir) / repo_folder(repo) / "refs" / revision).read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError):
+        data = bounded.read_file(Path(cache_dir) / repo_folder(repo) / "refs" / revision, 4096)
+        commit = data.decode("ascii").strip()
+    except (OSError, ValueError):
         return None
     return commit if COMMIT.fullmatch(commit) else None
 
@@ -53,7 +168,8 @@ def model_state(cache_dir: str | Path, repo: str, revision: str) -> dict[str, An
 
     commit: str | None; complete: bool; bytes: int, those of the model on this disk (all blobs, partial ones
     included, where there is no manifest yet); total_bytes: int | None as the manifest has it; missing: list[str],
-    files of the manifest that are absent or of another size; path: str | None of the snapshot, if it exists.
+    files of the manifest that are absent or of another size; suspect: str, why its files are to be hashed before they
+    are used again; path: str | None of the snapshot, if it exists.
     """
     commit = resolve_commit(cache_dir, repo, revision)
     folder = Path(cache_dir) / repo_folder(repo)
@@ -64,9 +180,13 @@ def model_state(cache_dir: str | Path, repo: str, revision: str) -> dict[str, An
         "bytes": 0,
         "total_bytes": None,
         "missing": [],
+        "suspect": suspicion(cache_dir, repo, commit) if commit else "",
         "path": str(snapshot) if snapshot and snapshot.is_dir() else None,
     }
-    manifest = _manifest(manifest_path(cache_dir, repo, commit)) if commit else None
+    try:
+        manifest = read_manifest(manifest_path(cache_dir, repo, commit or ""))
+    except (OSError, BoundsError):
+        manifest = None  # none, or damaged: as good as none, the download checks the files again
     if snapshot is None or manifest is None:
         state["bytes"] = _blob_bytes(folder)
         return state
@@ -77,17 +197,8 @@ def model_state(cache_dir: str | Path, repo: str, revision: str) -> dict[str, An
         else:
             state["missing"].append(name)
     state["total_bytes"] = manifest["total_bytes"]
-    state["complete"] = bool(manifest["files"]) and not state["missing"]
+    state["complete"] = bool(manifest["files"]) and not state["missing"] and not state["suspect"]
     return state
-
-
-def _manifest(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-        sizes = [int(entry["size"]) for entry in value["files"].values()]
-        return {"files": value["files"], "total_bytes": sum(sizes)}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None  # none, or broken: as good as none, the download checks the files again
 
 
 def _size(path: Path) -> int | None:

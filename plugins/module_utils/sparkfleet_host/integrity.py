@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the files of the models on a host still have the content that the Hub named.
+
+`sparkfleet_host.pyz integrity` hashes every model of a cache that was fetched to its end, at a bounded share of the
+disk's speed, and writes what it found to /var/lib/sparkfleet/integrity.json:
+
+    {"version": 1, "cache_dir", "began", "updated", "finished": bool,          Unix times
+     "models": {"ORG/NAME@COMMIT": {"repo", "commit", "checked", "files", "bytes", "seconds", "damaged": [name],
+                                    "missing": [name], "error": ""}}}
+
+A model with damaged files is marked suspect (see `cache.mark_suspect`), so that the next fetch replaces them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import os
+import stat
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import bounded
+from .bounded import BoundsError
+from .cache import finished, manifest_path, mark_suspect, read_manifest, repo_folder, valid_repo
+from .releases import STATE_DIR, write_json
+
+RESULT = f"{STATE_DIR}/integrity.json"
+VERSION = 1
+CHUNK = 4 << 20
+#: Of the time that passes; the rest is left to others.
+SHARE = 0.25
+LIST = "the manifest is damaged"
+SOUND, DAMAGED, USAGE, BUSY = 0, 1, 2, 3
+
+
+def verify_model(
+    cache_dir: str | Path,
+    repo: str,
+    commit: str,
+    share: float = SHARE,
+    rate: float = 0.0,
+    sleep: Callable[[float], Any] = time.sleep,
+    tick: Callable[[int], Any] = lambda size: None,
+) -> dict[str, Any]:
+    """Hash every file of a model's manifest.
+
+    `share`: of the time, that reading may take (0 < share <= 1); `rate`: bytes a second at most, 0 for no limit;
+    `tick` is called with the number of bytes that were read. What was read leaves the page cache again, unless the
+    file is in use: on a Spark the page cache is the GPU's memory.
+    Returns {"repo", "commit", "checked" (Unix time), "files", "bytes", "seconds", "damaged", "missing", "error"};
+    `error` is not "" where the manifest itself is missing, damaged, or was replaced meanwhile (a fetch ended).
+    """
+    began = time.monotonic()
+    found: dict[str, Any] = {
+        "repo": repo,
+        "commit": commit,
+        "checked": int(time.time()),
+        "files": 0,
+        "bytes": 0,
+        "seconds": 0.0,
+        "damaged": [],
+        "missing": [],
+        "error": "",
+    }
+    place = manifest_path(cache_dir, repo, commit)
+    try:
+        before = _identity(place)
+        manifest = read_manifest(place)
+    except FileNotFoundError:
+        found["error"] = f"{place}: there is no manifest"
+        return found
+    except (OSError, BoundsError) as error:
+        found["error"] = f"{LIST}: {error}"
+        return found
+    folder = Path(cache_dir, repo_folder(repo))
+    pace = _Pace(share, rate, sleep)
+
+    def count(size: int) -> None:
+        found["bytes"] += size
+        tick(size)
+        pace.after(size)
+
+    for name, entry in sorted(manifest["files"].items()):
+        found["files"] += 1
+        verdict = check_file(folder, folder / "snapshots" / commit / name, entry, count)
+        if verdict:
+            found[verdict].append(name)
+    with contextlib.suppress(OSError):
+        if _identity(place) == before:
+            before = None
+    if before is not None:
+        found.update(damaged=[], missing=[], error=f"{place} was replaced while its files were read")
+    found["seconds"] = round(time.monotonic() - began, 1)
+    return found
+
+
+def check_file(folder: Path, path: Path, entry: Mapping[str, Any], tick: Callable[[int], Any]) -> str:
+    """ "damaged", "missing" or "" for a file of a snapshot. `folder` is the model's; a link that leads out of it, like
+    anything but a regular file, counts as damaged. An entry without a hash is checked for its size alone."""
+    try:
+        real = path.resolve(strict=True)
+        if not real.is_relative_to(folder.resolve()):
+            return "damaged"
+        handle = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return "missing"
+    except (OSError, RuntimeError):  # RuntimeError: links in a circle, before Python 3.13
+        return "damaged"
+    with os.fdopen(handle, "rb", buffering=0) as file:
+        try:
+            about = os.fstat(handle)
+            if not stat.S_ISREG(about.st_mode) or about.st_size != entry["size"]:
+                return "damaged"
+            return "" if _hash(file.fileno(), entry, tick) else "damaged"
+        except OSError:
+            return "damaged"  # the disk cannot read it
+
+
+def _hash(handle: int, entry: Mapping[str, Any], tick: Callable[[int], Any]) -> bool:
+    size = int(entry["size"])
+    if "sha256" in entry:
+        sha, wanted = hashlib.sha256(), entry["sha256"]
+    elif "sha1" in entry:  # as Git names a file
+        sha, wanted = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False), entry["sha1"]
+    else:
+        return True
+    at = 0
+    while at < size and (chunk := os.pread(handle, min(CHUNK, size - at), at)):
+        sha.update(chunk)
+        # Only clean pages that nobody has mapped go.
+        os.posix_fadvise(handle, at, len(chunk), os.POSIX_FADV_DONTNEED)
+        at += len(chunk)
+        tick(len(chunk))
+    return at == size and sha.hexdigest() == wanted
+
+
+class _Pace:
+    """Sleeps so that reading takes no more than its share of the time and of the bytes a second."""
+
+    def __init__(self, share: float, rate: float, sleep: Callable[[float], Any]) -> None:
+        if not 0 < share <= 1 or not 0 <= rate < float("inf"):
+            raise ValueError(f"share {share} is not above 0 and up to 1, or rate {rate} is below 0")
+        self._share, self._rate, self._sleep = share, rate, sleep
+        self._since = time.monotonic()
+
+    def after(self, size: int) -> None:
+        took = time.monotonic() - self._since
+        pause = max(took / self._share - took, size / self._rate - took if self._rate else 0.0)
+        if pause > 0:
+            self._sleep(min(pause, 60.0))
+        self._since = time.monotonic()
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    about = path.stat()
+    return about.st_ino, about.st_mtime_ns, about.st_size
+
+
+# -- all models ------------------------------------------------------------------------------------------------------
+
+
+def verify_all(
+    cache_dir: str | Path,
+    result: Path,
+    wanted: Sequence[tuple[str, str]] | None = None,
+    share: float = SHARE,
+    rate: float = 0.0,
+    say: Callable[[str], Any] = print,
+) -> dict[str, Any]:
+    """Hash the models of a cache (`wanted`: some of them, as (repo, commit)), write `result` after each, and mark those
+    with damage. What `result` says of models that are still there and were not hashed this time is kept. Raises OSError
+    where the result cannot be written."""
+    present = list(finished(cache_dir))
+    chosen = present if wanted is None else list(wanted)
+    old = read_result(result).get("models", {})
+    told: dict[str, Any] = {
+        "version": VERSION,
+        "cache_dir": str(cache_dir),
+        "began": int(time.time()),
+        "updated": int(time.time()),
+        "finished": False,
+        "models": {key: old[key] for key in (f"{repo}@{commit}" for repo, commit in present) if key in old},
+    }
+    for repo, commit in chosen:
+        found = verify_model(cache_dir, repo, commit, share, rate)
+        wrong = [*found["damaged"], *found["missing"]]
+        if wrong:
+            reason = f"{len(wrong)} of its files are damaged or missing, such as {wrong[0]}"
+            mark_suspect(cache_dir, repo, commit, reason, wrong)
+        told["models"][f"{repo}@{commit}"] = found
+        told["updated"] = int(time.time())
+        write_json(result, told)
+        state = found["error"] or (f"damaged or missing: {', '.join(wrong[:5])}" if wrong else "sound")
+        say(f"{repo}@{commit[:12]}: {found['files']} files, {found['bytes'] / 1e9:.2f} GB: {state}")
+    told["finished"] = True
+    write_json(result, told)
+    return told
+
+
+def read_result(path: str | Path = RESULT) -> dict[str, Any]:
+    """What the last check wrote, of the form in this module's docstring; {} where there is nothing that can be read
+    (a damaged file is set aside)."""
+    place = Path(path)
+    try:
+        value = bounded.read_json(place)
+        if bounded.as_int(value.get("version"), "version") != VERSION:
+            raise BoundsError(f"{place}: of another version")
+        models = bounded.as_dict(value.get("models"), f"{place}: models")
+        for key, entry in models.items():
+            found = bounded.as_dict(entry, f"{place}: {key}")
+            for name in ("damaged", "missing"):
+                for item in bounded.as_list(found.get(name), f"{place}: {name}"):
+                    bounded.as_str(item, f"{place}: {name}")
+            for name in ("repo", "commit", "error"):
+                bounded.as_str(found.get(name), f"{place}: {name}")
+            bounded.as_int(found.get("checked"), f"{place}: checked")
+    except OSError:
+        return {}
+    except BoundsError:
+        bounded.set_aside(place)
+        return {}
+    return value
+
+
+def damaged(result: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
+    """(repo, commit, names) of each model with damaged or missing files in what `read_result` returns."""
+    found = []
+    for entry in (result.get("models") or {}).values():
+        names = [*entry["damaged"], *entry["missing"], *(["its manifest"] if entry["error"].startswith(LIST) else [])]
+        if names:
+            found.append((str(entry["repo"]), str(entry["commit"]), names))
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
+    """`integrity [--cache-dir D] [--model ORG/NAME@COMMIT]… [--share F] [--rate BYTES] [--result FILE]`. The exit code:
+    0 sound, 1 something is damaged, 2 usage, 3 another one runs."""
+    parser = argparse.ArgumentParser(prog="sparkfleet_host.pyz integrity")
+    parser.add_argument("--cache-dir", default="/opt/hf")
+    parser.add_argument("--model", action="append", default=None, metavar="ORG/NAME@COMMIT")
+    parser.add_argument("--share", type=float, default=SHARE, help="of the time that reading may take")
+    parser.add_argument("--rate", type=float, default=0.0, help="bytes a second at most; 0: no limit")
+    parser.add_argument("--result", default=RESULT)
+    given = parser.parse_args(list(argv))
+    wanted = None
+    if given.model is not None:
+        wanted = [(name.partition("@")[0], name.partition("@")[2]) for name in given.model]
+        for (repo, commit), name in zip(wanted, given.model, strict=True):
+            if not valid_repo(repo) or not bounded.COMMIT.fullmatch(commit):
+                print(f"{bounded.printable(name, 80)!r} is not ORG/NAME@COMMIT", file=sys.stderr)
+                return USAGE
+    if not 0 < given.share <= 1 or not 0 <= given.rate < float("inf"):
+        print("--share is above 0 and up to 1, --rate 0 or more", file=sys.stderr)
+        return USAGE
+    result = Path(given.result)
+    try:
+        result.parent.mkdir(parents=True, exist_ok=True)
+        with result.with_name(f"{result.name}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print("another check of this host's models runs", file=sys.stderr)
+                return BUSY
+            told = verify_all(given.cache_dir, result, wanted, given.share, given.rate)
+    except OSError as error:
+        print(f"{result}: {error}", file=sys.stderr)
+        return USAGE
+    return DAMAGED if damaged(told) else SOUND
