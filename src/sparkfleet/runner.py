@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import getpass
+import json
 import os
 import re
+import select
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,8 @@ from sparkfleet import SparkfleetError
 from sparkfleet.progress import Board, phase_of
 
 ROOT = Path(__file__).resolve().parents[2]
+#: Name of the only run in a folder of ansible-runner.
+IDENT = "run"
 #: Exit codes, the gravest that any host has; 1 and 2 as everywhere.
 OK, INTERNAL, BAD_INPUT, REFUSED, DRIFT, RESTORED, DOWN, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 7, 130
 #: Result of a host -> exit code.
@@ -69,7 +75,10 @@ class Host:
 
 class Collector:
     """Makes results of events. `show` gets (host or "", line) of what is worth showing as it happens; `board` is told
-    how far each host is; `log` gets all of it as plain data."""
+    how far each host is; `log` gets all of it as plain data.
+
+    A Spark may be called localhost (inventory/local). Only in a play of `hosts: localhost` is that the controller.
+    """
 
     def __init__(
         self,
@@ -88,13 +97,14 @@ class Collector:
         kind = str(event.get("event"))
         data = event.get("event_data") or {}
         host = str(data.get("host") or "")
+        of_controller = host == "localhost" and data.get("play_pattern", "localhost") == "localhost"
         if kind == "verbose":
             self._lines(_ANSI.sub("", str(event.get("stdout") or "")))
-        elif kind == "runner_on_start" and host != "localhost":
+        elif kind == "runner_on_start" and not of_controller:
             self.board.task(host, data)
-        elif kind == "runner_on_skipped" and host != "localhost":
+        elif kind == "runner_on_skipped" and not of_controller:
             self.board.skip(host)
-        elif kind in ("runner_on_ok", "runner_on_failed", "runner_on_unreachable") and host != "localhost":
+        elif kind in ("runner_on_ok", "runner_on_failed", "runner_on_unreachable") and not of_controller:
             self._result(kind, self._host(host), data)
         elif kind == "runner_on_ok" and data.get("task_action") == "rollout_schedule":
             self.board.schedule(data.get("res") or {})
@@ -104,7 +114,7 @@ class Collector:
             self.log({"event": "play", "play": str(data.get("play"))})
             self.board.play()
         elif kind == "playbook_on_stats":
-            self._end([host for host in data.get("processed") or {} if host != "localhost"])
+            self._end([host for host in data.get("processed") or {} if host != "localhost" or host in self.hosts])
 
     def _end(self, processed: Sequence[str]) -> None:
         for name in processed:
@@ -221,38 +231,102 @@ def run(verb: str, inventory: str, arguments: Sequence[str], collector: Collecto
 
     def take(event: Mapping[str, Any]) -> bool:
         collector.take(event)
-        return True
+        return False  # nothing of it is to be kept
 
     passwords = {r"BECOME password[^:]*:\s*$": become_password()} if "--ask-become-pass" in arguments else None
-    folder = Path(tempfile.mkdtemp(prefix="sparkfleet-"))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        done = ansible_runner.interface.run(
-            private_data_dir=str(folder),
-            project_dir=str(ROOT),
-            playbook=str(playbook(verb)),
-            inventory=str(place),
-            cmdline=" ".join(_quoted(word) for word in arguments) or None,
-            passwords=passwords,
-            envvars={"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "0"},
-            # Nothing of the environment (it may hold HF_TOKEN) is written down.
-            settings={
-                "suppress_env_files": True,
-                "suppress_ansible_output": True,
-                "pexpect_use_poll": True,
-                "pexpect_timeout": 0.5,
-            },
-            quiet=True,
-            event_handler=take,
-        )
-    except ansible_runner.exceptions.AnsibleRunnerException as error:
-        raise SparkfleetError(str(error)) from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _restore(handlers)
+    with _private_folder() as folder:
+        try:
+            done = ansible_runner.interface.run(
+                private_data_dir=str(folder),
+                ident=IDENT,
+                project_dir=str(ROOT),
+                playbook=str(playbook(verb)),
+                inventory=str(place),
+                cmdline=" ".join(_quoted(word) for word in arguments) or None,
+                passwords=passwords,
+                envvars=_environment(),
+                suppress_env_files=True,
+                fact_cache_type="none",
+                quiet=True,
+                event_handler=take,
+            )
+        except (ansible_runner.exceptions.AnsibleRunnerException, OSError) as error:
+            raise SparkfleetError(f"ansible-runner cannot start ansible-playbook: {error}") from None
+        finally:
+            _restore(handlers)
     if done.status == "canceled":
         raise KeyboardInterrupt
     return collector.code(int(done.rc or 0))
+
+
+def _environment() -> dict[str, str]:
+    """What ansible-playbook gets beside our own environment.
+
+    ansible-runner switches the check of host keys off unless it is told otherwise. Here it is always on, whatever
+    the environment says: a connection stays open for the runs after it (ControlPersist), which must be able to trust
+    that its host was verified. Programs beside our Python are found without an activated environment.
+    """
+    programs = Path(sys.executable).parent
+    path = os.environ.get("PATH", os.defpath)
+    return {
+        "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+        "ANSIBLE_FORCE_COLOR": "0",
+        "ANSIBLE_HOST_KEY_CHECKING": "True",
+        "PATH": f"{programs}{os.pathsep}{path}" if (programs / "ansible-playbook").exists() else path,
+    }
+
+
+@contextlib.contextmanager
+def _private_folder() -> Iterator[Path]:
+    """ansible-runner's folder for a run, in memory where the system offers that, removed afterwards.
+
+    Nothing in it holds a secret, so that nothing is left when this process is killed: values that ansible-runner
+    would write into `env` are passed as arguments (`suppress_env_files`), except for its settings, which it reads from
+    there alone; its file `command`, with the whole environment and command line, is a pipe that is read and forgotten.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="sparkfleet-", dir=_memory_folder()))
+    (folder / "env").mkdir()
+    settings = {
+        "suppress_ansible_output": True,
+        "suppress_output_file": True,
+        "pexpect_use_poll": True,
+        "pexpect_timeout": 0.5,
+    }
+    (folder / "env" / "settings").write_text(json.dumps(settings), encoding="utf-8")
+    artifacts = folder / "artifacts" / IDENT
+    artifacts.mkdir(mode=0o700, parents=True)
+    os.mkfifo(artifacts / "command", 0o600)
+    pipe = os.open(artifacts / "command", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    over = threading.Event()
+    reader = threading.Thread(target=_forget, args=(pipe, over), daemon=True)
+    reader.start()
+    try:
+        yield folder
+    finally:
+        over.set()
+        reader.join()
+        os.close(pipe)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _forget(pipe: int, over: threading.Event) -> None:
+    """Read a pipe until its writer closes it."""
+    written = False
+    while not over.is_set():
+        if select.select([pipe], [], [], 0.1)[0]:
+            data = os.read(pipe, 1 << 16)
+            written |= bool(data)
+            if not data and written:
+                return
+
+
+def _memory_folder() -> str | None:
+    """A folder of a file system in memory that this user can write; None where there is none."""
+    for name in (os.environ.get("XDG_RUNTIME_DIR", ""), "/dev/shm"):  # noqa: S108  mkdtemp makes a folder of its own
+        if name and Path(name).is_dir() and os.access(name, os.W_OK | os.X_OK):
+            return name
+    return None
 
 
 def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
