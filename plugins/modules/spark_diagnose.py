@@ -48,6 +48,7 @@ from ansible.module_utils.sparkfleet_host import engine
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError
 from ansible.module_utils.sparkfleet_host.http import KEY_FILE
 from ansible.module_utils.sparkfleet_host.memory import memory_state
+from ansible.module_utils.sparkfleet_host.redaction import redacted
 from ansible.module_utils.sparkfleet_host.releases import Store, read_json
 from ansible.module_utils.sparkfleet_host.status import look
 from ansible.module_utils.sparkfleet_host.switch import verify_params
@@ -172,8 +173,8 @@ def main() -> None:
     facts = collect(module.params)
     for path in (module.params["token_file"], KEY_FILE):
         with contextlib.suppress(OSError):
-            facts = engine.redacted(facts, Path(path).read_text(encoding="utf-8").strip())
-    module.exit_json(changed=False, facts=engine.redacted(facts))
+            facts = redacted(facts, Path(path).read_text(encoding="utf-8").strip())
+    module.exit_json(changed=False, facts=redacted(facts))
 
 
 if __name__ == "__main__":

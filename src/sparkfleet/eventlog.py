@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from sparkfleet_host import redaction
+
 from sparkfleet import SparkfleetError, controller
 
 #: Verbs that change hosts.
@@ -19,11 +21,6 @@ MUTATING = frozenset(
 )
 FOLDER = Path(".sparkfleet") / "events"
 _SECRET_NAME = re.compile(r"token|key|passw|secret", re.IGNORECASE)
-_SECRETS = (
-    re.compile(r"()\b(?:hf|nvapi|sk|ghp|glpat)[_-][A-Za-z0-9_-]{8,}"),
-    re.compile(r"(\b(?:bearer|basic)\s+)[A-Za-z0-9+/=._~-]{8,}", re.IGNORECASE),
-    re.compile(r"(\w+://[^\s/:@]+:)[^\s/@]+(?=@)"),  # http://user:password@proxy
-)
 
 
 class EventLog:
@@ -41,15 +38,7 @@ class EventLog:
 
     def redacted(self, data: Any) -> Any:
         """The same data without secrets."""
-        if isinstance(data, str):
-            for secret in self.secrets:
-                data = data.replace(secret, "***")
-            for pattern in _SECRETS:
-                data = pattern.sub(lambda found: f"{found[1]}***", data)
-            return data
-        if isinstance(data, dict):
-            return {key: self.redacted(value) for key, value in data.items()}
-        return [self.redacted(value) for value in data] if isinstance(data, list | tuple) else data
+        return redaction.redacted(data, *self.secrets)
 
 
 @contextlib.contextmanager
@@ -87,8 +76,18 @@ def _secrets(extra: Sequence[str]) -> list[str]:
     """Values that are written nowhere: the token of the environment, and variables that are called like a secret."""
     found = [os.environ.get("HF_TOKEN", "")]
     for words in extra:
-        found += [str(value) for name, value in _pairs(words).items() if _SECRET_NAME.search(name)]
-    return [value for value in found if len(value) >= 6]
+        for name, value in _pairs(words).items():
+            if _SECRET_NAME.search(name):
+                found += _texts(value)
+    return found
+
+
+def _texts(value: Any) -> list[str]:
+    """Every value in a variable that may be a list or an object, as text."""
+    if isinstance(value, dict | list):
+        items = value.values() if isinstance(value, dict) else value
+        return [text for item in items for text in _texts(item)]
+    return [str(value)]
 
 
 def _pairs(words: str) -> dict[str, Any]:

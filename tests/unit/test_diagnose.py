@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible.module_utils.sparkfleet_host.engine import redact, redacted
+from ansible.module_utils.sparkfleet_host.redaction import redact, redacted
 
 from sparkfleet import diagnose, failures
 from sparkfleet.diagnose import findings, page

@@ -17,6 +17,7 @@ from urllib.parse import quote, urlencode
 
 from .docker import Docker
 from .http import Client, HttpError
+from .redaction import redact
 
 POLL = 0.25  # seconds between two looks
 HEALTH_TIMEOUT = 2.0  # seconds
@@ -38,35 +39,6 @@ def just_before(stamp: str) -> str:
     """A second before a start: Docker notes it when the first lines may be written already. "" for no time."""
     seconds, _ = instant(stamp)
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds - 1)) if seconds else ""
-
-
-_SECRETS = (
-    re.compile(r"()\b(?:hf|nvapi|sk|ghp|glpat)[_-][A-Za-z0-9_-]{8,}"),
-    # vLLM prints its arguments (vllm issue 52523).
-    re.compile(
-        r"""((?:api[_-]?key|password|secret)['"]?\s*[:= ]\s*)(?:\[[^\]]*\]|'[^']*'|"[^"]*"|[^\s,]+)""", re.IGNORECASE
-    ),
-    re.compile(r"((?:authorization['\"]?\s*[:=]\s*)?['\"]?(?:bearer|basic)\s+)[A-Za-z0-9+/=._~-]{8,}", re.IGNORECASE),
-    re.compile(r"(\w+://[^\s/:@]+:)[^\s/@]+(?=@)"),  # http://user:password@proxy
-)
-
-
-def redact(line: str, token: str = "") -> str:
-    """A line without tokens, keys and passwords; `token` is removed wherever it stands."""
-    for pattern in _SECRETS:
-        line = pattern.sub(lambda found: f"{found[1]}***", line)
-    return line.replace(token, "***") if len(token) >= 8 else line
-
-
-def redacted(data: Any, token: str = "") -> Any:
-    """The same data with every string redacted."""
-    if isinstance(data, str):
-        return redact(data, token)
-    if isinstance(data, dict):
-        return {key: redacted(value, token) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [redacted(value, token) for value in data]
-    return data
 
 
 def look(docker: Docker, name: str) -> dict[str, Any]:

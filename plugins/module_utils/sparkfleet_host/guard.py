@@ -24,6 +24,7 @@ from . import engine, memory, switch
 from .docker import Docker, DockerError, DockerUnavailable
 from .engine import EngineError
 from .http import HttpError, engine_client
+from .redaction import redact
 from .releases import PROJECT_DIR, STATE_DIR, ReleaseError, Store, read_json, write_json, write_text
 
 SETTINGS_FILE = "/etc/sparkfleet/guard.json"
@@ -493,7 +494,7 @@ class Watcher:
         if self.guard.given_up is not None and "log" not in self.guard.given_up:
             found = engine.look(self.docker, self._name)
             lines = engine.read_log(self.docker, self._name, "", found["tty"], LOG_LINES)
-            self.guard.given_up["log"] = [engine.redact(line) for line in lines]
+            self.guard.given_up["log"] = [redact(line) for line in lines]
             self.say(f"{self._name}: giving up: {action.detail}; it stays stopped until it is deployed or started")
             for line in self.guard.given_up["log"][-10:]:
                 self.say(f"  {line}")

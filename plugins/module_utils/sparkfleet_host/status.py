@@ -12,6 +12,7 @@ from . import engine
 from .docker import Docker, DockerError
 from .guard import figures
 from .http import Client, HttpError, engine_client
+from .redaction import redact
 from .releases import ReleaseError, Store, read_json
 
 LOOK_SECONDS = 5.0
@@ -88,7 +89,7 @@ def look(store: Store, docker: Docker, log_lines: int) -> dict[str, Any]:
             if log_lines:
                 seen = engine.look(docker, lock["service"])
                 lines = engine.read_log(docker, lock["service"], "", seen["tty"], log_lines)
-                found["log"] = [engine.redact(line) for line in lines]
+                found["log"] = [redact(line) for line in lines]
             if found["healthy"]:
                 found["figures"] = figures(client.get("/metrics", LOOK_SECONDS).text)
                 found["tokens_per_second"] = pace(client, found["figures"])

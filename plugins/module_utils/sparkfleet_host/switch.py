@@ -23,6 +23,7 @@ from . import engine, memory
 from .docker import Docker, DockerError, DockerUnavailable
 from .engine import EngineError
 from .http import Client, HttpError, engine_client
+from .redaction import redact
 from .releases import PROJECT_DIR, STATE_DIR, ReleaseError, Store
 from .verify import verify
 
@@ -269,7 +270,7 @@ class Switch:
             "restart_count": merged.get("restart_count", 0),
             "docker_error": merged.get("docker_error") or merged.get("error", ""),
             **{key: merged[key] for key in ("failure", "checks", "answer") if key in merged},
-            "log": [engine.redact(line) for line in log[-LOG_LINES:]],
+            "log": [redact(line) for line in log[-LOG_LINES:]],
         }
 
     def patiently(self, action: Callable[[], None]) -> None:
