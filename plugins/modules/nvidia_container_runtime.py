@@ -9,7 +9,9 @@ module: nvidia_container_runtime
 short_description: Makes nvidia a runtime of Docker, with nvidia-ctk
 description:
   - Runs C(nvidia-ctk runtime configure --runtime=docker) where the configuration lacks the runtime. Everything else
-    in the file stays as it is. Docker has to be restarted after a change.
+    in the file stays as it is.
+  - Says whether the Docker that runs still lacks the runtime, so that a restart which a failed run did not come to is
+    made by the next one.
 options:
   config: {description: Docker's configuration., type: path, default: /etc/docker/daemon.json}
 author: ["The Sparkfleet developers"]
@@ -21,11 +23,21 @@ attributes:
 EXAMPLES = r"""
 - name: Make nvidia a runtime of Docker
   nvidia_container_runtime:
-  notify: Restart Docker
+  register: runtime
+
+- name: Restart Docker, which runs without it
+  ansible.builtin.systemd_service:
+    name: docker.service
+    state: restarted
+  when: runtime.restart_docker
 """
 
 RETURN = r"""
 config: {description: The file., returned: always, type: str}
+restart_docker:
+  description: Whether a Docker engine runs that does not know the runtime. In check mode, whether it would be so.
+  returned: always
+  type: bool
 """
 
 import json
@@ -33,6 +45,9 @@ import shutil
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError
+
+ENGINE_SECONDS = 10
 
 
 def configured(text: str) -> bool:
@@ -41,6 +56,14 @@ def configured(text: str) -> bool:
     if not isinstance(data, dict):
         raise ValueError("not a JSON object")
     return "nvidia" in (data.get("runtimes") or {})
+
+
+def engine_lacks_it() -> bool:
+    """Whether a Docker engine answers that was started without the runtime; one that does not run lacks nothing."""
+    try:
+        return "nvidia" not in (Docker(timeout=ENGINE_SECONDS).info().get("Runtimes") or {})
+    except (DockerError, OSError):
+        return False
 
 
 def main() -> None:
@@ -74,6 +97,7 @@ def main() -> None:
     module.exit_json(
         changed=changed,
         config=str(path),
+        restart_docker=engine_lacks_it(),
         diff={"before": before, "after": after, "before_header": str(path), "after_header": str(path)},
     )
 

@@ -86,7 +86,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,7 @@ from ansible.module_utils.sparkfleet_host.releases import STATE_DIR, Store, read
 
 PROBE_SECONDS = 10
 REACH_SECONDS = 5
+GUARD_UNIT = Path("/etc/systemd/system/sparkfleet-guard.service")
 
 
 def run(*argv: str) -> str | None:
@@ -296,8 +297,24 @@ def registry_access(image: str, proxy: str = "", no_proxy: str = "", seconds: fl
         return {**found, "error": str(reason), "failure": failure}
 
 
-def docker_engine(project: str, image: str) -> dict[str, Any]:
-    """Engine, Compose plugin, runtimes, the image, and every container with its published ports."""
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+
+
+def service_environment(unit: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Variables of the environment that the main process of a unit was started with; "" for what it lacks, or does not
+    run. Read from the process, since a unit's files may be newer than it."""
+    pid = run("systemctl", "show", "--property=MainPID", "--value", unit) or "0"
+    try:
+        pairs = Path(f"/proc/{int(pid)}/environ").read_bytes().decode("utf-8", "replace").split("\0")
+    except (OSError, ValueError):
+        pairs = []
+    found = dict(pair.partition("=")[::2] for pair in pairs)
+    return tuple(found.get(name, "") for name in names)
+
+
+def docker_engine(project: str, image: str, proxy: str = "", no_proxy: str = "") -> dict[str, Any]:
+    """Engine, Compose plugin, runtimes, the image, and every container with its published ports; `proxy_current`:
+    whether the engine that runs has this proxy (true where none is wanted)."""
     found: dict[str, Any] = {
         "installed": shutil.which("dockerd") is not None and shutil.which("docker") is not None,
         "running": False,
@@ -314,6 +331,7 @@ def docker_engine(project: str, image: str) -> dict[str, Any]:
             proxy=info.get("HttpsProxy") or info.get("HttpProxy") or "",
             no_proxy=info.get("NoProxy") or "",
         )
+        found["proxy_current"] = not proxy or service_environment("docker.service", PROXIES) == (proxy, proxy, no_proxy)
         known = docker.image(image)
         found["image"] = known and {
             "id": known["Id"],
@@ -409,13 +427,19 @@ def read_text(path: Path) -> str | None:
 
 
 def guard() -> dict[str, Any]:
-    """The guard's unit and settings, and what it says of the engine."""
-    installed = Path("/etc/systemd/system/sparkfleet-guard.service").exists()
+    """The guard's unit and settings, the program that the unit names (SHA-256), whether the process that runs was
+    started from this unit, and what the guard says of the engine."""
+    file = read_text(GUARD_UNIT)
+    installed = file is not None
+    written = dict(re.findall(r"^Environment=(SPARKFLEET_\w+)=(\w+)$", file or "", re.M))
+    (runs,) = service_environment("sparkfleet-guard.service", ["SPARKFLEET_GENERATION"]) if installed else ("",)
     unit = unit_state("sparkfleet-guard.service") if installed else {}
     return {
         "installed": installed,
         "active": unit.get("ActiveState") == "active",
         "enabled": unit.get("UnitFileState") == "enabled",
+        "program": written.get("SPARKFLEET_PROGRAM", ""),
+        "current": runs == written.get("SPARKFLEET_GENERATION", ""),
         "settings": read_json(Path("/etc/sparkfleet/guard.json")),
         "state": read_json(Path(STATE_DIR) / "guard-state.json"),
     }
@@ -442,7 +466,7 @@ def look(params: dict[str, Any]) -> dict[str, Any]:
     stored = read_text(Path(params["token_file"])) or ""
     with ThreadPoolExecutor(max_workers=4) as pool:
         graphics = pool.submit(gpu)
-        engine = pool.submit(docker_engine, params["project"], params["image"])
+        engine = pool.submit(docker_engine, params["project"], params["image"], params["proxy"], params["no_proxy"])
         health = pool.submit(healthy, params["port"])
         store = Store(params["project_dir"])
         served = pool.submit(status, store) if params["status"] else None

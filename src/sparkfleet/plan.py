@@ -54,12 +54,15 @@ def make(target: Target, state: State) -> dict[str, Any]:
             "needed": any(work.reasons for work in (docker, toolkit, cache, hygiene, program, guard)),
             "docker": docker.reasons,
             "install_docker": not state["docker"]["installed"],
+            "restart_docker": stale_proxy(target, state),
             "toolkit": toolkit.reasons,
             "cache": cache.reasons,
             "memory": hygiene.reasons,
             "host_program": program.reasons,
             "guard": guard.reasons,
             "guard_settings": guard_settings(target),
+            "program": target.settings.host_program,
+            "restart_guard": stale_guard(target, state),
             "packages": bool(installs),
         },
         "fetch": {
@@ -82,8 +85,8 @@ def prepare(target: Target, state: State) -> tuple[Work, Work, Work, Work, Work,
     docker.add(not engine["installed"], "install Docker")
     docker.add(engine["installed"] and not engine["running"], f"start Docker ({engine.get('reason', 'stopped')})")
     docker.add(
-        settings.proxy and engine["running"] and engine["proxy"] != settings.proxy,
-        f"let Docker use the proxy {settings.proxy} and restart it",
+        stale_proxy(target, state),
+        f"let Docker use the proxy {settings.proxy.rpartition('@')[2]} and restart it",
     )
     docker.add(not state["operator"]["in_docker_group"], f"put {settings.operator} into the group docker")
 
@@ -132,12 +135,29 @@ def prepare(target: Target, state: State) -> tuple[Work, Work, Work, Work, Work,
     guard, there = Work(), state["guard"]
     if settings.guard:
         guard.add(not there["installed"], "install the guard")
-        guard.add(there["installed"] and program.reasons, "restart the guard with its new program")
+        guard.add(
+            there["installed"] and (program.reasons or there["program"] != settings.host_program),
+            "restart the guard with its new program",
+        )
+        guard.add(stale_guard(target, state), "restart the guard: it is older than its unit or settings")
         guard.add(there["installed"] and there["settings"] != guard_settings(target), "change the guard's settings")
         guard.add(there["installed"] and not (there["active"] and there["enabled"]), "start the guard, now and at boot")
     else:
         guard.add(there["active"] or there["enabled"], "stop the guard")
     return docker, toolkit, cache, hygiene, program, guard
+
+
+def stale_proxy(target: Target, state: State) -> bool:
+    """Whether the Docker that runs has another proxy than it should. Its files may be right already: a run that fails
+    before it restarts Docker leaves it so."""
+    engine = state["docker"]
+    return bool(target.settings.proxy and engine["running"] and not engine["proxy_current"])
+
+
+def stale_guard(target: Target, state: State) -> bool:
+    """Whether a guard runs that was started before its unit was last written."""
+    there = state["guard"]
+    return bool(target.settings.guard and there["installed"] and there["active"] and not there["current"])
 
 
 def packages(target: Target, state: State) -> list[str]:

@@ -23,7 +23,7 @@ SUPPORTED_MACHINES = ("aarch64", "x86_64")
 ARCHITECTURES = {"aarch64": "arm64", "x86_64": "amd64"}
 #: CUDA 13, which the first image for the GB10 has, came with this driver.
 MINIMUM_DRIVER = (580,)
-#: community.docker.docker_compose_v2 asks for this Compose; the engine is the first with the GPU request we use.
+#: The first Compose that is tested here; the engine is the first with the GPU request we use.
 MINIMUM_COMPOSE = (2, 18)
 MINIMUM_ENGINE = (20, 10)
 #: The first with `nvidia-ctk runtime configure`.

@@ -16,7 +16,10 @@ import pytest
 import release_stage
 import secret_file
 import stop_services
+from ansible.module_utils.sparkfleet_host.docker import Docker
 from ansible.module_utils.testing import patch_module_args
+
+from tests.unit.fake_engine import Engine
 
 Run = Callable[..., dict[str, Any]]
 
@@ -127,6 +130,22 @@ def test_nvidia_runtime(tmp_path: Path, run: Run, command: Any) -> None:
     data = json.loads(config.read_text(encoding="utf-8"))
     assert data["log-driver"] == "journald" and "nvidia" in data["runtimes"]
     assert not run(nvidia_container_runtime, config=config)["changed"]
+
+
+def test_a_docker_that_runs_without_the_runtime_is_restarted(
+    tmp_path: Path, run: Run, command: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by a run that finds the file right: the one that wrote it may have failed before it restarted Docker."""
+    command("nvidia-ctk", NVIDIA_CTK)
+    monkeypatch.setattr(nvidia_container_runtime, "Docker", lambda timeout: Docker(str(engine.server_address), timeout))
+    config = tmp_path / "daemon.json"
+    config.write_text('{"runtimes": {"nvidia": {}}}', encoding="utf-8")
+    for runtimes, restart in (({"runc": {}}, True), ({"nvidia": {}}, False), (None, True)):
+        engine.routes["GET", "/info"] = {"Runtimes": runtimes}
+        result = run(nvidia_container_runtime, config=config)
+        assert not result["changed"] and result["restart_docker"] is restart
+    monkeypatch.setattr(nvidia_container_runtime, "Docker", lambda timeout: Docker(str(tmp_path / "none"), timeout))
+    assert not run(nvidia_container_runtime, config=config)["restart_docker"]
 
 
 def test_nvidia_runtime_before_the_toolkit_is_there(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,10 @@ def bare() -> State:
             "switch_compose": None,
         },
         "host_program": "",
-        "guard": {"installed": False, "active": False, "enabled": False, "settings": None, "state": None},
+        "guard": {
+            **dict.fromkeys(("installed", "active", "enabled", "current"), False),
+            **{"program": "", "settings": None, "state": None},
+        },
         "listener": None,
         "healthy": False,
     }
@@ -74,6 +77,7 @@ def prepared() -> State:
         "runtimes": ["nvidia", "runc"],
         "proxy": "",
         "no_proxy": "",
+        "proxy_current": True,
         "image": None,
         "containers": [],
     }
@@ -81,7 +85,8 @@ def prepared() -> State:
     state["memory"]["earlyoom"] = {"installed": True, "active": True, "enabled": True, "arguments": ""}
     state["operator"]["in_docker_group"] = True
     state["cache"] = {"owner": "root", "group": "docker", "mode": "2775", "directory": True}
-    state["guard"].update(installed=True, active=True, enabled=True, settings={"project_dir": "/opt/sparkfleet"})
+    state["guard"].update(installed=True, active=True, enabled=True, current=True)
+    state["guard"]["settings"] = {"project_dir": "/opt/sparkfleet"}
     state["project_dir"] = {"owner": "root", "group": "root", "mode": "0755", "directory": True}
     state["token"] = {"present": True, "private": True, "current": True}
     return state
@@ -348,7 +353,12 @@ def test_the_guard_is_installed_changed_and_stopped() -> None:
     assert reasons(state, guard_settings={"wedge_seconds": 60.0}) == ["change the guard's settings"]
     assert reasons(state, host_program="f" * 64) == ["restart the guard with its new program"]
     assert reasons(state, guard=False) == ["stop the guard"]
-    state["guard"].update(active=False)
+    # The new program was copied, or the unit written, and the run ended before the guard was restarted.
+    state["host_program"] = "f" * 64
+    assert reasons(state, host_program="f" * 64) == ["restart the guard with its new program"]
+    state["guard"].update(program="f" * 64, current=False)
+    assert reasons(state, host_program="f" * 64) == ["restart the guard: it is older than its unit or settings"]
+    state["guard"].update(program="", active=False)
     assert reasons(state) == ["start the guard, now and at boot"]
     state["guard"].update(enabled=False)
     assert reasons(state, guard=False) == []
@@ -545,11 +555,12 @@ def test_memory_guards_are_part_of_prepare() -> None:
 
 
 def test_a_proxy_is_given_to_docker() -> None:
-    made = plan.make(target(proxy="http://proxy:3128"), prepared())["prepare"]
-    assert made["docker"] == ["let Docker use the proxy http://proxy:3128 and restart it"]
     state = prepared()
-    state["docker"]["proxy"] = "http://proxy:3128"
-    assert not plan.make(target(proxy="http://proxy:3128"), state)["prepare"]["docker"]
+    state["docker"]["proxy_current"] = False
+    made = plan.make(target(proxy="http://me:secret@proxy:3128"), state)["prepare"]
+    assert made["docker"] == ["let Docker use the proxy proxy:3128 and restart it"] and made["restart_docker"]
+    made = plan.make(target(proxy="http://me:secret@proxy:3128"), prepared())["prepare"]
+    assert not made["docker"] and not made["restart_docker"]
 
 
 def test_tool_calls_are_the_cards_and_can_be_left_out() -> None:
