@@ -338,7 +338,7 @@ def test_the_program_on_the_host_is_the_one_of_the_controller() -> None:
     assert plan.make(wanted, state)["prepare"]["host_program"] == ["copy the program that switches releases"]
     state["host_program"] = "e" * 64
     assert plan.make(wanted, state)["prepare"]["host_program"] == ["update the program that switches releases"]
-    state["host_program"] = "f" * 64
+    state["host_program"] = state["guard"]["program"] = "f" * 64
     assert not plan.make(wanted, state)["prepare"]["needed"]
 
 
