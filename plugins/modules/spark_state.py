@@ -99,6 +99,8 @@ from ansible.module_utils.sparkfleet_host.memory import memory_state, unit_state
 from ansible.module_utils.sparkfleet_host.network import reached_at
 from ansible.module_utils.sparkfleet_host.releases import STATE_DIR, Store, read_json
 
+#: Names of variables whose values nothing is reported of.
+_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
 PROBE_SECONDS = 10
 REACH_SECONDS = 5
 GUARD_UNIT = Path("/etc/systemd/system/sparkfleet-guard.service")
@@ -355,7 +357,8 @@ def pinned(known: dict[str, Any]) -> dict[str, Any]:
 
 
 def container(docker: Docker, item: dict[str, Any], project: str) -> dict[str, Any]:
-    """One container: name, image, state, ports; for ours also what it was started with."""
+    """One container: name, image, state, ports; for ours also what it was started with, of the environment's values
+    their sha256 ("" for what may be a secret)."""
     labels = item.get("Labels") or {}
     ours = labels.get("com.docker.compose.project") == project
     result: dict[str, Any] = {
@@ -373,7 +376,10 @@ def container(docker: Docker, item: dict[str, Any], project: str) -> dict[str, A
         result["started_with"] = {
             "image": config["Image"],
             "command": config.get("Cmd") or [],
-            "environment": dict(pair.partition("=")[::2] for pair in config.get("Env") or []),
+            "environment": {
+                name: "" if _SECRET.search(name) else hashlib.sha256(value.encode()).hexdigest()
+                for name, _, value in (pair.partition("=") for pair in config.get("Env") or [])
+            },
             "ports": sorted({int(bind["HostPort"]) for binds in bound for bind in binds or []}),
             "published": sorted(map(published, (bind for binds in bound for bind in binds or []))),
             "volumes": sorted(host.get("Binds") or []),

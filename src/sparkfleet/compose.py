@@ -1,12 +1,16 @@
 """The compose file of a model: the guide's service, as data.
 
-``source="hub"`` is the guide's way: the token in the environment, the server downloads.
+Compose replaces `$NAME` and `${NAME}` in a file's values, so what comes from cards and inventories is written by
+`literal`, and `plain` is what the container gets.
+
+``source="hub"`` is the guide's way, plus limits of the log: the token in the environment, the server downloads.
 ``source="local"`` is ours: files fetched and checked before, the server offline, no token, image and
 model pinned to what was fetched.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -31,9 +35,32 @@ COMPILE_CACHES = {
     "nv": "/root/.nv",
     "inductor": "/tmp/torchinductor_root",  # noqa: S108 - the container's
 }
+#: Docker's default keeps a log for ever.
+LOGGING = {"driver": "json-file", "options": {"max-size": "50m", "max-file": "5"}}
+#: What the guide's service has by default and the engine does without. It runs as root of the container, which without
+#: DAC_OVERRIDE cannot write into a cache of another owner (vLLM locks a file there as it loads). Threads count as
+#: processes: compilers and OpenMP start hundreds.
+HARDENING: dict[str, Any] = {
+    "security_opt": ["no-new-privileges:true"],
+    "cap_drop": ["ALL"],
+    "cap_add": ["DAC_OVERRIDE"],
+    "pids_limit": 8192,
+}
+#: Stands in the file for the token, which Compose takes from `.env`.
+TOKEN = "${HF_TOKEN}"
 
 Source = Literal["local", "hub"]
 Document = dict[str, Any]
+
+
+def literal(text: Any) -> str:
+    """Text as a compose file has it, so that Compose replaces nothing in it."""
+    return str(text).replace("$", "$$")
+
+
+def plain(text: Any) -> str:
+    """What Compose makes of a `literal`."""
+    return str(text).replace("$$", "$")
 
 
 def flags(arguments: Arguments) -> list[str]:
@@ -52,7 +79,8 @@ def _text(name: str, value: ArgumentValue) -> str:
     if isinstance(value, dict):
         return json.dumps(value)
     # The guide writes 0.90; a float of YAML has lost the zero.
-    return f"{value:.2f}" if name == "gpu_memory_utilization" and isinstance(value, float) else str(value)
+    two = f"{value:.2f}" if name == "gpu_memory_utilization" and isinstance(value, float) else ""
+    return two if two and float(two) == value else str(value)
 
 
 def document(
@@ -82,7 +110,7 @@ def document(
     compiled code does not fit.
     """
     image = image or card.image
-    volumes = [f"{cache_dir}:{CACHE_IN_CONTAINER}"]
+    volumes = [literal(f"{cache_dir}:{CACHE_IN_CONTAINER}")]
     command = [
         *([] if starts_with_serve(image) else ["vllm", "serve"]),
         card.repo,
@@ -91,7 +119,7 @@ def document(
         *flags(arguments),
     ]
     if source == "hub":
-        variables = {"HF_TOKEN": "${HF_TOKEN}", "HUGGING_FACE_HUB_TOKEN": "${HF_TOKEN}"}
+        variables = {"HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN}
         # The guide's flag, needed by none of its models; offline there is no remote code to trust.
         command.append("--trust-remote-code")
     else:
@@ -103,28 +131,31 @@ def document(
             command += ["--revision", commit, "--tokenizer-revision", commit]
         if image_digest:
             kept = f"{compile_cache_dir}/{image_digest.partition(':')[2][:12]}"
-            volumes += [f"{kept}/{name}:{path}" for name, path in COMPILE_CACHES.items()]
+            volumes += [literal(f"{kept}/{name}:{path}") for name, path in COMPILE_CACHES.items()]
             image = image_known_as or f"{image.partition('@')[0]}@{image_digest}"
+    given = {**card.environment, **(environment or {})}
     service: Document = {
-        "image": image,
+        "image": literal(image),
         "container_name": card.service,
         "restart": "unless-stopped",
         "ports": published(port, addresses),
-        "environment": {**variables, **card.environment, **(environment or {})},
+        "environment": {**variables, **{name: literal(value) for name, value in given.items()}},
         "ipc": "host",
         "ulimits": {"memlock": -1, "stack": 67108864},
-        "command": command,
+        "command": [literal(word) for word in command],
         "volumes": volumes,
         "deploy": {
             "resources": {"reservations": {"devices": [{"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}]}}
         },
+        "logging": copy.deepcopy(LOGGING),
+        **(copy.deepcopy(HARDENING) if source == "local" else {}),
     }
     made: Document = {"name": PROJECT, "services": {card.service: service}}
     if keyed:
         if starts_with_serve(image):
             service["entrypoint"] = [*KEYED, "vllm", "serve"]
         else:
-            service["command"] = [*KEYED, *command]
+            service["command"] = [*KEYED, *service["command"]]
         service["secrets"] = [KEY_NAME]
         made["secrets"] = {KEY_NAME: {"file": KEY_FILE}}
     return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -43,13 +43,13 @@ def differences(deployed: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[
         lines.append(f"service: {old['name']} → {new['name']}")
     # What is compiled lies in a folder of the image's digest.
     follows = {"volumes"} if old.get("image") != new.get("image") else set()
-    for key in sorted({*old, *new} - {"name", "command", "environment"} - follows):
+    for key in sorted({*map(str, old), *new} - {"name", "command", "environment"} - follows):
         if old.get(key) != new.get(key):
             before, after = _apart(old.get(key), new.get(key))
             lines.append(f"{key}: {_text(before)} → {_text(after)}")
     for kind, before, after in (
-        ("argument", _flags(old.get("command") or []), _flags(new.get("command") or [])),
-        ("environment", dict(old.get("environment") or {}), dict(new.get("environment") or {})),
+        ("argument", _flags(old.get("command")), _flags(new.get("command"))),
+        ("environment", _variables(old.get("environment")), _variables(new.get("environment"))),
     ):
         for key in [*before, *(key for key in after if key not in before)]:
             if before.get(key) != after.get(key):
@@ -58,22 +58,34 @@ def differences(deployed: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[
 
 
 def _service(document: Mapping[str, Any]) -> dict[str, Any]:
-    services = document.get("services") or {}
+    """The first service of a file, which somebody may have edited: of no certain form."""
+    services = document.get("services")
+    services = services if isinstance(services, dict) else {}
     name = next(iter(services), "")
-    return {"name": name, **(services.get(name) or {})}
+    service = services.get(name)
+    return {"name": str(name), **(service if isinstance(service, dict) else {})}
 
 
-def _flags(command: Sequence[Any]) -> dict[str, str]:
+def _flags(command: Any) -> dict[str, str]:
     """Flags of a command with their values; what stands before them is the model."""
     found: dict[str, str] = {}
     flag = "model"
-    for word in map(str, compose.without_key(command)):
+    words = command.split() if isinstance(command, str) else command if isinstance(command, list) else []
+    for word in map(compose.plain, compose.without_key(words)):
         if word.startswith("--"):
             flag = word
             found[flag] = ""
         elif word not in ("vllm", "serve"):
             found[flag] = f"{found.get(flag, '')} {word}".strip()
     return found
+
+
+def _variables(environment: Any) -> dict[str, str]:
+    """Variables of a service, as a mapping or as a list of NAME=VALUE."""
+    if isinstance(environment, list):
+        environment = dict(str(pair).partition("=")[::2] for pair in environment)
+    pairs = environment.items() if isinstance(environment, dict) else ()
+    return {str(name): value if value == compose.TOKEN else compose.plain(value) for name, value in pairs}
 
 
 def _apart(old: Any, new: Any) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ what there is to do (prepare, fetch, deploy); an empty list of reasons means tha
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -194,7 +195,7 @@ def release(target: Target, document: compose.Document, memory: dict[str, Any] |
         "lock": {
             **known,
             "revision": next(iter(_after("--revision", service["command"])), target.revision),
-            "image": service["image"],
+            "image": compose.plain(service["image"]),
             "port": target.settings.port,
             "controller": controller.name(),
         },
@@ -202,7 +203,7 @@ def release(target: Target, document: compose.Document, memory: dict[str, Any] |
 
 
 def _after(flag: str, command: list[str]) -> list[str]:
-    return [value for word, value in itertools.pairwise(command) if word == flag]
+    return [compose.plain(value) for word, value in itertools.pairwise(command) if word == flag]
 
 
 def deploy(target: Target, state: State, document: compose.Document) -> dict[str, Any]:
@@ -261,14 +262,17 @@ def _matches(container: Mapping[str, Any] | None, service: Mapping[str, Any]) ->
     started = (container or {}).get("started_with")
     if not started:
         return False
-    environment = service["environment"]
+    environment = {name: value for name, value in service["environment"].items() if value != compose.TOKEN}
     return bool(
-        started["image"] == service["image"]
-        and started["command"] == [str(word).replace("$$", "$") for word in service["command"]]
-        # In hub mode the value is the token, which is not looked at.
-        and all(key in started["environment"] for key in environment)
-        and all(started["environment"][key] == value for key, value in environment.items() if not value.startswith("$"))
+        started["image"] == compose.plain(service["image"])
+        and started["command"] == [compose.plain(word) for word in service["command"]]
+        and set(service["environment"]) <= set(started["environment"])
+        # Of a value its hash is there; of one that may be a secret nothing is.
+        and all(
+            started["environment"][name] in ("", hashlib.sha256(compose.plain(value).encode()).hexdigest())
+            for name, value in environment.items()
+        )
         and started["published"] == sorted(port.rpartition(":")[0] for port in service["ports"])
-        and started["volumes"] == sorted(f"{volume}:rw" for volume in service["volumes"])
+        and started["volumes"] == sorted(f"{compose.plain(volume)}:rw" for volume in service["volumes"])
         and started["restart"] == service["restart"]
     )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,6 +18,7 @@ from sparkfleet import catalog, cli, compose
 
 GUIDE = yaml.safe_load((Path(__file__).parent / "data" / "guide-compose.yml").read_text(encoding="utf-8"))
 SERVICE = "vllm-llama31-8b-fp8"
+DOCKER = shutil.which("docker") is not None
 
 
 @pytest.fixture
@@ -25,14 +30,86 @@ def test_hub_source_is_the_guide_key_by_key(card: catalog.Card) -> None:
     document = compose.document(card, card.with_profile("throughput"), source="hub")
     ours, guide = document["services"][SERVICE], GUIDE["services"][SERVICE]
     assert list(document["services"]) == list(GUIDE["services"])
-    assert list(ours) == list(guide)
+    assert list(ours) == [*guide, "logging"]
     for key, value in guide.items():
         assert ours[key] == value, key
 
 
 def test_command_prints_the_guide(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["compose", "llama31-8b-fp8", "--source", "hub"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out)["services"] == GUIDE["services"]
+    services = yaml.safe_load(capsys.readouterr().out)["services"]
+    assert services.pop(SERVICE).pop("logging")["driver"] == "json-file" and not services
+
+
+#: What Compose would replace, refuse or read as something else.
+AWKWARD = ["a$b", "${HOME}", "$$", "$", "${", "$(id)", '{"$defs": {}}', "a: b", "# no comment", "${HOME:?no}", "é\n\t"]
+
+
+def real_compose(file: Path) -> dict[str, Any]:
+    """What Docker Compose makes of a file: this machine's plugin, or that of a simulated Spark's image."""
+    here = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False) if DOCKER else None
+    if here and here.returncode == 0:
+        argv = ["docker", "compose"]
+    else:
+        wanted = ["docker", "images", "--quiet", "--filter", "reference=sparkfleet-sim/dgxos"]
+        images = subprocess.run(wanted, capture_output=True, text=True, check=False).stdout.split() if DOCKER else []
+        if not images:
+            pytest.skip("neither the Compose plugin nor the image of a simulated Spark is on this machine")
+        argv = ["docker", "run", "--rm", "--interactive", "--network", "none", "--entrypoint", "docker"]
+        argv += ["--env", "HF_TOKEN", "--env", "HOME=/root", images[0], "compose"]
+    done = subprocess.run(
+        [*argv, "--file", "-", "config", "--format", "json"],
+        input=file.read_text(encoding="utf-8"),
+        env={**os.environ, "HF_TOKEN": "hf_real"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0 and "level=warning" not in done.stderr, done.stderr
+    made: dict[str, Any] = json.loads(done.stdout)
+    return made
+
+
+@pytest.mark.parametrize("source", ["local", "hub"])
+def test_compose_itself_replaces_nothing_of_ours(card: catalog.Card, tmp_path: Path, source: compose.Source) -> None:
+    arguments: catalog.Arguments = {f"awkward_{place}": value for place, value in enumerate(AWKWARD)}
+    environment = {f"AWKWARD_{place}": value for place, value in enumerate(AWKWARD)}
+    document = compose.document(
+        card,
+        {**arguments, "hf_overrides": {"$defs": {"a$b": "${HOME}"}}},
+        environment=environment,
+        source=source,
+        image_digest="sha256:" + "a" * 64,
+        cache_dir="/srv/$models",
+        keyed=source == "local",
+    )
+    file = tmp_path / "compose.yml"
+    file.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    made = real_compose(file)["services"][SERVICE]
+    # `config` writes `$` as a file has it, `$$`: a file again.
+    got = {name: compose.plain(value) for name, value in made["environment"].items()}
+    assert {name: got[name] for name in environment} == environment
+    words = [compose.plain(word) for word in made["command"]]
+    for place, value in enumerate(AWKWARD):
+        assert words[words.index(f"--awkward-{place}") + 1] == value
+    assert json.loads(words[words.index("--hf-overrides") + 1]) == {"$defs": {"a$b": "${HOME}"}}
+    assert compose.plain(made["volumes"][0]["source"]) == "/srv/$models"
+    assert made["logging"]["options"] == {"max-file": "5", "max-size": "50m"}
+    if source == "hub":
+        assert got["HF_TOKEN"] == got["HUGGING_FACE_HUB_TOKEN"] == "hf_real"  # noqa: S105
+    else:
+        assert made["cap_drop"] == ["ALL"] and made["pids_limit"] == 8192
+
+
+def test_a_word_of_compose_and_back() -> None:
+    for text in AWKWARD:
+        assert compose.plain(compose.literal(text)) == text
+
+
+@pytest.mark.parametrize("value", [0.855, 0.9, 0.85, 0.1234, 1.0])
+def test_a_utilization_is_handed_on_as_it_is(value: float) -> None:
+    assert float(compose.flags({"gpu_memory_utilization": value})[1]) == value
 
 
 def test_local_source_is_offline_pinned_and_without_token(card: catalog.Card) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from typing import Any
 
 import pytest
@@ -112,7 +113,10 @@ def serving(goal: Target | None = None) -> State:
     state["docker"]["containers"][0]["started_with"] = {
         "image": service["image"],
         "command": [word.replace("$$", "$") for word in service["command"]],
-        "environment": {**service["environment"], "PATH": "/usr/bin"},
+        "environment": {
+            name: hashlib.sha256(value.encode()).hexdigest()
+            for name, value in {**service["environment"], "PATH": "/usr/bin"}.items()
+        },
         "ports": [goal.settings.port],
         "published": sorted(port.rpartition(":")[0] for port in service["ports"]),
         "volumes": sorted(f"{volume}:rw" for volume in service["volumes"]),
@@ -272,6 +276,30 @@ def test_a_container_that_drifted_is_made_anew(key: str, value: Any) -> None:
     deployment = plan.make(target(), state)["deploy"]
     assert deployment["recreate"] and deployment["start"] and not deployment["stage"]
     assert deployment["mode"] == "restart" and deployment["release"] == 3
+
+
+def test_a_container_with_dollars_in_its_settings_is_as_its_file_says() -> None:
+    """Compose reads `$$` as `$`: what runs is compared with that."""
+    goal = target(arguments={"hf_overrides": {"$defs": "a$b"}}, environment={"A": "${HOME}", "B": "$$"})
+    state = serving(goal)
+    started = state["docker"]["containers"][0]["started_with"]
+    assert '{"$defs": "a$b"}' in started["command"]
+    started["environment"] |= {
+        name: hashlib.sha256(value.encode()).hexdigest() for name, value in {"A": "${HOME}", "B": "$$"}.items()
+    }
+    assert not plan.make(goal, state)["deploy"]["needed"]
+    started["environment"]["A"] = hashlib.sha256(b"/root").hexdigest()
+    assert plan.make(goal, state)["deploy"]["recreate"]
+
+
+def test_a_token_in_the_environment_is_there_but_not_compared() -> None:
+    goal = target(model_source="hub")
+    state = serving(goal)
+    started = state["docker"]["containers"][0]["started_with"]
+    started["environment"] |= {"HF_TOKEN": "", "HUGGING_FACE_HUB_TOKEN": ""}
+    assert not plan.make(goal, state)["deploy"]["needed"]
+    del started["environment"]["HF_TOKEN"]
+    assert plan.make(goal, state)["deploy"]["recreate"]
 
 
 GATEWAYS: dict[str, Any] = {"gateways": ("gateway-1",)}

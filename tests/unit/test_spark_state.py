@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import subprocess
@@ -112,7 +113,11 @@ def test_a_container_of_ours_and_one_of_a_stranger() -> None:
     class Engine:
         def container(self, name: str) -> dict[str, Any]:
             return {
-                "Config": {"Image": "image@sha256:1", "Cmd": ["vllm", "serve"], "Env": ["A=1", "B=x=y"]},
+                "Config": {
+                    "Image": "image@sha256:1",
+                    "Cmd": ["vllm", "serve"],
+                    "Env": ["A=1", "B=x=y", "HF_TOKEN=hf_secret", "VLLM_API_KEY=k"],
+                },
                 "HostConfig": {
                     "PortBindings": {
                         "8000/tcp": [{"HostIp": "", "HostPort": "8000"}, {"HostIp": "fd00::1", "HostPort": "8000"}]
@@ -127,7 +132,13 @@ def test_a_container_of_ours_and_one_of_a_stranger() -> None:
     item = {"Id": "1", "Names": ["/vllm-x"], "Image": "image", "State": "running", "Ports": [], "Labels": labels}
     found = spark_state.container(Engine(), item, "sparkfleet")  # type: ignore[arg-type]
     assert found["ours"] and found["service"] == "vllm-x" and found["ports"] == [8000]
-    assert found["started_with"]["environment"] == {"A": "1", "B": "x=y"}
+    environment = found["started_with"]["environment"]
+    assert environment == {
+        "A": hashlib.sha256(b"1").hexdigest(),
+        "B": hashlib.sha256(b"x=y").hexdigest(),
+        "HF_TOKEN": "",
+        "VLLM_API_KEY": "",
+    }
     assert found["started_with"]["published"] == ["8000", "[fd00::1]:8000"]
     stranger = spark_state.container(Engine(), {**item, "Labels": {}}, "sparkfleet")  # type: ignore[arg-type]
     assert not stranger["ours"] and "started_with" not in stranger

@@ -7,6 +7,7 @@ import calendar
 import contextlib
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -210,7 +211,9 @@ def complaint(file: Path) -> str:
     if docker is None:
         return ""
     done = subprocess.run(
-        [docker, "compose", "--file", str(file), "config", "--quiet", "--no-interpolate"],
+        # With interpolation, as `up` reads it; the token of `model_source: hub` need not be there yet.
+        [docker, "compose", "--file", str(file), "config", "--quiet"],
+        env={"HF_TOKEN": "unknown", **os.environ},
         capture_output=True,
         text=True,
         timeout=60,
