@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
 from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 
-from sparkfleet import SparkfleetError, compose, gateway, host_program, plan, report
+from sparkfleet import SparkfleetError, compose, gateway, host_program, plan, report, variables
 from sparkfleet.preflight import GIB
-from sparkfleet.target import ARGUMENT_PREFIX, Settings, Target, listen
+from sparkfleet.target import Settings, Target, listen
+from sparkfleet.variables import ARGUMENT_PREFIX
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,6 +37,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         engine_key, address = (str(arguments.pop(key, "") or "").strip() for key in ("engine_key", "address"))
         arguments["keyed"] = bool(engine_key)
         arguments["gateways"] = gateways(task_vars)
+        try:
+            self._check(task_vars)
+        except SparkfleetError as error:
+            raise _bad_input(f"{host}: {error}") from None
         arguments["arguments"] = self._vllm_arguments(task_vars)
         arguments["host_program"] = hashlib.sha256(
             host_program.build(ROOT / ".sparkfleet" / "cache").read_bytes()
@@ -45,7 +49,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             gateway.check_key("sparkfleet_engine_key", engine_key)
             target = Target.of(_settings(arguments))
         except SparkfleetError as error:
-            raise AnsibleActionFail(f"{host}: {error}") from None
+            raise _bad_input(f"{host}: {error}") from None
 
         settings = target.settings
         request = {
@@ -97,10 +101,22 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     def _vllm_arguments(self, task_vars: dict[str, Any]) -> dict[str, Any]:
         """The variables ``sparkfleet_vllm_*``: one an argument, so that Ansible's own precedence merges them."""
-        found = {}
-        for name in (name for name in task_vars if name.startswith(ARGUMENT_PREFIX)):
-            found[name.removeprefix(ARGUMENT_PREFIX)] = _scalar(self._templar.template(task_vars[name]))
-        return found
+        names = [name for name in task_vars if name.startswith(ARGUMENT_PREFIX)]
+        return variables.arguments({name: self._templar.template(task_vars[name]) for name in names})
+
+    def _check(self, task_vars: dict[str, Any]) -> None:
+        """Check the variables of this host and the gateways' own. Raises SparkfleetError with each problem."""
+        ours = [name for name in task_vars if name.startswith(variables.PREFIX)]
+        known = [name for name in ours if name in variables.options()]
+        variables.settle({**dict.fromkeys(ours), **{name: self._templar.template(task_vars[name]) for name in known}})
+        for gate in task_vars.get("groups", {}).get("gateways", ()):
+            values = task_vars["hostvars"][gate]
+            names = [name for name in values if name.startswith(variables.PREFIX)]
+            own = {name: values[name] for name in names if name.startswith("sparkfleet_gateway_")}
+            try:
+                variables.settle({**dict.fromkeys(name for name in names if name not in variables.options()), **own})
+            except SparkfleetError as error:
+                raise SparkfleetError(f"{gate}: {error}") from None
 
 
 def gateways(task_vars: dict[str, Any]) -> tuple[str, ...]:
@@ -109,15 +125,8 @@ def gateways(task_vars: dict[str, Any]) -> tuple[str, ...]:
     return tuple(gateway.address(name, values) for name, values in known)
 
 
-def _scalar(value: Any) -> Any:
-    """A number or a truth value out of a string: `-e name=value` knows only strings."""
-    if not isinstance(value, str):
-        return value
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        return value
-    return parsed if isinstance(parsed, bool | int | float) else value
+def _bad_input(message: str) -> AnsibleActionFail:
+    return AnsibleActionFail(message, result={"failure": "bad-input"})
 
 
 def _settings(arguments: dict[str, Any]) -> Settings:

@@ -10,14 +10,32 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparkfleet import SparkfleetError
-from sparkfleet.schema import Document, problems
+from sparkfleet_host.bounded import printable, read_file
 
+from sparkfleet import SparkfleetError, yaml_text
+from sparkfleet.schema import MOST, Document, joined, problems
+
+#: A card's file, bytes.
+LARGEST = 256 << 10
+#: Arguments of `vllm serve` that follow from other variables.
+OURS = {
+    "model": "sparkfleet_model",
+    "model_tag": "sparkfleet_model",
+    "host": "sparkfleet_listen",
+    "port": "sparkfleet_port",
+    "uds": "sparkfleet_listen",
+    "api_key": "sparkfleet_engine_key",
+    "revision": "sparkfleet_revision",
+    "tokenizer_revision": "sparkfleet_revision",
+    "download_dir": "sparkfleet_cache_dir",
+    "config": "the arguments one by one",
+}
 ArgumentValue = str | int | float | bool | dict[str, Any]
 Arguments = dict[str, ArgumentValue]
 
@@ -153,30 +171,33 @@ def load(model: str, folder: Path | None = None) -> Card:
     """The card of ``model``: a name of the catalogue, or the path of a card of the user's own."""
     folder = folder or catalogue_folder()
     if model.endswith((".yml", ".yaml")) or "/" in model:
-        path = Path(model).expanduser()
-        if not path.is_file():
+        try:
+            path = Path(model).expanduser()
+            there = path.is_file()
+        except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, ~nobody
+            raise SparkfleetError(f"model card {printable(model, 200)}: {error}") from None
+        if not there:
             raise SparkfleetError(
-                f"model card {path} does not exist: give the path of a YAML file, "
+                f"model card {printable(str(path), 200)} does not exist: give the path of a YAML file, "
                 f"or one of the names {', '.join(names(folder))}"
             )
         return parse(path)
-    path = folder / f"{model}.yml"
-    if not path.is_file():
-        known = names(folder)
-        near = difflib.get_close_matches(model, known, n=1, cutoff=0.4)
+    known = names(folder)
+    if model not in known:
+        near = difflib.get_close_matches(model[:100], known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
         raise SparkfleetError(
-            f"unknown model '{model}': {hint}The catalogue has {', '.join(known)}; "
+            f"unknown model '{printable(model, 100)}': {hint}The catalogue has {', '.join(known)}; "
             "a card of your own is given by its path (sparkfleet_model: /path/to/card.yml)"
         )
-    return parse(path)
+    return parse(folder / f"{model}.yml")
 
 
 def parse(path: Path) -> Card:
     """Read and check one card; an error names file, line and key, of each problem there is."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_file(path, LARGEST).decode("utf-8")
+    except (OSError, ValueError) as error:
         raise SparkfleetError(f"model card {path} cannot be read: {error}") from None
     document = Document(path, text)
     document.check(schema())
@@ -222,22 +243,28 @@ def _check_sense(card: Card, document: Document) -> None:
 
 def check_environment(environment: Mapping[str, Any], prefix: str) -> None:
     """Check variables of the engine's environment that do not come from a card."""
+    yaml_text.check(environment, prefix.rstrip("."))
     rules = {**schema()["properties"]["environment"], "$defs": schema()["$defs"]}
     found = [text for _, text in problems(dict(environment), rules, prefix)]
     if found:
-        raise SparkfleetError("\n".join(found))
+        raise SparkfleetError(joined(found))
 
 
 def check_arguments(arguments: Mapping[str, Any], prefix: str) -> None:
     """Check arguments of ``vllm serve`` that do not come from a card; ``prefix`` is that of their variables."""
+    for name, value in arguments.items():
+        yaml_text.check(name, f"a name that begins with {prefix}")
+        yaml_text.check(value, f"{prefix}{name}")
     found = [
         text
         for _, text in problems(dict(arguments), {**schema()["$defs"]["arguments"], "$defs": schema()["$defs"]}, prefix)
     ]
     known = schema()["$defs"]["arguments"]["properties"]
-    for name in (name for name in arguments if name not in known):
+    for name in itertools.islice((name for name in arguments if name not in known), MOST):
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
         if near:  # vLLM takes an unambiguous beginning for the whole, and the plan would not see it
             found.append(f"{prefix}{name}: write {near[0]}")
+        elif name in OURS:
+            found.append(f"{prefix}{name}: Sparkfleet sets this argument itself; set {OURS[name]} instead")
     if found:
-        raise SparkfleetError("\n".join(found))
+        raise SparkfleetError(joined(found))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from sparkfleet_host.bounded import printable
 
 from sparkfleet import (
     SparkfleetError,
@@ -28,6 +29,7 @@ from sparkfleet import (
     memory,
     report,
     status,
+    yaml_text,
 )
 from sparkfleet.live import Live, Page, columns, terminal
 from sparkfleet.progress import Board
@@ -352,8 +354,11 @@ def _target(options: argparse.Namespace, source: str) -> Target:
     for pair in options.set:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise SparkfleetError(f"--set {pair}: write ARGUMENT=VALUE")
-        arguments[name.replace("-", "_")] = yaml.safe_load(value)
+            raise SparkfleetError(f"--set {printable(pair, 80)}: write ARGUMENT=VALUE")
+        try:
+            arguments[name.replace("-", "_")] = yaml_text.load(value)
+        except yaml_text.YamlError as error:
+            raise SparkfleetError(f"--set {printable(pair, 80)}: {error}") from None
     return Target.of(Settings(model=options.model, profile=options.profile, model_source=source, arguments=arguments))
 
 

@@ -6,9 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
-from sparkfleet import compose
+from sparkfleet import compose, yaml_text
 
 #: Reasons that say nothing that the differences of the file do not say better.
 _STAGE = ("stage", "switch to")
@@ -24,8 +22,8 @@ def reasons(plan: Mapping[str, Any], state: Mapping[str, Any], answers: bool | N
         found += [reason for value in plan[stage].values() if isinstance(value, list) for reason in value]
     deploy = plan["deploy"]
     if deploy["stage"]:
-        deployed = _parse(state.get("compose_file"))
-        found += differences(deployed, plan["compose"]) if deployed else ["nothing is deployed"]
+        deployed = yaml_text.compose_file(state.get("compose_file"))
+        found += differences(deployed, plan["compose"]) if isinstance(deployed, dict) else ["nothing is deployed"]
     for kind in ("start", "stop", "wait"):
         found += [reason for reason in deploy[kind] if not reason.startswith(_STAGE)]
     if (deploy["stage"] or deploy["start"]) and state.get("compose_file") and not state.get("healthy"):
@@ -102,11 +100,3 @@ def _text(value: Any) -> str:
         return "set"
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return re.sub(r"(sha256:[0-9a-f]{12})[0-9a-f]{52}", r"\1", text)
-
-
-def _parse(text: Any) -> dict[str, Any] | None:
-    try:
-        data = yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
-        return None
-    return data if isinstance(data, dict) else None

@@ -10,12 +10,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from sparkfleet import SparkfleetError, gateway, memory, report, rollout, target
-from sparkfleet.target import ARGUMENT_PREFIX, Settings, Target
+from sparkfleet import SparkfleetError, memory, report, rollout, schema, target, variables
+from sparkfleet.target import Settings, Target
 
 #: Settings that Target and memory plan depend on.
 FIELDS = (
-    *("model", "profile", "model_source", "environment", "tool_calls", "image", "revision", "port"),
+    *("model", "profile", "model_source", "environment", "tool_calls", "image", "revision", "port", "listen"),
     *("memory_plan", "memory_reserve_gib"),
 )
 
@@ -51,22 +51,29 @@ class Paper:
 
 
 def make(hosts: Mapping[str, Mapping[str, Any]]) -> Paper:
-    """Plan and schedule of hosts with their variables. Raises SparkfleetError for settings that a rollout has once."""
+    """Plan and schedule of hosts with their variables. Raises SparkfleetError with what is wrong in them, and for
+    settings that a rollout has once."""
     defaults = target.defaults()
-    drained = [name for name, values in hosts.items() if gateway.truth(values.get("sparkfleet_drained", False))]
+    hosts = _settled(hosts)
+    drained = [name for name, values in hosts.items() if values.get("sparkfleet_drained", False)]
     same: dict[str, list[str]] = {}
     settings: dict[str, dict[str, Any]] = {}
     for name, values in hosts.items():
         if name in drained:
             continue
         wanted = {field: values.get(f"sparkfleet_{field}", defaults[f"sparkfleet_{field}"]) for field in FIELDS}
-        wanted["arguments"] = {
-            key.removeprefix(ARGUMENT_PREFIX): value for key, value in values.items() if key.startswith(ARGUMENT_PREFIX)
-        }
+        wanted["arguments"] = variables.arguments(values)
         key = repr(sorted(wanted.items(), key=str))
         same.setdefault(key, []).append(name)
         settings[key] = wanted
-    kinds = [_kind(names, settings[key]) for key, names in same.items()]
+    kinds, problems = [], []
+    for key, names in same.items():
+        try:
+            kinds.append(_kind(names, settings[key]))
+        except SparkfleetError as error:
+            problems.append(str(error))
+    if problems:
+        raise SparkfleetError("\n".join(problems))
     models = {name: kind.model for kind in kinds for name in kind.hosts}
     needing = [{"name": name, "model": models[name], "needed": True} for name in hosts if name in models]
     shared = rollout.shared(hosts)
@@ -74,10 +81,28 @@ def make(hosts: Mapping[str, Mapping[str, Any]]) -> Paper:
     return Paper(kinds, waves, drained)
 
 
+def _settled(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Each host's variables, checked. Raises SparkfleetError with each problem and the hosts that have it."""
+    settled: dict[str, dict[str, Any]] = {}
+    problems: dict[str, list[str]] = {}
+    for name, values in hosts.items():
+        try:
+            settled[name] = {**values, **variables.settle(values)}
+        except SparkfleetError as error:
+            for line in str(error).splitlines():
+                problems.setdefault(line, []).append(name)
+    if problems:
+        raise SparkfleetError(schema.joined([f"{rollout.names(who)}: {line}" for line, who in problems.items()]))
+    return settled
+
+
 def _kind(names: list[str], wanted: Mapping[str, Any]) -> Kind:
     try:
         wished = Target.of(Settings(**{key: value for key, value in wanted.items() if key != "memory_reserve_gib"}))
-        total = memory.USUAL_TOTAL_GIB
+    except SparkfleetError as error:
+        raise SparkfleetError(f"{rollout.names(names)}: {error}") from None
+    total = memory.USUAL_TOTAL_GIB
+    try:
         plan = memory.make(
             wished.card,
             wished.arguments,
@@ -85,8 +110,8 @@ def _kind(names: list[str], wanted: Mapping[str, Any]) -> Kind:
             version=wished.engine,
             memory=memory.Memory(total, total - memory.USUAL_HOST_GIB, float(wanted["memory_reserve_gib"])),
         ).as_dict()
-    except (SparkfleetError, TypeError, ValueError) as error:
-        return Kind(names, str(wanted["model"]), str(wanted["profile"]), str(wanted["image"]), None, str(error))
+    except SparkfleetError as error:  # a layout that is not known
+        return Kind(names, wished.card.name, wished.settings.profile, wished.image, None, str(error))
     return Kind(names, wished.card.name, wished.settings.profile, wished.image, plan)
 
 

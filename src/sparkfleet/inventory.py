@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ansible import constants, context
@@ -17,7 +18,10 @@ from ansible.plugins.loader import init_plugin_loader
 from ansible.template import Templar
 from ansible.vars.manager import VariableManager
 
-from sparkfleet import SparkfleetError
+from sparkfleet import SparkfleetError, yaml_text
+
+#: A file of an inventory, bytes.
+LARGEST = 16 << 20
 
 #: Variables that say how a host is reached, and what it is to serve.
 REACH = (
@@ -68,11 +72,28 @@ def reach(inventory: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
 
 
 def _open(inventory: str, extra: Sequence[str]) -> tuple[DataLoader, InventoryManager, VariableManager]:
+    for file in _files(Path(inventory)):
+        with contextlib.suppress(OSError, UnicodeError):
+            yaml_text.measure(file.read_text(encoding="utf-8"), str(file))
+    for words in extra:
+        yaml_text.measure(words, "-e")
     context.CLIARGS = ImmutableDict(extra_vars=tuple(extra), basedir=None)
     loader = DataLoader()
     loader.set_vault_secrets(_prepared())
     hosts = InventoryManager(loader, sources=[inventory])
     return loader, hosts, VariableManager(loader, inventory=hosts)
+
+
+def _files(inventory: Path) -> list[Path]:
+    """Files of an inventory that Ansible may read as YAML. Raises SparkfleetError for one that is too large."""
+    folder = inventory if inventory.is_dir() else inventory.parent
+    below = [path for name in ("group_vars", "host_vars") for path in (folder / name).rglob("*")]
+    found = [*(folder.iterdir() if inventory.is_dir() else [inventory]), *below]
+    files = [path for path in found if path.is_file() and path.suffix in ("", ".yml", ".yaml", ".json")]
+    for path in files:
+        if path.stat().st_size > LARGEST:
+            raise SparkfleetError(f"{path}: more than {LARGEST >> 20} MiB, which is no inventory")
+    return files
 
 
 @functools.cache

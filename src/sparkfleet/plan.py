@@ -12,9 +12,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
-from sparkfleet import compose, controller, preflight
+from sparkfleet import compose, controller, preflight, yaml_text
 from sparkfleet.target import State, Target
 
 
@@ -214,8 +212,8 @@ def deploy(target: Target, state: State, document: compose.Document) -> dict[str
     running = current is not None and current["state"] == "running"
     others = sorted({item["service"] for item in ours if item["service"] != service and item["state"] == "running"})
     releases = state["releases"]
-    deployed = releases["current"] is not None and _parse(state["compose_file"]) == document
-    staged = deployed or _parse(releases["newest_compose"]) == document
+    deployed = releases["current"] is not None and yaml_text.compose_file(state["compose_file"]) == document
+    staged = deployed or yaml_text.compose_file(releases["newest_compose"]) == document
 
     stage, start, stop, wait = Work(), Work(), Work(), Work()
     drifted = running and deployed and not _matches(current, document["services"][service])
@@ -246,15 +244,6 @@ def deploy(target: Target, state: State, document: compose.Document) -> dict[str
         "recreate": drifted,
         "wait": wait.reasons,
     }
-
-
-def _parse(text: str | None) -> Any:
-    if text is None:
-        return None
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return None
 
 
 def _matches(container: Mapping[str, Any] | None, service: Mapping[str, Any]) -> bool:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-import yaml
-
-from sparkfleet import SparkfleetError, catalog, engine, memory
+from sparkfleet import SparkfleetError, catalog, engine, memory, yaml_text
 from sparkfleet.failures import BY_ID
 from sparkfleet.target import State, Target, listen
 
@@ -308,7 +306,7 @@ def _switch(target: Target, state: State) -> Check:
         f"{journal.get('controller') or 'another run'} is switching this host to release {journal.get('to')} "
         f"({journal.get('model')}) with {journal.get('verb') or 'Sparkfleet'}, phase {journal.get('phase')}"
     )
-    same = yaml.safe_load(releases["switch_compose"] or "null") == target.document(state)
+    same = yaml_text.compose_file(releases["switch_compose"]) == target.document(state)
     return Check("switch", fact, () if same else (known("switch-running-other", fact),))
 
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparkfleet_host.bounded import printable
+
 from sparkfleet import SparkfleetError, target
 
 WAVES = "sparkfleet_rollout_waves"
@@ -45,9 +47,12 @@ def schedule(hosts: Sequence[Mapping[str, Any]], canary: int, waves: Any) -> lis
 
 def _size(value: Any, total: int) -> int:
     """Sparks of a wave: at least one. Raises SparkfleetError."""
-    found = re.fullmatch(r"\s*(\d+)\s*(%?)\s*", str(value))
-    if isinstance(value, bool) or not found or int(found[1]) == 0 or (found[2] and int(found[1]) > 100):
-        raise SparkfleetError(f"{WAVES}: {value!r} is no size of a wave; {_EXAMPLES}")
+    number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1_000_000
+    text = str(value) if number else value if isinstance(value, str) else ""
+    found = re.fullmatch(r"\s*([0-9]{1,6})\s*(%?)\s*", text)
+    if not found or int(found[1]) == 0 or (found[2] and int(found[1]) > 100):
+        shown = "a number of many digits" if isinstance(value, int) and not number else printable(repr(value), 60)
+        raise SparkfleetError(f"{WAVES}: {shown} is not the size of a wave; {_EXAMPLES}")
     return max(math.floor(total * int(found[1]) / 100), 1) if found[2] else int(found[1])
 
 

@@ -6,16 +6,36 @@ The schema's own keyword ``expected`` says in words what a value must be.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+import itertools
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import yaml
 
-from sparkfleet import SparkfleetError
+from sparkfleet import SparkfleetError, yaml_text
 
 Place = tuple[str | int, ...]
+#: Problems that one error lists.
+MOST = 20
+
+
+def _pattern(_: Any, pattern: str, instance: Any, __: Any) -> Iterator[jsonschema.ValidationError]:
+    # `search`, as the standard has it, lets `$` match before a line's end.
+    if isinstance(instance, str) and not re.fullmatch(pattern, instance):
+        yield jsonschema.ValidationError(f"{instance!r} does not match {pattern!r}")
+
+
+#: 1.0 is no whole number: vLLM would be given "1.0".
+_Validator = jsonschema.validators.extend(  # type: ignore[no-untyped-call]
+    jsonschema.Draft202012Validator,
+    {"pattern": _pattern},
+    type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine(
+        "integer", lambda _, value: isinstance(value, int) and not isinstance(value, bool)
+    ),
+)
 
 
 class Document:
@@ -24,14 +44,11 @@ class Document:
     def __init__(self, path: Path, text: str) -> None:
         self.path = path
         self.lines: dict[Place, int] = {(): 1}
+        self.data: Any
         try:
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
-            self.data: Any = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f"{path}:{mark.line + 1}" if mark else str(path)
-            problem = getattr(error, "problem", None) or " ".join(str(error).split())
-            raise SparkfleetError(f"{where}: not valid YAML: {problem}") from None
+            node, self.data = yaml_text.parse(text)
+        except yaml_text.YamlError as error:
+            raise SparkfleetError(f"{path}:{error.line}: {error}" if error.line else f"{path}: {error}") from None
         self._read(node, ())
 
     def _read(self, node: yaml.Node | None, place: Place) -> None:
@@ -63,7 +80,13 @@ class Document:
         """Raise one error with every problem, in the order of the lines."""
         found = sorted({(self.line(place), text) for place, text in problems(self.data, schema)})
         if found:
-            raise SparkfleetError("\n".join(f"{self.path}:{line}: {text}" for line, text in found))
+            raise SparkfleetError(joined([f"{self.path}:{line}: {text}" for line, text in found]))
+
+
+def joined(found: Sequence[str]) -> str:
+    """Problems, a line each; of very many the first ones."""
+    more = [f"... and {len(found) - MOST} more"] if len(found) > MOST else []
+    return "\n".join([*found[:MOST], *more])
 
 
 def name(place: Place) -> str:
@@ -76,13 +99,13 @@ def name(place: Place) -> str:
 
 def problems(data: Any, schema: dict[str, Any], prefix: str = "") -> Iterator[tuple[Place, str]]:
     """Each place where ``data`` is not what ``schema`` says, with the problem in words."""
-    errors = list(jsonschema.Draft202012Validator(schema).iter_errors(data))
+    errors = list(itertools.islice(_Validator(schema).iter_errors(data), 10 * MOST))
     misspelt: set[Place] = set()
     for error in errors:
         place: Place = tuple(error.absolute_path)
         if error.validator == "additionalProperties" and error.schema.get("additionalProperties") is False:
             known = list(error.schema.get("properties", {}))
-            for key in (key for key in error.instance if key not in known):
+            for key in itertools.islice((key for key in error.instance if key not in known), MOST):
                 near = difflib.get_close_matches(str(key), [k for k in known if k not in error.instance], n=1)
                 misspelt |= {(*place, match) for match in near}
                 hint = f"did you mean {near[0]}? " if near else ""

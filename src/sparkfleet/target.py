@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from sparkfleet_host.bounded import printable
 
 from sparkfleet import SparkfleetError, catalog, compose, engine
 from sparkfleet.bundle import Bundle
 from sparkfleet.catalog import Arguments, Card
 from sparkfleet.engine import Engine
+from sparkfleet.variables import ARGUMENT_PREFIX
 
 State = Mapping[str, Any]
-#: What the variables of vLLM's arguments begin with; Ansible's own precedence merges them.
-ARGUMENT_PREFIX = "sparkfleet_vllm_"
 DEFAULTS = Path(__file__).resolve().parents[2] / "roles" / "sparkfleet" / "defaults" / "main.yml"
 
 
@@ -71,14 +71,27 @@ class Settings:
 
 
 def listen(value: Any) -> str | list[str]:
-    """`auto`, `all`, or addresses, of sparkfleet_listen. Raises SparkfleetError naming what is none."""
+    """`auto`, `all`, or addresses, of sparkfleet_listen; `loopback` is its address. Raises SparkfleetError naming what
+    is none."""
     if value in ("auto", "all"):
         return str(value)
-    found = value if isinstance(value, list | tuple) else str(value).split(",")
-    try:
-        return [str(ipaddress.ip_address(str(item).strip())) for item in found]
-    except ValueError as error:
-        raise SparkfleetError(f"sparkfleet_listen: {error}; write auto, all, or addresses of the Spark") from None
+    if value == "loopback":
+        return [compose.LOOPBACK]
+    found = value if isinstance(value, list | tuple) else str(value).split(",") if isinstance(value, str) else []
+    made: list[str] = []
+    for item in found:
+        try:
+            address = ipaddress.ip_address(item.strip() if isinstance(item, str) else "")
+        except ValueError:
+            made = []
+            break
+        made.append(compose.LOOPBACK if address.is_loopback else str(address))
+    if not made or any("%" in address for address in made):
+        raise SparkfleetError(
+            f"sparkfleet_listen: {printable(str(value), 80)!r} will not do: write auto, all, loopback, or addresses of "
+            "the Spark"
+        )
+    return list(dict.fromkeys(made))
 
 
 @dataclasses.dataclass(frozen=True)

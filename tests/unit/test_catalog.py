@@ -78,15 +78,23 @@ def test_settings_of_the_guide(service: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
-        ("max_num_seqs: 64", "max_num_seqs: -1", "arguments.max_num_seqs: must be a whole number above 0, not -1"),
-        ("gpu_memory_utilization: 0.90", "gpu_memory_utilization: 90", "must be a share between 0 and 1, not 90"),
+        (
+            "max_num_seqs: 64",
+            "max_num_seqs: -1",
+            "arguments.max_num_seqs: must be a whole number from 1 to 65536, not -1",
+        ),
+        ("gpu_memory_utilization: 0.90", "gpu_memory_utilization: 90", "must be a share from 0.01 to 1, not 90"),
         ("revision: main", "revison: main", "revison: unknown key; did you mean revision?"),
-        ("download_gib: 8.46", "download_gib: -8", "weights.download_gib: must be a number above 0, not -8"),
+        (
+            "download_gib: 8.46",
+            "download_gib: -8",
+            "weights.download_gib: must be a number from 0.001 to 1000000, not -8",
+        ),
         ("repo: nvidia/", "repo: ", "repo: must be a model on the Hub, ORG/NAME"),
         ("gated: true", "gated: perhaps", "licence.gated: must be true or false, not 'perhaps'"),
-        ("expect: Paris", "expect:", "verify.expect: must be a text that is not empty, not None"),
+        ("expect: Paris", "expect:", "verify.expect: must be a text of 1 to 4000 characters, not None"),
         ("  max_num_seqs: 64", "  --max-num-seqs: 64", "an argument of vllm serve in snake_case, without dashes"),
-        ("kv_heads: 8", "kv_heads: 0", "shape.attention[0].kv_heads: must be a whole number above 0, not 0"),
+        ("kv_heads: 8", "kv_heads: 0", "shape.attention[0].kv_heads: must be a whole number from 1 to 10000000, not 0"),
         (
             "kind: full",
             "kind: round",
@@ -99,7 +107,7 @@ def test_settings_of_the_guide(service: str) -> None:
         ("throughput:", "througput:", "profiles: the key throughput is missing"),
         ("revision: main", "revision: main\nrevision: v1", "revision stands twice, in lines"),
         ("revision: main", "revision: [main", "not valid YAML"),
-        ("tok_s: 23.88", "tok_s: fast", "measured[0].tok_s: must be a number above 0, not 'fast'"),
+        ("tok_s: 23.88", "tok_s: fast", "measured[0].tok_s: must be a number from 0.001 to 1000000, not 'fast'"),
     ],
 )
 def test_wrong_cards(tmp_path: Path, old: str, new: str, complaint: str) -> None:

@@ -71,7 +71,7 @@ def test_figures_change_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
         (("plan", "llama31-8b-fp8", "--total-gib", "64", "--available-gib", "65"), "is more than the host has in all"),
         (("plan", "llama31-8b-fp8", "--engine", "new"), "'new' is not a version of vLLM"),
         (("plan", "llama31-8b-fp8", "--set", "max_num_seqs"), "write ARGUMENT=VALUE"),
-        (("plan", "llama31-8b-fp8", "--set", "max_num_seqs=0"), "max_num_seqs: must be a whole number above 0"),
+        (("plan", "llama31-8b-fp8", "--set", "max_num_seqs=0"), "max_num_seqs: must be a whole number from 1 to 65536"),
         (("plan", "/nowhere.yml"), "/nowhere.yml does not exist"),
         (("compose", "llama31-8b-fp8", "--profile", "fast"), "has no profile 'fast'"),
     ],

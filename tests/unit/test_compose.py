@@ -97,7 +97,7 @@ def test_compose_itself_replaces_nothing_of_ours(card: catalog.Card, tmp_path: P
     assert compose.plain(made["volumes"][0]["source"]) == "/srv/$models"
     assert made["logging"]["options"] == {"max-file": "5", "max-size": "50m"}
     if source == "hub":
-        assert got["HF_TOKEN"] == got["HUGGING_FACE_HUB_TOKEN"] == "hf_real"  # noqa: S105
+        assert got["HF_TOKEN"] == got["HUGGING_FACE_HUB_TOKEN"] == "hf_real"
     else:
         assert made["cap_drop"] == ["ALL"] and made["pids_limit"] == 8192
 

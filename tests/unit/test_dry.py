@@ -56,7 +56,7 @@ def test_two_hundred_sparks(tmp_path: Path) -> None:
 def test_what_does_not_work_is_told_for_all_at_once(tmp_path: Path) -> None:
     inventory = fleet(tmp_path, 8, sparkfleet_vllm_max_model_len="abc")
     code, said, _ = run(inventory)
-    assert code == 3 and said.count("NO  ") == 2 and "sparkfleet_vllm_max_model_len" in said
+    assert code == 2 and said.count("sparkfleet_vllm_max_model_len: must be a whole number") == 2
 
 
 def test_what_a_limit_leaves(tmp_path: Path) -> None:
@@ -69,6 +69,59 @@ def test_what_a_limit_leaves(tmp_path: Path) -> None:
 def test_a_plan_that_does_not_fit() -> None:
     paper = dry.make({"s1": {"sparkfleet_model": "llama33-70b-fp8", "sparkfleet_vllm_max_model_len": 1_000_000}})
     assert not paper.fits and "NO  " in dry.page(paper)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("image", "x y", "must be the reference of an image"),
+        ("image", "nvcr.io/nvidia/vllm:25.09-py3\n", "must be the reference of an image"),
+        ("revision", "../../x", "must be a branch, tag or commit"),
+        ("revision", "main\n", "must be a branch, tag or commit"),
+        ("port", "80; touch /tmp/x", "must be a whole number from 1 to 65535, not '80; touch /tmp/x'"),
+        ("port", 0, "from 1 to 65535, not 0"),
+        ("port", 70000, "from 1 to 65535, not 70000"),
+        ("port", 9109, "is sparkfleet_port already"),
+        ("port", True, "not True"),
+        pytest.param("port", 10**5000, "a number of thousands of digits", id="port"),
+        ("model", 1, "unknown model '1'"),
+        ("model", ["a"], "must be a text"),
+        ("model", "~nosuchuser/x.yml", "nosuchuser"),
+        ("model", "a" * 5000 + ".yml", "sparkfleet_model"),
+        ("profile", {"a": 1}, "must be a text"),
+        ("memory_reserve_gib", float("nan"), "must be a number from 0 to 1000"),
+        ("memory_reserve_gib", "1e999", "must be a number from 0 to 1000"),
+        ("memory_plan", "perhaps", "must be one of enforce, warn"),
+        ("tool_calls", "perhaps", "must be true or false"),
+        ("guard_interval", 0, "must be a number from 0.1 to 3600"),
+        ("cache_dir", "opt/hf", "must be an absolute path"),
+        ("cache_dir", "/opt/../etc", "must be an absolute path"),
+        ("environment", {1: "x"}, "the key '1' is not a text"),
+        ("environment", ["x"], "must be a mapping"),
+        ("listen", "somewhere", "write auto, all, loopback"),
+        pytest.param("rollout_waves", 10**5000, "is not a number within its limits", id="rollout_waves"),
+        ("rollout_waves", 2.5, "2.5 is not the size of a wave"),
+        ("rollout_canary", -1, "from 0 to 10000"),
+        ("max_num_seqs", 8, "did you mean sparkfleet_vllm_max_num_seqs?"),
+        ("modell", "x", "did you mean sparkfleet_model?"),
+        pytest.param("vllm_max_num_seqs", 10**5000, "is not a number within its limits", id="vllm_max_num_seqs"),
+        ("vllm_hf_overrides", {1: 2}, "sparkfleet_vllm_hf_overrides: the key '1' is not a text"),
+        ("vllm_port", 9000, "set sparkfleet_port instead"),
+        ("engine_key", "geheim", "sparkfleet_engine_key: must be a key of 8 characters or more"),
+    ],
+)
+def test_bad_variables(name: str, value: Any, complaint: str) -> None:
+    with pytest.raises(SparkfleetError) as raised:
+        dry.make({"s1": {f"sparkfleet_{name}": value}})
+    assert complaint in str(raised.value)
+    assert "geheim" not in str(raised.value)
+
+
+def test_words_of_the_command_line_are_numbers_where_numbers_are_wanted() -> None:
+    paper = dry.make(
+        {"s1": {"sparkfleet_port": "8001", "sparkfleet_memory_reserve_gib": "6", "sparkfleet_drained": "no"}}
+    )
+    assert paper.kinds[0].plan and paper.kinds[0].plan["reserve_gib"] == 6 and not paper.drained
 
 
 def test_a_policy_is_one() -> None:

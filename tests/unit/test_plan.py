@@ -327,7 +327,7 @@ def test_where_gateways_reach_it_must_be_known() -> None:
         "192.0.2.11:8000:8000",
         "[fd00::11]:8000:8000",
     ]
-    with pytest.raises(SparkfleetError, match="sparkfleet_listen: 'spark-1' does not appear"):
+    with pytest.raises(SparkfleetError, match="sparkfleet_listen: 'spark-1' will not do: write auto"):
         target(listen="spark-1")
 
 
@@ -507,7 +507,7 @@ def test_hub_source_fetches_no_model() -> None:
 
 
 def test_wrong_argument_names_the_variable() -> None:
-    with pytest.raises(SparkfleetError, match=r"sparkfleet_vllm_max_num_seqs: must be a whole number above 0"):
+    with pytest.raises(SparkfleetError, match=r"sparkfleet_vllm_max_num_seqs: must be a whole number from 1 to 65536"):
         target(arguments={"max_num_seqs": "many"})
 
 
