@@ -7,31 +7,37 @@
 - bundle: {state: push, folder: DIR, images: [...], models: [{repo, revision}], packages: false}
 - bundle: {state: absent}                  # takes off the host what was pushed
 
-A file that is there as it should be does not travel again.
+A file that is there as it should be does not travel again. What a Spark says it has collected is checked before any of
+it touches a path here (`Collected.of`), each file by size and hash once it has come; a host checks each file that it is
+given against bundle.json's sha256 before it uses it.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import os
+import resource
 import threading
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from sparkfleet_host import bounded
+from sparkfleet_host.bounded import BoundsError
 
 from sparkfleet import SparkfleetError, wheels
-from sparkfleet.bundle import Bundle
+from sparkfleet.bundle import LAYOUT, Bundle, Collected, Entry, Item, total
 
 display = Display()
 #: Files that travel before the host is told to put them where they belong, bytes.
 BATCH = 256 << 20
 #: A line of progress at least so often, seconds.
 AT_LEAST = 10.0
-CHUNK = 4 << 20
+#: What this process may write to other files while one comes from a Spark, bytes.
+SLACK = 64 << 20
 
 
 class Travel:
@@ -113,47 +119,79 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         return {"collects": mine is not None and first[mine] == self._host, "have": have}
 
     def _fetch(self, task_vars: Mapping[str, Any]) -> dict[str, Any]:
-        bundle, collected = self._open(), self._task.args["collected"]
-        known = task_vars["sparkfleet_look"]["state"]["os"]
+        bundle, look = self._open(), task_vars["sparkfleet_look"]
+        known = look["state"]["os"]
         system = {key: str(known[key]) for key in ("id", "codename", "machine")}
         bundle.check_system(system)
-        # What came before an interruption is there without being noted yet.
-        waiting = [item for item in collected["files"] if not _is_here(bundle, item)]
-        travel = Travel(self._host, "to the controller:", len(waiting), sum(item["size"] for item in waiting))
+        collected = self._collected(look["plan"])
+        entries = {item.name: entry for item in collected.items if (entry := _is_here(bundle, item)) is not None}
+        waiting = [item for item in collected.items if item.name not in entries]
+        travel = Travel(self._host, "to the controller:", len(waiting), sum(item.size for item in waiting))
         began = time.monotonic()
         for item in waiting:
-            travel.carry(lambda item=item: self._fetch_file(bundle.folder, item), item["size"])  # type: ignore[misc]
+
+            def come(item: Item = item) -> None:
+                entries[item.name] = self._fetch_file(bundle, item)
+
+            travel.carry(come, item.size)
         travel.end(began)
         before = [*bundle.images, *bundle.models, *bundle.packages]
-        bundle.add(collected, system)
+        bundle.add(collected, system, entries)
         bundle.write()
-        if collected["left_out"]:
-            names = ", ".join(collected["left_out"])
+        if collected.left_out:
+            names = ", ".join(collected.left_out)
             display.display(f"{self._host}  its sources have no package {names}; left out of the bundle")
         changed = bool(waiting) or before != [*bundle.images, *bundle.models, *bundle.packages]
         return {"changed": changed, "folder": str(bundle.folder)}
 
-    def _fetch_file(self, folder: Path, item: Mapping[str, Any]) -> None:
-        place = folder / item["name"]
-        place.parent.mkdir(parents=True, exist_ok=True)
-        partial = place.with_name(f"{place.name}.incomplete")
-        self._connection.fetch_file(item["path"], str(partial))
-        name, digest = ("sha256", item["sha256"]) if "sha256" in item else ("sha1", item["sha1"])
-        if _digest(partial, name, int(item["size"])) != digest:
-            partial.unlink(missing_ok=True)
-            raise SparkfleetError(f"{item['path']} did not arrive as it is on the host: run again")
-        partial.replace(place)
+    def _collected(self, plan: Mapping[str, Any]) -> Collected:
+        """What the host says it has collected, checked against what it was asked for. Raises SparkfleetError."""
+        given = self._task.args["collected"]
+        model = f"{plan['repo']}@{plan['revision']}" if given.get("model") else ""
+        try:
+            return Collected.of(given, plan["image"], model)
+        except BoundsError as error:
+            raise SparkfleetError(
+                f"refused what this host says it has collected: {error}; nothing was written. Sparkfleet itself never "
+                "answers so: find out what runs on this host"
+            ) from None
+
+    def _fetch_file(self, bundle: Bundle, item: Item) -> Entry:
+        """Take one file; it gets its name once size and hash are right. Raises SparkfleetError, AnsibleError."""
+        name = f"{item.name}.incomplete"
+        partial = bundle.folder / name
+        try:
+            bundle.folder.mkdir(parents=True, exist_ok=True)
+            os.close(bounded.open_beneath(bundle.folder, name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, make=True))
+            with _no_more_than(item.size + SLACK):
+                self._connection.fetch_file(item.path, str(partial))
+            entry, digest = bundle.entry_of(name, item.kind, limit=item.size)
+            if (entry.size, digest) != (item.size, item.digest):
+                raise BoundsError("its content is another")
+        except (OSError, BoundsError, AnsibleError) as error:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            reason = bounded.printable(" ".join(str(error).split())[-200:])
+            raise SparkfleetError(f"{item.path} did not arrive as it is on the host ({reason}): run again") from None
+        partial.replace(bundle.folder / item.name)
+        return entry
 
     def _python(self, task_vars: Mapping[str, Any]) -> dict[str, Any]:
         bundle = self._open()
-        before = set(bundle.files)
+        before = dict(bundle.files)
         names = wheels.download(bundle.folder / "python", filter(None, [bundle.system.get("machine")]), display.display)
-        bundle.files = {name: size for name, size in bundle.files.items() if not name.startswith("python/")}
-        bundle.files.update({f"python/{name}": (bundle.folder / "python" / name).stat().st_size for name in names})
-        bundle.write()
-        size = sum(bundle.files.values())
-        display.display(f"{bundle.folder}: {len(bundle.files)} files, {size / 1e9:.2f} GB")
-        return {"changed": before != set(bundle.files)}
+        bundle.files = {name: entry for name, entry in bundle.files.items() if not name.startswith("python/")}
+        try:
+            bundle.files.update({f"python/{name}": bundle.entry_of(f"python/{name}")[0] for name in names})
+        except (OSError, BoundsError) as error:
+            raise SparkfleetError(f"{bundle.folder}: {error}") from None
+        digest = bundle.write()
+        display.display(f"{bundle.folder}: {len(bundle.files)} files, {total(bundle.files.values()) / 1e9:.2f} GB")
+        display.display(
+            f"digest of this bundle: sha256:{digest}\n"
+            "  Carry it apart from the folder and give it where the folder is used: sparkfleet_bundle_digest"
+        )
+        return {"changed": before != bundle.files, "digest": f"sha256:{digest}"}
 
     def _open(self) -> Bundle:
         folder = str(self._task.args.get("folder") or "")
@@ -164,27 +202,40 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
     # -- using one -----------------------------------------------------------------------------------------
 
     def _push(self, task_vars: dict[str, Any]) -> dict[str, Any]:
-        bundle, arguments = Bundle.read(self._task.args["folder"]), self._task.args
+        digest = str(self._templar.template(task_vars.get("sparkfleet_bundle_digest") or ""))
+        bundle, arguments = Bundle.read(self._task.args["folder"], digest), self._task.args
         images = list(arguments.get("images") or [])
         models = [f"{model['repo']}@{model['revision']}" for model in arguments.get("models") or []]
-        names = bundle.of_fetch(images, models) + (list(bundle.of_packages()) if arguments.get("packages") else [])
-        texts = {"image/index.json": bundle.index(images)} if images else {}
-        want = {"texts": texts, "packages": bool(arguments.get("packages")), "user": self._user(task_vars)}
+        fetched = bundle.of_fetch(images, models)
+        packages = sorted(bundle.of_packages()) if arguments.get("packages") else []
+        # Lists are small: they go as text, which was checked here.
+        texts = {name: bundle.text(name) for name in fetched if name.endswith("/fetching.json")}
+        if images:
+            texts.update({"image/index.json": bundle.index(images), "image/oci-layout": LAYOUT})
+        names = [name for name in [*fetched, *packages] if name not in texts]
+        lacking = [name for name in names if not bundle.has(name, bundle.files[name].size)]
+        if lacking:
+            raise SparkfleetError(f"the bundle {bundle.folder} lacks {lacking[0]}, or it is cut: make it again")
+        want = {"texts": texts, "packages": bool(packages), "user": self._user(task_vars)}
         if self._connection.transport == "local":
-            parts = sorted({name.partition("/")[0] for name in names})
-            links = {part: str(bundle.folder.resolve() / part) for part in parts}
-            self._receive(task_vars, **{**want, "texts": {}}, links=links)
+            # Image and model are read where they lie: Docker and the Hub's client check each file by its digest. What
+            # apt installs is copied and checked.
+            folders = sorted({name.rpartition("/")[0] for name in names if not name.startswith("packages/")})
+            links = {name: str(bundle.folder.resolve() / name) for name in folders}
+            copies = {name: _entry(name, bundle.files[name]) for name in packages}
+            self._receive(task_vars, **want, links=links, source=str(bundle.folder.resolve()), moves=copies)
             return {}
-        needed = sum(bundle.files[name] for name in names)
-        there = self._receive(task_vars, user=want["user"], needed=needed)
-        waiting = [name for name in names if there["files"].get(name) != bundle.files[name]]
-        travel = Travel(self._host, "bundle:", len(waiting), sum(bundle.files[name] for name in waiting))
+        sizes = {name: bundle.files[name].size for name in names}
+        there = self._receive(
+            task_vars, user=want["user"], needed=sum(sizes.values()), largest=max(sizes.values(), default=0)
+        )
+        waiting = [name for name in names if there["files"].get(name) != bundle.files[name].sha256]
+        travel = Travel(self._host, "bundle:", len(waiting), sum(sizes[name] for name in waiting))
         began, moves, size = time.monotonic(), {}, 0
         for place, name in enumerate(waiting):
-            incoming = f"{there['incoming']}/{place}"
-            self._put(travel, bundle, name, incoming)
-            moves[incoming] = name
-            size += bundle.files[name]
+            self._put(travel, bundle, name, f"{there['incoming']}/{place}")
+            moves[str(place)] = _entry(name, bundle.files[name])
+            size += sizes[name]
             if size >= BATCH:  # what was interrupted goes on from here
                 self._receive(task_vars, user=want["user"], moves=moves)
                 moves, size = {}, 0
@@ -193,8 +244,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         return {}
 
     def _put(self, travel: Travel, bundle: Bundle, name: str, incoming: str) -> None:
+        size = bundle.files[name].size
         try:
-            travel.carry(lambda: self._connection.put_file(str(bundle.folder / name), incoming), bundle.files[name])
+            travel.carry(lambda: self._connection.put_file(str(bundle.folder / name), incoming), size)
         except AnsibleError as error:
             reason = " ".join(str(error).split())[-200:]
             raise SparkfleetError(f"{name} of the bundle did not arrive: {reason}. Run again: it resumes") from None
@@ -214,18 +266,33 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         return {}
 
 
-def _is_here(bundle: Bundle, item: Mapping[str, Any]) -> bool:
-    """Whether a file need not travel. The others are called by their content or version; apt's list always the same."""
-    there = bundle.has(item["name"], item["size"])
-    if there and item["name"] == "packages/Packages":
-        return _digest(bundle.folder / item["name"], "sha256", item["size"]) == str(item["sha256"])
-    return there
+def _entry(name: str, entry: Entry) -> dict[str, Any]:
+    return {"name": name, "size": entry.size, "sha256": entry.sha256}
 
 
-def _digest(path: Path, name: str, size: int) -> str:
-    """sha256 of a file, or git's sha1 of it."""
-    sha = hashlib.sha256() if name == "sha256" else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            sha.update(chunk)
-    return sha.hexdigest()
+def _is_here(bundle: Bundle, item: Item) -> Entry | None:
+    """A file that need not travel: noted in the bundle, or whole although an interruption came before it was noted."""
+    if not bundle.has(item.name, item.size):
+        return None
+    noted = bundle.files.get(item.name)
+    if noted and noted.size == item.size and (item.kind == "sha1" or noted.sha256 == item.digest):
+        return noted
+    try:
+        entry, digest = bundle.entry_of(item.name, item.kind, limit=item.size)
+    except (OSError, BoundsError):
+        return None
+    return entry if digest == item.digest else None
+
+
+@contextlib.contextmanager
+def _no_more_than(size: int) -> Iterator[None]:
+    """No file that this process or its children write gets longer, so that a Spark that sends without end does not
+    fill the disk. A task has a process of its own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    unlimited = resource.RLIM_INFINITY
+    limits = [size, *(limit for limit in (soft, hard) if limit != unlimited)]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

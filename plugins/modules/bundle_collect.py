@@ -10,13 +10,18 @@ short_description: Puts together image, model and packages of a bundle
 description:
   - Fetches the image's blobs and the packages into a folder of the host, and lists them with the files of the model in
     the cache. What is there is not fetched again. The action C(bundle) takes all that to the controller.
-  - Packages come with all that they need, as for a host that has nothing installed, from the host's own sources.
+  - Packages come with all that they need, as for a host that has nothing installed, from the host's own sources. Each
+    group is resolved for itself, since packages of two groups may conflict (Docker's own and the distribution's).
 options:
   image: {description: Reference of the image., type: str, required: true}
   repo: {description: Model on the Hub; empty for none., type: str, default: ""}
   revision: {description: Its revision., type: str, default: main}
   cache_dir: {description: Folder of the model cache., type: path, default: /opt/hf}
-  packages: {description: Names of packages., type: list, elements: str, default: []}
+  packages:
+    description: Groups of names of packages; those of a group are installed together.
+    type: list
+    elements: list
+    default: []
   have: {description: Names of files that the bundle has already., type: list, elements: str, default: []}
   folder: {description: Where to collect., type: path, default: /var/lib/sparkfleet/bundle}
   docker_config:
@@ -35,7 +40,7 @@ EXAMPLES = r"""
   bundle_collect:
     image: nvcr.io/nvidia/vllm:25.09-py3
     repo: nvidia/Llama-3.1-8B-Instruct-FP8
-    packages: [docker.io, haproxy]
+    packages: [[docker.io, docker-compose-v2], [haproxy]]
 """
 
 RETURN = r"""
@@ -48,13 +53,13 @@ files: {description: name in the bundle path size and sha256 or sha1 of each fil
 """
 
 import hashlib
-import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host.cache import manifest_path, model_state, repo_folder
+from ansible.module_utils.sparkfleet_host.bounded import BoundsError
+from ansible.module_utils.sparkfleet_host.cache import manifest_path, model_state, read_manifest, repo_folder
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError
 from ansible.module_utils.sparkfleet_host.job import Job, JobError
 from ansible.module_utils.sparkfleet_host.registry import Layout, Registry, credentials, reference
@@ -99,7 +104,10 @@ def collect_model(params: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str
     if not state["complete"]:
         raise JobError("download-incomplete", f"{params['repo']} is not complete in {params['cache_dir']}")
     path = manifest_path(params["cache_dir"], params["repo"], str(state["commit"]))
-    listing: dict[str, Any] = {**json.loads(path.read_text("utf-8")), "revision": params["revision"]}
+    try:
+        listing: dict[str, Any] = {**read_manifest(path), "revision": params["revision"]}
+    except BoundsError as error:
+        raise JobError("download-incomplete", str(error)) from None
     folder = repo_folder(params["repo"])
     files = {}
     for entry in listing["files"].values():
@@ -124,18 +132,22 @@ def collect_packages(params: dict[str, Any], job: Job) -> tuple[list[str], list[
     job.update("packages", 0, None)
     apt("apt-get", "--quiet", "update")
     # `pkgnames` has what is installed as well, whose source may be gone.
-    known = {line.partition("|")[0].strip() for line in apt("apt-cache", "madison", *params["packages"]).splitlines()}
-    names = [name for name in params["packages"] if name in known]
+    asked = list(dict.fromkeys(name for group in params["packages"] for name in group))
+    known = {line.partition("|")[0].strip() for line in apt("apt-cache", "madison", "--", *asked).splitlines()}
+    names = [name for name in asked if name in known]
     folder = Path(params["folder"], "packages")
     (folder / "partial").mkdir(parents=True, exist_ok=True)
     nothing = folder / "partial" / "status"
     nothing.write_text("", "utf-8")
     options = {"Dir::State::status": nothing, "Dir::Cache::archives": f"{folder}/", "APT::Sandbox::User": "root"}
-    apt(
-        *("apt-get", "--quiet", "--yes", "--no-install-recommends", "--download-only"),
-        *(f"--option={key}={value}" for key, value in options.items()),
-        *("install", *names),
-    )
+    for group in params["packages"]:
+        some = [name for name in group if name in known]
+        if some:
+            apt(
+                *("apt-get", "--quiet", "--yes", "--no-install-recommends", "--download-only"),
+                *(f"--option={key}={value}" for key, value in options.items()),
+                *("install", "--", *some),
+            )
     paragraphs, files = [], []
     for deb in sorted(folder.glob("*.deb")):
         content = deb.read_bytes()
@@ -158,7 +170,7 @@ def main() -> None:
             "repo": {"type": "str", "default": ""},
             "revision": {"type": "str", "default": "main"},
             "cache_dir": {"type": "path", "default": "/opt/hf"},
-            "packages": {"type": "list", "elements": "str", "default": []},
+            "packages": {"type": "list", "elements": "list", "default": []},
             "have": {"type": "list", "elements": "str", "default": []},
             "folder": {"type": "path", "default": BUNDLE},
             "docker_config": {"type": "path", "default": "/root/.docker/config.json"},
@@ -178,7 +190,7 @@ def main() -> None:
         image, of_image = collect_image(params, job)
         names, of_packages = collect_packages(params, job)
         model = f"{params['repo']}@{params['revision']}" if listing else ""
-        left_out = sorted(set(params["packages"]) - set(names))
+        left_out = sorted({name for group in params["packages"] for name in group} - set(names))
         files = [*of_image, *of_model, *of_packages]
         result: dict[str, Any] = {"image": image, "model": model, "listing": listing, "packages": names}
         result.update(left_out=left_out, files=files)

@@ -8,7 +8,9 @@ DOCUMENTATION = r"""
 module: bundle_receive
 short_description: Puts the files of a bundle where they belong
 description:
-  - Says what is there, and moves files that the login user has brought; the action C(bundle) calls it.
+  - Says what is there, and takes files that the login user has brought; the action C(bundle) calls it. Each file is
+    copied into a folder that root alone may enter and gets its name once size and sha256 are right; nothing that the
+    login user may still change is ever used, and no symbolic link of theirs is followed.
   - Packages become the only source of apt for those who set C(APT_CONFIG) to C(/var/lib/sparkfleet/bundle/apt.conf);
     nothing in C(/etc/apt) is touched.
 options:
@@ -16,7 +18,14 @@ options:
   folder: {description: Where the bundle is kept., type: path, default: /var/lib/sparkfleet/bundle}
   user: {description: Who brings files; empty for who calls sudo., type: str, default: ""}
   needed: {description: Bytes that must be free for what is not there yet; 0 for no check., type: int, default: 0}
-  moves: {description: Where a file is -> its name in the bundle., type: dict, default: {}}
+  largest: {description: Bytes of the largest file that is to come., type: int, default: 0}
+  moves:
+    description: >-
+      Name of a file in the folder that the user may write to (in O(source), where that is given) -> C(name) in the
+      bundle, C(size) in bytes and C(sha256).
+    type: dict
+    default: {}
+  source: {description: Folder of this host that O(moves) are copied from; they stay there., type: str, default: ""}
   texts: {description: Name in the bundle -> content., type: dict, default: {}}
   links: {description: Part of the bundle -> folder of this host that has it., type: dict, default: {}}
   packages: {description: Let apt know the packages., type: bool, default: false}
@@ -32,17 +41,23 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-files: {description: Name in the bundle -> size., returned: with state present, type: dict}
+files: {description: Name in the bundle -> sha256 of what was taken., returned: with state present, type: dict}
 incoming: {description: Folder that the user may write to., returned: with state present, type: str}
 """
 
+import hashlib
+import json
 import os
 import pwd
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.sparkfleet_host import bounded
+from ansible.module_utils.sparkfleet_host.bounded import SHA256, BoundsError
 from ansible.module_utils.sparkfleet_host.job import JobError
 from ansible.module_utils.sparkfleet_host.share import BUNDLE
 
@@ -53,29 +68,50 @@ Acquire::Languages "none";
 APT::Sandbox::User "root";
 """
 PARTS = ("image", "hub", "packages")
+INCOMING, PRIVATE, TAKEN = ".incoming", ".private", ".taken.json"
 RESERVE = 1 << 30  # bytes that stay free
+CHUNK = 4 << 20
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The place of a name within the folder. Raises JobError for one outside."""
-    if ".." in Path(name).parts or name.startswith("/"):
-        raise JobError("bad-input", f"{name} is outside of the bundle")
+    """The place of a name within the folder; root alone makes what is there. Raises JobError for one outside."""
+    if not bounded.is_repository_path(name) or name.partition("/")[0] not in PARTS:
+        raise JobError("bad-input", f"{bounded.printable(name, 200)} is outside of the bundle")
     return folder / name
 
 
-def files(folder: Path) -> dict[str, int]:
-    """What is there: name -> size; links are not followed."""
+def taken(folder: Path) -> dict[str, str]:
+    """What was taken and is there with its size: name -> sha256."""
+    try:
+        known = bounded.read_json(folder / TAKEN, limit=64 << 20, follow=False)
+    except (OSError, BoundsError):
+        return {}
     found = {}
-    for part in (folder / name for name in PARTS):
-        if part.is_dir() and not part.is_symlink():
-            paths = (path for path in part.rglob("*") if path.is_file())
-            found.update({str(path.relative_to(folder)): path.stat().st_size for path in paths})
+    for name, entry in known.items():
+        place = folder / name
+        try:
+            whole = not place.is_symlink() and place.stat().st_size == entry["size"]
+        except (OSError, TypeError, KeyError):
+            continue
+        if whole:
+            found[name] = str(entry["sha256"])
     return found
+
+
+def note(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Remember what was taken."""
+    known: dict[str, Any] = {}
+    if (folder / TAKEN).exists():
+        known = bounded.read_json(folder / TAKEN, limit=64 << 20, follow=False)
+    known.update({entry["name"]: {"size": entry["size"], "sha256": entry["sha256"]} for entry in entries.values()})
+    scratch = folder / f"{TAKEN}.new"
+    scratch.write_text(json.dumps(known) + "\n", "utf-8")
+    scratch.replace(folder / TAKEN)
 
 
 def incoming(folder: Path, user: str) -> Path:
     """An empty folder that the login user may write to."""
-    place = folder / ".incoming"
+    place = folder / INCOMING
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True, mode=0o700)
     owner = pwd.getpwnam(user).pw_uid if user else int(os.environ.get("SUDO_UID") or os.getuid())
@@ -83,31 +119,66 @@ def incoming(folder: Path, user: str) -> Path:
     return place
 
 
-def move(folder: Path, moves: dict[str, str]) -> None:
-    """Take what was brought."""
-    for source, name in moves.items():
-        place = inside(folder, name)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.chown(source, 0, 0)
-        Path(source).chmod(0o644)
-        shutil.move(source, place)
+def take(folder: Path, source: Path, name: str, entry: Mapping[str, Any], stays: bool) -> None:
+    """Copy a file, so that nobody who has it open can change it any more, check it, and put it where it belongs. Raises
+    JobError for another content, a link, or a name outside; OSError."""
+    place = inside(folder, str(entry["name"]))
+    private = folder / PRIVATE
+    private.mkdir(mode=0o700, exist_ok=True)
+    scratch = private / "0"
+    scratch.unlink(missing_ok=True)
+    size, sha = int(entry["size"]), hashlib.sha256()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        handle = bounded.open_beneath(source, name)
+        with os.fdopen(handle, "rb") as brought, os.fdopen(os.open(scratch, flags, 0o600), "wb") as copy:
+            left = size + 1
+            while left and (chunk := brought.read(min(CHUNK, left))):
+                sha.update(chunk)
+                copy.write(chunk)
+                left -= len(chunk)
+            os.fchmod(copy.fileno(), 0o644)
+        if left != 1 or sha.hexdigest() != bounded.matched(SHA256, entry["sha256"], "sha256"):
+            raise JobError(
+                "bundle", f"{entry['name']} is not what bundle.json says: it was changed, or arrived damaged"
+            )
+    except BoundsError as error:
+        scratch.unlink(missing_ok=True)
+        raise JobError("bundle", f"{entry['name']}: {error}") from None
+    except JobError:
+        scratch.unlink(missing_ok=True)
+        raise
+    place.parent.mkdir(parents=True, exist_ok=True)
+    scratch.replace(place)
+    if not stays:
+        (source / name).unlink()
 
 
-def link(folder: Path, links: dict[str, str]) -> None:
+def without_links(folder: Path) -> None:
+    """Forget folders of the host that an earlier run has linked to."""
+    for part in PARTS:
+        for where, folders, names in os.walk(folder / part):
+            for name in (*folders, *names):
+                if Path(where, name).is_symlink():
+                    Path(where, name).unlink()
+        if (folder / part).is_symlink():
+            (folder / part).unlink()
+
+
+def link(folder: Path, links: Mapping[str, str]) -> None:
     """Let a part be a folder of this host."""
     for name, target in links.items():
         place = inside(folder, name)
-        if place.is_symlink():
-            place.unlink()
-        elif place.exists():
+        if place.exists():
             shutil.rmtree(place)
+        place.parent.mkdir(parents=True, exist_ok=True)
         place.symlink_to(target)
 
 
 def let_apt_know(folder: Path) -> None:
     """A configuration with the packages as only source, and its lists. Raises JobError."""
     (folder / "lists" / "partial").mkdir(parents=True, exist_ok=True)
-    (folder / "sources.list").write_text(f"deb [trusted=yes] file:{(folder / 'packages').resolve()} ./\n", "utf-8")
+    (folder / "sources.list").write_text(f"deb [trusted=yes] file:{folder / 'packages'} ./\n", "utf-8")
     (folder / "apt.conf").write_text(APT_CONF.format(folder=folder), "utf-8")
     environment = {**os.environ, "APT_CONFIG": str(folder / "apt.conf"), "LC_ALL": "C"}
     done = subprocess.run(
@@ -117,26 +188,35 @@ def let_apt_know(folder: Path) -> None:
         raise JobError("packages", f"apt does not read the bundle's packages: {' '.join(done.stderr.split())[-300:]}")
 
 
-def receive(params: dict[str, object], folder: Path) -> dict[str, object]:
+def receive(params: Mapping[str, Any], folder: Path) -> dict[str, object]:
     """Everything; what is there afterwards. Raises OSError and JobError."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o755)
-    there = files(folder)
-    free = shutil.disk_usage(folder).free
-    missing = int(str(params["needed"])) - sum(there.values())
-    if params["needed"] and missing + RESERVE > free:
-        raise JobError(
-            "disk-full",
-            f"{folder} has {free / 1e9:.1f} GB free, the bundle takes {missing / 1e9:.1f} GB more; make room",
-        )
-    move(folder, dict(params["moves"]))  # type: ignore[call-overload]
-    link(folder, dict(params["links"]))  # type: ignore[call-overload]
-    for name, text in dict(params["texts"]).items():  # type: ignore[call-overload]
+    there = taken(folder)
+    if params["needed"]:
+        free = shutil.disk_usage(folder).free
+        # The largest is there twice while it is copied.
+        more = params["needed"] + params["largest"] - sum((folder / name).stat().st_size for name in there)
+        if more + RESERVE > free:
+            raise JobError(
+                "disk-full",
+                f"{folder} has {free / 1e9:.1f} GB free, the bundle takes {more / 1e9:.1f} GB more; make room",
+            )
+    if params["moves"] or params["links"] or params["texts"]:
+        without_links(folder)
+    if params["moves"]:
+        source = Path(params["source"] or folder / INCOMING)
+        for name, entry in params["moves"].items():
+            where = str(entry["name"]) if params["source"] else name
+            take(folder, source, where, entry, stays=bool(params["source"]))
+        note(folder, params["moves"])
+    link(folder, params["links"])
+    for name, text in params["texts"].items():
         inside(folder, name).parent.mkdir(parents=True, exist_ok=True)
         inside(folder, name).write_text(text, "utf-8")
     if params["packages"]:
         let_apt_know(folder)
-    return {"files": files(folder), "incoming": str(incoming(folder, str(params["user"])))}
+    return {"files": taken(folder), "incoming": str(incoming(folder, str(params["user"])))}
 
 
 def main() -> None:
@@ -147,6 +227,8 @@ def main() -> None:
             "folder": {"type": "path", "default": BUNDLE},
             "user": {"type": "str", "default": ""},
             "needed": {"type": "int", "default": 0},
+            "largest": {"type": "int", "default": 0},
+            "source": {"type": "str", "default": ""},
             "moves": {"type": "dict", "default": {}},
             "texts": {"type": "dict", "default": {}},
             "links": {"type": "dict", "default": {}},
@@ -157,7 +239,7 @@ def main() -> None:
     folder = Path(module.params["folder"])
     try:
         if module.check_mode:
-            module.exit_json(changed=False, files=files(folder), incoming="")
+            module.exit_json(changed=False, files=taken(folder), incoming="")
         if module.params["state"] == "absent":
             shutil.rmtree(folder, ignore_errors=True)
             module.exit_json(changed=False)

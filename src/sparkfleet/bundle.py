@@ -1,63 +1,129 @@
 """A folder to carry in: images, models and packages for Sparks without internet.
 
-bundle.json                      what is in it (see `Bundle`)
+bundle.json                      what is in it, each file with its sha256 (see `Bundle`)
 image/                           an OCI image layout: index.json, oci-layout, blobs/sha256/HEX
 hub/models--ORG--NAME/blobs/HASH files of a model, by the Hub's hash
 hub/.sparkfleet/models--ORG--NAME/fetching.json   their list
 packages/                        a repository for apt: *.deb, Packages
 python/                          wheels for scripts/setup of another controller
+
+What a Spark says when a bundle is made, and what lies in the folder of one that was carried in, may both be hostile:
+names are matched against what they may be, no link below the folder is followed, and a file counts only with the size
+and sha256 that bundle.json has. The sha256 of bundle.json itself is shown when it is written; whoever carries the
+folder in can have it checked (sparkfleet_bundle_digest).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from sparkfleet_host import bounded, cache
+from sparkfleet_host.bounded import COMMIT, DIGEST, SHA256, BoundsError
 
 from sparkfleet import SparkfleetError
 
 NAME = "bundle.json"
+VERSION = 2
+LIMIT = 64 << 20  # of bundle.json, bytes
+CHUNK = 4 << 20
+IMAGE = re.compile(r"[a-zA-Z0-9][\w.:/@-]{0,511}", re.ASCII)
+MEDIA_TYPE = re.compile(r"[\w.+/-]{1,200}", re.ASCII)
+PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]{0,100}")
+WORD = re.compile(r"[\w.-]{1,64}", re.ASCII)
+#: What a file of a bundle may be called.
+FILE = re.compile(
+    r"image/blobs/sha256/[0-9a-f]{64}"
+    r"|hub/models--[A-Za-z0-9][\w.-]*/blobs/([0-9a-f]{40}|[0-9a-f]{64})"
+    r"|hub/\.sparkfleet/models--[A-Za-z0-9][\w.-]*/fetching\.json"
+    r"|packages/([A-Za-z0-9][\w.+~%:-]*\.deb|Packages)"
+    r"|python/[A-Za-z0-9][\w.+-]*",
+    re.ASCII,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A file of a bundle; `size` in bytes."""
+
+    size: int
+    sha256: str
 
 
 @dataclasses.dataclass
 class Bundle:
     """What is in a bundle. `images`: name -> {digest, media_type, size, blobs}; `models`: "ORG/NAME@REVISION" ->
-    {commit, bytes, files: [HASH]}; `files`: path within the folder -> size in bytes."""
+    {commit, bytes, files: [HASH]}; `files`: path within the folder -> size and sha256."""
 
     folder: Path
     system: dict[str, str] = dataclasses.field(default_factory=dict)
     images: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     models: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     packages: list[str] = dataclasses.field(default_factory=list)
-    files: dict[str, int] = dataclasses.field(default_factory=dict)
+    files: dict[str, Entry] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: str | Path) -> Bundle:
-        """Raises SparkfleetError for a folder that is no bundle."""
+    def read(cls, folder: str | Path, digest: str = "") -> Bundle:
+        """The bundle of a folder; `digest`: sha256 that its bundle.json must have, with or without `sha256:`. Raises
+        SparkfleetError for a folder that is not a bundle, or one that is of another form or digest."""
         place = Path(folder).expanduser()
         try:
-            known = json.loads((place / NAME).read_text(encoding="utf-8"))
-            return cls(place, **{field.name: known[field.name] for field in dataclasses.fields(cls)[1:]})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            with os.fdopen(bounded.open_beneath(place, NAME), "rb") as file:
+                data = file.read(LIMIT + 1)
+            known = bounded.as_dict(bounded.parse_json(data, NAME, LIMIT), NAME)
+        except (OSError, ValueError) as error:
             raise SparkfleetError(
                 f"sparkfleet_bundle {place}: no bundle is there ({type(error).__name__}: {error}); "
                 "`sparkfleet bundle FOLDER` makes one where there is internet"
             ) from None
+        wanted, found = digest.strip().lower().removeprefix("sha256:"), hashlib.sha256(data).hexdigest()
+        if wanted and wanted != found:
+            raise SparkfleetError(
+                f"sparkfleet_bundle {place}: its {NAME} has the digest sha256:{found}, sparkfleet_bundle_digest says "
+                f"{bounded.printable(digest, 80)}: it is not the bundle that was made, or was changed since"
+            )
+        if known.get("version") != VERSION:
+            raise SparkfleetError(
+                f"sparkfleet_bundle {place}: made by another version of Sparkfleet, without the hashes that this one "
+                f"checks: run `sparkfleet bundle {place}` again where there is internet; what is whole does not travel "
+                "again"
+            )
+        try:
+            return _checked(place, known)
+        except BoundsError as error:
+            raise SparkfleetError(
+                f"sparkfleet_bundle {place}: {error}; make it again with `sparkfleet bundle FOLDER`"
+            ) from None
 
     @classmethod
     def open(cls, folder: str | Path) -> Bundle:
-        """The bundle of a folder, or a new one where there is none."""
+        """The bundle of a folder to add to, or a new one where there is none. One of an older version is begun again;
+        files that are there already are kept where they are what they should be."""
         place = Path(folder).expanduser()
-        return cls.read(place) if (place / NAME).exists() else cls(place)
+        if not (place / NAME).exists():
+            return cls(place)
+        with contextlib.suppress(OSError, ValueError):
+            if bounded.read_json(place / NAME, LIMIT).get("version") != VERSION:
+                return cls(place)
+        return cls.read(place)
 
-    def write(self) -> None:
-        """`bundle.json` and the lists that readers of the parts expect."""
-        _write(self.folder / "image" / "index.json", self.index(sorted(self.images)))
-        _write(self.folder / "image" / "oci-layout", _json({"imageLayoutVersion": "1.0.0"}))
-        known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[1:]}
-        _write(self.folder / NAME, _json(known))
+    def write(self) -> str:
+        """Write `bundle.json` and the lists that readers of the parts expect; the sha256 of bundle.json."""
+        self._text("image/index.json", self.index(sorted(self.images)))
+        self._text("image/oci-layout", LAYOUT)
+        known: dict[str, Any] = {"version": VERSION}
+        known |= {name: getattr(self, name) for name in ("system", "images", "models", "packages")}
+        known["files"] = {name: dataclasses.asdict(entry) for name, entry in sorted(self.files.items())}
+        text = _json(known)
+        self._text(NAME, text)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def index(self, images: Sequence[str]) -> str:
         """`index.json` of an OCI image layout with these images."""
@@ -81,34 +147,71 @@ class Bundle:
                 "host out with --limit"
             )
 
-    def add(self, collected: Mapping[str, Any], system: Mapping[str, str]) -> None:
-        """Note what `bundle_collect` returned on a host of this system, once its files are here."""
-        image, model, listing = collected["image"], collected["model"], collected["listing"]
+    def add(self, collected: Collected, system: Mapping[str, str], entries: Mapping[str, Entry]) -> None:
+        """Note what was collected on a host of this system, once its files are here: `entries`, by name."""
         self.system = dict(system)
-        self.images[image["name"]] = {key: image[key] for key in ("digest", "media_type", "size", "blobs")}
-        if listing:
+        self.images[collected.image["name"]] = {
+            key: collected.image[key] for key in ("digest", "media_type", "size", "blobs")
+        }
+        if collected.listing:
+            listing = collected.listing
             hashes = sorted({entry.get("sha256") or entry["sha1"] for entry in listing["files"].values()})
-            folder = "models--" + listing["repo"].replace("/", "--")
-            name = f"hub/.sparkfleet/{folder}/fetching.json"
-            _write(self.folder / name, _json(listing))
-            self.files[name] = (self.folder / name).stat().st_size
-            self.models[model] = {"commit": listing["commit"], "bytes": listing["total_bytes"], "files": hashes}
-        if collected["packages"]:
-            self.packages = list(collected["packages"])
-            self.files = {name: size for name, size in self.files.items() if not name.startswith("packages/")}
-        self.files.update({item["name"]: item["size"] for item in collected["files"]})
+            text = _json(listing)
+            name = f"hub/.sparkfleet/{cache.repo_folder(listing['repo'])}/fetching.json"
+            self._text(name, text)
+            self.files[name] = Entry(len(text.encode()), hashlib.sha256(text.encode()).hexdigest())
+            size = sum(entry["size"] for entry in listing["files"].values())
+            self.models[collected.model] = {"commit": listing["commit"], "bytes": size, "files": hashes}
+        if collected.packages:
+            self.packages = list(collected.packages)
+            self.files = {name: entry for name, entry in self.files.items() if not name.startswith("packages/")}
+        self.files.update(entries)
 
     def complete(self) -> list[str]:
-        """Files that are as they should be."""
+        """Files that are there with their size."""
         return sorted(set(self.files) - set(self.lacking()))
 
     def lacking(self) -> list[str]:
-        """Files that are not as they should be."""
-        return [name for name, size in sorted(self.files.items()) if not self.has(name, size)]
+        """Files that are absent, cut, or reached through a link."""
+        return [name for name, entry in sorted(self.files.items()) if not self.has(name, entry.size)]
 
     def has(self, name: str, size: int) -> bool:
-        """Whether a file is there; it gets its name only when it is whole and was checked."""
-        return _size(self.folder / name) == size
+        """Whether a file is there with this size; it gets its name only when it is whole and was checked."""
+        try:
+            handle = bounded.open_beneath(self.folder, name)
+        except (OSError, BoundsError):
+            return False
+        try:
+            return os.fstat(handle).st_size == size
+        finally:
+            os.close(handle)
+
+    def text(self, name: str) -> str:
+        """The content of a small file, which must be what bundle.json says. Raises SparkfleetError."""
+        try:
+            with os.fdopen(bounded.open_beneath(self.folder, name), "rb") as file:
+                data = file.read(self.files[name].size + 1)
+        except (OSError, BoundsError) as error:
+            raise SparkfleetError(f"the bundle {self.folder}: {error}; make it again") from None
+        if hashlib.sha256(data).hexdigest() != self.files[name].sha256:
+            raise SparkfleetError(f"the bundle {self.folder}: {name} was changed since the bundle was made")
+        return data.decode("utf-8", "replace")
+
+    def entry_of(self, name: str, digest: str = "sha256", limit: int | None = None) -> tuple[Entry, str]:
+        """Size and sha256 of a file that is there, and its digest as the Hub names it (sha256, or sha1 as Git counts
+        it), read once. Raises OSError and BoundsError, also for more than `limit` bytes."""
+        with os.fdopen(bounded.open_beneath(self.folder, name), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if limit is not None and size > limit:
+                raise BoundsError(f"{name}: more than {limit} bytes")
+            sha, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+            read = 0
+            while read < size and (chunk := file.read(min(CHUNK, size - read))):
+                sha.update(chunk)
+                if digest == "sha1":
+                    git.update(chunk)
+                read += len(chunk)
+        return Entry(read, sha.hexdigest()), (git if digest == "sha1" else sha).hexdigest()
 
     def of_packages(self) -> Iterator[str]:
         """Files of the repository for apt."""
@@ -121,30 +224,179 @@ class Bundle:
             raise SparkfleetError(
                 f"{', '.join(missing)} not in the bundle {self.folder}: `sparkfleet bundle` adds to it"
             )
-        blobs = [
-            f"image/blobs/sha256/{blob.partition(':')[2]}" for name in images for blob in self.images[name]["blobs"]
-        ]
+        blobs = [f"image/blobs/sha256/{_hex(blob)}" for name in images for blob in self.images[name]["blobs"]]
         found = dict.fromkeys(blobs)
         for model in models:
-            folder = "models--" + model.partition("@")[0].replace("/", "--")
+            folder = cache.repo_folder(model.partition("@")[0])
             found[f"hub/.sparkfleet/{folder}/fetching.json"] = None
             found.update(dict.fromkeys(f"hub/{folder}/blobs/{name}" for name in self.models[model]["files"]))
+        unknown = [name for name in found if name not in self.files]
+        if unknown:
+            raise SparkfleetError(f"the bundle {self.folder} lists no file {unknown[0]}: make it again")
         return list(found)
 
+    def _text(self, name: str, text: str) -> None:
+        scratch = f"{name}.new"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(bounded.open_beneath(self.folder, scratch, flags, make=True), "w", encoding="utf-8") as file:
+            file.write(text)
+        (self.folder / scratch).replace(self.folder / name)
 
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
+
+LAYOUT = json.dumps({"imageLayoutVersion": "1.0.0"}) + "\n"
+
+
+def _checked(place: Path, known: Mapping[str, Any]) -> Bundle:
+    """A bundle of what bundle.json says. Raises BoundsError."""
+    made = Bundle(place)
+    for key, value in bounded.as_dict(known.get("system"), "system").items():
+        made.system[bounded.matched(WORD, key, "system")] = bounded.matched(WORD, value, f"system: {key}")
+    for name, item in bounded.as_dict(known.get("images"), "images").items():
+        made.images[bounded.matched(IMAGE, name, "images")] = _image(item, f"images: {name}")
+    for name, value in bounded.as_dict(known.get("models"), "models").items():
+        entry = bounded.as_dict(value, f"models: {name}")
+        made.models[_model(name)] = {
+            "commit": bounded.matched(COMMIT, entry.get("commit"), f"{name}: commit"),
+            "bytes": bounded.as_int(entry.get("bytes"), f"{name}: bytes"),
+            "files": [_hash(one, name) for one in bounded.as_list(entry.get("files"), f"{name}: files")],
+        }
+    made.packages = [
+        bounded.matched(PACKAGE, one, "packages") for one in bounded.as_list(known.get("packages"), "packages")
+    ]
+    files = bounded.as_dict(known.get("files"), "files")
+    if len(files) > 200_000:
+        raise BoundsError("files: more than 200000")
+    for name, value in files.items():
+        entry = bounded.as_dict(value, f"files: {name[:200]}")
+        size = bounded.as_int(entry.get("size"), f"{name}: size")
+        made.files[file_name(name)] = Entry(size, bounded.matched(SHA256, entry.get("sha256"), f"{name}: sha256"))
+    return made
+
+
+def file_name(name: Any) -> str:
+    """`name`, which must be that of a file of a bundle. Raises BoundsError."""
+    found = bounded.matched(FILE, name, "a file's name")
+    if ".." in found:
+        raise BoundsError(f"a file's name: {found} is not of the form it must have")
+    return found
+
+
+def _image(value: Any, what: str) -> dict[str, Any]:
+    entry = bounded.as_dict(value, what)
+    return {
+        "digest": bounded.matched(DIGEST, entry.get("digest"), f"{what}: digest"),
+        "media_type": bounded.matched(MEDIA_TYPE, entry.get("media_type"), f"{what}: media_type"),
+        "size": bounded.as_int(entry.get("size"), f"{what}: size"),
+        "blobs": [
+            bounded.matched(DIGEST, one, f"{what}: blobs")
+            for one in bounded.as_list(entry.get("blobs"), f"{what}: blobs")
+        ],
+    }
+
+
+def _model(name: Any) -> str:
+    repo, _, revision = bounded.as_str(name, "models", 512).partition("@")
+    if not cache.valid_repo(repo) or not cache.valid_revision(revision):
+        raise BoundsError(f"models: {bounded.printable(name, 100)!r} is not ORG/NAME@REVISION")
+    return str(name)
+
+
+def _hash(value: Any, what: str) -> str:
+    if isinstance(value, str) and (SHA256.fullmatch(value) or COMMIT.fullmatch(value)):
+        return value
+    raise BoundsError(f"{what}: {bounded.printable(repr(value), 80)} is not a hash of a file")
+
+
+# -- what a Spark says it has collected ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A file on a Spark: `name` in the bundle, `path` there, `size` in bytes; `digest` is of the kind `sha256`, or
+    `sha1` as Git counts it."""
+
+    name: str
+    path: str
+    size: int
+    kind: str
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """What `bundle_collect` returned, checked. `listing` is {} without a model."""
+
+    image: dict[str, Any]
+    model: str
+    listing: dict[str, Any]
+    packages: list[str]
+    left_out: list[str]
+    items: list[Item]
+
+    @classmethod
+    def of(cls, value: Any, image: str, model: str) -> Collected:
+        """What a Spark says, which was asked for `image` and `model` (ORG/NAME@REVISION, "" for none): every name, size
+        and hash must be of the form it must have and belong to what was asked for. Raises BoundsError."""
+        known = bounded.as_dict(value, "what was collected")
+        found = _image(known.get("image"), "image")
+        if bounded.as_dict(known.get("image"), "image").get("name") != image:
+            raise BoundsError(f"image: not the one that was asked for, {image}")
+        listing: dict[str, Any] = {}
+        if model:
+            repo, _, revision = model.partition("@")
+            listing = cache.check_listing(known.get("listing"), "listing")
+            if (listing.get("repo"), listing.get("revision")) != (repo, revision) or "commit" not in listing:
+                raise BoundsError(f"listing: not of the model that was asked for, {model}")
+            if not all("sha256" in entry or "sha1" in entry for entry in listing["files"].values()):
+                raise BoundsError("listing: a file has no hash")
+            listing = {key: listing[key] for key in ("repo", "revision", "commit", "files")}
+            listing["files"] = {
+                name: {key: entry[key] for key in ("size", "sha256", "sha1") if key in entry}
+                for name, entry in listing["files"].items()
+            }
+        names = {
+            key: [bounded.matched(PACKAGE, one, key) for one in bounded.as_list(known.get(key), key, 10_000)]
+            for key in ("packages", "left_out")
+        }
+        allowed = {f"image/blobs/sha256/{_hex(blob)}": ("sha256", _hex(blob)) for blob in found["blobs"]}
+        for entry in listing.get("files", {}).values():
+            kind = "sha256" if "sha256" in entry else "sha1"
+            allowed[f"hub/{cache.repo_folder(model.partition('@')[0])}/blobs/{entry[kind]}"] = (kind, entry[kind])
+        items = [_item(one, allowed) for one in bounded.as_list(known.get("files"), "files")]
+        if len({item.name for item in items}) != len(items):
+            raise BoundsError("files: a name is there twice")
+        absent = set(allowed) - {item.name for item in items}
+        if absent:
+            raise BoundsError(f"files: {sorted(absent)[0]} is not among them")
+        return cls({"name": image, **found}, model, listing, names["packages"], names["left_out"], items)
+
+
+def _item(value: Any, allowed: Mapping[str, tuple[str, str]]) -> Item:
+    entry = bounded.as_dict(value, "files")
+    name = file_name(entry.get("name"))
+    size = bounded.as_int(entry.get("size"), f"{name}: size", most=1 << 44)
+    path = bounded.as_str(entry.get("path"), f"{name}: path", 4096)
+    if not path.startswith("/") or bounded.printable(path, 4096) != path:
+        raise BoundsError(f"{name}: path {bounded.printable(path, 80)!r} is not absolute")
+    if name.startswith("packages/"):
+        return Item(name, path, size, "sha256", bounded.matched(SHA256, entry.get("sha256"), f"{name}: sha256"))
+    if name not in allowed:
+        raise BoundsError(f"files: {name} does not belong to what was asked for")
+    kind, digest = allowed[name]
+    if entry.get(kind) != digest:
+        raise BoundsError(f"{name}: not with the hash of its name")
+    return Item(name, path, size, kind, digest)
+
+
+def total(entries: Iterable[Entry]) -> int:
+    """Bytes of files."""
+    return sum(entry.size for entry in entries)
+
+
+def _hex(digest: str) -> str:
+    return digest.partition(":")[2]
 
 
 def _json(data: Any) -> str:
     return json.dumps(data, indent=1) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -67,6 +67,7 @@ class Settings:
     guard: bool = True
     guard_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     bundle: str = ""  # folder on the controller that stands for the internet
+    bundle_digest: str = ""  # what its bundle.json must have; empty: not checked
     host_program: str = ""  # sha256 of the program that is to be on the host; empty: not looked at
 
 
@@ -121,7 +122,7 @@ class Target:
                 f"sparkfleet_model_source: {settings.model_source} needs the internet; with sparkfleet_bundle set it "
                 "to local"
             )
-        bundle = Bundle.read(settings.bundle) if settings.bundle else None
+        bundle = Bundle.read(settings.bundle, settings.bundle_digest) if settings.bundle else None
         return cls(card, settings, arguments, settings.image or card.image, settings.revision or card.revision, bundle)
 
     @property

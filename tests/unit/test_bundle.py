@@ -16,7 +16,7 @@ from ansible.module_utils.sparkfleet_host.share import Model
 from plugins.modules import bundle_collect, bundle_receive, spark_state
 
 from sparkfleet import SparkfleetError, plan, share, wheels
-from sparkfleet.bundle import Bundle
+from sparkfleet.bundle import Bundle, Collected
 from sparkfleet.share import Lack
 from sparkfleet.target import Target
 from tests.unit.test_plan import bare, fetched, target
@@ -24,7 +24,8 @@ from tests.unit.test_plan import bare, fetched, target
 IMAGE = "nvcr.io/nvidia/vllm:25.09-py3"
 SYSTEM = {"id": "ubuntu", "codename": "noble", "machine": "aarch64"}
 REPO, COMMIT = "org/model", "c" * 40
-MANIFEST = json.dumps({"config": {"digest": "sha256:" + "1" * 64, "size": 2}, "layers": []}).encode()
+CONFIG = "sha256:" + hashlib.sha256(b"{}").hexdigest()
+MANIFEST = json.dumps({"config": {"digest": CONFIG, "size": 2}, "layers": []}).encode()
 DIGEST = "sha256:" + hashlib.sha256(MANIFEST).hexdigest()
 WEIGHTS = b"weights"
 SHA = hashlib.sha256(WEIGHTS).hexdigest()
@@ -37,34 +38,48 @@ LISTING = {
 }
 
 
-def collected(folder: Path) -> dict[str, Any]:
-    """What `bundle_collect` returns, with its files in `folder`."""
-    content = {
-        f"image/blobs/sha256/{DIGEST.partition(':')[2]}": MANIFEST,
-        "image/blobs/sha256/" + "1" * 64: b"{}",
-        f"hub/models--org--model/blobs/{SHA}": WEIGHTS,
-        "packages/Packages": b"Package: a\n",
-        "packages/a_1_arm64.deb": b"deb",
-    }
-    for name, body in content.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(body)
+CONTENT = {
+    f"image/blobs/sha256/{DIGEST.partition(':')[2]}": MANIFEST,
+    f"image/blobs/sha256/{CONFIG.partition(':')[2]}": b"{}",
+    f"hub/models--org--model/blobs/{SHA}": WEIGHTS,
+    "packages/Packages": b"Package: a\n",
+    "packages/a_1_arm64.deb": b"deb",
+}
+
+
+def collected(place: Path, content: dict[str, bytes] | None = None) -> dict[str, Any]:
+    """What `bundle_collect` returns on a host that has its files in `place`."""
+    files = []
+    for name, body in (CONTENT if content is None else content).items():
+        path = place / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(body)
+        files.append({"name": name, "path": str(path), "size": len(body), "sha256": hashlib.sha256(body).hexdigest()})
     entry = {"name": IMAGE, "digest": DIGEST, "media_type": "application/vnd.oci.image.manifest.v1+json"}
     return {
-        "image": {**entry, "size": len(MANIFEST), "blobs": [DIGEST, "sha256:" + "1" * 64]},
+        "image": {**entry, "size": len(MANIFEST), "blobs": [DIGEST, CONFIG]},
         "model": f"{REPO}@main",
-        "listing": LISTING,
+        "listing": json.loads(json.dumps(LISTING)),
         "packages": ["a"],
-        "files": [{"name": name, "size": len(body)} for name, body in content.items()],
+        "left_out": [],
+        "files": files,
     }
+
+
+def fill(made: Bundle, given: dict[str, Any] | None = None, system: dict[str, str] | None = None) -> Bundle:
+    """What the action does, with files that are there already."""
+    known = Collected.of(
+        given or collected(made.folder), IMAGE if given is None else given["image"]["name"], f"{REPO}@main"
+    )
+    entries = {item.name: made.entry_of(item.name)[0] for item in known.items}
+    made.add(known, system or SYSTEM, entries)
+    made.write()
+    return Bundle.read(made.folder)
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    made = Bundle.open(tmp_path / "carry")
-    made.add(collected(made.folder), SYSTEM)
-    made.write()
-    return Bundle.read(made.folder)
+    return fill(Bundle.open(tmp_path / "carry"))
 
 
 def test_what_is_written_is_read(bundle: Bundle) -> None:
@@ -95,7 +110,7 @@ def test_a_cut_file_is_told(bundle: Bundle) -> None:
     assert "packages/a_1_arm64.deb" not in bundle.complete()
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"images": {}}'])
+@pytest.mark.parametrize("content", [None, "{", "[]", "5", "[" * 100_000])
 def test_a_folder_that_is_no_bundle(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "bundle.json").write_text(content)
@@ -123,7 +138,8 @@ def test_one_bundle_is_for_one_system(bundle: Bundle) -> None:
 def test_what_is_added_later_stays_beside(bundle: Bundle) -> None:
     more = collected(bundle.folder)
     more["image"]["name"], more["packages"] = "other:1", []
-    bundle.add(more, SYSTEM)
+    more["files"] = [item for item in more["files"] if not item["name"].startswith("packages/")]
+    bundle = fill(bundle, more)
     assert sorted(bundle.images) == [IMAGE, "other:1"]
     assert bundle.packages == ["a"] and bundle.lacking() == []
 
@@ -164,42 +180,111 @@ def test_without_sharing_each_gets_it() -> None:
 
 
 def params(**given: Any) -> dict[str, Any]:
-    return {"needed": 0, "moves": {}, "texts": {}, "links": {}, "packages": False, "user": "", **given}
+    nothing = {"needed": 0, "largest": 0, "moves": {}, "texts": {}, "links": {}, "packages": False, "source": ""}
+    return {**nothing, "user": "", **given}
 
 
-def test_files_are_moved_where_they_belong(tmp_path: Path) -> None:
-    folder = tmp_path / "bundle"
+def entry(name: str, body: bytes) -> dict[str, Any]:
+    return {"name": name, "size": len(body), "sha256": hashlib.sha256(body).hexdigest()}
+
+
+BLOB = f"hub/models--org--model/blobs/{SHA}"
+
+
+def bring(folder: Path, body: bytes) -> Path:
+    """What the login user does."""
     brought = Path(str(bundle_receive.receive(params(), folder)["incoming"]), "0")
-    brought.write_bytes(b"12345")
-    there = bundle_receive.receive(
-        params(moves={str(brought): "hub/m/blobs/x"}, texts={"image/index.json": "{}"}), folder
-    )
-    assert there["files"] == {"hub/m/blobs/x": 5, "image/index.json": 2}
-    assert (folder / "hub/m/blobs/x").stat().st_mode & 0o777 == 0o644
+    brought.write_bytes(body)
+    return brought
+
+
+def test_files_are_taken_where_they_belong(tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    bring(folder, WEIGHTS)
+    there = bundle_receive.receive(params(moves={"0": entry(BLOB, WEIGHTS)}, texts={"image/index.json": "{}"}), folder)
+    assert there["files"] == {BLOB: SHA}
+    assert (folder / BLOB).stat().st_mode & 0o777 == 0o644
     assert os.listdir(str(there["incoming"])) == []  # noqa: PTH208
+    (folder / BLOB).write_bytes(b"cut")
+    assert bundle_receive.receive(params(), folder)["files"] == {}
+
+
+def test_who_has_a_file_open_cannot_change_what_is_used(tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    with bring(folder, b"good").open("r+b") as still_open:
+        bundle_receive.receive(params(moves={"0": entry("packages/a_1_all.deb", b"good")}), folder)
+        still_open.write(b"evil")
+    assert (folder / "packages/a_1_all.deb").read_bytes() == b"good"
+
+
+def test_what_is_not_as_bundle_json_says_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    for body in (b"evil", b"goodbye", b"", b"goo"):
+        bring(folder, body)
+        with pytest.raises(JobError, match=r"a_1_all\.deb is not what bundle\.json says") as caught:
+            bundle_receive.receive(params(moves={"0": entry("packages/a_1_all.deb", b"good")}), folder)
+        assert caught.value.id == "bundle"
+        assert not (folder / "packages").exists() and list((folder / ".private").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
+def test_a_link_in_the_users_folder_is_never_followed(tmp_path: Path, kind: str) -> None:
+    folder, secret = tmp_path / "bundle", tmp_path / "shadow"
+    secret.write_bytes(b"root:x")
+    secret.chmod(0o600)
+    brought = bring(folder, b"")
+    brought.unlink()
+    if kind == "link":
+        brought.symlink_to(secret)
+    elif kind == "pipe":
+        os.mkfifo(brought)
+    else:
+        brought.mkdir()
+    with pytest.raises((JobError, OSError)):
+        bundle_receive.receive(params(moves={"0": entry("packages/a_1_all.deb", b"root:x")}), folder)
+    assert secret.stat().st_mode & 0o777 == 0o600
+    assert not (folder / "packages").exists()
 
 
 def test_nothing_is_written_outside(tmp_path: Path) -> None:
-    for name in ("../x", "/x", "hub/../../x"):
+    for name in ("../x", "/x", "hub/../../x", "x", ".taken.json", "packages/a\nb"):
         with pytest.raises(JobError, match="outside of the bundle"):
             bundle_receive.receive(params(texts={name: ""}), tmp_path / "bundle")
-    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+        bring(tmp_path / "bundle", b"1")
+        with pytest.raises(JobError, match="outside of the bundle"):
+            bundle_receive.receive(params(moves={"0": entry(name, b"1")}), tmp_path / "bundle")
+    (tmp_path / "x").write_bytes(b"1")
+    with pytest.raises(JobError, match="not below"):
+        bundle_receive.receive(params(moves={"../../x": entry(BLOB, b"1")}), tmp_path / "bundle")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "x"]
 
 
 def test_room_is_asked_for_first(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"GB free, the bundle takes 1000000000\.0 GB more") as caught:
-        bundle_receive.receive(params(needed=10**18), tmp_path / "bundle")
+        bundle_receive.receive(params(needed=9 * 10**17, largest=10**17), tmp_path / "bundle")
     assert caught.value.id == "disk-full"
 
 
-def test_a_folder_of_the_host_itself_is_linked(tmp_path: Path) -> None:
-    (tmp_path / "usb" / "hub").mkdir(parents=True)
-    (tmp_path / "usb" / "hub" / "x").write_text("1")
+def test_a_folder_of_the_host_itself_is_linked_and_packages_are_copied(tmp_path: Path) -> None:
+    stick = tmp_path / "usb"
+    collected(stick)
     folder = tmp_path / "bundle"
+    given = params(
+        links={"hub/models--org--model/blobs": str(stick / "hub/models--org--model/blobs")},
+        source=str(stick),
+        moves={"packages/Packages": entry("packages/Packages", CONTENT["packages/Packages"])},
+    )
     for _ in range(2):
-        there = bundle_receive.receive(params(links={"hub": str(tmp_path / "usb" / "hub")}), folder)
-    assert there["files"] == {}
-    assert (folder / "hub" / "x").read_text() == "1"
+        bundle_receive.receive(given, folder)
+    assert (folder / BLOB).read_bytes() == WEIGHTS
+    assert not (folder / "packages/Packages").is_symlink() and (stick / "packages/Packages").exists()
+    (stick / "packages/Packages").write_bytes(b"Package: b\n")
+    with pytest.raises(JobError, match="is not what"):
+        bundle_receive.receive(given, folder)
+    # A later run that carries files itself does not write through what was linked.
+    bring(folder, WEIGHTS)
+    bundle_receive.receive(params(moves={"0": entry(BLOB, WEIGHTS)}), folder)
+    assert not (folder / BLOB).parent.is_symlink()
 
 
 def test_packages_become_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +301,7 @@ def test_packages_become_a_repository(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(bundle_collect, "apt", apt)
     job = Job(tmp_path / "job" / "bundle.json", "bundle", "x")
     job.acquire()
-    names, files = bundle_collect.collect_packages({"packages": ["a", "b"], "folder": str(tmp_path)}, job)
+    names, files = bundle_collect.collect_packages({"packages": [["a", "b"]], "folder": str(tmp_path)}, job)
     assert names == ["a"]  # b has no source here
     index = (tmp_path / "packages" / "Packages").read_text()
     assert "Filename: ./a_1_arm64.deb" in index and hashlib.sha256(b"deb").hexdigest() in index
@@ -241,10 +326,9 @@ def test_wheels_are_for_the_program_and_its_build() -> None:
 
 
 def bundle_for(target: Target, folder: Path, system: dict[str, str]) -> Target:
-    made = Bundle.open(folder)
-    made.add({**collected(folder), "model": f"{target.card.repo}@{target.revision}"}, system)
-    made.write()
-    return dataclasses.replace(target, bundle=Bundle.read(folder))
+    made = fill(Bundle.open(folder), system=system)
+    made.models = {f"{target.card.repo}@{target.revision}": made.models[f"{REPO}@main"]}
+    return dataclasses.replace(target, bundle=made)
 
 
 def spark_here() -> dict[str, Any]:

@@ -8,6 +8,7 @@ A parser here never raises anything but `BoundsError` (a ValueError) for the dat
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -148,6 +149,37 @@ def read_file(path: str | Path, limit: int = STATE_FILE, follow: bool = True) ->
     if len(data) > limit:
         raise BoundsError(f"{path}: more than {limit} bytes")
     return data
+
+
+def open_beneath(folder: str | Path, name: str, flags: int = os.O_RDONLY, mode: int = 0o644, make: bool = False) -> int:
+    """A descriptor of `name` below `folder`; no part of `name` is followed where it is a symbolic link. `make` makes
+    the folders in between (0755). Raises BoundsError for a name that leaves the folder, a link and what is not a
+    regular file, and OSError."""
+    names = name.split("/")
+    if name.startswith("/") or any(part in ("", ".", "..") or "\0" in part for part in names):
+        raise BoundsError(f"{_shown(name)} is not below {folder}")
+    at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in names[:-1]:
+            if make:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, 0o755, dir_fd=at)
+            below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+            os.close(at)
+            at = below
+        handle = os.open(names[-1], flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode, dir_fd=at)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise BoundsError(
+                f"{folder}/{printable(name, 200)}: a part of it is a symbolic link or no folder"
+            ) from None
+        raise
+    finally:
+        os.close(at)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise BoundsError(f"{folder}/{printable(name, 200)}: not a regular file")
+    return handle
 
 
 def read_json(path: str | Path, limit: int = STATE_FILE, follow: bool = True) -> dict[str, Any]:
