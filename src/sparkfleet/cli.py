@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -179,8 +180,7 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 def _arguments(options: argparse.Namespace) -> list[str]:
     """The words for ansible-playbook."""
     words = [word for pair in options.extra_vars for word in ("-e", pair)]
-    limit = options.limit or getattr(options, "host", None)
-    words += ["--limit", f"{limit},localhost"] if limit else []
+    words += _limit(options)
     words += ["--check", "--diff"] if options.check else []
     words += ["--ask-become-pass"] if options.ask_become_pass else []
     given = {
@@ -196,6 +196,25 @@ def _arguments(options: argparse.Namespace) -> list[str]:
         if value is not None:
             words += ["-e", json.dumps({name: value})]
     return words + (["--tags", "preflight"] if options.verb == "preflight" else [])
+
+
+#: A limit that may be written before ",localhost": names and wildcards, separated by commas.
+_SIMPLE = re.compile(r"[A-Za-z0-9_.*?-]+(,[A-Za-z0-9_.*?-]+)*")
+
+
+def _limit(options: argparse.Namespace) -> list[str]:
+    """`--limit` for ansible-playbook, with localhost, where the plays of the controller run. What cannot simply be
+    added to (`!spark-3`, `sparks:&rack1`) is resolved to names first. Raises SparkfleetError for one that matches
+    nothing or is no pattern."""
+    limit = options.limit if options.limit is not None else getattr(options, "host", None)
+    if limit is None:
+        return []
+    if not _SIMPLE.fullmatch(limit):
+        os.environ.setdefault("ANSIBLE_CONFIG", str(ROOT / "ansible.cfg"))
+        from sparkfleet import inventory  # noqa: PLC0415 - Ansible reads its configuration as it is imported
+
+        limit = ",".join(inventory.matching(options.inventory, limit))
+    return ["--limit", f"{limit},localhost"]
 
 
 def _dry(options: argparse.Namespace) -> int:
@@ -268,8 +287,7 @@ def _show(options: argparse.Namespace, hosts: list[Host], board: Board, made: di
 
 def _now(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Which Spark runs what, after a rollout."""
-    limit = ["--limit", f"{options.limit},localhost"] if options.limit else []
-    words = [*limit, *(word for pair in options.extra_vars for word in ("-e", pair))]
+    words = [*_limit(options), *(word for pair in options.extra_vars for word in ("-e", pair))]
     words += ["--ask-become-pass"] if options.ask_become_pass else []
     return status.rows(_looked(options.inventory, words)[0])
 

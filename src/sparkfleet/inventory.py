@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,26 @@ def variables(inventory: str, limit: str | None, extra: Sequence[str]) -> dict[s
         raise SparkfleetError(str(error)) from None
     if not found:
         raise SparkfleetError(f"inventory {inventory} has no host in the group sparks, or the limit leaves none")
+    return found
+
+
+def matching(inventory: str, limit: str) -> list[str]:
+    """The names of the hosts that a pattern of Ansible (`-l`) leaves. Raises SparkfleetError for one that leaves none
+    or has a part that matches none (one that excludes nothing is a slip), for what is no pattern, and for an inventory
+    that cannot be read."""
+    usual, constants.HOST_PATTERN_MISMATCH = constants.HOST_PATTERN_MISMATCH, "error"
+    try:
+        _, hosts, _ = _open(inventory, ())
+        hosts.subset(limit)
+        found = [str(host.name) for host in hosts.get_hosts()] if hosts._subset else []
+    # Ansible indexes and compiles the parts of a pattern, and does not catch what that raises.
+    except (AnsibleError, ValueError, IndexError, TypeError, AttributeError, OSError, re.error) as error:
+        reason = str(error).replace("Could not match supplied host pattern, ignoring:", "no host matches")
+        raise SparkfleetError(f"--limit {limit!r}, inventory {inventory}: {reason}") from None
+    finally:
+        constants.HOST_PATTERN_MISMATCH = usual
+    if not found:
+        raise SparkfleetError(f"--limit {limit!r} leaves no host of the inventory {inventory}")
     return found
 
 
