@@ -27,7 +27,7 @@ author: ["The Sparkfleet developers"]
 OWN = frozenset(
     {
         *("fetch_wait", "image_pull", "model_download", "nvidia_container_runtime", "release_stage", "release_switch"),
-        *("spark_diagnose", "spark_remove", "spark_status"),
+        *("fleet_check", "spark_diagnose", "spark_remove", "spark_status"),
         *("secret_file", "spark_plan", "stop_services", "swap", "vllm_verify", "vllm_wait"),
         *("ansible.builtin.assert", "ansible.builtin.fail", "ansible.builtin.validate_argument_spec"),
         *("bundle", "bundle_collect", "share"),

@@ -128,6 +128,7 @@ def operating_system() -> dict[str, Any]:
         "name": release.get("PRETTY_NAME", ""),
         "machine": platform.machine(),
         "kernel": platform.release(),
+        "machine_id": (read_text(Path("/etc/machine-id")) or "").strip(),
         "boot_id": Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip(),
     }
 

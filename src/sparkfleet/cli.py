@@ -28,6 +28,7 @@ from sparkfleet import (
     eventlog,
     init,
     memory,
+    outage,
     report,
     status,
     yaml_text,
@@ -131,6 +132,8 @@ PLAYBOOKS = {
 }
 
 
+#: Verbs that may stop an engine that serves: of more hosts than one only in waves, or when that is confirmed.
+INTERRUPTING = frozenset(("deploy", "switch", "upgrade", "rollback", "stop", "restart", "rollout", "bundle"))
 #: Verbs whose result is all that there is to show.
 SILENT = frozenset(("status", "logs"))
 
@@ -146,6 +149,10 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     for verb, text in PLAYBOOKS.items():
         parser = verbs.add_parser(verb, parents=[common], help=text, description=text)
         parser.set_defaults(run=_verb, verb=verb)
+        if verb in INTERRUPTING:
+            parser.add_argument(
+                "--yes", action="store_true", help="do not ask; several Sparks that serve may stop at the same time"
+            )
         if verb == "switch":
             parser.add_argument("model", nargs="?", help="a card's name or path; left out, only the profile changes")
             parser.add_argument("--profile")
@@ -238,9 +245,30 @@ def _verb(options: argparse.Namespace) -> int:
                 print(f"{host.name}: {', '.join(host.removed) if host.removed else host.message or 'nothing is there'}")
             if not any(host.removed for host in preview.hosts.values()):
                 return 0
-            if input("Remove this? [yes/no] ").strip().lower() not in ("y", "yes"):
+            if not _agrees("Remove this?"):
                 raise SparkfleetError("nothing was removed")
         words += ["-e", json.dumps({"sparkfleet_confirm": True})]
+    confirmed = ["-e", json.dumps({outage.VARIABLE: True})]
+    hosts, board, made = _run(options, words + (confirmed if getattr(options, "yes", False) else []))
+    at_once = next((host for host in hosts if host.failure == "all-at-once" and host.message), None)
+    if at_once and not options.json and sys.stdin.isatty() and sys.stdout.isatty():
+        print(at_once.message)
+        if not _agrees("All at once?"):
+            raise SparkfleetError("nothing was changed")
+        hosts, board, made = _run(options, words + confirmed)
+    return _show(options, hosts, board, made)
+
+
+def _agrees(question: str) -> bool:
+    """A person's yes. Raises SparkfleetError where nobody can answer."""
+    try:
+        return input(f"{question} [yes/no] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        raise SparkfleetError(f"nobody can answer '{question}' here: use --yes; nothing was changed") from None
+
+
+def _run(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[Host], Board, dict[str, Any]]:
+    """Run the playbook of a verb, shown and logged: its hosts, the board, and the result as plain data."""
     about = {"inventory": options.inventory, "limit": options.limit}
     with eventlog.keep(ROOT, options.verb, options.check, options.extra_vars, **about) as log:
         board = Board(log)
@@ -260,7 +288,7 @@ def _verb(options: argparse.Namespace) -> int:
         log({"event": "end", "seconds": round(board.seconds(), 1), **made})
     if log.path:
         made["events"] = str(log.path)
-    return _show(options, hosts, board, made)
+    return hosts, board, made
 
 
 def _sorted(collector: Collector) -> list[Host]:

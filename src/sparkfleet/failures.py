@@ -581,6 +581,19 @@ TABLE: tuple[Failure, ...] = (
         "the message names it",
         "Correct it in the inventory or the model card.",
     ),
+    Failure(
+        "all-at-once",
+        "more than one Spark that serves would stop at the same time",
+        "the verb was given several hosts that serve now, and nobody confirmed that all may stop",
+        "Use `sparkfleet rollout`, or -l for one after the other, or confirm it with --yes (ansible-playbook: "
+        "-e sparkfleet_all_at_once=true).",
+    ),
+    Failure(
+        "same-host",
+        "one host has two names in the inventory",
+        "both names lead to the same machine: its machine ID and boot ID are the same",
+        "Remove one of the names from the inventory, or correct its ansible_host.",
+    ),
     # -- waiting and verifying: found by looking, not in a log -------------------------------------------------
     Failure(
         "switch-running-other",

@@ -42,6 +42,9 @@ CODES = {
     "down": DOWN,
     "unreachable": UNREACHABLE,
 }
+#: Failures that end a run before anything has changed: on one host, and on all hosts of the play.
+OF_ALL = frozenset(("all-at-once", "same-host"))
+REFUSALS = OF_ALL | {"switch-running-other", "bad-input"}
 #: Ansible's words for a sudo that wants a password and got none, or a wrong one.
 _PASSWORD = re.compile(r"(Missing|Incorrect) \w+ password")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -119,6 +122,10 @@ class Collector:
     def _end(self, processed: Sequence[str]) -> None:
         for name in processed:
             self._host(name)
+        refused = {host.failure for host in self.hosts.values()} & OF_ALL
+        for host in self.hosts.values() if refused else ():
+            if host.result in ("ok", "changed"):
+                host.result, host.failure = "refused", next(iter(refused))
         for name in self.board.unreached():
             host = self._host(name)
             if host.result in ("ok", "changed"):
@@ -178,7 +185,7 @@ class Collector:
             host.failure = str(res.get("failure") or (named[-1] if named else ""))
             host.findings = list(res.get("findings") or [])
             restored = res.get("outcome") == "restored"
-            refused = bool(host.findings) or host.failure in ("switch-running-other", "bad-input")
+            refused = bool(host.findings) or host.failure in REFUSALS
             host.drift = list(res.get("drift") or [])
             host.result = "drift" if host.drift else "restored" if restored else "refused" if refused else "failed"
 

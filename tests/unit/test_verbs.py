@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pexpect
 import pytest
 import yaml
 
 from sparkfleet import cli, eventlog, runner
+from tests.unit import test_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 SSH = """#!{python} -I
@@ -165,3 +167,104 @@ def test_without_an_activated_environment(inventory: Path, calls: Path, monkeypa
     monkeypatch.setenv("PATH", f"{calls.parent / 'bin'}:/usr/bin:/bin")
     assert cli.main(["stop", "-i", str(inventory), "--json"]) == runner.UNREACHABLE
     assert calls.exists()
+
+
+MODULE = """#!/usr/bin/python
+# WANT_JSON
+import json, pathlib
+pathlib.Path({path!r}).open("a").write({name!r} + "\\n")
+print(json.dumps({answer!r}))
+"""
+SERVED: dict[str, Any] = {
+    "changed": False,
+    **{
+        "engine": "serving",
+        "healthy": True,
+        "figures": {},
+        "guard": None,
+        "gpu": {"temperature": 41.0},
+        "tokens_per_second": 0.0,
+    },
+    **{"containers": [{"service": "vllm-m", "state": "running"}], "log": []},
+    "releases": {
+        **{"current": 2, "previous": 1, "numbers": [1, 2], "outcomes": {}, "switch": None, "switch_active": False},
+        "locks": {"2": {"model": "m", "profile": "throughput", "image": "i:1@sha256:0123456789abcdef"}},
+    },
+}
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Two Sparks that serve, by what stands in for the modules; the inventory, and a file with the modules that ran."""
+    library, ran = tmp_path / "library", tmp_path / "ran"
+    library.mkdir()
+    state = test_plan.serving()
+    state["os"] |= {"boot_id": "", "machine_id": ""}
+    state["guard"]["settings"] = None  # something to prepare, so that more than one stage would run
+    answers = {
+        "spark_state": {"changed": False, "state": state},
+        "spark_status": SERVED,
+        "release_switch": {"changed": True},
+        "stop_services": {"changed": True},
+    }
+    for name, answer in answers.items():
+        text = MODULE.format(path=str(ran), name=name, answer=answer)
+        (library / f"{name}.py").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("ANSIBLE_LIBRARY", f"{library}:{ROOT / 'plugins' / 'modules'}")
+    local = {"ansible_connection": "local", "ansible_become": False, "ansible_python_interpreter": sys.executable}
+    hosts = {f"spark-{number}": {"sparkfleet_operator": "nvidia", **local} for number in (1, 2)}
+    inventory = tmp_path / "fleet.yml"
+    inventory.write_text(yaml.safe_dump({"sparks": {"hosts": hosts}}), encoding="utf-8")
+    return inventory, ran
+
+
+@pytest.mark.parametrize("verb", ["stop", "restart", "rollback", "deploy", "switch", "upgrade"])
+def test_several_sparks_are_not_stopped_at_once(
+    verb: str, fleet: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    inventory, ran = fleet
+    change = ("-e", "sparkfleet_vllm_max_num_seqs=7") if verb == "deploy" else ()
+    words = (verb, *WORDS.get(verb, ()), "-i", str(inventory), "--json", *change)
+    assert cli.main(words) == runner.REFUSED
+    made = json.loads(capsys.readouterr().out)
+    assert {host["name"]: host["result"] for host in made["hosts"]} == {"spark-1": "refused", "spark-2": "refused"}
+    assert made["hosts"][0]["failure"] == "all-at-once" and "spark-1, spark-2" in made["hosts"][0]["message"]
+    looked = {"spark_status", "spark_state"}
+    assert set(ran.read_text(encoding="utf-8").split()) <= looked
+    if verb in ("stop", "restart"):
+        assert cli.main([*words, "-l", "!spark-1"]) == 0
+        assert cli.main([*words, "--yes"]) == 0
+        names = [name for name in ran.read_text(encoding="utf-8").split() if name not in looked]
+        assert len(names) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (("status", "-l", "!spark-3"), {"192.0.2.1", "192.0.2.2"}),
+        (("logs", "sparks:!spark-3"), {"192.0.2.1", "192.0.2.2"}),
+        (("rollout", "-l", "sparks:&rack1"), {"192.0.2.2"}),
+        (("stop", "-l", "&rack1"), {"192.0.2.2"}),
+        (("preflight", "-l", "spark-1:spark-2"), {"192.0.2.1", "192.0.2.2"}),
+        (("drift", "-l", "spark-1,spark-3"), {"192.0.2.1", "192.0.2.3"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_limits(words: tuple[str, ...], names: set[str], calls: Path, tmp_path: Path) -> None:
+    path = tmp_path / "hosts.yml"
+    hosts = {f"spark-{number}": {"ansible_host": f"192.0.2.{number}"} for number in (1, 2, 3)}
+    group = {"hosts": hosts, "children": {"rack1": {"hosts": {"spark-2": {}}}}}
+    path.write_text(yaml.safe_dump({"sparks": group}), encoding="utf-8")
+    assert cli.main([*words, "-i", str(path)]) == runner.UNREACHABLE
+    given = [json.loads(line) for line in calls.read_text(encoding="utf-8").splitlines()]
+    assert {word for argv in given for word in argv if word.startswith("192.")} == names
+
+
+@pytest.mark.parametrize(
+    "limit", ["&", "!", "", " ", ",", "[", "sparks[x]", "~(", "!spark-33", "@/nowhere", "spark-1:\0", "sparks:!sparks"]
+)
+def test_limits_that_are_none(limit: str, inventory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An empty one is not all hosts; one that excludes nothing is a slip."""
+    assert cli.main(["stop", "-l", limit, "-i", str(inventory)]) == runner.BAD_INPUT
+    said = capsys.readouterr().err
+    assert said.startswith("sparkfleet: --limit ") and said.count("\n") == 1

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Action: refuses what would hurt the fleet as a whole, before anything changes. It runs once for all Sparks of a play
+and contacts nobody.
+
+- fleet_check:
+    stages: [prepare, deploy]   # of the plans that the action spark_plan has registered as sparkfleet_look
+  run_once: true
+- fleet_check:
+    verb: restart               # stop, restart or rollback, of what the action spark_status has registered as status
+  run_once: true
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ansible.errors import AnsibleActionFail
+from ansible.plugins.action import ActionBase
+
+from sparkfleet import SparkfleetError, gateway, outage
+
+
+class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
+    """Reads what is known of the hosts of the play from their variables."""
+
+    TRANSFERS_FILES = False
+    _VALID_ARGS = frozenset({"stages", "verb"})
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Raise one error that names the Sparks."""
+        task_vars = task_vars or {}
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        verb, stages = self._task.args.get("verb", ""), self._task.args.get("stages") or []
+        allowed = gateway.truth(self._templar.template(task_vars.get(outage.VARIABLE, False)))
+        known = {name: task_vars["hostvars"][name] for name in task_vars["ansible_play_hosts"]}
+        stopping: list[str] = []
+        machines: dict[str, tuple[str, str]] = {}
+        for name, variables in known.items():
+            look, status = variables.get("sparkfleet_look") or {}, variables.get("status") or {}
+            if verb:
+                stops = "releases" in status and outage.stopped_by(verb, status)
+            else:
+                stops = "plan" in look and outage.stops(look["plan"], look["state"], stages)
+            stopping += [name] if stops else []
+            if "state" in look:
+                system = look["state"]["os"]
+                machines[name] = (str(system.get("machine_id", "")), str(system.get("boot_id", "")))
+        try:
+            outage.check_identities(machines)
+            outage.check(stopping, allowed or bool(self._task.check_mode), waves=not verb and "deploy" in stages)
+        except SparkfleetError as error:
+            raise AnsibleActionFail(str(error)) from None
+        return {**result, "changed": False}
