@@ -46,7 +46,7 @@ CODES = {
 OF_ALL = frozenset(("all-at-once", "same-host"))
 REFUSALS = OF_ALL | {"switch-running-other", "bad-input"}
 #: Ansible's words for a sudo that wants a password and got none, or a wrong one.
-_PASSWORD = re.compile(r"(Missing|Incorrect) \w+ password")
+_PASSWORD = re.compile(r"(Missing|Incorrect) \w+ password|.*sudo: a password is required", re.DOTALL)
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _FAILURE = re.compile(r"\[([a-z][a-z0-9-]+)\]")
 #: What a host said last is a line of its own: "HOST  12 s  loading weights".
@@ -214,7 +214,9 @@ def message(res: Mapping[str, Any]) -> str:
     """The message of a failure, without Ansible's words around it."""
     text = str(res.get("msg") or res.get("stderr") or "no message; run again with -v")
     text = text.removeprefix("Task failed: ").removeprefix("Action failed: ").strip()
-    return f"{text}: run again with -K, and type it" if _PASSWORD.fullmatch(text) else text
+    # Of a local connection it is what sudo itself said, after Ansible's own words.
+    said = text.splitlines()[-1] if text else text
+    return f"{said}: run again with -K, and type it" if _PASSWORD.fullmatch(text) else text
 
 
 def playbook(verb: str) -> Path:

@@ -391,6 +391,10 @@ def test_the_default_inventory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_sudo_that_wants_a_password_has_its_remedy() -> None:
+    local = "Premature end of stream waiting for become success.\n>>> Standard Error\nsudo: a password is required"
+    assert runner.message({"msg": f"Task failed: {local}"}).startswith(
+        "sudo: a password is required: run again with -K"
+    )
     assert runner.message({"msg": "Task failed: Missing sudo password"}) == (
         "Missing sudo password: run again with -K, and type it"
     )
