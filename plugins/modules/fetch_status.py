@@ -57,12 +57,13 @@ jobs:
   elements: dict
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.sparkfleet_host import bounded
+from ansible.module_utils.sparkfleet_host.bounded import BoundsError, printable
 from ansible.module_utils.sparkfleet_host.job import is_alive, read_status
 
 POLL = 0.25  # seconds
@@ -71,6 +72,7 @@ CONFIRM = 0.5  # seconds after which a death is believed
 ENDED = ("absent", "done", "failed", "died")
 BAD = ("failed", "died")
 SHOWN = ("what", "phase", "done", "total", "percent", "rate", "message")
+RESULT_BYTES = 64 << 20  # of Ansible's file of a job; the list of a bundle's files is long
 NOISE = ("diff", "invocation", "ansible_job_id", "finished", "started", "stderr", "stderr_lines", "failed")
 
 
@@ -85,10 +87,10 @@ def look(job: dict[str, Any], now: float | None = None) -> dict[str, Any]:
         if outcome.get("failed"):
             if "failure" not in outcome and status and status["state"] == "running" and not is_alive(status):
                 return {**entry, "state": "died", "message": f"its process {status['pid']} was killed"}
-            message = str(outcome.get("msg") or "no message").strip()
+            message = str(outcome.get("msg") or "").strip() or "no message"
             failure = str(outcome.get("failure") or "internal")
             if failure == "internal":
-                message = message.splitlines()[-1]  # of a traceback the last line tells
+                message = printable(message.splitlines()[-1])  # of a traceback the last line says it
             return {**entry, "state": "failed", "message": message, "failure": failure}
         result = {key: value for key, value in outcome.items() if key not in NOISE}
         return {**entry, "state": "done", "phase": "done", "percent": 100, "result": result}
@@ -116,10 +118,10 @@ def async_outcome(path: str | None) -> tuple[dict[str, Any] | None, float]:
         return None, 0.0
     try:
         launched = Path(path).stat().st_mtime
-        value = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError):
+        value = bounded.read_json(path, RESULT_BYTES)
+    except (OSError, BoundsError):
         return None, 0.0
-    if not isinstance(value, dict) or ("finished" in value and not value["finished"]):
+    if "finished" in value and not value["finished"]:
         return None, launched
     return value, launched
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 from ansible.module_utils.sparkfleet_host import job as jobs
 from ansible.module_utils.sparkfleet_host.job import Job, is_alive, read_status
+from hypothesis import given
+from hypothesis import strategies as st
 from plugins.action.fetch_wait import describe, entry, failure, gigabytes, line
 from plugins.modules import fetch_status, model_download
 
@@ -42,9 +45,10 @@ def test_second_job_learns_who_holds_the_lock(job: Job) -> None:
 def test_lock_is_free_when_its_holder_is_dead(tmp_path: Path) -> None:
     path = tmp_path / "model.json"
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import job as j;print(j.Job(sys.argv[2], 'model', 'x').acquire())"
+        "import sys; sys.path.insert(0, sys.argv[1]); import sparkfleet_host.job as j;"
+        "print(j.Job(sys.argv[2], 'model', 'x').acquire())"
     )
-    util = str(Path(str(jobs.__file__)).parent)
+    util = str(Path(str(jobs.__file__)).parent.parent)
     run = subprocess.run([sys.executable, "-c", code, util, str(path)], check=True, capture_output=True, text=True)
     assert run.stdout.strip() == "None"
     found = read_status(path)
@@ -252,3 +256,63 @@ def test_root_holds_only_links_and_empty_folders() -> None:
     assert members["lib"].linkname == "usr/lib"
     assert sum(member.size for member in members.values()) < 1000
     assert model_download.root_tar() == model_download.root_tar()
+
+
+# -- damaged files ---------------------------------------------------------------------------------------------------
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+fields = st.sampled_from([*jobs.FIELDS, "state"])
+
+
+@given(st.dictionaries(fields, values | st.sampled_from(jobs.STATES)), st.binary(max_size=40))
+def test_a_status_of_any_form_is_understood_or_none(content: dict[str, Any], garbage: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.json")
+        results = Path(folder, "results")
+        for text in (json.dumps(content), json.dumps({**content, "state": "running"})):
+            path.write_text(text)
+            results.write_bytes(garbage)
+            found = read_status(path)
+            if found is not None:
+                assert found["state"] in jobs.STATES
+                assert is_alive(found) in (True, False)
+            for asked in ({}, {"results_file": str(results)}):
+                look = fetch_status.look({"name": "model", "status_file": str(path), **asked})
+                assert look["state"] in ("absent", "starting", "running", "done", "failed", "died")
+                shown = {**look, "failure": look["failure"]}
+                assert describe(shown).startswith("model")
+        path.write_bytes(garbage)
+        assert read_status(path) is None
+
+
+@pytest.mark.parametrize(
+    "content", ['{"pid": "x"}', '{"pid": [1]}', "[]", "{", "", '{"pid": 1, "what": 5}', "9" * 5000]
+)
+def test_a_damaged_lock_names_nobody(job: Job, content: str) -> None:
+    job.lock_path.write_text(content)
+    assert Job(job.path, "model", "other").acquire() == {"pid": 0, "what": "unknown"}
+
+
+def test_a_status_that_is_too_large_is_none(job: Job) -> None:
+    job.path.write_text('{"state": "done", "what": "' + "x" * (2 << 20) + '"}')
+    assert read_status(job.path) is None
+
+
+def test_a_status_that_is_a_pipe_keeps_nobody_waiting(job: Job) -> None:
+    job.path.unlink()
+    os.mkfifo(job.path)
+    assert read_status(job.path) is None
+
+
+@pytest.mark.parametrize("field", ["pid", "pid_start", "updated", "error", "what", "result", "total"])
+@pytest.mark.parametrize("value", ["x", [1], {"a": 1}, True, -1.5, None, 10**399])
+def test_a_field_of_another_type_has_its_first_value(job: Job, field: str, value: Any) -> None:
+    job.path.write_text(json.dumps({**job.status, field: value}))
+    found = status(job)
+    assert isinstance(found[field], jobs.FIELDS[field][0]) or found[field] == jobs.FIELDS[field][1]
+    assert found["name"] == "model"
+    assert describe({**found, "state": "running", "phase": "downloading"}).startswith("model")

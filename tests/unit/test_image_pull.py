@@ -5,10 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-import threading
 import urllib.parse
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from ansible.module_utils.sparkfleet_host.docker import Docker
 from ansible.module_utils.sparkfleet_host.job import Job, JobError, read_status
 from ansible.module_utils.testing import patch_module_args
 from plugins.modules import image_pull
-from plugins.modules.image_pull import Progress, credentials, explain, layer_sizes, reference
+from plugins.modules.image_pull import Progress, credentials, explain, reference
 
 from tests.unit.fake_engine import Engine, Handler
 
@@ -246,51 +243,6 @@ def test_error_before_the_stream(ready: Engine, docker: Docker, tmp_path: Path) 
     with pytest.raises(JobError) as caught:
         pull(docker, tmp_path)
     assert caught.value.id == "image-unknown"
-
-
-class Registry(BaseHTTPRequestHandler):
-    """Token, index, manifest: the three answers a client meets."""
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        host = f"http://{self.headers['Host']}"
-        status = 200
-        headers: dict[str, str] = {}
-        body: dict[str, Any] = {}
-        if self.path.startswith("/token?"):
-            body = {"token": "t0"}
-        elif self.headers.get("Authorization") != "Bearer t0":
-            status = 401
-            headers = {"WWW-Authenticate": f'Bearer realm="{host}/token",service="s",scope="repository:x:pull"'}
-        elif self.path == "/v2/nvidia/vllm/manifests/1":
-            platforms = ({"os": "linux", "architecture": arch} for arch in ("amd64", "arm64"))
-            body = {"manifests": [{"digest": f"d-{p['architecture']}", "platform": p} for p in platforms]}
-        elif self.path == "/v2/nvidia/vllm/manifests/d-arm64":
-            body = {"layers": [{"digest": f"sha256:{A}ff", "size": 10}, {"digest": f"sha256:{B}ff", "size": 20}]}
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.end_headers()
-        self.wfile.write(json.dumps(body).encode())
-
-
-@pytest.fixture
-def registry() -> Iterator[str]:
-    with HTTPServer(("127.0.0.1", 0), Registry) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        yield f"127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-
-
-def test_layer_sizes_of_this_architecture(registry: str) -> None:
-    assert layer_sizes(reference(f"{registry}/nvidia/vllm:1"), "arm64", {}, None) == {A: 10, B: 20}
-
-
-def test_layer_sizes_are_best_effort(registry: str) -> None:
-    assert layer_sizes(reference(f"{registry}/nvidia/vllm:1"), "riscv64", {}, None) == {}
-    assert layer_sizes(reference("127.0.0.1:9/a:1"), "arm64", {}, None) == {}
 
 
 def test_check_mode_before_docker_is_installed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

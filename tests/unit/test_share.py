@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import socket
 import ssl
 import threading
 import time
@@ -29,8 +31,11 @@ from ansible.module_utils.sparkfleet_host.share import (
     Source,
     Tunnel,
     client_context,
+    part,
     server_context,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from plugins.action.share import key_pair
 
 from sparkfleet import share
@@ -378,6 +383,178 @@ def test_idle_time_counts_from_the_end_of_the_last_request() -> None:
 def test_verb_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
     assert host_share.main(["give"]) == 2
     assert "serve|connect" in capsys.readouterr().err
+
+
+# -- what the engine's container may have put into the cache ---------------------------------------------------------
+
+
+def blobs(cache: Path) -> Path:
+    return cache / "models--org--name" / "blobs"
+
+
+@pytest.mark.parametrize("place", ["blob", "partial", "blobs", "repository"])
+def test_a_link_in_the_cache_is_not_served(way: str, cache: Path, tmp_path: Path, place: str) -> None:
+    secrets = tmp_path / "secrets" / "blobs"
+    secrets.mkdir(parents=True)
+    (secrets / ("1" * 64)).write_bytes(BIG)
+    if place == "repository":
+        blobs(cache).rmdir()
+        blobs(cache).parent.rmdir()
+        blobs(cache).parent.symlink_to(secrets.parent)
+    elif place == "blobs":
+        blobs(cache).rmdir()
+        blobs(cache).symlink_to(secrets)
+    else:
+        name = "1" * 64 + (".incomplete" if place == "partial" else "")
+        (blobs(cache) / name).symlink_to(secrets / ("1" * 64))
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        get(f"{way}/org/name/resolve/main/model.safetensors")
+    assert refused.value.code == 404
+
+
+def test_a_device_or_pipe_in_the_cache_is_not_served(way: str, cache: Path) -> None:
+    os.mkfifo(blobs(cache) / ("1" * 64))
+    with pytest.raises(urllib.error.HTTPError):
+        get(f"{way}/org/name/resolve/main/model.safetensors")
+
+
+def test_a_blob_that_becomes_a_link_while_it_is_read_is_cut(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"s" * len(BIG))
+    part = blobs(cache) / ("1" * 64 + ".incomplete")
+    part.write_bytes(BIG[:100])
+    growing = Model(str(cache), "org/name", "main", str(tmp_path)).file("model.safetensors")[1]
+    reading = growing.read(0, growing.size)
+    assert next(reading) == BIG[:100]
+    part.unlink()
+    (blobs(cache) / ("1" * 64)).symlink_to(tmp_path / "secret")
+    with pytest.raises(OSError):
+        list(reading)
+
+
+BAD_LISTINGS: list[Any] = [
+    [],
+    {},
+    {**LISTING, "files": 5},
+    {**LISTING, "files": {"config.json": 5}},
+    {**LISTING, "files": {"config.json": {"size": 5, "sha256": "../../../../etc/shadow"}}},
+    {**LISTING, "files": {"config.json": {"size": 5, "sha1": "../../../../../etc/shadow"}}},
+    {**LISTING, "files": {"config.json": {"size": 5}}},
+    {**LISTING, "files": {"config.json": {"size": "5", "sha1": "2" * 40}}},
+    {**LISTING, "files": {"config.json": {"size": -5, "sha1": "2" * 40}}},
+    {**LISTING, "commit": "../x"},
+    {**LISTING, "commit": 5},
+    {**LISTING, "revision": None},
+]
+
+
+@pytest.mark.parametrize("listing", BAD_LISTINGS)
+def test_a_list_that_names_something_else_than_hashes_is_none(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listing: Any
+) -> None:
+    monkeypatch.setattr(host_share, "WAIT", 0.0)
+    (cache / ".sparkfleet" / "models--org--name" / "fetching.json").write_text(json.dumps(listing))
+    with pytest.raises(Refused, match="neither here nor on its way"):
+        Model(str(cache), "org/name", "main", job(tmp_path, "failed")).listing()
+
+
+def test_a_list_that_is_a_link_is_none(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_share, "WAIT", 0.0)
+    place = cache / ".sparkfleet" / "models--org--name" / "fetching.json"
+    place.rename(tmp_path / "moved.json")
+    place.symlink_to(tmp_path / "moved.json")
+    with pytest.raises(Refused):
+        Model(str(cache), "org/name", "main", job(tmp_path, "failed")).listing()
+
+
+def test_a_bundle_that_was_changed_is_refused(layout: Layout, upstream: Upstream) -> None:
+    layout.path(digest(upstream.index)).write_bytes(b'{"manifests": []}')
+    source = Source(Settings(images=[image(upstream)], store=str(layout.folder), offline=True))
+    with pytest.raises(JobError, match="damaged") as refused:
+        source.prepare()
+    assert refused.value.id == "bundle"
+
+
+# -- requests --------------------------------------------------------------------------------------------------------
+
+
+@given(st.text(max_size=30) | st.from_regex(r"bytes=[0-9]{0,22}-[0-9]{0,22}", fullmatch=True), st.integers(0, 1 << 50))
+def test_any_range_is_a_part_or_the_whole(wanted: str, size: int) -> None:
+    found = part(wanted, size)
+    if found is not None:
+        start, end = found
+        assert start >= 0 and end <= size
+        assert start < end or start >= size
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ("bytes=0-", (0, 10)),
+        ("bytes=3-", (3, 10)),
+        ("bytes=3-3", (3, 4)),
+        ("bytes=3-99", (3, 10)),
+        ("bytes=3-9", (3, 10)),
+        ("bytes=10-", (10, 10)),
+        ("bytes=5-2", None),
+        ("bytes=-5", None),
+        ("bytes=0-1,3-4", None),
+        ("bytes=" + "9" * 5000 + "-", None),
+        ("", None),
+    ],
+)
+def test_parts(wanted: str, expected: tuple[int, int] | None) -> None:
+    assert part(wanted, 10) == expected
+
+
+def raw(way: str, text: bytes) -> bytes:
+    host, port = way.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(text)
+        return connection.recv(200)
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        (b"GET http://[ HTTP/1.1", b"400"),
+        (b"GET /v2/nvidia/vllm/blobs/sha256:../../../../etc/shadow HTTP/1.1", b"404"),
+        (b"GET /v2/nvidia/vllm/blobs/..%2f..%2fetc%2fshadow HTTP/1.1", b"404"),
+        (b"GET /org/name/resolve/main/..%2f..%2f..%2fetc%2fshadow HTTP/1.1", b"404"),
+        (b"GET /org/name/resolve/main/%00 HTTP/1.1", b"404"),
+        (b"POST /v2/ HTTP/1.1", b"501"),
+        (b"GET /v2/ HTTP/1.1\r\nRange: bytes=9-1", b"200"),
+    ],
+)
+def test_odd_requests_have_an_answer(way: str, line: bytes, status: bytes) -> None:
+    assert raw(way, line + b"\r\nHost: x\r\n\r\n").split()[1] == status
+
+
+def test_a_part_of_a_file_and_of_none(way: str, upstream: Upstream) -> None:
+    layer = digest(upstream.layers[1])
+    url = f"{way}/v2/nvidia/vllm/blobs/{layer}"
+    assert get(url, Range="bytes=10-19")[:2] == (206, b"b" * 10)
+    assert get(url, Range="bytes=20-10")[:2] == (200, upstream.layers[1])
+    assert get(url, Range="bytes=10-19", **{"If-Range": '"other"'})[0] == 200
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        get(url, Range="bytes=50000-")
+    assert refused.value.code == 416 and refused.value.headers["Content-Range"] == "bytes */50000"
+
+
+def test_connections_are_counted(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_share, "CONNECTIONS", 2)
+    server = Server(("127.0.0.1", 0), Source(Settings(), object()), Activity(), None)  # type: ignore[arg-type]
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    address = server.server_address[:2]
+    held = [socket.create_connection(address, timeout=5) for _ in range(2)]
+    time.sleep(0.2)
+    with socket.create_connection(address, timeout=5) as third:
+        assert third.recv(1) == b""
+    for connection in held:
+        connection.close()
+    time.sleep(0.2)
+    assert get(f"http://127.0.0.1:{address[1]}/v2/")[0] == 200
+    server.shutdown()
+    server.server_close()
 
 
 # -- who takes from whom -----------------------------------------------------------------------------------

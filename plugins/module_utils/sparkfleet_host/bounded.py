@@ -17,7 +17,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 KIB, MIB = 1 << 10, 1 << 20
 DEPTH = 64  # of nested arrays and objects
@@ -180,6 +180,11 @@ def open_beneath(folder: str | Path, name: str, flags: int = os.O_RDONLY, mode: 
         os.close(handle)
         raise BoundsError(f"{folder}/{printable(name, 200)}: not a regular file")
     return handle
+
+
+def open_below(root: str | Path, *names: str) -> BinaryIO:
+    """The same as a file opened for reading."""
+    return os.fdopen(open_beneath(root, "/".join(names)), "rb")
 
 
 def read_json(path: str | Path, limit: int = STATE_FILE, follow: bool = True) -> dict[str, Any]:

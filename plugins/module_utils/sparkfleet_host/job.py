@@ -18,9 +18,24 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from . import bounded
+from .bounded import BoundsError
+
 FOLDER = "/run/sparkfleet/fetch"
 WRITE_EVERY = 0.25  # seconds
 RATE_OVER = 10.0  # seconds
+STATES = ("running", "done", "failed")
+STATUS_BYTES = 1 << 20
+LARGEST = 1 << 62
+#: Types that a field of the status file may have, and its value where it has another.
+FIELDS: dict[str, tuple[tuple[type, ...], Any]] = {
+    **dict.fromkeys(("name", "what", "phase", "message"), ((str,), "")),
+    **dict.fromkeys(("pid", "done", "rate"), ((int,), 0)),
+    **dict.fromkeys(("total", "percent", "pid_start"), ((int,), None)),
+    **dict.fromkeys(("started", "updated"), ((int, float), 0.0)),
+    "error": ((dict,), None),
+    "result": ((dict,), {}),
+}
 TRANSFER = ("pulling", "downloading")
 AFTER = ("extracting", "checking")
 
@@ -134,26 +149,40 @@ def process_start(pid: int) -> int | None:
 
 def is_alive(status: dict[str, Any]) -> bool:
     """Whether the process that wrote a status still runs (another one with its number does not count)."""
-    start = process_start(int(status.get("pid") or 0))
+    pid = status.get("pid")
+    start = process_start(pid) if isinstance(pid, int) else None
     return start is not None and start == status.get("pid_start")
 
 
 def read_status(path: str | Path) -> dict[str, Any] | None:
-    """A status file, or None where there is none or it is broken."""
+    """A status file; None where there is none or it is damaged. A field of the wrong type has its first value."""
     try:
-        value = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError):
+        found = bounded.read_json(path, STATUS_BYTES)
+    except (OSError, BoundsError):
         return None
-    return value if isinstance(value, dict) and "state" in value else None
+    if found.get("state") not in STATES:
+        return None
+    return {**found, **{key: _field(key, found.get(key)) for key in FIELDS}}
+
+
+def _field(key: str, value: Any) -> Any:
+    kinds, first = FIELDS[key]
+    good = isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
+    if good and isinstance(value, int | float):
+        good = abs(value) <= LARGEST
+    if key == "error" and isinstance(value, dict):
+        good = isinstance(value.get("id"), str) and isinstance(value.get("message"), str)
+    return value if good or value is None is first else first
 
 
 def _holder(fd: int) -> dict[str, Any]:
     for _ in range(20):  # the holder writes its name right after it took the lock
         try:
-            value = json.loads(os.pread(fd, 4096, 0) or b"0")
-        except ValueError:
-            value = None
-        if isinstance(value, dict) and process_start(int(value.get("pid") or 0)) is not None:
-            return value
+            value = bounded.as_dict(bounded.parse_json(os.pread(fd, 4096, 0), "lock"), "lock")
+            pid, what = bounded.as_int(value.get("pid"), "pid", 1), bounded.as_str(value.get("what"), "what")
+        except BoundsError:
+            pid = 0
+        if pid and process_start(pid) is not None:
+            return {"pid": pid, "what": what}
         time.sleep(0.05)
     return {"pid": 0, "what": "unknown"}

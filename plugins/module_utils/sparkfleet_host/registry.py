@@ -4,6 +4,9 @@
 Sources: https://distribution.github.io/distribution/spec/api/ (requests),
 https://distribution.github.io/distribution/spec/auth/token/ (tokens),
 https://github.com/opencontainers/image-spec/blob/main/image-layout.md (folder).
+
+A registry is not trusted: what it sends is bounded in size and time, names in it are matched before a path or a URL is
+made of them, and bytes count only if they have the digest that was asked for.
 """
 
 from __future__ import annotations
@@ -11,11 +14,15 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import errno
+import functools
 import hashlib
 import http.client
+import ipaddress
 import json
 import os
 import re
+import socket
 import ssl
 import threading
 import time
@@ -27,6 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from . import bounded
+from .bounded import DIGEST, BoundsError, printable
 from .job import JobError
 
 INDEXES = (
@@ -38,12 +47,31 @@ MANIFESTS = (
     "application/vnd.oci.image.manifest.v1+json",
     "application/vnd.docker.distribution.manifest.v2+json",
 )
-DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 #: Annotation of a layout's index that names an image.
 NAME = "org.opencontainers.image.ref.name"
+CERTIFICATES = "/etc/docker/certs.d"
 CHUNK = 1 << 20
+MANIFEST_BYTES = 4 << 20  # what registries take at most; the specification asks for no more
+TOKEN_BYTES = 1 << 20
+ENTRIES = 1000  # of an index, layers of an image
+BLOB_BYTES = 1 << 40
+TAG = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
+PATH = re.compile(r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*)*")
+ANSWER_SECONDS = 60.0  # for a whole manifest or token, and for the head of any answer
 SILENCE = 120.0  # seconds without a byte after which a transfer counts as broken
+SLOWEST = 10_000  # bytes a second, over SILENCE, below which it does as well
 TRIES = 3
+
+
+class RegistryError(OSError):
+    """A registry gave no good answer. `id`: entry in the table of failures; `status`: that of HTTP, 0 for none."""
+
+    def __init__(self, message: str, id: str = "registry-unreachable", status: int = 0) -> None:
+        super().__init__(message)
+        self.id, self.status = id, status
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -66,154 +94,463 @@ class Reference:
         """How the engine names it locally."""
         return f"{self.name}@{self.digest}" if self.digest else f"{self.name}:{self.tag}"
 
+    @property
+    def familiar(self) -> str:
+        """The name as Docker shows it: without what it adds by itself."""
+        return self.path.removeprefix("library/") if self.registry == "docker.io" else f"{self.registry}/{self.path}"
+
 
 def reference(image: str) -> Reference:
-    """Parse NAME[:TAG][@sha256:DIGEST]; raises JobError. A tag or digest is asked for, `latest` never assumed."""
-    match = re.fullmatch(
-        r"(?P<name>[a-zA-Z0-9][\w.-]*(?::\d+(?=/))?(?:/[a-z0-9][\w.-]*)*)"
-        r"(?::(?P<tag>\w[\w.-]{0,127}))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?",
-        image,
-    )
-    if not match or not (match["tag"] or match["digest"]):
-        raise JobError("bad-input", f"image {image!r} is not of the form NAME:TAG or NAME@sha256:DIGEST")
-    name = match["name"]
-    first, _, rest = name.partition("/")
-    if rest and ("." in first or ":" in first or first == "localhost"):
-        registry, path = first, rest
+    """Parse NAME[:TAG][@sha256:DIGEST] as Docker does; raises JobError. A tag or digest is asked for, `latest` never
+    assumed."""
+    rest, at, digest = image.partition("@")
+    name, colon, tag = rest.rpartition(":")
+    if "/" in tag or not colon:  # the colon of a port, or none
+        name, colon, tag = rest, "", ""
+    first, slash, below = name.partition("/")
+    if slash and ("." in first or ":" in first or first == "localhost" or first != first.lower()):
+        registry, path = first, below
     else:
-        registry, path = "docker.io", name if rest else f"library/{name}"
-    return Reference(name, match["tag"] or "", match["digest"] or "", registry, path)
+        registry, path = "docker.io", name
+    if registry in ("docker.io", "index.docker.io"):
+        registry, path = "docker.io", path if "/" in path else f"library/{path}"
+    host, with_port, port = registry.partition(":")
+    good = (
+        len(image) <= 512
+        and bool(colon or at)
+        and (not colon or bool(TAG.fullmatch(tag)))
+        and (not at or bool(DIGEST.fullmatch(digest)))
+        and bool(bounded.HOST.fullmatch(host) and PATH.fullmatch(path))
+        and (not with_port or bool(re.fullmatch(r"[0-9]{1,5}", port)))
+    )
+    if not good:
+        raise JobError(
+            "bad-input", f"image {printable(image, 200)!r} is not of the form NAME:TAG or NAME@sha256:DIGEST"
+        )
+    return Reference(name, tag, digest, registry, path)
 
 
 def credentials(config: Path, registry: str) -> dict[str, str] | None:
     """User and password that `docker login` left for a registry; None where there are none."""
+    keys = [registry, f"https://{registry}", f"https://{registry}/v1/", f"https://{registry}/v2/"]
+    if registry == "docker.io":
+        keys.insert(0, "https://index.docker.io/v1/")
     try:
-        entries = json.loads(config.read_text("utf-8")).get("auths") or {}
-        keys = [registry, f"https://{registry}", f"https://{registry}/v1/", f"https://{registry}/v2/"]
-        if registry == "docker.io":
-            keys.insert(0, "https://index.docker.io/v1/")
+        entries = bounded.read_json(config).get("auths")
         for key in keys:
-            if (entries.get(key) or {}).get("auth"):
-                user, _, password = base64.b64decode(entries[key]["auth"]).decode().partition(":")
+            entry = entries.get(key) if isinstance(entries, dict) else None
+            auth = entry.get("auth") if isinstance(entry, dict) else None
+            if isinstance(auth, str) and auth:
+                user, _, password = base64.b64decode(auth, validate=True).decode().partition(":")
                 return {"username": user, "password": password.rstrip("\0"), "serveraddress": key}
-    except (OSError, ValueError, AttributeError, binascii.Error):
+    except (OSError, ValueError, binascii.Error):
         return None
     return None
 
 
+# -- how Docker reaches a registry -----------------------------------------------------------------------------------
+
+
+def insecure(registry: str, info: dict[str, Any]) -> bool:
+    """Whether Docker asks a registry without verified TLS: one of `insecure-registries`, or on the loopback interface.
+    `info` is what `docker info` says."""
+    config = _dict(info.get("RegistryConfig"))
+    known = _dict(_dict(config.get("IndexConfigs")).get(registry))
+    if known:
+        return known.get("Secure") is False
+    address = _address(registry.partition(":")[0])
+    if registry.partition(":")[0] == "localhost" or (address and address.is_loopback):
+        return True
+    networks = config.get("InsecureRegistryCIDRs")
+    for text in networks if isinstance(networks, list) else []:
+        with contextlib.suppress(ValueError):
+            if address and address in ipaddress.ip_network(str(text)):
+                return True
+    return False
+
+
+def bypasses(host: str, port: int, no_proxy: str) -> bool:
+    """Whether a host is reached past the proxy, by the rules of Docker's `NoProxy`: names with what is below them,
+    `.name` for what is below alone, addresses, networks, each but networks with a port if wanted; `*`."""
+    host = host.strip("[]").rstrip(".").lower()
+    address = _address(host)
+    if host == "localhost" or (address and address.is_loopback):
+        return True
+    return any(_excepts(item.strip().lower(), host, address, port) for item in no_proxy.split(","))
+
+
+def _excepts(item: str, host: str, address: Address | None, port: int) -> bool:
+    if item == "*":
+        return True
+    if "/" in item:
+        try:
+            return address is not None and address in ipaddress.ip_network(item, strict=False)
+        except ValueError:
+            return False
+    name, colon, wanted = item.rpartition(":")
+    if not colon or not wanted.isdigit() or (":" in name and not name.endswith("]")):
+        name, wanted = item, ""
+    name = name.strip("[]").removeprefix("*") if name.startswith("*.") else name.strip("[]")
+    if not name or (wanted and int(wanted) != port):
+        return False
+    if known := _address(name):
+        return known == address
+    return host.endswith(name) if name.startswith(".") else host == name or host.endswith(f".{name}")
+
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def _address(host: str) -> Address | None:
+    try:
+        return ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return None
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+class _Proxies(urllib.request.ProxyHandler):
+    """The engine's proxies with its exceptions."""
+
+    def __init__(self, proxies: dict[str, str], no_proxy: str) -> None:
+        self._no_proxy = no_proxy
+        super().__init__(proxies)
+
+    def proxy_open(self, req: urllib.request.Request, proxy: str, type: str) -> Any:
+        parts = urllib.parse.urlsplit(req.full_url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        return None if bypasses(parts.hostname or "", port, self._no_proxy) else super().proxy_open(req, proxy, type)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Blobs are redirected to a store; never from https to anything else, and never with the proxy's password."""
+
+    max_redirections = 5
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        scheme = urllib.parse.urlsplit(newurl).scheme
+        if scheme not in ("https", "http") or (scheme == "http" and req.full_url.startswith("https:")):
+            raise RegistryError(f"redirected from https to {printable(newurl, 120)}, which is not followed")
+        made = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if made is not None:
+            made.headers.pop("Proxy-authorization", None)
+        return made
+
+
+class _InTime(http.client.HTTPConnection):
+    """Gives up a connection whose server spreads the head of its answer over more than ANSWER_SECONDS; the timeout of
+    the socket bounds silence alone."""
+
+    def getresponse(self) -> http.client.HTTPResponse:
+        timer = threading.Timer(ANSWER_SECONDS, self._give_up, (self.sock,))
+        timer.daemon = True
+        timer.start()
+        try:
+            return super().getresponse()
+        finally:
+            timer.cancel()
+
+    @staticmethod
+    def _give_up(sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+
+class _InTimeTls(_InTime, http.client.HTTPSConnection):
+    """The same over TLS."""
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(_InTime, req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    """TLS that is verified, but for the registry's own host where Docker does not verify it either."""
+
+    def __init__(self, context: ssl.SSLContext, unverified: str) -> None:
+        super().__init__(context=context)
+        self._verified, self._unverified = context, unverified
+
+    def https_open(self, req: urllib.request.Request) -> Any:
+        context = self._verified
+        if self._unverified and urllib.parse.urlsplit(req.full_url).netloc == self._unverified:
+            context = ssl._create_unverified_context()  # noqa: S323  as `insecure-registries` asks
+        return self.do_open(functools.partial(_InTimeTls, context=context), req)
+
+
+# -- the registry ----------------------------------------------------------------------------------------------------
+
+
 class Registry:
     """The registry of an image. `info` is what `docker info` says (proxies, registries without TLS), `auth` what
-    `credentials` gives. Every method raises OSError when there is no good answer."""
+    `credentials` gives, `host` where to ask instead of the registry itself. Every method raises OSError
+    (`RegistryError` for a bad answer) when there is no good answer."""
 
-    def __init__(self, ref: Reference, info: dict[str, Any], auth: dict[str, str] | None, timeout: float = 15) -> None:
+    def __init__(
+        self,
+        ref: Reference,
+        info: dict[str, Any],
+        auth: dict[str, str] | None,
+        timeout: float = 15,
+        host: str = "",
+        certificates: str | Path = CERTIFICATES,
+    ) -> None:
         self.ref, self.timeout = ref, timeout
-        self.host = "registry-1.docker.io" if ref.registry == "docker.io" else ref.registry
+        self.host = host or ("registry-1.docker.io" if ref.registry == "docker.io" else ref.registry)
         context = ssl.create_default_context()
-        for authority in sorted(Path("/etc/docker/certs.d", ref.registry).glob("*.crt")):
+        for authority in sorted(Path(certificates, host or ref.registry).glob("*.crt")):
             with contextlib.suppress(OSError):
-                context.load_verify_locations(str(authority))
-        proxies = {"http": info.get("HttpProxy") or "", "https": info.get("HttpsProxy") or ""}
-        self._opener = urllib.request.build_opener(
-            urllib.request.HTTPSHandler(context=context),
-            urllib.request.ProxyHandler({kind: proxy for kind, proxy in proxies.items() if proxy}),
-        )
+                context.load_verify_locations(authority)
+        plain = insecure(host or ref.registry, info)
+        proxies = {"http": info.get("HttpProxy"), "https": info.get("HttpsProxy")}
+        self._opener = urllib.request.OpenerDirector()
+        for handler in (
+            _Proxies({kind: str(proxy) for kind, proxy in proxies.items() if proxy}, str(info.get("NoProxy") or "")),
+            _Http(),
+            _Https(context, self.host if plain else ""),
+            _Redirects(),
+            urllib.request.HTTPErrorProcessor(),
+            urllib.request.HTTPDefaultErrorHandler(),
+            urllib.request.UnknownHandler(),
+        ):
+            self._opener.add_handler(handler)
         self._basic = ""
         if auth:
             self._basic = "Basic " + base64.b64encode(f"{auth['username']}:{auth['password']}".encode()).decode()
         self._authorization = ""
-        index = ((info.get("RegistryConfig") or {}).get("IndexConfigs") or {}).get(ref.registry) or {}
-        plain = index.get("Secure") is False or re.match(r"(127\.|localhost\b)", ref.registry)
         self._schemes = ["https", "http"] if plain else ["https"]
 
     def manifest(self, wanted: str) -> tuple[bytes, str]:
         """The bytes of a manifest or an index, and their media type; `wanted` is a tag or a digest."""
+        if not TAG.fullmatch(wanted) and not DIGEST.fullmatch(wanted):
+            raise RegistryError(f"{printable(wanted, 80)!r} is neither a tag nor a digest")
         with self._ask(f"manifests/{wanted}", {"Accept": ", ".join(MANIFESTS)}) as answer:
-            return answer.read(), answer.headers.get_content_type()
+            body = self._whole(answer, f"manifest of {self.ref.path}", MANIFEST_BYTES)
+            media_type = answer.headers.get_content_type()
+        return body, media_type if media_type in MANIFESTS else _media_type(body)
 
     def blob(self, digest: str, start: int = 0) -> http.client.HTTPResponse:
         """A blob from a byte on, as a stream; status 206 where `start` was heeded."""
+        if not DIGEST.fullmatch(digest):
+            raise RegistryError(f"{printable(digest, 80)!r} is not a digest")
         return self._ask(f"blobs/{digest}", {"Range": f"bytes={start}-"} if start else {})
 
-    def _ask(self, what: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+    def ping(self) -> int:
+        """The status of its first address; 401 is an answer as well."""
+        try:
+            with self._ask("", {}, authorize=False) as answer:
+                return answer.status
+        except RegistryError as error:
+            if error.status:
+                return error.status
+            raise
+
+    def _ask(self, what: str, headers: dict[str, str], authorize: bool = True) -> http.client.HTTPResponse:
+        path = f"{self.ref.path}/{what}" if what else ""
         while True:
             try:
-                return self._send(f"{self._schemes[0]}://{self.host}/v2/{self.ref.path}/{what}", headers)
-            except urllib.error.HTTPError:
+                return self._send(f"{self._schemes[0]}://{self.host}/v2/{path}", headers, authorize)
+            except urllib.error.HTTPError as error:
+                error.close()
+                raise RegistryError(
+                    f"{self.host} answered {error.code} {printable(str(error.reason), 80)}",
+                    {401: "image-denied", 403: "image-denied", 404: "image-unknown", 429: "registry-limit"}.get(
+                        error.code, "registry-unreachable"
+                    ),
+                    error.code,
+                ) from None
+            except RegistryError:
                 raise
             except OSError:
                 if len(self._schemes) == 1:
                     raise
                 self._schemes.pop(0)
 
-    def _send(self, url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+    def _send(self, url: str, headers: dict[str, str], authorize: bool) -> http.client.HTTPResponse:
         try:
-            return self._open(url, headers, self._authorization)
+            answer = self._open(url, headers, self._authorization)
+            self._schemes = self._schemes[:1]  # one that answers over TLS is not asked without
+            return answer
         except urllib.error.HTTPError as error:
-            challenge = error.headers.get("WWW-Authenticate", "")
-            if error.code != 401 or not challenge:
+            self._schemes = self._schemes[:1]
+            challenges = error.headers.get_all("WWW-Authenticate") or []
+            # One that the store answers with, where the registry redirects to, is not ours to answer.
+            own = urllib.parse.urlsplit(error.url or "").netloc == urllib.parse.urlsplit(url).netloc
+            if error.code != 401 or not challenges or not own or not authorize:
                 raise
-            self._authorization = self._answer(challenge)
-            return self._open(url, headers, self._authorization)
+            error.close()
+        self._authorization = self._answer(challenges, url)
+        return self._open(url, headers, self._authorization)
 
-    def _answer(self, challenge: str) -> str:
-        if challenge.lower().startswith("basic"):
+    def _answer(self, challenges: list[str], url: str) -> str:
+        """The header that answers a challenge of the registry at `url`."""
+        kinds = {text.strip().partition(" ")[0].lower(): text for text in reversed(challenges)}
+        if "bearer" in kinds:
+            return f"Bearer {self._token(kinds['bearer'], url)}"
+        if "basic" in kinds and self._basic:
             return self._basic
-        given = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
-        query = urllib.parse.urlencode({key: given[key] for key in ("service", "scope") if key in given})
-        with self._open(f"{given.get('realm', '')}?{query}", {}, self._basic) as answer:
-            token = json.load(answer)
-        return f"Bearer {token.get('token') or token.get('access_token')}"
+        raise RegistryError(f"{self.host} asks for a login that is not there", "image-denied", 401)
+
+    def _token(self, challenge: str, url: str) -> str:
+        given = dict(re.findall(r'(\w+)="([^"]*)"', challenge[:8192]))
+        realm = given.get("realm", "")
+        try:
+            parts = urllib.parse.urlsplit(realm)
+            host, own = parts.hostname or "", urllib.parse.urlsplit(url)
+        except ValueError:
+            raise RegistryError(f"{self.host} names a token service without an address") from None
+        # Over http neither password nor token leaves for another host, nor at all where the registry has https.
+        plain = parts.scheme == "http" and own.scheme == "http" and host == own.hostname
+        if not host or "@" in parts.netloc or not (parts.scheme == "https" or plain):
+            raise RegistryError(f"{self.host} names the token service {printable(realm, 120)}, which is not trusted")
+        query = urllib.parse.urlencode(
+            {
+                **({"service": given["service"]} if "service" in given else {}),
+                "scope": f"repository:{self.ref.path}:pull",
+            }
+        )
+        with self._open(f"{realm}{'&' if parts.query else '?'}{query}", {}, self._basic) as answer:
+            body = self._whole(answer, f"token of {host}", TOKEN_BYTES)
+        try:
+            found = bounded.as_dict(bounded.parse_json(body, f"token of {host}", TOKEN_BYTES), f"token of {host}")
+            token = bounded.as_str(found.get("token") or found.get("access_token"), f"token of {host}")
+        except BoundsError as error:
+            raise RegistryError(str(error)) from None
+        if not re.fullmatch(r"[!-~]+", token):
+            raise RegistryError(f"{host} gave a token that no header can carry")
+        return token
 
     def _open(self, url: str, headers: dict[str, str], authorization: str) -> http.client.HTTPResponse:
-        if not url.startswith(("https://", "http://")):
-            raise OSError(f"{self.host} names an address that is none: {url[:80]}")
-        request = urllib.request.Request(url, headers=headers)  # noqa: S310  checked above
-        if authorization:  # blobs are redirected to a store that knows nothing of it
-            request.add_unredirected_header("Authorization", authorization)
-        answer: http.client.HTTPResponse = self._opener.open(request, timeout=self.timeout)
+        try:
+            request = urllib.request.Request(url, headers=headers)  # noqa: S310  https or http by its makers
+            if authorization:  # blobs are redirected to a store that knows nothing of it
+                request.add_unredirected_header("Authorization", authorization)
+            answer: http.client.HTTPResponse = self._opener.open(request, timeout=self.timeout)
+        except urllib.error.HTTPError:
+            raise
+        except urllib.error.URLError as error:
+            raise error.reason if isinstance(error.reason, OSError) else RegistryError(str(error.reason)) from None
+        except (http.client.HTTPException, ValueError) as error:
+            raise RegistryError(f"{self.host}: {type(error).__name__}: {printable(str(error), 120)}") from None
         return answer
+
+    def _whole(self, answer: http.client.HTTPResponse, what: str, limit: int) -> bytes:
+        try:
+            body = bounded.read_all(answer.read1, what, limit, time.monotonic() + ANSWER_SECONDS)
+        except (http.client.HTTPException, ValueError) as error:
+            raise RegistryError(f"{self.host}: {printable(str(error), 120)}") from None
+        if answer.length:
+            raise RegistryError(f"{self.host}: the {what} was cut short")
+        return body
+
+
+# -- manifests -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An index or a manifest as far as it matters here: `children` (digest, "OS/ARCHITECTURE") of an index; `blobs`
+    (digest, size in bytes) of a manifest, the configuration first."""
+
+    media_type: str
+    children: tuple[tuple[str, str], ...] = ()
+    blobs: tuple[tuple[str, int], ...] = ()
+
+
+def parse_manifest(body: bytes, what: str = "manifest") -> Manifest:
+    """Raises BoundsError for what is neither an index nor a manifest of an image, or names something by anything but a
+    digest."""
+    known = bounded.as_dict(bounded.parse_json(body, what, MANIFEST_BYTES), what)
+    if "manifests" in known:
+        children = []
+        for item in bounded.as_list(known["manifests"], f"{what}: manifests", ENTRIES):
+            entry = bounded.as_dict(item, f"{what}: manifests")
+            platform = _dict(entry.get("platform"))
+            name = f"{platform.get('os')}/{platform.get('architecture')}"
+            children.append((bounded.matched(DIGEST, entry.get("digest"), f"{what}: digest"), name))
+        return Manifest(_media_type(body), children=tuple(children))
+    blobs = []
+    layers = bounded.as_list(known.get("layers"), f"{what}: layers", ENTRIES)
+    for item in [known.get("config"), *layers]:
+        entry = bounded.as_dict(item, f"{what}: config or layer")
+        digest = bounded.matched(DIGEST, entry.get("digest"), f"{what}: digest")
+        blobs.append((digest, bounded.as_int(entry.get("size"), f"{what}: size", 0, BLOB_BYTES)))
+    return Manifest(_media_type(body), blobs=tuple(blobs))
+
+
+def _media_type(body: bytes) -> str:
+    try:
+        known = bounded.as_dict(bounded.parse_json(body, "manifest", MANIFEST_BYTES), "manifest")
+    except BoundsError:
+        return "application/octet-stream"
+    named = known.get("mediaType")
+    return named if named in MANIFESTS else INDEXES[0] if "manifests" in known else MANIFESTS[2]
 
 
 def resolve(registry: Registry, wanted: str, arch: str) -> list[tuple[str, str, bytes]]:
     """What `wanted` stands for: (digest, media type, bytes) of its index, if it is one, and of the manifest for
     `arch` (Go's name, as `docker version` has it). Raises OSError."""
-    found = []
     body, media_type = registry.manifest(wanted)
-    found.append((_digest(body, wanted), media_type, body))
-    for entry in json.loads(body).get("manifests") or []:
-        platform = entry.get("platform") or {}
-        if platform.get("os") == "linux" and platform.get("architecture") == arch:
-            body, media_type = registry.manifest(entry["digest"])
-            found.append((_digest(body, entry["digest"]), media_type, body))
-            break
-    return found
+    found = [(_digest(body, wanted), media_type, body)]
+    try:
+        top = parse_manifest(body, f"manifest {wanted} of {registry.ref.path}")
+        if top.blobs:
+            return found
+        for digest, platform in top.children:
+            if platform == f"linux/{arch}":
+                body, media_type = registry.manifest(digest)
+                _digest(body, digest)
+                if parse_manifest(body, f"manifest {digest}").blobs:
+                    return [*found, (digest, media_type, body)]
+    except BoundsError as error:
+        raise RegistryError(f"{registry.host}: {error}") from None
+    raise RegistryError(f"{registry.host} has {registry.ref.path} {wanted}, but not for linux/{arch}", "image-platform")
+
+
+def digest_of(registry: Registry, wanted: str) -> str:
+    """The digest that `wanted` stands for, of an index or of a manifest. Raises OSError."""
+    body, _ = registry.manifest(wanted)
+    try:
+        parse_manifest(body, f"manifest {wanted} of {registry.ref.path}")
+    except BoundsError as error:
+        raise RegistryError(f"{registry.host}: {error}") from None
+    return _digest(body, wanted)
 
 
 def _digest(body: bytes, wanted: str) -> str:
     digest = f"sha256:{hashlib.sha256(body).hexdigest()}"
     if DIGEST.fullmatch(wanted) and wanted != digest:
-        raise OSError(f"asked for {wanted}, got {digest}")
+        raise RegistryError(f"asked for {wanted}, got {digest}")
     return digest
 
 
 def layer_sizes(ref: Reference, arch: str, info: dict[str, Any], auth: dict[str, str] | None) -> dict[str, int]:
     """Sizes of the layers by short id, from the registry's manifest. Best effort ({} on any trouble): the engine
-    tells a layer's size only when it starts on it, too late for a total."""
+    reports a layer's size only when it starts on it, too late for a total."""
     try:
-        manifest = json.loads(resolve(Registry(ref, info, auth), ref.wanted, arch)[-1][2])
-        return {layer["digest"].partition(":")[2][:12]: int(layer["size"]) for layer in manifest["layers"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = parse_manifest(resolve(Registry(ref, info, auth), ref.wanted, arch)[-1][2])
+    except (OSError, ValueError):
         return {}
+    return {digest.partition(":")[2][:12]: size for digest, size in manifest.blobs[1:]}
+
+
+# -- files that grow -------------------------------------------------------------------------------------------------
 
 
 class Growing:
     """A file that somebody else may still be writing, read as it grows.
 
-    `find` gives the path to read now, or None while there is none; `size` is that of the whole file in bytes;
-    `alive` tells whether the writer still works (asked when nothing comes).
+    `find` opens the file to read now, or gives None while there is none; `size` is that of the whole file in bytes;
+    `alive` says whether the writer still works (asked when nothing comes).
     """
 
-    def __init__(self, find: Callable[[], Path | None], size: int, alive: Callable[[], bool]) -> None:
+    def __init__(self, find: Callable[[], BinaryIO | None], size: int, alive: Callable[[], bool]) -> None:
         self._find, self.size, self._alive = find, size, alive
 
     def read(self, start: int, end: int) -> Iterator[bytes]:
@@ -222,9 +559,8 @@ class Growing:
         moved = time.monotonic()
         try:
             while start < end:
-                if file is None and (path := self._find()) is not None:
-                    with contextlib.suppress(FileNotFoundError):  # it has just got its final name
-                        file = path.open("rb")
+                if file is None:
+                    file = self._find()
                 chunk = b""
                 if file is not None:
                     file.seek(start)
@@ -247,18 +583,35 @@ class Growing:
 
     def _whole(self, start: int) -> bool:
         """Whether what is there now goes beyond `start`; the writer may have ended just after it was read."""
-        path = self._find()
-        with contextlib.suppress(OSError):
-            return path is not None and path.stat().st_size > start
-        return False
+        file = self._find()
+        if file is None:
+            return False
+        with file:
+            return os.fstat(file.fileno()).st_size > start
 
     def _replaced(self, file: BinaryIO) -> bool:
-        """Whether the path is another file by now (begun again, or a partial one that was removed)."""
-        path = self._find()
-        try:
-            return path is None or path.stat().st_ino != os.fstat(file.fileno()).st_ino
-        except OSError:
+        """Whether the name is another file by now (begun again, or a partial one that was removed)."""
+        other = self._find()
+        if other is None:
             return True
+        with other:
+            return not os.path.sameopenfile(other.fileno(), file.fileno())
+
+
+def opened(root: str | Path, *candidates: tuple[str, ...]) -> BinaryIO | None:
+    """The first of some files below `root` that is there (see `bounded.open_below`); None for none. Raises OSError for
+    a link or anything else that is not a regular file."""
+    for names in candidates:
+        try:
+            return bounded.open_below(root, *names)
+        except FileNotFoundError:
+            continue
+        except BoundsError as error:
+            raise OSError(str(error)) from None
+    return None
+
+
+# -- images in a folder ----------------------------------------------------------------------------------------------
 
 
 class Layout:
@@ -279,59 +632,76 @@ class Layout:
     # -- what is there -------------------------------------------------------------------------------------
 
     def path(self, digest: str) -> Path:
-        """Where a blob lies once it is whole."""
-        return self.blobs / digest.partition(":")[2]
+        """Where a blob lies once it is whole. Raises BoundsError for what is not a digest."""
+        return self.blobs / bounded.matched(DIGEST, digest, "digest").partition(":")[2]
 
     def names(self) -> dict[str, str]:
-        """Images of the folder: name -> digest."""
+        """Images of the folder: name -> digest. What is not well formed is left out."""
+        found = {}
+        for entry in self._index():
+            name = _dict(_dict(entry).get("annotations")).get(NAME)
+            digest = _dict(entry).get("digest")
+            if isinstance(name, str) and isinstance(digest, str) and DIGEST.fullmatch(digest):
+                found[name] = digest
+        return found
+
+    def _index(self) -> list[Any]:
         try:
-            entries = json.loads((self.folder / "index.json").read_text("utf-8"))["manifests"]
-            return {entry["annotations"][NAME]: entry["digest"] for entry in entries}
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
+            return bounded.as_list(bounded.read_json(self.folder / "index.json")["manifests"], "index.json")
+        except (OSError, ValueError, KeyError):
+            return []
 
     def media_type(self, digest: str) -> str:
         """Media type of a manifest in the folder."""
         try:
-            body = json.loads(self.path(digest).read_text("utf-8"))
+            return _media_type(self.body(digest))
         except (OSError, ValueError):
             return "application/octet-stream"
-        return str(body.get("mediaType") or (INDEXES[0] if "manifests" in body else MANIFESTS[2]))
+
+    def body(self, digest: str) -> bytes:
+        """A manifest or an index of the folder. Raises OSError, and BoundsError for one with another digest."""
+        with bounded.open_below(self.folder, "blobs", "sha256", self.path(digest).name) as file:
+            body = file.read(MANIFEST_BYTES + 1)
+        if f"sha256:{hashlib.sha256(body).hexdigest()}" != digest:
+            raise BoundsError(f"{self.path(digest)} has another content than its name says")
+        return body
 
     def know(self, digest: str) -> list[str]:
-        """Note the blobs that a manifest or index in the folder names; what is there of them, by digest."""
-        body = json.loads(self.path(digest).read_text("utf-8"))
-        self.sizes[digest] = self.path(digest).stat().st_size
+        """Note the blobs that a manifest or index in the folder names; what is there of them, by digest. Raises
+        OSError and BoundsError."""
+        body = self.body(digest)
+        known = parse_manifest(body, str(self.path(digest)))
+        self.sizes[digest] = len(body)
         found = [digest]
-        for entry in body.get("manifests") or []:
-            if self.path(entry["digest"]).is_file():
-                found += self.know(entry["digest"])
-        for entry in [*([body["config"]] if "config" in body else []), *(body.get("layers") or [])]:
-            self.sizes[entry["digest"]] = int(entry["size"])
-            found.append(entry["digest"])
+        for child, _ in known.children:
+            if self.path(child).is_file():
+                found += self.know(child)
+        for blob, size in known.blobs:
+            self.sizes[blob] = size
+            found.append(blob)
         return found
 
     # -- fetching ------------------------------------------------------------------------------------------
 
-    def add(self, image: str, registry: Registry, arch: str) -> tuple[str, list[str]]:
-        """Fetch the manifests of an image: its digest, and those of all its blobs. Raises OSError."""
+    def add(self, image: str, registry: Registry, arch: str, wanted: str = "") -> tuple[str, list[str]]:
+        """Fetch the manifests of an image: its digest, and those of all its blobs. `wanted` is the digest that it must
+        have, where that is known. Raises OSError."""
         self.blobs.mkdir(parents=True, exist_ok=True)
-        manifests = resolve(registry, registry.ref.wanted, arch)
+        manifests = resolve(registry, wanted or registry.ref.wanted, arch)
         for digest, _, body in manifests:
             _write(self.path(digest), body)
         digest, media_type, body = manifests[0]
         self._name(image, {"mediaType": media_type, "digest": digest, "size": len(body)})
-        wanted = self.know(digest)
-        for blob in wanted:
+        blobs = self.know(digest)
+        for blob in blobs:
             self._origin[blob] = registry
-        return digest, wanted
+        return digest, blobs
 
     def _name(self, image: str, entry: dict[str, Any]) -> None:
-        index: dict[str, Any] = {"schemaVersion": 2, "manifests": []}
-        with contextlib.suppress(OSError, ValueError):
-            index = json.loads((self.folder / "index.json").read_text("utf-8"))
-        others = [item for item in index["manifests"] if (item.get("annotations") or {}).get(NAME) != image]
-        index["manifests"] = [*others, {**entry, "annotations": {NAME: image}}]
+        others = [
+            item for item in self._index() if _dict(_dict(item).get("annotations")).get(NAME) not in (None, image)
+        ]
+        index = {"schemaVersion": 2, "manifests": [*others, {**entry, "annotations": {NAME: image}}]}
         _write(self.folder / "index.json", json.dumps(index, indent=1).encode() + b"\n")
         _write(self.folder / "oci-layout", b'{"imageLayoutVersion": "1.0.0"}\n')
 
@@ -346,14 +716,10 @@ class Layout:
         """A blob, whole or not; fetching begins unless it runs. Raises KeyError for one that no image names."""
         size = self.sizes[digest]
         path = self.path(digest)
-        partial = path.with_name(f"{path.name}.incomplete")
         if not path.is_file():
-            self._begin(digest, path, partial, size)
-
-        def find() -> Path | None:
-            return next((item for item in (path, partial) if item.is_file()), None)
-
-        return Growing(find, size, lambda: path.is_file() or self._works(digest))
+            self._begin(digest, path, size)
+        places = [("blobs", "sha256", name) for name in (path.name, f"{path.name}.incomplete")]
+        return Growing(lambda: opened(self.folder, *places), size, lambda: path.is_file() or self._works(digest))
 
     def fetch(self, digests: list[str], tell: Callable[[int], Any]) -> None:
         """Fetch blobs to their end, three at a time as Docker does; `tell` hears bytes there are. Raises OSError."""
@@ -373,61 +739,94 @@ class Layout:
                 if self.path(digest).is_file():
                     waiting.remove(digest)
                 elif not self._works(digest):
-                    raise OSError(self._errors.get(digest, "the fetch ended"))
+                    raise RegistryError(self._errors.get(digest, "the fetch ended"))
 
     def _works(self, digest: str) -> bool:
         with self._mutex:
             return digest in self._running
 
-    def _begin(self, digest: str, path: Path, partial: Path, size: int) -> None:
+    def _begin(self, digest: str, path: Path, size: int) -> None:
         with self._mutex:
             if digest in self._running or path.is_file() or digest not in self._origin:
                 return
             self._errors.pop(digest, None)
-            thread = threading.Thread(target=self._work, args=(digest, path, partial, size), daemon=True)
+            thread = threading.Thread(target=self._work, args=(digest, path, size), daemon=True)
             self._running[digest] = thread
             thread.start()
 
-    def _work(self, digest: str, path: Path, partial: Path, size: int) -> None:
-        for attempt in range(TRIES):
-            try:
-                self._download(digest, path, partial, size)
-                break
-            except (OSError, http.client.HTTPException) as error:
-                self._errors[digest] = f"{type(error).__name__}: {error}"
-                if getattr(error, "errno", None) == 28:  # no space: trying again makes none
+    def _work(self, digest: str, path: Path, size: int) -> None:
+        try:
+            for attempt in range(TRIES):
+                try:
+                    _download(self._origin[digest], digest, size, path)
                     break
-                time.sleep(attempt + 1)
-        with self._mutex:
-            self._running.pop(digest, None)
+                except (OSError, http.client.HTTPException) as error:
+                    self._errors[digest] = f"{type(error).__name__}: {error}"
+                    if getattr(error, "errno", None) == errno.ENOSPC:  # trying again makes none
+                        break
+                    time.sleep(attempt + 1)
+        finally:
+            with self._mutex:
+                self._running.pop(digest, None)
 
-    def _download(self, digest: str, path: Path, partial: Path, size: int) -> None:
-        sha = hashlib.sha256()
-        with partial.open("a+b") as file:
-            file.seek(0)
-            while chunk := file.read(CHUNK):
-                sha.update(chunk)
-            there = file.tell()
-            if there < size:
-                with self._origin[digest].blob(digest, there) as answer:
-                    if there and answer.status != 206:
-                        file.truncate(0)
-                        sha = hashlib.sha256()
-                    while chunk := answer.read(CHUNK):
-                        file.write(chunk)
-                        file.flush()
-                        sha.update(chunk)
-            there = file.tell()
+
+def _download(registry: Registry, digest: str, size: int, path: Path) -> None:
+    """Fetch a blob of `size` bytes, or what lacks of it. What has another content is removed. Raises OSError."""
+    partial = path.with_name(f"{path.name}.incomplete")
+    sha = hashlib.sha256()
+    with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644), "r+b") as file:
+        while chunk := file.read(CHUNK):
+            sha.update(chunk)
+        there = file.tell()
         if there < size:
-            raise OSError(f"{digest} was cut after {there} of {size} bytes")
-        if f"sha256:{sha.hexdigest()}" != digest:
-            partial.unlink()
-            raise OSError(f"{digest} arrived with another content")
-        partial.replace(path)
+            with registry.blob(digest, there) as answer:
+                if there and not _continues(answer, there, size):
+                    file.seek(0)
+                    file.truncate()
+                    there, sha = 0, hashlib.sha256()
+                for chunk in _steadily(answer, size - there):
+                    file.write(chunk)
+                    file.flush()
+                    sha.update(chunk)
+        there = file.tell()
+    if there < size:
+        raise RegistryError(f"{digest} was cut after {there} of {size} bytes")
+    if f"sha256:{sha.hexdigest()}" != digest:
+        partial.unlink()
+        raise RegistryError(f"{digest} arrived with another content")
+    partial.replace(path)
+
+
+def _continues(answer: http.client.HTTPResponse, start: int, size: int) -> bool:
+    """Whether an answer goes on at byte `start`; one with the whole does not, and one with another part is an error."""
+    if answer.status != 206:
+        return False
+    told = re.fullmatch(
+        r"bytes ([0-9]{1,15})-([0-9]{1,15})/(?:[0-9]{1,15}|\*)", answer.headers.get("Content-Range", "")
+    )
+    if told and (int(told[1]) != start or int(told[2]) >= size):
+        raise RegistryError(f"asked for bytes from {start} on, got {told[0]}")
+    return True
+
+
+def _steadily(answer: http.client.HTTPResponse, size: int) -> Iterator[bytes]:
+    """At most `size` bytes of an answer. Raises TimeoutError where they come slower than SLOWEST."""
+    began, came = time.monotonic(), 0
+    while size > 0 and (chunk := answer.read1(min(CHUNK, size))):
+        size -= len(chunk)
+        came += len(chunk)
+        yield chunk
+        spent = time.monotonic() - began
+        if spent > SILENCE:
+            if came < SLOWEST * spent:
+                raise TimeoutError(f"{came} bytes in {spent:.0f} s, which is too slow")
+            began, came = time.monotonic(), 0
 
 
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new")
-    temporary.write_bytes(content)
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), "wb") as file:
+        file.write(content)
     temporary.replace(path)

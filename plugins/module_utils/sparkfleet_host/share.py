@@ -13,6 +13,7 @@ has asked for anything for `idle` seconds.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -26,16 +27,18 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
+from . import bounded
+from .bounded import COMMIT, DIGEST, SHA256, BoundsError, printable
 from .cache import manifest_path, model_state, repo_folder
 from .docker import Docker, DockerError
 from .job import FOLDER as JOBS
 from .job import JobError, is_alive, read_status
-from .registry import DIGEST, Growing, Layout, Reference, Registry, credentials, reference
+from .registry import Growing, Layout, Reference, Registry, credentials, opened, reference
 
 FOLDER = "/run/sparkfleet/share"
 STORE = "/var/lib/sparkfleet/share"
@@ -43,8 +46,10 @@ STORE = "/var/lib/sparkfleet/share"
 BUNDLE = "/var/lib/sparkfleet/bundle"
 #: On the loopback interface: the source's registry and the source's Hub, on every Spark of a run.
 REGISTRY_PORT, HUB_PORT = 9111, 9112
+LISTING_BYTES = 32 << 20  # of a model's list of files
 WAIT = 100.0  # seconds that a model's list of files may take to appear
 CONNECT_SECONDS = 5.0
+CONNECTIONS = 200  # at a time; each has a thread
 
 
 @dataclasses.dataclass
@@ -94,22 +99,35 @@ class Model:
             place = manifest_path(self.cache_dir, self.repo, state["commit"] or "")
             if not state["complete"]:
                 place = place.with_name("fetching.json")
-            try:
-                found: dict[str, Any] = json.loads(place.read_text("utf-8"))
+            with contextlib.suppress(OSError, BoundsError):
+                found = self._read(place.name)
                 if self.revision in (found["revision"], found["commit"]):
                     return found
-            except (OSError, ValueError, KeyError):
-                pass
             if not self.alive() or time.monotonic() > deadline:
                 raise Refused(503, f"{self.repo} is neither here nor on its way")
             time.sleep(0.2)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        """A list of the cache's own folder. Whoever writes to the cache writes it: what is in it is matched."""
+        with bounded.open_below(self.cache_dir, ".sparkfleet", self.folder.name, name) as file:
+            body = file.read(LISTING_BYTES + 1)
+        found = bounded.as_dict(bounded.parse_json(body, name, LISTING_BYTES), name)
+        bounded.matched(COMMIT, found.get("commit"), f"{name}: commit")
+        bounded.as_str(found.get("revision"), f"{name}: revision", 1024)
+        files = bounded.as_dict(found.get("files"), f"{name}: files")
+        for value in files.values():
+            entry = bounded.as_dict(value, f"{name}: file")
+            bounded.as_int(entry.get("size"), f"{name}: size")
+            kind = "sha256" if "sha256" in entry else "sha1"
+            bounded.matched(SHA256 if kind == "sha256" else COMMIT, entry.get(kind), f"{name}: {kind}")
+        return found
 
     def alive(self) -> bool:
         """Whether the download may still bring something: it runs, or has not begun."""
         status = read_status(self._status)
         if status is None or not str(status.get("what", "")).startswith(f"{self.repo}@"):
             return True
-        if float(status.get("updated") or 0) < self._began:  # of an earlier run
+        if status["updated"] < self._began:  # of an earlier run
             return True
         return bool(status["state"] == "running" and is_alive(status))
 
@@ -118,15 +136,21 @@ class Model:
         entry = self.listing()["files"].get(name)
         if entry is None:
             raise Refused(404, f"{self.repo} has no file {name}")
-        blob = self.folder / "blobs" / str(entry.get("sha256") or entry.get("sha1"))
-        partial = blob.with_name(f"{blob.name}.incomplete")
+        name = str(entry.get("sha256") or entry.get("sha1"))
+        # Large files are written to a name of ours; the client renames small ones into place.
+        names = [name, *([f"{name}.incomplete"] if "sha256" in entry else [])]
+        places = [(self.folder.name, "blobs", item) for item in names]
+        blob = self.folder / "blobs" / name
 
-        def find() -> Path | None:
-            if blob.is_file():
-                return blob
-            # Large files are written to a name of ours; the client renames small ones into place.
-            return partial if "sha256" in entry and partial.is_file() else None
+        def find() -> BinaryIO | None:
+            return opened(self.cache_dir, *places)
 
+        try:
+            file = find()
+        except OSError as error:
+            raise Refused(404, f"{self.repo}: {error}") from None
+        if file is not None:
+            file.close()
         return entry, Growing(find, int(entry["size"]), lambda: blob.is_file() or self.alive())
 
 
@@ -158,13 +182,17 @@ class Source:
                 digest = self.layout.names().get(image, "")
                 if not digest:
                     raise JobError("bundle", f"{image} is not in the bundle")
-                kept += self.layout.know(digest)
+                try:
+                    kept += self.layout.know(digest)
+                except (OSError, BoundsError) as error:
+                    raise JobError("bundle", f"{image} in the bundle is damaged: {error}") from error
             else:
                 auth = credentials(Path(self.settings.docker_config), ref.registry)
                 try:
                     digest, blobs = self.layout.add(image, Registry(ref, info, auth), arch)
-                except (OSError, ValueError, KeyError) as error:
-                    raise JobError("registry-unreachable", f"{ref.registry} was asked for {image}: {error}") from error
+                except (OSError, BoundsError) as error:
+                    failure = getattr(error, "id", "registry-unreachable")
+                    raise JobError(failure, f"{ref.registry} was asked for {image}: {error}") from error
                 kept += blobs
             self.images[ref.path] = (ref, digest)
         if not self.settings.offline and self.settings.images:
@@ -184,6 +212,14 @@ class Source:
             raise JobError("disk-full", f"{self.settings.store} has {free / 1e9:.1f} GB free, it takes {needed}")
 
 
+def _path(target: str) -> str:
+    """The path of a request. Raises Refused."""
+    try:
+        return unquote(urlsplit(target).path)
+    except ValueError:
+        raise Refused(400, "not an address") from None
+
+
 class Handler(BaseHTTPRequestHandler):
     """Answers one connection: GET and HEAD of a registry and of the Hub."""
 
@@ -194,7 +230,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """One line a request, for the journal."""
-        print(f"{self.client_address[0]} {format % args}", file=sys.stderr, flush=True)
+        print(f"{self.client_address[0]} {printable(format % args, 400)}", file=sys.stderr, flush=True)
 
     def do_HEAD(self) -> None:
         """Headers only."""
@@ -207,7 +243,7 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         with self.server.busy():
             try:
-                self._route(unquote(urlsplit(self.path).path))
+                self._route(_path(self.path))
             except Refused as refused:
                 self._json({"errors": [{"code": "UNKNOWN", "message": str(refused)}]}, refused.status)
             except (BrokenPipeError, ConnectionResetError, TimeoutError, ssl.SSLError):
@@ -270,16 +306,16 @@ class Handler(BaseHTTPRequestHandler):
     # -- answers -------------------------------------------------------------------------------------------
 
     def _content(self, content: Growing | None, size: int, headers: dict[str, str]) -> None:
-        start, end, status = 0, size, 200
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted and self.headers.get("If-Range", headers["ETag"]) == headers["ETag"]:
-            start, end, status = int(wanted[1]), min(int(wanted[2] or size - 1) + 1, size), 206
-            if start >= size:
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{size}")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
+        fresh = self.headers.get("If-Range", headers["ETag"]) == headers["ETag"]
+        ranged = part(self.headers.get("Range", ""), size) if fresh else None
+        start, end = ranged or (0, size)
+        if ranged and start >= size:
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{size}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        status = 206 if ranged else 200
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
@@ -307,6 +343,15 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+def part(wanted: str, size: int) -> tuple[int, int] | None:
+    """First byte and end (exclusive) of a header Range; None for the whole, where it is not one range from a byte on.
+    A first byte of `size` or more cannot be satisfied."""
+    match = re.fullmatch(r"bytes=([0-9]{1,18})-([0-9]{0,18})", wanted)
+    if not match or (match[2] and int(match[2]) < int(match[1])):
+        return None
+    return int(match[1]), min(int(match[2]) + 1 if match[2] else size, size)
 
 
 def tree(listing: dict[str, Any]) -> list[dict[str, Any]]:
@@ -348,14 +393,37 @@ class Activity:
             return 0.0 if self._count else time.monotonic() - self._last
 
 
-class Server(ThreadingHTTPServer):
-    """The source's server; over TLS where there is a `context`."""
+class Limited(socketserver.ThreadingMixIn):
+    """At most CONNECTIONS at a time; more are closed at once."""
 
     daemon_threads = True
     request_queue_size = 128
 
+    def __init__(self, *args: Any) -> None:
+        self._places = threading.BoundedSemaphore(CONNECTIONS)
+        super().__init__(*args)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread a connection, if there is a place."""
+        if self._places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)  # type: ignore[attr-defined]
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """The connection's own thread."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+
+class Server(Limited, HTTPServer):
+    """The source's server; over TLS where there is a `context`."""
+
     def __init__(self, address: tuple[str, int], source: Source, activity: Activity, context: ssl.SSLContext | None):
         self.source, self._activity, self._context = source, activity, context
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, Handler)
 
     def busy(self) -> Activity:
@@ -384,12 +452,10 @@ class Server(ThreadingHTTPServer):
 # -- the others' tunnels -----------------------------------------------------------------------------------
 
 
-class Tunnel(socketserver.ThreadingTCPServer):
+class Tunnel(Limited, socketserver.TCPServer):
     """A port of the loopback interface that leads to a source, over TLS."""
 
     allow_reuse_address = True
-    daemon_threads = True
-    request_queue_size = 128
 
     def __init__(self, port: int, target: tuple[str, int], context: ssl.SSLContext, activity: Activity) -> None:
         self._target, self._context, self._activity = target, context, activity
