@@ -540,6 +540,14 @@ def test_a_part_of_a_file_and_of_none(way: str, upstream: Upstream) -> None:
     assert refused.value.code == 416 and refused.value.headers["Content-Range"] == "bytes */50000"
 
 
+def test_a_slow_client_is_served_through_the_tunnel(way: str) -> None:
+    host, port = way.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        time.sleep(0.5)  # session tickets of TLS arrive before there is anything to ask
+        connection.sendall(b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(12) == b"HTTP/1.1 200"
+
+
 def test_connections_are_counted(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_share, "CONNECTIONS", 2)
     server = Server(("127.0.0.1", 0), Source(Settings(), object()), Activity(), None)  # type: ignore[arg-type]

@@ -49,6 +49,7 @@ REGISTRY_PORT, HUB_PORT = 9111, 9112
 LISTING_BYTES = 32 << 20  # of a model's list of files
 WAIT = 100.0  # seconds that a model's list of files may take to appear
 CONNECT_SECONDS = 5.0
+QUIET_SECONDS = 600.0  # without a byte either way, after which a connection through the tunnel ends
 CONNECTIONS = 200  # at a time; each has a thread
 
 
@@ -485,11 +486,18 @@ class Tunnel(Limited, socketserver.TCPServer):
 def carry(near: socket.socket, far: ssl.SSLSocket) -> None:
     """Bytes from each to the other, until one closes."""
     while True:
-        ready = [far] if far.pending() else select.select([near, far], [], [], 600)[0]
+        ready = [far] if far.pending() else select.select([near, far], [], [], QUIET_SECONDS)[0]
         if not ready:
             return
         for here in ready:
-            data = here.recv(1 << 17)
+            try:
+                # What made the TLS side readable may be no data at all (a session ticket): never wait for more.
+                here.settimeout(0)
+                data = here.recv(1 << 17)
+            except (ssl.SSLWantReadError, BlockingIOError):
+                continue
+            finally:
+                here.settimeout(QUIET_SECONDS)
             if not data:
                 return
             (far if here is near else near).sendall(data)
