@@ -10,11 +10,14 @@ short_description: Keeps a release on the host, ready to be switched to
 description:
   - Writes compose file, plan and lock to C(releases/N) under the project folder, as a whole or not at all, after Docker
     Compose has accepted the file. What runs is not touched. A kept release that is the same is used again.
+  - Files of kept releases that were edited or damaged are set aside and written again from their copies; a release
+    that has none is set aside as a whole.
 options:
   compose: {description: The whole compose file., type: str, required: true}
   plan: {description: The plan that it was made by., type: dict, required: true}
   lock: {description: What it is pinned to., type: dict, required: true}
   project_dir: {description: Folder of the releases., type: path, default: /opt/sparkfleet}
+  state_dir: {description: Folder that keeps the highest number ever used., type: path, default: /var/lib/sparkfleet}
 author: ["The Sparkfleet developers"]
 attributes:
   check_mode: {support: full, description: Says which release it would be.}
@@ -33,6 +36,7 @@ EXAMPLES = r"""
 RETURN = r"""
 release: {description: Number of the release., returned: success, type: int}
 current: {description: Number of the release that is current; null for none., returned: success, type: int}
+repaired: {description: What was wrong with kept releases., returned: success, type: list, elements: str}
 """
 
 import tempfile
@@ -40,6 +44,7 @@ import time
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.sparkfleet_host.bounded import BoundsError
 from ansible.module_utils.sparkfleet_host.engine import complaint
 from ansible.module_utils.sparkfleet_host.releases import Store
 
@@ -52,32 +57,43 @@ def main() -> None:
             "plan": {"type": "dict", "required": True},
             "lock": {"type": "dict", "required": True},
             "project_dir": {"type": "path", "default": "/opt/sparkfleet"},
+            "state_dir": {"type": "path", "default": "/var/lib/sparkfleet"},
         },
         supports_check_mode=True,
     )
     compose, plan, lock = (module.params[key] for key in ("compose", "plan", "lock"))
-    store = Store(module.params["project_dir"])
+    store = Store(module.params["project_dir"], module.params["state_dir"])
     deployed = Path(store.project_dir, "compose.yml")
-    before = deployed.read_text(encoding="utf-8") if deployed.is_file() else ""
-    number, current = store.find(compose, plan), store.current()
-    staged = number is None
+    before = deployed.read_text(encoding="utf-8", errors="replace") if deployed.is_file() else ""
     try:
+        if module.check_mode:
+            repaired = [reason for number in store.numbers() for reason in store.damage(number)]
+        else:
+            store.set_journal_aside()
+            repaired = store.repair_all()
+        number, current = store.find(compose, plan), store.current()
+        staged = number is None
         if number is None and module.check_mode:
-            number = max(store.numbers(), default=0) + 1
+            number = store.next_number()
         elif number is None:
             with tempfile.NamedTemporaryFile("w", suffix=".yml", encoding="utf-8") as file:
                 file.write(compose)
                 file.flush()
-                reason = complaint(Path(file.name))
+                reason = complaint(str(store.project_dir), Path(file.name))
             if reason:
-                module.fail_json(msg=f"Docker Compose refuses the new release; what runs is untouched: {reason}")
+                module.fail_json(
+                    msg=f"Docker Compose refuses the new release; what runs is untouched: {reason}",
+                    failure="compose-invalid",
+                )
             number = store.stage(compose, plan, {**lock, "created": time.time()})
-    except OSError as error:
-        module.fail_json(
-            msg=f"cannot write a release under {store.project_dir}: {error.strerror}; what runs is untouched"
-        )
+    except (OSError, BoundsError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        module.fail_json(msg=f"cannot write a release under {store.project_dir}: {reason}; what runs is untouched")
+    for reason in repaired:
+        module.warn(f"a release was damaged: {reason}")
     module.exit_json(
-        changed=staged or number != current,  # one that was kept is another than what runs, too
+        changed=staged or number != current or bool(repaired),  # one that was kept is another than what runs, too
+        repaired=repaired,
         release=number,
         current=current,
         diff={

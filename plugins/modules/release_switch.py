@@ -10,6 +10,8 @@ short_description: Switches to a release, or back to what ran before
 description:
   - Starts a job on the host that stops the old engine, starts the new one, waits, verifies it, and makes it the
     current release; on any failure the old one is started and verified again. The job outlives the connection.
+  - Whatever can be known is checked first; where there is a problem nothing is stopped. A release that runs already,
+    in the container that was verified, is left alone by O(mode=deploy).
   - The module alone begins the job, or joins one that switches to the same release, and looks at it for O(slice)
     seconds. The action of the same name repeats that until the job is done, showing phases with their figures, and
     fails naming both releases.
@@ -25,6 +27,10 @@ options:
   start_timeout: {description: Seconds that an engine has until it is ready., type: float, default: 1800}
   keep: {description: Number of releases that are kept., type: int, default: 5}
   recreate: {description: Make the container anew though its file has not changed., type: bool, default: false}
+  new_key:
+    description: Take the key that is staged in C(/etc/sparkfleet/engine_key.next); a switch that fails gives it back.
+    type: bool
+    default: false
   project_dir: {description: Folder of the releases., type: path, default: /opt/sparkfleet}
   state_dir: {description: Folder of the journal., type: path, default: /var/lib/sparkfleet}
   begin: {description: Name of the job that this call begins unless it is there. The action's., type: str, default: ""}
@@ -35,7 +41,7 @@ options:
   cursor: {description: RFC 3339 time of the last log line seen., type: str, default: ""}
 author: ["The Sparkfleet developers"]
 attributes:
-  check_mode: {support: full, description: Says that it would switch.}
+  check_mode: {support: full, description: Checks the release if it is there and says that it would switch.}
   diff_mode: {support: none, description: M(release_stage) shows the file.}
 """
 
@@ -49,6 +55,7 @@ EXAMPLES = r"""
 RETURN = r"""
 id: {description: Of the job., returned: always, type: str}
 joined: {description: Whether the job was begun by another run., returned: always, type: bool}
+already: {description: Whether the release runs already; there was nothing to do., returned: always, type: bool}
 done: {description: Whether the job has ended., returned: always, type: bool}
 cut: {description: Whether the job was killed, and is now being ended., returned: always, type: bool}
 journal: {description: Its journal., returned: always, type: dict}
@@ -60,7 +67,7 @@ cursor: {description: Time of the last line read., returned: always, type: str}
 now: {description: Unix time of the host., returned: always, type: float}
 release: {description: By the action; number and model that serve now., returned: action, type: dict}
 previous: {description: By the action; number and model that served before., returned: action, type: dict}
-outcome: {description: By the action; verified restored removed or failed., returned: action, type: str}
+outcome: {description: By the action; verified restored removed refused or failed., returned: action, type: str}
 out_of_service_s: {description: By the action; seconds without an answer., returned: action, type: float}
 seconds: {description: By the action; of the whole., returned: action, type: float}
 verification: {description: By the action; result of the verification., returned: action, type: dict}
@@ -76,10 +83,18 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError
+from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError, DockerUnavailable
 from ansible.module_utils.sparkfleet_host.engine import just_before, look, new_lines
-from ansible.module_utils.sparkfleet_host.releases import ReleaseError, Store
-from ansible.module_utils.sparkfleet_host.switch import DONE, VERIFIED
+from ansible.module_utils.sparkfleet_host.precheck import precheck
+from ansible.module_utils.sparkfleet_host.releases import (
+    DONE,
+    GUARD_PATIENCE,
+    HELD_BY_GUARD,
+    HELD_BY_SWITCH,
+    ReleaseError,
+    Store,
+)
+from ansible.module_utils.sparkfleet_host.switch import VERIFIED
 
 UNIT = "sparkfleet-switch"
 PROGRAM = "lib/sparkfleet_host.pyz"
@@ -87,13 +102,17 @@ POLL = 0.25
 BEGIN_SECONDS = 20.0  # until the job has written its first line
 
 
-def who(journal: dict[str, Any]) -> str:
+def who(store: Store, journal: dict[str, Any] | None, holder: dict[str, Any] | None = None) -> str:
     """Who does what since when, of a switch that runs."""
-    since = time.strftime("%H:%M:%S", time.localtime(journal.get("began") or 0))
+    if journal is None or journal["phase"] == DONE:
+        pid = f" (pid {holder['pid']})" if holder and holder["pid"] else ""
+        process = str((holder or {}).get("process") or "a process")
+        return f"another switch is beginning: {process}{pid} holds {store.lock_file}"
+    since = time.strftime("%H:%M:%S", time.localtime(journal["began"])) if journal["began"] else "some time"
     return (
-        f"{journal.get('controller') or 'another run'} is switching it to release {journal.get('to')} "
-        f"({journal.get('model')}) with {journal.get('verb') or 'a run of Sparkfleet'} since {since}, "
-        f"phase {journal.get('phase')}"
+        f"{journal['controller'] or 'another run'} is switching it to release {journal['to']} "
+        f"({journal['model'] or 'model unknown'}) with {journal['verb'] or 'a run of Sparkfleet'} since {since}, "
+        f"phase {journal['phase']}"
     )
 
 
@@ -111,38 +130,68 @@ def spawn(module: AnsibleModule, store: Store, words: list[str]) -> None:
     if done.returncode != 0:
         reason = done.stderr.strip() or f"exit code {done.returncode}"
         if "already" in reason:  # another run was faster by a moment
-            who_else = who(store.switch() or {})
+            who_else = who(store, store.switch(), store.holder())
             module.fail_json(msg=f"{who_else}; run again when that is over", failure="switch-running-other")
         module.fail_json(msg=f"the switch cannot be started: {reason}", failure="internal")
 
 
-def begin(module: AnsibleModule, store: Store) -> tuple[str, bool]:
-    """Begin a job, or join the one that does the same: its id, and whether it was joined."""
+def runs(store: Store, docker: Docker, number: int) -> bool:
+    """Whether the container that runs is the one in which this release was verified, from files that are whole."""
+    verified_in = str((store.outcome(number) or {}).get("container_id") or "")
+    if not verified_in or store.current() != number or store.damage(number):
+        return False
+    try:
+        found = look(docker, str(store.plan(number)["service"]))
+    except (DockerError, ReleaseError):
+        return False
+    return bool(found["state"] == "running" and found["id"] == verified_in)
+
+
+def begin(module: AnsibleModule, store: Store) -> tuple[str, str]:
+    """Begin a job, or join the one that does the same: its id, and `begun`, `joined`, or `already` where the release
+    runs already."""
     params = module.params
     id_ = params["begin"] or secrets.token_hex(6)
-    if (store.switch() or {}).get("id") == id_:  # begun by a call whose answer was lost with the connection
-        return id_, False
-    if store.switch_active():
-        journal = store.switch() or {}
-        if journal.get("to") == params["to"] and journal.get("phase") not in ("", DONE):
-            return str(journal["id"]), True
-        module.fail_json(msg=f"{who(journal)}; run again when that is over", failure="switch-running-other")
-    ended = store.switch() or {}
-    current = store.current() == params["to"] == ended.get("to")
-    if params["mode"] == "deploy" and current and ended.get("outcome") == VERIFIED:
-        # It was not the current one when this run looked: another that wants the same was faster.
-        return str(ended["id"]), True
+    ended = store.switch()
+    if ended and ended["id"] == id_:  # begun by a call whose answer was lost with the connection
+        return id_, "begun"
+    holder = store.holder()
+    if holder and holder["holder"] == HELD_BY_SWITCH:
+        journal = store.switch()
+        if journal and journal["to"] == params["to"] and journal["phase"] not in ("", DONE):
+            return str(journal["id"]), "joined"
+        module.fail_json(
+            msg=f"{who(store, journal, holder)}; run again when that is over", failure="switch-running-other"
+        )
+    if holder and holder["holder"] == "other":
+        process = f"{holder['process'] or 'a process'} (pid {holder['pid'] or '?'})"
+        module.fail_json(
+            msg=f"{process} holds {store.lock_file} and is no switch of Sparkfleet; what runs is untouched",
+            failure="lock-held",
+        )
+    plain = params["mode"] == "deploy" and not params["recreate"] and not params["new_key"]
+    verified = plain and ended and ended["to"] == params["to"] and ended["outcome"] == VERIFIED
+    # It was not the current one when this run looked: another that wants the same was faster. The journal alone says
+    # nothing: files and containers are changed by hand.
+    if verified and ended and runs(store, Docker(), params["to"]):
+        return str(ended["id"]), "already"
     words = [f"--{key}={params[key]}" for key in ("to", "mode", "controller", "verb", "keep")]
     words += [f"--id={id_}", f"--start-timeout={params['start_timeout']}"]
-    spawn(module, store, [*words, *(["--recreate"] if params["recreate"] else [])])
-    deadline = time.monotonic() + BEGIN_SECONDS
+    words += [*(["--recreate"] if params["recreate"] else []), *(["--new-key"] if params["new_key"] else [])]
+    spawn(module, store, words)
+    began = time.monotonic()
     while (store.switch() or {}).get("id") != id_:
-        if time.monotonic() > deadline:
+        holder = store.holder()
+        guarding = holder is not None and holder["holder"] == HELD_BY_GUARD  # the job waits for what the guard does
+        if time.monotonic() - began > (GUARD_PATIENCE if guarding else BEGIN_SECONDS):
+            if holder:
+                who_else = who(store, store.switch(), holder)
+                module.fail_json(msg=f"{who_else}; run again when that is over", failure="switch-running-other")
             module.fail_json(
                 msg=f"the switch did not begin: see journalctl -u {UNIT}; what runs is untouched", failure="internal"
             )
         time.sleep(0.05)
-    return id_, False
+    return id_, "begun"
 
 
 def watch(store: Store, id_: str, seconds: float) -> tuple[dict[str, Any], bool]:
@@ -194,6 +243,7 @@ def main() -> None:
             "start_timeout": {"type": "float", "default": 1800.0},
             "keep": {"type": "int", "default": 5},
             "recreate": {"type": "bool", "default": False},
+            "new_key": {"type": "bool", "default": False, "no_log": False},
             "project_dir": {"type": "path", "default": "/opt/sparkfleet"},
             "state_dir": {"type": "path", "default": "/var/lib/sparkfleet"},
             "slice": {"type": "float", "default": 3.0},
@@ -203,16 +253,23 @@ def main() -> None:
     )
     params = module.params
     store = Store(params["project_dir"], params["state_dir"])
+    there = params["to"] in store.numbers()
     if module.check_mode:
+        with contextlib.suppress(DockerUnavailable):
+            for problem in precheck(store, Docker(), params["to"]) if there else ():
+                where = f"release {params['to']} could not be switched to"
+                module.fail_json(msg=f"{where}: {problem.message}", failure=problem.failure)
         module.exit_json(changed=True, done=True, journal={}, msg=f"would switch to release {params['to']}")
     try:
-        store.plan(params["to"])
+        if not there:
+            store.plan(params["to"])  # says which there are; damaged files are the job's to repair
     except ReleaseError as error:
         module.fail_json(msg=str(error), failure="bad-input")
-    id_, joined = (params["id"], False) if params["id"] else begin(module, store)
+    id_, how = (params["id"], "begun") if params["id"] else begin(module, store)
     journal, done = watch(store, id_, params["slice"])
     if journal.get("id") != id_:
-        module.fail_json(msg=f"the switch was replaced by another: {who(journal)}", failure="switch-running-other")
+        another = who(store, store.switch())
+        module.fail_json(msg=f"the switch was replaced by another: {another}", failure="switch-running-other")
     cut = done and journal.get("phase") != DONE
     if cut and params["recover"]:
         spawn(module, store, ["--recover"])
@@ -221,7 +278,15 @@ def main() -> None:
         module.fail_json(msg=f"{where}, and again when it was ended", failure="switch-interrupted")
     found = log(Docker(), journal, params["container"], params["cursor"])
     module.exit_json(
-        changed=False, id=id_, joined=joined, done=done and not cut, cut=cut, journal=journal, now=time.time(), **found
+        changed=False,
+        id=id_,
+        joined=how == "joined",
+        already=how == "already",
+        done=done and not cut,
+        cut=cut,
+        journal=journal,
+        now=time.time(),
+        **found,
     )
 
 

@@ -78,7 +78,8 @@ def plan(params: dict[str, Any], store: Store, docker: Docker) -> list[Item]:
     if params["models"]:
         folders += [*sorted(Path(params["cache_dir"]).glob("models--*")), Path(params["cache_dir"], ".sparkfleet")]
     items += [(f"{folder}/", remove_folder(folder)) for folder in folders if folder.is_dir()]
-    files = [SETTINGS, Path(KEY_FILE), *([Path(params["token_file"])] if params["token"] else [])]
+    keys = [Path(f"{KEY_FILE}{end}") for end in ("", ".next", ".previous")]
+    files = [SETTINGS, *keys, *([Path(params["token_file"])] if params["token"] else [])]
     items += [(str(file), file.unlink) for file in files if file.exists()]
     return items
 

@@ -181,6 +181,8 @@ def _last_switch(facts: Mapping[str, Any]) -> list[Finding]:
     if outcome in (None, "verified") or not error:
         return []
     way = f"release {journal.get('to')} ({journal.get('model')}), {outcome}"
+    if outcome == "refused":  # nothing was stopped
+        return _why(error, way)
     became = {"restored": "switch-restored", "removed": "switch-restored"}.get(outcome, "switch-not-restored")
     return [*_why(error, way), Finding(became, (way,), outcome == "failed")]
 

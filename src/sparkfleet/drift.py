@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from sparkfleet import compose, yaml_text
+from sparkfleet import compose, status, yaml_text
 
 #: Reasons that say nothing that the differences of the file do not say better.
 _STAGE = ("stage", "switch to")
@@ -24,6 +24,7 @@ def reasons(plan: Mapping[str, Any], state: Mapping[str, Any], answers: bool | N
     if deploy["stage"]:
         deployed = yaml_text.compose_file(state.get("compose_file"))
         found += differences(deployed, plan["compose"]) if isinstance(deployed, dict) else ["nothing is deployed"]
+    found += [f"files damaged: {line}" for line in status.damaged(state.get("releases") or {"current": None})]
     for kind in ("start", "stop", "wait"):
         found += [reason for reason in deploy[kind] if not reason.startswith(_STAGE)]
     if (deploy["stage"] or deploy["start"]) and state.get("compose_file") and not state.get("healthy"):

@@ -301,6 +301,30 @@ TABLE: tuple[Failure, ...] = (
         "Remove it with `docker rm -f NAME` on the host, if it is not needed.",
         (r"The container name .* is already in use",),
     ),
+    Failure(
+        "network-missing",
+        "the bridge of Docker's network is gone",
+        "somebody removed the interface, or a firewall or network service did; Docker believes that it is there",
+        "Restart Docker (`systemctl restart docker`), which makes it again; it stops other containers for a moment.",
+    ),
+    Failure(
+        "mount-missing",
+        "a file or folder that the engine's container mounts is not there",
+        "it was removed, or its disk is not mounted",
+        "Bring it back, or run site.yml, which writes what Sparkfleet writes.",
+    ),
+    Failure(
+        "cache-not-mounted",
+        "the model cache is empty",
+        "its disk is not mounted, or it was emptied",
+        "Mount it (`findmnt`, /etc/fstab), then `sparkfleet start`; or run site.yml to fetch the model again.",
+    ),
+    Failure(
+        "compose-invalid",
+        "Docker Compose refuses the file of the release",
+        "it was written by hand, or an argument or variable has a form that Compose understands in another way",
+        "Correct what the message names in the inventory or the model card and deploy again; what runs is untouched.",
+    ),
     # -- images ------------------------------------------------------------------------------------------------
     Failure(
         "image-platform",
@@ -312,6 +336,13 @@ TABLE: tuple[Failure, ...] = (
             r"no matching manifest for linux",
             r"does not match the (?:detected host|specified) platform",
         ),
+    ),
+    Failure(
+        "image-missing",
+        "the image of the release is not on the host",
+        "it was not fetched, or somebody removed it (`docker image prune`)",
+        "Run site.yml, or playbooks/fetch.yml and then the same again: it pulls what is pinned.",
+        (r"No such image",),
     ),
     Failure(
         "image-unknown",
@@ -602,6 +633,12 @@ TABLE: tuple[Failure, ...] = (
         "Wait until it is over (`sparkfleet status` shows it), then run again.",
     ),
     Failure(
+        "lock-held",
+        "another program holds the lock of switches",
+        "somebody took it by hand (`flock`), or a process of Sparkfleet hangs",
+        "End the process that the message names, then run again.",
+    ),
+    Failure(
         "switch-interrupted",
         "a switch was cut half way",
         "the host was restarted, or the job was killed",
@@ -643,7 +680,8 @@ TABLE: tuple[Failure, ...] = (
         "release-damaged",
         "a release on the host is damaged",
         "files under /opt/sparkfleet/releases were changed or removed",
-        "Run site.yml: it stages a new one. `sparkfleet rollback N` goes to another one.",
+        "Run site.yml: it brings the files back from their copies, or sets the release aside and stages a new one. "
+        "What was edited is kept beside them; a setting belongs into the inventory.",
     ),
     Failure(
         "container-missing",

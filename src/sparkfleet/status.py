@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sparkfleet_host.bounded import printable
+
 from sparkfleet import report, rollout
 
 if TYPE_CHECKING:
@@ -54,8 +56,20 @@ def summary(
         "switch": switch(releases["switch"], bool(releases["switch_active"])),
         "drift": None if drift is None else list(drift),
         "problem": problem,
+        "damaged": damaged(releases),
         "drained": drained,
     }
+
+
+def damaged(releases: Mapping[str, Any]) -> list[str]:
+    """Files of releases and of the switch that are damaged or were changed by hand, a line each. Of releases that are
+    not the current one it does not matter until they are rolled back to."""
+    current = str(releases["current"])
+    found = [
+        f"release {number}{' (current)' if number == current else ''}: {reason}"
+        for number, reason in (releases.get("damaged") or {}).items()
+    ]
+    return [printable(line, 600) for line in [*found, *(releases.get("unreadable") or [])]]
 
 
 def absent(host: str, state: str, message: str) -> dict[str, Any]:
@@ -152,6 +166,8 @@ def _notes(row: Mapping[str, Any], alone: bool) -> Iterator[str]:
     # Of many Sparks, the last switch of each is no news where it went well.
     if row.get("switch") and (alone or not row["switch"].endswith(": verified")):
         yield f"last switch {row['switch']}"
+    for line in row.get("damaged") or ():
+        yield f"files damaged: {line} [release-damaged]"
     if row.get("drift"):
         more = len(row["drift"]) - 1
         yield row["drift"][0] + (f", and {more} more (sparkfleet drift lists them)" if more else "")

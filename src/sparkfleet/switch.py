@@ -8,7 +8,7 @@ from typing import Any
 from sparkfleet import failures
 from sparkfleet.start import Watch, explain
 
-VERIFIED, RESTORED, REMOVED = "verified", "restored", "removed"
+VERIFIED, RESTORED, REMOVED, REFUSED = "verified", "restored", "removed", "refused"
 #: Phases of the journal in words; those that wait for an engine are told by its log.
 WORDS = {
     "stopping": "stopping {before}",
@@ -28,7 +28,7 @@ class Follower:
     def __init__(self, host: str, pause: float) -> None:
         self.host, self.pause = host, pause
         self.done = False
-        self.joined = False
+        self.joined = self.already = False
         self._id = ""
         self._cut = False
         self._steps = 0
@@ -44,6 +44,12 @@ class Follower:
         """Note an answer; the lines to print."""
         journal = self._journal = dict(answer["journal"])
         lines: list[str] = []
+        if not self._id and answer.get("already"):
+            self.already = True
+            lines.append(
+                f"{self.host}  {self._name('to')} runs already, verified; {journal['controller'] or 'another run'} "
+                f"switched to it with {journal['verb'] or 'Sparkfleet'}"
+            )
         if not self._id and answer["joined"]:
             self.joined = True
             lines.append(
@@ -53,6 +59,8 @@ class Follower:
             self._cut = True
             lines.append(f"{self.host}  the job was killed in the phase {journal['phase']}; it is being ended")
         self._id, self.done = str(answer["id"]), bool(answer["done"])
+        if self.already:
+            return lines
         news = journal["steps"][self._steps :]
         self._steps = len(journal["steps"])
         self._cursor = (str(journal["container"]), str(answer["cursor"]))
@@ -97,9 +105,10 @@ class Follower:
         outcome = journal["outcome"]
         serving = {VERIFIED: "to", RESTORED: "from"}.get(outcome)
         result = {
-            "changed": True,
+            "changed": not self.already and outcome != REFUSED,
             "outcome": outcome,
             "joined": self.joined,
+            "already": self.already,
             "release": self._release(serving) if serving else None,
             "previous": self._release("from"),
             "out_of_service_s": journal["out_of_service_s"],
@@ -113,7 +122,8 @@ class Follower:
             return result
         why = self._why(journal["error"], watch)
         head, _, log = why["msg"].partition("\n")
-        message = f"{self.host}: {self._name('to')} does not serve: {head}{self._became()}"
+        what = "is not switched to" if outcome == REFUSED else "does not serve"
+        message = f"{self.host}: {self._name('to')} {what}: {head}{self._became()}"
         return {**result, "failed": True, "failure": why["failure"], "msg": message + (f"\n{log}" if log else "")}
 
     def _release(self, which: str) -> dict[str, Any] | None:
@@ -129,6 +139,9 @@ class Follower:
             gone = journal["out_of_service_s"]
             service = f"; no service for {gone:.0f} s" if gone is not None else ""
             return f"\n  {self._name('from')} was started again and is verified{service}."
+        if journal["outcome"] == REFUSED:
+            before = f"; {self._name('from')} is as it was" if journal["from"] is not None else ""
+            return f"\n  Nothing was stopped{before}."
         if journal["outcome"] == REMOVED:
             return "\n  There was no release before it: its container was removed, and nothing serves."
         if journal["from"] == journal["to"] or not journal["restore_error"]:

@@ -70,7 +70,11 @@ def test_secret_file(tmp_path: Path, run: Run) -> None:
 
 
 STAGED: dict[str, Any] = {
-    "plan": {"model": "m", "profile": "throughput", "verify": {"expect": "Paris"}, "memory": {"available_gib": 110.0}},
+    "plan": {
+        **{"model": "m", "profile": "throughput", "repo": "org/m", "service": "vllm-m"},
+        "verify": {"question": "q", "expect": "Paris", "prompt": "p", "prompt_expect": "Paris"},
+        "memory": {"available_gib": 110.0},
+    },
     "lock": {"model": "m", "service": "vllm-m", "port": 8000, "image": "i@sha256:1"},
 }
 
@@ -78,7 +82,7 @@ STAGED: dict[str, Any] = {
 def test_a_release_is_staged_once_and_shown(tmp_path: Path, run: Run, command: Any) -> None:
     command("docker", "sys.exit(0)")
     folder = tmp_path / "project"
-    wanted = {"compose": "a: 1\n", "project_dir": folder, **STAGED}
+    wanted = {"compose": "a: 1\n", "project_dir": folder, "state_dir": tmp_path / "state", **STAGED}
     preview = run(release_stage, check=True, **wanted)
     assert preview["changed"] and preview["release"] == 1 and preview["diff"]["after"] == "a: 1\n"
     assert not folder.exists()
@@ -89,21 +93,24 @@ def test_a_release_is_staged_once_and_shown(tmp_path: Path, run: Run, command: A
     lock = json.loads((kept / "lock.json").read_text(encoding="utf-8"))
     assert lock["number"] == 1 and lock["image"] == "i@sha256:1" and lock["created"] > 0
     assert stat.S_IMODE(kept.stat().st_mode) == 0o755
-    assert stat.S_IMODE((kept / "compose.yml").stat().st_mode) == 0o644
+    assert stat.S_IMODE((kept / "compose.yml").stat().st_mode) == 0o444
     # The plan's figures follow the host's memory of the moment; that alone makes no release.
     again = run(release_stage, **{**wanted, "plan": {**STAGED["plan"], "memory": {"available_gib": 90.0}}})
     assert again["release"] == 1
     assert again["changed"]  # it is not the current one yet
     (folder / "current").symlink_to("releases/1")
     assert not run(release_stage, **wanted)["changed"]
-    other = run(release_stage, **{**wanted, "plan": {**STAGED["plan"], "verify": {"expect": "Rome"}}})
+    other = run(
+        release_stage,
+        **{**wanted, "plan": {**STAGED["plan"], "verify": {**STAGED["plan"]["verify"], "expect": "Rome"}}},
+    )
     assert other["changed"] and other["release"] == 2
-    assert sorted(path.name for path in (folder / "releases").iterdir()) == ["1", "2"]
+    assert sorted(path.name for path in (folder / "releases").iterdir()) == [".lock", "1", "2"]
 
 
 def test_a_release_that_docker_refuses_is_not_kept(tmp_path: Path, run: Run, command: Any) -> None:
     command("docker", "print('services.x Additional property y is not allowed', file=sys.stderr); sys.exit(15)")
-    result = run(release_stage, compose="new\n", project_dir=tmp_path / "project", **STAGED)
+    result = run(release_stage, compose="new\n", project_dir=tmp_path / "project", state_dir=tmp_path / "s", **STAGED)
     assert result["failed"] and "Additional property y" in result["msg"] and "untouched" in result["msg"]
     assert not (tmp_path / "project").exists()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +13,11 @@ from typing import Any
 
 import pytest
 import release_switch
+from ansible.module_utils.sparkfleet_host.docker import Docker
 from ansible.module_utils.sparkfleet_host.releases import Store
 from ansible.module_utils.testing import patch_module_args
+
+from tests.unit.fake_engine import Engine
 
 VERIFY = {"question": "q", "expect": "Paris", "prompt": "p", "prompt_expect": "Paris"}
 Run = Callable[..., dict[str, Any]]
@@ -45,18 +50,30 @@ def journal(**more: Any) -> dict[str, Any]:
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     made = Store(tmp_path / "project", tmp_path / "state", str(tmp_path / "lock"))
-    plan = {"model": "m", "profile": "throughput", "service": "vllm-m", "verify": VERIFY}
-    assert made.stage("a: 1\n", plan, {"port": 8000}) == 1
+    plan = {"model": "m", "profile": "throughput", "repo": "org/m", "service": "vllm-m", "verify": VERIFY}
+    assert made.stage("a: 1\n", plan, {"port": 8000, "service": "vllm-m"}) == 1
     (tmp_path / "project" / "lib").mkdir()
     (tmp_path / "project" / "lib" / "sparkfleet_host.pyz").touch()
     monkeypatch.setattr(release_switch, "Store", lambda *_folders: made)
     return made
 
 
+@pytest.fixture(autouse=True)
+def containers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What Docker has; the container of the release runs."""
+    labels = {"com.docker.compose.project": "sparkfleet", "com.docker.compose.service": "vllm-m"}
+    listed: list[dict[str, Any]] = [{"Id": "a" * 64, "Names": ["/vllm-m"], "State": "running", "Labels": labels}]
+    engine.routes["GET", "/containers/json"] = listed
+    for name in ("a" * 64, "b" * 64):
+        engine.routes["GET", f"/containers/{name}/json"] = {"Id": name, "State": {"Running": True}}
+    monkeypatch.setattr(release_switch, "Docker", lambda: Docker(str(engine.server_address), timeout=5))
+    return listed
+
+
 @pytest.fixture
 def job(store: Store, monkeypatch: pytest.MonkeyPatch) -> Job:
     made = Job(store)
-    monkeypatch.setattr(subprocess, "run", made.run)
+    monkeypatch.setattr(release_switch.subprocess, "run", made.run)
     monkeypatch.setattr(release_switch, "BEGIN_SECONDS", 0.1)
     return made
 
@@ -73,17 +90,104 @@ def run(store: Store, job: Job, capsys: pytest.CaptureFixture[str]) -> Run:
     return call
 
 
-def test_what_another_run_did_since_the_look_is_not_done_again(run: Run, job: Job, store: Store) -> None:
-    (store.project_dir / "current").symlink_to("releases/1")
+def serving(store: Store) -> None:
+    store.commit(1, 100.0, "a" * 64)
     store.write_switch(journal(id="other", phase="done", outcome="verified"))
+
+
+def test_what_another_run_did_since_the_look_is_not_done_again(run: Run, job: Job, store: Store) -> None:
+    serving(store)
     result = run()
-    assert job.started == [] and result["joined"] and result["done"]
+    assert job.started == [] and result["already"] and not result["joined"] and result["done"]
     assert result["journal"]["controller"] == "bob@desk"
-    for again in ({"mode": "restart"}, {"mode": "rollback"}):  # asked for whatever is current
-        job.writes = {"phase": "done", "outcome": "verified"}
-        assert not run(**again)["joined"]
+    job.writes = {"phase": "done", "outcome": "verified"}
+    for again in ({"mode": "restart"}, {"mode": "rollback"}, {"recreate": True}, {"new_key": True}):
+        assert not run(**again)["already"]  # asked for whatever is current
+        serving(store)
+    assert "--new-key" in job.started[-1] and "--new-key" not in job.started[0]
     store.write_switch(journal(id="other", phase="done", outcome="restored"))
-    assert not run()["joined"]
+    assert not run()["already"]
+
+
+@pytest.mark.parametrize(
+    "how", ["edited", "another container", "stopped", "gone", "not ours", "old version", "renamed"]
+)
+def test_an_old_success_is_not_reported_when_something_else_runs(
+    run: Run, job: Job, store: Store, engine: Engine, containers: list[dict[str, Any]], how: str
+) -> None:
+    serving(store)
+    if how == "edited":
+        (store.folder(1) / "compose.yml").chmod(0o644)
+        (store.folder(1) / "compose.yml").write_text("a: 2\n")
+    elif how == "another container":  # `docker compose up -d` after an edit that was taken back
+        containers[0]["Id"] = "b" * 64
+    elif how == "stopped":
+        engine.routes["GET", f"/containers/{'a' * 64}/json"]["State"] = {"Running": False}
+    elif how == "gone":
+        containers.clear()
+    elif how == "not ours":
+        containers[0]["Labels"] = {}
+    elif how == "old version":
+        store.commit(1, 100.0)
+    elif how == "renamed":
+        assert store.current() == 1
+        (store.project_dir / "current").unlink()
+    job.writes = {"phase": "done", "outcome": "verified"}
+    result = run()
+    assert not result["already"] and not result["joined"] and len(job.started) == 1
+    assert result["journal"]["id"] == result["id"] != "other"
+
+
+def test_a_journal_of_any_form_is_no_obstacle(run: Run, job: Job, store: Store) -> None:
+    for text in ('{"version": 99}', "[]", "", "{", '{"to": "x"}', '{"to": 1, "began": "noon", "phase": 5}'):
+        (store.state_dir / "switch.json").write_text(text)
+        job.writes = {"phase": "done", "outcome": "verified"}
+        assert run()["journal"]["outcome"] == "verified"
+
+
+def test_a_lock_that_somebody_else_holds_is_named(run: Run, job: Job, store: Store) -> None:
+    store.lock_file.touch()
+    holder = subprocess.Popen(["flock", str(store.lock_file), "sleep", "60"])
+    try:
+        deadline = time.monotonic() + 5
+        while store.holder() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        result = run()
+    finally:
+        holder.terminate()
+        holder.wait()
+    assert result["failure"] == "lock-held" and job.started == [] and str(store.lock_file) in result["msg"]
+    assert "None" not in result["msg"] and "pid" in result["msg"]
+
+
+def test_a_switch_that_has_not_written_yet_is_no_release_none(run: Run, job: Job, store: Store) -> None:
+    with store.exclusive():
+        result = run()
+    assert result["failure"] == "switch-running-other" and "None" not in result["msg"]
+    assert "another switch is beginning" in result["msg"] and str(store.lock_file) in result["msg"]
+
+
+def test_what_the_guard_does_is_waited_for(run: Run, job: Job, store: Store) -> None:
+    job.writes = None
+    with store.exclusive("guard") as mine:
+        assert mine and not store.switch_active()
+
+        def later() -> None:
+            time.sleep(0.5)  # longer than BEGIN_SECONDS
+            id_ = next(word.partition("=")[2] for word in job.started[0] if word.startswith("--id="))
+            store.write_switch(journal(id=id_, phase="done", outcome="verified"))
+
+        thread = threading.Thread(target=later)
+        thread.start()
+        result = run()
+        thread.join()
+    assert result["done"] and result["journal"]["outcome"] == "verified"
+
+
+def test_check_mode_says_what_keeps_a_release_from_running(run: Run, job: Job, store: Store) -> None:
+    (store.folder(1) / "plan.json").unlink()
+    result = run(check=True)
+    assert result["failure"] == "release-damaged" and "plan.json is missing" in result["msg"] and job.started == []
 
 
 def test_a_job_is_begun_that_needs_no_connection(run: Run, job: Job, store: Store) -> None:
@@ -121,7 +225,7 @@ def test_another_ones_job_is_named_and_left_alone(run: Run, job: Job, store: Sto
     with store.exclusive():
         result = run()
     assert result["failure"] == "switch-running-other" and job.started == []
-    assert "bob@desk is switching it to release 5 (m) with upgrade since" in result["msg"]
+    assert "bob@desk is switching it to release 5 (m) with upgrade since some time, phase waiting" in result["msg"]
 
 
 def test_a_job_that_does_the_same_is_joined(run: Run, job: Job, store: Store) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible.module_utils.sparkfleet_host import engine, memory, switch
+from ansible.module_utils.sparkfleet_host import engine, http, memory, switch
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
 from ansible.module_utils.sparkfleet_host.engine import EngineError
+from ansible.module_utils.sparkfleet_host.precheck import Problem
 from ansible.module_utils.sparkfleet_host.releases import ReleaseError, Store
 from ansible.module_utils.sparkfleet_host.switch import Switch, interrupted, recover
 
@@ -30,11 +31,18 @@ class World:
         self.bad: dict[str, str] = {}
         self.away = 0  # looks that Docker does not answer
         self.cut: str | None = None  # phase at which the power goes
+        self.problems: list[Problem] = []
+        self.ids: dict[str, str] = {}  # by service; another one for each container that is made
+        self.made: dict[str, str] = {}  # text of the compose file that a container was made from
+        self.keys: dict[str, str] = {}  # key that a container was started with
+        self.step: Callable[[str], None] = lambda _what: None  # called before each thing that is done
         self.did: list[str] = []
         self.clock = 1000.0
         for name in ("ours", "start", "stop", "remove", "compose_up", "look", "healthy", "read_log"):
             monkeypatch.setattr(engine, name, getattr(self, name))
         monkeypatch.setattr(switch, "verify", self.verify)
+        monkeypatch.setattr(switch, "precheck", self.precheck)
+        monkeypatch.setattr(http, "KEY_FILE", str(store.state_dir / "etc" / "engine_key"))
         monkeypatch.setattr(memory, "drop_page_cache", lambda: self.did.append("drop"))
         monkeypatch.setattr(switch.time, "sleep", self.sleep)
         monkeypatch.setattr(switch.time, "monotonic", lambda: self.clock)
@@ -47,6 +55,14 @@ class World:
 
         monkeypatch.setattr(store, "write_switch", write_or_cut)
 
+    def precheck(self, store: Store, docker: Docker, number: int) -> list[Problem]:
+        self.look(docker, "")
+        return list(self.problems)
+
+    def key(self) -> str:
+        path = Path(http.KEY_FILE)
+        return path.read_text() if path.exists() else ""
+
     def sleep(self, seconds: float) -> None:
         self.clock += max(seconds, 1.0)
 
@@ -55,33 +71,50 @@ class World:
         return [{"Id": name, "State": state, "Labels": {labels: name}} for name, state in self.containers.items()]
 
     def start(self, docker: Docker, name: str) -> None:
+        self.step(f"start {name}")
         self.did.append(f"start {name}")
+        self.keys[name] = self.key()
         if self.bad.get(name) != "stays down":
             self.containers[name] = "running"
 
     def stop(self, docker: Docker, name: str, timeout: int = 60) -> bool:
+        self.step(f"stop {name}")
         self.did.append(f"stop {name}")
         self.containers[name] = "exited"
         return True
 
     def remove(self, docker: Docker, name: str) -> None:
+        self.step(f"remove {name}")
         self.did.append(f"remove {name}")
         del self.containers[name]
 
     def compose_up(self, project_dir: str, file: str, service: str, recreate: bool = False) -> None:
+        self.step(f"up {service}")
         self.did.append(f"up {Path(file).parent.name}")
         if self.bad.get(service) == "port":
             raise EngineError("docker compose up: Bind for 0.0.0.0:8000 failed: port is already allocated")
         assert all(state != "running" for state in self.containers.values()), "two engines at once"
         ends = {"crash": "restarting", "forgotten": "exited", "stays down": "exited"}
         self.containers[service] = ends.get(self.bad.get(service, ""), "running")
+        text = Path(file).read_text()
+        if self.made.get(service) != text or recreate:
+            self.made[service], self.ids[service] = text, f"id-{len(self.did)}"
+        self.keys[service] = self.key()
 
     def look(self, docker: Docker, name: str) -> dict[str, Any]:
         if self.away:
             self.away -= 1
             raise DockerUnavailable("nothing listens there")
         state = self.containers.get(name, "missing")
-        return {"state": state, "exit_code": 1, "restart_count": 0, "error": "", "started_at": "", "tty": False}
+        return {
+            "id": self.ids.get(name, ""),
+            "state": state,
+            "exit_code": 1,
+            "restart_count": 0,
+            "error": "",
+            "started_at": "",
+            "tty": False,
+        }
 
     def healthy(self, client: Any) -> bool:
         running = [name for name, state in self.containers.items() if state == "running"]
@@ -91,6 +124,7 @@ class World:
         return [f"2026-11-23T10:00:00Z {name} says api_key='secret'"]
 
     def verify(self, params: dict[str, Any]) -> dict[str, Any]:
+        self.step("verify")
         running = next(name for name, state in self.containers.items() if state == "running")
         assert params["model"] == f"org/{running}"
         if self.bad.get(running) == "wrong":
@@ -140,7 +174,7 @@ def test_a_first_deployment(store: Store, world: World) -> None:
     assert (journal["outcome"], journal["from"], journal["phase"]) == ("verified", None, "done")
     assert world.did == ["drop", "up 1"]
     assert [step["phase"] for step in journal["steps"]] == [
-        *("stopping", "starting", "waiting", "verifying", "committing", "done"),
+        *("checking", "stopping", "starting", "waiting", "verifying", "committing", "done"),
     ]
     assert store.current() == 1 and (store.project_dir / "compose.yml").read_text().startswith("services")
     assert (store.project_dir / "compose.yml").readlink() == Path("current/compose.yml")
@@ -237,6 +271,10 @@ def test_an_engine_that_docker_forgets_is_started(store: Store, world: World, de
 def test_docker_that_stays_away_is_a_failure(store: Store, world: World, deployed: int) -> None:
     world.away = 130
     journal = run(store, stage(store, NEW))
+    assert journal["outcome"] == "refused" and journal["error"]["failure"] == "docker" and world.did == []
+    world.step = lambda what: setattr(world, "away", 130 if what == f"up {NEW}" else world.away)
+    world.away = 0
+    journal = run(store, 2)
     assert journal["outcome"] == "restored" and journal["error"]["failure"] == "docker"
 
 
@@ -272,8 +310,8 @@ def test_cut_after_the_commit_it_stays(store: Store, world: World, deployed: int
     def cut(keep: int) -> list[int]:
         raise PowerCut
 
-    monkeypatch.setattr(store, "prune", cut)
-    with pytest.raises(PowerCut):
+    with monkeypatch.context() as until, pytest.raises(PowerCut):
+        until.setattr(store, "prune", cut)
         run(store, stage(store, NEW))
     journal = recover(store, Docker("/nowhere"))
     assert journal and journal["outcome"] == "verified" and store.current() == 2
@@ -296,13 +334,13 @@ def test_a_disk_that_fills_up_half_way_does_not_keep_the_old_one_from_coming_bac
     write: Callable[..., None] = store.write_switch
 
     def full(journal: dict[str, Any]) -> None:
-        if journal["phase"] not in ("stopping", "starting"):
+        if journal["phase"] not in ("checking", "stopping", "starting"):
             raise OSError(28, "No space left on device")
         write(journal)
 
     monkeypatch.setattr(store, "write_switch", full)
     monkeypatch.setattr(store, "note_failure", lambda *args: full({"phase": "x"}))
-    monkeypatch.setattr(store, "commit", lambda number, at: full({"phase": "x"}))
+    monkeypatch.setattr(store, "commit", lambda *args: full({"phase": "x"}))
     journal = run(store, number)
     assert journal["outcome"] == "restored" and "No space left" in journal["error"]["message"]
     assert world.containers == {OLD: "running"}
@@ -335,7 +373,11 @@ def test_old_releases_go_but_never_the_current_or_the_previous(store: Store, wor
 
 def test_a_damaged_release_is_a_failure_with_a_name(store: Store, world: World, deployed: int) -> None:
     assert run(store, stage(store, NEW))["outcome"] == "verified"
-    (store.folder(1) / "plan.json").write_text("{ half")
-    with pytest.raises(ReleaseError, match=r"releases/1/plan.json is missing or damaged"):
-        run(store, 1, "rollback")
-    assert store.current() == 2
+    world.did.clear()
+    for name in ("plan.json", ".sealed.json"):
+        (store.folder(1) / name).unlink()
+    journal = run(store, 1, "rollback")
+    assert journal["outcome"] == "refused" and journal["error"]["failure"] == "release-damaged"
+    assert "releases/1/plan.json is missing or damaged" in journal["error"]["message"]
+    assert world.did == [] and store.current() == 2
+    assert store.numbers() == [2] and [path.name[:10] for path in store.folder(2).parent.glob("1.*")] == ["1.damaged-"]

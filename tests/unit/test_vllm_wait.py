@@ -44,8 +44,10 @@ class Container:
         self.log: list[tuple[float, str]] = []
         self.deaths: list[int] = []  # exit codes
         engine.routes["GET", "/events"] = self.events
-        engine.routes["GET", "/containers/vllm/json"] = self.inspect
-        engine.routes["GET", "/containers/vllm/logs"] = self.logs
+        labels = {"com.docker.compose.project": "sparkfleet", "com.docker.compose.service": "vllm"}
+        engine.routes["GET", "/containers/json"] = [{"Id": "abc", "State": "running", "Labels": labels}]
+        engine.routes["GET", "/containers/abc/json"] = self.inspect
+        engine.routes["GET", "/containers/abc/logs"] = self.logs
 
     def inspect(self, handler: Handler) -> None:
         found = {"Id": "abc", "State": self.state, "RestartCount": self.restarts, "Config": {"Tty": False}}
@@ -101,11 +103,11 @@ def test_becomes_ready_within_the_slice(poll: Poll, container: Container, vllm: 
     vllm.faults.add("sick")
 
     def heal(handler: Handler) -> None:
-        if len(container.engine.seen) == 3:
+        if sum(path == "/containers/abc/json" for _, path, *_ in container.engine.seen) == 3:
             vllm.faults.clear()
         container.inspect(handler)
 
-    container.engine.routes["GET", "/containers/vllm/json"] = heal
+    container.engine.routes["GET", "/containers/abc/json"] = heal
     began = time.monotonic()
     assert poll(slice=10)["ready"] is True
     assert 0.3 < time.monotonic() - began < 2
@@ -172,6 +174,9 @@ def test_how_it_ended_before_docker_started_it_again(poll: Poll, container: Cont
 
 
 def test_no_container(poll: Poll, engine: Engine) -> None:
+    engine.routes["GET", "/containers/json"] = []
+    # One of that name which Sparkfleet did not make is somebody else's.
+    engine.routes["GET", "/containers/vllm/json"] = {"Id": "other", "State": {"Running": True}}
     result = poll(slice=30)
     assert result["state"] == "missing" and result["log_lines"] == []
 

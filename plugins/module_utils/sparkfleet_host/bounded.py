@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import math
 import os
 import re
+import shutil
 import stat
 import time
 from collections.abc import Callable, Iterable
@@ -305,14 +307,19 @@ def printable(text: str, limit: int = 4000) -> str:
 
 
 def set_aside(path: Path, now: float | None = None) -> Path | None:
-    """Rename a damaged file to NAME.damaged-UNIXTIME beside it, so that a new one can be begun and nothing is lost;
-    the newest SET_ASIDE of them are kept. The new path, or None where it could not be renamed."""
-    target = path.with_name(f"{path.name}.damaged-{int(time.time() if now is None else now)}")
+    """Rename a damaged file (or folder) to NAME.damaged-UNIXTIME beside it, so that a new one can be begun and nothing
+    is lost; the newest SET_ASIDE of them are kept. The new path, or None where it could not be renamed."""
+    stamp = int(time.time() if now is None else now)
+    while (target := path.with_name(f"{path.name}.damaged-{stamp}")).exists():
+        stamp += 1  # another one within this second
     try:
         path.replace(target)
     except OSError:
         return None
-    for old in sorted(path.parent.glob(f"{path.name}.damaged-*"))[:-SET_ASIDE]:
+    for old in sorted(path.parent.glob(f"{glob.escape(path.name)}.damaged-*"))[:-SET_ASIDE]:
         with contextlib.suppress(OSError):
-            old.unlink()
+            if old.is_dir() and not old.is_symlink():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.unlink()
     return target

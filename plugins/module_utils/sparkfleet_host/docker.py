@@ -16,6 +16,8 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 SOCKET = "/var/run/docker.sock"
+LIMIT = 64 << 20  # bytes of an answer
+LINE = 1 << 20  # bytes of a line of a stream or a log; longer ones come in pieces
 
 
 class DockerError(Exception):
@@ -119,10 +121,17 @@ class Docker:
             pending: dict[int, bytes] = {}
             while len(header := self._read(response, 8)) == 8:
                 kind, size = struct.unpack(">BxxxL", header)
-                *lines, rest = (pending.get(kind, b"") + self._read(response, size)).split(b"\n")
-                pending[kind] = rest
-                for line in lines:
-                    yield line.decode("utf-8", "replace").rstrip("\r")
+                while size > 0:
+                    part = self._read(response, min(size, LINE))
+                    if not part:
+                        break
+                    size -= len(part)
+                    *lines, rest = (pending.get(kind, b"") + part).split(b"\n")
+                    if len(rest) > LINE:
+                        lines, rest = [*lines, rest], b""
+                    pending[kind] = rest
+                    for line in lines:
+                        yield line.decode("utf-8", "replace").rstrip("\r")
             for rest in pending.values():
                 if rest:
                     yield rest.decode("utf-8", "replace")
@@ -163,6 +172,10 @@ class Docker:
     def image(self, ref: str) -> dict[str, Any] | None:
         """What `docker image inspect REF` says, or None."""
         return self._inspect(f"/images/{quote(ref, safe='/:@')}/json")
+
+    def network(self, name: str) -> dict[str, Any] | None:
+        """What `docker network inspect NAME` says, or None."""
+        return self._inspect(f"/networks/{quote(name, safe='')}")
 
     def info(self) -> dict[str, Any]:
         """`docker info` as the API has it."""
@@ -205,13 +218,16 @@ class Docker:
 
     def _read(self, response: http.client.HTTPResponse, size: int | None = None) -> bytes:
         try:
-            return response.read() if size is None else response.read(size)
+            data = response.read(LIMIT + 1 if size is None else size)
+            if size is None and len(data) > LIMIT:
+                raise DockerError(f"the engine's answer is larger than {LIMIT} bytes")
+            return data
         except (OSError, http.client.HTTPException) as error:
             raise self._unavailable(error) from error
 
     def _lines(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
         try:
-            while line := response.readline():
+            while line := response.readline(LINE):
                 yield line
         except (OSError, http.client.HTTPException) as error:
             raise self._unavailable(error) from error

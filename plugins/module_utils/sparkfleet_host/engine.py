@@ -9,13 +9,14 @@ import itertools
 import json
 import os
 import re
-import shutil
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from .bounded import BoundsError, as_dict, parse_json
 from .docker import Docker
 from .http import Client, HttpError
 from .redaction import redact
@@ -42,11 +43,35 @@ def just_before(stamp: str) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds - 1)) if seconds else ""
 
 
-def look(docker: Docker, name: str) -> dict[str, Any]:
-    """State of a container, as the module returns it. Raises DockerError."""
-    found = docker.container(name)
+PROJECT = "sparkfleet"  # the compose project; containers without its label are never touched
+PROJECT_LABEL, SERVICE_LABEL = "com.docker.compose.project", "com.docker.compose.service"
+
+
+def ours(docker: Docker, project: str = PROJECT) -> list[dict[str, Any]]:
+    """Every container of the project, as `docker ps --all` lists it. Raises DockerError."""
+    return docker.containers(all=True, filters={"label": [f"{PROJECT_LABEL}={project}"]})
+
+
+def service_of(item: dict[str, Any]) -> str:
+    """The service that a listed container belongs to."""
+    return str((item.get("Labels") or {}).get(SERVICE_LABEL, ""))
+
+
+def identity(docker: Docker, service: str, project: str = PROJECT) -> str | None:
+    """The id of a service's container by its labels, or None; a container of that name alone is somebody else's. Of
+    several, the one that runs, then the youngest. The id of one of ours stands for itself. Raises DockerError."""
+    found = [item for item in ours(docker, project) if service in (item["Id"], service_of(item))]
+    best = max(found, key=lambda item: (item.get("State") == "running", item.get("Created") or 0), default=None)
+    return str(best["Id"]) if best else None
+
+
+def look(docker: Docker, service: str) -> dict[str, Any]:
+    """State of a service's container, as the module returns it, with its `id` ("" for none). Raises DockerError."""
+    known = identity(docker, service)
+    found = docker.container(known) if known else None
     if found is None:
         return {
+            "id": "",
             "state": "missing",
             "exit_code": 0,
             "restart_count": 0,
@@ -64,6 +89,7 @@ def look(docker: Docker, name: str) -> dict[str, Any]:
         word = "exited"  # created, exited, dead
     restarts, code = int(found.get("RestartCount") or 0), int(state.get("ExitCode") or 0)
     return {
+        "id": str(found["Id"]),
         "state": word,
         # Of a container that Docker has started again `docker inspect` does not tell how it ended before.
         "exit_code": _last_exit(docker, str(found["Id"])) if word == "running" and restarts else code,
@@ -86,8 +112,12 @@ def _last_exit(docker: Docker, identity: str) -> int:
     return code
 
 
-def read_log(docker: Docker, name: str, since: str, tty: bool, tail: int | None = None) -> list[str]:
-    """Log lines later than `since`, oldest first: the first HEAD of them, or the last `tail`. Raises DockerError."""
+def read_log(docker: Docker, service: str, since: str, tty: bool, tail: int | None = None) -> list[str]:
+    """Log lines of a service's container later than `since`, oldest first: the first HEAD of them, or the last `tail`;
+    [] for no container. Raises DockerError."""
+    name = identity(docker, service)
+    if name is None:
+        return []
     seconds, nanos = instant(since)
     query = urlencode(
         {
@@ -136,9 +166,7 @@ def new_lines(docker: Docker, name: str, found: dict[str, Any], cursor: str) -> 
 
 # -- what stops and starts -------------------------------------------------------------------------------------------
 
-PROJECT = "sparkfleet"  # the compose project; containers without its label are never touched
 STOP_SECONDS = 60  # until an engine that does not end by itself is killed
-PROJECT_LABEL, SERVICE_LABEL = "com.docker.compose.project", "com.docker.compose.service"
 COMPOSE_SECONDS = 120  # for a `docker compose up` that pulls nothing
 
 
@@ -146,77 +174,104 @@ class EngineError(Exception):
     """A container could not be stopped, started or removed; the message is Docker's."""
 
 
-def ours(docker: Docker, project: str = PROJECT) -> list[dict[str, Any]]:
-    """Every container of the project, as `docker ps --all` lists it. Raises DockerError."""
-    return docker.containers(all=True, filters={"label": [f"{PROJECT_LABEL}={project}"]})
-
-
-def service_of(item: dict[str, Any]) -> str:
-    """The service that a listed container belongs to."""
-    return str((item.get("Labels") or {}).get(SERVICE_LABEL, ""))
-
-
-def stop(docker: Docker, name: str, timeout: int = STOP_SECONDS) -> bool:
-    """Stop a container, killing it after `timeout` seconds; whether it ran. Raises DockerError."""
+def stop(docker: Docker, service: str, timeout: int = STOP_SECONDS) -> bool:
+    """Stop a service's container, killing it after `timeout` seconds; whether it ran. Raises DockerError."""
+    name = identity(docker, service)
+    if name is None:
+        return False
     patient = Docker(docker.socket_path, timeout + 30)
     status, answer = patient.request("POST", f"/containers/{quote(name, safe='')}/stop?t={timeout}")
     if status in (304, 404):  # stopped already, or gone
         return False
     if status >= 400:
-        raise EngineError(f"cannot stop {name}: {_said(answer)}")
+        raise EngineError(f"cannot stop {service}: {_said(answer)}")
     return True
 
 
-def start(docker: Docker, name: str) -> None:
-    """Start a container that exists. Raises DockerError."""
+def start(docker: Docker, service: str) -> None:
+    """Start a service's container, which must exist. Raises DockerError, EngineError."""
+    name = identity(docker, service)
+    if name is None:
+        raise EngineError(f"cannot start {service}: Sparkfleet has no container of it")
     status, answer = Docker(docker.socket_path, 60).request("POST", f"/containers/{quote(name, safe='')}/start")
     if status >= 400:
-        raise EngineError(f"cannot start {name}: {_said(answer)}")
+        raise EngineError(f"cannot start {service}: {_said(answer)}")
 
 
-def remove(docker: Docker, name: str) -> None:
-    """Remove a container, running or not; volumes with names stay. Raises DockerError."""
+def remove(docker: Docker, service: str) -> None:
+    """Remove a service's container, running or not; volumes with names stay. Raises DockerError, EngineError."""
+    name = identity(docker, service)
+    if name is None:
+        return
     patient = Docker(docker.socket_path, 60)
     status, answer = patient.request("DELETE", f"/containers/{quote(name, safe='')}?force=1&v=1")
     if status >= 400 and status != 404:
-        raise EngineError(f"cannot remove {name}: {_said(answer)}")
+        raise EngineError(f"cannot remove {service}: {_said(answer)}")
+
+
+def compose(
+    project_dir: str, file: str, *words: str, seconds: float = COMPOSE_SECONDS, absent: Mapping[str, str] | None = None
+) -> str:
+    """Run a command of Docker Compose for a file of the project; its output. Raises EngineError with what Compose said,
+    and MissingError (an EngineError) where there is no Compose. `absent`: variables that count where there is no other
+    value."""
+    argv = ["docker", "compose", "--project-name", PROJECT, "--project-directory", project_dir, "--file", file]
+    what = f"docker compose {words[0]}"
+    try:
+        done = subprocess.run(
+            [*argv, *words],
+            env={**(absent or {}), **os.environ},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+            check=False,
+            cwd="/",
+        )
+    except subprocess.TimeoutExpired:
+        raise EngineError(f"{what}: no answer in {seconds:.0f} s") from None
+    except OSError as error:
+        raise MissingError(f"{what}: {error.strerror}") from None
+    if done.returncode != 0:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        if any(word in done.stderr for word in ("is not a docker command", "unknown command", "unknown flag")):
+            raise MissingError(f"{what}: {lines[0] if lines else done.returncode}")
+        raise EngineError(f"{what}: {redact(lines[-1])[:LINE] if lines else done.returncode}")
+    return done.stdout
+
+
+class MissingError(EngineError):
+    """There is no Docker Compose that could be asked."""
 
 
 def compose_up(project_dir: str, file: str, service: str, recreate: bool = False) -> None:
     """Make the service's container as `file` says and start it; pulls nothing. Raises EngineError with what Compose
     said."""
-    argv = ["docker", "compose", "--project-name", PROJECT, "--project-directory", project_dir, "--file", file]
-    argv += ["up", "--detach", "--no-deps", "--pull", "never", "--quiet-pull"]
-    argv += ["--force-recreate"] if recreate else []
+    words = ["up", "--detach", "--no-deps", "--pull", "never", "--quiet-pull"]
+    compose(project_dir, file, *words, *(["--force-recreate"] if recreate else []), service)
+
+
+def resolved(project_dir: str, file: str) -> dict[str, Any]:
+    """The compose file as Compose understands it, variables and defaults filled in. Raises EngineError with what it has
+    against it, MissingError."""
+    said = compose(project_dir, file, "config", "--format", "json", seconds=60)
     try:
-        done = subprocess.run(
-            [*argv, service], capture_output=True, text=True, timeout=COMPOSE_SECONDS, check=False, cwd="/"
-        )
-    except subprocess.TimeoutExpired:
-        raise EngineError(f"docker compose up {service}: no answer in {COMPOSE_SECONDS} s") from None
-    except OSError as error:
-        raise EngineError(f"docker compose up {service}: {error.strerror}") from None
-    if done.returncode != 0:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise EngineError(f"docker compose up {service}: {redact(lines[-1]) if lines else done.returncode}")
+        return as_dict(parse_json(said, "docker compose config"), "docker compose config")
+    except BoundsError as error:
+        raise EngineError(str(error)) from None
 
 
 def _said(answer: Any) -> str:
     return redact(str(answer.get("message") if isinstance(answer, dict) else answer).strip())
 
 
-def complaint(file: Path) -> str:
-    """What the Compose plugin says against a file; "" for nothing, and where there is no plugin."""
-    docker = shutil.which("docker")
-    if docker is None:
-        return ""
-    done = subprocess.run(
+def complaint(project_dir: str, file: Path) -> str:
+    """What Compose says against a file; "" for nothing, and where there is no Compose."""
+    try:
         # With interpolation, as `up` reads it; the token of `model_source: hub` need not be there yet.
-        [docker, "compose", "--file", str(file), "config", "--quiet"],
-        env={"HF_TOKEN": "unknown", **os.environ},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    return "" if done.returncode == 0 else done.stderr.strip() or f"exit code {done.returncode}"
+        compose(project_dir, str(file), "config", "--quiet", seconds=60, absent={"HF_TOKEN": "unknown"})
+    except MissingError:
+        return ""
+    except EngineError as error:
+        return str(error).removeprefix("docker compose config: ")
+    return ""

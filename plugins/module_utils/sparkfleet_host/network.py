@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import socket
 import subprocess
+from pathlib import Path
 from typing import Any
 
 PROBE_SECONDS = 10
@@ -63,3 +65,51 @@ def interfaces() -> dict[str, list[str]]:
         for item in found
         if item.get("ifname")
     }
+
+
+def is_wildcard(address: str) -> bool:
+    """Whether an address stands for all of the host: Docker writes "" for it too."""
+    try:
+        return not address or ipaddress.ip_address(address).is_unspecified
+    except ValueError:
+        return False
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether listening on one address keeps others from listening on the other at the same port."""
+    return is_wildcard(one) or is_wildcard(other) or one == other
+
+
+def listeners(port: int) -> list[dict[str, Any]]:
+    """Who listens on a TCP port: [{address, pid, process}]; pid None and process "" where that cannot be told."""
+    found: dict[str, str] = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            for line in Path(table).read_text(encoding="ascii").splitlines()[1:]:
+                fields = line.split()
+                address, _, number = fields[1].rpartition(":")
+                if fields[3] == "0A" and int(number, 16) == port:
+                    found[f"socket:[{fields[9]}]"] = _address(address)
+    if not found:
+        return []
+    holders: dict[str, int] = {}
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if (name := str(link.readlink())) in found:
+                holders.setdefault(name, int(link.parts[2]))
+    listed = []
+    for name, address in found.items():
+        pid, process = holders.get(name), ""
+        with contextlib.suppress(OSError):
+            process = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip() if pid else ""
+        listed.append({"address": address, "pid": pid, "process": process})
+    return listed
+
+
+def _address(digits: str) -> str:
+    """An address of /proc/net/tcp: hexadecimal, each word of four bytes in the order of the host (little endian)."""
+    raw = bytes.fromhex(digits)
+    packed = b"".join(raw[place : place + 4][::-1] for place in range(0, len(raw), 4))
+    address = ipaddress.ip_address(packed)
+    mapped = getattr(address, "ipv4_mapped", None)
+    return str(mapped or address)

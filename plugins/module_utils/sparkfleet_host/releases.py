@@ -1,33 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
 """The releases of a host: what was deployed, what is current, and the journal of the switch between two.
 
-    /opt/sparkfleet/releases/N/{compose.yml,plan.json,lock.json,outcome.json}
+    /opt/sparkfleet/releases/N/{compose.yml,plan.json,lock.json,outcome.json,engine.log,.sealed.json}
     /opt/sparkfleet/current -> releases/N
     /opt/sparkfleet/compose.yml -> current/compose.yml
-    /var/lib/sparkfleet/switch.json
+    /var/lib/sparkfleet/{switch.json,last-release}
+    /run/sparkfleet/switch.lock
 
 Every file is written as a whole or not at all, and links are replaced atomically, so a power cut leaves either the
-old or the new. A release that was staged never changes; only its outcome is written again.
+old or the new. A release that was staged never changes; only its outcome is written again. Its files are read-only,
+their hashes are in the lock, and `.sealed.json` has a copy of each: a file that was edited or damaged is set aside
+beside it and written again, and a release that cannot be repaired is set aside as a whole. A number is never used
+twice, whatever was removed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from . import bounded
+from .bounded import BoundsError, as_dict, as_int, as_list, as_number, as_str
+
 PROJECT_DIR = "/opt/sparkfleet"
 STATE_DIR = "/var/lib/sparkfleet"
-LOCK_FILE = "/run/lock/sparkfleet-switch"
-COMPOSE, PLAN, LOCK, OUTCOME = "compose.yml", "plan.json", "lock.json", "outcome.json"
+RUN_DIR = "/run/sparkfleet"
+LOCK_FILE = f"{RUN_DIR}/switch.lock"
+COMPOSE, PLAN, LOCK, OUTCOME, SEALED = "compose.yml", "plan.json", "lock.json", "outcome.json", ".sealed.json"
+SWITCH, LAST = "switch.json", "last-release"
 VERIFIED, FAILED = "verified", "failed"
+DONE = "done"
+NUMBERS = 10**9  # more than that is no release
+LOG_LIMIT = 4 * bounded.MIB  # of the log that a failed release keeps
+HELD_BY_SWITCH = "switch"
+HELD_BY_GUARD = "guard"
+GUARD_PATIENCE = 120.0  # seconds that a switch waits for what the guard does
+STAGE_PATIENCE = 60.0  # seconds that one staging waits for another
 
 
 class ReleaseError(Exception):
@@ -54,16 +71,19 @@ def write_text(path: Path, text: str, mode: int = 0o644) -> None:
 
 def write_json(path: Path, data: Any, mode: int = 0o644) -> None:
     """Write JSON as `write_text` does."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n", mode)
+    write_text(path, _json(data), mode)
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file, or None if there is none that can be read."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return bounded.read_json(path)
+    except (OSError, BoundsError):
         return None
-    return data if isinstance(data, dict) else None
 
 
 def link(path: Path, target: str) -> None:
@@ -85,6 +105,117 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+# -- the form of the files -----------------------------------------------------------------------------------------
+
+_QUESTIONS = ("question", "expect", "prompt", "prompt_expect")
+
+
+def check_plan(data: Any) -> dict[str, Any]:
+    """A release's plan: {model, repo, service: str, verify: {question, expect, prompt, prompt_expect, max_tokens}, …}.
+    Raises BoundsError."""
+    plan = as_dict(data, "the plan")
+    for key in ("model", "repo", "service"):
+        if not as_str(plan.get(key), key, 1000):
+            raise BoundsError(f"{key} is empty")
+    asked = as_dict(plan.get("verify"), "verify")
+    for key in _QUESTIONS:
+        as_str(asked.get(key), f"verify.{key}")
+    as_int(asked.get("max_tokens", 32), "verify.max_tokens", 1, 1 << 20)
+    if plan.get("memory") is not None:
+        limit = as_dict(plan["memory"], "memory").get("decode_tok_s_limit")
+        if limit is not None:
+            as_number(limit, "memory.decode_tok_s_limit")
+    return plan
+
+
+def check_lock(data: Any) -> dict[str, Any]:
+    """What a release is pinned to: {port: int, service: str, …}. Raises BoundsError."""
+    lock = as_dict(data, "the lock")
+    as_int(lock.get("port"), "port", 1, 65535)
+    as_str(lock.get("service"), "service", 1000)
+    for key in ("model", "profile", "repo", "revision", "image", "controller"):
+        if lock.get(key) is not None:
+            as_str(lock[key], key, 4096)
+    if "sha256" in lock:
+        for name, value in as_dict(lock["sha256"], "sha256").items():
+            bounded.matched(bounded.SHA256, value, f"sha256 of {name}")
+    return lock
+
+
+def check_outcome(data: Any) -> dict[str, Any]:
+    """How a release fared; see `Store.outcome`. Raises BoundsError."""
+    outcome = as_dict(data, "the outcome")
+    if outcome.get("state") not in (VERIFIED, FAILED):
+        raise BoundsError(f"state: {bounded.printable(repr(outcome.get('state')), 80)} is none")
+    as_number(outcome.get("at"), "at")
+    if outcome.get("verified_at") is not None:
+        as_number(outcome["verified_at"], "verified_at")
+    for key in ("failure", "message", "container_id"):
+        if outcome.get(key) is not None:
+            as_str(outcome[key], key)
+    return outcome
+
+
+def _optional(check: Callable[..., Any]) -> Callable[[Any, str], Any]:
+    return lambda value, what: None if value is None else check(value, what)
+
+
+def _steps(value: Any, what: str) -> list[dict[str, Any]]:
+    return [
+        {"phase": as_str(as_dict(step, what).get("phase"), what, 100), "at": as_number(step.get("at"), what)}
+        for step in as_list(value, what, 1000)
+    ]
+
+
+def _error(value: Any, what: str) -> dict[str, Any]:
+    error = as_dict(value, what)
+    as_str(error.get("message"), f"{what}.message")
+    for key in ("failure", "container", "state", "docker_error"):
+        if error.get(key) is not None:
+            as_str(error[key], f"{what}.{key}")
+    for line in as_list(error.get("log", []), f"{what}.log", 10_000):
+        as_str(line, f"{what}.log")
+    for key in ("exit_code", "restart_count"):
+        as_int(error.get(key, 0), f"{what}.{key}", -(1 << 31))
+    for check in as_list(error.get("checks", []), f"{what}.checks", 100):
+        as_dict(check, f"{what}.checks")
+    return error
+
+
+def _number(value: Any, what: str) -> int:
+    return as_int(value, what, 0, NUMBERS)
+
+
+def _text(value: Any, what: str) -> str:
+    return as_str(value, what)
+
+
+#: Of each field of the journal: what checks it, and what it is where an earlier version left it out.
+_JOURNAL: dict[str, tuple[Callable[[Any, str], Any], Any]] = {
+    **dict.fromkeys(("id", "mode", "controller", "verb", "model", "boot_id", "phase", "container"), (_text, "")),
+    **dict.fromkeys(("container_id",), (_text, "")),
+    "from": (_optional(_number), None),
+    **dict.fromkeys(("from_model", "outcome"), (_optional(_text), None)),
+    **dict.fromkeys(("pid", "keep"), (_number, 0)),
+    "start_timeout": (as_number, 0.0),
+    "began": (as_number, 0.0),
+    **dict.fromkeys(("ended", "stopped_at", "answering_at", "out_of_service_s"), (_optional(as_number), None)),
+    "steps": (_steps, []),
+    **dict.fromkeys(("error", "restore_error"), (_optional(_error), None)),
+    "verification": (_optional(as_dict), None),
+}
+
+
+def check_journal(data: Any) -> dict[str, Any]:
+    """The journal of a switch, with all its fields; one that an earlier version wrote may lack some. Raises
+    BoundsError."""
+    journal = as_dict(data, "the journal")
+    checked: dict[str, Any] = {"to": _number(journal.get("to"), "to")}
+    for key, (check, absent) in _JOURNAL.items():
+        checked[key] = check(journal[key], key) if key in journal else absent
+    return {**journal, **checked}
+
+
 class Store:
     """The releases under `project_dir`, and what is known of switches under `state_dir`."""
 
@@ -100,17 +231,17 @@ class Store:
         return self.project_dir / "releases" / str(number)
 
     def numbers(self) -> list[int]:
-        """The releases that are kept, oldest first."""
+        """The releases that are kept, oldest first, damaged ones as well."""
         folders = (self.project_dir / "releases").glob("[0-9]*")
-        return sorted(int(path.name) for path in folders if path.name.isdigit() and (path / LOCK).is_file())
+        return sorted(number for path in folders if (number := _release(path.name)) and path.is_dir())
 
     def current(self) -> int | None:
         """The release that was verified last, or None."""
         try:
-            name = (self.project_dir / "current").readlink().name
+            number = _release((self.project_dir / "current").readlink().name)
         except OSError:
             return None
-        return int(name) if name.isdigit() and (self.folder(int(name)) / LOCK).is_file() else None
+        return number if number and self.folder(number).is_dir() else None
 
     def previous(self) -> int | None:
         """The release that was verified most recently before the current one became so, or None."""
@@ -120,16 +251,20 @@ class Store:
         return max(verified, key=lambda number: float(outcomes[number]["verified_at"]), default=None)
 
     def lock(self, number: int) -> dict[str, Any]:
-        """What a release was pinned to. Raises ReleaseError."""
-        return self._part(number, LOCK)
+        """What a release is pinned to, see `check_lock`. Raises ReleaseError."""
+        return self._part(number, LOCK, check_lock)
 
     def plan(self, number: int) -> dict[str, Any]:
-        """The plan that a release was made by. Raises ReleaseError."""
-        return self._part(number, PLAN)
+        """The plan that a release was made by, see `check_plan`. Raises ReleaseError."""
+        return self._part(number, PLAN, check_plan)
 
     def outcome(self, number: int) -> dict[str, Any] | None:
-        """How a release fared: {state: verified|failed, at, verified_at, failure, message}; None if it never ran."""
-        return read_json(self.folder(number) / OUTCOME)
+        """How a release fared: {state: verified|failed, at, verified_at, failure, message, container_id}; None if it
+        never ran, or what is written of it cannot be understood."""
+        try:
+            return check_outcome(bounded.read_json(self.folder(number) / OUTCOME))
+        except (OSError, BoundsError):
+            return None
 
     def compose_file(self, number: int) -> Path:
         """The compose file of a release. Raises ReleaseError if it is not there."""
@@ -138,95 +273,275 @@ class Store:
             raise ReleaseError(f"release {number} has no {path}; there are releases {self._there()}")
         return path
 
-    def _part(self, number: int, name: str) -> dict[str, Any]:
-        data = read_json(self.folder(number) / name)
-        if data is None:
-            raise ReleaseError(
-                f"{self.folder(number) / name} is missing or damaged; there are releases {self._there()}"
-            )
-        return data
+    def _part(self, number: int, name: str, check: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        path = self.folder(number) / name
+        try:
+            return check(bounded.read_json(path))
+        except FileNotFoundError:
+            raise ReleaseError(f"{path} is missing or damaged; there are releases {self._there()}") from None
+        except (OSError, BoundsError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")
+            raise ReleaseError(f"{path} is missing or damaged ({reason}); there are releases {self._there()}") from None
 
     def _there(self) -> str:
         return ", ".join(map(str, self.numbers())) or "(none)"
 
     def summary(self) -> dict[str, Any]:
-        """All of it as plain data: {current, previous, numbers, locks, outcomes, newest_compose, switch,
-        switch_active, switch_compose}; of the journal all but log and verification."""
-        numbers, journal, active = self.numbers(), self.switch(), self.switch_active()
+        """All of it as plain data: {current, previous, numbers, locks, outcomes, damaged, newest_compose, switch,
+        switch_active, switch_compose, lock_holder, unreadable, set_aside}; of the journal all but log and verification.
+        `damaged`: what is wrong with a release, by its number. `unreadable`: state files that cannot be understood, and
+        why. `set_aside`: the copies that were kept of such."""
+        numbers, journal, holder = self.numbers(), self.switch(), self.holder()
+        active = _is_switch(holder)
+        damaged = {str(number): "; ".join(reasons) for number in numbers if (reasons := self.damage(number))}
+        unreadable = [reason] if (reason := self.switch_damage()) else []
         return {
             "current": self.current(),
             "previous": self.previous(),
             "numbers": numbers,
             # JSON knows only strings as keys.
-            "locks": {str(number): read_json(self.folder(number) / LOCK) or {} for number in numbers},
+            "locks": {str(number): self._lock_or_none(number) or {} for number in numbers},
             "outcomes": {str(number): self.outcome(number) for number in numbers},
+            "damaged": damaged,
             "newest_compose": self._text(numbers[-1]) if numbers else None,
             "switch": _brief(journal),
             "switch_active": active,
             "switch_compose": self._text(int(journal["to"])) if active and journal else None,
+            "lock_holder": holder,
+            "unreadable": unreadable,
+            "set_aside": self.set_aside_files(),
         }
 
     def _text(self, number: int) -> str | None:
         try:
-            return self.compose_file(number).read_text(encoding="utf-8")
-        except (OSError, ReleaseError):
+            return bounded.read_file(self.compose_file(number)).decode("utf-8")
+        except (OSError, ReleaseError, ValueError):
             return None
+
+    def _lock_or_none(self, number: int) -> dict[str, Any] | None:
+        try:
+            return self.lock(number)
+        except ReleaseError:
+            return None
+
+    # -- what is damaged -------------------------------------------------------------------------------------
+
+    def damage(self, number: int) -> list[str]:
+        """What is wrong with a release's files, each with its name; [] where it is whole. Of a release of an earlier
+        version, which has no hashes, the form alone is looked at."""
+        return list(self._damage(number).values())
+
+    def _damage(self, number: int) -> dict[str, str]:
+        folder = self.folder(number)
+        if not folder.is_dir():
+            return {"": f"{folder} is missing"}
+        found: dict[str, str] = {}
+        for name, check in ((LOCK, check_lock), (PLAN, check_plan)):
+            try:
+                self._part(number, name, check)
+            except ReleaseError as error:
+                found[name] = str(error).partition("; there are")[0]
+        if self._text(number) is None:
+            found[COMPOSE] = f"{folder / COMPOSE} is missing or damaged"
+        sealed = self._sealed(number)
+        wanted = {name: _sha256(text) for name, text in (sealed or {}).items()}
+        if sealed is None and LOCK not in found:
+            wanted = dict(self.lock(number).get("sha256") or {})
+            if wanted:
+                found[SEALED] = f"{folder / SEALED} is missing or damaged"
+        for name, digest in wanted.items():
+            if name not in found and _sha256_of(folder / name) != digest:
+                found[name] = f"{folder / name} was changed"
+        try:
+            check_outcome(bounded.read_json(folder / OUTCOME))
+        except FileNotFoundError:
+            pass
+        except (OSError, BoundsError) as error:
+            found[OUTCOME] = f"{folder / OUTCOME} is damaged ({str(error).removeprefix(f'{folder / OUTCOME}: ')})"
+        return found
+
+    def _sealed(self, number: int) -> dict[str, str] | None:
+        """The copies of a release's files, or None where there are none or they are damaged."""
+        try:
+            data = bounded.read_json(self.folder(number) / SEALED, 3 * bounded.STATE_FILE)
+            files = as_dict(data.get("files"), "files")
+            texts = {name: as_str(files.get(name), name, bounded.STATE_FILE) for name in (COMPOSE, PLAN, LOCK)}
+            if data.get("sha256") != _sha256(json.dumps(texts, sort_keys=True)):
+                return None
+            lock = check_lock(bounded.parse_json(texts[LOCK], LOCK))
+            check_plan(bounded.parse_json(texts[PLAN], PLAN))
+        except (OSError, BoundsError):
+            return None
+        return texts if lock.get("number") == number else None
+
+    def seal(self, number: int) -> None:
+        """Write the copies of a whole release that has none: one of an earlier version that was verified. Raises
+        OSError, ReleaseError."""
+        if self._sealed(number) is not None or set(self._damage(number)) - {SEALED, OUTCOME}:
+            return
+        folder = self.folder(number)
+        compose, plan, lock = (
+            self._text(number) or "",
+            (folder / PLAN).read_text("utf-8"),
+            {**self.lock(number), "number": number},
+        )
+        _write_release(folder, compose, plan, lock)
+
+    def repair(self, number: int, discard: bool = True) -> list[str]:
+        """Bring a release's files back as they were staged: what was wrong, [] for nothing. What was edited or damaged
+        is kept beside it (NAME.damaged-UNIXTIME). Raises ReleaseError for a release that has no whole copy; with
+        `discard` it is set aside as a whole, with all it has, so that nothing uses it."""
+        found = self._damage(number)
+        if not found:
+            return []
+        folder = self.folder(number)
+        if "" in found:
+            raise ReleaseError(f"{found['']}; there are releases {self._there()}")
+        reasons = list(found.values())
+        try:
+            if OUTCOME in found:
+                bounded.set_aside(folder / OUTCOME)
+                del found[OUTCOME]
+            sealed = self._sealed(number)
+            if sealed is not None:
+                for name in found:
+                    if (folder / name).exists() or (folder / name).is_symlink():
+                        bounded.set_aside(folder / name)
+                    write_text(folder / name, sealed[name], 0o444)
+            elif not set(found) - {SEALED}:
+                self.seal(number)
+        except OSError as error:
+            raise ReleaseError(f"release {number} cannot be repaired: {error.strerror}") from None
+        if self._damage(number):
+            kept = self.discard(number) if discard else None
+            where = f", set aside as {kept}" if kept else ""
+            raise ReleaseError(
+                f"release {number} is damaged{where}: {'; '.join(reasons)}; there are releases {self._there()}"
+            )
+        return reasons
+
+    def discard(self, number: int) -> Path | None:
+        """Set a whole release aside; where it is now, or None where that cannot be."""
+        with contextlib.suppress(OSError):
+            self._note_number(number)
+        kept = bounded.set_aside(self.folder(number))
+        others = (self.project_dir / "releases").glob("*.damaged-*")
+        for old in sorted(others, key=lambda path: path.name.rpartition("-")[2])[: -bounded.SET_ASIDE]:
+            shutil.rmtree(old, ignore_errors=True)
+        return kept
+
+    def repair_all(self) -> list[str]:
+        """Repair every release; what was wrong, with what was done about it. The current one is never set aside as a
+        whole: it is what serves."""
+        words: list[str] = []
+        current = self.current()
+        for number in self.numbers():
+            try:
+                reasons = self.repair(number, discard=number != current)
+                words += [f"{reason}; brought back, the other is kept beside it" for reason in reasons]
+            except ReleaseError as error:
+                words.append(str(error).partition("; there are")[0])
+        return words
+
+    def set_aside_files(self) -> list[str]:
+        """The damaged files and releases that were kept, newest last."""
+        folders = [self.state_dir, self.project_dir / "releases", *map(self.folder, self.numbers())]
+        return sorted(str(path) for folder in folders for path in folder.glob("*.damaged-*"))
 
     # -- write -----------------------------------------------------------------------------------------------
 
     def find(self, compose: str, plan: dict[str, Any]) -> int | None:
-        """A kept release that is the same, the newest, or None. Of the plan's figures, which move with the host's
+        """A whole release that is the same, the newest, or None. Of the plan's figures, which move with the host's
         memory, nothing counts."""
         for number in reversed(self.numbers()):
-            with contextlib.suppress(OSError, ReleaseError):
+            with contextlib.suppress(ReleaseError):
                 kept = self.plan(number)
                 same = all(kept.get(key) == plan.get(key) for key in ("model", "profile", "verify"))
-                if same and self.compose_file(number).read_text(encoding="utf-8") == compose:
+                if same and self._text(number) == compose and not set(self._damage(number)) - {OUTCOME}:
                     return number
         return None
 
-    def stage(self, compose: str, plan: dict[str, Any], lock: dict[str, Any]) -> int:
-        """Keep a new release; its number. It is complete or not there at all. Raises OSError."""
+    def next_number(self) -> int:
+        """The number of the next release: one that was never used, whatever was removed since."""
+        used = [0, *self.numbers()]
+        used += [_release(path.name.partition(".")[0]) for path in (self.project_dir / "releases").glob("*.damaged-*")]
+        with contextlib.suppress(OSError, ValueError):
+            used.append(_release(bounded.read_file(self.state_dir / LAST, 100).decode("ascii").strip()))
+        with contextlib.suppress(OSError):
+            used.append(_release((self.project_dir / "current").readlink().name))
+        journal = self.switch() or {}
+        used += [journal.get("to") or 0, journal.get("from") or 0]
+        return max(used) + 1
+
+    def _note_number(self, number: int) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            if _release(bounded.read_file(self.state_dir / LAST, 100).decode("ascii").strip()) >= number:
+                return
+        write_text(self.state_dir / LAST, f"{number}\n")
+
+    @contextlib.contextmanager
+    def staging(self) -> Iterator[None]:
+        """Hold the lock of stagings: one at a time. Raises TimeoutError (an OSError), OSError."""
         releases = self.project_dir / "releases"
         releases.mkdir(parents=True, exist_ok=True)
-        for leftover in releases.glob(".staged-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        scratch = Path(tempfile.mkdtemp(dir=releases, prefix=".staged-"))
-        try:
-            scratch.chmod(0o755)
-            number = max(self.numbers(), default=0) + 1
-            while True:
-                write_text(scratch / COMPOSE, compose)
-                write_json(scratch / PLAN, plan)
-                write_json(scratch / LOCK, {"number": number, **lock})
-                try:
-                    scratch.rename(self.folder(number))  # fails if another run was faster
-                except OSError:
-                    if not self.folder(number).exists():
-                        raise
-                    number += 1
-                    continue
-                break
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        sync_folder(releases)
+        handle = os.open(releases / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with os.fdopen(handle, "rb") as file:
+            if not _locked(file.fileno(), lambda: STAGE_PATIENCE):
+                raise TimeoutError(110, "another staging does not end")
+            yield
+
+    def stage(self, compose: str, plan: dict[str, Any], lock: dict[str, Any]) -> int:
+        """Keep a new release; its number. It is complete or not there at all. Raises OSError, BoundsError for what is
+        no plan or no lock."""
+        check_plan(plan)
+        check_lock(lock)
+        releases = self.project_dir / "releases"
+        with self.staging():
+            for leftover in releases.glob(".staged-*"):  # its staging was killed, or it would hold the lock
+                shutil.rmtree(leftover, ignore_errors=True)
+            scratch = Path(tempfile.mkdtemp(dir=releases, prefix=".staged-"))
+            try:
+                scratch.chmod(0o755)
+                number = self.next_number()
+                self._note_number(number)
+                _write_release(scratch, compose, _json(plan), {**lock, "number": number})
+                scratch.rename(self.folder(number))
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+            sync_folder(releases)
         return number
 
-    def commit(self, number: int, at: float) -> None:
-        """The release is verified and now the current one. Raises OSError."""
-        write_json(self.folder(number) / OUTCOME, {"state": VERIFIED, "at": at, "verified_at": at})
+    def commit(self, number: int, at: float, container_id: str = "") -> None:
+        """The release is verified and now the current one; `container_id`: of the container that answered. Raises
+        OSError."""
+        if not self.folder(number).is_dir():
+            raise FileNotFoundError(2, "the release was removed", str(self.folder(number)))
+        data = {"state": VERIFIED, "at": at, "verified_at": at, "container_id": container_id}
+        write_json(self.folder(number) / OUTCOME, data)
         link(self.project_dir / "current", f"releases/{number}")
         if (self.project_dir / COMPOSE).is_symlink() or not (self.project_dir / COMPOSE).is_dir():
+            self._keep_edited()
             link(self.project_dir / COMPOSE, f"current/{COMPOSE}")
+        with contextlib.suppress(OSError, ReleaseError):
+            self._note_number(number)
+            self.seal(number)
+
+    def _keep_edited(self) -> None:
+        """A file that somebody put in the place of the link is kept beside it."""
+        path = self.project_dir / COMPOSE
+        if path.exists() and not path.is_symlink():
+            bounded.set_aside(path)
 
     def note_failure(self, number: int, at: float, failure: str, message: str, log: list[str]) -> None:
         """The release was tried and failed; `log` are the engine's last lines. Raises OSError."""
+        if not self.folder(number).is_dir():
+            return
         before = self.outcome(number) or {}
-        kept = {"verified_at": before["verified_at"]} if before.get("verified_at") else {}
+        kept = {key: before[key] for key in ("verified_at", "container_id") if before.get(key)}
         data = {"state": FAILED, "at": at, **kept, "failure": failure, "message": message}
         write_json(self.folder(number) / OUTCOME, data)
         if log:
-            write_text(self.folder(number) / "engine.log", "\n".join(log) + "\n")
+            write_text(self.folder(number) / "engine.log", "\n".join(log)[-LOG_LIMIT:] + "\n")
 
     def prune(self, keep: int) -> list[int]:
         """Remove all but the newest `keep` releases, the current and the previous one; those removed."""
@@ -240,40 +555,178 @@ class Store:
     # -- the journal of the switch ---------------------------------------------------------------------------
 
     def switch(self) -> dict[str, Any] | None:
-        """The journal of the switch that runs or ran last, or None."""
-        return read_json(self.state_dir / "switch.json")
+        """The journal of the switch that runs or ran last, with all its fields; None for none, and for one that cannot
+        be understood (`switch_damage` says why)."""
+        try:
+            return check_journal(bounded.read_json(self.state_dir / SWITCH))
+        except (OSError, BoundsError):
+            return None
+
+    def switch_damage(self) -> str:
+        """Why the journal cannot be understood, with its name; "" where it can, and where there is none."""
+        path = self.state_dir / SWITCH
+        try:
+            check_journal(bounded.read_json(path))
+        except FileNotFoundError:
+            return ""
+        except BoundsError as error:
+            return f"{path}: {str(error).removeprefix(f'{path}: ')}"
+        except OSError as error:
+            return f"{path}: {error.strerror}"
+        return ""
+
+    def set_journal_aside(self) -> Path | None:
+        """Set a journal aside that cannot be understood, so that a new one is begun; where it is kept, or None for
+        nothing to do."""
+        return bounded.set_aside(self.state_dir / SWITCH) if self.switch_damage() else None
 
     def write_switch(self, journal: dict[str, Any]) -> None:
         """Write the journal. Raises OSError."""
-        write_json(self.state_dir / "switch.json", journal)
+        write_json(self.state_dir / SWITCH, journal)
+
+    # -- the lock of what acts on the engine -------------------------------------------------------------------
+
+    def holder(self) -> dict[str, Any] | None:
+        """Who holds the lock: {holder: switch, guard, … or other, pid, process}; None where nobody does. `other` is a
+        process that is not of Sparkfleet."""
+        try:
+            handle = os.open(self.lock_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except PermissionError:
+            return self._holder_by_journal()
+        except OSError:
+            return None
+        with os.fdopen(handle, "rb") as file:
+            for _ in range(5):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    pass
+                else:
+                    return None
+                pid, noted = _lock_pid(file.fileno()), _noted(file.fileno())
+                if noted is not None and pid in (None, noted["pid"]) and (name := _process(noted["pid"])):
+                    return {**noted, "process": name}
+                time.sleep(0.01)  # it was taken this moment, and its holder has not written its name yet
+        return {"holder": "other", "pid": pid, "process": _process(pid)}
+
+    def _holder_by_journal(self) -> dict[str, Any] | None:
+        """For those who may not open the lock: whether the process of the journal still lives."""
+        journal = self.switch()
+        if journal is None or journal["phase"] == DONE or not journal["pid"]:
+            return None
+        if not Path(f"/proc/{journal['pid']}").exists():
+            return None
+        return {"holder": HELD_BY_SWITCH, "pid": journal["pid"], "process": _process(journal["pid"])}
 
     def switch_active(self) -> bool:
-        """Whether a switch runs at this moment."""
-        try:
-            with self.lock_file.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
+        """Whether a switch runs at this moment. What the guard does is none."""
+        return _is_switch(self.holder())
 
     @contextlib.contextmanager
-    def exclusive(self) -> Iterator[bool]:
-        """Hold the lock of switches; gives False, and holds nothing, where another holds it. Raises OSError."""
-        self.lock_file.parent.mkdir(parents=True, exist_ok=True)
-        with self.lock_file.open("wb") as file:
-            # One that only looks holds the lock for a moment.
-            for _ in range(20):
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    time.sleep(0.05)
-            else:
+    def exclusive(self, holder: str = HELD_BY_SWITCH, patience: float = 1.0) -> Iterator[bool]:
+        """Hold the lock of what stops and starts the engine; gives False, and holds nothing, where another holds it.
+
+        `holder`: who holds it, for others to see. `patience`: seconds to wait for one that is there; a switch waits
+        GUARD_PATIENCE for the guard, whose actions are short. Raises OSError.
+        """
+        _private_folder(self.lock_file.parent)
+        handle = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+        def limit() -> float:
+            by = self.holder() if holder != HELD_BY_GUARD else None
+            return max(patience, GUARD_PATIENCE) if by and by["holder"] == HELD_BY_GUARD else patience
+
+        with os.fdopen(handle, "r+b") as file:
+            if not _locked(handle, limit):
                 yield False
                 return
-            yield True
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps({"holder": holder, "pid": os.getpid()}).encode(), 0)
+            try:
+                yield True
+            finally:
+                os.ftruncate(file.fileno(), 0)
+
+
+def _release(name: str) -> int:
+    """The number that a folder's name stands for; 0 for none."""
+    return int(name) if name.isascii() and name.isdigit() and len(name) <= 9 and not name.startswith("0") else 0
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _sha256_of(path: Path) -> str:
+    try:
+        return hashlib.sha256(bounded.read_file(path)).hexdigest()
+    except (OSError, BoundsError):
+        return ""
+
+
+def _write_release(folder: Path, compose: str, plan: str, lock: dict[str, Any]) -> None:
+    """Write a release's files, read-only, with their hashes and their copies. Raises OSError."""
+    hashes = {COMPOSE: _sha256(compose), PLAN: _sha256(plan)}
+    texts = {COMPOSE: compose, PLAN: plan, LOCK: _json({**lock, "sha256": hashes})}
+    for name, text in texts.items():
+        write_text(folder / name, text, 0o444)
+    sealed = {"files": texts, "sha256": _sha256(json.dumps(texts, sort_keys=True))}
+    write_json(folder / SEALED, sealed, 0o444)
+
+
+def _private_folder(path: Path) -> None:
+    """Make a folder that is ours alone; one that is there already and ours is made so. Raises OSError."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path == Path(RUN_DIR):
+        info = path.lstat()
+        if info.st_uid == os.geteuid() and info.st_mode & 0o777 != 0o700:
+            path.chmod(0o700)
+
+
+def _locked(handle: int, limit: Callable[[], float]) -> bool:
+    """Take an exclusive flock, waiting for at most `limit()` seconds, which is asked again and again."""
+    began = time.monotonic()
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() - began >= limit():
+                return False
+            time.sleep(0.05)
+        else:
+            return True
+
+
+def _noted(handle: int) -> dict[str, Any] | None:
+    """What the holder of the lock wrote of itself."""
+    try:
+        data = as_dict(bounded.parse_json(os.pread(handle, 1000, 0), "the lock"), "the lock")
+        return {"holder": as_str(data.get("holder"), "holder", 100), "pid": _number(data.get("pid"), "pid")}
+    except (OSError, BoundsError):
+        return None
+
+
+def _lock_pid(handle: int) -> int | None:
+    """The process that holds an exclusive flock of a file, as the kernel says; None where it does not."""
+    info = os.fstat(handle)
+    wanted = f"{os.major(info.st_dev):02x}:{os.minor(info.st_dev):02x}:{info.st_ino}"
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in bounded.read_file("/proc/locks", bounded.MIB).decode("ascii").splitlines():
+            words = line.split()  # 1: FLOCK ADVISORY WRITE 4711 00:1a:4242 0 EOF
+            if words[1] == "FLOCK" and words[3] == "WRITE" and words[5] == wanted:
+                return int(words[4]) if int(words[4]) > 0 else None  # of another PID namespace: -1 or 0
+    return None
+
+
+def _process(pid: int | None) -> str:
+    """The name of a process; "" where it cannot be told."""
+    with contextlib.suppress(OSError, ValueError):
+        return Path(f"/proc/{pid}/comm").read_text("utf-8").strip() if pid else ""
+    return ""
+
+
+def _is_switch(holder: dict[str, Any] | None) -> bool:
+    return holder is not None and holder["holder"] == HELD_BY_SWITCH
 
 
 def _brief(journal: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from . import engine
 from .docker import Docker, DockerError
 from .guard import figures
 from .http import Client, HttpError, engine_client
+from .metrics import LIMIT
 from .redaction import redact
 from .releases import ReleaseError, Store, read_json
 
@@ -54,9 +55,22 @@ def pace(client: Client, before: dict[str, float]) -> float:
         return 0.0
     began = time.monotonic()
     time.sleep(PACE_SECONDS)
-    after = figures(client.get("/metrics", LOOK_SECONDS).text)
+    after = figures(client.get("/metrics", LOOK_SECONDS, LIMIT).text)
     made = after.get("generation_tokens", 0.0) - before.get("generation_tokens", 0.0)
     return round(max(made, 0.0) / (time.monotonic() - began), 1)
+
+
+def serves(store: Store, current: int | None, containers: list[dict[str, Any]]) -> tuple[str, int] | None:
+    """Service and port of the current release; where its files do not tell, those of the container that runs."""
+    with contextlib.suppress(ReleaseError):
+        if current is not None:
+            lock = store.lock(current)
+            return str(lock["service"]), int(lock["port"])
+    for item in containers:
+        ports = [port.get("PublicPort") for port in item.get("Ports") or [] if port.get("PublicPort")]
+        if item.get("State") == "running" and ports:
+            return engine.service_of(item), int(ports[0])
+    return None
 
 
 def look(store: Store, docker: Docker, log_lines: int) -> dict[str, Any]:
@@ -74,24 +88,26 @@ def look(store: Store, docker: Docker, log_lines: int) -> dict[str, Any]:
     }
     for name in ("newest_compose", "switch_compose"):
         found["releases"].pop(name, None)
+    listed: list[dict[str, Any]] = []
     try:
-        for item in engine.ours(docker):
-            name = item["Names"][0].lstrip("/")
-            found["containers"].append({"name": name, "service": engine.service_of(item), "state": item["State"]})
+        listed = engine.ours(docker)
     except DockerError:
         found["docker"] = False
-    current = found["releases"]["current"]
-    if current is not None and found["docker"]:
-        with contextlib.suppress(ReleaseError, KeyError, DockerError, HttpError):
-            lock = store.lock(current)
-            client = engine_client(f"http://127.0.0.1:{lock['port']}", LOOK_SECONDS)
+    for item in listed:
+        name = str((item.get("Names") or [item.get("Id")])[0]).lstrip("/")
+        found["containers"].append({"name": name, "service": engine.service_of(item), "state": item.get("State", "")})
+    served = serves(store, found["releases"]["current"], listed) if found["docker"] else None
+    if served:
+        service, port = served
+        with contextlib.suppress(DockerError, HttpError):
+            client = engine_client(f"http://127.0.0.1:{port}", LOOK_SECONDS)
             found["healthy"] = engine.healthy(client)
             if log_lines:
-                seen = engine.look(docker, lock["service"])
-                lines = engine.read_log(docker, lock["service"], "", seen["tty"], log_lines)
+                seen = engine.look(docker, service)
+                lines = engine.read_log(docker, service, "", seen["tty"], log_lines)
                 found["log"] = [redact(line) for line in lines]
             if found["healthy"]:
-                found["figures"] = figures(client.get("/metrics", LOOK_SECONDS).text)
+                found["figures"] = figures(client.get("/metrics", LOOK_SECONDS, LIMIT).text)
                 found["tokens_per_second"] = pace(client, found["figures"])
     found["engine"] = state(found)
     return found

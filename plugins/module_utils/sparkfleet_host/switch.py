@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The switch from one release to another: what runs in the end has answered a question, or is what ran before.
 
-    stop the old engine → drop the page cache → start the new one → wait → verify → commit
-                                          any failure → the same back to the old one
+    check → stop the old engine → drop the page cache → start the new one → wait → verify → commit
+      │                                          any failure → the same back to the old one
+      └ a problem that is known beforehand → nothing is stopped
 
 It runs on the host as the transient unit `sparkfleet-switch.service`, so that a controller may vanish half way. Each
 step is in the journal (/var/lib/sparkfleet/switch.json) before it begins; `recover` ends a switch that a power cut
@@ -19,17 +20,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import engine, memory
+from . import engine, key, memory
+from .bounded import printable
 from .docker import Docker, DockerError, DockerUnavailable
 from .engine import EngineError
 from .http import Client, HttpError, engine_client
+from .precheck import Problem, precheck
 from .redaction import redact
-from .releases import PROJECT_DIR, STATE_DIR, ReleaseError, Store
+from .releases import DONE, PROJECT_DIR, STATE_DIR, ReleaseError, Store
 from .verify import verify
 
 DEPLOY, ROLLBACK, RESTART = "deploy", "rollback", "restart"
-VERIFIED, RESTORED, REMOVED, FAILED = "verified", "restored", "removed", "failed"
-DONE = "done"
+VERIFIED, RESTORED, REMOVED, FAILED, REFUSED = "verified", "restored", "removed", "failed", "refused"
+CHECKING = "checking"  # the phase in which nothing has changed yet
 BUSY = 75  # exit code where another switch runs (EX_TEMPFAIL)
 START_SECONDS = 1800.0
 VERIFY_SECONDS = 120.0
@@ -70,7 +73,8 @@ class FailedError(Exception):
 
 
 class Switch:
-    """One switch. `request`: {id, to, mode, controller, verb, start_timeout, keep, recreate}; times in seconds."""
+    """One switch. `request`: {id, to, mode, controller, verb, start_timeout, keep, recreate, new_key}; times in
+    seconds."""
 
     def __init__(
         self,
@@ -87,18 +91,76 @@ class Switch:
     # -- the whole -------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Switch; the journal as it is in the end. The lock of switches must be held. Raises ReleaseError before
-        anything has changed, OSError where the journal cannot be written."""
-        to, current = int(self.request["to"]), self.store.current()
-        plan = self.store.plan(to)
-        self.store.compose_file(to)
+        """Switch; the journal as it is in the end. The lock of switches must be held. Raises ReleaseError where there
+        is no such release, OSError where the journal cannot be written."""
+        to = int(self.request["to"])
+        if to not in self.store.numbers():
+            self.store.plan(to)  # says which there are
+        self.store.set_journal_aside()
+        if not self.request.get("new_key"):
+            key.forget_staged()
+        self.begin(to)
+        problems = self.problems(to)
+        if problems:
+            first, *more = problems
+            also = "".join(f"; also: {problem.message} [{problem.failure}]" for problem in more)
+            self.journal["error"] = {"message": f"{first.message}{also}", "failure": first.failure, "state": ""}
+            key.forget_staged()
+            self.end(REFUSED)
+            return self.journal
+        return self.go()
+
+    def begin(self, to: int, phase: str = CHECKING) -> None:
+        """Begin a journal. Raises OSError."""
+        current = self.store.current()
+        kept = {"keep": int(self.request.get("keep") or KEEP), "start_timeout": self.start_timeout}
         self.journal = {
-            **{key: self.request.get(key, "") for key in ("id", "mode", "controller", "verb")},
-            **{"to": to, "from": current, "model": plan["model"], "from_model": self._model(current)},
-            **{"pid": os.getpid(), "boot_id": boot_id(), "began": self.now(), "ended": None},
+            **{key: str(self.request.get(key) or "") for key in ("id", "mode", "controller", "verb")},
+            **{"to": to, "from": current, "model": self._model(to) or "", "from_model": self._model(current)},
+            **{"pid": os.getpid(), "boot_id": boot_id(), "began": self.now(), "ended": None, **kept},
             **{"phase": "", "steps": [], "container": "", "outcome": None, "error": None, "restore_error": None},
             **{"stopped_at": None, "answering_at": None, "out_of_service_s": None, "verification": None},
+            **{"container_id": "", "repaired": []},
         }
+        self.phase(phase)
+
+    def problems(self, to: int) -> list[Problem]:
+        """What keeps the release from running that can be known now. Its files, and those of the release to go back to,
+        are repaired where they can be."""
+        before = self.journal["from"]
+        try:
+            self.journal["repaired"] = self.store.repair(to)
+        except ReleaseError as error:
+            return [Problem("release-damaged", str(error))]
+        if before is not None and before != to:
+            try:
+                self.journal["repaired"] += self.store.repair(before, discard=False)
+            except ReleaseError as error:
+                self.journal["repaired"] += [str(error)]
+        self.journal.update(model=self._model(to) or "", from_model=self._model(before))
+        found: list[Problem] = []
+
+        def look() -> None:
+            found.extend(precheck(self.store, self.docker, to))
+
+        try:
+            self.patiently(look)
+        except FailedError as error:
+            return [Problem("docker", str(error))]
+        return found
+
+    def go(self) -> dict[str, Any]:
+        """Switch, all being checked."""
+        to = self.journal["to"]
+        try:
+            self.phase("stopping")
+        except OSError as error:  # a journal that cannot be written could not be recovered from
+            self.journal["error"] = {
+                **{"message": f"the journal cannot be written: {error.strerror}", "failure": "disk-full", "state": ""}
+            }
+            key.forget_staged()
+            self.end(REFUSED)
+            return self.journal
         try:
             self.activate(to, ("stopping", "starting", "waiting", "verifying"), bool(self.request.get("recreate")))
         except FailedError as error:
@@ -118,10 +180,17 @@ class Switch:
     def commit(self, to: int) -> None:
         """The new release works: make it the current one, and remove what the old one left."""
         self.phase("committing")
-        self.store.commit(to, self.now())
-        self._remove_others(to)
-        self.store.prune(int(self.request.get("keep") or KEEP))
+        self.store.commit(to, self.now(), self.journal["container_id"])
+        self.tidy(to)
         self.end(VERIFIED)
+
+    def tidy(self, to: int) -> None:
+        """What is left to do once a release is the current one."""
+        with contextlib.suppress(OSError):
+            key.keep()
+        self._remove_others(to)
+        self.store.prune(int(self.journal.get("keep") or KEEP))
+        self.journal.setdefault("repaired", []).extend(self.store.repair_all())
 
     def restore(self) -> None:
         """The new release does not work: back to what was there before."""
@@ -130,23 +199,36 @@ class Switch:
         self.phase("restoring")
         with contextlib.suppress(OSError):  # a full disk must not keep the old release from coming back
             self.store.note_failure(to, self.now(), error.get("failure", ""), error["message"], error.get("log", []))
+        with contextlib.suppress(OSError):
+            key.give_back()
         if before is None or before == to:
             # Nothing to go back to. A first deployment leaves no container; what served before stays to be looked at.
             self._clear(remove=before is None)
             self.end(REMOVED if before is None else FAILED)
             return
         try:
+            with contextlib.suppress(ReleaseError):  # `activate` says so
+                self.store.repair(before, discard=False)
             self.activate(before, ("restoring", "restoring", "restore-waiting", "restore-verifying"), False)
         except FailedError as again:
-            self.journal["restore_error"] = {"message": str(again), **again.facts}
+            self.journal["restore_error"] = self._explained(before, again)
             if again.facts.get("state") != "running":
                 self._clear(remove=False)  # or Docker starts it again for ever
             self.end(FAILED)
             return
         with contextlib.suppress(OSError):
-            self.store.commit(before, self.now())
+            self.store.commit(before, self.now(), self.journal["container_id"])
         self._remove_others(before)
         self.end(RESTORED)
+
+    def _explained(self, number: int, error: FailedError) -> dict[str, Any]:
+        """The failure of a release that was not checked before its start, with what the check would have said."""
+        facts = {"message": str(error), **error.facts}
+        with contextlib.suppress(DockerError):
+            problems = [] if facts.get("failure") else precheck(self.store, self.docker, number)
+            for problem in problems[:1]:
+                facts.update(message=f"{facts['message']}: {problem.message}", failure=problem.failure)
+        return facts
 
     # -- the steps -------------------------------------------------------------------------------------------
 
@@ -158,20 +240,30 @@ class Switch:
             file = self.store.compose_file(number)
         except ReleaseError as error:
             raise FailedError(str(error), failure="release-damaged", state="missing") from None
-        service, client = str(plan["service"]), engine_client(f"http://127.0.0.1:{int(lock['port'])}")
+        service, url = str(plan["service"]), f"http://127.0.0.1:{int(lock['port'])}"
         try:
             self.phase(stopping)
-            self.patiently(lambda: self.stop_all(client))
+            self.patiently(lambda: self.stop_all(engine_client(self._url_before() or url)))
             self.phase(starting, service)
+            if stopping == "stopping" and self.request.get("new_key"):
+                key.take()
             with contextlib.suppress(OSError):  # not allowed in some containers; then the start itself will tell
                 memory.drop_page_cache()
             self.patiently(lambda: engine.compose_up(str(self.store.project_dir), str(file), service, recreate))
             self.phase(waiting, service)
+            client = engine_client(url)  # with the key of now
             self.wait(service, client)
             self.phase(verifying, service)
             self.verify(service, plan, client)
         except (EngineError, DockerError) as error:
             raise FailedError(str(error), **self.facts(service, {"docker_error": str(error)})) from None
+        except (FailedError, OSError) as error:
+            if isinstance(error, FailedError):
+                raise
+            raise FailedError(str(error), **self.facts(service, {"failure": "internal"})) from None
+        except Exception as error:  # a mistake of ours must not end the switch half way
+            message = f"{type(error).__name__}: {printable(str(error), 400)}"
+            raise FailedError(message, **self.facts(service, {"failure": "internal"})) from error
 
     def stop_all(self, client: Client) -> None:
         """Stop every running engine of ours; memory is given back before the next one starts."""
@@ -205,6 +297,7 @@ class Switch:
                 time.sleep(self.pause)
                 continue
             if found["state"] == "running" and engine.healthy(client):
+                self.journal["container_id"] = str(found.get("id") or "")
                 return
             if now > settled:
                 if found["state"] != "running":
@@ -233,15 +326,16 @@ class Switch:
     # -- parts -----------------------------------------------------------------------------------------------
 
     def phase(self, name: str, container: str = "") -> None:
-        """Note what is done next, before it is done. Raises OSError for the first one only."""
-        if name != self.journal["phase"]:
+        """Note what is done next, before it is done. Raises OSError as long as nothing has changed."""
+        before, steps = self.journal["phase"], list(self.journal["steps"])
+        if name != before:
             self.journal["steps"].append({"phase": name, "at": self.now()})
-        first = not self.journal["phase"]
         self.journal.update(phase=name, container=container)
         try:
             self.store.write_switch(self.journal)
         except OSError:
-            if first:  # nothing has changed yet; later on the way matters more than its record
+            if before in ("", CHECKING) and name != DONE:  # later on the way matters more than its record
+                self.journal.update(phase=before, steps=steps)
                 raise
 
     def end(self, outcome: str) -> None:
@@ -292,11 +386,21 @@ class Switch:
 
     def _remove_others(self, number: int) -> None:
         """Remove the containers of ours that are no part of a release."""
-        service = self.store.plan(number)["service"]
+        try:
+            service = self.store.plan(number)["service"]
+        except ReleaseError:
+            return
         for item in self._ours():
             if engine.service_of(item) != service:
                 with contextlib.suppress(EngineError, DockerError):
                     engine.remove(self.docker, item["Id"])
+
+    def _url_before(self) -> str:
+        """Where the release before answers."""
+        with contextlib.suppress(ReleaseError):
+            if self.journal["from"] is not None:
+                return f"http://127.0.0.1:{int(self.store.lock(self.journal['from'])['port'])}"
+        return ""
 
     def _ours(self) -> list[dict[str, Any]]:
         with contextlib.suppress(DockerError):
@@ -321,9 +425,13 @@ class Switch:
 
 
 def interrupted(store: Store) -> bool:
-    """Whether a switch was begun that nobody goes on with."""
+    """Whether a switch was begun that nobody goes on with. A journal that cannot be understood is set aside."""
     journal = store.switch()
-    return journal is not None and journal.get("phase") != DONE and not store.switch_active()
+    if journal is None:
+        if store.switch_damage() and store.holder() is None:
+            store.set_journal_aside()
+        return False
+    return journal["phase"] != DONE and not store.switch_active()
 
 
 def recover(store: Store | None = None, docker: Docker | None = None) -> dict[str, Any] | None:
@@ -331,22 +439,34 @@ def recover(store: Store | None = None, docker: Docker | None = None) -> dict[st
     there was nothing to do. Raises OSError."""
     store = store or Store()
     with store.exclusive() as mine:
-        journal = store.switch()
-        if not mine or journal is None or journal.get("phase") == DONE:
+        if not mine:
             return None
-        switch = Switch(store, docker or Docker(), {key: journal.get(key) for key in ("id", "to", "mode", "verb")})
+        store.set_journal_aside()
+        journal = store.switch()
+        if journal is None or journal["phase"] == DONE:
+            return None
+        kept = ("id", "to", "mode", "verb", "controller", "keep", "start_timeout")
+        switch = Switch(store, docker or Docker(), {key: journal.get(key) for key in kept})
         switch.journal = journal
         if journal["phase"] == "committing" and store.current() == journal["to"]:
+            switch.tidy(journal["to"])
             switch.end(VERIFIED)
             return journal
-        why = "the host was restarted" if journal.get("boot_id") != boot_id() else "its process was killed"
+        why = "the host was restarted" if journal["boot_id"] != boot_id() else "its process was killed"
         if journal["error"] is None:
             message = f"the switch to release {journal['to']} was cut in the phase {journal['phase']}: {why}"
             journal["error"] = {"message": message, "failure": "switch-interrupted", "state": "missing"}
-        if journal["to"] == journal["from"]:
-            # Nothing else to go back to: begin again.
-            switch.request.update(controller=journal["controller"])
-            return switch.run()
+        if journal["phase"] in ("", CHECKING):
+            key.forget_staged()
+            switch.end(REFUSED)  # nothing had changed
+            return journal
+        if journal["to"] == journal["from"] and journal["to"] in store.numbers():
+            # Nothing else to go back to: begin again. What was stopped is not kept down by a check.
+            with contextlib.suppress(ReleaseError):
+                store.repair(journal["to"])
+            switch.request["new_key"] = True  # if one is staged still
+            switch.begin(journal["to"], "stopping")
+            return switch.go()
         switch.restore()
         return journal
 
@@ -363,6 +483,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--start-timeout", type=float, default=START_SECONDS)
     parser.add_argument("--keep", type=int, default=KEEP)
     parser.add_argument("--recreate", action="store_true")
+    parser.add_argument("--new-key", action="store_true", help="take the key that is staged for this switch")
     parser.add_argument("--project-dir", default=PROJECT_DIR)
     parser.add_argument("--state-dir", default=STATE_DIR)
     options = parser.parse_args(argv)
@@ -374,7 +495,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("one of --to and --recover is needed")
     with store.exclusive() as mine:
         if not mine:
-            print("another switch is running", flush=True)
+            print(f"the lock {store.lock_file} is held: {store.holder()}", flush=True)
             return BUSY
-        journal = Switch(store, Docker(), vars(options)).run()
+        try:
+            journal = Switch(store, Docker(), vars(options)).run()
+        except (ReleaseError, OSError) as error:
+            print(error, flush=True)
+            return 1
     return 0 if journal["outcome"] == VERIFIED else 1
