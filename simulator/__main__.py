@@ -15,7 +15,7 @@ import docker
 
 from simulator import docker_host, faults
 from simulator.shell import SimulatorError
-from simulator.world import FLAVOURS, REPOSITORY, World, home, progress, purge
+from simulator.world import FLAVOURS, REPOSITORY, STORES, World, home, progress, purge
 
 QUESTION = "What is the capital of France? Answer in one short sentence."
 
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     up = verbs.add_parser("up", parents=[world], help="bring a world up, or add what is missing")
     up.add_argument("--sparks", type=_count, default=1, help="number of Sparks (default: %(default)s)")
     up.add_argument("--flavour", choices=FLAVOURS, default="dgxos", help="dgxos: as DGX OS ships; bare: sshd, Python")
+    up.add_argument("--store", choices=STORES, default="graph", help="where Docker keeps images")
     up.add_argument("--engine", choices=("vllm", "none", "fault"), default="vllm", help="what nvcr.io serves")
     status = verbs.add_parser("status", parents=[world], help="show a world")
     status.add_argument("--json", action="store_true")
@@ -142,7 +143,7 @@ def _run(options: argparse.Namespace, say: object) -> int:
     world = World(getattr(options, "world", "demo"), say)  # type: ignore[arg-type]
     match options.verb:
         case "up":
-            world.up(options.sparks, options.flavour, options.engine)
+            world.up(options.sparks, options.flavour, options.engine, options.store)
             _status(world, as_json=False)
         case "status":
             _status(world, options.json)

@@ -33,6 +33,9 @@ IMAGE = "nvidia/vllm:25.09-py3"
 IMAGE_NEXT, IMAGE_FOREIGN = "nvidia/vllm:25.10-py3", "nvidia/vllm:25.11-py3"
 REPOSITORY = "nvidia/Llama-3.1-8B-Instruct-FP8"
 FLAVOURS = ("dgxos", "bare")
+#: Where Docker keeps images: its own graph drivers, or containerd's snapshotters, with which newer Docker begins.
+STORES = ("graph", "containerd")
+RUNTIMES = {"runtimes": {"nvidia": {"args": [], "path": "nvidia-container-runtime"}}}
 LABEL = "sparkfleet.sim.world"
 #: What dockerd and systemd need inside; --privileged asks for more than some machines have.
 CAPABILITIES = (  # noqa: SIM905 - one name a line would hide the list
@@ -89,8 +92,8 @@ class World:
 
     # -- up ---------------------------------------------------------------------------------------------------
 
-    def up(self, sparks: int, flavour: str, engine: str) -> None:
-        """Bring the world up, or add to it what is missing."""
+    def up(self, sparks: int, flavour: str, engine: str, store: str = "graph") -> None:
+        """Bring the world up, or add to it what is missing; `flavour` and `store` are those of the Sparks it adds."""
         client = docker_host.ensure(home(), self.say)
         cache = home() / "cache"
         cache.mkdir(parents=True, exist_ok=True)
@@ -111,7 +114,10 @@ class World:
         for number in range(1, sparks + 1):
             name = f"spark-{number}"
             if name not in state["sparks"]:
-                state["sparks"][name] = {"flavour": flavour, "ssh": free_port(), "http": free_port()}
+                state["sparks"][name] = {
+                    **{"flavour": flavour, "store": store},
+                    **{"ssh": free_port(), "http": free_port()},
+                }
                 self._save(state)
             self._spark(client, name, state, cache)
         self._write_known_hosts(state)
@@ -280,6 +286,8 @@ class World:
             put(
                 container,
                 {
+                    # Of one image all would have the same; by it one host under two names is told.
+                    "etc/machine-id": f"{secrets.token_hex(16)}\n".encode(),
                     "etc/simulator/nameserver": f"nameserver {state['address']}\n".encode(),
                     "etc/simulator/meminfo": MEMINFO.encode(),
                     "usr/local/share/ca-certificates/simulator.crt": (self.folder / "ca" / "ca.pem").read_bytes(),
@@ -287,6 +295,10 @@ class World:
                 },
                 mode=0o644,
             )
+            if known.get("store") == "containerd":
+                settings: dict[str, Any] = {"features": {"containerd-snapshotter": True}}
+                settings |= RUNTIMES if known["flavour"] == "dgxos" else {}
+                put(container, {"etc/docker/daemon.json": json.dumps(settings, indent=4).encode()}, mode=0o644)
         container.start()
 
     def _write_known_hosts(self, state: dict[str, Any]) -> None:

@@ -38,6 +38,7 @@ options:
   cache_dir: {description: Folder of the model cache., type: path, default: /opt/hf}
   cache_owner: {description: Owner of the cache., type: str, default: root}
   cache_group: {description: Group of the cache., type: str, default: docker}
+  ca_file: {description: Certificate authorities for an engine that downloads., type: path, default: ""}
   compile_cache_dir:
     description: Folder of what the engine compiles.
     type: path

@@ -20,6 +20,9 @@ from sparkfleet.engine import starts_with_serve
 
 PROJECT = "sparkfleet"
 CACHE_IN_CONTAINER = "/root/.cache/huggingface"
+CA_IN_CONTAINER = "/etc/ssl/certs/sparkfleet-ca.pem"
+#: What Python's HTTP clients take their certificate authorities from: httpx and ssl, requests.
+CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 ENGINE_PORT = 8000
 LOOPBACK = "127.0.0.1"
 #: On the host, 0600; in the container Docker mounts it under the name of the secret.
@@ -95,6 +98,7 @@ def document(
     commit: str | None = None,
     cache_dir: str = "/opt/hf",
     compile_cache_dir: str = "/var/cache/sparkfleet",
+    ca_file: str = "",
     port: int = ENGINE_PORT,
     addresses: Sequence[str] = (),
     keyed: bool = False,
@@ -106,6 +110,7 @@ def document(
     ``image_known_as`` (NAME@DIGEST) is how Docker knows an image that came without internet.
     ``addresses`` are those of the host that the port is published on, beside loopback; all if there are none.
     ``keyed``: the engine takes only requests with the key in `KEY_FILE`.
+    ``ca_file``: certificate authorities on the host that a server which downloads by itself trusts.
     What the engine compiles is kept in ``compile_cache_dir``, one folder an image digest: another image's
     compiled code does not fit.
     """
@@ -122,6 +127,9 @@ def document(
         variables = {"HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN}
         # The guide's flag, needed by none of its models; offline there is no remote code to trust.
         command.append("--trust-remote-code")
+        if ca_file:
+            variables |= dict.fromkeys(CA_VARIABLES, CA_IN_CONTAINER)
+            volumes.append(literal(f"{ca_file}:{CA_IN_CONTAINER}:ro"))
     else:
         # HF_HUB_CACHE: vLLM looks for config and tokenizer there, for the weights in --download-dir.
         variables = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": CACHE_IN_CONTAINER}

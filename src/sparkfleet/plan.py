@@ -246,6 +246,12 @@ def deploy(target: Target, state: State, document: compose.Document) -> dict[str
     }
 
 
+def _bind(volume: str) -> str:
+    """A volume of the compose file as Docker lists it, which always names the mode."""
+    plain = compose.plain(volume)
+    return plain if plain.endswith(":ro") else f"{plain}:rw"
+
+
 def _matches(container: Mapping[str, Any] | None, service: Mapping[str, Any]) -> bool:
     """Whether a container was started from this service of the compose file."""
     started = (container or {}).get("started_with")
@@ -262,6 +268,6 @@ def _matches(container: Mapping[str, Any] | None, service: Mapping[str, Any]) ->
             for name, value in environment.items()
         )
         and started["published"] == sorted(port.rpartition(":")[0] for port in service["ports"])
-        and started["volumes"] == sorted(f"{compose.plain(volume)}:rw" for volume in service["volumes"])
+        and started["volumes"] == sorted(map(_bind, service["volumes"]))
         and started["restart"] == service["restart"]
     )

@@ -52,6 +52,7 @@ class Settings:
     cache_group: str = "docker"
     cache_mode: str = "2775"
     compile_cache_dir: str = "/var/cache/sparkfleet"
+    ca_file: str = ""  # certificate authorities of the host, for an engine that downloads by itself
     operator: str = "root"
     docker_source: str = "distribution"
     require_gb10: bool = True
@@ -146,6 +147,7 @@ class Target:
             commit=known_model.get("commit") if known_model.get("complete") else None,
             cache_dir=self.settings.cache_dir,
             compile_cache_dir=self.settings.compile_cache_dir,
+            ca_file=self.settings.ca_file,
             port=self.settings.port,
             addresses=self.addresses(state),
             keyed=self.settings.keyed,

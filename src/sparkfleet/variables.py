@@ -66,6 +66,7 @@ FORMS: dict[str, tuple[str, str]] = {
     "sparkfleet_cache_dir": _ABSOLUTE,
     "sparkfleet_compile_cache_dir": _ABSOLUTE,
     "sparkfleet_hf_token_file": _ABSOLUTE,
+    "sparkfleet_ca_file": _ABSOLUTE,
     "sparkfleet_cache_owner": _NAME,
     "sparkfleet_cache_group": _NAME,
     "sparkfleet_operator": _NAME,

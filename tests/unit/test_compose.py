@@ -35,6 +35,20 @@ def test_hub_source_is_the_guide_key_by_key(card: catalog.Card) -> None:
         assert ours[key] == value, key
 
 
+def test_the_ca_of_a_hub_of_ones_own_is_mounted_and_named(card: catalog.Card) -> None:
+    plain = compose.document(card, card.with_profile("throughput"), source="hub")["services"][SERVICE]
+    known = compose.document(card, card.with_profile("throughput"), source="hub", ca_file="/etc/ssl/own.pem")
+    service = known["services"][SERVICE]
+    assert service["volumes"] == [*plain["volumes"], f"/etc/ssl/own.pem:{compose.CA_IN_CONTAINER}:ro"]
+    more = dict.fromkeys(("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"), compose.CA_IN_CONTAINER)
+    assert service["environment"] == {**plain["environment"], **more}
+    assert {key: value for key, value in service.items() if key not in ("volumes", "environment")} == {
+        key: value for key, value in plain.items() if key not in ("volumes", "environment")
+    }
+    offline = compose.document(card, card.with_profile("throughput"), ca_file="/etc/ssl/own.pem")
+    assert compose.CA_IN_CONTAINER not in str(offline)
+
+
 def test_command_prints_the_guide(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["compose", "llama31-8b-fp8", "--source", "hub"]) == 0
     services = yaml.safe_load(capsys.readouterr().out)["services"]
