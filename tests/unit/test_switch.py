@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible.module_utils.sparkfleet_host import engine, http, memory, switch
+from ansible.module_utils.sparkfleet_host import engine, http, memory, releases, switch
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
 from ansible.module_utils.sparkfleet_host.engine import EngineError
 from ansible.module_utils.sparkfleet_host.precheck import Problem
 from ansible.module_utils.sparkfleet_host.releases import ReleaseError, Store
 from ansible.module_utils.sparkfleet_host.switch import Switch, interrupted, recover
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 OLD, NEW = "vllm-old", "vllm-new"
 
@@ -381,3 +384,219 @@ def test_a_damaged_release_is_a_failure_with_a_name(store: Store, world: World, 
     assert "releases/1/plan.json is missing or damaged" in journal["error"]["message"]
     assert world.did == [] and store.current() == 2
     assert store.numbers() == [2] and [path.name[:10] for path in store.folder(2).parent.glob("1.*")] == ["1.damaged-"]
+
+
+# -- before anything stops -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["deploy", "rollback", "restart"])
+def test_what_is_known_beforehand_stops_nothing(store: Store, world: World, deployed: int, mode: str) -> None:
+    to = deployed if mode == "restart" else stage(store, NEW)
+    world.problems = [Problem("image-missing", "no image X"), Problem("port-taken", "nginx listens on port 8000")]
+    journal = run(store, to, mode)
+    assert journal["outcome"] == "refused" and journal["error"]["failure"] == "image-missing"
+    assert "no image X; also: nginx listens on port 8000 [port-taken]" in journal["error"]["message"]
+    assert world.did == [] and world.containers == {OLD: "running"} and store.current() == deployed
+    assert not interrupted(store) and store.outcome(to) == (store.outcome(deployed) if to == deployed else None)
+
+
+def test_a_release_that_can_be_repaired_is_switched_to_as_it_was(store: Store, world: World, deployed: int) -> None:
+    number = stage(store, NEW)
+    before = store.compose_file(number).read_text()
+    for name in ("compose.yml", "lock.json"):
+        (store.folder(number) / name).chmod(0o644)
+        (store.folder(number) / name).write_text("{ half")
+    journal = run(store, number)
+    assert journal["outcome"] == "verified" and world.made[NEW] == before
+    assert any("compose.yml was changed" in line for line in journal["repaired"])
+
+
+def test_an_edit_of_what_serves_does_not_come_back(store: Store, world: World, deployed: int) -> None:
+    before = store.compose_file(deployed).read_text()
+    store.compose_file(deployed).chmod(0o644)
+    store.compose_file(deployed).write_text("edited\n")
+    world.bad[NEW] = "crash"
+    assert run(store, stage(store, NEW))["outcome"] == "restored"
+    assert world.made[OLD] == before == store.compose_file(deployed).read_text()
+    assert list(store.folder(deployed).glob("compose.yml.damaged-*"))
+
+
+def test_a_journal_that_cannot_be_written_stops_nothing(
+    store: Store, world: World, deployed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number, write = stage(store, NEW), store.write_switch
+
+    def full(journal: dict[str, Any]) -> None:
+        if journal["phase"] != "checking":
+            raise OSError(28, "No space left on device")
+        write(journal)
+
+    monkeypatch.setattr(store, "write_switch", full)
+    journal = run(store, number)
+    assert journal["outcome"] == "refused" and journal["error"]["failure"] == "disk-full" and world.did == []
+    monkeypatch.setattr(store, "write_switch", write)
+    ended = recover(store, Docker("/nowhere"))  # on the disk it is still checking
+    assert ended and ended["outcome"] == "refused" and world.did == [] and world.containers == {OLD: "running"}
+
+
+def test_a_mistake_of_ours_brings_the_old_one_back(store: Store, world: World, deployed: int) -> None:
+    def odd(what: str) -> None:
+        if what == f"up {NEW}":
+            raise KeyError("surprise")
+
+    world.step = odd
+    journal = run(store, stage(store, NEW))
+    assert journal["outcome"] == "restored" and journal["error"]["failure"] == "internal"
+    assert "KeyError: 'surprise'" in journal["error"]["message"] and world.containers == {OLD: "running"}
+
+
+def test_out_of_service_counts_from_an_engine_that_answered(store: Store, world: World, deployed: int) -> None:
+    world.bad[OLD] = "silent"
+    journal = run(store, stage(store, NEW))
+    assert journal["outcome"] == "verified"
+    assert journal["stopped_at"] is None and journal["out_of_service_s"] is None
+    world.bad.clear()
+    assert run(store, deployed, "rollback")["stopped_at"] is not None
+
+
+def test_docker_is_waited_for_two_minutes_and_no_longer(store: Store, world: World, deployed: int) -> None:
+    """Docker goes away while the old engine is stopped, and stays away."""
+    began: list[float] = []
+
+    def away(what: str) -> None:
+        if what == f"stop {OLD}":
+            began.append(world.clock)
+            raise DockerUnavailable("nothing listens there")
+
+    world.step = away
+    journal = run(store, stage(store, NEW))
+    assert journal["outcome"] == "failed" and journal["error"]["failure"] == "docker"
+    assert switch.PATIENCE <= began[-1] - began[0] < 3 * switch.PATIENCE
+
+
+# -- the key ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def key(store: Store, world: World) -> Path:
+    path = Path(http.KEY_FILE)
+    path.parent.mkdir(parents=True)
+    return path
+
+
+def switch_with_key(store: Store, to: int, new: str, path: Path) -> dict[str, Any]:
+    path.with_name("engine_key.next").write_text(new)
+    ticks = iter(range(100, 10_000))
+    request = {"id": "abc", "to": to, "mode": "deploy", "keep": 3, "new_key": True}
+    return Switch(store, Docker("/nowhere"), request, now=lambda: float(next(ticks))).run()
+
+
+def test_a_new_key_counts_when_its_engine_is_verified(store: Store, world: World, key: Path, deployed: int) -> None:
+    key.write_text("old")
+    assert switch_with_key(store, stage(store, NEW), "new", key)["outcome"] == "verified"
+    assert world.keys[NEW] == "new" == key.read_text() and [path.name for path in key.parent.iterdir()] == [key.name]
+
+
+@pytest.mark.parametrize("before", ["old", ""])
+def test_a_failed_switch_gives_the_key_back(store: Store, world: World, key: Path, deployed: int, before: str) -> None:
+    if before:
+        key.write_text(before)
+    world.bad[NEW] = "crash"
+    assert switch_with_key(store, stage(store, NEW), "new", key)["outcome"] == "restored"
+    assert world.keys[NEW] == "new" and world.keys[OLD] == before == world.key()
+    assert [path.name for path in key.parent.iterdir()] == ([key.name] if before else [])
+
+
+def test_a_switch_that_is_refused_changes_no_key(store: Store, world: World, key: Path, deployed: int) -> None:
+    key.write_text("old")
+    world.problems = [Problem("image-missing", "no image")]
+    assert switch_with_key(store, stage(store, NEW), "new", key)["outcome"] == "refused"
+    assert key.read_text() == "old" and [path.name for path in key.parent.iterdir()] == [key.name]
+
+
+def test_a_key_that_an_earlier_run_left_is_not_taken(store: Store, world: World, key: Path, deployed: int) -> None:
+    key.write_text("old")
+    key.with_name("engine_key.next").write_text("never wanted")
+    assert run(store, stage(store, NEW))["outcome"] == "verified"
+    assert key.read_text() == "old" == world.keys[NEW] and not key.with_name("engine_key.next").exists()
+
+
+# -- cut anywhere ----------------------------------------------------------------------------------------------------
+
+
+@given(
+    bad=st.dictionaries(st.sampled_from([OLD, NEW]), st.sampled_from(["crash", "wrong", "port"]), max_size=2),
+    cuts=st.lists(st.integers(0, 40), max_size=3),
+    to=st.sampled_from(["new", "restart", "first"]),
+    rekeyed=st.booleans(),
+)
+@settings(max_examples=max(settings.default.max_examples, 150))
+def test_whatever_is_cut_either_release_serves_verified_with_its_key(
+    bad: dict[str, str], cuts: list[int], to: str, rekeyed: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The power goes before the n-th thing that is done (a write, a link, a container), again while that is ended, and
+    again. In the end the old or the new one serves, and the journal says which; unless neither works."""
+    folder = tmp_path_factory.mktemp("world")
+    store = Store(folder / "project", folder / "state", str(folder / "lock"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        world = World(monkeypatch, store)
+        path = Path(http.KEY_FILE)
+        path.parent.mkdir(parents=True)
+        path.write_text("old")
+        if to != "first":
+            assert run(store, stage(store, OLD))["outcome"] == "verified"
+        number = 1 if to == "restart" else stage(store, NEW)
+        left: list[int] = []
+
+        def tick(_what: str = "") -> None:
+            if left:
+                left[0] -= 1
+                if left[0] < 0:
+                    left.clear()
+                    raise PowerCut
+
+        world.step = tick
+        for name in ("write_text", "link"):
+            done = getattr(releases, name)
+
+            def cut_before(*args: Any, _done: Callable[..., Any] = done, **more: Any) -> None:
+                tick()
+                _done(*args, **more)
+
+            monkeypatch.setattr(releases, name, cut_before)
+        world.bad = dict(bad)
+        begun = False
+        try:
+            left[:] = cuts[:1]
+            switch_with_key(store, number, "new", path) if rekeyed else run(store, number)
+            begun = True
+        except PowerCut:
+            begun = interrupted(store)
+        waiting = cuts[1:]
+        while interrupted(store):
+            left[:], waiting = waiting[:1], waiting[1:]
+            with contextlib.suppress(PowerCut):
+                recover(store, Docker("/nowhere"))
+        if not begun:
+            return  # cut before anything was written of it
+        ended, current = store.switch(), store.current()
+        assert ended and ended["phase"] == "done" and not store.switch_damage()
+        running = [name for name, state in world.containers.items() if state == "running"]
+        outcome = ended["outcome"]
+        assert all(store.damage(kept) == [] for kept in store.numbers())
+        wanted = OLD if to == "restart" else NEW
+        if outcome == "verified":
+            assert running == [wanted] and current == number and world.keys[wanted] == world.key()
+            assert world.key() in (("new", "old") if rekeyed else ("old",))
+        elif outcome == "restored":
+            assert running == [OLD] and current == 1 and world.keys[OLD] == world.key() == "old"
+        elif outcome == "refused":
+            assert running == ([] if to == "first" else [OLD]) and world.key() == "old"
+        else:
+            assert outcome in ("removed", "failed") and (bad.get(OLD) or to == "first")
+            assert world.key() == "old" and not any(world.bad.get(name) is None for name in running)
+        if not bad and not cuts:
+            assert outcome == "verified" and world.key() == ("new" if rekeyed else "old")
+        if not bad.get(OLD) and to == "new":
+            assert outcome in ("verified", "restored", "refused")  # the old one works: something serves
+        assert not path.with_name("engine_key.previous").exists()
