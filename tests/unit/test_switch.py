@@ -466,6 +466,7 @@ def test_docker_is_waited_for_two_minutes_and_no_longer(store: Store, world: Wor
     def away(what: str) -> None:
         if what == f"stop {OLD}":
             began.append(world.clock)
+            assert world.clock - began[0] < 10 * switch.PATIENCE, "it waits for ever"
             raise DockerUnavailable("nothing listens there")
 
     world.step = away
