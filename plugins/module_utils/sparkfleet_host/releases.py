@@ -633,8 +633,10 @@ class Store:
         handle = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
         def limit() -> float:
-            by = self.holder() if holder != HELD_BY_GUARD else None
-            return max(patience, GUARD_PATIENCE) if by and by["holder"] == HELD_BY_GUARD else patience
+            if holder == HELD_BY_GUARD:
+                return patience
+            by = self.holder()  # None where it was given back this moment: then it can be had
+            return max(patience, GUARD_PATIENCE) if by is None or by["holder"] == HELD_BY_GUARD else patience
 
         with os.fdopen(handle, "r+b") as file:
             if not _locked(handle, limit):
