@@ -336,7 +336,7 @@ def drained(fleet: Fleet) -> dict[str, Any]:
     victim = stuck(holder, "drained") or in_flight(holder)
     words = ("gateways", "--become", "--module-name", "haproxy_server", "--args")
     began = time.monotonic()
-    draining = fleet.start("ansible", *words, json.dumps({"server": victim, "state": "drain", "timeout": 30}))
+    draining = fleet.start("ansible", *words, json.dumps({"servers": [victim], "state": "drain", "timeout": 30}))
     holder.until("it is drained", lambda: statistics(holder, victim)["status"].startswith(("MAINT", "DRAIN")))
     before = statistics(holder, victim)["stot"]
     for _ in range(2 * len(fleet.names)):
@@ -344,7 +344,7 @@ def drained(fleet: Fleet) -> dict[str, Any]:
     expect(statistics(holder, victim)["stot"] == before, "a drained Spark got a request")
     said, _ = draining.communicate(timeout=60)
     seconds = time.monotonic() - began
-    code, more, _ = fleet.run("ansible", *words, json.dumps({"server": victim, "state": "ready"}))
+    code, more, _ = fleet.run("ansible", *words, json.dumps({"servers": [victim], "state": "ready"}))
     expect(draining.returncode == 0 and code == 0, "it was not drained and put back", said + more)
     expect(stream.whole(), "the stream was cut", stream.text)
     return {"waited_s": round(seconds, 1)}

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Action: shares the planned Sparks out to the waves of a rollout. It runs for localhost and contacts nobody.
+"""Action: divides the planned Sparks into the waves of a rollout. It contacts nobody.
 
 - rollout_schedule:
-  register: rollout       # rollout.waves, rollout.labels, rollout.serial, rollout.max_fail_percentage
+  register: rollout       # rollout.waves, rollout.labels, rollout.serial, rollout.on_failure
+  run_once: true
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         hosts = [_host(name, hostvars[name]) for name in planned if name not in drained]
         try:
             shared = rollout.shared({name: hostvars[name] for name in planned})
-            canary = int(shared["sparkfleet_rollout_canary"])
-            waves = rollout.schedule(hosts, canary, shared["sparkfleet_rollout_waves"])
-        except (SparkfleetError, ValueError) as error:
+            canary = rollout.canaries(shared[rollout.CANARY])
+            waves = rollout.schedule(hosts, canary, shared[rollout.WAVES])
+        except SparkfleetError as error:
             raise AnsibleActionFail(str(error)) from None
         for line in [] if lost else rollout.lines(waves, hosts, drained):
             display.display(line)
@@ -52,7 +53,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             "waves": waves,
             "labels": rollout.labels(waves, hosts, canary),
             "serial": [len(wave) for wave in waves] or [1],
-            "max_fail_percentage": 0 if shared["sparkfleet_rollout_on_failure"] == "stop" else 100,
+            "on_failure": shared[rollout.ON_FAILURE],
             "hosts": hosts,
             "drained": drained,
         }

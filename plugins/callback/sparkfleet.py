@@ -31,7 +31,7 @@ OWN = frozenset(
         *("secret_file", "spark_plan", "stop_services", "swap", "vllm_verify", "vllm_wait"),
         *("ansible.builtin.assert", "ansible.builtin.fail", "ansible.builtin.validate_argument_spec"),
         *("bundle", "bundle_collect", "share"),
-        *("gateway_plan", "haproxy_server", "rollout_schedule", "spark_drift"),
+        *("gateway_plan", "haproxy_server", "rollout_schedule", "rollout_wave", "spark_drift"),
     }
 )
 

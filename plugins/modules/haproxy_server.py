@@ -10,11 +10,11 @@ short_description: Drain a server of HAProxy, or put it back
 description:
   - Speaks to HAProxy's runtime socket. A drained server (HAProxy calls it in maintenance) gets no new requests, not of
     its sessions either; with O(timeout) the module waits until those that run have ended.
+  - Several servers are one call: what is right already is left alone.
   - A server that no backend has is no error, so that a Spark which is not in the gateway yet can be rolled out.
 options:
-  server: {description: Name of the server in its backends., type: str, required: true}
+  servers: {description: Names of the servers in their backends., type: list, elements: str, required: true}
   state: {description: C(drain) or C(ready)., type: str, choices: [drain, ready], required: true}
-  backend: {description: Only in this backend; in all that have it unless told., type: str, default: ""}
   timeout: {description: Seconds to wait for the end of its sessions., type: float, default: 600}
   socket: {description: The runtime socket., type: path, default: /run/haproxy/admin.sock}
 author: ["The Sparkfleet developers"]
@@ -26,14 +26,14 @@ attributes:
 EXAMPLES = r"""
 - name: Let it finish its requests
   haproxy_server:
-    server: "{{ inventory_hostname }}"
+    servers: ["{{ inventory_hostname }}"]
     state: drain
   delegate_to: gateway-1
 """
 
 RETURN = r"""
-backends: {description: Backends that have the server., returned: always, type: list, elements: str}
-before: {description: Whether it was drained in all of them., returned: always, type: str}
+backends: {description: Backends that have one of the servers., returned: always, type: list, elements: str}
+before: {description: C(drain) if all of them were drained in all their backends., returned: always, type: str}
 sessions: {description: Sessions that were left when the wait ended., returned: always, type: int}
 seconds: {description: That the wait took., returned: always, type: float}
 """
@@ -42,6 +42,7 @@ import csv
 import io
 import socket
 import time
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -70,21 +71,19 @@ class Haproxy:
                 parts.append(part)
         return b"".join(parts).decode("utf-8", "replace")
 
-    def rows(self, server: str) -> list[dict[str, str]]:
-        """The statistics of a server, a row a backend."""
+    def rows(self, servers: Collection[str]) -> list[dict[str, str]]:
+        """The statistics of servers, a row for each of their backends."""
         text = self.ask("show stat -1 4 -1").lstrip("# ")
-        return [row for row in csv.DictReader(io.StringIO(text)) if row["svname"] == server]
+        return [row for row in csv.DictReader(io.StringIO(text)) if row["svname"] in servers]
 
-    def forced(self, server: str) -> set[str]:
-        """Backends in which a server is drained or in maintenance by a command. Of one that is down as well, the
-        statistics say no more than that it is down."""
+    def forced(self) -> set[tuple[str, str]]:
+        """Backend and server of those that are drained or in maintenance by a command. Of one that is down as well,
+        the statistics say no more than that it is down."""
         lines = self.ask("show servers state").splitlines()
         head = next((line.lstrip("# ").split() for line in lines if line.startswith("#")), [])
         found = [dict(zip(head, line.split(), strict=False)) for line in lines if line[:1].isdigit()]
         return {
-            row["be_name"]
-            for row in found
-            if row.get("srv_name") == server and int(row.get("srv_admin_state") or 0) & FORCED
+            (row["be_name"], row.get("srv_name", "")) for row in found if int(row.get("srv_admin_state") or 0) & FORCED
         }
 
     def set(self, backend: str, server: str, state: str) -> None:
@@ -99,25 +98,26 @@ def drained(row: dict[str, str]) -> bool:
     return row["status"].startswith(("DRAIN", "MAINT"))
 
 
-def change(haproxy: Haproxy, server: str, state: str, timeout: float, check: bool, backend: str = "") -> dict[str, Any]:
+def change(haproxy: Haproxy, servers: Sequence[str], state: str, timeout: float, check: bool) -> dict[str, Any]:
     """Do it; what the module returns."""
-    rows = [row for row in haproxy.rows(server) if backend in ("", row["pxname"])]
-    out = {row["pxname"] for row in rows if drained(row)} | haproxy.forced(server)
-    wrong = [row["pxname"] for row in rows if (row["pxname"] in out) != (state == "drain")]
+    rows = haproxy.rows(servers)
+    forced = haproxy.forced()
+    out = {key for row in rows if (key := (row["pxname"], row["svname"])) in forced or drained(row)}
+    wrong = [key for row in rows if ((key := (row["pxname"], row["svname"])) in out) != (state == "drain")]
     result: dict[str, Any] = {
         "changed": bool(wrong),
-        "backends": [row["pxname"] for row in rows],
-        "before": "drain" if rows and all(row["pxname"] in out for row in rows) else "ready",
+        "backends": sorted({row["pxname"] for row in rows}),
+        "before": "drain" if rows and len(out) == len(rows) else "ready",
         "sessions": sum(int(row["scur"] or 0) for row in rows),
         "seconds": 0.0,
     }
     if check:
         return result
     began = time.monotonic()
-    for name in wrong:
-        haproxy.set(name, server, WORDS[state])
+    for backend, server in wrong:
+        haproxy.set(backend, server, WORDS[state])
     while state == "drain" and rows:
-        result["sessions"] = sum(int(row["scur"] or 0) for row in haproxy.rows(server))
+        result["sessions"] = sum(int(row["scur"] or 0) for row in haproxy.rows(servers))
         if result["sessions"] == 0 or time.monotonic() - began >= timeout:
             break
         time.sleep(POLL)
@@ -129,9 +129,8 @@ def main() -> None:
     """Entry point of the module."""
     module = AnsibleModule(
         argument_spec={
-            "server": {"type": "str", "required": True},
+            "servers": {"type": "list", "elements": "str", "required": True},
             "state": {"type": "str", "choices": ["drain", "ready"], "required": True},
-            "backend": {"type": "str", "default": ""},
             "timeout": {"type": "float", "default": 600.0},
             "socket": {"type": "path", "default": "/run/haproxy/admin.sock"},
         },
@@ -139,7 +138,7 @@ def main() -> None:
     )
     params = module.params
     try:
-        options = {key: params[key] for key in ("server", "state", "timeout", "backend")}
+        options = {key: params[key] for key in ("servers", "state", "timeout")}
         result = change(Haproxy(params["socket"]), check=module.check_mode, **options)
     except (OSError, ValueError) as error:
         module.fail_json(

@@ -77,7 +77,7 @@ def make(hosts: Mapping[str, Mapping[str, Any]]) -> Paper:
     models = {name: kind.model for kind in kinds for name in kind.hosts}
     needing = [{"name": name, "model": models[name], "needed": True} for name in hosts if name in models]
     shared = rollout.shared(hosts)
-    waves = rollout.schedule(needing, int(shared["sparkfleet_rollout_canary"]), shared["sparkfleet_rollout_waves"])
+    waves = rollout.schedule(needing, rollout.canaries(shared[rollout.CANARY]), shared["sparkfleet_rollout_waves"])
     return Paper(kinds, waves, drained)
 
 

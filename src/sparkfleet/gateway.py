@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+
+from sparkfleet_host.bounded import HOST, printable
 
 from sparkfleet import SparkfleetError, catalog, target
 
+#: HAProxy takes a line that begins with # for a comment.
+KEY = re.compile(r"(?!#)[!-~]{8,256}")
 #: Variables of a Spark that a gateway reads.
 VARIABLES = ("model", "port", "guard", "guard_port", "address", "drained", "engine_key")
 
@@ -28,54 +33,105 @@ def settings(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
 def address(host: str, variables: Mapping[str, Any]) -> str:
     """Name or address under which a host of the inventory is reached. Raises SparkfleetError."""
     found = str(variables.get("sparkfleet_address") or variables.get("ansible_host") or host)
-    if not re.fullmatch(r"[A-Za-z0-9_.:-]+", found):
-        raise SparkfleetError(f"{host}: sparkfleet_address {found!r} is neither a name nor an address")
+    if not is_address(found) and not HOST.fullmatch(found):
+        raise SparkfleetError(
+            f"{host}: sparkfleet_address {printable(repr(found), 80)} is neither a name nor an address"
+        )
     return found
 
 
-def plan(hosts: Mapping[str, Mapping[str, Any]], ports: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def is_address(text: str) -> bool:
+    """Whether it is an IPv4 or IPv6 address (without a zone), not a name."""
+    with contextlib.suppress(ValueError):
+        return "%" not in text and bool(ipaddress.ip_address(text))
+    return False
+
+
+def plan(
+    hosts: Mapping[str, Mapping[str, Any]], ports: Mapping[str, Any] | None = None, models: Sequence[Any] = ()
+) -> dict[str, Any]:
     """Backends of what `settings` gives: [{name, model, repo, ports, servers: [{name, address, port, check_port}]}],
-    the JSON document of GET /v1/models, the engines' keys by backend, and the names that were left out. `ports` are
-    further ones, {model: port}. Raises SparkfleetError naming host and value."""
-    backends: dict[str, dict[str, Any]] = {}
-    engine_keys: dict[str, dict[str, str]] = {}
-    models: set[str] = set()
+    the JSON document of GET /v1/models, the engines' keys by backend, and the names that were left out.
+
+    A Spark is a server of the backend of each model whose engines have its key: which of them it serves at the moment,
+    its guard says. `ports` are further ones, {model: port}; `models` have a backend although no Spark is to serve them.
+    Raises SparkfleetError naming host and value."""
+    cards = {host: _card(host, values["model"]) for host, values in hosts.items()}
     drained = [host for host, values in hosts.items() if truth(values["drained"])]
-    for host, values in hosts.items():
-        try:
-            card = catalog.load(str(values["model"]))
-        except SparkfleetError as error:
-            raise SparkfleetError(f"{host}: {error}") from None
-        models.add(card.name)
-        if host in drained:
-            continue
-        server = {
-            "name": _word(host),
-            "address": values["address"],
-            "port": _port(f"{host}: sparkfleet_port", values["port"]),
-            "check_port": _port(f"{host}: sparkfleet_guard_port", values["guard_port"])
-            if truth(values["guard"])
-            else 0,
-        }
-        known = {"name": _word(card.name), "model": card.name, "repo": card.repo, "ports": []}
-        backends.setdefault(card.name, {**known, "servers": []})["servers"].append(server)
-        engine_keys.setdefault(card.name, {})[host] = check_key(f"{host}: sparkfleet_engine_key", values["engine_key"])
-    if not backends:
+    left = {host: values for host, values in hosts.items() if host not in drained}
+    if not left:
         raise SparkfleetError("no Spark is left for the gateway: the group sparks is empty, or all are drained")
+    _one_name(left)
+    keys = {host: check_key(f"{host}: sparkfleet_engine_key", values["engine_key"]) for host, values in left.items()}
+    servers = {host: _server(host, values) for host, values in left.items()}
+    further = [_card("sparkfleet_gateway_models", name) for name in models]
+    backends: dict[str, dict[str, Any]] = {}
+    engine_keys: dict[str, str] = {}
+    for card in [*(cards[host] for host in left), *further]:
+        if card.name in backends:
+            continue
+        meant = {host: keys[host] for host in left if cards[host].name == card.name}
+        key = _one_key(card.name, meant or keys)
+        if key:
+            engine_keys[_word(card.name)] = key
+        backends[card.name] = {
+            **{"name": _word(card.name), "model": card.name, "repo": card.repo, "ports": []},
+            "servers": [servers[host] for host in left if keys[host] == key],
+        }
+    _distinct(backends)
+    known = {card.name for card in cards.values()} | set(backends)
     for model, port in (ports or {}).items():
-        if model not in models:
-            there = ", ".join(sorted(models))
+        if model not in known:
+            there = ", ".join(sorted(known))
             raise SparkfleetError(f"sparkfleet_gateway_ports: no Spark serves {model!r}; there are {there}")
-        number = _port(f"sparkfleet_gateway_ports.{model}:", port)
+        number = port_number(f"sparkfleet_gateway_ports.{model}:", port)
         if model in backends:
             backends[model]["ports"].append(number)
     listed = [{"id": item["repo"], "object": "model", "owned_by": "vllm"} for item in backends.values()]
     return {
         "backends": list(backends.values()),
         "models": json.dumps({"object": "list", "data": listed}),
-        "engine_keys": {_word(model): key for model, found in engine_keys.items() if (key := _one_key(model, found))},
+        "engine_keys": engine_keys,
         "drained": drained,
     }
+
+
+def _card(place: str, name: Any) -> catalog.Card:
+    try:
+        return catalog.load(str(name))
+    except SparkfleetError as error:
+        raise SparkfleetError(f"{place}: {error}") from None
+
+
+def _server(host: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    guarded = truth(values["guard"])
+    return {
+        "name": _word(host),
+        "address": values["address"],
+        "port": port_number(f"{host}: sparkfleet_port", values["port"]),
+        "check_port": port_number(f"{host}: sparkfleet_guard_port", values["guard_port"]) if guarded else 0,
+    }
+
+
+def _one_name(hosts: Collection[str]) -> None:
+    """Whether HAProxy has a name of its own for each Spark."""
+    known: dict[str, str] = {}
+    for host in hosts:
+        other = known.setdefault(_word(host), host)
+        if other != host:
+            raise SparkfleetError(
+                f"{host} and {other} are both called {_word(host)} in the gateway; rename one of them"
+            )
+
+
+def _distinct(backends: Mapping[str, Mapping[str, Any]]) -> None:
+    """Whether a request's model says which backend is meant."""
+    known: dict[str, str] = {}
+    for name, item in backends.items():
+        for word in (item["name"], item["repo"]):
+            other = known.setdefault(word, name)
+            if other != name:
+                raise SparkfleetError(f"the models {name} and {other} are both called {word} in the gateway")
 
 
 def _one_key(model: str, found: Mapping[str, str]) -> str:
@@ -91,7 +147,7 @@ def check_ports(gateway: Mapping[str, Any]) -> None:
     """Whether each port of a gateway has one use: {name of a variable: port}. Raises SparkfleetError."""
     used: dict[int, str] = {}
     for name, value in gateway.items():
-        number = _port(f"{name}:", value)
+        number = port_number(f"{name}:", value)
         if number in used:
             raise SparkfleetError(f"{name}: {number} is the port of {used[number]} already; choose another")
         used[number] = name
@@ -129,17 +185,22 @@ def _word(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.:-]", "_", name)
 
 
-def _port(name: str, value: Any) -> int:
-    if not str(value).isdigit() or not 0 <= int(value) < 65536:
-        raise SparkfleetError(f"{name} {value!r} is no TCP port")
+def port_number(name: str, value: Any) -> int:
+    """A TCP port as inventories write it. Raises SparkfleetError."""
+    if not re.fullmatch(r"[0-9]{1,5}", str(value)) or not 0 < int(value) < 65536:
+        raise SparkfleetError(f"{name} {printable(repr(value), 60)} is not a TCP port (1 to 65535)")
     return int(value)
 
 
 def check_key(name: str, key: Any) -> str:
     """A key, or "" for none. Raises SparkfleetError with the name, never the key."""
-    if key and not re.fullmatch(r"[!-~]{8,}", str(key)):
-        raise SparkfleetError(f"{name} has blanks or fewer than 8 characters; `openssl rand -hex 24` makes one")
-    return str(key or "")
+    if key in (None, ""):
+        return ""
+    if not isinstance(key, str) or not KEY.fullmatch(key):
+        raise SparkfleetError(
+            f"{name} has blanks, other than 8 to 256 characters, or begins with #; `openssl rand -hex 24` makes one"
+        )
+    return key
 
 
 def keys(wanted: Sequence[str]) -> list[str]:

@@ -154,7 +154,7 @@ class Board:
         if new:
             row.gateway = found == "gateway"
         row.gateway &= found == "gateway"
-        if row.wave:
+        if row.wave and action != "rollout_wave":  # it may say that the wave does not begin
             self._reach(host)
         if found and row.result not in (*BAD, *WARN):
             name = row.said if action.rpartition(".")[2].startswith(_SILENT) else str(data.get("task") or "")

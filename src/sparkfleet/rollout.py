@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sparkfleet_host.bounded import printable
@@ -12,7 +12,10 @@ from sparkfleet_host.bounded import printable
 from sparkfleet import SparkfleetError, target
 
 WAVES = "sparkfleet_rollout_waves"
-SHARED = ("sparkfleet_rollout_canary", WAVES, "sparkfleet_rollout_on_failure")
+CANARY = "sparkfleet_rollout_canary"
+ON_FAILURE = "sparkfleet_rollout_on_failure"
+POLICIES = ("stop", "continue")
+SHARED = (CANARY, WAVES, ON_FAILURE)
 _EXAMPLES = "write a number of Sparks (2), a share (25%), or a list of both ([1, 2, 50%])"
 
 
@@ -23,8 +26,6 @@ def schedule(hosts: Sequence[Mapping[str, Any]], canary: int, waves: Any) -> lis
     Then what is left in waves of a size: a number, a share of all that need the change, or a list whose last entry
     goes on. Hosts that need nothing are left out. Raises SparkfleetError naming a bad value.
     """
-    if canary < 0:
-        raise SparkfleetError(f"sparkfleet_rollout_canary is {canary}: write 0 for none, or a number of Sparks")
     needed = [host for host in hosts if host["needed"]]
     sizes = [_size(value, len(needed)) for value in (waves if isinstance(waves, list) else [waves])]
     if not sizes:
@@ -45,6 +46,16 @@ def schedule(hosts: Sequence[Mapping[str, Any]], canary: int, waves: Any) -> lis
     return made
 
 
+def canaries(value: Any) -> int:
+    """The number of canaries, as an inventory writes it. Raises SparkfleetError."""
+    number = isinstance(value, int) and not isinstance(value, bool) and -1_000_000 < value < 1_000_000
+    text = str(value) if number else value if isinstance(value, str) else ""
+    if not re.fullmatch(r"\s*[0-9]{1,6}\s*", text):
+        shown = "a number of many digits" if isinstance(value, int) and not number else printable(repr(value), 60)
+        raise SparkfleetError(f"{CANARY} is {shown}: write 0 for none, or a number of Sparks")
+    return int(value)
+
+
 def _size(value: Any, total: int) -> int:
     """Sparks of a wave: at least one. Raises SparkfleetError."""
     number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1_000_000
@@ -54,6 +65,19 @@ def _size(value: Any, total: int) -> int:
         shown = "a number of many digits" if isinstance(value, int) and not number else printable(repr(value), 60)
         raise SparkfleetError(f"{WAVES}: {shown} is not the size of a wave; {_EXAMPLES}")
     return max(math.floor(total * int(found[1]) / 100), 1) if found[2] else int(found[1])
+
+
+def number(waves: Sequence[Sequence[str]], batch: Sequence[str]) -> int:
+    """Which wave a batch of Ansible is, from 1: the earliest that one of its hosts is in. Raises SparkfleetError."""
+    found = next((place for place, wave in enumerate(waves, 1) if set(wave) & set(batch)), 0)
+    if not found:
+        raise SparkfleetError(f"{names(batch)}: in no wave of the schedule")
+    return found
+
+
+def unfinished(waves: Sequence[Sequence[str]], number: int, done: Collection[str]) -> list[str]:
+    """Hosts of the waves before wave `number` that did not come to their end, whatever kept them."""
+    return [name for wave in waves[: number - 1] for name in wave if name not in done]
 
 
 def labels(waves: Sequence[Sequence[str]], hosts: Sequence[Mapping[str, Any]], canary: int) -> list[str]:
@@ -85,7 +109,10 @@ def names(hosts: Sequence[str]) -> str:
 def shared(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The settings of a rollout, which all of its hosts share. Raises SparkfleetError."""
     defaults = target.defaults()
-    return {key: agreed(key, defaults[key], hosts) for key in SHARED}
+    found = {key: agreed(key, defaults[key], hosts) for key in SHARED}
+    if found[ON_FAILURE] not in POLICIES:
+        raise SparkfleetError(f"{ON_FAILURE}: {found[ON_FAILURE]!r} is neither stop nor continue")
+    return found
 
 
 def agreed(key: str, default: Any, hosts: Mapping[str, Mapping[str, Any]]) -> Any:

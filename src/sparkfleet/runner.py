@@ -107,10 +107,10 @@ class Collector:
             self.board.task(host, data)
         elif kind == "runner_on_skipped" and not of_controller:
             self.board.skip(host)
-        elif kind in ("runner_on_ok", "runner_on_failed", "runner_on_unreachable") and not of_controller:
-            self._result(kind, self._host(host), data)
         elif kind == "runner_on_ok" and data.get("task_action") == "rollout_schedule":
             self.board.schedule(data.get("res") or {})
+        elif kind in ("runner_on_ok", "runner_on_failed", "runner_on_unreachable") and not of_controller:
+            self._result(kind, self._host(host), data)
         elif kind == "runner_on_failed":
             self.error = message(data.get("res") or {})
         elif kind == "playbook_on_play_start":

@@ -78,6 +78,39 @@ def test_waves_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "rollout  has it already: s5" in stage.printed
 
 
+@pytest.mark.parametrize(("policy", "expected"), [({}, "stop"), ({"on_failure": "continue"}, "continue")])
+def test_what_a_failure_means_is_handed_on(
+    monkeypatch: pytest.MonkeyPatch, policy: dict[str, str], expected: str
+) -> None:
+    run = fleet(s1=planned(), s2=planned())
+    for variables in run["hostvars"].values():
+        variables.update({f"sparkfleet_rollout_{key}": value for key, value in policy.items()})
+    made = Stage(monkeypatch, "rollout_schedule").run(run)
+    assert made["on_failure"] == expected and made["serial"] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("batch", "done", "policy", "go", "unfinished"),
+    [
+        (["s1"], [], "stop", True, []),
+        (["s4"], ["s1", "s2", "s3"], "stop", True, []),
+        (["s4"], ["s1", "s3"], "stop", False, ["s2"]),
+        (["s4"], ["s1", "s3"], "continue", True, ["s2"]),
+        (["s2", "s3"], [], "stop", False, ["s1"]),
+    ],
+)
+def test_a_wave_begins_only_if_those_before_it_serve(
+    monkeypatch: pytest.MonkeyPatch, batch: list[str], done: list[str], policy: str, go: bool, unfinished: list[str]
+) -> None:
+    names = ["s1", "s2", "s3", "s4"]
+    hostvars = {name: {"sparkfleet_rollout_done": True} if name in done else {} for name in names}
+    stage = Stage(monkeypatch, "rollout_wave")
+    schedule = {"waves": [["s1"], ["s2", "s3"], ["s4"]], "on_failure": policy}
+    made = stage.run({"hostvars": hostvars, "ansible_play_batch": batch}, schedule=schedule)
+    assert (made["go"], made["unfinished"]) == (go, unfinished)
+    assert len(stage.printed) == (0 if go else 1)
+
+
 def test_a_spark_that_cannot_be_planned_stops_the_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(monkeypatch, "rollout_schedule")
     # Ansible registers what it has of a host that it does not reach.

@@ -42,11 +42,13 @@ def test_a_backend_a_model_a_server_a_spark() -> None:
     made = plan(HOSTS)
     llama, oss = made["backends"]
     assert llama["repo"] == "nvidia/Llama-3.1-8B-Instruct-FP8"
+    # Which of its models a Spark serves at the moment, its guard says.
     assert llama["servers"] == [
         {"name": "spark-1", "address": "192.0.2.11", "port": 8000, "check_port": 9109},
         {"name": "spark-2", "address": "spark-2.lan", "port": 8001, "check_port": 9109},
+        {"name": "spark-3", "address": "spark-3", "port": 8000, "check_port": 0},
     ]
-    assert [(server["name"], server["check_port"]) for server in oss["servers"]] == [("spark-3", 0)]
+    assert oss["servers"] == llama["servers"]
     assert made["drained"] == ["spark-4"]
     assert [item["id"] for item in json.loads(made["models"])["data"]] == [llama["repo"], oss["repo"]]
 
@@ -55,7 +57,7 @@ def test_a_backend_a_model_a_server_a_spark() -> None:
     ("variables", "words"),
     [
         ({"sparkfleet_model": "no-such"}, "spark-1: "),
-        ({"sparkfleet_port": "http"}, "spark-1: sparkfleet_port 'http' is no TCP port"),
+        ({"sparkfleet_port": "http"}, "spark-1: sparkfleet_port 'http' is not a TCP port"),
         ({"sparkfleet_guard_port": 70000}, "sparkfleet_guard_port 70000"),
         ({"sparkfleet_address": "a b"}, "sparkfleet_address 'a b'"),
         ({"sparkfleet_drained": True}, "no Spark is left"),
@@ -77,7 +79,7 @@ def test_a_bad_key_is_told_by_its_place() -> None:
     ("ports", "words"),
     [
         ({"gpt_oss_20b": 8081}, "no Spark serves 'gpt-oss-20b'; there are gpt-oss-120b, llama31-8b-fp8"),
-        ({"gpt_oss_120b": "web"}, "sparkfleet_gateway_ports.gpt-oss-120b: 'web' is no TCP port"),
+        ({"gpt_oss_120b": "web"}, "sparkfleet_gateway_ports.gpt-oss-120b: 'web' is not a TCP port"),
     ],
 )
 def test_a_port_of_a_model_that_will_not_do(ports: dict[str, Any], words: str) -> None:
@@ -100,6 +102,13 @@ def test_the_engines_of_a_model_have_one_key() -> None:
     keyed = {name: {**values, "sparkfleet_engine_key": "k" * 10} for name, values in HOSTS.items()}
     assert plan(keyed)["engine_keys"] == {"llama31-8b-fp8": "k" * 10, "gpt-oss-120b": "k" * 10}
     assert plan(HOSTS)["engine_keys"] == {}
+    keyed["spark-3"]["sparkfleet_engine_key"] = "another-one"
+    # A gateway has one key to send: to the Sparks of a model, and to others that have the same.
+    made = plan(keyed)
+    assert [[item["name"] for item in backend["servers"]] for backend in made["backends"]] == [
+        ["spark-1", "spark-2"],
+        ["spark-3"],
+    ]
     keyed["spark-2"]["sparkfleet_engine_key"] = "s3cret-of-2"
     with pytest.raises(SparkfleetError, match=r"llama31-8b-fp8 \(spark-1, spark-2\)") as error:
         plan(keyed)
@@ -284,7 +293,7 @@ def haproxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Haproxy
 
 
 def change(haproxy: Haproxy, capsys: pytest.CaptureFixture[str], check: bool = False, **more: Any) -> dict[str, Any]:
-    given = {"server": "spark-1", "socket": str(haproxy.server_address), "_ansible_check_mode": check, **more}
+    given = {"servers": ["spark-1"], "socket": str(haproxy.server_address), "_ansible_check_mode": check, **more}
     with patch_module_args(given), pytest.raises(SystemExit):
         haproxy_server.main()
     result: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -309,12 +318,12 @@ def test_drain_in_check_mode_and_with_little_patience(haproxy: Haproxy, capsys: 
 
 
 def test_a_spark_that_the_gateway_does_not_know(haproxy: Haproxy, capsys: pytest.CaptureFixture[str]) -> None:
-    result = change(haproxy, capsys, server="spark-9", state="drain")
+    result = change(haproxy, capsys, servers=["spark-9"], state="drain")
     assert not result["changed"] and result["backends"] == []
 
 
 def test_a_gateway_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
-    with patch_module_args({"server": "s", "state": "ready", "socket": "/nowhere.sock"}), pytest.raises(SystemExit):
+    with patch_module_args({"servers": ["s"], "state": "ready", "socket": "/nowhere.sock"}), pytest.raises(SystemExit):
         haproxy_server.main()
     assert "is the gateway deployed" in json.loads(capsys.readouterr().out)["msg"]
 
@@ -323,7 +332,9 @@ def test_a_gateway_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None
 def window() -> Iterator[Window]:
     """The guard's, on a port that was free."""
     said: list[str] = []
-    watcher: Any = SimpleNamespace(guard=Guard(Settings()), looked_at=time.monotonic(), say=said.append, said=said)
+    watcher: Any = SimpleNamespace(
+        guard=Guard(Settings()), looked_at=time.monotonic(), say=said.append, said=said, model="org/served"
+    )
     with Window(0, watcher, "127.0.0.1") as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
@@ -339,9 +350,15 @@ def get(window: Window, path: str) -> tuple[int, str]:
 
 def test_ready_is_what_the_guard_knows(window: Window) -> None:
     window.watcher.guard.engine = "serving"
-    assert get(window, "/ready") == (200, "serving\n")
+    assert get(window, "/ready") == (200, "serving org/served\n")
+    assert get(window, "/ready?model=org/served") == get(window, "/ready?model=org%2Fserved")
+    assert get(window, "/ready?model=org/served")[0] == 200
+    for query in ("model=org/other", "model=", "model=org/served&model=org/other"):
+        assert get(window, f"/ready?{query}")[0] == 503
+    assert get(window, "/ready?" + "&".join(f"a{n}=1" for n in range(20)))[0] == 400
     window.watcher.guard.engine = "wedged"
     assert get(window, "/ready") == (503, "wedged\n")
+    assert get(window, "/ready?model=org/served") == (503, "wedged\n")
     window.watcher.guard.engine, window.watcher.looked_at = "serving", time.monotonic() - 3600
     assert get(window, "/ready") == (503, "guard-stuck\n")
     assert "sparkfleet_engine_up 1" in get(window, "/metrics")[1]

@@ -24,12 +24,22 @@ class Socket(haproxy_server.Haproxy):
         return f"# pxname,svname,scur,status,\nm,spark-1,0,{self.status},\n" if command.startswith("show") else "\n"
 
 
-def test_only_in_the_backend_of_what_it_serves() -> None:
-    haproxy = Socket("MAINT", 1)
-    elsewhere = haproxy_server.change(haproxy, "spark-1", "ready", 0.0, check=False, backend="another-model")
-    assert not elsewhere["changed"] and elsewhere["backends"] == []
-    assert haproxy_server.change(haproxy, "spark-1", "ready", 0.0, check=False, backend="m")["changed"]
-    assert haproxy.said[-1] == "set server m/spark-1 state ready"
+class Two(Socket):
+    """Two servers in two backends; one of the four is out, one more only seems so."""
+
+    def ask(self, command: str) -> str:
+        self.said.append(command)
+        rows = ["m,a,0,UP,", "m,b,0,MAINT,", "n,a,0,DOWN,", "n,b,0,UP,", "n,c,0,MAINT,"]
+        if command == "show servers state":
+            return f"1\n{STATE}\n3 n 1 a - 0 1 1\n3 n 3 c - 0 1 1\n"
+        return "# pxname,svname,scur,status,\n" + "\n".join(rows) if command.startswith("show") else "\n"
+
+
+def test_several_servers_are_one_call_and_only_what_differs_is_changed() -> None:
+    haproxy = Two("", 0)
+    assert haproxy_server.change(haproxy, ["a", "b"], "ready", 0.0, check=False)["changed"]
+    said = [text for text in haproxy.said if text.startswith("set")]
+    assert said == ["set server m/b state ready", "set server n/a state ready"]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +56,7 @@ def test_only_in_the_backend_of_what_it_serves() -> None:
 )
 def test_what_was_set_by_command_counts(status: str, admin: int, state: str, asked: bool) -> None:
     haproxy = Socket(status, admin)
-    result: dict[str, Any] = haproxy_server.change(haproxy, "spark-1", state, 0.0, check=False)
+    result: dict[str, Any] = haproxy_server.change(haproxy, ["spark-1"], state, 0.0, check=False)
     assert result["changed"] is asked
     # Sessions stick with what HAProxy calls drained.
     word = "maint" if state == "drain" else state

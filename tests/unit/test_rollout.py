@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sparkfleet import SparkfleetError
-from sparkfleet.rollout import agreed, lines, schedule
+from sparkfleet.rollout import agreed, canaries, lines, number, schedule, shared, unfinished
 
 
 def fleet(count: int, model: str = "m", first: int = 1, needed: bool = True) -> list[dict[str, Any]]:
@@ -63,9 +63,34 @@ def test_a_size_that_is_none_is_named(waves: Any) -> None:
         schedule(fleet(4), 1, waves)
 
 
-def test_a_negative_canary() -> None:
-    with pytest.raises(SparkfleetError, match="sparkfleet_rollout_canary is -1"):
-        schedule(fleet(4), -1, 1)
+@pytest.mark.parametrize("value", [-1, "one", True, None, 1.5, "9" * 5000])
+def test_a_number_of_canaries_that_is_none(value: Any) -> None:
+    with pytest.raises(SparkfleetError, match="sparkfleet_rollout_canary is"):
+        canaries(value)
+    assert canaries("2") == 2 and canaries(0) == 0
+
+
+def test_a_wave_begins_when_all_before_it_came_to_their_end() -> None:
+    waves = [["s1"], ["s2", "s3"], ["s4", "s5"]]
+    assert [number(waves, batch) for batch in (["s1"], ["s3"], ["s4", "s5"])] == [1, 2, 3]
+    assert unfinished(waves, 1, set()) == []
+    assert unfinished(waves, 3, {"s1", "s3"}) == ["s2"]
+    assert unfinished(waves, 3, {"s1", "s2", "s3"}) == [] and unfinished(waves, 2, {"s3"}) == ["s1"]
+    with pytest.raises(SparkfleetError, match="s9: in no wave"):
+        number(waves, ["s9"])
+
+
+def test_a_policy_is_one_of_two() -> None:
+    key = "sparkfleet_rollout_on_failure"
+    assert shared({"s1": {}})[key] == "stop"
+    with pytest.raises(SparkfleetError, match=f"{key}: 'go' is neither stop nor continue"):
+        shared({"s1": {key: "go"}})
+
+
+@pytest.mark.parametrize(("count", "share", "size"), [(7, "50%", 3), (7, "25%", 1), (10, "25%", 2), (3, "33%", 1)])
+def test_a_share_is_rounded_down(count: int, share: str, size: int) -> None:
+    """To the smaller risk."""
+    assert len(schedule(fleet(count), 0, share)[0]) == size
 
 
 def test_a_rollout_has_one_policy() -> None:

@@ -106,7 +106,7 @@ END = {"event": "playbook_on_stats", "event_data": {"processed": {"localhost": 1
 
 
 def scheduled(**res: Any) -> dict[str, Any]:
-    data = {"host": "localhost", "task_action": "rollout_schedule", "res": {**WAVES, **res}}
+    data = {"host": "spark-1", "task_action": "rollout_schedule", "res": {**WAVES, **res}}
     return {"event": "runner_on_ok", "event_data": data}
 
 
@@ -374,7 +374,8 @@ def test_an_inventory_that_is_not_there() -> None:
 def test_every_verb_has_its_playbook(verb: str) -> None:
     plays = yaml.safe_load(runner.playbook(verb).read_text(encoding="utf-8"))
     assert plays and all(
-        "ansible.builtin.import_playbook" in play or play["hosts"] in ("sparks", "localhost", "sparkfleet_rollout")
+        "ansible.builtin.import_playbook" in play
+        or play["hosts"] in ("sparks", "sparks:all", "localhost", "sparkfleet_rollout")
         for play in plays
     )
 

@@ -16,6 +16,7 @@ import re
 import sys
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -400,6 +401,7 @@ class Watcher:
         self.looked_at = time.monotonic()
         self._saved = ""
         self._name = ""
+        self.model = ""  # the repository of the current release's model
 
     def look(self) -> Observation:
         """One look at the host."""
@@ -426,7 +428,7 @@ class Watcher:
             plan, port = self.store.plan(release), int(self.store.lock(release)["port"])
         except (ReleaseError, KeyError, ValueError):
             return {"state": "missing"}
-        self._name = str(plan["service"])
+        self._name, self.model = str(plan["service"]), str(plan.get("repo") or "")
         found = engine.look(self.docker, self._name)
         seen = {key: found[key] for key in ("state", "started_at", "restart_count")}
         killed = ", out of memory" if found["oom_killed"] else ""
@@ -551,6 +553,19 @@ class Watcher:
         return action
 
 
+def readiness(query: str, state: str, model: str, fresh: bool) -> tuple[int, str]:
+    """Status and text of GET /ready. 200 while the engine serves; asked `model=REPO`, only while it serves that one,
+    which the text names then. A guard that does not look any more knows nothing."""
+    wanted = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=8).get("model") if query else None
+    if not fresh:
+        return 503, "guard-stuck\n"
+    if state != "serving":
+        return 503, f"{state}\n"
+    if wanted is not None and wanted != [model]:
+        return 503, "another-model\n"
+    return 200, f"serving {model}\n"
+
+
 def drop_page_cache() -> None:
     """Drop it where that is allowed."""
     with contextlib.suppress(OSError):
@@ -581,12 +596,14 @@ class _Look(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         watcher = self.server.watcher
-        if self.path == "/ready":
-            state = watcher.guard.engine
-            # A guard that does not look any more knows nothing.
+        path, _, query = self.path.partition("?")
+        if path == "/ready":
             fresh = time.monotonic() - watcher.looked_at < FRESH_SECONDS
-            self._send(200 if fresh and state == "serving" else 503, (state if fresh else "guard-stuck") + "\n")
-        elif self.path == "/metrics":
+            try:
+                self._send(*readiness(query, watcher.guard.engine, watcher.model, fresh))
+            except ValueError:
+                self._send(400, "one parameter: model\n")
+        elif path == "/metrics":
             self._send(200, metrics(watcher.guard.data(time.time())))
         else:
             self._send(404, "there are /ready and /metrics\n")

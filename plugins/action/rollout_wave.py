@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Action: whether the next wave of a rollout may begin: whether every Spark of the waves before it serves. It contacts
+nobody.
+
+ansible-core counts failed hosts alone for `max_fail_percentage`, never those that cannot be reached, and these skip
+`rescue` and `always` as well. So what is counted is what has come to its end.
+
+- rollout_wave:
+    schedule: "{{ schedule }}"    # what rollout_schedule returned
+  register: wave                  # wave.go, wave.unfinished
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+
+from sparkfleet import rollout
+
+display = Display()
+
+
+class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
+    """Reads from the variables of the hosts which of them were marked as done."""
+
+    TRANSFERS_FILES = False
+    _VALID_ARGS = frozenset(("schedule",))
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return whether to go on, and which Sparks of earlier waves do not serve."""
+        task_vars = task_vars or {}
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        schedule, hostvars = self._task.args["schedule"], task_vars["hostvars"]
+        waves = [[str(name) for name in wave] for wave in schedule["waves"]]
+        number = rollout.number(waves, task_vars["ansible_play_batch"])
+        done = {name for wave in waves for name in wave if "sparkfleet_rollout_done" in hostvars[name]}
+        unfinished = rollout.unfinished(waves, number, done)
+        go = not unfinished or schedule["on_failure"] == "continue"
+        if not go:
+            left = [name for wave in waves[number - 1 :] for name in wave]
+            display.display(
+                f"rollout  stops before wave {number} of {len(waves)}: {rollout.names(unfinished)} did not get there; "
+                f"untouched: {rollout.names(left)}"
+            )
+        return {**result, "changed": False, "go": go, "unfinished": unfinished}

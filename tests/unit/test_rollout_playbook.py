@@ -1,0 +1,220 @@
+"""playbooks/rollout.yml itself, run by ansible-playbook: only what acts on a Spark is put in its place, so that a Spark
+can be lost or fail on command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Takes the place of every action and module that contacts a host; `script` says what becomes of a call.
+STAND_IN = """
+import json, os
+from pathlib import Path
+from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
+from ansible.plugins.action import ActionBase
+
+FOLDER = Path(os.environ["STAND_IN"])
+
+class ActionModule(ActionBase):
+    def run(self, tmp=None, task_vars=None):
+        host, name = task_vars["inventory_hostname"], Path(__file__).stem
+        script = json.loads((FOLDER / "script.json").read_text())
+        gateway = self._task.delegate_to if name == "haproxy_server" else None
+        args = {key: self._task.args[key] for key in ("servers", "state") if key in self._task.args}
+        calls = FOLDER / f"calls.{host}.{name}"
+        before = len(calls.read_text()) if calls.exists() else 0
+        calls.write_text("x" * (before + 1))
+        with open(FOLDER / "log", "a") as file:
+            file.write(json.dumps({"host": host, "name": name, "gateway": gateway, **args}) + "\\n")
+        fate = script["fates"].get(f"{host} {name} {before + 1}", script["fates"].get(f"{host} {name}"))
+        if fate == "unreachable":
+            raise AnsibleConnectionFailure(f"{host}: no route to host")
+        if fate == "failed":
+            raise AnsibleActionFail(f"{host}: {name} failed")
+        done = FOLDER / f"released.{host}"
+        if name == "release_switch" and not self._task.check_mode:
+            done.write_text("")
+        needed = host in script["needed"] and not done.exists()
+        if name == "spark_plan":
+            return {"changed": False, "plan": plan(needed), "state": {}}
+        return {"changed": name == "release_switch", "release": {"number": 2, "model": "m"}}
+
+def plan(needed):
+    deploy = {"needed": needed, "stage": [], "start": ["x"], "stop": [], "wait": [], "release": 2, "mode": "deploy",
+              "recreate": False, "stop_services": []}
+    verify = {"question": "q", "expect": "e", "prompt": "p", "prompt_expect": "e"}
+    return {"model": "m", "repo": "o/m", "compose": {}, "release": {"plan": {}, "lock": {}}, "service": "vllm-m",
+            "prepare": {"needed": False}, "fetch": {"needed": False}, "deploy": deploy, "verify": verify}
+"""
+ACTIONS = (
+    "spark_plan",
+    "release_stage",
+    "release_switch",
+    "stop_services",
+    "vllm_wait",
+    "vllm_verify",
+    "haproxy_server",
+)
+
+
+@dataclasses.dataclass
+class Fleet:
+    """A folder with an inventory of Sparks s1…, and what becomes of calls."""
+
+    folder: Path
+    count: int = 5
+
+    def __post_init__(self) -> None:
+        (self.folder / "actions").mkdir()
+        for name in (*ACTIONS, "gateway_plan"):
+            (self.folder / "actions" / f"{name}.py").write_text(STAND_IN, encoding="utf-8")
+        self.names = [f"s{number}" for number in range(1, self.count + 1)]
+        self.inventory()
+
+    def inventory(self, gateways: tuple[str, ...] = (), **variables: Any) -> None:
+        shared = {"sparkfleet_rollout_waves": [2], "ansible_connection": "local", "ansible_become": False, **variables}
+        groups: dict[str, Any] = {"sparks": {"hosts": dict.fromkeys(self.names), "vars": shared}}
+        if gateways:
+            groups["gateways"] = {"hosts": dict.fromkeys(gateways), "vars": {"ansible_connection": "local"}}
+        (self.folder / "hosts.yml").write_text(json.dumps(groups), encoding="utf-8")
+
+    def run(self, *words: str, needed: list[str] | None = None, **fates: str) -> tuple[int, str]:
+        """Roll out; `fates` are HOST_ACTION[_CALL]="unreachable" or "failed". The exit code and what was printed."""
+        script = {
+            "needed": self.names if needed is None else needed,
+            "fates": {split(key): value for key, value in fates.items()},
+        }
+        (self.folder / "script.json").write_text(json.dumps(script), encoding="utf-8")
+        for path in (*self.folder.glob("calls.*"), *self.folder.glob("log")):
+            path.unlink()
+        environment = {
+            **os.environ,
+            "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+            "ANSIBLE_ACTION_PLUGINS": f"{self.folder / 'actions'}:{ROOT / 'plugins' / 'action'}",
+            "STAND_IN": str(self.folder),
+            "ANSIBLE_FORKS": "5",
+        }
+        argv = ["ansible-playbook", "playbooks/rollout.yml", "-i", str(self.folder / "hosts.yml"), *words]
+        argv[0] = str(Path(sys.executable).with_name(argv[0]))
+        done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    def log(self, name: str) -> list[dict[str, Any]]:
+        lines = (self.folder / "log").read_text(encoding="utf-8").splitlines()
+        return [entry for line in lines if (entry := json.loads(line))["name"] == name]
+
+    def released(self) -> list[str]:
+        return sorted({path.name.partition(".")[2] for path in self.folder.glob("released.*")})
+
+
+def split(key: str) -> str:
+    """HOST_ACTION_CALL as "HOST ACTION CALL"."""
+    host, _, rest = key.partition("_")
+    action, _, call = rest.rpartition("_")
+    return f"{host} {action} {call}" if call.isdigit() else f"{host} {rest}"
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Fleet:
+    return Fleet(tmp_path)
+
+
+def test_in_waves_to_the_end_and_nothing_the_second_time(fleet: Fleet) -> None:
+    code, said = fleet.run()
+    assert code == 0, said
+    assert fleet.released() == fleet.names
+    assert "wave 3 of 3: s4, s5" in said
+    code, said = fleet.run()
+    assert code == 0 and "has it already: s1, s2, s3, s4, s5" in said, said
+    assert "changed=1" not in said
+
+
+@pytest.mark.parametrize("action", ["spark_plan_2", "vllm_verify"])
+def test_a_spark_that_is_lost_in_the_second_wave_ends_the_rollout_and_the_next_run_resumes_it(
+    fleet: Fleet, action: str
+) -> None:
+    """At the beginning of its turn, or after it was switched."""
+    code, said = fleet.run(**{f"s2_{action}": "unreachable"})
+    assert code == 4, said
+    touched = {entry["host"] for name in ACTIONS[1:-1] for entry in fleet.log(name)}
+    assert touched <= {"s1", "s2", "s3"}
+    assert {"s1", "s3"} <= set(fleet.released()) and not {"s4", "s5"} & set(fleet.released())
+    assert "rollout  stops before wave 3 of 3: s2 did not get there; untouched: s4, s5" in said
+    code, said = fleet.run()
+    assert code == 0 and fleet.released() == fleet.names, said
+
+
+def test_a_spark_that_fails_lets_its_wave_end_and_nothing_after_it_begin(fleet: Fleet) -> None:
+    fleet.inventory(gateways=("g1",))
+    code, said = fleet.run(s2_vllm_verify="failed")
+    assert code == 2, said
+    assert not {"s4", "s5"} & {entry["host"] for entry in fleet.log("release_switch")}
+    # The other Spark of the wave is verified and put back, although its neighbour failed first.
+    assert {entry["host"] for entry in fleet.log("vllm_verify")} == {"s1", "s2", "s3"}
+    back = [entry["servers"] for entry in fleet.log("haproxy_server") if entry["state"] == "ready"]
+    assert sorted(back) == [["s1"], ["s2"], ["s3"]]
+    assert fleet.log("gateway_plan") == []
+
+
+def test_a_canary_that_is_lost(fleet: Fleet) -> None:
+    code, said = fleet.run(s1_release_switch="unreachable")
+    assert code != 0 and fleet.released() == [], said
+    assert {entry["host"] for entry in fleet.log("release_switch")} == {"s1"}
+
+
+@pytest.mark.parametrize(
+    ("fates", "missing"),
+    [
+        ({"s1_spark_plan_2": "unreachable"}, "s1"),  # a whole wave
+        ({"s2_vllm_verify": "failed"}, "s2"),
+    ],
+)
+def test_going_on_all_the_same_ends_with_an_error(fleet: Fleet, fates: dict[str, str], missing: str) -> None:
+    fleet.inventory(sparkfleet_rollout_on_failure="continue")
+    code, said = fleet.run(**fates)
+    assert code != 0 and f"{missing} was not rolled out: see above" in said, said
+    assert {*fleet.released(), missing} == set(fleet.names)
+
+
+def test_going_on_all_the_same_puts_back_and_deploys_the_gateways(fleet: Fleet) -> None:
+    fleet.inventory(gateways=("g1",), sparkfleet_rollout_on_failure="continue")
+    fleet.run(s1_release_switch="failed", s4_spark_plan_2="unreachable")
+    states = [(entry["servers"], entry["state"]) for entry in fleet.log("haproxy_server")]
+    out = [servers for servers, state in states if state == "drain"]
+    assert sorted(out) == [["s1"], ["s2"], ["s3"], ["s5"]] and all((servers, "ready") in states for servers in out)
+    assert [entry["host"] for entry in fleet.log("gateway_plan")] == ["g1"]
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("!s3", ["s1", "s2", "s4", "s5"]), ("sparks:&s4", ["s4"])])
+def test_a_limit_is_rolled_out(fleet: Fleet, limit: str, expected: list[str]) -> None:
+    code, said = fleet.run("--limit", limit)
+    assert code == 0 and fleet.released() == expected, said
+
+
+def test_a_limit_without_sparks_is_refused(fleet: Fleet) -> None:
+    fleet.inventory(gateways=("g1",))
+    code, said = fleet.run("--limit", "g1")
+    assert code != 0 and "--limit g1 leaves no host of the group sparks" in said, said
+
+
+def test_one_call_a_gateway_puts_back_what_has_the_release_already(fleet: Fleet) -> None:
+    fleet.inventory(gateways=("g1", "g2"), sparkfleet_drained=False)
+    fleet.run(needed=[])
+    calls = fleet.log("haproxy_server")
+    assert [(call["gateway"], call["servers"], call["state"]) for call in calls] == [
+        ("g1", fleet.names, "ready"),
+        ("g2", fleet.names, "ready"),
+    ]
+
+
+def test_check_mode_releases_nothing(fleet: Fleet) -> None:
+    code, said = fleet.run("--check")
+    assert code == 0 and fleet.released() == [], said
