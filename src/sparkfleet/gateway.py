@@ -6,6 +6,7 @@ import contextlib
 import ipaddress
 import json
 import re
+import urllib.parse
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ def is_address(text: str) -> bool:
 def plan(
     hosts: Mapping[str, Mapping[str, Any]], ports: Mapping[str, Any] | None = None, models: Sequence[Any] = ()
 ) -> dict[str, Any]:
-    """Backends of what `settings` gives: [{name, model, repo, ports, servers: [{name, address, port, check_port}]}],
+    """Backends of what `settings` gives: [{name, model, repo, ports, servers: [{name, address, port, check_port, check}]}],
     the JSON document of GET /v1/models, the engines' keys by backend, and the names that were left out.
 
     A Spark is a server of the backend of each model whose engines have its key: which of them it serves at the moment,
@@ -76,7 +77,9 @@ def plan(
             engine_keys[_word(card.name)] = key
         backends[card.name] = {
             **{"name": _word(card.name), "model": card.name, "repo": card.repo, "ports": []},
-            "servers": [servers[host] for host in left if keys[host] == key],
+            "servers": [
+                {**servers[host], "check": _check(servers[host], card.repo)} for host in left if keys[host] == key
+            ],
         }
     _distinct(backends)
     known = {card.name for card in cards.values()} | set(backends)
@@ -111,6 +114,11 @@ def _server(host: str, values: Mapping[str, Any]) -> dict[str, Any]:
         "port": port_number(f"{host}: sparkfleet_port", values["port"]),
         "check_port": port_number(f"{host}: sparkfleet_guard_port", values["guard_port"]) if guarded else 0,
     }
+
+
+def _check(server: Mapping[str, Any], repo: str) -> str:
+    """What a health check asks for: the guard whether the model is served, or the engine which models it has."""
+    return f"/ready?model={urllib.parse.quote(repo, safe='/')}" if server["check_port"] else "/v1/models"
 
 
 def _one_name(hosts: Collection[str]) -> None:
