@@ -56,3 +56,11 @@ setup() {
     # A later setup without extras must not undo one with them.
     printf '%s \n%s %s\n' "$wanted" "$wanted" "$extras" >"$stamp"
 }
+
+# haproxy_ensure: the tests of the gateway run HAProxy itself; no service is started.
+haproxy_ensure() {
+    if PATH="$PATH:/usr/sbin" command -v haproxy >/dev/null; then return; fi
+    [[ $(id -u) == 0 ]] || die "the tests run HAProxy: apt-get install --no-install-recommends haproxy"
+    during "Installing HAProxy for the tests" env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
+        sh -c 'apt-get update -qq && apt-get install -y --no-install-recommends haproxy'
+}

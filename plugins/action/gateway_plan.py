@@ -5,12 +5,14 @@
     keys: "{{ sparkfleet_gateway_keys }}"
     address: "{{ sparkfleet_gateway_address }}"
     models: "{{ sparkfleet_gateway_ports }}"                                      # {model: port}
+    further: "{{ sparkfleet_gateway_models }}"         # models that have a place though no Spark is to serve them
     ports: {sparkfleet_gateway_port: "{{ sparkfleet_gateway_port }}"}             # that must differ
   register: gateway       # gateway.backends, gateway.models, gateway.engine_keys, gateway.gateways
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ansible.errors import AnsibleActionFail
@@ -22,11 +24,21 @@ from sparkfleet import SparkfleetError, gateway
 display = Display()
 
 
+def unfinished(names: Sequence[str], known: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Models of Sparks that a rollout of this run did not bring to their end: they serve what they served before."""
+    found = []
+    for name in names:
+        if "sparkfleet_rollout_done" not in known[name]:
+            releases = (known[name].get("sparkfleet_look") or {}).get("state", {}).get("releases") or {}
+            found.append(str(releases.get("locks", {}).get(str(releases.get("current")), {}).get("model") or ""))
+    return list(dict.fromkeys(filter(None, found)))
+
+
 class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
     """Reads the variables of the groups sparks and gateways."""
 
     TRANSFERS_FILES = False
-    _VALID_ARGS = frozenset(("keys", "address", "models", "ports"))
+    _VALID_ARGS = frozenset(("keys", "address", "models", "further", "ports"))
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the plan; raise one error that names a bad value."""
@@ -45,7 +57,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             )
             if arguments.get("address"):
                 gateway.floating(str(arguments["address"]))
-            made = gateway.plan(gateway.settings({name: known[name] for name in groups.get("sparks", ())}), models)
+            sparks = gateway.settings({name: known[name] for name in groups.get("sparks", ())})
+            further = [*(arguments.get("further") or []), *unfinished(groups.get("sparkfleet_rollout", ()), known)]
+            made = gateway.plan(sparks, models, further)
             gateways = [
                 {"name": name, "address": gateway.address(name, known[name])} for name in groups.get("gateways", ())
             ]
@@ -59,5 +73,6 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         made["gateways"] = gateways
         own = (item["address"] for item in gateways if item["name"] == host)
         made["certificate_names"] = gateway.names(host, "localhost", *own, str(arguments.get("address") or ""))
+        made["certificate_shown"] = gateway.shown(made["certificate_names"])
         # The engines' keys are among it.
         return {**result, **made, "changed": False, "_ansible_no_log": True}

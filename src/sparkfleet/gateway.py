@@ -14,8 +14,8 @@ from sparkfleet_host.bounded import HOST, printable
 
 from sparkfleet import SparkfleetError, catalog, target
 
-#: HAProxy takes a line that begins with # for a comment.
-KEY = re.compile(r"(?!#)[!-~]{8,256}")
+#: HAProxy takes a line that begins with # for a comment, and a comma for the end of a header's value.
+KEY = re.compile(r"(?!#)[!-+\-.-~]{8,256}")
 #: Variables of a Spark that a gateway reads.
 VARIABLES = ("model", "port", "guard", "guard_port", "address", "drained", "engine_key")
 
@@ -51,11 +51,13 @@ def is_address(text: str) -> bool:
 def plan(
     hosts: Mapping[str, Mapping[str, Any]], ports: Mapping[str, Any] | None = None, models: Sequence[Any] = ()
 ) -> dict[str, Any]:
-    """Backends of what `settings` gives: [{name, model, repo, ports, servers: [{name, address, port, check_port, check}]}],
-    the JSON document of GET /v1/models, the engines' keys by backend, and the names that were left out.
+    """Backends of what `settings` gives: [{name, model, repo, ports, servers: [{name, address, literal, port, check_port,
+    check, meant}]}], the JSON document of GET /v1/models, the engines' keys by backend, the Sparks that were left out,
+    and whether there are servers by name.
 
-    A Spark is a server of the backend of each model whose engines have its key: which of them it serves at the moment,
-    its guard says. `ports` are further ones, {model: port}; `models` have a backend although no Spark is to serve them.
+    A Spark is a server of the backend of each model whose engines have its key: which of them it serves at the
+    moment, its guard says; which is `meant`, the inventory. `ports` are further ones, {model: port}; `models` have a
+    backend although no Spark is to serve them.
     Raises SparkfleetError naming host and value."""
     cards = {host: _card(host, values["model"]) for host, values in hosts.items()}
     drained = [host for host, values in hosts.items() if truth(values["drained"])]
@@ -78,7 +80,9 @@ def plan(
         backends[card.name] = {
             **{"name": _word(card.name), "model": card.name, "repo": card.repo, "ports": []},
             "servers": [
-                {**servers[host], "check": _check(servers[host], card.repo)} for host in left if keys[host] == key
+                {**servers[host], "check": _check(servers[host], card.repo), "meant": host in meant}
+                for host in left
+                if keys[host] == key
             ],
         }
     _distinct(backends)
@@ -96,6 +100,7 @@ def plan(
         "models": json.dumps({"object": "list", "data": listed}),
         "engine_keys": engine_keys,
         "drained": drained,
+        "names": not all(server["literal"] for server in servers.values()),
     }
 
 
@@ -111,6 +116,7 @@ def _server(host: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": _word(host),
         "address": values["address"],
+        "literal": is_address(values["address"]),
         "port": port_number(f"{host}: sparkfleet_port", values["port"]),
         "check_port": port_number(f"{host}: sparkfleet_guard_port", values["guard_port"]) if guarded else 0,
     }
@@ -183,6 +189,19 @@ def names(*addresses: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def shown(wanted: Sequence[str]) -> list[str]:
+    """`names` as `openssl x509 -ext subjectAltName` prints them."""
+    found = []
+    for item in wanted:
+        kind, _, value = item.partition(":")
+        if kind == "IP":
+            address = ipaddress.ip_address(value)
+            groups = address.exploded.split(":")
+            value = str(address) if address.version == 4 else ":".join(f"{int(group, 16):X}" for group in groups)
+        found.append(f"{'IP Address' if kind == 'IP' else kind}:{value}")
+    return found
+
+
 def truth(value: Any) -> bool:
     """A truth value as inventories write it."""
     return str(value).lower() in ("true", "yes", "on", "1")
@@ -206,7 +225,7 @@ def check_key(name: str, key: Any) -> str:
         return ""
     if not isinstance(key, str) or not KEY.fullmatch(key):
         raise SparkfleetError(
-            f"{name} has blanks, other than 8 to 256 characters, or begins with #; `openssl rand -hex 24` makes one"
+            f"{name} has blanks or commas, not 8 to 256 characters, or begins with #; `openssl rand -hex 24` makes one"
         )
     return key
 

@@ -126,16 +126,21 @@ def rendered(made: dict[str, Any], folder: Path, template: str = "haproxy.cfg.j2
         **more,
     }
     files = {}
+    lookup = "{{{{ lookup('template', '{}') }}}}"
     for task in loader.load_from_file(str(ROLE / "tasks" / "main.yml"), trusted_as_template=True):
         for action, key in (("secret_file", "path"), ("ansible.builtin.copy", "dest")):
             if action in task:
                 for item in made["backends"] if "loop" in task else [None]:
                     templar = Templar(loader, variables={**values, "item": item})
                     files[templar.template(task[action][key])] = templar.template(task[action]["content"])
+        if (written := task.get("ansible.builtin.template", {})).get("src", "haproxy.cfg.j2") != "haproxy.cfg.j2":
+            source = trust_as_template(lookup.format(ROLE / "templates" / written["src"]))
+            templar = Templar(loader, variables=values)
+            files[templar.template(written["dest"])] = templar.template(source)
     folder.mkdir(parents=True, exist_ok=True)
     for path, content in files.items():
         Path(path).write_text(str(content or ""), encoding="utf-8")
-    source = trust_as_template(f"{{{{ lookup('template', '{ROLE / 'templates' / template}') }}}}")
+    source = trust_as_template(lookup.format(ROLE / "templates" / template))
     return str(Templar(loader, variables=values).template(source))
 
 
@@ -233,7 +238,7 @@ def running(folder: Path, hosts: dict[str, dict[str, Any]], **more: Any) -> Iter
     error = checked(rendered(made, folder, **given), folder)
     assert not error, error
     assert PROGRAM
-    with open(folder / "haproxy.log", "wb") as log:
+    with (folder / "haproxy.log").open("wb") as log:
         process = subprocess.Popen([PROGRAM, "-f", str(folder / "haproxy.cfg"), "-db"], stdout=log, stderr=log)
     try:
         end = time.monotonic() + 10

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socketserver
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,16 +17,15 @@ from typing import Any
 
 import gateway_network
 import haproxy_server
-import jinja2
 import pytest
-import yaml
+from ansible.errors import AnsibleActionFail
 from ansible.module_utils.sparkfleet_host import network
 from ansible.module_utils.sparkfleet_host.guard import Guard, Settings, Window, open_window
 from ansible.module_utils.testing import patch_module_args
-from ansible.parsing.dataloader import DataLoader
-from ansible.template import Templar
 
 from sparkfleet import SparkfleetError, gateway
+from tests.unit.haproxy import rendered
+from tests.unit.test_fleet_actions import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTS: dict[str, dict[str, Any]] = {
@@ -43,12 +45,17 @@ def test_a_backend_a_model_a_server_a_spark() -> None:
     llama, oss = made["backends"]
     assert llama["repo"] == "nvidia/Llama-3.1-8B-Instruct-FP8"
     # Which of its models a Spark serves at the moment, its guard says.
-    assert llama["servers"] == [
-        {"name": "spark-1", "address": "192.0.2.11", "port": 8000, "check_port": 9109},
-        {"name": "spark-2", "address": "spark-2.lan", "port": 8001, "check_port": 9109},
-        {"name": "spark-3", "address": "spark-3", "port": 8000, "check_port": 0},
+    ready, asked = f"/ready?model={llama['repo']}", "/v1/models"
+    assert [tuple(item.values()) for item in llama["servers"]] == [
+        ("spark-1", "192.0.2.11", True, 8000, 9109, ready, True),
+        ("spark-2", "spark-2.lan", False, 8001, 9109, ready, True),
+        ("spark-3", "spark-3", False, 8000, 0, asked, False),
     ]
-    assert oss["servers"] == llama["servers"]
+    assert [(item["name"], item["meant"]) for item in oss["servers"]] == [
+        ("spark-1", False),
+        ("spark-2", False),
+        ("spark-3", True),
+    ]
     assert made["drained"] == ["spark-4"]
     assert [item["id"] for item in json.loads(made["models"])["data"]] == [llama["repo"], oss["repo"]]
 
@@ -118,6 +125,108 @@ def test_the_engines_of_a_model_have_one_key() -> None:
         plan(keyed)
 
 
+def test_a_certificate_shows_its_names_as_openssl_prints_them(tmp_path: Path) -> None:
+    wanted = gateway.names("gateway-1", "localhost", "192.0.2.5", "192.0.2.4/24", "fd00::4")
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=g", "-keyout", "/dev/null"]
+    words += ["-addext", f"subjectAltName={','.join(wanted)}", "-out", str(tmp_path / "pem")]
+    subprocess.run(words, check=True, capture_output=True)
+    show = ["openssl", "x509", "-noout", "-ext", "subjectAltName", "-in", str(tmp_path / "pem")]
+    said = subprocess.run(show, check=True, capture_output=True, text=True).stdout
+    assert said.splitlines()[1].strip().split(", ") == gateway.shown(wanted)
+
+
+PLAY = """
+- hosts: localhost
+  gather_facts: false
+  tasks: [{ansible.builtin.include_tasks: %s}]
+  handlers: [{name: Reload HAProxy, ansible.builtin.debug: {msg: reloaded}}]
+"""
+
+
+def certified(folder: Path, *addresses: str) -> str:
+    """Play the tasks of the certificate for these addresses; what Ansible sums up."""
+    wanted = gateway.names("gateway-1", *addresses)
+    variables = {
+        **{"gateway_folder": str(folder), "gateway_certificate": "self-signed", "gateway_certificate_names": wanted},
+        **{"gateway_certificate_shown": gateway.shown(wanted), "ansible_python_interpreter": sys.executable},
+    }
+    (folder / "play.yml").write_text(PLAY % (ROOT / "roles/gateway/tasks/certificate.yml"), encoding="utf-8")
+    program = str(Path(sys.executable).with_name("ansible-playbook"))
+    argv = [program, "-i", "localhost,", "-c", "local", "-e", json.dumps(variables), str(folder / "play.yml")]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_certificate_is_made_again_when_it_names_something_else_or_ends(tmp_path: Path) -> None:
+    assert "reloaded" in certified(tmp_path, "192.0.2.5", "fd00::4")
+    first = (tmp_path / "gateway.pem").read_text(encoding="utf-8")
+    assert "changed=0" in certified(tmp_path, "192.0.2.5", "fd00::4")
+    assert "reloaded" in certified(tmp_path, "192.0.2.5", "fd00::4", "192.0.2.4/24")  # a floating address, added later
+    second = (tmp_path / "gateway.pem").read_text(encoding="utf-8")
+    assert first != second
+    words = ["openssl", "req", "-x509", "-key", str(tmp_path / "gateway.pem.key"), "-subj", "/CN=g", "-days", "20"]
+    names = gateway.names("gateway-1", "192.0.2.5")
+    words += ["-addext", f"subjectAltName={','.join(names)}", "-out", str(tmp_path / "gateway.pem")]
+    subprocess.run(words, check=True, capture_output=True)
+    assert "reloaded" in certified(tmp_path, "192.0.2.5")
+
+
+def inventory() -> dict[str, Any]:
+    hostvars = {name: dict(values) for name, values in HOSTS.items()}
+    hostvars["gateway-1"] = {"ansible_host": "192.0.2.5"}
+    groups = {"sparks": list(HOSTS), "gateways": ["gateway-1"]}
+    return {"hostvars": hostvars, "groups": groups, "inventory_hostname": "gateway-1"}
+
+
+def test_the_plan_of_a_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(monkeypatch, "gateway_plan")
+    given = {"keys": ["a-key-of-a-client"], "ports": {"sparkfleet_gateway_port": 8080}}
+    made = stage.run(inventory(), address="192.0.2.4", **given)
+    assert made["_ansible_no_log"] is True and made["changed"] is False
+    assert made["gateways"] == [{"name": "gateway-1", "address": "192.0.2.5"}]
+    assert made["certificate_names"] == ["DNS:gateway-1", "DNS:localhost", "IP:192.0.2.5", "IP:192.0.2.4"]
+    assert made["certificate_shown"][2] == "IP Address:192.0.2.5" and made["names"] is True
+    assert "gateway-1  drained, left out: spark-4" in stage.printed
+
+
+def test_models_of_a_rollout_that_did_not_come_to_its_end_keep_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = inventory()
+    run["groups"]["sparkfleet_rollout"] = ["spark-1", "spark-2"]
+    locks = {"3": {"model": "qwen3-8b-fp8"}, "4": {"model": "gpt-oss-20b"}}
+    look = {"state": {"releases": {"current": 3, "locks": locks}}}
+    run["hostvars"]["spark-1"]["sparkfleet_look"] = look
+    run["hostvars"]["spark-2"].update(sparkfleet_look=look, sparkfleet_rollout_done=True)
+    made = Stage(monkeypatch, "gateway_plan").run(run)
+    assert [item["model"] for item in made["backends"]] == ["llama31-8b-fp8", "gpt-oss-120b", "qwen3-8b-fp8"]
+    run["hostvars"]["spark-1"]["sparkfleet_rollout_done"] = True
+    assert len(Stage(monkeypatch, "gateway_plan").run(run)["backends"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"keys": ["#comment-of-haproxy"]}, "sparkfleet_gateway_keys: entry 1"),
+        ({"keys": ["one,two,three"]}, "sparkfleet_gateway_keys: entry 1"),
+        ({"address": "fd00::4"}, "sparkfleet_gateway_address"),
+        ({"models": {"gpt-oss-20b": 8081}}, "no Spark serves 'gpt-oss-20b'"),
+        ({"further": ["no-such"]}, "sparkfleet_gateway_models: "),
+        ({"ports": {"a": 8080}, "models": {"gpt-oss-120b": 8080}}, "is the port of a already"),
+        ({"ports": {"sparkfleet_gateway_port": 0}}, "sparkfleet_gateway_port: 0 is not a TCP port"),
+    ],
+)
+def test_the_plan_of_a_gateway_that_will_not_do(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(AnsibleActionFail, match=re.escape(words)):
+        Stage(monkeypatch, "gateway_plan").run(inventory(), **given)
+
+
+def test_two_sparks_that_haproxy_could_not_tell_apart() -> None:
+    with pytest.raises(SparkfleetError, match=r"spark\+1 and spark@1 are both called spark_1"):
+        plan({"spark@1": {"ansible_host": "192.0.2.1"}, "spark+1": {"ansible_host": "192.0.2.2"}})
+
+
 def test_a_floating_address_is_one() -> None:
     assert gateway.floating("192.0.2.4/24") == "192.0.2.4/24"
     for wrong in ("gateway.lan", "fd00::4", "192.0.2.4/40"):
@@ -181,76 +290,14 @@ def test_addresses_of_this_very_host() -> None:
     assert network.towards("127.0.0.1") == "127.0.0.1"
 
 
-def render(made: dict[str, Any], template: str = "haproxy.cfg.j2", **more: Any) -> str:
-    folder = ROOT / "roles" / "gateway"
-    values = yaml.safe_load((folder / "defaults" / "main.yml").read_text(encoding="utf-8"))
-    values |= {
-        "inventory_hostname": "gateway-1",
-        "ansible_managed": "",
-        "gateway_engine_keys": made["engine_keys"],
-        **more,
-    }
-    options = {"trim_blocks": True, "keep_trailing_newline": True, "undefined": jinja2.StrictUndefined}
-    environment = jinja2.Environment(**options)  # noqa: S701 - no HTML
-    text = environment.from_string((folder / "templates" / template).read_text(encoding="utf-8"))
-    return text.render(**values, gateway_backends=made["backends"], gateway_models=made["models"])
-
-
-def test_one_model_takes_everything() -> None:
-    text = render(plan({"spark-1": {"ansible_host": "192.0.2.11"}}))
-    assert "default_backend llama31-8b-fp8" in text and "json_query" not in text
-    assert "server spark-1 192.0.2.11:8000 check port 9109" in text and "uri /ready" in text
-    assert "retry-on conn-failure empty-response 503" in text and "option srvtcpka" in text
-    assert "on-marked-down" not in text and "option http-buffer-request" in text and "tune.bufsize" in text
-    assert "401" not in text and "ssl" not in text and "peers" not in text and "engine_keys" not in text
-
-
-def test_several_models_are_told_apart() -> None:
-    text = render(plan(HOSTS), gateway_keys=["k" * 10], gateway_certificate="self-signed")
-    assert "acl path_gpt-oss-120b path_beg /gpt-oss-120b/" in text
-    assert "str(gpt-oss-120b) if { var(txn.model) -m str openai/gpt-oss-120b }" in text
-    assert "http_auth_bearer -m str -f /etc/haproxy/sparkfleet/keys" in text and "kkkk" not in text
-    assert "ssl crt /etc/haproxy/sparkfleet/gateway.pem" in text
-    assert "http-check expect string openai/gpt-oss-120b" in text  # no guard there
-
-
-def test_a_model_by_its_port() -> None:
-    text = render(plan(HOSTS, gpt_oss_120b=8081), gateway_certificate="self-signed")
-    assert "bind :8081 ssl crt" in text
-    assert "http-request set-var(txn.backend) str(gpt-oss-120b) if { dst_port 8081 }" in text
-
-
-def test_the_engine_s_key_takes_the_place_of_the_client_s() -> None:
-    keyed = {name: {**values, "sparkfleet_engine_key": "k" * 10} for name, values in HOSTS.items()}
-    text = render(plan(keyed))
-    read = '"%[str(gpt-oss-120b),map(/etc/haproxy/sparkfleet/engine_keys)]"'
-    assert f"http-request set-header Authorization {read}" in text
-    assert f"http-check send meth GET uri /v1/models hdr Authorization {read}" in text  # no guard there
-    assert "kkkk" not in text
-
-
-def test_the_engines_keys_are_lines_of_a_map() -> None:
-    """As Ansible makes them of the task."""
-    loader = DataLoader()
-    tasks = loader.load_from_file(str(ROOT / "roles/gateway/tasks/main.yml"), trusted_as_template=True)
-    content = next(task for task in tasks if task["name"] == "Write the keys of engines")["secret_file"]["content"]
-    made = Templar(loader, variables={"gateway_engine_keys": {"a": "k1", "b": "k2"}}).template(content)
-    assert made.split("\n") == ["a Bearer k1", "b Bearer k2", ""]
-
-
-def test_gateways_tell_each_other_where_a_session_is() -> None:
-    text = render(plan(HOSTS), gateway_peers=GATEWAYS)
-    assert "localpeer gateway-1" in text and "    peer gateway-2 192.0.2.6:8405\n" in text
-    assert text.count("expire 1h peers gateways") == 2
-
-
-def test_a_floating_address_goes_from_one_gateway_to_the_next() -> None:
+def test_a_floating_address_goes_from_one_gateway_to_the_next(tmp_path: Path) -> None:
     given = {"gateway_address": "192.0.2.4/24", "gateway_interface": "eth0", "gateway_own": "192.0.2.5"}
-    text = render(plan(HOSTS), "keepalived.conf.j2", gateway_peers=GATEWAYS, **given)
+    text = rendered(plan(HOSTS), tmp_path, "keepalived.conf.j2", gateway_peers=GATEWAYS, **given)
     assert "nopreempt" in text and "priority 200" in text and "192.0.2.4/24 dev eth0" in text
     peers = text.partition("unicast_peer {")[2].partition("}")[0].split()
     assert peers == ["192.0.2.6"]
-    second = render(plan(HOSTS), "keepalived.conf.j2", gateway_peers=GATEWAYS, inventory_hostname="gateway-2", **given)
+    given["inventory_hostname"] = "gateway-2"
+    second = rendered(plan(HOSTS), tmp_path, "keepalived.conf.j2", gateway_peers=GATEWAYS, **given)
     assert "priority 199" in second
 
 

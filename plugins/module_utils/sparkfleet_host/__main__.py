@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-VERBS = ("switch", "guard", "share", "integrity")
+VERBS = ("switch", "guard", "names", "share", "integrity")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
