@@ -51,9 +51,9 @@ def is_address(text: str) -> bool:
 def plan(
     hosts: Mapping[str, Mapping[str, Any]], ports: Mapping[str, Any] | None = None, models: Sequence[Any] = ()
 ) -> dict[str, Any]:
-    """Backends of what `settings` gives: [{name, model, repo, ports, servers: [{name, address, literal, port, check_port,
-    check, meant}]}], the JSON document of GET /v1/models, the engines' keys by backend, the Sparks that were left out,
-    and whether there are servers by name.
+    """Backends of what `settings` gives: [{name, model, repo, ports, servers: [{name, address, literal, port,
+    check_port, check, meant}]}], the JSON document of GET /v1/models, the engines' keys by backend, the Sparks that
+    were left out, and whether there are servers by name.
 
     A Spark is a server of the backend of each model whose engines have its key: which of them it serves at the
     moment, its guard says; which is `meant`, the inventory. `ports` are further ones, {model: port}; `models` have a
