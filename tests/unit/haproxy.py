@@ -218,7 +218,7 @@ class Gateway:
 
     def until(self, **states: str) -> None:
         """Wait until servers, BACKEND/SERVER with / and - as _, are in a state. Raises AssertionError."""
-        end = time.monotonic() + 10
+        end = time.monotonic() + 30
         while time.monotonic() < end:
             now = {key.replace("/", "_").replace("-", "_"): value for key, value in self.states().items()}
             if all(now.get(key, "").startswith(value) for key, value in states.items()):
@@ -241,7 +241,7 @@ def running(folder: Path, hosts: dict[str, dict[str, Any]], **more: Any) -> Iter
     with (folder / "haproxy.log").open("wb") as log:
         process = subprocess.Popen([PROGRAM, "-f", str(folder / "haproxy.cfg"), "-db"], stdout=log, stderr=log)
     try:
-        end = time.monotonic() + 10
+        end = time.monotonic() + 30
         while not (folder / "admin.sock").exists() or not open_port(port):
             assert process.poll() is None and time.monotonic() < end, (folder / "haproxy.log").read_text()
             time.sleep(0.02)
