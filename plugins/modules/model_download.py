@@ -13,7 +13,9 @@ description:
     while the image of the engine is still being pulled.
   - Downloads are resumed, also after the process or the host died. Every file is checked against the size and the
     checksum the Hub names; a manifest under CACHE_DIR/.sparkfleet is written last and marks the model complete.
-  - A model that is complete is left alone without asking the Hub. A branch or tag is resolved on its first download.
+  - A model that is complete is left alone without asking the Hub. One that is marked suspect (a check of its hashes, or
+    an answer that made no sense) is hashed first; what is damaged is fetched again, at the commit that is there. A
+    branch or tag is resolved on its first download.
   - Only one download runs at a time. A second job for the same model returns at once with attached=true; watch the
     status file (M(fetch_wait)) for its end.
 options:
@@ -51,6 +53,10 @@ options:
     description: Whether the Hub may be asked at all; with V(false) the other Spark must have the model.
     type: bool
     default: true
+  check_hashes:
+    description: Hash every file of a model that is complete, and fetch again those that are damaged.
+    type: bool
+    default: false
   allow:
     description: Only files that match one of these patterns.
     type: list
@@ -59,8 +65,8 @@ options:
   ignore:
     description:
       - No files that match one of these patterns.
-      - By default C(*.pth), C(original/*), C(metal/*), C(*.gguf) and C(consolidated*) where the repository has
-        safetensors.
+      - By default, where the repository has safetensors, other copies of the weights such as C(*.bin), C(*.pt),
+        C(*.pth), C(*.h5), C(*.msgpack), C(*.onnx), C(*.gguf), C(original/*) and C(consolidated*).
     type: list
     elements: str
   memory:
@@ -144,10 +150,12 @@ failure:
   type: str
 """
 
+import contextlib
 import io
 import json
 import os
 import signal
+import stat
 import sys
 import tarfile
 import time
@@ -156,8 +164,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host.cache import model_state, repo_folder, valid_repo, valid_revision
+from ansible.module_utils.sparkfleet_host.cache import (
+    clear_suspicion,
+    mark_suspect,
+    model_state,
+    repo_folder,
+    valid_repo,
+    valid_revision,
+)
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError
+from ansible.module_utils.sparkfleet_host.integrity import verify_model
 from ansible.module_utils.sparkfleet_host.job import Job, JobError
 
 IMAGE = "sparkfleet/host-python:1"
@@ -335,6 +351,29 @@ def fetch(docker: Docker, params: dict[str, Any], job: Job) -> dict[str, Any]:
     return {**run_client(docker, params, job), "peer_failed": reason}
 
 
+def hashed(params: dict[str, Any], state: dict[str, Any], job: Job) -> dict[str, Any]:
+    """The state, once every file of a suspect model (or of any, where that is asked for) was hashed: a sound one is
+    complete, a damaged one is marked, and is fetched."""
+    commit, where = state["commit"], (params["cache_dir"], params["repo"])
+    if not commit or state["missing"] or not (state["suspect"] or (params["check_hashes"] and state["complete"])):
+        return state
+    done = 0
+
+    def tick(size: int) -> None:
+        nonlocal done
+        done += size
+        job.update("checking", done, state["total_bytes"])
+
+    found = verify_model(*where, commit, share=1.0, tick=tick)
+    wrong = [*found["damaged"], *found["missing"]]
+    if not wrong and not found["error"]:
+        clear_suspicion(*where, commit)
+        return {**state, "complete": True, "suspect": ""}
+    reason = f"damaged: {', '.join(wrong[:3])}" if wrong else str(found["error"])
+    mark_suspect(*where, commit, reason, wrong)
+    return {**state, "complete": False, "suspect": reason}
+
+
 def died(params: dict[str, Any], state: dict[str, Any], lines: deque[str]) -> str:
     """Why a container that said nothing at its end ended."""
     if state.get("OOMKilled"):
@@ -359,16 +398,30 @@ def remove(docker: Docker) -> None:
 
 
 def give_to_owner(cache_dir: Path, repo: str) -> None:
-    """What the container wrote as root goes to the owner of the cache folder."""
+    """What the container wrote as root goes to the owner of the cache folder. Others may write there: no link is
+    followed, and a file that has another name elsewhere (a hard link) is left alone."""
     owner = cache_dir.stat()
     if owner.st_uid == 0:
         return
-    for folder in (cache_dir / repo_folder(repo), cache_dir / ".sparkfleet", cache_dir / ".locks"):
-        for where, folders, files in os.walk(folder):
-            for name in (".", *folders, *files):
-                path = os.path.join(where, name)  # noqa: PTH118
-                if os.lstat(path).st_uid == 0:
-                    os.lchown(path, owner.st_uid, owner.st_gid)
+
+    def give(name: str, folder: int) -> None:
+        about = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        alone = about.st_nlink == 1 or stat.S_ISDIR(about.st_mode)
+        if about.st_uid == 0 and alone:
+            os.chown(name, owner.st_uid, owner.st_gid, dir_fd=folder, follow_symlinks=False)
+
+    top = os.open(cache_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in (repo_folder(repo), ".sparkfleet", ".locks"):
+            with contextlib.suppress(FileNotFoundError):
+                give(name, top)
+            # A link in place of a folder is not walked, here and below.
+            for _, folders, files, place in os.fwalk(name, dir_fd=top, follow_symlinks=False):
+                for child in (*folders, *files):
+                    with contextlib.suppress(FileNotFoundError):
+                        give(child, place)
+    finally:
+        os.close(top)
 
 
 def check(params: dict[str, Any]) -> None:
@@ -384,6 +437,12 @@ def check_host(params: dict[str, Any]) -> None:
         raise JobError("bad-input", f"cache_dir {params['cache_dir']} is no directory; run the prepare stage")
     if not Path(params["client"]).is_file():
         raise JobError("bad-input", f"client {params['client']} is missing; copy hf_client.pyz there first")
+    if os.statvfs(params["cache_dir"]).f_flag & os.ST_RDONLY:
+        raise JobError(
+            "cache-read-only",
+            f"{params['cache_dir']} is read-only: `findmnt -T {params['cache_dir']}` and `dmesg` tell why; mount it "
+            "writable, then run again",
+        )
 
 
 def main() -> None:
@@ -398,6 +457,7 @@ def main() -> None:
             "environment": {"type": "dict", "default": {}},
             "peer": {"type": "str", "default": ""},
             "internet": {"type": "bool", "default": True},
+            "check_hashes": {"type": "bool", "default": False},
             "allow": {"type": "list", "elements": "str", "default": []},
             "ignore": {"type": "list", "elements": "str"},
             "memory": {"type": "int", "default": 2 << 30},
@@ -426,7 +486,7 @@ def main() -> None:
         result = {"commit": state["commit"], "snapshot": state["path"], "bytes": state["bytes"], "attached": False}
         difference = {"before": "", "after": f"{what} in {params['cache_dir']}\n"}
         if module.check_mode:
-            if state["complete"]:
+            if state["complete"] and not params["check_hashes"]:
                 module.exit_json(changed=False, seconds=0.0, **result)
             message = f"would download {what} into {params['cache_dir']}"
             module.exit_json(changed=True, msg=message, diff=difference, seconds=0.0, **result)
@@ -441,12 +501,16 @@ def main() -> None:
         job = claim
         # Again, now that nobody else writes: a job before may just have finished.
         state = model_state(params["cache_dir"], params["repo"], params["revision"])
+        state = hashed(params, state, job)
         if state["complete"]:
             result = {"commit": state["commit"], "snapshot": state["path"], "bytes": state["bytes"]}
             job.update("downloading", state["bytes"], state["bytes"])
             changed = False
         else:
             check_host(params)
+            if state["commit"] and state["suspect"]:
+                # What is damaged is fetched again, of the commit that is there; a branch may have moved on.
+                params = {**params, "revision": state["commit"]}
             result = fetch(Docker(params["docker_socket"], timeout=60), params, job)
             result["snapshot"] = result.pop("path")
             give_to_owner(Path(params["cache_dir"]), params["repo"])

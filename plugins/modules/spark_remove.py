@@ -11,13 +11,16 @@ description:
   - Containers of ours, releases, the guard with its unit and settings, journal and metrics, compile caches, and the
     empty image of the downloads. Models, engine images and the token only where asked. Docker, the NVIDIA toolkit and
     earlyoom stay, and so does every container that is not ours.
+  - Of the models only those go that Sparkfleet downloaded itself, as its lists in the cache say; what was there before,
+    or came another way, stays.
+  - Where Docker is installed and does not answer, nothing is removed - its containers would come back with it.
   - Check mode lists what would go.
 options:
   project_dir: {description: Folder of the releases., type: path, default: /opt/sparkfleet}
   cache_dir: {description: Folder of the model cache., type: path, default: /opt/hf}
   compile_cache_dir: {description: Folder of the compile caches., type: path, default: /var/cache/sparkfleet}
   token_file: {description: File of the Hugging Face token., type: path, default: /etc/sparkfleet/hf_token}
-  models: {description: The downloaded models too., type: bool, default: false}
+  models: {description: The models that Sparkfleet downloaded too., type: bool, default: false}
   images: {description: The images of the releases too., type: bool, default: false}
   token: {description: The Hugging Face token too., type: bool, default: false}
 author: ["The Sparkfleet developers"]
@@ -45,8 +48,10 @@ from typing import Any
 from urllib.parse import quote
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host import engine
-from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError
+from ansible.module_utils.sparkfleet_host import bounded, engine
+from ansible.module_utils.sparkfleet_host.bounded import BoundsError
+from ansible.module_utils.sparkfleet_host.cache import FOLDER, MANIFEST_BYTES
+from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError, DockerUnavailable
 from ansible.module_utils.sparkfleet_host.http import KEY_FILE
 from ansible.module_utils.sparkfleet_host.releases import STATE_DIR, Store, read_json
 
@@ -65,7 +70,7 @@ def plan(params: dict[str, Any], store: Store, docker: Docker) -> list[Item]:
     if params["images"]:
         locks = (read_json(store.folder(number) / "lock.json") or {} for number in store.numbers())
         images |= {str(lock["image"]) for lock in locks if lock.get("image")}
-    with contextlib.suppress(DockerError):
+    if is_there(docker):
         for found in engine.ours(docker):
             items.append((f"container {found['Names'][0].lstrip('/')}", remove_container(docker, found["Id"])))
         # Compose makes a network for the project.
@@ -76,12 +81,39 @@ def plan(params: dict[str, Any], store: Store, docker: Docker) -> list[Item]:
                 items.append((f"image {image}", call(docker, f"/images/{quote(image, safe='/:@')}")))
     folders = [store.project_dir, store.state_dir, Path(params["compile_cache_dir"])]
     if params["models"]:
-        folders += [*sorted(Path(params["cache_dir"]).glob("models--*")), Path(params["cache_dir"], ".sparkfleet")]
-    items += [(f"{folder}/", remove_folder(folder)) for folder in folders if folder.is_dir()]
+        folders += downloaded(Path(params["cache_dir"]))
+    # A link goes with nothing behind it: others may write to the cache.
+    here = (folder for folder in folders if folder.is_dir() and not folder.is_symlink())
+    items += [(f"{folder}/", remove_folder(folder)) for folder in here]
     keys = [Path(f"{KEY_FILE}{end}") for end in ("", ".next", ".previous")]
     files = [SETTINGS, *keys, *([Path(params["token_file"])] if params["token"] else [])]
     items += [(str(file), file.unlink) for file in files if file.exists()]
     return items
+
+
+def is_there(docker: Docker) -> bool:
+    """Whether Docker answers. Raises DockerError where it is installed and does not; False where there is none."""
+    try:
+        docker.version()
+    except DockerUnavailable:
+        if any(shutil.which(name) for name in ("dockerd", "docker")) or Path(docker.socket_path).exists():
+            raise
+        return False
+    return True
+
+
+def downloaded(cache_dir: Path) -> list[Path]:
+    """Folders of the models that Sparkfleet downloaded, with its lists of them. One that it only found and checked, or
+    that has no list, is somebody's own."""
+    found = []
+    for place in sorted((cache_dir / FOLDER).glob("models--*")):
+        lists = []
+        for path in place.glob("*.json"):
+            with contextlib.suppress(OSError, BoundsError):
+                lists.append(bounded.read_json(path, MANIFEST_BYTES, follow=False))
+        if any("files" in one and one.get("downloaded_bytes", 1) != 0 for one in lists):
+            found += [cache_dir / place.name, place]
+    return found
 
 
 def engine_filter() -> str:
@@ -133,7 +165,14 @@ def main() -> None:
     store = Store(params["project_dir"], STATE_DIR)
     if store.switch_active():
         module.fail_json(msg="a switch of releases is running on this host; run again when it is over")
-    items = plan(params, store, Docker(timeout=60.0))
+    try:
+        items = plan(params, store, Docker(timeout=60.0))
+    except DockerError as error:
+        module.fail_json(
+            msg=f"Docker does not answer ({error}), and its containers would come back with it: nothing was removed. "
+            "Start it (`systemctl start docker`), then run again",
+            failure="docker",
+        )
     done: list[str] = []
     if not module.check_mode:
         for name, remove in items:

@@ -254,7 +254,8 @@ def hub_access(
 ) -> dict[str, Any]:
     """What the Hub says of the model's config.json: a status of HTTP and the Hub's own error code."""
     request = urllib.request.Request(f"{endpoint}/{repo}/resolve/{revision}/config.json", method="HEAD")  # noqa: S310
-    if token:
+    # Without TLS anybody on the way could read it.
+    if token and (request.type == "https" or request.host.partition(":")[0] in ("127.0.0.1", "localhost")):
         request.add_header("Authorization", f"Bearer {token}")
     try:
         with opener(request.host.partition(":")[0], proxy, no_proxy).open(request, timeout=seconds) as answer:

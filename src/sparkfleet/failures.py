@@ -237,6 +237,13 @@ TABLE: tuple[Failure, ...] = (
         chapter=INCOMPLETE,
     ),
     Failure(
+        "cache-read-only",
+        "the model cache is read-only",
+        "its file system is mounted read-only: by /etc/fstab, or by the kernel after an error of the disk",
+        "Look at `findmnt -T /opt/hf` and `dmesg`; mount it writable, then run again.",
+        (r"Read-only file system.*(?:/opt/hf|huggingface)", r"(?:/opt/hf|huggingface).*Read-only file system"),
+    ),
+    Failure(
         "cache-permission",
         "the engine may not read or write its cache",
         "owner or mode of a folder under the cache directory does not fit",
@@ -466,6 +473,19 @@ TABLE: tuple[Failure, ...] = (
         ),
         statuses=(0, 429, 500, 502, 503, 504),
         unless=("model-not-in-cache",),
+    ),
+    Failure(
+        "hub-answer-odd",
+        "the Hub's answer is not one that a Hub gives",
+        "something else answers at the address of the Hub, a proxy alters its answers, or the repository has files "
+        "whose names cannot be",
+        "Check sparkfleet_hub_endpoint and the proxy; open the repository's page.",
+    ),
+    Failure(
+        "hub-token-in-clear",
+        "the Hub's token would travel without TLS",
+        "sparkfleet_hub_endpoint begins with http://",
+        "Give it with https://, or take the token off the host.",
     ),
     # -- background jobs of the fetch --------------------------------------------------------------------------
     Failure(
@@ -753,13 +773,15 @@ TABLE: tuple[Failure, ...] = (
         "the answer is wrong",
         "a question with a known answer did not get it: damaged weights, a wrong chat template, a kernel that computes "
         "nonsense, or a model too small for the question",
-        "Fetch again so that files are checked; change verify in the model card if the model cannot know it.",
+        "Run playbooks/fetch.yml: it hashes every file of the model and replaces what is damaged. If all are sound, "
+        "change verify in the model card if the model cannot know the answer.",
     ),
     Failure(
         "answer-degenerate",
         "the answer is empty or one token over and over",
         "the engine computes nonsense: damaged weights, or kernels that do not fit the GPU",
-        "Fetch again so that files are checked; use the image of the model card.",
+        "Run playbooks/fetch.yml: it hashes every file of the model and replaces what is damaged. If all are sound, "
+        "use the image of the model card.",
     ),
     Failure(
         "stream-broken",

@@ -1,14 +1,15 @@
 """Downloads a model into a Hugging Face cache, checks every file, and writes a manifest last.
 
 Runs on a Spark inside a short-lived container, as the entry of the zipapp made by `hub_client`; needs only the
-standard library and huggingface_hub. Speaks JSON lines on stdout:
+standard library, huggingface_hub and two files of the host package. Speaks JSON lines on stdout:
     {"progress": {"phase", "done", "total"}}   bytes; phases: resolving, downloading, checking
     {"result": {"commit", "path", "files", "bytes", "downloaded"}}
     {"error": {"id", "message"}}               with exit code 1; ids as in failures.py
 
-The client (2.x) throws a partial file away when it is interrupted. Large files are therefore fetched here, with
-the client's own `http_get`, locks and names, into `blobs/ETAG.incomplete`, and hashed on the way; the client's
-`snapshot_download` then finds them and does the rest.
+The client (2.x) throws a partial file away when it is interrupted, and takes as many bytes as it is sent. Files are
+therefore fetched here, with the client's own `http_get`, locks, names and links, into `blobs/HASH.incomplete`, hashed
+on the way and never longer than the Hub's list says. What the Hub says is checked before it touches a path, answers are
+limited in size, and the token goes to the Hub's own host over TLS alone.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url, set_client_factory
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -43,12 +44,21 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils._fixes import WeakFileLock
 from huggingface_hub.utils._headers import build_hf_headers
+from huggingface_hub.utils._http import hf_request_event_hook
 from huggingface_hub.utils._paths import filter_repo_objects
+from sparkfleet_host import bounded
+from sparkfleet_host.bounded import COMMIT, SHA256
+from sparkfleet_host.cache import FOLDER, MOST_FILES, repo_folder
 
-# Other copies of the weights, which vLLM does not read when there are safetensors.
-IGNORE = ("*.pth", "original/*", "metal/*", "*.gguf", "consolidated*")
+# Other copies of the weights, which vLLM does not read when there are safetensors; many of them are pickles, which run
+# code when they are loaded.
+IGNORE = (
+    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite", "*.gguf"),
+    *("original/*", "metal/*", "onnx/*", "openvino/*", "consolidated*"),
+)
 CHUNK = 4 << 20
-COMMIT = re.compile(r"[0-9a-f]{40}")
+ANSWER = 64 << 20  # bytes of an answer of the Hub's API
+MOST_BYTES = 1 << 43  # of a file
 
 # The client writes 10 MB at a time; smaller steps lose less when interrupted and show progress on slow lines.
 constants.DOWNLOAD_CHUNK_SIZE = 1 << 20
@@ -71,6 +81,12 @@ class RemoteFile:
     hash: str
     lfs: bool
 
+    def hasher(self) -> Any:
+        """What `hash` is the hexdigest of, once the content was given to it."""
+        if self.lfs:
+            return hashlib.sha256()
+        return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
+
 
 @dataclass
 class Request:
@@ -85,7 +101,7 @@ class Request:
 
     @property
     def folder(self) -> Path:
-        return self.cache_dir / ("models--" + self.repo.replace("/", "--"))
+        return self.cache_dir / repo_folder(self.repo)
 
 
 def say(**value: Any) -> None:
@@ -94,22 +110,83 @@ def say(**value: Any) -> None:
     sys.stdout.flush()
 
 
-class Hashed:
-    """A file for `http_get` to write to, hashed as it is written so that it need not be read again."""
+class Limited(httpx2.SyncByteStream):
+    """The body of an answer, which ends with an error after `limit` bytes."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.sha = hashlib.sha256()
+    def __init__(self, stream: httpx2.SyncByteStream, url: str, limit: int) -> None:
+        self._stream, self._url, self._limit = stream, url, limit
+
+    def __iter__(self) -> Iterator[bytes]:
+        size = 0
+        for part in self._stream:
+            size += len(part)
+            if size > self._limit:
+                raise FetchError("hub-answer-odd", f"{self._url} answers with more than {self._limit} bytes")
+            yield part
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def keep_token_home(request: httpx2.Request) -> None:
+    """Takes the token out of a request to another host than the Hub's (the next page of a list, a redirect)."""
+    home = httpx2.URL(constants.ENDPOINT)
+    if (request.url.scheme, request.url.host, request.url.port) != (home.scheme, home.host, home.port):
+        request.headers.pop("Authorization", None)
+
+
+def limit_answer(response: httpx2.Response) -> None:
+    """Bounds what is read of an answer of the Hub's API; files have their own size."""
+    if "/resolve/" not in response.request.url.path and isinstance(response.stream, httpx2.SyncByteStream):
+        if response.headers.get("Content-Encoding", "identity") != "identity":  # it was asked for as it is
+            raise FetchError("hub-answer-odd", f"{response.request.url} answers compressed")
+        response.stream = Limited(response.stream, str(response.request.url), ANSWER)
+
+
+def make_client() -> httpx2.Client:
+    """The client that huggingface_hub uses for everything."""
+    return httpx2.Client(
+        event_hooks={"request": [hf_request_event_hook, keep_token_home], "response": [limit_answer]},
+        headers={"Accept-Encoding": "identity"},
+        follow_redirects=True,
+        timeout=None,
+    )
+
+
+def check_endpoint() -> None:
+    """Refuses to send a token where anybody on the way can read it. Raises FetchError."""
+    url = httpx2.URL(constants.ENDPOINT)
+    near = url.host == "localhost" or re.fullmatch(r"127(\.\d{1,3}){3}|::1", url.host)
+    if url.scheme != "https" and not near and Path(constants.HF_TOKEN_PATH).is_file():
+        raise FetchError(
+            "hub-token-in-clear",
+            f"the Hub at {constants.ENDPOINT} is without TLS, and the token could be read on its way: give "
+            "sparkfleet_hub_endpoint with https://, or take the token off the host",
+        )
+
+
+class Hashed:
+    """A file for `http_get` to write to, hashed as it is written so that it need not be read again, and never longer
+    than what the Hub's list says."""
+
+    def __init__(self, file: BinaryIO, expected: RemoteFile) -> None:
+        self._file, self._expected = file, expected
+        self.sha = expected.hasher()
         self._hash_existing()
 
     def _hash_existing(self) -> None:
         end = self._file.seek(0, os.SEEK_END)
         self._file.seek(0)
-        self.sha = hashlib.sha256()
+        self.sha = self._expected.hasher()
         while self._file.tell() < end and (chunk := self._file.read(CHUNK)):
             self.sha.update(chunk)
 
     def write(self, data: bytes) -> int:
+        if self._file.tell() + len(data) > self._expected.size:
+            raise FetchError(
+                "checksum",
+                f"{self._expected.name} is longer than the {self._expected.size} bytes that the Hub's list says",
+            )
         self.sha.update(data)
         return self._file.write(data)
 
@@ -174,21 +251,31 @@ class Fetch:
     # -- what there is -------------------------------------------------------------------------------------
 
     def resolve(self) -> None:
+        """What `_resolve` does. Raises FetchError for an answer that a Hub does not give."""
+        try:
+            self._resolve()
+        except HfHubHTTPError:  # has a ValueError among its causes
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            reason = bounded.printable(" ".join(f"{type(error).__name__}: {error}".split()), 200)
+            raise FetchError("hub-answer-odd", f"{constants.ENDPOINT} answers as no Hub does ({reason})") from error
+
+    def _resolve(self) -> None:
         """Commit and files; the first file is asked for, since a gated repository shows its list to anyone."""
 
         repo, revision = self.request.repo, self.request.revision
+        check_endpoint()
         api = HfApi()
         info = api.model_info(repo, revision=revision)
         if not info.sha or not COMMIT.fullmatch(info.sha):
             raise FetchError("hub-revision-unknown", f"the Hub named no commit for {repo} at {revision}")
         self.commit = info.sha
-        found = [
-            RemoteFile(f.path, f.lfs.size, f.lfs.sha256, True)
-            if f.lfs
-            else RemoteFile(f.path, f.size, f.blob_id, False)
-            for f in api.list_repo_tree(repo, recursive=True, revision=self.commit)
-            if isinstance(f, RepoFile)
-        ]
+        found = []
+        for place, entry in enumerate(api.list_repo_tree(repo, recursive=True, revision=self.commit)):
+            if place >= MOST_FILES:
+                raise FetchError("hub-answer-odd", f"the Hub lists more than {MOST_FILES} files of {repo}")
+            if isinstance(entry, RepoFile):
+                found.append(_remote_file(repo, entry))
         if self.request.ignore is None:
             some = any(file.name.endswith(".safetensors") for file in found)
             self.request.ignore = list(IGNORE) if some else []
@@ -231,22 +318,21 @@ class Fetch:
     # -- download ------------------------------------------------------------------------------------------
 
     def download(self, files: Sequence[RemoteFile]) -> None:
-        """LFS files with resume, then the client's own snapshot_download for the rest and the links."""
+        """What is not there yet, the largest first, each with resume; then the links of the snapshot."""
+        waiting = sorted((file for file in files if not self._blob(file).exists()), key=lambda file: -file.size)
+        self._in_threads(self._fetch_blob, list({file.hash: file for file in waiting}.values()))
+        for file in files:
+            self._link(file)
 
-        large = sorted((file for file in files if file.lfs), key=lambda file: -file.size)
-        unique = list({file.hash: file for file in large if not self._blob(file).exists()}.values())
-        self._in_threads(self._fetch_blob, unique)
-        snapshot_download(
-            self.request.repo,
-            revision=self.commit,
-            cache_dir=self.request.cache_dir,
-            allow_patterns=self.request.allow or None,
-            ignore_patterns=self.request.ignore or None,
-            max_workers=self.request.workers,
-        )
+    def _link(self, file: RemoteFile) -> None:
+        """The link of a snapshot to its blob, as the client makes it; a file that is there is left to be checked."""
+        place, blob = self.snapshot / file.name, self._blob(file)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not place.exists():
+            place.unlink(missing_ok=True)
+            place.symlink_to(os.path.relpath(blob, place.parent))
 
     def _fetch_blob(self, file: RemoteFile) -> None:
-
         blob = self._blob(file)
         lock = self.request.cache_dir / ".locks" / self.request.folder.name / f"{file.hash}.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -264,7 +350,7 @@ class Fetch:
             if _size(partial) > file.size:
                 partial.unlink()
             with partial.open("r+b" if partial.exists() else "w+b") as raw:
-                sink = Hashed(raw)
+                sink = Hashed(raw, file)
                 http_get(
                     hf_hub_url(self.request.repo, file.name, revision=self.commit),
                     cast(BinaryIO, sink),
@@ -304,12 +390,12 @@ class Fetch:
         if path.resolve() == self._blob(file).resolve() and file.hash in self._known:
             self._tick(file.size)
             return self._known[file.hash] == file.hash
-        sha = hashlib.sha256() if file.lfs else hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+        sha = file.hasher()
         with path.open("rb") as stream:
             while chunk := stream.read(CHUNK):
                 sha.update(chunk)
                 self._tick(len(chunk))
-        return sha.hexdigest() == file.hash
+        return bool(sha.hexdigest() == file.hash)
 
     def _tick(self, size: int) -> None:
         with self._lock:
@@ -350,11 +436,14 @@ class Fetch:
 
     def _write_manifest(self) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._write({**self._listing(), "completed_at": now}, self.commit).with_name("fetching.json").unlink()
+        listing = {**self._listing(), "completed_at": now, "downloaded_bytes": self.downloaded}
+        place = self._write(listing, self.commit)
+        place.with_name("fetching.json").unlink()
+        place.with_name(f"{self.commit}.suspect.json").unlink(missing_ok=True)  # every file was hashed just now
 
     def _write(self, listing: dict[str, Any], name: str) -> Path:
         """`fetching.json` is for others that take files as they come (share.py); the commit's name says complete."""
-        path = self.request.cache_dir / ".sparkfleet" / self.request.folder.name / f"{name}.json"
+        path = self.request.cache_dir / FOLDER / self.request.folder.name / f"{name}.json"
         _write(path, json.dumps(listing, indent=1) + "\n")
         return path
 
@@ -378,6 +467,19 @@ class Fetch:
         finally:
             over.set()
             thread.join()
+
+
+def _remote_file(repo: str, entry: RepoFile) -> RemoteFile:
+    """A file of the Hub's list. Raises FetchError for a name, size or hash that it cannot have."""
+    name = entry.path
+    if not bounded.is_repository_path(name):
+        shown = bounded.printable(repr(name), 120)
+        raise FetchError("hub-answer-odd", f"the Hub lists a file {shown} of {repo}: that cannot be a file's name")
+    size, hash, lfs = (entry.lfs.size, entry.lfs.sha256, True) if entry.lfs else (entry.size, entry.blob_id, False)
+    good = isinstance(hash, str) and (SHA256 if lfs else COMMIT).fullmatch(hash)
+    if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= MOST_BYTES or not good:
+        raise FetchError("hub-answer-odd", f"the Hub lists {name} of {repo} with an odd size or hash")
+    return RemoteFile(name, size, hash, lfs)
 
 
 def _size(path: Path) -> int:
@@ -421,6 +523,12 @@ def explain(error: BaseException, request: Request) -> FetchError:
             return FetchError(
                 "disk-full",
                 f"no space left in {request.cache_dir} while downloading {repo}; make room and run again, it resumes",
+            )
+        if isinstance(cause, OSError) and cause.errno == errno.EROFS:
+            return FetchError(
+                "cache-read-only",
+                f"{request.cache_dir} is read-only: `findmnt -T {request.cache_dir}` and `dmesg` tell why; mount it "
+                "writable, then run again",
             )
         if isinstance(cause, HfHubHTTPError):
             status = cause.response.status_code
@@ -491,6 +599,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ignore=[] if given.ignore_nothing else given.ignore,
         workers=given.workers,
     )
+    set_client_factory(make_client)
     try:
         say(result=Fetch(request).run())
     except Exception as error:

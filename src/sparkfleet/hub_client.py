@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from packaging.requirements import Requirement
 
 from sparkfleet import SparkfleetError, archive
+from sparkfleet.host_program import PACKAGE, SOURCE
 
 NAME = "hf_client.pyz"
 ROOT = "huggingface_hub"
@@ -61,7 +62,7 @@ def build(folder: Path) -> Path:
     content = {name: path.read_bytes() for part in parts for name, path in _files(part)}
     content["__main__.py"] = MAIN.encode()
     content["sparkfleet/__init__.py"] = b""
-    content["sparkfleet/fetch_model.py"] = _fetch_model()
+    content.update(_ours())
     return archive.write(target, content, key)
 
 
@@ -78,13 +79,16 @@ def _files(part: metadata.Distribution) -> Iterator[tuple[str, Path]]:
             yield str(path), Path(str(file.locate()))
 
 
-def _fetch_model() -> bytes:
-    return Path(__file__).with_name("fetch_model.py").read_bytes()
+def _ours() -> dict[str, bytes]:
+    """What the download needs of this project, by its name in the archive."""
+    content = {f"{PACKAGE}/{name}": (SOURCE / name).read_bytes() for name in ("__init__.py", "bounded.py", "cache.py")}
+    return {"sparkfleet/fetch_model.py": Path(__file__).with_name("fetch_model.py").read_bytes(), **content}
 
 
 def _key(parts: list[metadata.Distribution]) -> str:
     key = hashlib.sha256(Path(__file__).read_bytes())
-    key.update(_fetch_model())
+    for name, data in sorted(_ours().items()):
+        key.update(f"{name}\0{len(data)}\0".encode() + data)
     for part in parts:
         key.update(f"{_normal(part.metadata['Name'])}=={part.version}\n".encode())
     return key.hexdigest()

@@ -176,9 +176,11 @@ def fetch(target: Target, state: State) -> tuple[Work, Work]:
     """Reasons to pull the image and to download the model."""
     image, model = Work(), Work()
     image.add(not state["docker"].get("image"), f"pull {target.image}")
+    suspect = bool(state["model"].get("suspect")) and not state["model"].get("missing")
     if target.settings.model_source == "local":
+        model.add(suspect, f"hash the files of {target.card.repo}: {state['model'].get('suspect')}")
         model.add(
-            not state["model"]["complete"],
+            not state["model"]["complete"] and not suspect,
             f"download {target.card.repo} at {target.revision} ({target.card.weights.download_gib:g} GiB)",
         )
     return image, model

@@ -347,6 +347,8 @@ def _registry(target: Target, state: State, work: Work) -> Check:
 
 def _hub(target: Target, state: State, work: Work) -> Check:
     hub, card = state["hub"], target.card
+    if state["model"].get("suspect") and not state["model"].get("missing"):
+        return Check("hub", "asked only if a file of the model is damaged")
     if hub is None or not work.downloads_model:
         return Check("hub", "model is there" if state["model"]["complete"] else "not asked; there is a bundle")
     seen = f"{card.repo}: {hub['error'] or hub['status']}"

@@ -28,7 +28,13 @@ class Hub:
     corrupt: dict[str, int] = field(default_factory=dict)  # name: how many times it is sent wrong
     cut_at: dict[str, int] = field(default_factory=dict)  # name: connection closed after so many bytes, once
     rate: float = 0  # bytes a second and connection; 0: no limit
+    more: list[dict[str, Any]] = field(default_factory=list)  # entries of the list beside `files`
+    next_page: str = ""  # the Link header of the list
+    elsewhere: str = ""  # where large files are: a URL that the file's own path is added to
+    longer: dict[str, bytes] = field(default_factory=dict)  # name: sent after the content
+    answer: dict[str, bytes] = field(default_factory=dict)  # revision, tree: sent instead
     url: str = ""
+    tokens_seen: list[tuple[str, str]] = field(default_factory=list)  # path, Authorization
     asked: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
 
     @property
@@ -50,7 +56,7 @@ class Hub:
                 entry["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 130}
                 entry["oid"] = hashlib.sha1(oid.encode()).hexdigest()  # noqa: S324
             entries.append(entry)
-        return entries
+        return [*entries, *self.more]
 
     def gets(self, name: str) -> list[str]:
         """The Range headers of the GETs of a file's content."""
@@ -76,6 +82,7 @@ def serve(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
         def respond(self, head: bool) -> None:
             path = self.path.split("?")[0]
             hub.asked.append((self.command, path, self.headers.get("Range", "")))
+            hub.tokens_seen.append((path, self.headers.get("Authorization", "")))
             api = f"/api/models/{hub.repo}/"
             if path.startswith("/api/"):
                 if not path.startswith(api):
@@ -86,7 +93,8 @@ def serve(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
                 tree = hub.tree()
                 names = [{"rfilename": entry["path"]} for entry in tree]
                 info = {"id": hub.repo, "sha": hub.commit, "siblings": names}
-                return self.send_body(json.dumps(info if verb == "revision" else tree).encode())
+                body = json.dumps(info if verb == "revision" else tree).encode()
+                return self.send_body(hub.answer.get(verb, body), verb)
             name = path.removeprefix(f"/{hub.repo}/resolve/{hub.commit}/")
             if name not in hub.files:
                 return self.refuse(404, "EntryNotFound")
@@ -96,6 +104,12 @@ def serve(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
                     return self.refuse(401, "GatedRepo")
                 if not hub.tokens[token]:
                     return self.refuse(403, "GatedRepo")
+            if hub.elsewhere and name in hub.large:
+                self.send_response(302)
+                self.send_header("Location", hub.elsewhere + path)
+                self.send_header("X-Repo-Commit", hub.commit)
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
             self.send_file(name, head)
 
         def send_file(self, name: str, head: bool) -> None:
@@ -110,7 +124,11 @@ def serve(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
             self.send_header("ETag", f'"{hub.hash(name)}"')
             self.send_header("X-Repo-Commit", hub.commit)
             self.send_header("Accept-Ranges", "bytes")
-            self.send_header("Content-Length", str(size - start))
+            more = hub.longer.get(name, b"")
+            if more:  # until the connection closes
+                self.close_connection = True
+            else:
+                self.send_header("Content-Length", str(size - start))
             if start:
                 self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
             self.end_headers()
@@ -123,6 +141,7 @@ def serve(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
                     time.sleep(65536 / hub.rate)
             if stop < size:
                 self.close_connection = True
+            self.wfile.write(more)
 
         def refuse(self, status: int, code: str) -> None:
             self.send_response(status)
@@ -131,9 +150,11 @@ def serve(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-        def send_body(self, raw: bytes) -> None:
+        def send_body(self, raw: bytes, verb: str) -> None:
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
+            if verb == "tree" and hub.next_page:
+                self.send_header("Link", f'<{hub.next_page}>; rel="next"')
             self.send_header("Content-Length", str(len(raw)))
             self.end_headers()
             self.wfile.write(raw)

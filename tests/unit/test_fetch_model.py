@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import subprocess
@@ -9,12 +10,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ansible.module_utils.sparkfleet_host.cache import manifest_path, model_state
+from ansible.module_utils.sparkfleet_host.cache import manifest_path, mark_suspect, model_state
 
-from sparkfleet import hub_client
+from sparkfleet import fetch_model, hub_client
 from tests.unit.fake_hub import Hub, serve
 
 SHARD = random.Random(1).randbytes(3_000_000)  # noqa: S311
@@ -189,3 +191,163 @@ def test_unreachable(client: Path, tmp_path: Path) -> None:
     error = fetch(client, Hub(url="http://127.0.0.1:9"), tmp_path)[-1]["error"]
     assert error["id"] == "hub-unreachable"
     assert "http://127.0.0.1:9" in error["message"]
+
+
+# -- a Hub that lies -------------------------------------------------------------------------------------------------
+
+
+def entry(**change: Any) -> dict[str, Any]:
+    return {"type": "file", "path": "x", "size": 1, "oid": "0" * 40, **change}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        entry(path="../../x"),
+        entry(path="/etc/cron.d/x"),
+        entry(path=".git/config"),
+        entry(path="a\nb"),
+        entry(path="a/../../b"),
+        entry(oid="../../../etc/x"),
+        entry(oid=""),
+        entry(size=-1),
+        entry(size=1 << 60),
+        entry(lfs={"oid": "../../x", "size": 1, "pointerSize": 130}),
+    ],
+)
+def test_a_name_size_or_hash_that_cannot_be_is_refused(
+    client: Path, hub: Hub, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    hub.more = [more]
+    (tmp_path / "hf").mkdir()
+    error = fetch(client, hub, tmp_path / "hf")[-1]["error"]
+    assert error["id"] == "hub-answer-odd", error
+    assert list(tmp_path.rglob("*")) == [tmp_path / "hf"]
+    assert not hub.gets("model-1.safetensors")
+
+
+def test_names_that_are_odd_but_can_be_are_fetched(client: Path, hub: Hub, tmp_path: Path) -> None:
+    hub.files |= {".gitattributes": b"a", "a/b/c.json": b"{}"}
+    snapshot = Path(fetch(client, hub, tmp_path)[-1]["result"]["path"])
+    assert (snapshot / ".gitattributes").read_bytes() == b"a" and (snapshot / "a/b/c.json").is_symlink()
+
+
+@pytest.mark.parametrize("verb", ["revision", "tree"])
+@pytest.mark.parametrize("body", [b"", b"[", b"5", b'{"sha": 5}', b'[{"type": "file"}]', b"null", b"[" * 100_000])
+def test_an_odd_answer_is_one_failure(client: Path, hub: Hub, tmp_path: Path, verb: str, body: bytes) -> None:
+    hub.answer[verb] = body
+    error = fetch(client, hub, tmp_path)[-1]["error"]
+    assert error["id"] in ("hub-answer-odd", "hub-revision-unknown"), error
+
+
+def test_an_answer_without_end_is_not_read_to_its_end(client: Path, hub: Hub, tmp_path: Path) -> None:
+    hub.answer["tree"] = b" " * (65 << 20)
+    error = fetch(client, hub, tmp_path)[-1]["error"]
+    assert (error["id"], "more than" in error["message"]) == ("hub-answer-odd", True)
+
+
+def test_a_list_without_end_is_not_followed(client: Path, hub: Hub, tmp_path: Path) -> None:
+    hub.more = [entry(path=f"f{number}", oid=f"{number:040x}") for number in range(9_000)]
+    hub.next_page = f"{hub.url}/api/models/{hub.repo}/tree/{hub.commit}"
+    error = fetch(client, hub, tmp_path)[-1]["error"]
+    assert error["id"] == "hub-answer-odd" and "more than 20000 files" in error["message"]
+
+
+@pytest.mark.parametrize("name", ["model-1.safetensors", "config.json"])
+def test_a_file_is_never_longer_than_its_list_says(client: Path, hub: Hub, tmp_path: Path, name: str) -> None:
+    hub.longer[name] = bytes(8 << 20)
+    error = fetch(client, hub, tmp_path)[-1]["error"]
+    assert error["id"] == "checksum" and f"{name} is longer than" in error["message"]
+    assert sum(path.stat().st_size for path in (tmp_path / "models--acme--tiny").rglob("*") if path.is_file()) < 7 << 20
+
+
+# -- the token -------------------------------------------------------------------------------------------------------
+
+
+def test_the_token_goes_to_the_hub_alone(client: Path, hub: Hub, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("hf_alice")
+    (tmp_path / "hf").mkdir()
+    with serve(Hub(files=hub.files, large=hub.large)) as other:
+        hub.elsewhere = other.url.replace("127.0.0.1", "localhost")
+        hub.next_page = f"{hub.elsewhere}/api/models/{hub.repo}/tree/{hub.commit}"
+        assert "result" in fetch(client, hub, tmp_path / "hf", token=token)[-1]
+        assert "Bearer hf_alice" in {token for path, token in hub.tokens_seen}
+        assert other.tokens_seen and {token for path, token in other.tokens_seen} == {""}
+
+
+def test_the_token_is_not_sent_in_clear(client: Path, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("hf_alice")
+    there = Hub(url="http://192.0.2.1:9")
+    error = fetch(client, there, tmp_path, token=token)[-1]["error"]
+    assert error["id"] == "hub-token-in-clear" and "https://" in error["message"]
+
+
+# -- what is left from before ----------------------------------------------------------------------------------------
+
+
+def test_of_several_partial_files_the_longest_is_used(client: Path, hub: Hub, tmp_path: Path) -> None:
+    blobs = tmp_path / "models--acme--tiny/blobs"
+    blobs.mkdir(parents=True)
+    name = hub.hash("model-1.safetensors")
+    for suffix, size in ((".0bad.incomplete", 10), (".incomplete", 2_000_000), (".cafe.incomplete", 999_999)):
+        (blobs / f"{name}{suffix}").write_bytes(SHARD[:size])
+    result = fetch(client, hub, tmp_path)[-1]["result"]
+    assert hub.gets("model-1.safetensors") == ["bytes=2000000-"]
+    assert result["downloaded"] == result["bytes"] - 2_000_000
+    assert not list(blobs.glob("*.incomplete"))
+
+
+def test_a_partial_file_that_is_too_long_is_begun_again(client: Path, hub: Hub, tmp_path: Path) -> None:
+    blobs = tmp_path / "models--acme--tiny/blobs"
+    blobs.mkdir(parents=True)
+    (blobs / f"{hub.hash('model-1.safetensors')}.incomplete").write_bytes(SHARD + b"more")
+    result = fetch(client, hub, tmp_path)[-1]["result"]
+    assert hub.gets("model-1.safetensors") == [""]
+    assert (Path(result["path"]) / "model-1.safetensors").read_bytes() == SHARD
+
+
+def test_other_copies_of_the_weights_are_left_out(client: Path, hub: Hub, tmp_path: Path) -> None:
+    hub.files |= {"pytorch_model.bin": b"pickle", "sub/x.pt": b"pickle", "model.onnx": b"x", "modeling.py": b"code"}
+    snapshot = Path(fetch(client, hub, tmp_path)[-1]["result"]["path"])
+    assert sorted(path.name for path in snapshot.iterdir()) == [
+        *("config.json", "model-1.safetensors", "model-2.safetensors", "modeling.py", "sub"),
+    ]
+    assert [path.name for path in (snapshot / "sub").iterdir()] == ["notes.txt"]
+
+
+def test_a_mark_goes_once_all_files_were_hashed(client: Path, hub: Hub, tmp_path: Path) -> None:
+    path = Path(fetch(client, hub, tmp_path)[-1]["result"]["path"]) / "model-1.safetensors"
+    content = bytearray(SHARD)
+    content[5] ^= 1
+    path.resolve().write_bytes(content)
+    assert model_state(tmp_path, hub.repo, "main")["complete"] is True  # its size is right
+    assert mark_suspect(tmp_path, hub.repo, hub.commit, "nonsense")
+    hub.asked.clear()
+    assert fetch(client, hub, tmp_path, "--revision", hub.commit)[-1]["result"]["downloaded"] == len(SHARD)
+    assert path.read_bytes() == SHARD and not hub.gets("model-2.safetensors")
+    assert model_state(tmp_path, hub.repo, "main")["complete"] is True
+
+
+# -- in this process -------------------------------------------------------------------------------------------------
+
+
+def test_space_is_the_sum_of_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    download = fetch_model.Fetch(fetch_model.Request("acme/tiny", "main", tmp_path))
+    download.files = [fetch_model.RemoteFile(f"f{n}", 40, f"{n:064x}", True) for n in range(3)]
+    monkeypatch.setattr(fetch_model.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(fetch_model.FetchError) as caught:
+        download._check_space(0)
+    assert caught.value.id == "disk-full"
+    download._check_space(20)  # of 120 bytes 20 are here
+    blobs = download.request.folder / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / f"{1:064x}.incomplete").write_bytes(b"x" * 30)
+    (blobs / f"{2:064x}").write_bytes(b"x" * 40)
+    assert download._on_disk() == 70
+
+
+def test_a_cache_that_is_read_only_is_named(tmp_path: Path) -> None:
+    failure = fetch_model.explain(OSError(errno.EROFS, "x"), fetch_model.Request("acme/tiny", "main", tmp_path))
+    assert failure.id == "cache-read-only" and "findmnt" in str(failure)

@@ -37,7 +37,8 @@ def test_changed_or_damaged_is_made_anew(client: Path, tmp_path: Path, monkeypat
     target = tmp_path / hub_client.NAME
     target.write_bytes(b"damaged")
     assert hub_client.build(tmp_path).read_bytes() == client.read_bytes()
-    monkeypatch.setattr(hub_client, "_fetch_model", lambda: b"def run() -> None:\n    print('other')\n")
+    other = {"sparkfleet/fetch_model.py": b"def run() -> None:\n    print('other')\n"}
+    monkeypatch.setattr(hub_client, "_ours", lambda: other)
     assert hub_client.build(tmp_path).read_bytes() != client.read_bytes()
 
 

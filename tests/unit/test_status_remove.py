@@ -108,13 +108,15 @@ def remove(
     tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., dict[str, Any]]:
     """Run the module on a host where everything is there."""
-    for folder in ("project", "state", "compiled", "hf/models--org--m", "hf/.sparkfleet"):
+    for folder in ("project", "state", "compiled", "hf/models--org--m", "hf/.sparkfleet/models--org--m"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "file").write_text("x")
+    (tmp_path / "hf/.sparkfleet/models--org--m/fetching.json").write_text('{"files": {}}')
     for file in ("unit", "guard.json", "token"):
         (tmp_path / file).write_text("x")
     engine.routes |= {
         ("GET", "/containers/json"): [{"Id": "abc", "Names": ["/vllm-m"], "State": "running", "Labels": LABELS}],
+        ("GET", "/version"): {"Version": "28.0.0"},
         ("GET", "/networks"): [{"Id": "net", "Name": "sparkfleet_default"}],
         ("GET", "/images/sparkfleet/host-python:1/json"): {"Id": "img"},
         ("POST", "/containers/abc/stop"): {},
@@ -175,6 +177,43 @@ def test_remove_takes_what_is_asked_for(remove: Callable[..., dict[str, Any]], t
     removed = remove(models=True, token=True)["removed"]
     assert f"{tmp_path}/hf/models--org--m/" in removed and f"{tmp_path}/token" in removed
     assert not (tmp_path / "token").exists() and not list((tmp_path / "hf").glob("models--*"))
+
+
+def test_remove_leaves_models_that_sparkfleet_did_not_download(
+    remove: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    hub = tmp_path / "hf"
+    listings = {"models--org--checked": {"files": {}, "downloaded_bytes": 0}}
+    listings["models--org--link"] = {"files": {}, "downloaded_bytes": 5}
+    (hub / "models--org--byhand").mkdir()
+    (hub / "models--org--checked").mkdir()
+    (hub / "models--org--link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    for name, listing in listings.items():
+        (hub / ".sparkfleet" / name).mkdir()
+        (hub / ".sparkfleet" / name / f"{'a' * 40}.json").write_text(json.dumps(listing))
+    removed = remove(models=True)["removed"]
+    assert sorted(name for name in removed if "/hf/" in name) == [
+        *(f"{hub}/.sparkfleet/models--org--link/", f"{hub}/.sparkfleet/models--org--m/", f"{hub}/models--org--m/"),
+    ]
+    assert sorted(path.name for path in hub.glob("models--*")) == [
+        *("models--org--byhand", "models--org--checked", "models--org--link"),
+    ]
+    assert (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_remove_does_nothing_while_docker_is_down(
+    remove: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, check: bool
+) -> None:
+    monkeypatch.setattr(spark_remove, "Docker", lambda timeout: Docker(str(tmp_path / "none.sock"), timeout))
+    monkeypatch.setattr(spark_remove.shutil, "which", lambda name: f"/usr/bin/{name}")
+    said = remove(check=check)
+    assert said["failed"] is True and said["failure"] == "docker"
+    assert "nothing was removed. Start it (`systemctl start docker`)" in said["msg"]
+    assert (tmp_path / "unit").exists() and (tmp_path / "project").exists()
+    monkeypatch.setattr(spark_remove.shutil, "which", lambda name: None)  # there never was a Docker
+    assert f"{tmp_path}/project/" in remove(check=check)["removed"]
 
 
 def test_remove_stops_at_what_cannot_be_removed_and_says_what_went(

@@ -25,13 +25,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import bounded
+from . import bounded, engine
 from .bounded import BoundsError
-from .cache import finished, manifest_path, mark_suspect, read_manifest, repo_folder, valid_repo
+from .cache import FOLDER, finished, manifest_path, mark_suspect, read_manifest, repo_folder, valid_repo
+from .docker import Docker, DockerError
 from .releases import STATE_DIR, write_json
 
 RESULT = f"{STATE_DIR}/integrity.json"
 VERSION = 1
+#: Answers of this kind come from damaged weights too (entries of the table of failures).
+NONSENSE = ("answer-wrong", "answer-degenerate")
 CHUNK = 4 << 20
 #: Of the time that passes; the rest is left to others.
 SHARE = 0.25
@@ -113,13 +116,10 @@ def check_file(folder: Path, path: Path, entry: Mapping[str, Any], tick: Callabl
     except (OSError, RuntimeError):  # RuntimeError: links in a circle, before Python 3.13
         return "damaged"
     with os.fdopen(handle, "rb", buffering=0) as file:
-        try:
-            about = os.fstat(handle)
-            if not stat.S_ISREG(about.st_mode) or about.st_size != entry["size"]:
-                return "damaged"
-            return "" if _hash(file.fileno(), entry, tick) else "damaged"
-        except OSError:
-            return "damaged"  # the disk cannot read it
+        about = os.fstat(handle)
+        if not stat.S_ISREG(about.st_mode) or about.st_size != entry["size"]:
+            return "damaged"
+        return "" if _hash(file.fileno(), entry, tick) else "damaged"
 
 
 def _hash(handle: int, entry: Mapping[str, Any], tick: Callable[[int], Any]) -> bool:
@@ -131,7 +131,13 @@ def _hash(handle: int, entry: Mapping[str, Any], tick: Callable[[int], Any]) -> 
     else:
         return True
     at = 0
-    while at < size and (chunk := os.pread(handle, min(CHUNK, size - at), at)):
+    while at < size:
+        try:
+            chunk = os.pread(handle, min(CHUNK, size - at), at)
+        except OSError:
+            return False  # the disk cannot read it
+        if not chunk:
+            return False
         sha.update(chunk)
         # Only clean pages that nobody has mapped go.
         os.posix_fadvise(handle, at, len(chunk), os.POSIX_FADV_DONTNEED)
@@ -236,6 +242,26 @@ def damaged(result: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
         if names:
             found.append((str(entry["repo"]), str(entry["commit"]), names))
     return found
+
+
+def mark_served(docker: Docker, reason: str) -> list[str]:
+    """Mark the models that running engines of ours serve, once an answer made no sense: the next fetch hashes them.
+    "ORG/NAME@COMMIT" of each; [] where Docker does not say."""
+    marked = []
+    with contextlib.suppress(DockerError, KeyError, TypeError, AttributeError):
+        for item in engine.ours(docker):
+            if item["State"] != "running":
+                continue
+            container = docker.container(item["Id"]) or {}
+            words = {str(word) for word in (container.get("Config") or {}).get("Cmd") or []}
+            for mount in container.get("Mounts") or []:
+                if not Path(str(mount["Source"]), FOLDER).is_dir():
+                    continue
+                for repo, commit in finished(str(mount["Source"])):
+                    # The command names the commit, or the path of its snapshot.
+                    if any(commit in word for word in words) and mark_suspect(mount["Source"], repo, commit, reason):
+                        marked.append(f"{repo}@{commit}")
+    return marked
 
 
 def main(argv: Sequence[str]) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import engine, key, memory
+from . import engine, integrity, key, memory
 from .bounded import printable
 from .docker import Docker, DockerError, DockerUnavailable
 from .engine import EngineError
@@ -319,6 +319,8 @@ class Switch:
             raise FailedError(str(error), **self.facts(service, {"failure": "endpoint-down"})) from None
         self.journal["verification"] = result
         if not result["verified"]:
+            if result["failure"] in integrity.NONSENSE:
+                integrity.mark_served(self.docker, f"a verification failed ({result['failure']})")
             facts = {"failure": result["failure"], "checks": result["checks"], "answer": result["answer"]}
             raise FailedError(result["msg"], **self.facts(service, facts))
         self.journal["answering_at"] = self.now()
