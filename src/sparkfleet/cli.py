@@ -34,6 +34,7 @@ from sparkfleet import (
     yaml_text,
 )
 from sparkfleet.live import Live, Page, columns, terminal
+from sparkfleet.person import tell
 from sparkfleet.progress import Board
 from sparkfleet.runner import DOWN, INTERRUPTED, OK, ROOT, Collector, Host, default_inventory, run
 from sparkfleet.target import Settings, Target
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except SparkfleetError as error:
-        print(f"sparkfleet: {error}", file=sys.stderr)
+        print(report.clean(f"sparkfleet: {error}"), file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print(
@@ -205,6 +206,8 @@ def _arguments(options: argparse.Namespace) -> list[str]:
     return words + (["--tags", "preflight"] if options.verb == "preflight" else [])
 
 
+#: What vLLM colours its log with.
+_COLOUR = re.compile(r"\x1b\[[0-9;]{0,32}m")
 #: A limit that may be written before ",localhost": names and wildcards, separated by commas.
 _SIMPLE = re.compile(r"[A-Za-z0-9_.*?-]+(,[A-Za-z0-9_.*?-]+)*")
 
@@ -242,7 +245,8 @@ def _verb(options: argparse.Namespace) -> int:
             preview = Collector(lambda host, line: None)
             run("remove", options.inventory, [*words, "--check"], preview)
             for host in preview.hosts.values():
-                print(f"{host.name}: {', '.join(host.removed) if host.removed else host.message or 'nothing is there'}")
+                gone = ", ".join(host.removed) if host.removed else host.message or "nothing is there"
+                print(report.clean(f"{host.name}: {gone}"))
             if not any(host.removed for host in preview.hosts.values()):
                 return 0
             if not _agrees("Remove this?"):
@@ -252,7 +256,7 @@ def _verb(options: argparse.Namespace) -> int:
     hosts, board, made = _run(options, words + (confirmed if getattr(options, "yes", False) else []))
     at_once = next((host for host in hosts if host.failure == "all-at-once" and host.message), None)
     if at_once and not options.json and sys.stdin.isatty() and sys.stdout.isatty():
-        print(at_once.message)
+        print(report.clean(at_once.message))
         if not _agrees("All at once?"):
             raise SparkfleetError("nothing was changed")
         hosts, board, made = _run(options, words + confirmed)
@@ -288,6 +292,8 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[Host],
         log({"event": "end", "seconds": round(board.seconds(), 1), **made})
     if log.path:
         made["events"] = str(log.path)
+    if log.problem:
+        tell(f"sparkfleet: {log.problem}")
     return hosts, board, made
 
 
@@ -304,12 +310,13 @@ def _show(options: argparse.Namespace, hosts: list[Host], board: Board, made: di
         raise SparkfleetError(made["error"])
     elif options.verb == "logs":
         for host in hosts:
-            print("\n".join([f"== {host.name}", *host.log] if len(hosts) > 1 else host.log) or host.message)
+            lines = [f"== {host.name}", *host.log] if len(hosts) > 1 else host.log
+            print(report.clean(_COLOUR.sub("", "\n".join(lines) or host.message)))
     else:
         print(closing.page(hosts, board), end="")
         if "rollout" in made:
             print("\n" + status.table(_now(options), columns(sys.stdout)))
-            print(closing.words(made["rollout"], os.path.relpath(made["events"])), end="")
+            print(closing.words(made["rollout"], os.path.relpath(made["events"]) if "events" in made else ""), end="")
     return int(made["exit_code"])
 
 

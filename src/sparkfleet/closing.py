@@ -25,7 +25,7 @@ def page(hosts: Sequence[Host], board: Board) -> str:
     for host in hosts:
         if host.message:
             text += f"\n{host.name}: {host.message.removeprefix(f'{host.name}: ')}\n"
-    return text
+    return report.clean(text)
 
 
 def of_rollout(hosts: Sequence[Host], board: Board) -> dict[str, Any]:
@@ -69,4 +69,4 @@ def words(found: dict[str, Any], log: str) -> str:
     lines.append(f"{'took':<14}{found['seconds']:.0f} s")
     if log:
         lines.append(f"{'events':<14}{log}")
-    return "\n".join(lines) + "\n"
+    return report.clean("\n".join(lines) + "\n")

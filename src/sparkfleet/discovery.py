@@ -17,12 +17,15 @@ from collections.abc import Iterable, Sequence
 
 import ifaddr
 import zeroconf
+from sparkfleet_host.bounded import HOST
 
 from sparkfleet import ssh
 
 SECONDS = 3.0
 TYPES = ("_ssh._tcp.local.", "_sftp-ssh._tcp.local.")
 RESOLVE_MS = 1500
+#: Announcements, and addresses of one host, that are looked at.
+MOST, ADDRESSES = 512, 16
 _SPARK = re.compile(r"(dgx-?)?spark|gx10|promaxgb10|edgexpert")
 #: Avahi gives a host such a name when it hears its own announced by others, as Sparks do over their fabric
 #: (NVIDIA/dgx-spark-playbooks issue 56); it is another one tomorrow.
@@ -53,7 +56,8 @@ def look(seconds: float = SECONDS, interfaces: Sequence[str] | None = None) -> l
     names: dict[str, str] = {}  # service -> its type
 
     def note(zeroconf: zeroconf.Zeroconf, service_type: str, name: str, state_change: object) -> None:
-        names[name] = service_type
+        if len(names) < MOST:
+            names[name] = service_type
 
     found: dict[str, tuple[set[str], int]] = {}
     try:
@@ -66,11 +70,10 @@ def look(seconds: float = SECONDS, interfaces: Sequence[str] | None = None) -> l
         browser.cancel()
         # ssh first: its port is the one to take
         for name in sorted(names, key=lambda name: TYPES.index(names[name])):
-            info = zeroconf.ServiceInfo(names[name], name)
-            if info.load_from_cache(net) or info.request(net, RESOLVE_MS):
-                host = (info.server or "").removesuffix(".").removesuffix(".local").lower()
-                addresses, _ = found.setdefault(host, (set(), info.port or ssh.PORT))
-                addresses.update(info.parsed_addresses(zeroconf.IPVersion.V4Only))
+            with contextlib.suppress(zeroconf.Error, OSError, ValueError):  # whatever a neighbour announces
+                info = zeroconf.ServiceInfo(names[name], name)
+                if info.load_from_cache(net) or info.request(net, RESOLVE_MS):
+                    add(found, info.server, info.port, info.parsed_addresses(zeroconf.IPVersion.V4Only))
     own = {text for text, _, _ in own_addresses()} if interfaces is None else set()
     # What is this machine's too (Docker's bridge has the same address everywhere) reaches nobody else.
     return [
@@ -78,6 +81,15 @@ def look(seconds: float = SECONDS, interfaces: Sequence[str] | None = None) -> l
         for host, (addresses, port) in sorted(found.items())
         if addresses - own
     ]
+
+
+def add(found: dict[str, tuple[set[str], int]], server: str | None, port: int | None, addresses: list[str]) -> None:
+    """Note what a host announces, under its name without `.local`. Anybody on the network can announce anything: a
+    name that is none of a host is left out, for it becomes one in an inventory, whose values Ansible evaluates."""
+    name = (server or "").removesuffix(".").removesuffix(".local").lower()
+    if HOST.fullmatch(name) and not name.endswith("."):
+        known, _ = found.setdefault(name, (set(), port if port and 0 < port < 65536 else ssh.PORT))
+        known.update(addresses[: max(ADDRESSES - len(known), 0)])
 
 
 def own_addresses() -> list[tuple[str, int, str]]:

@@ -197,6 +197,8 @@ def _remedy(host: Host) -> str:
             f"{look.message}. If the host was set up anew, `ssh-keygen -R {shlex.quote(name)}`, and run this again; if "
             "not, somebody else may be answering"
         )
+    if look.problem == "answer":
+        return f"{look.message}. See what `{place.command()}` prints: is it the right host, and a usual shell?"
     if look.problem == "login":
         said = f"{look.message} Is the user right (--user)?"
         if not look.takes_passwords:
@@ -209,7 +211,7 @@ def _remedy(host: Host) -> str:
 def _name(place: Place, facts: Facts) -> str:
     """What a person calls a host: the name that they gave, without its domain, else its own."""
     given = place.address.partition(".")[0].lower()
-    own = re.sub(r"[^a-z0-9_-]", "-", facts.hostname)
+    own = re.sub(r"[^a-z0-9_-]", "-", facts.hostname).strip("-_")
     return own or "spark" if place.local or ssh.is_address(place.address) else given
 
 
@@ -236,7 +238,7 @@ def table(hosts: Sequence[Host]) -> str:
         said.append(
             (", ".join(asking), "sudo asks for a password there, which is fine: run with -K (--ask-become-pass)")
         )
-    return text + "".join(f"{who}: {line}\n" for who, line in said)
+    return text + report.clean("".join(f"{who}: {line}\n" for who, line in said))
 
 
 def _result(host: Host) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any, TextIO
 
 from sparkfleet_host import redaction
 
-from sparkfleet import SparkfleetError, controller
+from sparkfleet import SparkfleetError, controller, yaml_text
 
 #: Verbs that change hosts.
 MUTATING = frozenset(
@@ -21,6 +23,14 @@ MUTATING = frozenset(
 )
 FOLDER = Path(".sparkfleet") / "events"
 _SECRET_NAME = re.compile(r"token|key|passw|secret", re.IGNORECASE)
+_SECRETS = (
+    re.compile(r"()\b(?:hf|nvapi|sk|ghp|glpat)[_-][A-Za-z0-9_-]{8,}"),
+    re.compile(r"(\b(?:bearer|basic)\s{1,8})[A-Za-z0-9+/=._~-]{8,}", re.IGNORECASE),
+    # http://user:password@proxy; a password may have an @ of its own
+    re.compile(r"(\b\w{1,16}://[^\s/:@]{1,256}:)[^\s/]{1,1024}(?=@)"),
+)
+#: Shortest value that is looked for: of a shorter one every word would be full.
+SHORTEST = 4
 
 
 class EventLog:
@@ -28,13 +38,27 @@ class EventLog:
 
     def __init__(self, file: TextIO | None = None, path: Path | None = None, secrets: Sequence[str] = ()) -> None:
         self.file, self.path, self.secrets = file, path, tuple(secrets)
+        self.problem = ""  # why the log ended before the run
 
     def __call__(self, item: dict[str, Any]) -> None:
-        """Write one event, without what looks like a secret."""
-        if self.file is not None:
-            text = json.dumps({"at": round(time.time(), 2), **self.redacted(item)}, ensure_ascii=False, default=str)
+        """Write one event, without what looks like a secret. A log that can no longer be written ends; the run does
+        not."""
+        if self.file is None or self.problem:
+            return
+        text = json.dumps({"at": round(time.time(), 2), **self.redacted(item)}, ensure_ascii=False, default=str)
+        try:
             self.file.write(text + "\n")
             self.file.flush()
+        except OSError as error:
+            self.problem = (
+                f"the event log {self.path} ends early: {error.strerror or error}; the run went on without it"
+            )
+
+    def close(self) -> None:
+        """Close the file. What could not be written is tried once more by that, and is given up."""
+        if self.file is not None:
+            with contextlib.suppress(OSError):
+                self.file.close()
 
     def redacted(self, data: Any) -> Any:
         """The same data without secrets."""
@@ -56,12 +80,19 @@ def keep(root: Path, verb: str, check: bool, extra: Sequence[str], **about: Any)
         folder.mkdir(parents=True, exist_ok=True)
         path, descriptor = _made(folder, time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), verb)
     except OSError as error:
-        raise SparkfleetError(f"event log in {folder}: {error.strerror}; make it writable for you") from None
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        log = EventLog(file, path, _secrets(extra))
-        names = sorted(name for words in extra for name in _pairs(words))
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise SparkfleetError(f"event log in {folder}: {error.strerror}; make it writable for you") from None
+        log = EventLog()
+        log.problem = f"no event log in {folder}: {error.strerror}; the run went on without it"
+        yield log
+        return
+    log = EventLog(os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace"), path, _secrets(extra))
+    try:
+        names = sorted(str(name) for words in extra for name in _pairs(words))
         log({"event": "begin", "verb": verb, **about, "variables": names, "controller": controller.name()})
         yield log
+    finally:
+        log.close()
 
 
 def _made(folder: Path, moment: str, verb: str) -> tuple[Path, int]:
@@ -73,30 +104,45 @@ def _made(folder: Path, moment: str, verb: str) -> tuple[Path, int]:
 
 
 def _secrets(extra: Sequence[str]) -> list[str]:
-    """Values that are written nowhere: the token of the environment, and variables that are called like a secret."""
-    found = [os.environ.get("HF_TOKEN", "")]
+    """Values that are written nowhere: the token of the environment, and all that is in variables that are called like
+    a secret, the longest first."""
+    found = {os.environ.get("HF_TOKEN", "")}
     for words in extra:
-        for name, value in _pairs(words).items():
-            if _SECRET_NAME.search(name):
-                found += _texts(value)
-    return found
+        found.update(_below(_pairs(words), False))
+    return sorted((value for value in found if len(value) >= SHORTEST), key=lambda value: (-len(value), value))
 
 
-def _texts(value: Any) -> list[str]:
-    """Every value in a variable that may be a list or an object, as text."""
-    if isinstance(value, dict | list):
-        items = value.values() if isinstance(value, dict) else value
-        return [text for item in items for text in _texts(item)]
-    return [str(value)]
+def _below(value: Any, secret: bool) -> Iterator[str]:
+    """The texts in a value that are secret, at any depth: `secret` says whether a name above it says so."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _below(item, secret or bool(_SECRET_NAME.search(str(name))))
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from _below(item, secret)
+    elif secret and value is not None and not isinstance(value, bool):
+        yield str(value)
+        # A list is often given as `name=["a","b"]`, which Ansible evaluates.
+        inner = _yaml(value) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else None
+        if isinstance(inner, dict | list):
+            yield from _below(inner, secret)
 
 
-def _pairs(words: str) -> dict[str, Any]:
-    """Variables of one `-e`: `a=1 b=2` or JSON; of a file (@FILE) only its name is known."""
+def _pairs(words: str) -> dict[Any, Any]:
+    """Variables of one `-e`: `a=1 b=2`, or YAML in braces; of a file (@FILE) only its name is known."""
     if words.startswith("@"):
         return {words: ""}
-    if words.lstrip().startswith("{"):
-        with contextlib.suppress(ValueError):
-            data = json.loads(words)
-            return data if isinstance(data, dict) else {}
-        return {}
-    return dict(word.partition("=")[::2] for word in words.split() if "=" in word)
+    if words.lstrip()[:1] in ("{", "["):
+        data = _yaml(words)
+        return data if isinstance(data, dict) else {}
+    parts = words.split()
+    with contextlib.suppress(ValueError):  # a quote that is not closed
+        parts = [*shlex.split(words), *parts]
+    return dict(word.partition("=")[::2] for word in reversed(parts) if "=" in word)
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return yaml_text.load(text)
+    except SparkfleetError:
+        return None

@@ -13,10 +13,13 @@ import dataclasses
 import getpass
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from sparkfleet_host.bounded import printable
 
 from sparkfleet import SparkfleetError, catalog, choice, enrol, inventory_file, memory, ssh, target
 from sparkfleet.choice import Choice
@@ -126,17 +129,17 @@ def _run(options: argparse.Namespace, person: Person) -> int:
         print(json.dumps(document, indent=2))
         return code
     for name, place in found:
-        print(f"also on this network: {name}; `sparkfleet init {_shown(folder)} {place}` adds it")
+        print(f"also on this network: {printable(name)}; `sparkfleet init {_shown(folder)} {place}` adds it")
     print(_closing(folder, hosts, added, chosen, known.there), end="")
     return code
 
 
 def words(given: Sequence[str]) -> tuple[Path, list[Place]]:
     """Folder and hosts of the command line's words. Raises SparkfleetError."""
-    folders = [word for word in given if "/" in word or word in (".", "..") or Path(word).is_dir()]
+    folders = [word for word in given if "/" in word or word in (".", "..") or os.path.isdir(word)]  # noqa: PTH112
     if len(folders) > 1:
         raise SparkfleetError(f"{' and '.join(folders)} are two folders; an inventory is one")
-    folder = Path(folders[0]).expanduser() if folders else ROOT / "inventory" / "mine"
+    folder = _path("FOLDER", folders[0]) if folders else ROOT / "inventory" / "mine"
     if folder.exists() and not folder.is_dir():
         raise SparkfleetError(f"{folder} is a file: name the folder of the inventory")
     return folder, list(dict.fromkeys(ssh.parse(word) for word in given if word not in folders))
@@ -146,7 +149,7 @@ def _check_options(options: argparse.Namespace) -> None:
     """What can be told before anybody is contacted."""
     if options.user:
         ssh.parse(f"{options.user}@host")
-    if options.private_key and not Path(options.private_key).expanduser().is_file():
+    if options.private_key and not _path("--private-key", options.private_key).is_file():
         raise SparkfleetError(f"--private-key {options.private_key}: there is no such file")
     if options.private_key or options.ssh_common_args:
         ssh.settings(Place("host", "", 0, _key(options), options.ssh_common_args))
@@ -155,7 +158,18 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _key(options: argparse.Namespace) -> str:
-    return str(Path(options.private_key).expanduser().absolute()) if options.private_key else ""
+    return str(_path("--private-key", options.private_key).absolute()) if options.private_key else ""
+
+
+def _path(what: str, text: str) -> Path:
+    """A path as it is typed. Raises SparkfleetError for what cannot be one."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+        os.fsencode(path)
+    except (OSError, ValueError, RuntimeError) as error:  # too long, with a NUL, ~ of a user that is not there
+        raise SparkfleetError(f"{what} {printable(text, 200)!r}: {error}") from None
+    return path
 
 
 def read(folder: Path) -> Inventory:
@@ -181,10 +195,19 @@ def _place(name: str, values: Mapping[str, Any]) -> Place:
     return Place(
         str(values.get("ansible_host") or name),
         str(values.get("ansible_user") or ""),
-        int(values.get("ansible_port") or 0),
+        _port(name, values.get("ansible_port")),
         str(values.get("ansible_ssh_private_key_file") or ""),
         str(values.get("ansible_ssh_common_args") or ""),
     )
+
+
+def _port(name: str, value: Any) -> int:
+    """The port of a host of an inventory; 0 for none."""
+    if value in (None, "", 0):
+        return 0
+    if not re.fullmatch("[0-9]{1,5}", str(value)) or not 0 < int(str(value)) < 65536:
+        raise SparkfleetError(f"{name}: ansible_port {printable(str(value), 80)!r} is not a TCP port")
+    return int(str(value))
 
 
 def _is_among(place: Place, hosts: Sequence[Host]) -> bool:
@@ -245,10 +268,11 @@ def _look_around(options: argparse.Namespace, person: Person) -> list[Place]:
         parts = answer.replace(",", " ").split()
         if not parts:
             raise SparkfleetError("write numbers, or hosts as [user@]name-or-address[:port]")
-        outside = [part for part in parts if part.isdecimal() and not 0 < int(part) <= len(places)]
+        numbers = {str(number): place for number, place in enumerate(places, 1)}
+        outside = [part for part in parts if part.isdecimal() and part not in numbers]
         if outside:
-            raise SparkfleetError(f"there is no number {outside[0]}")
-        return [places[int(part) - 1] if part.isdecimal() else ssh.parse(part) for part in parts]
+            raise SparkfleetError(f"there is no number {printable(outside[0], 40)}")
+        return [numbers[part] if part in numbers else ssh.parse(part) for part in parts]
 
     return list(dict.fromkeys(person.ask("Which are your Sparks? Numbers, or other hosts", chosen, taken)))
 
@@ -279,7 +303,7 @@ def _with_user(
         if place.local:
             made.append(place)
             continue
-        port = place.port or int(shared.get("ansible_port") or 0)
+        port = place.port or _port("sparks", shared.get("ansible_port"))
         full = dataclasses.replace(place, user=place.user or given, port=port, private_key=key, common_args=arguments)
         if not full.user:
             user = ssh.settings(full)["user"]
@@ -362,7 +386,7 @@ def _entry(host: Host, shared: Mapping[str, Any], many: bool, more: Mapping[str,
         user = getpass.getuser() if "ansible_user" in shared else ""
     else:
         values = {"ansible_host": place.address} if place.address != host.name else {}
-        values |= {"ansible_port": place.port} if place.port != int(shared.get("ansible_port") or 0) else {}
+        values |= {"ansible_port": place.port} if place.port != _port("sparks", shared.get("ansible_port")) else {}
         real = ssh.settings(place)["hostname"]
         values |= {"sparkfleet_address": real} if many and real.lower() != place.address.lower() else {}
         user = place.user

@@ -16,8 +16,9 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from sparkfleet_host.bounded import printable
 
-from sparkfleet import progress
+from sparkfleet import progress, report
 from sparkfleet.progress import Board, Row
 
 TICK = 0.2  # seconds between two frames at least
@@ -64,6 +65,7 @@ class Live:
         """One line of a host ("" for none). On a terminal, steps of a host are in its row alone."""
         if self.stream is None:
             return
+        host, line = printable(host), report.clean(line)
         with self._lock:
             if not self.terminal:
                 self._print(line)

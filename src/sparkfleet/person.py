@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from sparkfleet import SparkfleetError
+from sparkfleet import SparkfleetError, report
 
 T = TypeVar("T")
 
@@ -40,4 +40,4 @@ class Person:
 
 def tell(text: str) -> None:
     """A line beside the result, so that `| jq` works."""
-    print(text, file=sys.stderr, flush=True)
+    print(report.clean(text), file=sys.stderr, flush=True)

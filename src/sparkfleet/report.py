@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from sparkfleet_host.bounded import printable
+
 from sparkfleet.catalog import Card
 from sparkfleet.engine import of_image
 
@@ -98,8 +100,14 @@ def models(cards: Sequence[Card], fits: Mapping[str, bool | None]) -> str:
     return table(rows)
 
 
+def clean(text: str) -> str:
+    """Text of any lines that can do nothing to a terminal: hosts, engines and people have a say in what is shown."""
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as they need; numbers to the right."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "".join("  ".join(_cells(row, widths)).rstrip() + "\n" for row in rows)
 

@@ -6,6 +6,7 @@ Nothing is accepted silently: a host key that is not known is shown, and written
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import getpass
 import hashlib
@@ -14,10 +15,14 @@ import ipaddress
 import os
 import re
 import secrets
+import selectors
 import shlex
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from sparkfleet_host.bounded import HOST, MIB, BoundsError, printable
 
 from sparkfleet import SparkfleetError
 
@@ -28,12 +33,14 @@ PORT = 22
 #: Kinds of host keys, the best first.
 KEYS = ("ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521", "ssh-rsa")
 GIB = 1024**3
-_MARK = "sparkfleet:"
-_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
+#: Bytes of output of a command that are read; a look is some hundred.
+OUTPUT = MIB
+_BASE64 = re.compile(r"(?:[A-Za-z0-9+/]{4}){4,1000}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
 _USER = re.compile(r"[A-Za-z_][A-Za-z0-9._-]*")
-#: Read by sh on the host; changes nothing. `sudo -k COMMAND` leaves aside that a password was given before.
+#: Read by sh on the host, after a line that sets `mark`; changes nothing. `sudo -k COMMAND` leaves aside that a
+#: password was given before.
 _SCRIPT = r"""
-say() { printf 'sparkfleet:%s=%s\n' "$1" "$2"; }
+say() { printf '%s:%s=%s\n' "$mark" "$1" "$2"; }
 say hostname "$(hostname -s 2>/dev/null || uname -n)"
 say user "$(id -un)"
 say machine "$(cat /etc/machine-id 2>/dev/null)"
@@ -74,7 +81,7 @@ class Place:
 
     def words(self) -> list[str]:
         """Options of ssh, without the host."""
-        words = shlex.split(self.common_args)
+        words = split(self.common_args)
         words += ["-i", self.private_key] if self.private_key else []
         words += ["-p", str(self.port)] if self.port else []
         return words + (["-l", self.user] if self.user else [])
@@ -82,7 +89,7 @@ class Place:
     def command(self, program: str = "ssh") -> str:
         """What a person types to log in."""
         login = f"{self.user}@{self.address}" if self.user else self.address
-        words = [*shlex.split(self.common_args), *(["-i", self.private_key] if self.private_key else [])]
+        words = [*split(self.common_args), *(["-i", self.private_key] if self.private_key else [])]
         return shlex.join([program, *words, *(["-p", str(self.port)] if self.port else []), login])
 
 
@@ -107,7 +114,8 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """What came of a look: facts, or a problem (unreachable, key-unknown, key-changed, login) in ssh's own words."""
+    """What came of a look: facts, or a problem (unreachable, key-unknown, key-changed, login, answer) in ssh's own
+    words; `answer` is one that cannot be used."""
 
     facts: Facts | None = None
     problem: str = ""
@@ -143,13 +151,21 @@ def parse(text: str) -> Place:
         host, _, port = rest.partition(":")
     if bool(user) != bool(at) or (user and not _USER.fullmatch(user)):
         raise SparkfleetError(f"host '{text}': '{user}' is not the name of a user")
-    if not _NAME.fullmatch(host) and not is_address(host):
+    if not HOST.fullmatch(host) and not is_address(host):
         raise SparkfleetError(f"host '{text}': write [user@]name-or-address[:port], such as nvidia@spark-1a2b.local")
-    if rest.endswith(":") or (port and not (port.isdecimal() and 0 < int(port) < 65536)):
+    if rest.endswith(":") or (port and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536)):
         raise SparkfleetError(f"host '{text}': '{port}' is not a TCP port")
     if host == "localhost" and not user and not port:
         return Place()
     return Place(host, user, int(port or 0))
+
+
+def split(arguments: str) -> list[str]:
+    """Arguments of ssh as a shell would have them. Raises SparkfleetError."""
+    try:
+        return shlex.split(arguments)
+    except ValueError as error:
+        raise SparkfleetError(f"arguments of ssh {arguments!r}: {error}") from None
 
 
 def is_address(text: str) -> bool:
@@ -162,25 +178,50 @@ def is_address(text: str) -> bool:
 
 
 def _run(argv: Sequence[str], seconds: float, script: str = "") -> subprocess.CompletedProcess[str]:
-    """A command with its output in English. Raises SparkfleetError when it is not installed, TimeoutExpired."""
+    """A command with its output in English. Raises SparkfleetError when it is not installed, TimeoutExpired, and
+    BoundsError for more than OUTPUT bytes of output."""
+    pipe, over = subprocess.PIPE, time.monotonic() + seconds
+    environment = {**os.environ, "LC_ALL": "C"}
     try:
-        return subprocess.run(
-            argv,
-            input=script,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=seconds,
-            check=False,
-            env={**os.environ, "LC_ALL": "C"},
-        )
+        child = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, env=environment)
     except FileNotFoundError:
         raise SparkfleetError(f"{argv[0]} is not installed: install OpenSSH's client (openssh-client)") from None
+    except (OSError, ValueError) as error:  # arguments too long, or with a NUL
+        raise SparkfleetError(f"{argv[0]} cannot be run with these arguments: {error}") from None
+    with child, selectors.DefaultSelector() as selector:
+        assert child.stdin and child.stdout and child.stderr
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.write(script.encode())  # less than a pipe holds
+                child.stdin.close()
+            said = {child.stdout.fileno(): b"", child.stderr.fileno(): b""}
+            for handle in said:
+                selector.register(handle, selectors.EVENT_READ)
+            while selector.get_map():
+                ready = selector.select(max(over - time.monotonic(), 0))
+                if not ready:
+                    raise subprocess.TimeoutExpired(argv, seconds)
+                for key, _ in ready:
+                    data = os.read(key.fd, 1 << 16)
+                    said[key.fd] += data
+                    if not data:
+                        selector.unregister(key.fd)
+                    if len(said[key.fd]) > OUTPUT:
+                        raise BoundsError(f"more than {OUTPUT} bytes")
+            child.wait(max(over - time.monotonic(), 0.1))
+        except BaseException:
+            child.kill()
+            raise
+        out, error_text = (data.decode(errors="replace") for data in said.values())
+        return subprocess.CompletedProcess(argv, child.returncode, out, error_text)
 
 
 def settings(place: Place) -> dict[str, str]:
     """What ssh would do: the first value of each of its settings, names in lower case. Raises SparkfleetError."""
-    done = _run(["ssh", "-G", *place.words(), "--", place.address], CONNECT_SECONDS)
+    try:
+        done = _run(["ssh", "-G", *place.words(), "--", place.address], CONNECT_SECONDS)
+    except (subprocess.TimeoutExpired, BoundsError) as error:
+        raise SparkfleetError(f"ssh -G {place.address} does not end well: {printable(str(error), 300)}") from None
     if done.returncode:
         raise SparkfleetError(f"ssh does not take its options: {_last(done.stderr)}")
     found: dict[str, str] = {}
@@ -201,24 +242,51 @@ def look(place: Place) -> Look:
         # A connection that stays open for others would hold our pipe.
         asks += ["-o", "ControlMaster=no", "-o", "ControlPath=none", "-T"]
         argv = ["ssh", *asks, *place.words(), "--", place.address, *argv]
+    # Nobody can know the mark beforehand: what a shell prints at login is not taken for an answer.
+    mark = f"sparkfleet-{secrets.token_hex(8)}"
     try:
-        done = _run(argv, LOOK_SECONDS, _SCRIPT)
+        done = _run(argv, LOOK_SECONDS, f"mark={mark}\n{_SCRIPT}")
+        found = {}
+        for line in done.stdout.splitlines():
+            name, equals, value = line.removeprefix(f"{mark}:").partition("=")
+            if equals and line.startswith(f"{mark}:"):
+                found[name] = value
+        if found.get("end") == "yes":
+            return Look(_facts(found))
     except subprocess.TimeoutExpired:
         return Look(None, "unreachable", f"no answer within {LOOK_SECONDS} s")
-    found = dict(line.removeprefix(_MARK).split("=", 1) for line in done.stdout.splitlines() if line.startswith(_MARK))
-    if found.get("end") != "yes":
-        return Look(None, *problem(done.stderr))
-    return Look(
-        Facts(
-            hostname=found["hostname"].partition(".")[0].lower(),
-            user=found["user"],
-            machine=found["machine"],
-            gpu=found["gpu"].strip(),
-            total=int(found["total"] or 0) * 1024,
-            available=int(found["available"] or 0) * 1024,
-            python=found["python"],
-            sudo=found["sudo"],
-        )
+    except BoundsError as error:
+        return Look(None, "answer", f"what it answers cannot be used: {error}")
+    return Look(None, *problem(done.stderr))
+
+
+def _facts(found: Mapping[str, str]) -> Facts:
+    """Facts of what the script printed. Raises BoundsError for what it cannot have printed on a sound host."""
+
+    def number(name: str) -> int:
+        text = found.get(name, "")
+        if not re.fullmatch(r"[0-9]{0,12}", text):
+            raise BoundsError(f"{name} is {printable(text, 40)!r}, not an amount of KiB")
+        return int(text or 0) * 1024
+
+    def one_of(name: str, pattern: str) -> str:
+        text = found.get(name, "")
+        if not re.fullmatch(pattern, text):
+            raise BoundsError(f"{name} is {printable(text, 40)!r}")
+        return text
+
+    def words(name: str) -> str:
+        return printable(found.get(name, ""), 120).strip()
+
+    return Facts(
+        hostname=words("hostname").partition(".")[0].lower(),
+        user=words("user"),
+        machine=words("machine"),
+        gpu=words("gpu"),
+        total=number("total"),
+        available=number("available"),
+        python=one_of("python", r"([0-9]{1,3}\.[0-9]{1,3})?"),
+        sudo=one_of("sudo", "yes|password|root|missing"),
     )
 
 
@@ -240,11 +308,13 @@ def problem(said: str) -> tuple[str, str]:
 
 def _bare(line: str) -> str:
     """A line of ssh without who says it or of whom."""
-    return re.sub(r"^(ssh|\S+@\S+): ", "", line)
+    return printable(re.sub(r"^(ssh|\S{1,300}@\S{1,300}): ", "", line), 300)
 
 
 def _last(said: str) -> str:
-    return next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "no reason given")
+    return next(
+        (printable(line.strip(), 300) for line in reversed(said.splitlines()) if line.strip()), "no reason given"
+    )
 
 
 def host_key(place: Place, known: Mapping[str, str]) -> HostKey | None:
@@ -256,10 +326,14 @@ def host_key(place: Place, known: Mapping[str, str]) -> HostKey | None:
     argv = ["ssh-keyscan", "-T", str(CONNECT_SECONDS), "-p", known["port"], "-t", kinds, "--", known["hostname"]]
     try:
         done = _run(argv, 4 * CONNECT_SECONDS)
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, BoundsError):
         return None
     offered = [line.split() for line in done.stdout.splitlines() if line and not line.startswith("#")]
-    keys = [HostKey(words[1], words[2]) for words in offered if len(words) == 3 and words[1] in KEYS]
+    keys = [
+        HostKey(words[1], words[2])
+        for words in offered
+        if len(words) == 3 and words[1] in KEYS and _BASE64.fullmatch(words[2])
+    ]
     return min(keys, key=lambda key: KEYS.index(key.kind), default=None)
 
 
@@ -309,7 +383,7 @@ def make_key(place: Place, known: Mapping[str, str]) -> Path:
 def copy_command(place: Place, public: Path | None) -> list[str]:
     """ssh-copy-id for a place, which knows -o and -p, but not ssh's other options."""
     words: list[str] = []
-    for word in (given := iter(shlex.split(place.common_args))):
+    for word in (given := iter(split(place.common_args))):
         words += ["-o", f"ProxyJump={next(given, '')}"] if word == "-J" else [word]
     words += ["-i", str(public)] if public else []
     words += ["-p", str(place.port)] if place.port else []

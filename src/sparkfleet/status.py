@@ -155,7 +155,8 @@ def table(rows: Sequence[Mapping[str, Any]], width: int = 0) -> str:
     for row in rows:
         for note in _notes(row, len(rows) == 1):
             notes.setdefault(note, []).append(row["host"])
-    return report.table(cut) + "".join(f"{rollout.names(hosts)}: {note}\n" for note, hosts in notes.items())
+    lines = "".join(f"{rollout.names(hosts)}: {printable(note)}\n" for note, hosts in notes.items())
+    return report.clean(report.table(cut) + lines)
 
 
 def _notes(row: Mapping[str, Any], alone: bool) -> Iterator[str]:

@@ -80,10 +80,11 @@ def ssh(options: dict[str, str], rest: list[str]) -> int:
         return 255
     if rest[1:] != ["sh", "-s"] or "MemTotal" not in script:
         return 127
-    print("Welcome to DGX OS")
+    mark = script.partition("mark=")[2].partition("\n")[0]
+    print(host.get("banner", "Welcome to DGX OS"))
     for key in ("hostname", "machine", "gpu", "total", "available", "python", "sudo"):
-        print(f"sparkfleet:{key}={host[key]}")
-    print(f"sparkfleet:user={user}\nsparkfleet:end=yes")
+        print(f"{mark}:{key}={host[key]}")
+    print(f"{mark}:user={user}\n{mark}:end=yes")
     return 0
 
 

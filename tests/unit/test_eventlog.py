@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import stat
+import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sparkfleet import SparkfleetError, eventlog
 
@@ -58,3 +64,69 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / ".sparkfleet").write_text("a file")
     with pytest.raises(SparkfleetError, match="make it writable"), eventlog.keep(tmp_path, "deploy", False, []):
         pass
+
+
+@pytest.mark.parametrize("point", ["write", "make", "close"])
+def test_a_full_disk_does_not_end_a_run(point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log ends, the run goes on, and that is said."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fails(*_: object, **__: object) -> int:
+        raise full
+
+    if point == "make":
+        monkeypatch.setattr(os, "open", fails)
+    with eventlog.keep(tmp_path, "rollout", False, []) as log:
+        if point != "make":
+            real = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115  closed by the log
+            log.file, before = real, log.file
+            assert before
+            before.close()
+        if point == "write":
+            log({"event": "play"})
+            log({"event": "play"})
+        elif point == "close":
+            assert log.file
+            log.file.write("x")
+    assert ("No space left on device" in log.problem) == (point != "close")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        '{"sparkfleet_gateway_keys": ["correct horse", "battery"]}',
+        "{sparkfleet_gateway_keys: [correct horse, battery]}",
+        '{"a": {"passwords": {"of_me": "correct horse", "of_you": ["battery"]}}}',
+        'sparkfleet_gateway_keys=\'["correct horse","battery"]\'',
+        "port=1 api_token='correct horse' other_key=battery",
+    ],
+)
+def test_secrets_at_any_depth(given: str, tmp_path: Path) -> None:
+    with eventlog.keep(tmp_path, "deploy", False, [given]) as log:
+        log({"text": "said: correct horse, battery", "list": [{"x": "battery"}]})
+    assert log.path
+    text = log.path.read_text(encoding="utf-8")
+    assert "horse" not in text and "battery" not in text
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:p@ss@proxy:3128/x", "socks5://me:a@b@c@proxy", "https://me:correct@proxy and ftp://u:p@ss@h"]
+)
+def test_passwords_with_an_at_in_them(url: str) -> None:
+    assert not re.search(r"p@ss|a@b|correct|ss@", str(eventlog.EventLog().redacted(url)))
+    assert "proxy" in eventlog.EventLog().redacted(url)
+
+
+@given(st.text(max_size=200), st.lists(st.text(max_size=80), max_size=3))
+def test_any_text_and_any_variables(text: str, extra: list[str]) -> None:
+    """Nothing is raised, whatever is said or given."""
+    log = eventlog.EventLog(secrets=eventlog._secrets(extra))
+    assert isinstance(log.redacted(text), str)
+
+
+def test_redaction_takes_time_in_proportion() -> None:
+    log = eventlog.EventLog()
+    for text in ("a" * 300_000, "x://" * 80_000, "x://u:" + "p" * 300_000, "bearer " * 50_000, "x://u:p@" * 40_000):
+        began = time.monotonic()
+        log.redacted(text)
+        assert time.monotonic() - began < 2, text[:20]
