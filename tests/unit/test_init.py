@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,9 @@ import pexpect
 import pytest
 import yaml
 import zeroconf
+from hypothesis import example, given
+from hypothesis import strategies as st
+from sparkfleet_host.bounded import BoundsError
 
 from sparkfleet import SparkfleetError, cli, discovery, enrol, init, inventory_file, ssh
 from sparkfleet.inventory_file import Entry
@@ -707,3 +711,164 @@ def test_values_that_need_quotes() -> None:
     group = yaml.safe_load(made)["sparks"]
     assert group["hosts"]["a"] == {"ansible_user": "yes", "x": "a: b #c", "n": 5} and group["vars"] == {"p": "{{ x }}"}
     assert "gateways" not in made  # one Spark needs none
+
+
+BANNERS = [
+    "sparkfleet:end=yes",
+    "sparkfleet:gpu=NVIDIA GB10\nsparkfleet:total=abc\nsparkfleet:end=yes",
+    "sparkfleet:nothing",
+    "sparkfleet-0000000000000000:end=yes",
+    "\x1b[2J\x1b]0;owned\x07{{ lookup('pipe', 'touch /tmp/owned') }}",
+    "{}\n[]",
+]
+
+
+@pytest.mark.parametrize("banner", BANNERS)
+def test_a_message_of_the_day_is_no_answer(banner: str, net: Network, run: Run) -> None:
+    net.host("192.0.2.11", "spark-1", banner=banner)
+    net.host("192.0.2.12", "spark-2")
+    code, out, err = run("--yes", "--model", "llama31-8b-fp8", "192.0.2.11", "192.0.2.12")
+    assert code == 0, err
+    assert "spark-1" in out and "spark-2" in out and "\x1b" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"total": "12x"}, "total is '12x', not an amount of KiB"),
+        ({"available": "9" * 40}, "not an amount of KiB"),
+        ({"python": "3.12\x1b[31m"}, "python is"),
+        ({"sudo": "perhaps"}, "sudo is 'perhaps'"),
+    ],
+)
+def test_an_answer_that_cannot_be_used(wrong: dict[str, Any], words: str, net: Network, run: Run) -> None:
+    """One host that answers nonsense is a row with its reason; the others are written."""
+    net.host("192.0.2.11", "spark-1", **wrong)
+    net.host("192.0.2.12", "spark-2")
+    code, out, err = run("--yes", "--model", "llama31-8b-fp8", "lab/inv", "192.0.2.11", "192.0.2.12")
+    assert code == 7 and words in out and "answer" in out, out + err
+    assert "spark-2" in (net.home.parent / "lab" / "inv" / "hosts.yml").read_text(encoding="utf-8")
+    assert "\x1b" not in out + err
+
+
+def test_names_and_figures_of_a_hostile_host(net: Network, run: Run) -> None:
+    """What a host says of itself is shown without escapes and written without templates."""
+    evil = "{{ lookup('pipe', 'id') }}\x1b[2J"
+    net.host("192.0.2.11", evil, gpu=f"NVIDIA GB10 {evil}", machine=evil)
+    code, out, err = run("--yes", "--model", "llama31-8b-fp8", "lab/inv", "192.0.2.11")
+    text = (net.home.parent / "lab" / "inv" / "hosts.yml").read_text(encoding="utf-8")
+    assert code == 0 and "{{" not in text and "\x1b" not in text + out + err
+    assert list(yaml.safe_load(text)["sparks"]["hosts"]) == ["lookup--pipe----id-------2j"]
+
+
+def test_endless_output_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ssh").write_text("#!/bin/sh\ncat > /dev/null\nexec cat /dev/zero\n")
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    began = time.monotonic()
+    found = ssh.look(Place("192.0.2.1"))
+    assert found.problem == "answer" and "more than" in found.message and time.monotonic() - began < 20
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["hostname", "user", "machine", "gpu", "total", "available", "python", "sudo"]),
+        st.text(max_size=60),
+    )
+)
+def test_any_facts(found: dict[str, str]) -> None:
+    try:
+        facts = ssh._facts(found)
+    except BoundsError:
+        return
+    host = enrol.Host(Place("192.0.2.1"), look=ssh.Look(facts))
+    enrol._judge(host, {}, {"all"})
+    shown = enrol.table([host])
+    assert "\x1b" not in shown and re.fullmatch(r"[a-z0-9_-]+", host.name)
+
+
+@given(st.text(max_size=40), st.one_of(st.none(), st.integers()), st.lists(st.text(max_size=20), max_size=40))
+@example("{{lookup('pipe','touch x')}}.local.", 22, ["127.0.0.1"])
+@example("spark-1a2b.local.", 22, ["192.0.2.1"])
+def test_any_announcement(server: str, port: int | None, addresses: list[str]) -> None:
+    """A name of mDNS that is none of a host is left out: it would become a value that Ansible evaluates."""
+    found: dict[str, tuple[set[str], int]] = {}
+    discovery.add(found, server, port, addresses)
+    for name, (known, at) in found.items():
+        assert re.fullmatch(r"[a-z0-9_.-]+", name) and len(known) <= discovery.ADDRESSES and 0 < at < 65536
+    if server == "spark-1a2b.local.":
+        assert [*found] == ["spark-1a2b"]
+
+
+WORD = st.one_of(
+    st.text(max_size=30),
+    st.from_regex(r"([a-z]{0,8}@)?[a-z0-9.-]{0,12}(:[0-9]{0,6})?", fullmatch=True),
+    st.sampled_from(["localhost", "[::1]:22", "~nosuchuser/x", "a/b", "..", "\x00", "x\x00/y", "a" * 300 + "/b"]),
+)
+
+
+@given(WORD)
+def test_any_word_is_a_place_or_refused(word: str) -> None:
+    try:
+        folder, places = init.words([word])
+    except SparkfleetError as error:
+        assert str(error)
+        return
+    for place in (place for place in places if not place.local):
+        assert "{" not in place.text and not re.search(r"\s", place.text) and not place.address.startswith("-")
+    assert isinstance(folder, Path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--ssh-common-args", "'", "192.0.2.1"),
+        ("--ssh-common-args", "\x00", "192.0.2.1"),
+        ("--private-key", "~nosuchuser/key", "192.0.2.1"),
+        ("--private-key", "\x00", "192.0.2.1"),
+        ("--user", "a b", "192.0.2.1"),
+        ("192.0.2.1:99999999999999999999",),
+        ("192.0.2.1:²",),
+        ("~nosuchuser/x", "192.0.2.1"),
+        ("x\x00/y", "192.0.2.1"),
+        ("a" * 5000 + "/y", "192.0.2.1"),
+    ],
+    ids=repr,
+)
+def test_bad_words(words: tuple[str, ...], net: Network, run: Run) -> None:
+    code, out, err = run("--yes", *words)
+    assert (code == 2 and err.startswith("sparkfleet: ") and not out and not net.calls("ssh ")) or "-G" in str(
+        net.calls()
+    )
+
+
+YAML = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=8)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["sparks", "hosts", "children", "vars", "all", "a", "b"]), inner, max_size=4),
+    ),
+    max_leaves=12,
+)
+
+
+@given(YAML, st.sampled_from([None, False, True]))
+def test_any_inventory_is_added_to_or_refused(document: Any, flow: bool | None) -> None:
+    """Either the new host is there and all else as it was, or one error."""
+    added_or_refused(yaml.safe_dump(document, default_flow_style=flow))
+
+
+@given(st.text(alphabet=st.sampled_from("sparkhoet:{}[],&*!|>-# \n'\"\t\r%@`"), max_size=60))
+def test_any_text_is_added_to_or_refused(text: str) -> None:
+    added_or_refused(text)
+    added_or_refused(f"sparks:\n  hosts:\n    a: {text}")
+
+
+def added_or_refused(text: str) -> None:
+    try:
+        made = inventory_file.add(Path("hosts.yml"), text, [NEW])
+    except SparkfleetError as error:
+        assert str(error).startswith("hosts.yml")
+        return
+    assert "new" in made and "192.0.2.9" in made
+    yaml.compose(made, Loader=yaml.SafeLoader)
