@@ -9,6 +9,8 @@ from ansible import constants as C
 from ansible.plugins.callback.default import CallbackModule as Default
 
 import sparkfleet.plan  # noqa: F401 - once for all workers, which are forked from this process
+from sparkfleet import report
+from sparkfleet.explain import bare, explained
 
 DOCUMENTATION = r"""
 name: sparkfleet
@@ -42,13 +44,14 @@ class CallbackModule(Default):  # type: ignore[misc]
     CALLBACK_NAME = "sparkfleet"
 
     def _is_plain(self, result: Any) -> bool:
-        own = str(result.task.action) in OWN and "results" not in result.result
-        return own and bool(result.result.get("msg")) and self._display.verbosity == 0
+        message = str(result.result.get("msg") or "")
+        own = str(result.task.action) in OWN or explained(message) != bare(message)
+        return own and bool(message) and "results" not in result.result and self._display.verbosity == 0
 
     def _print_message(self, result: Any, word: str) -> None:
         if self._last_task_banner != result.task._uuid:
             self._print_task_banner(result.task)
-        message = str(result.result["msg"]).removeprefix("Task failed: ").removeprefix("Action failed: ")
+        message = report.clean(explained(str(result.result["msg"])))
         self._display.display(f"{word}: [{self.host_label(result)}]: {message}", color=C.COLOR_ERROR)
 
     def v2_runner_on_failed(self, result: Any, ignore_errors: bool = False) -> None:

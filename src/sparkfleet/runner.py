@@ -23,6 +23,7 @@ from typing import Any
 import ansible_runner
 
 from sparkfleet import SparkfleetError
+from sparkfleet.explain import explained
 from sparkfleet.progress import Board, phase_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,8 +46,6 @@ CODES = {
 #: Failures that end a run before anything has changed: on one host, and on all hosts of the play.
 OF_ALL = frozenset(("all-at-once", "same-host"))
 REFUSALS = OF_ALL | {"switch-running-other", "bad-input"}
-#: Ansible's words for a sudo that wants a password and got none, or a wrong one.
-_PASSWORD = re.compile(r"(Missing|Incorrect) \w+ password|.*sudo: a password is required", re.DOTALL)
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _FAILURE = re.compile(r"\[([a-z][a-z0-9-]+)\]")
 #: What a host said last is a line of its own: "HOST  12 s  loading weights".
@@ -212,11 +211,7 @@ def proof(host: Host) -> str:
 
 def message(res: Mapping[str, Any]) -> str:
     """The message of a failure, without Ansible's words around it."""
-    text = str(res.get("msg") or res.get("stderr") or "no message; run again with -v")
-    text = text.removeprefix("Task failed: ").removeprefix("Action failed: ").strip()
-    # Of a local connection it is what sudo itself said, after Ansible's own words.
-    said = text.splitlines()[-1] if text else text
-    return f"{said}: run again with -K, and type it" if _PASSWORD.fullmatch(text) else text
+    return explained(str(res.get("msg") or res.get("stderr") or "no message; run again with -v"))
 
 
 def playbook(verb: str) -> Path:
@@ -227,7 +222,10 @@ def playbook(verb: str) -> Path:
 @functools.cache
 def become_password() -> str:
     """Sudo's password, asked once: ansible-runner keeps ansible-playbook's own question to itself."""
-    return getpass.getpass("BECOME password: ")
+    try:
+        return getpass.getpass("BECOME password: ")
+    except EOFError:
+        raise SparkfleetError("-K asks for sudo's password: run it on a terminal") from None
 
 
 def run(verb: str, inventory: str, arguments: Sequence[str], collector: Collector) -> int:

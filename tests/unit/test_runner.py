@@ -397,7 +397,7 @@ def test_a_sudo_that_wants_a_password_has_its_remedy() -> None:
         "sudo: a password is required: run again with -K"
     )
     assert runner.message({"msg": "Task failed: Missing sudo password"}) == (
-        "Missing sudo password: run again with -K, and type it"
+        "Missing sudo password: run again with -K (--ask-become-pass), and type the password of the user you log in as"
     )
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -268,3 +269,50 @@ def test_limits_that_are_none(limit: str, inventory: Path, capsys: pytest.Captur
     assert cli.main(["stop", "-l", limit, "-i", str(inventory)]) == runner.BAD_INPUT
     said = capsys.readouterr().err
     assert said.startswith("sparkfleet: --limit ") and said.count("\n") == 1
+
+
+NOISY = """#!/bin/sh
+# sshd, for a user whose shell prints something before it runs a command
+for command; do :; done
+printf '{}'
+exec sh -c "$command"
+"""
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [("noise", "keep it for interactive shells"), ("sudo", "run again with -K (--ask-become-pass)")],
+)
+def test_what_ansible_says_of_itself_has_its_remedy(
+    problem: str, words: str, inventory: Path, calls: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the verbs, and for ansible-playbook alone: once, and what to do."""
+    folder = calls.parent / "bin"
+    if problem == "noise":
+        (folder / "ssh").write_text(NOISY, encoding="utf-8")
+    else:
+        (folder / "ssh").write_text('#!/bin/sh\nfor command; do :; done\nexec sh -c "$command"\n', encoding="utf-8")
+        (folder / "sudo").write_text("#!/bin/sh\necho 'sudo: a password is required' >&2\nexit 1\n", encoding="utf-8")
+        (folder / "sudo").chmod(0o755)
+    become = "true" if problem == "sudo" else "false"
+    extra = ("-e", f"ansible_become={become}", "-e", f"ansible_python_interpreter={sys.executable}")
+    for playbook in ("site.yml", "playbooks/stop.yml"):
+        command = [Path(sys.executable).with_name("ansible-playbook"), ROOT / playbook, "-i", inventory, *extra]
+        environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, check=False, stdin=subprocess.DEVNULL
+        )
+        said = done.stdout + done.stderr
+        assert done.returncode == 2 and said.count(words) == 1, said
+        assert "Origin:" not in said and "[ERROR]" not in said
+    collected = runner.Collector(lambda host, line: None)
+    runner.run("stop", str(inventory), extra, collected)
+    assert words in collected.hosts["spark-1"].message
+
+
+def test_programs_in_sbin_are_found() -> None:
+    """A login that leaves them out of PATH does not make Docker look uninstalled."""
+    script = "import sparkfleet_host, shutil; print(shutil.which('ldconfig'))"
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT / "plugins" / "module_utils")}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip().endswith("sbin/ldconfig")
