@@ -49,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:  # as a command: a reader that has seen enough (`| head`) ends it quietly
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     parser = _parser()
+    for word in sys.argv[1:] if argv is None else argv:
+        if "\0" in word or not _is_text(word):
+            parser.error(f"argument {word[:80]!a} is not text: it has a NUL or is not UTF-8")
     options, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(options, "words") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -66,6 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return INTERRUPTED
+
+
+def _is_text(word: str) -> bool:
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -155,16 +166,18 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
                 "--yes", action="store_true", help="do not ask; several Sparks that serve may stop at the same time"
             )
         if verb == "switch":
-            parser.add_argument("model", nargs="?", help="a card's name or path; left out, only the profile changes")
-            parser.add_argument("--profile")
+            parser.add_argument(
+                "model", nargs="?", type=_word, help="a card's name or path; left out, only the profile changes"
+            )
+            parser.add_argument("--profile", type=_word)
         elif verb == "upgrade":
-            parser.add_argument("image")
+            parser.add_argument("image", type=_word)
         elif verb == "bundle":
-            parser.add_argument("folder", help="where to; one that is there gets what it lacks")
+            parser.add_argument("folder", type=_word, help="where to; one that is there gets what it lacks")
         elif verb == "rollout":
             parser.add_argument("--dry", action="store_true", help="plan, input and waves on paper; contacts nobody")
         elif verb == "rollback":
-            parser.add_argument("release", nargs="?", type=int, help="number of a release (default: the one before)")
+            parser.add_argument("release", nargs="?", type=_count, help="number of a release (default: the one before)")
         elif verb == "status":
             parser.set_defaults(run=_status)
             parser.add_argument(
@@ -178,7 +191,7 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
             )
         elif verb == "logs":
             parser.add_argument("host", nargs="?", help="the same as --limit HOST")
-            parser.add_argument("-n", "--lines", type=int, default=100, help="default: %(default)s")
+            parser.add_argument("-n", "--lines", type=_count, default=100, help="default: %(default)s")
         elif verb == "remove":
             parser.add_argument("--yes", action="store_true", help="do not ask")
             for what in ("models", "images", "token"):
@@ -187,6 +200,8 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def _arguments(options: argparse.Namespace) -> list[str]:
     """The words for ansible-playbook."""
+    if options.verb == "switch" and not (options.model or options.profile):
+        raise SparkfleetError("switch needs a model, a --profile or both (`sparkfleet models` lists them)")
     words = [word for pair in options.extra_vars for word in ("-e", pair)]
     words += _limit(options)
     words += ["--check", "--diff"] if options.check else []
@@ -231,7 +246,8 @@ def _dry(options: argparse.Namespace) -> int:
     os.environ.setdefault("ANSIBLE_CONFIG", str(ROOT / "ansible.cfg"))
     from sparkfleet import inventory  # noqa: PLC0415 - Ansible reads its configuration as it is imported
 
-    paper = dry.make(inventory.variables(options.inventory, options.limit, options.extra_vars))
+    limit = None if options.limit is None else ",".join(inventory.matching(options.inventory, options.limit))
+    paper = dry.make(inventory.variables(options.inventory, limit, options.extra_vars))
     print(json.dumps(paper.as_dict(), indent=2) if options.json else dry.page(paper), end="\n" if options.json else "")
     return 0 if paper.fits else DOES_NOT_FIT
 
@@ -373,6 +389,18 @@ def _watch(options: argparse.Namespace, words: Sequence[str]) -> int:
     if sys.stdout.isatty():
         print(text, end="")
     return code
+
+
+def _word(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,6}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' is not a whole number from 1 to 999999")
+    return int(text)
 
 
 def _seconds(text: str) -> float:

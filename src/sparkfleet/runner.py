@@ -232,9 +232,11 @@ def run(verb: str, inventory: str, arguments: Sequence[str], collector: Collecto
     """Run a verb; the exit code. `arguments` are ansible-playbook's own. Raises SparkfleetError."""
     if not playbook(verb).exists():
         raise SparkfleetError(f"{playbook(verb)} is missing; run sparkfleet from its repository (scripts/setup)")
-    place = Path(inventory).resolve()
-    if not place.exists():
-        raise SparkfleetError(f"inventory {inventory}: there is no such file or folder; copy inventory/example")
+    place = Path(inventory)
+    with contextlib.suppress(OSError, RuntimeError):  # a name that is too long, a loop of links
+        place = place.resolve(strict=True)
+    if not inventory or not place.is_absolute() or not os.path.exists(place):  # noqa: PTH110  raises nothing
+        raise SparkfleetError(f"inventory {inventory!r}: there is no such file or folder; copy inventory/example")
 
     def take(event: Mapping[str, Any]) -> bool:
         collector.take(event)

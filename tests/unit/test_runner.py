@@ -366,7 +366,7 @@ def test_remove_shows_first_and_asks(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_an_inventory_that_is_not_there() -> None:
-    with pytest.raises(SparkfleetError, match="inventory /nowhere: there is no such file"):
+    with pytest.raises(SparkfleetError, match="inventory '/nowhere': there is no such file"):
         runner.run("status", "/nowhere", [], Collector(lambda host, line: None))
 
 
