@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     for word in sys.argv[1:] if argv is None else argv:
         if "\0" in word or not _is_text(word):
-            parser.error(f"argument {word[:80]!a} is not text: it has a NUL or is not UTF-8")
+            print(f"sparkfleet: argument {word[:80]!a} is not text: it has a NUL or is not UTF-8", file=sys.stderr)
+            return BAD_INPUT
     options, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(options, "words") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
