@@ -418,3 +418,22 @@ def test_sudo_s_password_is_asked_once_and_given_to_ansible(monkeypatch: pytest.
     assert [list(run["passwords"].values()) for run in runs[1:]] == [["secret"], ["secret"]]
     assert all(re.search(pattern, "BECOME password: ") for pattern in runs[1]["passwords"])
     assert "secret" not in str(runs[1]["cmdline"])
+
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
+
+
+@pytest.mark.parametrize("verb", ["logs", "stop", "status", "remove"])
+def test_nothing_that_is_shown_moves_the_terminal(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names, messages, models and lines of logs come from hosts and engines."""
+    row = {**status.summary("spark-1", FOUND, [f"image: {EVIL}"]), "model": f"m{EVIL}", "switch": f"1 {EVIL}"}
+    host = Host("spark-1", "failed", f"no {EVIL}", log=[f"\x1b[36m(EngineCore)\x1b[0m up {EVIL}"], removed=[EVIL])
+    host.summary = row if verb == "status" else None
+    monkeypatch.setattr("builtins.input", lambda prompt: "no")
+    command(monkeypatch, Calls(host, code=DOWN), verb)
+    said = "".join(capsys.readouterr())
+    assert said.strip() and not re.search("[\x1b\x07\x9b\u202e]", said)
+    if verb == "logs":
+        assert "(EngineCore) up" in said  # colours alone go without a trace
