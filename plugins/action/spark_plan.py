@@ -84,7 +84,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         made = plan.make(target, answer["state"])
         if "preflight" in task_vars.get("ansible_run_tags", ()):
             for line in _table(made):
-                self._display.display(f"{host}  {line}")
+                self._display.display(report.clean(f"{host}  {line}"))
         if made["findings"]:
             lines = [f"  {finding['message']} [{finding['id']}]" for finding in made["findings"]]
             # A later look of the same run comes after changes.
@@ -95,7 +95,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             )
         lines = _summary(made, answer["state"], settings, first="sparkfleet_look" not in task_vars)
         for line in [] if status else lines:
-            self._display.display(f"{host}  {line}")
+            self._display.display(report.clean(f"{host}  {line}"))
         result.update(changed=False, plan=made, state=answer["state"])
         return result
 
