@@ -727,7 +727,7 @@ BANNERS = [
 def test_a_message_of_the_day_is_no_answer(banner: str, net: Network, run: Run) -> None:
     net.host("192.0.2.11", "spark-1", banner=banner)
     net.host("192.0.2.12", "spark-2")
-    code, out, err = run("--yes", "--model", "llama31-8b-fp8", "192.0.2.11", "192.0.2.12")
+    code, out, err = run("--yes", "--model", "llama31-8b-fp8", "lab/inv", "192.0.2.11", "192.0.2.12")
     assert code == 0, err
     assert "spark-1" in out and "spark-2" in out and "\x1b" not in out + err
 
