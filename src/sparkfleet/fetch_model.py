@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -285,7 +286,10 @@ class Fetch:
             ignore_patterns=self.request.ignore or None,
             key=lambda file: file.name,
         )
-        self.files = sorted(wanted, key=lambda file: file.name)
+        self.files = sorted(set(wanted), key=lambda file: file.name)
+        twice = [one.name for one, other in itertools.pairwise(self.files) if one.name == other.name]
+        if twice:
+            raise FetchError("hub-answer-odd", f"the Hub lists {twice[0]} of {repo} twice, with different content")
         if not self.files:
             raise FetchError("hub-revision-unknown", f"{repo} at {self.commit} has no file that is asked for")
         if any(not self._blob(file).exists() for file in self.files):

@@ -271,8 +271,11 @@ def test_the_token_goes_to_the_hub_alone(client: Path, hub: Hub, tmp_path: Path)
     with serve(Hub(files=hub.files, large=hub.large)) as other:
         hub.elsewhere = other.url.replace("127.0.0.1", "localhost")
         hub.next_page = f"{hub.elsewhere}/api/models/{hub.repo}/tree/{hub.commit}"
-        assert "result" in fetch(client, hub, tmp_path / "hf", token=token)[-1]
-        assert "Bearer hf_alice" in {token for path, token in hub.tokens_seen}
+        result = fetch(client, hub, tmp_path / "hf", token=token)[-1]["result"]
+        assert result["files"] == 4  # the other page names the same ones again
+        # The client itself asks for that list without a token.
+        seen = {token for path, token in hub.tokens_seen if path != "/api/agent-harnesses"}
+        assert seen == {"Bearer hf_alice"}
         assert other.tokens_seen and {token for path, token in other.tokens_seen} == {""}
 
 
