@@ -30,6 +30,7 @@ def inventory(world: str, home: Path) -> dict[str, object]:
         "ansible_python_interpreter": "/usr/bin/python3",
         "ansible_ssh_private_key_file": str(ssh / "id_ed25519"),
         "ansible_ssh_common_args": f"-o UserKnownHostsFile={ssh / 'known_hosts'} -o IdentitiesOnly=yes",
+        "sparkfleet_controller_registries": {"nvcr.io": f"127.0.0.1:{state.get('registry_port', 9)}"},
         "sparkfleet_simulated_token_file": str(folder / "hf_token"),
     }
     groups = {"sparks": {"hosts": sorted(hosts), "vars": shared}}

@@ -21,6 +21,7 @@ from typing import Any
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from sparkfleet_host.bounded import printable
 
 from sparkfleet.patience import Patience
 
@@ -145,6 +146,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             alone = job["result"].get("mirror_failed") or job["result"].get("peer_failed")
             if alone:
                 display.display(f"{host}  {job['name']} came from the internet after all: {alone[:200]}")
+            if unverified := job["result"].get("unverified"):
+                display.warning(f"{host}  {job['name']} not verified: {printable(str(unverified), 600)}")
             result[job["name"]] = {**job["result"], "state": job["state"]}
         result["changed"] = any(bool(job["result"].get("changed")) for job in jobs)
         result["seconds"] = round(time.monotonic() - began, 1)

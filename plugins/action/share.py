@@ -26,6 +26,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from sparkfleet_host.bounded import printable
 
 from sparkfleet import gateway, share
 
@@ -106,6 +107,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             "port": int(arguments.get("port", 9110)),
             "images": source["images"],
             "models": source["models"],
+            # What the controller knows the tags stand for; this one may serve an image that others of the run lack.
+            "digests": {name: digest for name, digest in self._digests(task_vars).items() if name in source["images"]},
             "cache_dir": arguments.get("cache_dir", "/opt/hf"),
             "room": int(arguments.get("room", 0)),
         }
@@ -142,7 +145,13 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             display.display(f"{host} fetches by itself: {reason}")
         ready = {name: found for name, found in served.items() if found and (name == host or not reason)}
         giver = ready.get(plan["image_from"], {})
-        digest = giver.get("digests", {}).get(image, "")
+        digest, expected = str(giver.get("digests", {}).get(image, "")), str(self._task.args.get("digest") or "")
+        if digest and expected and digest != expected:
+            display.warning(
+                f"{plan['image_from']} gives {image} as {printable(digest, 80)}, its registry has {expected}: {host} "
+                f"does not take it. Look into {plan['image_from']}."
+            )
+            digest = ""
         return {
             "mirror": f"127.0.0.1:{REGISTRY_PORT}" if digest else "",
             "digest": digest,
@@ -152,6 +161,17 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
     def _absent(self, task_vars: Mapping[str, Any]) -> dict[str, Any]:
         """End what serves and what leads to it."""
         return {"reason": self._module(task_vars, state="absent", clean=self._task.args.get("clean", True))["reason"]}
+
+    def _digests(self, task_vars: Mapping[str, Any]) -> dict[str, str]:
+        """Of all images of the run what the controller found: image -> digest."""
+        found = {}
+        for name in task_vars["ansible_play_hosts_all"]:
+            known = task_vars["hostvars"][name]
+            image = ((known.get("sparkfleet_look") or {}).get("plan") or {}).get("image")
+            digest = (known.get("fetch_image_digest") or {}).get("digest")
+            if image and digest:
+                found[str(image)] = str(digest)
+        return found
 
     def _served(self, task_vars: Mapping[str, Any], plan: Mapping[str, Any], name: str) -> dict[str, Any]:
         """What the leader of a source was told when it began to serve; {} where it does not serve."""

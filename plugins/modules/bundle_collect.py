@@ -14,6 +14,7 @@ description:
     group is resolved for itself, since packages of two groups may conflict (Docker's own and the distribution's).
 options:
   image: {description: Reference of the image., type: str, required: true}
+  digest: {description: Its digest, where the controller knows it., type: str, default: ""}
   repo: {description: Model on the Hub; empty for none., type: str, default: ""}
   revision: {description: Its revision., type: str, default: main}
   cache_dir: {description: Folder of the model cache., type: path, default: /opt/hf}
@@ -77,7 +78,7 @@ def collect_image(params: dict[str, Any], job: Job) -> tuple[dict[str, Any], lis
     docker = Docker()
     registry = Registry(ref, docker.info(), credentials(Path(params["docker_config"]), ref.registry), timeout=60)
     try:
-        digest, blobs = layout.add(params["image"], registry, str(docker.version().get("Arch") or ""))
+        digest, blobs = layout.add(params["image"], registry, str(docker.version().get("Arch") or ""), params["digest"])
         missing = [blob for blob in dict.fromkeys(blobs) if blob_name(blob) not in params["have"]]
         total = sum(layout.sizes[blob] for blob in missing)
         layout.fetch(missing, lambda done: job.update("downloading", done, total))
@@ -167,6 +168,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "image": {"type": "str", "required": True},
+            "digest": {"type": "str", "default": ""},
             "repo": {"type": "str", "default": ""},
             "revision": {"type": "str", "default": "main"},
             "cache_dir": {"type": "path", "default": "/opt/hf"},

@@ -27,8 +27,15 @@ options:
       image's own registry is asked.
     type: str
     default: ""
+  digest:
+    description: >-
+      What the tag stands for, sha256:..., as the controller knows it. Nothing else is taken, from whomever. Without it
+      a mirror is used only if the image's own registry, asked by this host, names the same digest as the mirror; where
+      it cannot be asked RV(unverified) says so.
+    type: str
+    default: ""
   mirror_digest:
-    description: What the image stands for, sha256:...
+    description: What the mirror says the image stands for, sha256:...
     type: str
     default: ""
   internet:
@@ -76,6 +83,10 @@ mirror_failed:
   description: Why the mirror did not help; empty where it did or none was named.
   returned: after a pull
   type: str
+unverified:
+  description: What about the image could not be checked, and why; empty where all was.
+  returned: after a pull
+  type: str
 seconds:
   description: How long the job took.
   returned: always
@@ -107,9 +118,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.sparkfleet_host.bounded import DIGEST, printable
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError, DockerUnavailable
 from ansible.module_utils.sparkfleet_host.job import Job, JobError
-from ansible.module_utils.sparkfleet_host.registry import Reference, credentials, layer_sizes, reference
+from ansible.module_utils.sparkfleet_host.registry import (
+    Reference,
+    Registry,
+    credentials,
+    digest_of,
+    layer_sizes,
+    reference,
+)
 
 SILENCE = 1800.0  # seconds without a word from the engine; a huge layer may unpack for long
 
@@ -236,13 +255,16 @@ def room(info: dict[str, Any]) -> str:
 
 
 def describe(image: dict[str, Any], ref: Reference) -> dict[str, Any]:
-    """id, digest and size of an image as inspected."""
-    digests = [str(entry) for entry in image.get("RepoDigests") or []]
-    mine = [entry for entry in digests if entry.partition("@")[0] == ref.name] or digests
+    """id, digest and size of an image as inspected. Docker's two stores agree in RepoDigests; the id is the digest of
+    the configuration in one, that of the index or manifest in the other (containerd)."""
+    listed = image.get("RepoDigests")
+    digests = [str(entry) for entry in listed if "@" in str(entry)] if isinstance(listed, list) else []
+    mine = [entry for entry in digests if entry.partition("@")[0] in (ref.familiar, ref.name)] or digests
+    size = image.get("Size")
     return {
-        "id": image.get("Id", ""),
+        "id": str(image.get("Id") or ""),
         "digest": ref.digest or (mine[0].partition("@")[2] if mine else ""),
-        "size": int(image.get("Size") or 0),
+        "size": size if isinstance(size, int) else 0,
     }
 
 
@@ -279,11 +301,16 @@ def pull(docker: Docker, ref: Reference, config: Path, job: Job) -> dict[str, An
 
 
 def get(docker: Docker, ref: Reference, params: dict[str, Any], job: Job) -> dict[str, Any]:
-    """Pulls from the mirror, if there is one, else from the image's own registry."""
-    config, reason = Path(params["docker_config"]), ""
+    """Pulls from the mirror, if there is one that may be believed, else from the image's own registry."""
+    config, reason, unverified = Path(params["docker_config"]), "", ""
+    known = ref.digest or params["digest"]
+    for name in ("digest", "mirror_digest"):
+        if params[name] and not DIGEST.fullmatch(params[name]):
+            raise JobError("bad-input", f"{name} {printable(params[name], 80)!r} is not of the form sha256:DIGEST")
     if params["mirror"]:
         try:
-            return from_mirror(docker, ref, params, config, job)
+            unverified = check_mirror(docker, ref, known, params, config)
+            return {**from_mirror(docker, ref, params, config, job), "unverified": unverified}
         except (JobError, DockerError) as error:
             if not params["internet"] or (isinstance(error, JobError) and error.id in ("disk-full", "image-platform")):
                 raise
@@ -293,7 +320,41 @@ def get(docker: Docker, ref: Reference, params: dict[str, Any], job: Job) -> dic
         raise JobError(
             "bundle", f"nothing on this host or beside it serves {ref.local}, and the internet is not to be asked"
         )
-    return {**pull(docker, ref, config, job), "mirror_failed": reason}
+    if not known or ref.digest:
+        return {**pull(docker, ref, config, job), "mirror_failed": reason, "unverified": ""}
+    own = reference(f"{ref.name}@{known}")
+    pull(docker, own, config, job)
+    found = tagged(docker, ref, own.local)
+    return {**describe(found, own), "mirror_failed": reason, "unverified": ""}
+
+
+def check_mirror(docker: Docker, ref: Reference, known: str, params: dict[str, Any], config: Path) -> str:
+    """Whether what a mirror offers is what the image stands for; "", or what could not be checked. Another Spark is not
+    believed about that. Raises JobError where it is something else."""
+    offered = params["mirror_digest"]
+    if not known and params["internet"]:
+        auth = credentials(config, ref.registry)
+        try:
+            known = digest_of(Registry(ref, docker.info(), auth), ref.wanted)
+        except OSError as error:
+            return (
+                f"that {ref.local} is {offered} is the word of the Spark that gave it: neither the controller nor this "
+                f"host could ask {ref.registry} ({printable(str(error), 120)}); an image @sha256:... is certain"
+            )
+    if known and offered != known:
+        raise JobError("image-differs", f"{params['mirror']} gives {offered} for {ref.local}, which is {known}")
+    return ""
+
+
+def tagged(docker: Docker, ref: Reference, local: str) -> dict[str, Any]:
+    """The image that Docker has as `local`, with its tag. Raises JobError and DockerError."""
+    if ref.tag:
+        query = urllib.parse.urlencode({"repo": ref.name, "tag": ref.tag})
+        docker.call("POST", f"/images/{urllib.parse.quote(local, safe='/:@')}/tag?{query}")
+    found: dict[str, Any] | None = docker.image(f"{ref.name}:{ref.tag}" if ref.tag else local)
+    if found is None:
+        raise JobError("image-pull", f"the engine pulled {local} but does not have {ref.local}")
+    return found
 
 
 def from_mirror(docker: Docker, ref: Reference, params: dict[str, Any], config: Path, job: Job) -> dict[str, Any]:
@@ -304,19 +365,15 @@ def from_mirror(docker: Docker, ref: Reference, params: dict[str, Any], config: 
     own = reference(f"{ref.name}@{digest}")
     name = there.local  # without internet Docker knows the digest by the mirror's name alone
     if params["internet"]:
+        # Its layers are here: this asks for the manifest alone, and makes Docker know the digest by the own name. Where
+        # it fails nothing is unchecked: Docker took the bytes by the digest that `check_mirror` went through.
         with contextlib.suppress(JobError, DockerError):
-            # Its layers are here: this asks for the manifest alone, and makes Docker know the digest by the own name.
             pull(docker, own, config, job)
             name = own.local
-    if ref.tag:
-        query = urllib.parse.urlencode({"repo": ref.name, "tag": ref.tag})
-        docker.call("POST", f"/images/{urllib.parse.quote(name, safe='/:@')}/tag?{query}")
+    found = tagged(docker, ref, name)
     if name == own.local:
         docker.call("DELETE", f"/images/{urllib.parse.quote(there.local, safe='/:@')}?noprune=1")
-    found = docker.image(ref.local if ref.tag else name)
-    if found is None:
-        raise JobError("image-pull", f"the engine pulled {there.local} but does not have {ref.local}")
-    return {**describe(found, ref), "mirror_failed": ""}
+    return {**describe(found, own), "mirror_failed": ""}
 
 
 def main() -> None:
@@ -326,6 +383,7 @@ def main() -> None:
             "image": {"type": "str", "required": True},
             "status_file": {"type": "path", "default": "/run/sparkfleet/fetch/image.json"},
             "mirror": {"type": "str", "default": ""},
+            "digest": {"type": "str", "default": ""},
             "mirror_digest": {"type": "str", "default": ""},
             "internet": {"type": "bool", "default": True},
             "docker_config": {"type": "path", "default": "/root/.docker/config.json"},

@@ -95,8 +95,10 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.sparkfleet_host.cache import model_state
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
 from ansible.module_utils.sparkfleet_host.http import KEY_FILE
+from ansible.module_utils.sparkfleet_host.job import JobError
 from ansible.module_utils.sparkfleet_host.memory import memory_state, unit_state
 from ansible.module_utils.sparkfleet_host.network import reached_at
+from ansible.module_utils.sparkfleet_host.registry import reference
 from ansible.module_utils.sparkfleet_host.releases import STATE_DIR, Store, read_json
 
 #: Names of variables whose values nothing is reported of.
@@ -341,7 +343,7 @@ def docker_engine(project: str, image: str, proxy: str = "", no_proxy: str = "")
             "id": known["Id"],
             "size": known.get("Size", 0),
             "architecture": known.get("Architecture", ""),
-            **pinned(known),
+            **pinned(known, image),
         }
         found["containers"] = [container(docker, item, project) for item in docker.containers(all=True)]
     except (DockerUnavailable, OSError) as error:
@@ -349,12 +351,17 @@ def docker_engine(project: str, image: str, proxy: str = "", no_proxy: str = "")
     return found
 
 
-def pinned(known: dict[str, Any]) -> dict[str, Any]:
-    """The digest of an image, and `known_as`: NAME@DIGEST where Docker knows it by another name than its own. One that
-    came out of a bundle is known by the address of the Spark's own registry alone."""
+def pinned(known: dict[str, Any], image: str = "") -> dict[str, Any]:
+    """The digest that an image has under its own name (it may have others under other names), and `known_as`:
+    NAME@DIGEST where Docker knows it by another name than its own. One that came out of a bundle is known by the
+    address of the Spark's own registry alone."""
     names = [str(name) for name in known.get("RepoDigests") or []]
     own = [name for name in names if not name.startswith("127.0.0.1:")]
-    first = next(iter([*own, *names]), "")
+    try:
+        mine = [name for name in own if name.partition("@")[0] == reference(image).familiar]
+    except JobError:
+        mine = []
+    first = next(iter([*mine, *own, *names]), "")
     return {"digest": first.partition("@")[2] or None, "known_as": None if own else first or None}
 
 

@@ -334,6 +334,12 @@ TABLE: tuple[Failure, ...] = (
     ),
     # -- images ------------------------------------------------------------------------------------------------
     Failure(
+        "image-differs",
+        "what was offered is not the image",
+        "another Spark or a bundle gave another digest than the registry has for this tag",
+        "Look into the Spark that gave it. An image NAME@sha256:DIGEST is certain.",
+    ),
+    Failure(
         "image-platform",
         "the image is for another processor",
         "a Spark is aarch64; the image was built for something else",

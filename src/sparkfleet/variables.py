@@ -84,7 +84,16 @@ FORMS: dict[str, tuple[str, str]] = {
 OTHERS = frozenset(
     PREFIX + name
     for name in (
-        *("bundle_collected", "bundle_folder", "bundle_job", "bundle_schedule", "confirm", "logs_lines", "look"),
+        *(
+            "bundle_collected",
+            "bundle_folder",
+            "bundle_image",
+            "bundle_job",
+            "bundle_schedule",
+            "confirm",
+            "logs_lines",
+            "look",
+        ),
         *("look_status", "release", "remove_images", "remove_models", "remove_token", "rollout", "rollout_failed"),
         *("rollout_runs", "simulated_token_file", "simulated_url"),
     )

@@ -376,6 +376,9 @@ def test_an_image_out_of_a_bundle_is_pinned_as_docker_knows_it() -> None:
     service = target().document(state)["services"]["vllm-llama31-8b-fp8"]
     assert service["image"] == mirror
     own = f"nvcr.io/nvidia/vllm@{DIGEST}"
+    foreign = "registry.example/copy@sha256:" + "9" * 64
+    found = spark_state.pinned({"RepoDigests": [mirror, foreign, own]}, own.partition("@")[0] + ":1")
+    assert found["digest"] == own.partition("@")[2]
     state["docker"]["image"] |= spark_state.pinned({"RepoDigests": [mirror, own]})
     service = target().document(state)["services"]["vllm-llama31-8b-fp8"]
     assert service["image"] == f"nvcr.io/nvidia/vllm:25.09-py3@{DIGEST}"

@@ -172,7 +172,7 @@ OWN, THERE = f"reg.test:5000/nvidia/vllm@{DIGEST}", f"{MIRROR}/nvidia/vllm@{DIGE
 
 
 def from_mirror(
-    ready: Engine, docker: Docker, tmp_path: Path, good: set[str], internet: bool = True
+    ready: Engine, docker: Docker, tmp_path: Path, good: set[str], internet: bool = True, digest: str | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     """Pull with a mirror where only the registries `good` answer: the result, and what Docker was told to do."""
 
@@ -193,6 +193,7 @@ def from_mirror(
         ready.routes["POST", f"/images/{name}/tag"] = tag
         ready.routes["DELETE", f"/images/{name}"] = []
     params = {"mirror": MIRROR, "mirror_digest": DIGEST, "docker_config": str(tmp_path / "none"), "internet": internet}
+    params.update(digest=DIGEST if digest is None else digest)
     job = Job(tmp_path / "status" / "image.json", "image", "x")
     job.acquire()
     result = image_pull.get(docker, reference("reg.test:5000/nvidia/vllm:1"), params, job)
@@ -213,7 +214,10 @@ def test_mirror_first_then_the_own_name(ready: Engine, docker: Docker, tmp_path:
 def test_mirror_that_fails_is_gone_round(ready: Engine, docker: Docker, tmp_path: Path) -> None:
     result, told = from_mirror(ready, docker, tmp_path, {"reg.test:5000"})
     assert MIRROR in result["mirror_failed"]
-    assert told[-1] == "POST /images/create?fromImage=reg.test:5000/nvidia/vllm&tag=1"
+    assert told[-2:] == [
+        f"POST /images/create?fromImage=reg.test:5000/nvidia/vllm&tag={DIGEST}",
+        f"POST /images/{OWN}/tag?repo=reg.test:5000/nvidia/vllm&tag=1",
+    ]
 
 
 def test_without_internet_the_mirrors_name_stays(ready: Engine, docker: Docker, tmp_path: Path) -> None:
@@ -229,6 +233,75 @@ def test_where_there_is_no_internet_nobody_else_is_asked(ready: Engine, docker: 
     with pytest.raises(JobError, match=MIRROR):
         from_mirror(ready, docker, tmp_path, set(), internet=False)
     assert not any("fromImage=reg.test" in urllib.parse.unquote(path) for _, path, *_ in ready.seen)
+
+
+OTHER = "sha256:" + "2" * 64
+
+
+def test_a_mirror_with_another_digest_than_the_controller_knows_is_not_used(
+    ready: Engine, docker: Docker, tmp_path: Path
+) -> None:
+    ready.routes["POST", f"/images/reg.test:5000/nvidia/vllm@{OTHER}/tag"] = lambda handler: handler.answer(201, None)
+    ready.routes["GET", "/images/reg.test:5000/nvidia/vllm:1/json"] = {**INSPECT, "RepoDigests": []}
+    result, told = from_mirror(ready, docker, tmp_path, {MIRROR, "reg.test:5000"}, digest=OTHER)
+    assert f"gives {DIGEST} for reg.test:5000/nvidia/vllm:1, which is {OTHER}" in result["mirror_failed"]
+    assert not any(f"fromImage={MIRROR}" in line for line in told)
+    assert result["digest"] == OTHER
+    with pytest.raises(JobError) as refused:
+        from_mirror(ready, docker, tmp_path, {MIRROR}, internet=False, digest=OTHER)
+    assert refused.value.id == "image-differs"
+
+
+@pytest.mark.parametrize(
+    ("answer", "used", "unverified"), [(DIGEST, True, False), (OTHER, False, False), (OSError("no route"), True, True)]
+)
+def test_without_the_controllers_word_the_host_asks_the_registry_itself(
+    ready: Engine,
+    docker: Docker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: Any,
+    used: bool,
+    unverified: bool,
+) -> None:
+    def digest_of(registry: Any, wanted: str) -> str:
+        assert (registry.host, wanted) == ("reg.test:5000", "1")
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    monkeypatch.setattr(image_pull, "digest_of", digest_of)
+    result, told = from_mirror(ready, docker, tmp_path, {MIRROR, "reg.test:5000"}, digest="")
+    assert any(f"fromImage={MIRROR}" in line for line in told) is used
+    assert bool(result["mirror_failed"]) is not used
+    assert ("word of the Spark" in result["unverified"]) is unverified
+
+
+@pytest.mark.parametrize("name", ["digest", "mirror_digest"])
+def test_what_is_no_digest_is_refused(docker: Docker, tmp_path: Path, name: str) -> None:
+    params = {"mirror": MIRROR, "mirror_digest": DIGEST, "digest": DIGEST, "docker_config": "/none", "internet": True}
+    job = Job(tmp_path / "image.json", "image", "x")
+    with pytest.raises(JobError, match=name):
+        image_pull.get(docker, reference("a/b:1"), {**params, name: "sha256:../x"}, job)
+
+
+# What `docker image inspect` says of one image with each of Docker's two stores.
+GRAPH = {
+    "Id": "sha256:" + "c" * 64,
+    "RepoTags": ["nvcr.io/nvidia/vllm:25.09-py3"],
+    "RepoDigests": ["127.0.0.1:9111/nvidia/vllm@" + OTHER, "nvcr.io/nvidia/vllm@" + DIGEST],
+    "Architecture": "arm64",
+    "Size": 100,
+}
+CONTAINERD = {**GRAPH, "Id": DIGEST, "Descriptor": {"digest": DIGEST, "size": 1609}, "Size": 250}
+
+
+@pytest.mark.parametrize("found", [GRAPH, CONTAINERD])
+def test_both_stores_name_the_digest_of_the_registry(found: dict[str, Any]) -> None:
+    described = image_pull.describe(found, reference("nvcr.io/nvidia/vllm:25.09-py3"))
+    assert described == {"id": found["Id"], "digest": DIGEST, "size": found["Size"]}
+    hub = {"RepoDigests": ["vllm/vllm-openai@" + DIGEST], "Size": "x"}
+    assert image_pull.describe(hub, reference("docker.io/vllm/vllm-openai:1"))["digest"] == DIGEST
 
 
 def test_error_within_the_stream(ready: Engine, docker: Docker, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ class Settings:
 
     port: int = 9110  # for the others, over TLS
     images: list[str] = dataclasses.field(default_factory=list)
+    digests: dict[str, str] = dataclasses.field(default_factory=dict)  # what images stand for, as the controller knows
     models: list[dict[str, str]] = dataclasses.field(default_factory=list)  # [{"repo", "revision"}]
     cache_dir: str = "/opt/hf"
     store: str = STORE
@@ -190,7 +191,8 @@ class Source:
             else:
                 auth = credentials(Path(self.settings.docker_config), ref.registry)
                 try:
-                    digest, blobs = self.layout.add(image, Registry(ref, info, auth), arch)
+                    wanted = self.settings.digests.get(image, "")
+                    digest, blobs = self.layout.add(image, Registry(ref, info, auth), arch, wanted)
                 except (OSError, BoundsError) as error:
                     failure = getattr(error, "id", "registry-unreachable")
                     raise JobError(failure, f"{ref.registry} was asked for {image}: {error}") from error

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Action: what the tag of an image stands for, asked of its registry by the controller, once a run.
+
+- image_digest:
+    image: nvcr.io/nvidia/vllm:25.09-py3
+    registries: {nvcr.io: registry.example:5000}   # where the controller asks instead
+    proxy: ""
+    no_proxy: ""
+    bundle: ""                                      # folder that stands for the internet: what its bundle.json says
+  register: fetch_image_digest                      # digest, or "" and reason
+
+Contacts no host. Where the controller cannot ask, it says so; hosts then ask for themselves (see image_pull).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ansible import constants
+from ansible.errors import AnsibleActionFail
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+
+from sparkfleet import SparkfleetError, image_digest
+from sparkfleet.bundle import Bundle
+
+display = Display()
+
+
+class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
+    """See the module's docstring."""
+
+    TRANSFERS_FILES = False
+    _supports_check_mode = True
+    _VALID_ARGS = frozenset(("image", "registries", "proxy", "no_proxy", "bundle"))
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """{"digest", "reason"}; raises AnsibleActionFail for what is not an image."""
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        arguments, variables = self._task.args, task_vars or {}
+        image = str(arguments["image"])
+        try:
+            if arguments.get("bundle"):
+                digest = str(self._templar.template(variables.get("sparkfleet_bundle_digest") or ""))
+                known = Bundle.read(arguments["bundle"], digest).images.get(image, {})
+                return {**result, "changed": False, "digest": str(known.get("digest") or ""), "reason": ""}
+            proxy, no_proxy = (str(arguments.get(key) or "") for key in ("proxy", "no_proxy"))
+            answer, new = image_digest.of_run(
+                Path(constants.DEFAULT_LOCAL_TMP), image, arguments.get("registries") or {}, proxy, no_proxy
+            )
+        except SparkfleetError as error:
+            host = variables.get("inventory_hostname")
+            raise AnsibleActionFail(f"{host}: {error}", result={"failure": "bad-input"}) from None
+        if answer.reason and new:
+            display.display(
+                f"{image}: this controller cannot ask its registry ({answer.reason}); each Spark asks for itself what "
+                "the tag stands for"
+            )
+        return {**result, "changed": False, "digest": answer.digest, "reason": answer.reason}
