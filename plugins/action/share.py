@@ -114,7 +114,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         }
         if arguments.get("bundle"):
             settings.update(offline=True, store=f"{BUNDLE}/image", cache_dir=f"{BUNDLE}/hub")
-        answer = self._module(task_vars, state="serve", settings=settings, pairs={"run": pair})
+        known = gateway.settings({name: task_vars["hostvars"][name] for name in task_vars["ansible_play_hosts_all"]})
+        own = gateway.settings({source["host"]: task_vars["hostvars"][source["host"]]})[source["host"]]["address"]
+        ways = {"address": own, "takers": [item["address"] for name, item in known.items() if name != source["host"]]}
+        answer = self._module(task_vars, state="serve", settings=settings, pairs={"run": pair}, **ways)
         if answer["reason"] and arguments.get("bundle"):
             raise AnsibleActionFail(f"{source['host']} cannot serve the bundle: {answer['reason']}")
         if answer["reason"]:

@@ -13,6 +13,8 @@ description:
   - Where it cannot be done the module says why in RV(reason) and does not fail; every Spark can fetch by itself.
 options:
   state: {description: What to do., type: str, choices: [serve, connect, absent], required: true}
+  address: {description: Name or address under which the others reach this host., type: str, default: ""}
+  takers: {description: Names or addresses of the others; with C(serve)., type: list, elements: str, default: []}
   settings: {description: What to serve or where to lead to; the action knows., type: dict, default: {}}
   pairs: {description: Key and certificate of each source in PEM., type: dict, default: {}}
   clean: {description: With C(absent) remove what was kept for others as well., type: bool, default: true}
@@ -46,6 +48,8 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.sparkfleet_host import hardening
+from ansible.module_utils.sparkfleet_host.network import reached_at
 from ansible.module_utils.sparkfleet_host.share import BUNDLE, STORE
 
 UNITS = {"serve": "sparkfleet-share", "connect": "sparkfleet-tunnel"}
@@ -95,10 +99,13 @@ def start(verb: str, settings: dict[str, Any], pairs: dict[str, str], program: P
             file.write(content)
     python = shutil.which("python3") or "/usr/bin/python3"
     argv = ["systemd-run", "--quiet", "--collect", f"--unit={unit}", "--description=Sparkfleet shares what it fetches"]
-    argv += [
-        "--property=Restart=on-failure",
-        "--property=RestartSec=1",
-    ]  # of a crash; what it says itself is no failure
+    store = str(settings.get("store") or STORE)
+    if verb == "serve" and not settings.get("offline"):
+        Path(store).mkdir(parents=True, exist_ok=True)
+    # Restarted after a crash; what it says itself is no failure.
+    argv += hardening.arguments(
+        ["Restart=on-failure", "RestartSec=1", *hardening.share([str(place), *([store] if verb == "serve" else [])])]
+    )
     argv += ["--", python, str(program), "share", verb, str(place / "settings.json")]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
     if done.returncode != 0:
@@ -117,6 +124,8 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "state": {"type": "str", "choices": [*UNITS, "absent"], "required": True},
+            "address": {"type": "str", "default": ""},
+            "takers": {"type": "list", "elements": "str", "default": []},
             "settings": {"type": "dict", "default": {}},
             "pairs": {"type": "dict", "default": {}, "no_log": True},
             "clean": {"type": "bool", "default": True},
@@ -136,9 +145,16 @@ def main() -> None:
                 for folder in (STORE, BUNDLE):
                     shutil.rmtree(folder, ignore_errors=True)
             module.exit_json(changed=False, reason="")
-        found = start(
-            params["state"], params["settings"], params["pairs"], Path(params["program"]), Path(params["folder"])
-        )
+        settings = params["settings"]
+        if params["state"] == "serve" and params["takers"]:
+            # Never on every address: on those alone that face the others.
+            settings["listen"] = reached_at(params["address"], params["takers"])
+            if not settings["listen"]:
+                names = ", ".join(params["takers"][:3])
+                module.exit_json(
+                    changed=False, reason=f"no address of this host leads to {names}; see sparkfleet_address"
+                )
+        found = start(params["state"], settings, params["pairs"], Path(params["program"]), Path(params["folder"]))
         reason, digests = found.get("error") or "", found.get("digests") or {}
         module.exit_json(changed=False, reason=reason, digests=digests, pair=found.get("pair") or "")
     except (OSError, subprocess.SubprocessError) as error:

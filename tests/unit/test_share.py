@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import ssl
+import subprocess
 import threading
 import time
 import urllib.error
@@ -34,9 +35,11 @@ from ansible.module_utils.sparkfleet_host.share import (
     part,
     server_context,
 )
+from ansible.module_utils.testing import patch_module_args
 from hypothesis import given
 from hypothesis import strategies as st
 from plugins.action.share import key_pair
+from plugins.modules import share as share_module
 
 from sparkfleet import share
 from sparkfleet.share import Lack
@@ -472,6 +475,44 @@ def test_a_bundle_that_was_changed_is_refused(layout: Layout, upstream: Upstream
     with pytest.raises(JobError, match="damaged") as refused:
         source.prepare()
     assert refused.value.id == "bundle"
+
+
+def test_the_units_are_hardened_and_listen_on_no_other_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[list[str]] = []
+
+    def run(argv: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        ran.append(argv)
+        if argv[0] == "systemd-run":
+            (tmp_path / "run" / "serve" / "ready.json").write_text('{"error": "", "digests": {}}')
+        return subprocess.CompletedProcess(argv, 1 if "is-active" in argv else 0, "", "")
+
+    monkeypatch.setattr(share_module.subprocess, "run", run)
+    (tmp_path / "program").write_text("")
+    arguments: dict[str, Any] = {
+        "state": "serve",
+        "settings": {"store": str(tmp_path / "store"), "images": ["a:1"]},
+        "pairs": {"run": "x"},
+        "program": str(tmp_path / "program"),
+        "folder": str(tmp_path / "run"),
+    }
+
+    def call(**more: Any) -> dict[str, Any]:
+        with patch_module_args({**arguments, **more}), pytest.raises(SystemExit):
+            share_module.main()
+        return dict(json.loads(capsys.readouterr().out))
+
+    assert call(address="127.0.0.1", takers=["127.0.0.1"])["reason"] == ""
+    [argv] = [item for item in ran if item[0] == "systemd-run"]
+    for wanted in ("NoNewPrivileges=yes", "ProtectSystem=strict", "CapabilityBoundingSet=CAP_DAC_READ_SEARCH"):
+        assert f"--property={wanted}" in argv
+    settings = json.loads((tmp_path / "run" / "serve" / "settings.json").read_text())
+    assert settings["listen"] == ["127.0.0.1"]
+    assert Settings(**settings).listen == ["127.0.0.1"]
+    ran.clear()
+    assert "no address of this host" in call(address="nowhere.invalid", takers=["nowhere.invalid"])["reason"]
+    assert not any(item[0] == "systemd-run" for item in ran)
 
 
 # -- requests --------------------------------------------------------------------------------------------------------

@@ -68,7 +68,15 @@ def switch(project_dir: str, state_dir: str) -> list[str]:
 
 def share(paths: Iterable[str] = ()) -> list[str]:
     """Properties of the transient units of share and tunnel: read files that fetches of others need, listen."""
-    return [*COMMON, *READS, *ALONE, *writable(paths)]
+    return [
+        *COMMON,
+        *READS,
+        *ALONE,
+        "ProtectHome=read-only",  # Docker's logins of root, and a bundle or cache that lies in a home
+        "MemoryMax=2G",
+        "TasksMax=1024",
+        *writable(paths),
+    ]
 
 
 def arguments(properties: Iterable[str]) -> list[str]:

@@ -58,6 +58,7 @@ class Settings:
     """What a source serves; sizes in bytes, times in seconds."""
 
     port: int = 9110  # for the others, over TLS
+    listen: list[str] = dataclasses.field(default_factory=list)  # own addresses that the others reach
     images: list[str] = dataclasses.field(default_factory=list)
     digests: dict[str, str] = dataclasses.field(default_factory=dict)  # what images stand for, as the controller knows
     models: list[dict[str, str]] = dataclasses.field(default_factory=list)  # [{"repo", "revision"}]
@@ -544,7 +545,8 @@ def serve(file: Path) -> int:
     source = Source(settings)
     try:
         digests = source.prepare()
-        servers = [Server(("0.0.0.0", settings.port), source, activity, server_context(folder / "run.pem"))]  # noqa: S104  the others
+        context = server_context(folder / "run.pem")
+        servers = [Server((address, settings.port), source, activity, context) for address in settings.listen]
         # For this host itself; a port that it has no use for may lead to another source.
         if settings.images:
             servers.append(Server(("127.0.0.1", REGISTRY_PORT), source, activity, None))
