@@ -98,13 +98,14 @@ from ansible.module_utils.sparkfleet_host.http import KEY_FILE
 from ansible.module_utils.sparkfleet_host.job import JobError
 from ansible.module_utils.sparkfleet_host.memory import memory_state, unit_state
 from ansible.module_utils.sparkfleet_host.network import reached_at
-from ansible.module_utils.sparkfleet_host.registry import reference
+from ansible.module_utils.sparkfleet_host.registry import Registry, reference
 from ansible.module_utils.sparkfleet_host.releases import STATE_DIR, Store, read_json
 
 #: Names of variables whose values nothing is reported of.
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
 PROBE_SECONDS = 10
 REACH_SECONDS = 5
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 GUARD_UNIT = Path("/etc/systemd/system/sparkfleet-guard.service")
 
 
@@ -277,33 +278,29 @@ def registry_host(image: str) -> str:
     return "registry-1.docker.io"
 
 
-def registry_access(image: str, proxy: str = "", no_proxy: str = "", seconds: float = REACH_SECONDS) -> dict[str, Any]:
-    """Whether the image's registry answers, with any status; ``failure`` is an id of the table of failures."""
-    host = registry_host(image)
-    context = ssl.create_default_context()
-    authority = Path(f"/etc/docker/certs.d/{host}/ca.crt")
-    if authority.is_file():
-        context.load_verify_locations(authority)
-    found = {"host": host, "status": 0, "error": "", "failure": ""}
+def registry_access(
+    image: str,
+    proxy: str = "",
+    no_proxy: str = "",
+    seconds: float = REACH_SECONDS,
+    config: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Whether the image's registry answers, with any status, asked as Docker asks it; `config` is RegistryConfig of
+    `docker info`. ``failure`` is an id of the table of failures."""
+    found = {"host": registry_host(image), "status": 0, "error": "", "failure": ""}
+    info = {"HttpProxy": proxy, "HttpsProxy": proxy, "NoProxy": no_proxy, "RegistryConfig": config}
     try:
-        with opener(host.partition(":")[0], proxy, no_proxy, context).open(
-            f"https://{host}/v2/", timeout=seconds
-        ) as answer:
-            return {**found, "status": answer.status}
-    except urllib.error.HTTPError as error:
-        return {**found, "status": error.code}
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        if isinstance(reason, socket.gaierror):
+        return {**found, "status": Registry(reference(image), info, None, seconds).ping()}
+    except JobError as error:
+        return {**found, "error": str(error), "failure": error.id}
+    except OSError as error:
+        if isinstance(error, socket.gaierror):
             failure = "registry-name"
-        elif isinstance(reason, ssl.SSLError):
+        elif isinstance(error, ssl.SSLError):
             failure = "registry-tls"
         else:
             failure = "registry-unreachable"
-        return {**found, "error": str(reason), "failure": failure}
-
-
-PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+        return {**found, "error": str(error), "failure": failure}
 
 
 def service_environment(unit: str, names: Sequence[str]) -> tuple[str, ...]:
@@ -336,6 +333,7 @@ def docker_engine(project: str, image: str, proxy: str = "", no_proxy: str = "")
             runtimes=sorted(info.get("Runtimes") or {}),
             proxy=info.get("HttpsProxy") or info.get("HttpProxy") or "",
             no_proxy=info.get("NoProxy") or "",
+            registries=info.get("RegistryConfig") or {},
         )
         found["proxy_current"] = not proxy or service_environment("docker.service", PROXIES) == (proxy, proxy, no_proxy)
         known = docker.image(image)
@@ -493,12 +491,13 @@ def look(params: dict[str, Any]) -> dict[str, Any]:
             ways = (params["proxy"], params["no_proxy"])
             hub = pool.submit(patiently, lambda seconds: hub_access(*asked, *ways, seconds))
         docker = engine.result()
+        registries = docker.pop("registries", {})
         # What pulls is the engine: its own proxy counts where it has one.
         through = docker if docker.get("proxy") else params
         registry = None
         if not docker.get("image") and params["internet"]:
             way = (params["image"], through["proxy"], through["no_proxy"])
-            registry = pool.submit(patiently, lambda seconds: registry_access(*way, seconds))
+            registry = pool.submit(patiently, lambda seconds: registry_access(*way, seconds, registries))
         return {
             "os": operating_system(),
             "gpu": graphics.result(),

@@ -170,8 +170,12 @@ def test_a_registry_that_refuses_and_one_without_a_name() -> None:
 
 
 def test_a_registry_that_does_not_speak_tls(hub: str) -> None:
-    found = spark_state.registry_access(f"{hub.removeprefix('http://')}/x:1")
+    host = hub.removeprefix("http://")
+    secure = {"IndexConfigs": {host: {"Secure": True}}}
+    found = spark_state.registry_access(f"{host}/x:1", config=secure)
     assert (found["status"], found["failure"]) == (0, "registry-tls")
+    insecure = {"IndexConfigs": {host: {"Secure": False}}}
+    assert spark_state.registry_access(f"{host}/x:1", config=insecure)["status"] == 501  # any answer is one
 
 
 def test_the_hub_is_asked_through_the_proxy(hub: str) -> None:
