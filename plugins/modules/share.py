@@ -99,13 +99,12 @@ def start(verb: str, settings: dict[str, Any], pairs: dict[str, str], program: P
             file.write(content)
     python = shutil.which("python3") or "/usr/bin/python3"
     argv = ["systemd-run", "--quiet", "--collect", f"--unit={unit}", "--description=Sparkfleet shares what it fetches"]
-    store = str(settings.get("store") or STORE)
+    writable = [str(place)]
     if verb == "serve" and not settings.get("offline"):
-        Path(store).mkdir(parents=True, exist_ok=True)
+        writable.append(str(settings.get("store") or STORE))
+        Path(writable[-1]).mkdir(parents=True, exist_ok=True)
     # Restarted after a crash; what it says itself is no failure.
-    argv += hardening.arguments(
-        ["Restart=on-failure", "RestartSec=1", *hardening.share([str(place), *([store] if verb == "serve" else [])])]
-    )
+    argv += hardening.arguments(["Restart=on-failure", "RestartSec=1", *hardening.share(writable)])
     argv += ["--", python, str(program), "share", verb, str(place / "settings.json")]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
     if done.returncode != 0:

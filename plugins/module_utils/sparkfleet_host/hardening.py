@@ -67,11 +67,11 @@ def switch(project_dir: str, state_dir: str) -> list[str]:
 
 
 def share(paths: Iterable[str] = ()) -> list[str]:
-    """Properties of the transient units of share and tunnel: read files that fetches of others need, listen."""
+    """Properties of the transient units of share and tunnel: read files that fetches of others need, listen. Other
+    processes stay visible: whether the download that a file waits for still runs is seen in /proc."""
     return [
         *COMMON,
         *READS,
-        *ALONE,
         "ProtectHome=read-only",  # Docker's logins of root, and a bundle or cache that lies in a home
         "MemoryMax=2G",
         "TasksMax=1024",
