@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Action: finds out what is wrong with a Spark, prints it, and writes a bundle to attach to a report.
+"""Action: finds out what is wrong with a Spark, prints it, and writes a bundle to attach to a report. It fails where
+something is wrong now that a person or the guard has to see to.
 
 - spark_diagnose:
     report: .sparkfleet/reports/spark-1-diagnose.json       # on the controller
@@ -29,7 +30,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
     TRANSFERS_FILES = False
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return findings and the place of the bundle."""
+        """Return findings, the place of the bundle, and whether the engine serves."""
         task_vars = task_vars or {}
         result: dict[str, Any] = super().run(tmp, task_vars)
         arguments = dict(self._task.args)
@@ -53,4 +54,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                 place.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise AnsibleActionFail(f"{error.filename} on this machine: {error.strerror}; set another path") from None
-        return {**result, **data, "changed": False}
+        result.update(data, changed=False, diagnosed=True, serves=bool(answer["facts"]["status"].get("healthy")))
+        wrong = diagnose.wrong(found)
+        if not wrong:
+            return result
+        names = ", ".join(item.id for item in wrong)
+        serves = "it serves" if result["serves"] else "it does not serve"
+        return {**result, "failed": True, "failure": wrong[0].id, "msg": f"{host}: {serves}; found: {names}"}

@@ -75,6 +75,7 @@ failure: {description: By the action; entry in the table of failures., returned:
 """
 
 import contextlib
+import re
 import secrets
 import shutil
 import subprocess
@@ -83,6 +84,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.sparkfleet_host import hardening
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError, DockerUnavailable
 from ansible.module_utils.sparkfleet_host.engine import just_before, look, new_lines
 from ansible.module_utils.sparkfleet_host.precheck import precheck
@@ -93,10 +95,12 @@ from ansible.module_utils.sparkfleet_host.releases import (
     HELD_BY_SWITCH,
     ReleaseError,
     Store,
+    read_json,
 )
 from ansible.module_utils.sparkfleet_host.switch import VERIFIED
 
 UNIT = "sparkfleet-switch"
+GUARD_SETTINGS = "/etc/sparkfleet/guard.json"
 PROGRAM = "lib/sparkfleet_host.pyz"
 POLL = 0.25
 BEGIN_SECONDS = 20.0  # until the job has written its first line
@@ -116,6 +120,12 @@ def who(store: Store, journal: dict[str, Any] | None, holder: dict[str, Any] | N
     )
 
 
+def cache_dir() -> str:
+    """The model cache, as the guard's settings have it."""
+    found = (read_json(Path(GUARD_SETTINGS)) or {}).get("cache_dir")
+    return found if isinstance(found, str) and re.fullmatch(r"/[^\s:]+", found) else "/opt/hf"
+
+
 def spawn(module: AnsibleModule, store: Store, words: list[str]) -> None:
     """Start the program's `switch` as a job that outlives this connection."""
     program = Path(store.project_dir, PROGRAM)
@@ -124,7 +134,10 @@ def spawn(module: AnsibleModule, store: Store, words: list[str]) -> None:
     python = shutil.which("python3") or "/usr/bin/python3"
     argv = ["systemd-run", "--quiet", "--collect", f"--unit={UNIT}", "--description=Switch of a Sparkfleet release"]
     # At a shutdown the job ends before Docker does, or it would take the end of the engine for a failure.
-    argv += ["--property=After=docker.service", "--", python, str(program), "switch", *words]
+    argv += ["--property=After=docker.service"]
+    places = (module.params["project_dir"], module.params["state_dir"], cache_dir())
+    argv += hardening.arguments(hardening.switch(*places))
+    argv += ["--", python, str(program), "switch", *words]
     argv += [f"--project-dir={module.params['project_dir']}", f"--state-dir={module.params['state_dir']}"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
     if done.returncode != 0:

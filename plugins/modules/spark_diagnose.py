@@ -9,7 +9,8 @@ module: spark_diagnose
 short_description: Collects what tells why a Spark does not serve
 description:
   - What M(spark_status) sees; the engine's log and those that failed releases left; the journal of the last switch and
-    of the guard; the questions of the verification, asked; memory, disks, GPU, port, units and the kernel's words.
+    of the guard; the questions of the verification, asked; memory, disks, GPU, port, units, the kernel's messages,
+    the model cache and what was found damaged.
   - Each part is bounded in time and size, and one that fails does not hinder the others. Tokens and keys are removed on
     the host. Changes nothing.
 options:
@@ -39,25 +40,30 @@ facts: {description: What was found., returned: always, type: dict}
 import contextlib
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host import engine
-from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError
+from ansible.module_utils.sparkfleet_host import bounded, engine, guard, integrity
+from ansible.module_utils.sparkfleet_host.docker import Docker
 from ansible.module_utils.sparkfleet_host.http import KEY_FILE
-from ansible.module_utils.sparkfleet_host.memory import memory_state
+from ansible.module_utils.sparkfleet_host.memory import memory_state, unit_state
 from ansible.module_utils.sparkfleet_host.redaction import redacted
-from ansible.module_utils.sparkfleet_host.releases import Store, read_json
+from ansible.module_utils.sparkfleet_host.releases import Store
 from ansible.module_utils.sparkfleet_host.status import look
-from ansible.module_utils.sparkfleet_host.switch import verify_params
+from ansible.module_utils.sparkfleet_host.switch import boot_id, verify_params
 from ansible.module_utils.sparkfleet_host.verify import verify
 
 COMMAND_SECONDS = 10
 ANSWER_SECONDS = 8.0
 LOG_LINES = 1500
 JOURNAL_LINES = 80
+LINE = 2000  # characters of a line of a command that are kept
+GUARD_SETTINGS = guard.SETTINGS_FILE
+GUARD_UNIT = "sparkfleet-guard.service"
+FSTAB = "/etc/fstab"
 COMMANDS = {
     "nvidia-smi": ["nvidia-smi"],
     "units": [
@@ -84,7 +90,8 @@ def command(argv: list[str]) -> list[str]:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False)
     except (OSError, subprocess.SubprocessError) as error:
         return [f"{argv[0]}: {error}"]
-    return (done.stdout + done.stderr).splitlines()[-200:]
+    lines = [line[:LINE] for line in (done.stdout + done.stderr).splitlines()[-200:]]
+    return [*lines, *([f"(exit code {done.returncode})"] if done.returncode else [])]
 
 
 def part(read: Callable[[], Any]) -> Any:
@@ -131,16 +138,108 @@ def free(path: str) -> dict[str, Any]:
     return {"path": path, "free": figures.f_bavail * figures.f_frsize, "inodes": figures.f_favail}
 
 
+def mount_of(path: Path, fstab: str) -> str:
+    """The mount point of a text like /etc/fstab that holds a path and on which nothing is mounted; "" for none."""
+    for line in fstab.splitlines():
+        words = line.split()
+        if len(words) < 3 or words[0].startswith("#") or words[2] == "swap" or words[1] in ("/", "none"):
+            continue
+        point = Path(words[1])
+        if (point == path or point in path.parents) and not os.path.ismount(point):
+            return str(point)
+    return ""
+
+
+def cache(path: str) -> dict[str, Any]:
+    """Whether the model cache is empty, and which mount of /etc/fstab it misses."""
+    where = Path(path)
+    try:
+        names = [entry.name for entry in os.scandir(where)]
+    except FileNotFoundError:
+        names = []
+    fstab = ""
+    with contextlib.suppress(OSError, bounded.BoundsError):
+        fstab = bounded.read_file(FSTAB).decode("utf-8", "replace")
+    empty = not any(name.startswith("models--") for name in names)
+    return {"path": path, "empty": empty, "fstab": mount_of(where, fstab)}
+
+
+def guard_unit() -> dict[str, Any]:
+    """State of the guard's unit."""
+    unit = unit_state(GUARD_UNIT)
+    return {
+        "installed": unit.get("UnitFileState", "") != "",
+        "enabled": unit.get("UnitFileState") == "enabled",
+        "active": unit.get("ActiveState") in ("active", "activating", "reloading"),
+        "state": unit.get("ActiveState", ""),
+    }
+
+
+def damaged(store: Store, project_dir: Path) -> list[str]:
+    """State files that were set aside in the last week, newest first."""
+    since = time.time() - 7 * 86400
+    places = [*store.state_dir.glob("*.damaged-*"), *project_dir.glob("releases/*.damaged-*")]
+    places += [*project_dir.glob("releases/*/*.damaged-*")]
+    stamped = sorted(((_stamp(path), str(path)) for path in places), reverse=True)
+    return [path for at, path in stamped if at > since][:10]
+
+
+def _stamp(path: Path) -> float:
+    end = path.name.rpartition(".damaged-")[2]
+    return float(end) if end.isdecimal() and len(end) < 15 else 0.0
+
+
+def name_holder(docker: Docker, service: str) -> dict[str, str] | None:
+    """A container that has the engine's name and is not of ours."""
+    found = docker.container(service)
+    if found is None:
+        return None
+    labels = (found.get("Config") or {}).get("Labels") or {}
+    if labels.get(engine.PROJECT_LABEL) == engine.PROJECT:
+        return None
+    return {"name": service, "image": str((found.get("Config") or {}).get("Image") or "")}
+
+
+def settings_error() -> str:
+    """What is wrong with the guard's settings; "" for nothing."""
+    try:
+        guard.read_settings(Path(GUARD_SETTINGS))
+        return ""
+    except (ValueError, OSError) as error:
+        return f"{GUARD_SETTINGS}: {str(error).removeprefix(f'{GUARD_SETTINGS}: ')}"
+
+
+def optional(read: Callable[[], Any]) -> Any:
+    """A part that findings are made of; None where it cannot be read."""
+    try:
+        return read()
+    except Exception:
+        return None
+
+
 def collect(params: dict[str, Any]) -> dict[str, Any]:
     """Everything."""
     store, docker = Store(params["project_dir"], params["state_dir"]), Docker(timeout=10.0)
     status = part(lambda: look(store, docker, 0))
     current = store.current()
     lock = part(lambda: store.lock(current)) if current else {}
+    state, problem = guard.read_state(store.state_dir)
+    aside = optional(lambda: damaged(store, Path(params["project_dir"]))) or []
+    bad_models = optional(lambda: integrity.damaged(integrity.read_result(store.state_dir / "integrity.json"))) or []
     facts: dict[str, Any] = {
         "status": status,
         "switch": store.switch(),
-        "guard": read_json(store.state_dir / "guard-state.json"),
+        "now": time.time(),
+        "clock": guard.clock(),
+        "boot_id": boot_id(),
+        "guard": state,
+        "guard_unit": optional(guard_unit),
+        "settings_error": settings_error(),
+        "damaged_state": [*([problem] if problem else []), *aside],
+        "damaged_models": [{"repo": repo, "commit": commit, "names": names} for repo, commit, names in bad_models],
+        "cache": optional(lambda: cache(params["cache_dir"])),
+        "image": None,
+        "name_holder": None,
         "failed": part(lambda: failed(store)),
         "plan": part(lambda: store.plan(current)) if current else None,
         "port": lock.get("port", params["port"]),
@@ -151,8 +250,11 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
         "commands": {name: command(argv) for name, argv in COMMANDS.items()},
     }
     if current:
-        with contextlib.suppress(DockerError):
-            facts["engine"] = engine_log(docker, str(lock.get("service")))
+        service, image = str(lock.get("service")), str(lock.get("image") or "")
+        facts["engine"] = optional(lambda: engine_log(docker, service))
+        facts["name_holder"] = optional(lambda: name_holder(docker, service))
+        there = optional(lambda: docker.image(image) is not None) if image else None
+        facts["image"] = {"ref": image, "present": there}
         if status.get("healthy"):
             facts["asked"] = part(lambda: asked(store, current))
     return facts

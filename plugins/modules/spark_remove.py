@@ -56,6 +56,8 @@ from ansible.module_utils.sparkfleet_host.http import KEY_FILE
 from ansible.module_utils.sparkfleet_host.releases import STATE_DIR, Store, read_json
 
 UNIT = Path("/etc/systemd/system/sparkfleet-guard.service")
+#: Those that are enabled, and the service that they start.
+CHECKS = [UNIT.with_name(f"sparkfleet-integrity.{kind}") for kind in ("timer", "path", "service")]
 SETTINGS = Path("/etc/sparkfleet/guard.json")
 HOST_PYTHON = "sparkfleet/host-python:1"
 Item = tuple[str, Callable[[], None]]
@@ -122,9 +124,12 @@ def engine_filter() -> str:
 
 
 def remove_unit() -> None:
-    """Stop and forget the guard's service."""
-    subprocess.run(["systemctl", "disable", "--now", UNIT.name], capture_output=True, timeout=60, check=True)
-    UNIT.unlink()
+    """Stop and forget the guard's service, and the check of model files."""
+    checks = [path for path in CHECKS if path.exists()]
+    names = [UNIT.name, *(path.name for path in checks if path.suffix != ".service")]
+    subprocess.run(["systemctl", "disable", "--now", *names], capture_output=True, timeout=60, check=True)
+    for path in (UNIT, *checks):
+        path.unlink()
     subprocess.run(["systemctl", "daemon-reload"], capture_output=True, timeout=60, check=True)
 
 

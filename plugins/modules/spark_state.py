@@ -94,6 +94,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.sparkfleet_host.cache import model_state
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
+from ansible.module_utils.sparkfleet_host.guard import read_state
 from ansible.module_utils.sparkfleet_host.http import KEY_FILE
 from ansible.module_utils.sparkfleet_host.job import JobError
 from ansible.module_utils.sparkfleet_host.memory import memory_state, unit_state
@@ -145,6 +146,19 @@ def gpu() -> dict[str, str] | None:
     if len(fields) != 3:
         return None
     return dict(zip(("name", "driver", "compute_capability"), fields, strict=True))
+
+
+def gpu_error() -> str:
+    """What nvidia-smi says of a GPU that its driver lost; "" for nothing of the kind."""
+    try:
+        done = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    said = (done.stdout + done.stderr).strip()
+    lost = any(
+        word in said for word in ("No devices were found", "GPU is lost", "Unable to determine the device handle")
+    )
+    return said.splitlines()[0][:200] if lost else ""
 
 
 def disk(path: str) -> dict[str, Any]:
@@ -454,7 +468,7 @@ def guard() -> dict[str, Any]:
         "program": written.get("SPARKFLEET_PROGRAM", ""),
         "current": runs == written.get("SPARKFLEET_GENERATION", ""),
         "settings": read_json(Path("/etc/sparkfleet/guard.json")),
-        "state": read_json(Path(STATE_DIR) / "guard-state.json"),
+        "state": read_state(Path(STATE_DIR))[0],
     }
 
 
@@ -501,6 +515,7 @@ def look(params: dict[str, Any]) -> dict[str, Any]:
         return {
             "os": operating_system(),
             "gpu": graphics.result(),
+            "gpu_error": "" if graphics.result() else gpu_error(),
             "clock": {"offset": time.time() - params["now"] if params["now"] else 0.0},
             "memory": memory_state(),
             "disk": {

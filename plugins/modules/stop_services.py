@@ -37,6 +37,10 @@ from urllib.parse import quote
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
+from ansible.module_utils.sparkfleet_host.releases import LOCK_FILE, Store
+
+LOCK = LOCK_FILE
+HELD_BY_STOP = "stop"
 
 
 def running(docker: Docker, project: str, services: list[str]) -> list[dict[str, Any]]:
@@ -44,6 +48,15 @@ def running(docker: Docker, project: str, services: list[str]) -> list[dict[str,
     filters = quote(json.dumps({"label": [f"com.docker.compose.project={project}"]}))
     _, containers = docker.get(f"/containers/json?filters={filters}")
     return [item for item in containers if item["Labels"].get("com.docker.compose.service") in services]
+
+
+def stop(module: AnsibleModule, docker: Docker, found: list[dict[str, Any]], timeout: int) -> None:
+    """Stop containers as `docker stop` does."""
+    for item in found:
+        status, answer = docker.request("POST", f"/containers/{item['Id']}/stop?t={timeout}")
+        if status >= 400:
+            reason = answer.get("message") if isinstance(answer, dict) else answer
+            module.fail_json(msg=f"cannot stop {item['Names'][0].lstrip('/')}: {reason}")
 
 
 def main() -> None:
@@ -61,11 +74,14 @@ def main() -> None:
         docker = Docker(timeout=timeout + 30)
         found = running(docker, module.params["project"], module.params["services"])
         if not module.check_mode:
-            for item in found:
-                status, answer = docker.request("POST", f"/containers/{item['Id']}/stop?t={timeout}")
-                if status >= 400:
-                    reason = answer.get("message") if isinstance(answer, dict) else answer
-                    module.fail_json(msg=f"cannot stop {item['Names'][0].lstrip('/')}: {reason}")
+            # What the guard is about to do ends first, so that what is stopped here stays stopped.
+            with Store(lock_file=LOCK).exclusive(HELD_BY_STOP) as mine:
+                if not mine:
+                    module.fail_json(
+                        msg="a switch of releases runs on this host; run again when it is over",
+                        failure="switch-running-other",
+                    )
+                stop(module, docker, found, timeout)
     except DockerUnavailable as error:
         if module.check_mode:  # no engine yet, so nothing of ours runs
             module.exit_json(changed=False, stopped=[])

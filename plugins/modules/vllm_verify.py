@@ -89,6 +89,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.sparkfleet_host import integrity
 from ansible.module_utils.sparkfleet_host.docker import Docker
 from ansible.module_utils.sparkfleet_host.http import HttpError
+from ansible.module_utils.sparkfleet_host.integrity import request
 from ansible.module_utils.sparkfleet_host.verify import verify
 
 
@@ -117,6 +118,8 @@ def main() -> None:
         # Where the engine runs on this host, the next fetch hashes its model.
         integrity.mark_served(Docker(timeout=10), f"a verification failed ({result['failure']})")
     if not result["verified"]:
+        if not module.check_mode:
+            request(str(result["failure"]))
         module.fail_json(changed=False, **result)
     module.exit_json(changed=False, **result)
 

@@ -18,6 +18,8 @@ from sparkfleet import failures
 from sparkfleet.failures import BY_ID
 
 GIB = 1024**3
+#: Seconds since the guard's last sign of life; it writes its state twice a minute.
+STUCK = 120.0
 #: Free space below which writes begin to fail, bytes.
 DISK_FLOOR = 1 * GIB
 README = """What `sparkfleet diagnose` found on a Spark, fit to attach to a report.
@@ -56,8 +58,12 @@ class Finding:
 def findings(facts: Mapping[str, Any]) -> list[Finding]:
     """All findings: what is wrong now, then what went wrong before, then the harmless."""
     found: list[Finding] = []
-    for look in (_host, _running_switch, _gave_up, _engine, _answers, _pace, _last_switch, _restarts):
+    for look in (_host, _deployed, _files, _running_switch, _gave_up, _engine, _answers, _pace, _guard, _before):
         found += look(facts)
+    if not facts["status"].get("healthy") and not wrong(found):
+        # Whatever it is: one that does not serve is not well.
+        state = (facts["engine"] or {}).get("state") or "not there"
+        found.append(Finding("endpoint-down", (f"the engine is {state}, and nothing explains it",)))
     seen: dict[str, Finding] = {}
     for item in found:
         seen.setdefault(item.id, item)
@@ -71,6 +77,8 @@ def findings(facts: Mapping[str, Any]) -> list[Finding]:
 
 
 CONSEQUENCES = (
+    "container-missing",
+    "guard-stuck",
     "restart-loop",
     "endpoint-down",
     "engine-died",
@@ -94,12 +102,50 @@ def _host(facts: Mapping[str, Any]) -> list[Finding]:
     if status.get("docker") is False:
         found.append(Finding("docker", tuple(facts["commands"].get("containers", ())[-1:])))
     smi = facts["commands"].get("nvidia-smi", [])
-    if smi and "nvidia-smi:" in smi[0] and "No such file" in smi[0]:
+    kernel = [item for item in _match(facts["commands"].get("kernel", [])) if item.id in ("gpu-lost", "gpu-xid")]
+    gone = [item for item in _match(smi) if item.id == "gpu-lost"]
+    if gone:
+        found.append(Finding("gpu-lost", (*gone[0].evidence, *(line for item in kernel for line in item.evidence))))
+    elif smi and "nvidia-smi:" in smi[0] and "No such file" in smi[0]:
         found.append(Finding("gpu-invisible", (smi[0],)))
     elif any("NVIDIA-SMI has failed" in line for line in smi):
         found.append(Finding("gpu-invisible", tuple(smi[:1])))
-    kernel = [item for item in _match(facts["commands"].get("kernel", [])) if item.id == "cuda-error"]
-    return found + kernel
+    else:
+        # An engine that serves got over it.
+        found += [dataclasses.replace(item, now=not status.get("healthy")) for item in kernel]
+    return found
+
+
+def _deployed(facts: Mapping[str, Any]) -> list[Finding]:
+    """Whether there is a current release at all."""
+    releases = facts["status"].get("releases") or {}
+    if releases.get("current") is not None or releases.get("switch_active"):
+        return []
+    numbers, containers = releases.get("numbers") or [], facts["status"].get("containers") or []
+    if numbers or containers:
+        there = f"releases {', '.join(map(str, numbers))}" if numbers else "no release"
+        running = f"; container {containers[0].get('name')} is {containers[0].get('state')}" if containers else ""
+        # One that failed and nothing before it is no damage.
+        outcomes = [outcome for outcome in (releases.get("outcomes") or {}).values() if outcome]
+        if numbers and not any(outcome.get("verified_at") for outcome in outcomes):
+            return [Finding("nothing-deployed", (f"{there}, none of them verified{running}",))]
+        return [Finding("release-damaged", (f"/opt/sparkfleet/current names no release; there is {there}{running}",))]
+    return [Finding("nothing-deployed")]
+
+
+def _files(facts: Mapping[str, Any]) -> list[Finding]:
+    """The model cache, files that were found damaged, and state files."""
+    found = []
+    cache, deployed = facts.get("cache") or {}, (facts["status"].get("releases") or {}).get("current") is not None
+    if deployed and cache.get("empty"):
+        mount = f"; {cache['fstab']} of /etc/fstab is not mounted" if cache.get("fstab") else "; not mounted?"
+        found.append(Finding("cache-not-mounted", (f"{cache['path']} is empty{mount}",)))
+    for item in facts.get("damaged_models") or []:
+        names = ", ".join(item["names"][:3]) + (f" and {len(item['names']) - 3} more" if len(item["names"]) > 3 else "")
+        found.append(Finding("download-incomplete", (f"{item['repo']}: the hash of {names} is wrong",)))
+    for item in facts.get("damaged_state") or []:
+        found.append(Finding("state-damaged", (str(item),), False))
+    return found
 
 
 def _running_switch(facts: Mapping[str, Any]) -> list[Finding]:
@@ -116,7 +162,8 @@ def _gave_up(facts: Mapping[str, Any]) -> list[Finding]:
     given_up = (facts["guard"] or {}).get("given_up")
     if not given_up:
         return []
-    causes = [item for item in _match(given_up.get("log") or []) if not BY_ID[item.id].harmless]
+    lines = [*(given_up.get("log") or []), str(given_up.get("reason"))]
+    causes = [item for item in _match(lines) if not BY_ID[item.id].harmless]
     if "wedge" in str(given_up.get("reason")):
         causes.append(Finding("engine-wedged"))
     return [*causes, Finding("guard-gave-up", (str(given_up.get("reason")),))]
@@ -129,13 +176,18 @@ def _engine(facts: Mapping[str, Any]) -> list[Finding]:
     if releases.get("current") is None or status.get("docker") is False or releases.get("switch_active"):
         return []
     holder = [line for line in facts["commands"].get("ports", []) if f":{facts['port']} " in line]
+    holder = [] if holder and "docker-proxy" in holder[0] else holder
+    image = facts.get("image") or {}
+    gone = [Finding("image-missing", (f"{image.get('ref')} is not there",))] if image.get("present") is False else []
     if seen is None or seen["state"] == "missing":
-        taken = [Finding("port-taken", tuple(holder[:1]))] if holder and "docker-proxy" not in holder[0] else []
-        return [*taken, Finding("container-missing")]
+        other = facts.get("name_holder")
+        taken = [Finding("name-taken", (f"{other['name']} is a container of {other['image']}",))] if other else []
+        taken += [Finding("port-taken", tuple(holder[:1]))] if holder else []
+        return [*taken, *gone, Finding("container-missing")]
     if seen["state"] == "running" and status.get("healthy"):
         return [item for item in _match(seen["log"]) if BY_ID[item.id].harmless]
-    found = []
-    if seen["state"] != "running" and holder and "docker-proxy" not in holder[0]:
+    found = gone if seen["state"] != "running" else []
+    if seen["state"] != "running" and holder:
         found.append(Finding("port-taken", tuple(holder[:1])))
     if (facts["guard"] or {}).get("given_up"):
         return found
@@ -143,7 +195,10 @@ def _engine(facts: Mapping[str, Any]) -> list[Finding]:
     lines = [*seen["log"][-300:], *([seen["error"]] if seen["error"] else [])]
     known = _match(lines, exit_code=code, oom_killed=seen["oom_killed"])
     if seen["state"] == "exited" and code is None and not any(not BY_ID[item.id].harmless for item in known):
-        return [*found, Finding("engine-stopped"), *known]
+        stopped = [] if seen["error"] else [Finding("engine-stopped")]
+        return [*found, *(stopped or [Finding("docker", (seen["error"],))]), *known]
+    if code is not None and not any(not BY_ID[item.id].harmless for item in known):
+        known = [Finding("docker" if seen["error"] else "engine-died", (seen["error"] or f"exit code {code}",)), *known]
     return [*found, *known]
 
 
@@ -166,12 +221,34 @@ def _pace(facts: Mapping[str, Any]) -> list[Finding]:
         return [
             Finding("low-throughput", (f"one stream: {measured:g} tokens a second, the plan's limit is {limit:g}",))
         ]
+    if (facts["guard"] or {}).get("stalls"):
+        return [Finding("engine-stalls", ("the guard saw it in most of its observations of the last minute",))]
     if (facts["guard"] or {}).get("slow"):
         rate = (facts["guard"] or {}).get("tokens_per_second")
         return [
             Finding("low-throughput", (f"the guard measured {rate} tokens a second, the plan's limit is {limit:g}",))
         ]
     return []
+
+
+def _guard(facts: Mapping[str, Any]) -> list[Finding]:
+    """Whether the guard runs and observes."""
+    unit, guard = facts.get("guard_unit") or {}, facts["guard"] or {}
+    if not unit.get("installed") or not (unit.get("enabled") or unit.get("active")):
+        return []  # not wanted
+    if not unit.get("active"):
+        why = facts.get("settings_error")
+        return [Finding("guard-down", (str(why) if why else f"it is {unit.get('state') or 'not active'}",))]
+    same = guard.get("boot_id") == facts.get("boot_id") and isinstance(guard.get("clock"), int | float)
+    if not same:
+        return []  # an older one wrote it, or none did yet
+    age = float(facts.get("clock") or 0.0) - float(guard["clock"])
+    return [Finding("guard-stuck", (f"its last sign of life is {age:.0f} s old",))] if age > STUCK else []
+
+
+def _before(facts: Mapping[str, Any]) -> list[Finding]:
+    """What is over."""
+    return [*_last_switch(facts), *_restarts(facts)]
 
 
 def _last_switch(facts: Mapping[str, Any]) -> list[Finding]:
@@ -202,13 +279,18 @@ def _restarts(facts: Mapping[str, Any]) -> list[Finding]:
     """What the guard healed."""
     guard, found = facts["guard"] or {}, []
     for item in guard.get("restarts") or []:
-        if float(item["at"]) <= float(guard.get("forgiven") or 0):
+        if item.get("forgiven") or float(item["at"]) <= float(guard.get("forgiven") or 0):
             continue
         when = time.strftime("%H:%M:%S", time.localtime(item["at"]))
         line = f"{when}: {item['detail']}; back after {item.get('back_after_s', '?')} s"
         name = "engine-wedged" if item["reason"] in ("wedge", "hung-start") else "engine-crashed"
         found.append(Finding(name, (line,), False))
     return found
+
+
+def wrong(found: Sequence[Finding]) -> list[Finding]:
+    """Those that something is to be done about now."""
+    return [item for item in found if item.now and not BY_ID[item.id].harmless]
 
 
 def page(host: str, found: Sequence[Finding], checked: str) -> str:

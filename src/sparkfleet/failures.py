@@ -171,6 +171,32 @@ TABLE: tuple[Failure, ...] = (
         ),
     ),
     Failure(
+        "gpu-lost",
+        "the GPU does not answer any more",
+        "it fell off the bus or its driver lost it (Xid 79, 119 and 120 in the kernel's log); nothing but a restart of "
+        "the host brings it back",
+        "Restart the host; if it happens again, update DGX OS and its firmware, then ask NVIDIA with the Xid lines of "
+        "`journalctl -k`.",
+        (
+            r"No devices were found",
+            r"GPU is lost",
+            r"GPU has fallen off the bus",
+            r"Unable to determine the device handle",
+            r"\bXid\b.*: (?:79|119|120)\b",
+        ),
+    ),
+    Failure(
+        "gpu-xid",
+        "the driver reported an error of the GPU",
+        "an Xid in the kernel's log: 13, 31 and 45 come from the program that ran, 48, 63, 64, 94 and 95 from memory, "
+        "others from driver or hardware",
+        "Look the number up in NVIDIA's list of Xid errors. If the engine serves, nothing is to be done but to watch "
+        "whether it comes again; else restart it, then the host.",
+        (r"\bXid\b.*: \d+",),
+        unless=("gpu-lost",),
+        heals="an engine that ends or hangs by it is started again by the guard, up to its cap",
+    ),
+    Failure(
         "gpu-invisible",
         "the container sees no GPU",
         "it was started without one, or the driver on the host does not answer",
@@ -218,6 +244,7 @@ TABLE: tuple[Failure, ...] = (
             r"Cannot find any model weights",
             r"PytorchStreamReader failed",
             r"[Cc]onsistency check failed",
+            r"Weight files referenced in index but missing",
             r"weights were not initialized from checkpoint",
         ),
         chapter=INCOMPLETE,
@@ -313,6 +340,8 @@ TABLE: tuple[Failure, ...] = (
         "the bridge of Docker's network is gone",
         "somebody removed the interface, or a firewall or network service did; Docker believes that it is there",
         "Restart Docker (`systemctl restart docker`), which makes it again; it stops other containers for a moment.",
+        (r"adding interface \S+ to bridge \S+ failed", r"could not find bridge", r"network bridge not found"),
+        heals="the guard restarts Docker once, unless containers of others would end with it",
     ),
     Failure(
         "mount-missing",
@@ -599,7 +628,7 @@ TABLE: tuple[Failure, ...] = (
     Failure(
         "not-a-spark",
         "the host has no GB10",
-        "the address is another machine's, or the driver does not answer",
+        "the address is another machine's, or its driver is not installed",
         "Check the inventory and nvidia-smi; to go on all the same set sparkfleet_require_gb10: false.",
     ),
     Failure(
@@ -690,6 +719,27 @@ TABLE: tuple[Failure, ...] = (
         "Mend what is named beside it; `sparkfleet start` or a deployment ends the giving up.",
     ),
     Failure(
+        "guard-down",
+        "the guard does not run",
+        "it was stopped or disabled by hand, or its settings are damaged",
+        "Run site.yml, which writes its settings and starts it; `systemctl status sparkfleet-guard` says why it ended. "
+        "Where no guard is wanted set sparkfleet_guard: false.",
+    ),
+    Failure(
+        "guard-stuck",
+        "the guard runs and observes nothing",
+        "its process was stopped (SIGSTOP) or hangs",
+        "`systemctl restart sparkfleet-guard` on the host.",
+        heals="systemd kills and starts it again after 90 s without a sign of life",
+    ),
+    Failure(
+        "state-damaged",
+        "a state file could not be understood",
+        "it was edited, or the disk lost part of it",
+        "Nothing to do: it was set aside under the name beside this, and begun anew. What it counted is lost.",
+        heals="whoever reads it sets it aside and begins another",
+    ),
+    Failure(
         "engine-crashed",
         "the engine crashed and was started anew",
         "its last lines say why, where they are in this table",
@@ -710,10 +760,16 @@ TABLE: tuple[Failure, ...] = (
         "What was edited is kept beside them; a setting belongs into the inventory.",
     ),
     Failure(
+        "nothing-deployed",
+        "nothing is deployed",
+        "no release was ever verified on this host, or Sparkfleet was removed from it",
+        "Run site.yml.",
+    ),
+    Failure(
         "container-missing",
         "the container does not exist",
         "it was never started, or it was removed",
-        "Run playbooks/deploy.yml.",
+        "Run site.yml: it fetches what is missing and starts it.",
     ),
     Failure(
         "restart-loop",
@@ -747,7 +803,7 @@ TABLE: tuple[Failure, ...] = (
         "endpoint-down",
         "nothing answers at the endpoint",
         "the engine is not running or still starting",
-        "Run playbooks/deploy.yml; it starts the engine and waits until it is ready.",
+        "Run site.yml: it starts the engine and waits until it is ready.",
     ),
     Failure(
         "engine-wedged",
@@ -760,7 +816,7 @@ TABLE: tuple[Failure, ...] = (
         "model-not-served",
         "the endpoint serves another model",
         "the engine on this port was started for a different one",
-        "Run playbooks/deploy.yml to serve the model that the inventory names.",
+        "Run site.yml to serve the model that the inventory names.",
     ),
     Failure(
         "request-refused",
@@ -779,14 +835,14 @@ TABLE: tuple[Failure, ...] = (
         "the answer is wrong",
         "a question with a known answer did not get it: damaged weights, a wrong chat template, a kernel that computes "
         "nonsense, or a model too small for the question",
-        "Run playbooks/fetch.yml: it hashes every file of the model and replaces what is damaged. If all are sound, "
+        "The files are checked in the background; playbooks/fetch.yml hashes them and replaces the damaged. If all are sound, "
         "change verify in the model card if the model cannot know the answer.",
     ),
     Failure(
         "answer-degenerate",
         "the answer is empty or one token over and over",
         "the engine computes nonsense: damaged weights, or kernels that do not fit the GPU",
-        "Run playbooks/fetch.yml: it hashes every file of the model and replaces what is damaged. If all are sound, "
+        "The files are checked in the background; playbooks/fetch.yml hashes them and replaces the damaged. If all are sound, "
         "use the image of the model card.",
     ),
     Failure(
@@ -816,12 +872,20 @@ TABLE: tuple[Failure, ...] = (
         chapter=THROUGHPUT,
     ),
     Failure(
+        "engine-stalls",
+        "the engine stands still again and again",
+        "its processes get no time: they are stopped and continued, another program takes the processors, or the host "
+        "swaps; /metrics, which costs nothing, took more than a second in most of the last minute",
+        "See `top` and `vmstat 1` on the host for what takes processors and memory; `sparkfleet restart` if an engine "
+        "stays slow on an idle host.",
+    ),
+    Failure(
         "cuda-error",
         "CUDA reported an error",
         "a kernel failed or the driver lost the GPU",
         "Look for Xid lines in `dmesg`; restart the host if nvidia-smi does not answer.",
-        (r"CUDA error: (?!out of memory)", r"cudaError\w+", r"\bXid\b.*:"),
-        unless=("out-of-memory", "kernel-image-missing", "driver-too-old", "fp8-cutlass"),
+        (r"CUDA error: (?!out of memory)", r"cudaError\w+"),
+        unless=("out-of-memory", "gpu-lost", "kernel-image-missing", "driver-too-old", "fp8-cutlass"),
     ),
     Failure(
         "internal",

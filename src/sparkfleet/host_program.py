@@ -11,7 +11,7 @@ from sparkfleet import archive
 NAME = "sparkfleet_host.pyz"
 PACKAGE = "sparkfleet_host"
 SOURCE = Path(__file__).resolve().parents[2] / "plugins" / "module_utils" / PACKAGE
-UNIT = Path(__file__).resolve().parents[2] / "roles" / "guard" / "templates" / "sparkfleet-guard.service.j2"
+ROLE = Path(__file__).resolve().parents[2] / "roles" / "guard"
 MAIN = f"import sys\n\nfrom {PACKAGE}.__main__ import main\n\nsys.exit(main())\n"
 
 
@@ -20,7 +20,8 @@ def build(folder: Path) -> Path:
     content = {f"{PACKAGE}/{path.name}": path.read_bytes() for path in sorted(SOURCE.glob("*.py"))}
     content["__main__.py"] = MAIN.encode()
     # Not read there: a changed unit is a changed program, so that hosts get both.
-    content[UNIT.name] = UNIT.read_bytes()
+    for path in (*sorted((ROLE / "templates").glob("*.j2")), ROLE / "vars" / "main.yml"):
+        content[f"units/{path.name}"] = path.read_bytes()
     digest = hashlib.sha256()
     for name in sorted(content):
         digest.update(f"{name}\0{len(content[name])}\0".encode() + content[name])

@@ -169,7 +169,8 @@ def packages(target: Target, state: State) -> list[str]:
 
 def guard_settings(target: Target) -> dict[str, Any]:
     """The content of the guard's file of settings."""
-    return {**target.settings.guard_settings, "project_dir": target.settings.project_dir}
+    settings = target.settings
+    return {**settings.guard_settings, "project_dir": settings.project_dir, "cache_dir": settings.cache_dir}
 
 
 def fetch(target: Target, state: State) -> tuple[Work, Work]:

@@ -99,7 +99,9 @@ def checks(target: Target, state: State, work: Work) -> tuple[list[Check], memor
 
 def _gpu(target: Target, state: State) -> Check:
     gpu, found = state["gpu"], []
-    if target.settings.require_gb10 and (gpu is None or "GB10" not in gpu["name"]):
+    if state.get("gpu_error"):
+        found.append(known("gpu-lost", f"nvidia-smi: {state['gpu_error']}"))
+    elif target.settings.require_gb10 and (gpu is None or "GB10" not in gpu["name"]):
         found.append(
             Finding(
                 "not-a-spark",

@@ -38,6 +38,7 @@ CODES = {
     "untouched": OK,  # by a rollout that stopped before it
     "refused": REFUSED,
     "drift": DRIFT,
+    "faulty": DRIFT,  # it serves, and something is wrong with it
     "restored": RESTORED,
     "failed": DOWN,
     "down": DOWN,
@@ -187,6 +188,8 @@ class Collector:
             refused = bool(host.findings) or host.failure in REFUSALS
             host.drift = list(res.get("drift") or [])
             host.result = "drift" if host.drift else "restored" if restored else "refused" if refused else "failed"
+            if res.get("diagnosed"):
+                host.result = "faulty" if res.get("serves") else "down"
 
     def code(self, rc: int) -> int:
         """The exit code of the whole, of ansible-playbook's `rc`."""

@@ -33,7 +33,7 @@ HEALTHY: dict[str, Any] = {
 def ids(**changes: Any) -> list[str]:
     facts = copy.deepcopy(HEALTHY)
     for key, value in changes.items():
-        facts[key] = {**facts[key], **value} if isinstance(value, dict) and isinstance(facts[key], dict) else value
+        facts[key] = {**facts[key], **value} if isinstance(value, dict) and isinstance(facts.get(key), dict) else value
     return [item.id for item in findings(facts)]
 
 

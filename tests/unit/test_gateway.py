@@ -1,18 +1,15 @@
-"""The gateway: its plan, its configuration, the server that is drained, the guard's window that it looks through."""
+"""The gateway: its plan, its configuration, the server that is drained."""
 
 from __future__ import annotations
 
-import http.client
 import json
 import re
 import socketserver
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gateway_network
@@ -20,7 +17,6 @@ import haproxy_server
 import pytest
 from ansible.errors import AnsibleActionFail
 from ansible.module_utils.sparkfleet_host import network
-from ansible.module_utils.sparkfleet_host.guard import Guard, Settings, Window, open_window
 from ansible.module_utils.testing import patch_module_args
 
 from sparkfleet import SparkfleetError, gateway
@@ -373,59 +369,3 @@ def test_a_gateway_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None
     with patch_module_args({"servers": ["s"], "state": "ready", "socket": "/nowhere.sock"}), pytest.raises(SystemExit):
         haproxy_server.main()
     assert "is the gateway deployed" in json.loads(capsys.readouterr().out)["msg"]
-
-
-@pytest.fixture
-def window() -> Iterator[Window]:
-    """The guard's, on a port that was free."""
-    said: list[str] = []
-    watcher: Any = SimpleNamespace(
-        guard=Guard(Settings()), looked_at=time.monotonic(), say=said.append, said=said, model="org/served"
-    )
-    with Window(0, watcher, "127.0.0.1") as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        yield server
-        server.shutdown()
-
-
-def get(window: Window, path: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", window.server_address[1], timeout=5)
-    connection.request("GET", path)
-    answer = connection.getresponse()
-    return answer.status, answer.read().decode()
-
-
-def test_ready_is_what_the_guard_knows(window: Window) -> None:
-    window.watcher.guard.engine = "serving"
-    assert get(window, "/ready") == (200, "serving org/served\n")
-    assert get(window, "/ready?model=org/served") == get(window, "/ready?model=org%2Fserved")
-    assert get(window, "/ready?model=org/served")[0] == 200
-    for query in ("model=org/other", "model=", "model=org/served&model=org/other"):
-        assert get(window, f"/ready?{query}")[0] == 503
-    assert get(window, "/ready?" + "&".join(f"a{n}=1" for n in range(20)))[0] == 400
-    window.watcher.guard.engine = "wedged"
-    assert get(window, "/ready") == (503, "wedged\n")
-    assert get(window, "/ready?model=org/served") == (503, "wedged\n")
-    window.watcher.guard.engine, window.watcher.looked_at = "serving", time.monotonic() - 3600
-    assert get(window, "/ready") == (503, "guard-stuck\n")
-    assert "sparkfleet_engine_up 1" in get(window, "/metrics")[1]
-    assert get(window, "/else")[0] == 404
-
-
-@pytest.mark.parametrize(("error", "said"), [(ConnectionResetError(), False), (KeyError("x"), True)])
-def test_who_hangs_up_is_no_news(
-    window: Window, error: Exception, said: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    try:
-        raise error
-    except type(error):
-        window.handle_error(None, ("192.0.2.5", 1))
-    assert ("Traceback" in capsys.readouterr().err) is said
-
-
-def test_a_port_that_is_taken_is_said(window: Window) -> None:
-    watcher: Any = window.watcher
-    taken = Window(0, watcher)
-    assert open_window(watcher, taken.server_address[1]) is False
-    assert "Address already in use" in watcher.said[0]
-    taken.server_close()

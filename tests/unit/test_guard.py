@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import re
 import time
 from typing import Any
 
 import pytest
+from ansible.module_utils.sparkfleet_host.bounded import BoundsError
 from ansible.module_utils.sparkfleet_host.guard import (
     STATES,
     Action,
@@ -18,6 +21,10 @@ from ansible.module_utils.sparkfleet_host.guard import (
     figures,
     metrics,
 )
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule
 
 START = 1_800_000_000.0
 SETTINGS = Settings()
@@ -34,7 +41,9 @@ class Host:
         self.settings, self.guard = settings, Guard(settings, data)
         self.now, self.did = START, []  # type: float, list[Action]
         self.load_seconds = 300.0
+        self.skew = 0.0  # of the host's clock, seconds
         self.state, self.count, self.started = "running", 0, self.now - 10_000
+        self.stamp = stamp(self.started)
         self.ready_at = self.started
         self.frozen = False
         self.tokens = 0.0
@@ -46,9 +55,14 @@ class Host:
         self.canary_after = 0.2
         self.more: dict[str, Any] = {}
 
+    @property
+    def clock(self) -> float:
+        """Since boot."""
+        return self.now - START + 50_000
+
     def observation(self) -> Observation:
         ended = None
-        if self.canary and self.now >= self.canary[1]:
+        if self.canary and self.clock >= self.canary[1]:
             took = self.canary[1] - self.canary[0]
             ended = Canary(self.canary[0], took < self.settings.canary_timeout, took)
             self.canary = None
@@ -57,7 +71,7 @@ class Host:
         ready = self.now >= self.ready_at
         return Observation(
             **{
-                **{"now": self.now, "clock": self.now, "state": self.state, "started_at": stamp(self.started)},
+                **{"now": self.now + self.skew, "clock": self.clock, "state": self.state, "started_at": self.stamp},
                 **{"restart_count": self.count, "how": "exit code 1", "logged": self.logged, "canary": ended},
                 **{"healthy": ready and self.state == "running"},
                 **{"progress": (self.tokens, self.kv) if ready else None, "tokens": self.tokens},
@@ -77,10 +91,10 @@ class Host:
         elif action.do == "give-up":
             self.state = "exited"
             assert self.guard.given_up
-            self.guard.given_up["at"] = self.now + 1
+            self.guard.given_up["started_at"] = self.stamp
         elif action.do == "canary":
             after = self.settings.canary_timeout if self.frozen else self.canary_after
-            self.canary = (self.now, self.now + min(after, self.settings.canary_timeout))
+            self.canary = (self.clock, self.clock + min(after, self.settings.canary_timeout))
         if action.do != "nothing":
             self.did.append(action)
         self.now += self.settings.interval
@@ -89,6 +103,7 @@ class Host:
     def start(self, count: int = 0) -> None:
         """The engine begins to load."""
         self.state, self.started, self.count, self.frozen = "running", self.now, count, False
+        self.stamp = stamp(self.now + self.skew)
         self.ready_at, self.canary = self.now + self.load_seconds, None
 
     def crash(self) -> None:
@@ -366,7 +381,7 @@ def test_a_guard_that_is_killed_between_stop_and_start(host: Host) -> None:
     host.frozen, action = True, host.look()
     while action.do != "restart":  # written down, then the stop, then the end
         if action.do == "canary":
-            host.canary = (host.now, host.now + host.settings.canary_timeout)
+            host.canary = (host.clock, host.clock + host.settings.canary_timeout)
         host.now += host.settings.interval
         action = host.guard.decide(host.observation())
     host.state = "exited"
@@ -409,6 +424,289 @@ def test_metrics_are_valid_and_say_what_is(host: Host) -> None:
         assert line.startswith("#") or line.split("{")[0].split()[0] in names
 
 
+# -- the clock -------------------------------------------------------------------------------------------------------
+
+YEAR = 365 * 86400.0
+
+
+@pytest.mark.parametrize("skew", [YEAR, -YEAR, 864000.0, -864000.0])
+def test_a_clock_that_is_set_during_a_load_is_no_hung_start(host: Host, skew: float) -> None:
+    host.load_seconds, host.more = 900, {"release": 2}
+    host.start()
+    for minute in range(14):
+        host.logged = host.now + host.skew
+        assert host.run(60) == []
+        host.skew = skew if minute % 2 else 0.0
+    assert host.run(120) == [] and host.guard.engine == "serving"
+
+
+@pytest.mark.parametrize("skew", [YEAR, -YEAR])
+def test_a_load_that_hangs_is_seen_whatever_the_clock_says(host: Host, skew: float) -> None:
+    host.load_seconds, host.more = 1e9, {"release": 2}
+    host.start()
+    host.logged = host.now
+    host.run(60)
+    host.skew = skew
+    assert host.run(SETTINGS.start_timeout - 100) == []
+    assert host.run(60) == ["restart"]
+
+
+def test_crashes_by_a_clock_ten_days_ahead_do_not_count_days_later(host: Host) -> None:
+    host.skew = 10 * 86400.0
+    for _ in range(3):
+        host.crash()
+        assert host.run(400) == ["adopt"]
+    host.skew = 0.0
+    host.now += 3 * 86400
+    host.crash()
+    assert host.run(400) == ["adopt"] and host.guard.given_up is None
+
+
+def test_nor_over_a_reboot(host: Host) -> None:
+    host.skew = 10 * 86400.0
+    for _ in range(3):
+        host.crash()
+        host.run(400)
+    host.skew, host.more = 0.0, {"boot_id": "another"}
+    host.again()
+    host.start()
+    host.run(400)
+    host.crash()
+    assert host.run(400) == ["adopt"]
+
+
+@pytest.mark.parametrize("skew", [YEAR, -YEAR])
+def test_a_clock_that_is_set_does_not_lift_the_cap(host: Host, skew: float) -> None:
+    for step in range(3):
+        host.crash()
+        assert host.run(400) == ["adopt"]
+        host.skew = skew * (step % 2)
+    host.crash()
+    assert host.run(4) == ["give-up"]
+
+
+@pytest.mark.parametrize("skew", [864000.0, -864000.0])
+def test_giving_up_ends_by_a_start_whatever_the_clock_says(host: Host, skew: float) -> None:
+    host.crash()
+    loop(host, 60)
+    host.skew = skew
+    assert host.run(600) == []
+    host.start()
+    assert host.run(400) == [] and host.guard.engine == "serving" and host.guard.given_up is None
+
+
+# -- figures that are none -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_is_no_progress(host: Host, value: float) -> None:
+    host.frozen = True
+    host.more = {"progress": (5.0, value), "running": value, "waiting": value, "tokens": value, "limit": value}
+    assert host.run(400) == ["restart"]
+    json.dumps(host.guard.data(host.now), allow_nan=False)
+
+
+# -- starts that Docker refuses --------------------------------------------------------------------------------------
+
+GONE = "failed to create endpoint m on network n: adding interface veth6 to bridge br-1 failed: Device does not exist"
+
+
+class Refusing(Host):
+    """Docker cannot start the engine."""
+
+    def start(self, count: int = 0) -> None:
+        self.state, self.tries = "exited", getattr(self, "tries", 0) + 1
+
+
+def refusing(how: str, **more: Any) -> Refusing:
+    host = Refusing()
+    host.run(10)
+    host.frozen, host.more = True, {"how": how, **more}
+    return host
+
+
+def test_starts_that_fail_are_capped_and_not_in_a_row() -> None:
+    host = refusing("driver failed: port is already allocated")
+    done = host.run(3600)
+    assert done == ["restart", *["start"] * SETTINGS.max_restarts, "give-up"] and host.tries == 4
+    assert host.guard.given_up and "port is already allocated" in host.guard.given_up["reason"]
+    assert host.run(3600) == []
+    host.more = {}
+    Host.start(host)
+    assert host.run(400) == [] and host.guard.engine == "serving"
+
+
+def test_a_bridge_that_is_gone_is_docker_s_to_make_again_once() -> None:
+    host = refusing(GONE)
+    assert host.run(400)[:3] == ["restart", "restart-docker", "start"]
+    assert host.run(3600).count("restart-docker") == 0
+    assert host.guard.given_up and "to bridge br-1 failed" in host.guard.given_up["reason"]
+
+
+def test_docker_is_not_restarted_under_the_containers_of_others() -> None:
+    host = refusing(GONE, foreign=("database",))
+    done = host.run(3600)
+    assert "restart-docker" not in done and done[-1] == "give-up"
+    assert host.guard.given_up and "database would end with it" in host.guard.given_up["reason"]
+
+
+def test_a_bridge_that_comes_back() -> None:
+    host = refusing(GONE)
+    while not any(action.do == "restart-docker" for action in host.did):
+        host.look()
+    host.more = {"docker": False}
+    host.run(6)
+    host.more, host.did = {}, []
+    host.__class__ = Host  # Docker starts it now
+    assert host.run(20) == ["start"]
+    assert host.run(400) == [] and host.guard.engine == "serving" and host.guard.given_up is None
+
+
+def test_after_a_reboot_starts_are_capped_too() -> None:
+    host = Refusing()
+    host.run(10)
+    host.again()
+    host.state, host.more = "exited", {"boot_id": "another", "how": "port is already allocated"}
+    assert host.run(3600) == [*["start"] * SETTINGS.max_restarts, "give-up"]
+
+
+# -- an engine that stalls -------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_stands_still_again_and_again_is_slow(host: Host) -> None:
+    for number in range(40):
+        host.more = {"answered": 5.0 if number % 10 else 0.01}
+        host.look()
+    assert host.guard.data(host.now)["slow"] and host.guard.stalls and host.guard.restarts == []
+    host.more = {"answered": 0.01}
+    host.run(60)
+    assert not host.guard.data(host.now)["slow"]
+
+
+# -- the state file --------------------------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**18), 10**18) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = st.sampled_from(sorted(Guard(SETTINGS).data(0)))
+
+
+@given(st.dictionaries(KEYS, JSON))
+def test_a_state_of_any_form_is_taken_or_refused(data: dict[str, Any]) -> None:
+    try:
+        guard = Guard(SETTINGS, data)
+    except BoundsError:
+        return
+    for more in ({}, {"state": "exited"}, {"boot_id": "other"}, {"canary": Canary(0.0, False, 9.0)}):
+        guard.decide(Observation(now=START, clock=1000.0, **more))
+        metrics(json.loads(json.dumps(guard.data(START))))
+
+
+@given(KEYS, st.sampled_from(("at", "reason", "clock", "started", "log", "release", "ready", "tries")), JSON)
+def test_a_member_of_any_form_is_taken_or_refused(key: str, member: str, value: Any) -> None:
+    host = Host()
+    host.crash()
+    loop(host, 60)
+    data = json.loads(json.dumps(host.guard.data(START)))
+    if isinstance(data[key], dict):
+        data[key][member] = value
+    elif isinstance(data[key], list) and data[key]:
+        data[key][0][member] = value
+    with contextlib.suppress(BoundsError):
+        guard = Guard(SETTINGS, data)
+        guard.decide(Observation(now=START, clock=1000.0))
+        metrics(json.loads(json.dumps(guard.data(START))))
+
+
+@pytest.mark.parametrize("data", [{"restarts": 7}, {"engine": 5}, {"engine": "x"}, {"known": []}, {"given_up": "x"}])
+def test_a_damaged_state_is_named(data: dict[str, Any]) -> None:
+    with pytest.raises(BoundsError, match=next(iter(data))):
+        Guard(SETTINGS, data)
+
+
+def test_the_state_of_a_version_before_is_understood() -> None:
+    restarts = [{"at": START - 100.0 * number, "reason": "crash", "detail": "x"} for number in (4, 3, 2)]
+    guard = Guard(SETTINGS, {"engine": "serving", "restarts": restarts, "forgiven": START - 250.0})
+    assert [item.get("forgiven", False) for item in guard.restarts] == [True, True, False]
+
+
+# -- whatever happens ------------------------------------------------------------------------------------------------
+
+
+class Anything(RuleBasedStateMachine):
+    """Events in any order; what the guard does is done to the engine. Physical time is the test's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = dataclasses.replace(SETTINGS, wedge_seconds=60, canary_interval=20, canary_timeout=20)
+        self.host = Host(self.settings)
+        self.host.load_seconds = 30
+        self.host.run(10)
+        self.acted: list[tuple[float, str]] = []  # since somebody deployed or started it
+        self.stopped = False
+
+    def looked(self) -> None:
+        before = len(self.host.did)
+        self.host.look()
+        for action in self.host.did[before:]:
+            if action.do != "canary":
+                assert not self.stopped, f"{action} on an engine that a person stopped"
+            if action.do in ("restart", "adopt"):
+                self.acted.append((self.host.now, action.do))
+        recent = [at for at, _ in self.acted if self.host.now - at < self.settings.restart_window - 60]
+        assert len(recent) <= self.settings.max_restarts
+        json.dumps(self.host.guard.data(self.host.now), allow_nan=False)
+
+    @rule(count=st.integers(1, 120))
+    def time_passes(self, count: int) -> None:
+        for _ in range(count):
+            self.looked()
+
+    @rule()
+    def it_crashes(self) -> None:
+        if self.host.state == "running":
+            self.host.crash()
+            self.looked()
+
+    @rule()
+    def it_hangs(self) -> None:
+        self.host.frozen = True
+
+    @rule(skew=st.sampled_from((0.0, YEAR, -YEAR, 864000.0)))
+    def the_clock_is_set(self, skew: float) -> None:
+        self.host.skew = skew
+
+    @rule()
+    def the_guard_is_restarted(self) -> None:
+        self.host.again()
+
+    @rule()
+    def a_person_stops_it(self) -> None:
+        if self.host.guard.healing is None:
+            self.looked()
+            if self.host.guard.healing is None:
+                self.host.state, self.stopped = "exited", True
+
+    @rule(release=st.booleans())
+    def a_person_starts_it(self, release: bool) -> None:
+        self.host.now += 2
+        if release:
+            self.host.more = {"release": int(self.host.more.get("release", 1)) + 1}
+        elif self.host.state == "running":
+            return
+        given_up = self.host.guard.given_up is not None
+        self.host.start()
+        self.stopped = False
+        if release or given_up:
+            self.acted = []
+
+
+Anything.TestCase.settings = hypothesis_settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestAnything = Anything.TestCase
+
+
 def test_figures_by_any_of_their_names() -> None:
     text = """
 # TYPE vllm:num_requests_running gauge
@@ -430,3 +728,26 @@ def test_settings_that_are_not_known_are_named() -> None:
     assert Settings.of({"interval": 0.5}) == dataclasses.replace(SETTINGS, interval=0.5)
     with pytest.raises(ValueError, match="unknown settings wedge_second; there are interval"):
         Settings.of({"wedge_second": 3})
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"interval": "2"}, "interval: not a number: '2'"),
+        ({"interval": 0}, "interval: 0 is not between 0.01"),
+        ({"max_restarts": 1.5}, "max_restarts: not a whole number"),
+        ({"listen_port": 70000}, "listen_port: 70000 is not between 0 and 65535"),
+        ({"listen_address": "localhost"}, "listen_address: 'localhost' is not an IP address"),
+        ({"listen_address": [1]}, "listen_address: not a string"),
+        ({"project_dir": "opt"}, "project_dir: 'opt' is not an absolute path"),
+    ],
+)
+def test_settings_of_another_form_are_refused(data: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        Settings.of(data)
+
+
+def test_addresses_to_listen_on() -> None:
+    assert Settings.of({"listen_address": "127.0.0.1"}).listen_address == ("127.0.0.1",)
+    assert Settings.of({"listen_address": ["::1", "10.0.0.1", "::1"]}).listen_address == ("::1", "10.0.0.1")
+    assert Settings().listen_address == ("",)

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ import release_stage
 import secret_file
 import stop_services
 from ansible.module_utils.sparkfleet_host.docker import Docker
+from ansible.module_utils.sparkfleet_host.releases import Store
 from ansible.module_utils.testing import patch_module_args
 
 from tests.unit.fake_engine import Engine
@@ -190,10 +192,37 @@ class FakeDocker:
         return 204, None
 
 
-def test_only_the_named_services_are_stopped(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_named_services_are_stopped(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(stop_services, "Docker", FakeDocker)
+    monkeypatch.setattr(stop_services, "LOCK", str(tmp_path / "run" / "switch.lock"))
     arguments = {"project": "sparkfleet", "services": ["vllm-a", "vllm-gone"], "timeout": 5}
     assert run(stop_services, check=True, **arguments)["stopped"] == ["vllm-a"]
     assert FakeDocker.stopped == []
     result = run(stop_services, **arguments)
     assert result["changed"] and FakeDocker.stopped == ["/containers/vllm-a/stop?t=5"]
+
+
+@pytest.mark.parametrize(("holder", "stops"), [("guard", True), ("switch", False)])
+def test_a_stop_waits_for_the_guard_and_refuses_beside_a_switch(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, holder: str, stops: bool
+) -> None:
+    lock = str(tmp_path / "run" / "switch.lock")
+    monkeypatch.setattr(stop_services, "Docker", FakeDocker)
+    monkeypatch.setattr(stop_services, "LOCK", lock)
+    held, free = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with Store(lock_file=lock).exclusive(holder) as mine:
+            assert mine
+            held.set()
+            free.wait(3)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(5)
+    threading.Timer(2.0, free.set).start()
+    result = run(stop_services, project="sparkfleet", services=["vllm-a"], timeout=5)
+    assert free.is_set() is stops  # not before the guard is done
+    assert FakeDocker.stopped == (["/containers/vllm-a/stop?t=5"] if stops else [])
+    assert stops or result["failure"] == "switch-running-other"
+    thread.join()

@@ -235,3 +235,10 @@ def test_the_mark_is_never_written_through_a_link(cache: Path, tmp_path: Path) -
     assert mark_suspect(cache, REPO, COMMIT, "x") is False
     assert list((tmp_path / "etc").iterdir()) == []
     assert mark_suspect(cache, "acme/none", COMMIT, "x") is False
+
+
+def test_a_check_is_asked_for_after_nonsense_alone(tmp_path: Path) -> None:
+    path = tmp_path / "check-models"
+    assert not integrity.request("endpoint-down", str(path)) and not path.exists()
+    assert not integrity.request("answer-wrong", str(tmp_path / "none" / "x"))
+    assert integrity.request("answer-degenerate", str(path)) and path.exists()

@@ -87,7 +87,7 @@ def prepared() -> State:
     state["operator"]["in_docker_group"] = True
     state["cache"] = {"owner": "root", "group": "docker", "mode": "2775", "directory": True}
     state["guard"].update(installed=True, active=True, enabled=True, current=True)
-    state["guard"]["settings"] = {"project_dir": "/opt/sparkfleet"}
+    state["guard"]["settings"] = {"project_dir": "/opt/sparkfleet", "cache_dir": "/opt/hf"}
     state["project_dir"] = {"owner": "root", "group": "root", "mode": "0755", "directory": True}
     state["token"] = {"present": True, "private": True, "current": True}
     return state

@@ -196,6 +196,7 @@ def test_a_job_is_begun_that_needs_no_connection(run: Run, job: Job, store: Stor
     assert result["done"] and not result["joined"] and result["journal"]["id"] == result["id"]
     (argv,) = job.started
     assert argv[0] == "systemd-run" and "--unit=sparkfleet-switch" in argv
+    assert {"--property=ProtectSystem=strict", f"--property=ReadWritePaths=-{store.project_dir}"} <= {*argv}
     assert argv[argv.index("switch") - 1] == str(store.project_dir / "lib" / "sparkfleet_host.pyz")
     for word in ("--to=1", "--mode=deploy", "--controller=alice@laptop", "--keep=4", "--recreate"):
         assert word in argv

@@ -69,7 +69,7 @@ def test_tokens_a_second_are_measured_where_requests_run(
     [
         ("running", {"engine": "wedged"}, "wedged"),
         ("exited", {"engine": "stopped"}, "stopped"),
-        ("exited", {"engine": "given-up", "given_up": {"reason": "3 restarts"}}, "given-up"),
+        ("exited", {"engine": "given-up", "given_up": {"at": 1.0, "reason": "3 restarts"}}, "given-up"),
         ("running", None, "serving"),
     ],
 )
@@ -125,6 +125,7 @@ def remove(
         ("DELETE", "/images/sparkfleet/host-python:1"): [],
     }
     monkeypatch.setattr(spark_remove, "UNIT", tmp_path / "unit")
+    monkeypatch.setattr(spark_remove, "CHECKS", [])
     monkeypatch.setattr(spark_remove, "SETTINGS", tmp_path / "guard.json")
     monkeypatch.setattr(spark_remove, "STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setattr(spark_remove, "remove_unit", (tmp_path / "unit").unlink)

@@ -601,3 +601,13 @@ def test_whatever_is_cut_either_release_serves_verified_with_its_key(
         if not bad.get(OLD) and to == "new":
             assert outcome in ("verified", "restored", "refused")  # the old one works: something serves
         assert not path.with_name("engine_key.previous").exists()
+
+
+def test_a_lock_that_is_given_back_while_its_holder_is_looked_up_is_taken(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.ExitStack() as held:
+        assert held.enter_context(Store(lock_file=str(store.lock_file)).exclusive("guard"))
+        monkeypatch.setattr(Store, "holder", lambda self: held.close())  # at this very moment, and then nobody
+        with store.exclusive(patience=0.0) as mine:
+            assert mine

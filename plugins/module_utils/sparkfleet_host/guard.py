@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard of a host: sees an engine that has crashed or hangs, starts it anew, and knows when to stop.
+"""The guard of a host: sees an engine that has crashed or hangs, restarts it, and knows when to stop.
 
 Health codes lie (vLLM's /health stays 200 with a wedged engine), so what counts is progress: counters of tokens that
-move, or a one-token canary that comes back. `Guard` decides from observations and a clock alone; `main` looks and acts.
+move, or a one-token canary that comes back. `Guard` decides from observations and a clock alone; `Watcher` observes
+and acts; `main` is the service, which no single observation can end.
+
+Ages are compared on the clock since boot, which no time server moves. Unix time is for people, and for what happened
+before this boot; a stamp from the future tells nothing.
 """
 
 from __future__ import annotations
@@ -10,46 +14,71 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import http.server
+import ipaddress
 import json
+import math
+import os
 import re
+import signal
+import socket
 import sys
 import threading
 import time
-import urllib.parse
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
-from . import engine, memory, switch
-from .docker import Docker, DockerError, DockerUnavailable
+from . import bounded, engine, memory, switch
+from .bounded import BoundsError, as_dict, as_int, as_list, as_number, as_str, printable
+from .docker import SOCKET, Docker, DockerError, DockerUnavailable
 from .engine import EngineError
 from .http import HttpError, engine_client
+from .metrics import LIMIT as METRICS_LIMIT
+from .metrics import sums
 from .redaction import redact
-from .releases import PROJECT_DIR, STATE_DIR, ReleaseError, Store, read_json, write_json, write_text
+from .releases import HELD_BY_GUARD, LOCK_FILE, PROJECT_DIR, STATE_DIR, ReleaseError, Store, write_json, write_text
+from .window import Window
 
 SETTINGS_FILE = "/etc/sparkfleet/guard.json"
 STATE_FILE = "guard-state.json"
 METRICS_FILE = "metrics/sparkfleet.prom"
+DOCKER_PID = "/run/docker.pid"
 STOP_SECONDS = 10  # until an engine that crashed or hangs is killed
 LOOK_SECONDS = 5.0  # for /health and /metrics
+DOCKER_SECONDS = 10.0  # for an answer of Docker
 BACK_SECONDS = 10.0  # after a start of the host or of Docker in which it may still bring its containers back
+START_PAUSES = (10.0, 30.0, 60.0)  # before a start is tried again that Docker refused
 SAVE_SECONDS = 30.0  # at least so often the state is written, moved or not
-FRESH_SECONDS = 60.0  # a look may take as long as Docker needs to stop an engine
+FRESH_SECONDS = 60.0  # an observation may take as long as Docker needs to stop an engine
 WINDOW_SECONDS = 60.0  # between two tries to listen
+REPEAT_SECONDS = 600.0  # after which the same complaint is written to the journal again
+RECOVER_SECONDS = 3 * 3600  # for the end of a switch that was cut: two starts of an engine and their verification
 LOG_SECONDS = 600.0  # a start without a word for so long hangs
 LOG_LINES = 150  # of an engine that was given up
 KEPT_RESTARTS = 50
+STALL_SECONDS = 1.0  # an answer of /metrics takes milliseconds
+ANSWERS = 12  # of them that are kept; in half of them or more a slow engine stalls
 #: States of an engine, as state file and metrics name them.
 SERVED = ("serving", "loading", "healing", "wedged")
 STATES = (*("serving", "loading", "stopped", "wedged", "healing", "given-up", "missing", "switching", "docker-down"),)
+#: Docker's words for a bridge that it believes to be there (26, 28).
+BRIDGE_GONE = re.compile(
+    r"adding interface \S{1,64} to bridge \S{1,64} failed|could not find bridge|network bridge not found"
+)
+
+
+def clock() -> float:
+    """Seconds since boot, those of a suspension too; no time server moves it."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Seconds, but for `max_restarts`. An engine that makes no progress for `wedge_seconds`, and lets a canary wait
     for `canary_timeout`, hangs. After `max_restarts` within `restart_window` the guard gives up. `listen_port`: of
-    /ready and /metrics, 0 for none."""
+    /ready and /metrics, 0 for none; `listen_address`: IP addresses of the host, "" for every one."""
 
     interval: float = 2.0
     metrics_interval: float = 5.0
@@ -60,22 +89,47 @@ class Settings:
     restart_window: float = 3600.0
     start_timeout: float = 1800.0
     listen_port: int = 0
+    listen_address: tuple[str, ...] = ("",)
     project_dir: str = PROJECT_DIR
     state_dir: str = STATE_DIR
+    cache_dir: str = "/opt/hf"  # not the guard's: its unit of the check of model files has it
 
     @classmethod
-    def of(cls, data: dict[str, Any]) -> Settings:
-        """From a file; what is not known is an error. Raises ValueError."""
-        known = {field.name: field.type for field in dataclasses.fields(cls)}
+    def of(cls, data: Mapping[str, Any]) -> Settings:
+        """From a file; what is not known or not of its form is an error. Raises ValueError."""
+        known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(data) - set(known))
         if unknown:
-            raise ValueError(f"unknown settings {', '.join(unknown)}; there are {', '.join(known)}")
-        return cls(**data)
+            raise ValueError(f"unknown settings {printable(', '.join(unknown), 200)}; there are {', '.join(known)}")
+        read: dict[str, Any] = {}
+        for name, value in data.items():
+            if name == "max_restarts":
+                read[name] = as_int(value, name, 0, 1000)
+            elif name == "listen_port":
+                read[name] = as_int(value, name, 0, 65535)
+            elif name == "listen_address":
+                given = value if isinstance(value, list) else [value]
+                read[name] = tuple(dict.fromkeys(_address(item) for item in as_list(given, name, 16)))
+            elif name in ("project_dir", "state_dir", "cache_dir"):
+                if not as_str(value, name, 4096).startswith("/") or "\0" in value:
+                    raise BoundsError(f"{name}: {printable(value, 80)!r} is not an absolute path")
+                read[name] = value
+            else:
+                read[name] = as_number(value, name, 0.01, 1e8)
+        return cls(**read)
+
+
+def _address(value: Any) -> str:
+    text = as_str(value, "listen_address", 100)
+    try:
+        return str(ipaddress.ip_address(text)) if text else ""
+    except ValueError:
+        raise BoundsError(f"listen_address: {printable(text, 80)!r} is not an IP address") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class Canary:
-    """A request of one token: when it began (monotonic), whether it came back, after how many seconds."""
+    """A request of one token: when it began (seconds since boot), whether it came back, after how many seconds."""
 
     began: float
     ok: bool
@@ -88,7 +142,7 @@ class Observation:
     engine moves, None where /metrics does not answer; `canary`: the one that has ended since the last look."""
 
     now: float  # Unix time
-    clock: float  # monotonic
+    clock: float  # seconds since boot
     boot_id: str = "boot"
     docker: bool = True
     switching: bool = False
@@ -97,7 +151,8 @@ class Observation:
     state: str = "running"
     started_at: str = ""  # RFC 3339
     restart_count: int = 0
-    how: str = ""  # how the container ended last, in words
+    how: str = ""  # how the container ended last, or why Docker cannot start it, in words
+    foreign: tuple[str, ...] = ()  # running containers of others; only where Docker's network is broken
     logged: float | None = None  # Unix time of the last log line; only while loading
     healthy: bool = True
     progress: tuple[float, ...] | None = None
@@ -106,11 +161,23 @@ class Observation:
     tokens: float = 0.0  # generated so far
     canary: Canary | None = None
     limit: float = 0.0  # tokens a second that memory bandwidth allows one stream; 0 for unknown
+    answered: float | None = None  # seconds that /metrics took, where it was asked
+
+    def finite(self) -> Observation:
+        """The same without figures that are none: NaN differs from itself, and would seem to move."""
+        fixed: dict[str, Any] = {}
+        for name in ("running", "waiting", "tokens", "limit"):
+            if not math.isfinite(getattr(self, name)):
+                fixed[name] = 0.0
+        if self.progress is not None and not all(map(math.isfinite, self.progress)):
+            fixed["progress"] = tuple(value if math.isfinite(value) else 0.0 for value in self.progress)
+        return dataclasses.replace(self, **fixed) if fixed else self
 
 
 @dataclasses.dataclass(frozen=True)
 class Action:
-    """What to do: nothing, canary, restart, adopt (Docker has started it anew), start, give-up, recover; and why."""
+    """What to do: nothing, canary, restart, adopt (Docker has restarted it), start, give-up, recover, restart-docker;
+    and why."""
 
     do: str = "nothing"
     reason: str = ""
@@ -123,41 +190,52 @@ NOTHING = Action()
 class Guard:
     """Decides. `data` is what is kept across its own restarts: the content of the state file."""
 
-    def __init__(self, settings: Settings, data: dict[str, Any] | None = None) -> None:
+    def __init__(self, settings: Settings, data: Mapping[str, Any] | None = None) -> None:
+        """Raises BoundsError for data that is not of the form it must have."""
         self.settings = settings
-        data = data or {}
-        self.engine = str(data.get("engine") or "missing")
-        self.boot_id = str(data.get("boot_id") or "")
-        self.restarts: list[dict[str, Any]] = list(data.get("restarts") or [])
-        self.totals: dict[str, int] = dict(data.get("restarts_total") or {})
-        self.given_up: dict[str, Any] | None = data.get("given_up")
-        self.healing: dict[str, Any] | None = data.get("healing")
-        self.known: dict[str, Any] = dict(data.get("known") or {})  # started_at, restart_count, ready, release
-        self.canary: dict[str, Any] | None = data.get("canary")
-        self.served = bool(data.get("served", self.engine in SERVED))  # before the host or Docker went down
+        data = as_dict({} if data is None else data, "state")
+        self.engine = _optional(data, "engine", as_str) or "missing"
+        if self.engine not in STATES:
+            raise BoundsError(f"engine: {printable(self.engine, 80)!r} is not a state")
+        self.boot_id = _optional(data, "boot_id", as_str) or ""
+        forgiven = _optional(data, "forgiven", as_number) or 0.0  # of a version before: Unix time
+        items = as_list([] if data.get("restarts") is None else data["restarts"], "restarts", 1000)[-KEPT_RESTARTS:]
+        self.restarts = [_restart(item, forgiven) for item in items]
+        totals = as_dict({} if data.get("restarts_total") is None else data["restarts_total"], "restarts_total")
+        self.totals = {as_str(key, "reason", 100): as_int(totals[key], "restarts_total") for key in [*totals][:100]}
+        self.given_up = _form(data.get("given_up"), "given_up", {"at": as_number, "reason": as_str}, _GIVEN_UP)
+        self.healing = _form(data.get("healing"), "healing", {"at": as_number, "reason": as_str}, _HEALING)
+        self.known: dict[str, Any] = _form(data.get("known"), "known", {}, _KNOWN) or {}
+        self.canary = _form(data.get("canary"), "canary", {"at": as_number, "ok": _as_bool, "seconds": as_number}, {})
+        # Before the host or Docker went down.
+        self.served = _as_bool(data.get("served", self.engine in SERVED), "served")
         self.lost = ""  # what may have taken the engine along: boot, docker
-        self.since = float(data.get("since") or 0.0)
-        self.forgiven = float(data.get("forgiven") or 0.0)  # restarts before this do not count any more, Unix time
+        self.since = _optional(data, "since", as_number) or 0.0
         self.running = self.waiting = 0.0
         self.tokens_per_second: float | None = None
-        self.slow = False
+        self.slow = self.stalls = False
+        self._answers: deque[float] = deque(maxlen=ANSWERS)
         self._progress: tuple[float, ...] | None = None
-        self._moved: float | None = None  # when it last did, monotonic
-        self._asked = 0.0  # when the last canary began, monotonic
+        self._moved: float | None = None  # when it last did, on the clock
+        self._asked: float | None = None  # when the last canary began, on the clock
         self._rate: tuple[float, float] | None = None  # clock and tokens at the beginning of a measurement
-        self._exited: float | None = None  # since when, monotonic
+        self._exited: float | None = None  # since when, on the clock
+        self._logged: tuple[float | None, float] = (None, 0.0)  # the last line's stamp, and when it was seen
 
     # -- the decision ----------------------------------------------------------------------------------------
 
     def decide(self, seen: Observation) -> Action:
         """What to do about what was seen. Changes only the guard's own memory."""
-        rebooted = bool(self.boot_id) and self.boot_id != seen.boot_id
-        if rebooted:
+        seen = seen.finite()
+        if self.boot_id and self.boot_id != seen.boot_id:
             self.known.update(restart_count=0)
+            self.known.pop("since", None)
             self.lost = "boot" if self.served else ""
         self.boot_id = seen.boot_id
         if not seen.docker:
             self.lost = self.lost or ("docker" if self.served else "")
+            if self.healing:
+                self.healing["tries"] = 0
             return self._is("docker-down", seen)
         if seen.switching:
             self.healing, self._exited = None, None
@@ -171,16 +249,17 @@ class Guard:
             # Somebody deployed: a new start, and a clean slate.
             self.known = {"release": seen.release, "started_at": seen.started_at, "restart_count": seen.restart_count}
             self.given_up = self.healing = None
-            self.forgiven = seen.now
+            self._forgive()
             self._forget()
         if self.given_up and self._started_since_giving_up(seen):
-            self.given_up, self.forgiven = None, seen.now
+            self.given_up = None
+            self._forgive()
         if seen.state in ("exited", "paused"):
             return self._stopped(seen)
         self._exited, self.lost = None, ""
         if self.given_up:
             return Action("give-up", "again", "it was started by Docker")
-        if self.healing and engine.instant(seen.started_at)[0] >= int(self.healing["at"]):
+        if self.healing and seen.started_at != self.healing.get("before"):
             self.healing["started"] = True
         count = int(self.known.get("restart_count") or 0)
         if seen.restart_count > count or (seen.state == "restarting" and not self.healing):
@@ -190,7 +269,9 @@ class Guard:
             return self._is("healing", seen)
         if seen.started_at != self.known.get("started_at"):
             # Started by a person, by Docker after a restart of itself or of the host, or by us.
-            self.known.update(started_at=seen.started_at, restart_count=seen.restart_count, ready=False)
+            self.known.update(
+                started_at=seen.started_at, restart_count=seen.restart_count, ready=False, since=seen.clock
+            )
             self._forget()
         if not self.known.get("ready"):
             return self._loading(seen)
@@ -201,17 +282,40 @@ class Guard:
         if self.given_up:
             return self._is("given-up", seen)
         if self.healing and not self.healing.get("started") and seen.state == "exited":
-            return dataclasses.replace(self._is("healing", seen), do="start", reason=self.healing["reason"])
+            return self._start_again(self.healing, seen)
         if self._exited is None:
             self._exited = seen.clock
         if self.lost and seen.state == "exited":
             # Docker 26 forgets an engine that ran when dockerd was killed.
             if seen.clock - self._exited < BACK_SECONDS:
                 return self._is("loading", seen)
-            self.healing = {"reason": self.lost, "at": seen.now}
-            return dataclasses.replace(self._is("healing", seen), do="start", reason=self.lost)
+            self.healing = {"reason": self.lost, "before": seen.started_at, "tries": 0, **_stamp(seen)}
+            return self._start_again(self.healing, seen)
         self.healing = None
         return self._is("stopped", seen)
+
+    def _start_again(self, healing: dict[str, Any], seen: Observation) -> Action:
+        """Start what is to run and does not, after a pause and not for ever: Docker may refuse each time."""
+        tries = int(healing.get("tries") or 0)
+        waited = seen.clock - float(healing.get("tried") or 0.0)
+        pause = START_PAUSES[min(tries, len(START_PAUSES)) - 1] if tries else 0.0
+        gone = BRIDGE_GONE.search(seen.how) is not None
+        if gone and not seen.foreign and not healing.get("docker_restarted"):
+            healing.update(docker_restarted=True, tries=0)
+            return dataclasses.replace(
+                self._is("healing", seen), do="restart-docker", reason="network-missing", detail=seen.how
+            )
+        if tries and 0 <= waited < pause:
+            return self._is("healing", seen)
+        if tries >= max(self.settings.max_restarts, 1):
+            why = f"Docker could not start it in {tries} tries: {seen.how}"
+            if gone and seen.foreign:
+                why += f"; Docker was not restarted, because {', '.join(seen.foreign[:5])} would end with it"
+            self.healing = None
+            self.given_up = {"at": seen.now, "reason": why}
+            return dataclasses.replace(self._is("given-up", seen), do="give-up", reason="start", detail=why)
+        healing.update(tries=tries + 1, tried=seen.clock)
+        return dataclasses.replace(self._is("healing", seen), do="start", reason=str(healing["reason"]))
 
     def _loading(self, seen: Observation) -> Action:
         """Never ready since it was started: it may take its time, as long as its log moves."""
@@ -221,9 +325,11 @@ class Guard:
             if self.healing:
                 self._back(seen)
             return self._is("serving", seen)
-        started, _ = engine.instant(seen.started_at)
-        took = seen.now - started if started else 0.0
-        silent = seen.now - (seen.logged or started) if started else 0.0
+        since = float(self.known.setdefault("since", seen.clock))
+        if seen.logged is not None and seen.logged != self._logged[0]:
+            self._logged = (seen.logged, seen.clock)
+        took = seen.clock - since
+        silent = seen.clock - max(self._logged[1], since)
         if took > self.settings.start_timeout and silent > min(LOG_SECONDS, self.settings.start_timeout):
             detail = f"not ready after {took:.0f} s, nothing in its log for {silent:.0f} s"
             return self._restart("hung-start", detail, seen)
@@ -251,29 +357,43 @@ class Guard:
                 return self._restart("wedge", detail, seen)
             return self._is("wedged", seen)
         wedged = self.engine == "wedged" and still >= self.settings.canary_interval
+        asked = math.inf if self._asked is None else seen.clock - self._asked
         # Tokens that flow are the best canary.
-        due = still >= self.settings.canary_interval and seen.clock - self._asked >= self.settings.canary_interval
-        if due or (wedged and seen.clock - self._asked >= self.settings.canary_timeout):
+        due = still >= self.settings.canary_interval and asked >= self.settings.canary_interval
+        if due or (wedged and asked >= self.settings.canary_timeout):
             self._asked = seen.clock
             return dataclasses.replace(self._is("wedged" if wedged else "serving", seen), do="canary")
         return self._is("wedged" if wedged else "serving", seen)
 
     def _restart(self, reason: str, detail: str, seen: Observation, do: str = "restart") -> Action:
-        """Start it anew, or let Docker do so, unless that was done too often."""
+        """Restart it, or let Docker do so, unless that was done too often."""
         window = self.settings.restart_window
-        recent = [item for item in self.restarts if seen.now - window < float(item["at"]) > self.forgiven]
-        if len(recent) >= self.settings.max_restarts:
-            why = f"{len(recent)} restarts in {window:.0f} s, and again: {reason}, {detail}"
+        ages = [_age(item, seen) for item in self.restarts if not item.get("forgiven")]
+        recent = sum(age is not None and age < window for age in ages)
+        if recent >= self.settings.max_restarts:
+            why = f"{recent} restarts in {window:.0f} s, and again: {reason}, {detail}"
+            self.healing = None
             self.given_up = {"at": seen.now, "reason": why}
             self._is("given-up", seen)
             return Action("give-up", reason, why)
-        self.healing = {"reason": reason, "at": seen.now, "started": do == "adopt"}
-        self.restarts = [*self.restarts[1 - KEPT_RESTARTS :], {"at": seen.now, "reason": reason, "detail": detail}]
+        stamp = _stamp(seen)
+        self.healing = {"reason": reason, "started": do == "adopt", "before": seen.started_at, **stamp}
+        self.healing["tries"] = 0
+        self.restarts = [*self.restarts[1 - KEPT_RESTARTS :], {"reason": reason, "detail": detail, **stamp}]
         self.totals[reason] = self.totals.get(reason, 0) + 1
         # What we start counts from nought.
-        self.known.update(restart_count=seen.restart_count if do == "adopt" else 0, ready=False)
+        self.known.update(restart_count=seen.restart_count if do == "adopt" else 0, ready=False, since=seen.clock)
         self._forget()
         return Action(do, reason, detail)
+
+    def withdraw(self, action: Action) -> None:
+        """The action was not taken: another had begun to stop or start the engine."""
+        self.healing = None
+        if action.do == "restart" and self.restarts:
+            self.restarts = self.restarts[:-1]
+            self.totals[action.reason] = max(self.totals.get(action.reason, 0) - 1, 0)
+        if action.do == "give-up" and action.reason != "again":
+            self.given_up = None
 
     # -- parts -----------------------------------------------------------------------------------------------
 
@@ -287,20 +407,31 @@ class Guard:
 
     def _forget(self) -> None:
         self._progress = self._moved = self._rate = None
-        self.tokens_per_second, self.slow = None, False
+        self.tokens_per_second, self.slow, self.stalls = None, False, False
+        self._answers.clear()
+
+    def _forgive(self) -> None:
+        """What was before does not count any more."""
+        self.restarts = [{**item, "forgiven": True} for item in self.restarts]
 
     def _back(self, seen: Observation) -> None:
-        began = float((self.healing or {}).get("at") or seen.now)
-        self.healing = None
-        if self.restarts and self.restarts[-1]["at"] == began:
-            self.restarts[-1]["back_after_s"] = round(seen.now - began, 1)
+        began, self.healing = self.healing or {}, None
+        lasted = _age(began, seen) if began else None
+        if self.restarts and lasted is not None and self.restarts[-1].get("clock") == began.get("clock"):
+            self.restarts[-1]["back_after_s"] = round(lasted, 1)
 
     def _started_since_giving_up(self, seen: Observation) -> bool:
-        started, _ = engine.instant(seen.started_at)
-        return seen.state == "running" and started > float((self.given_up or {})["at"])
+        """Whether it runs by another start than the one that the guard ended."""
+        ended = (self.given_up or {}).get("started_at")
+        return seen.state == "running" and ended is not None and seen.started_at != ended
 
     def _measure(self, seen: Observation) -> None:
-        """Tokens a second over half a minute or more in which exactly one request ran."""
+        """Tokens a second over half a minute or more in which exactly one request ran, and whether /metrics, which
+        costs an engine nothing, takes long again and again."""
+        if seen.answered is not None:
+            self._answers.append(seen.answered)
+            late = sum(seconds > STALL_SECONDS for seconds in self._answers)
+            self.stalls = len(self._answers) == ANSWERS and late >= ANSWERS / 2
         if seen.progress is None:
             return
         if seen.running != 1:
@@ -332,11 +463,89 @@ class Guard:
             "running": self.running,
             "waiting": self.waiting,
             "tokens_per_second": self.tokens_per_second,
-            "slow": self.slow,
+            "slow": self.slow or self.stalls,
+            "stalls": self.stalls,
             "boot_id": self.boot_id,
             "known": self.known,
-            "forgiven": self.forgiven,
         }
+
+
+def read_state(state_dir: Path) -> tuple[dict[str, Any] | None, str]:
+    """What the guard wrote, None for nothing of use, and what is wrong with the file ("" for nothing)."""
+    path = state_dir / STATE_FILE
+    try:
+        data = bounded.read_json(path)
+        Guard(Settings(), data)
+        return data, ""
+    except FileNotFoundError:
+        return None, ""
+    except (BoundsError, OSError) as error:
+        return None, f"{path}: {str(error).removeprefix(f'{path}: ')}"
+
+
+# -- the form of the state file ----------------------------------------------------------------------------------------
+
+Read = Callable[[Any, str], Any]
+
+
+def _as_bool(value: Any, what: str) -> bool:
+    if not isinstance(value, bool):
+        raise BoundsError(f"{what}: not true or false: {printable(repr(value), 80)}")
+    return value
+
+
+def _as_lines(value: Any, what: str) -> list[str]:
+    return [as_str(line, what) for line in as_list(value, what, 10_000)]
+
+
+def _optional(data: Mapping[str, Any], name: str, read: Read) -> Any:
+    return None if data.get(name) is None else read(data[name], name)
+
+
+def _form(value: Any, what: str, needed: Mapping[str, Read], others: Mapping[str, Read]) -> dict[str, Any] | None:
+    """An object with these members, others left out; None for null. Raises BoundsError."""
+    if value is None:
+        return None
+    data = as_dict(value, what)
+    read = {name: check(data.get(name), f"{what}.{name}") for name, check in needed.items()}
+    for name, check in others.items():
+        if data.get(name) is not None:
+            read[name] = check(data[name], f"{what}.{name}")
+    return read
+
+
+_STAMP: dict[str, Read] = {"clock": as_number, "boot_id": as_str}
+_GIVEN_UP: dict[str, Read] = {"log": _as_lines, "started_at": as_str}
+_HEALING: dict[str, Read] = {
+    **{"started": _as_bool, "before": as_str, "tries": as_int, "tried": as_number, "docker_restarted": _as_bool},
+    **_STAMP,
+}
+_KNOWN: dict[str, Read] = {
+    **{"release": as_int, "started_at": as_str, "restart_count": as_int, "ready": _as_bool, "since": as_number},
+}
+
+
+def _restart(value: Any, forgiven: float) -> dict[str, Any]:
+    others: dict[str, Read] = {**_STAMP, "back_after_s": as_number, "forgiven": _as_bool}
+    read = _form(as_dict(value, "restarts"), "restarts", {"at": as_number, "reason": as_str, "detail": as_str}, others)
+    assert read is not None
+    return {**read, "forgiven": True} if read["at"] <= forgiven else read
+
+
+def _stamp(seen: Observation) -> dict[str, Any]:
+    return {"at": seen.now, "clock": seen.clock, "boot_id": seen.boot_id}
+
+
+def _age(item: Mapping[str, Any], seen: Observation) -> float | None:
+    """Seconds since a stamp; None for one from the future, which a wrong clock made."""
+    if "clock" in item and item.get("boot_id") == seen.boot_id:
+        age = seen.clock - float(item["clock"])
+        return age if age >= 0 else None
+    age = seen.now - float(item["at"])
+    if age < 0:
+        return None
+    # Of another boot: no younger than this one.
+    return max(age, seen.clock) if "boot_id" in item else age
 
 
 def metrics(data: dict[str, Any]) -> str:
@@ -355,7 +564,12 @@ def metrics(data: dict[str, Any]) -> str:
     totals = {f'{{reason="{name}"}}': float(data["restarts_total"].get(name, 0)) for name in REASONS}
     add("engine_restarts_total", "counter", "Restarts by the guard.", totals)
     add("engine_given_up", "gauge", "Whether the guard gave up.", {"": float(bool(data["given_up"]))})
-    add("engine_slow", "gauge", "Whether one stream is far below the plan's limit.", {"": float(data["slow"])})
+    add(
+        "engine_slow",
+        "gauge",
+        "Whether one stream is far below the plan's limit, or the engine stalls.",
+        {"": float(data["slow"])},
+    )
     add("release", "gauge", "Number of the current release, 0 for none.", {"": float(data["release"] or 0)})
     if data["canary"]:
         add("canary_ok", "gauge", "Whether the last canary was answered.", {"": float(data["canary"]["ok"])})
@@ -367,7 +581,6 @@ def metrics(data: dict[str, Any]) -> str:
 
 
 REASONS = ("crash", "wedge", "hung-start")
-_SAMPLE = re.compile(r"(?:ray_)?vllm[:_](\w+?)(?:_total)*(?:\{.*\})?\s+([-+.\deEinfNa]+)(?:\s+\d+)?$")
 #: Of vLLM's metrics, those that only an engine that computes moves; in a long prefill it is the KV cache that grows.
 _MOVING = (
     *("generation_tokens", "prompt_tokens", "request_success", "num_preemptions", "kv_cache_usage_perc"),
@@ -375,48 +588,109 @@ _MOVING = (
 )
 
 
+_WANTED = frozenset((*_MOVING, "num_requests_running", "num_requests_waiting"))
+
+
 def figures(text: str) -> dict[str, float]:
-    """Those of vLLM's metrics that the guard reads, summed over their label sets."""
-    sums: dict[str, float] = {}
-    wanted = {*_MOVING, "num_requests_running", "num_requests_waiting"}
-    for line in text.splitlines():
-        found = _SAMPLE.match(line)
-        if found and found[1] in wanted:
-            with contextlib.suppress(ValueError):
-                sums[found[1]] = sums.get(found[1], 0.0) + float(found[2])
-    return sums
+    """Those of vLLM's metrics that the guard reads, summed over their label sets; only finite ones."""
+    return sums(text, _WANTED)
+
+
+class Notify:
+    """Tells systemd that the service lives (sd_notify(3)); nothing where it was not started by systemd."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.path = environment.get("NOTIFY_SOCKET", "")
+        self.watchdog_usec = environment.get("WATCHDOG_USEC", "")
+
+    def __call__(self, *lines: str) -> None:
+        """Send lines such as WATCHDOG=1."""
+        if not self.path:
+            return
+        address = f"\0{self.path[1:]}" if self.path.startswith("@") else self.path
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(1.0)
+            sock.sendto("\n".join(lines).encode(), address)
+
+    def alive(self) -> None:
+        """Nothing hangs."""
+        self("WATCHDOG=1")
+
+    @contextlib.contextmanager
+    def patiently(self, seconds: float) -> Any:
+        """Within this the service may say nothing for so long."""
+        if self.watchdog_usec:
+            self(f"WATCHDOG_USEC={seconds * 1e6:.0f}", "WATCHDOG=1")
+        try:
+            yield
+        finally:
+            if self.watchdog_usec:
+                self(f"WATCHDOG_USEC={self.watchdog_usec}", "WATCHDOG=1")
 
 
 class Watcher:
-    """Looks and acts. `store` and `docker` are those of the host."""
+    """Observes and acts. `store` and `docker` are those of the host."""
 
-    def __init__(self, settings: Settings, store: Store, docker: Docker, say: Callable[[str], None]) -> None:
-        self.settings, self.store, self.docker, self.say = settings, store, docker, say
-        self.guard = Guard(settings, read_json(store.state_dir / STATE_FILE))
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        docker: Docker,
+        say: Callable[[str], None],
+        notify: Notify | None = None,
+    ) -> None:
+        self.settings, self.store, self.docker, self._say = settings, store, docker, say
+        self.notify = notify or Notify({})
         self.boot_id = switch.boot_id()
+        self.model = ""  # the repository of the current release's model
         self._canary: Canary | None = None
         self._asking = False
         self._figures: dict[str, float] | None = None
-        self._read_at = self._saved_at = 0.0
-        self.looked_at = time.monotonic()
+        self._read_at = self._saved_at = -math.inf
+        self.looked_at = clock()
         self._saved = ""
         self._name = ""
-        self.model = ""  # the repository of the current release's model
+        self._complaints: dict[str, tuple[str, float]] = {}
+        self._listening: set[str] = set()
+        self.guard = self._load()
+        self.page = metrics(self.guard.data(time.time()))
 
-    def look(self) -> Observation:
-        """One look at the host."""
-        known: dict[str, Any] = {
-            "now": time.time(),
-            "clock": time.monotonic(),
-            "boot_id": self.boot_id,
-        }
-        if self.store.switch_active():
+    def say(self, text: str) -> None:
+        """A line for the journal; what it quotes may come from anywhere."""
+        self._say(printable(redact(text), 2000))
+
+    def complain(self, what: str, text: str) -> None:
+        """The same, but of what goes on only now and then."""
+        before = self._complaints.get(what)
+        if before is None or before[0] != text or clock() - before[1] > REPEAT_SECONDS:
+            self._complaints[what] = (text, clock())
+            self.say(f"{what}: {text}")
+
+    def _load(self) -> Guard:
+        """The guard with what it kept; a state file that cannot be understood is set aside, and begun anew."""
+        path = self.store.state_dir / STATE_FILE
+        try:
+            return Guard(self.settings, bounded.read_json(path))
+        except FileNotFoundError:
+            return Guard(self.settings)
+        except (BoundsError, OSError) as error:
+            kept = bounded.set_aside(path)
+            where = f"it is kept as {kept}" if kept else "it could not be set aside"
+            self.say(f"{path} is damaged ({str(error).removeprefix(f'{path}: ')}); {where}, and begun anew")
+            return Guard(self.settings)
+
+    def observe(self, locked: bool = False) -> Observation:
+        """What the host shows now. `locked`: the lock of switches is ours."""
+        known: dict[str, Any] = {"now": time.time(), "clock": clock(), "boot_id": self.boot_id}
+        if not locked and self.store.switch_active():
             return Observation(**known, switching=True)
-        known.update(interrupted=switch.interrupted(self.store), release=self.store.current())
+        known.update(interrupted=not locked and switch.interrupted(self.store), release=self.store.current())
         try:
             known.update(self._engine(known["release"]))
         except (DockerUnavailable, DockerError):
             return Observation(**{**known, "docker": False})
+        if locked:
+            return Observation(**known)
         canary, self._canary = self._canary, None
         return Observation(**known, canary=canary)
 
@@ -426,29 +700,35 @@ class Watcher:
             return {"state": "missing"}
         try:
             plan, port = self.store.plan(release), int(self.store.lock(release)["port"])
-        except (ReleaseError, KeyError, ValueError):
+            self._name, self.model = str(plan["service"]), str(plan.get("repo") or "")
+        except (ReleaseError, KeyError, TypeError, ValueError) as error:
+            self.complain(f"release {release}", str(error))
             return {"state": "missing"}
-        self._name, self.model = str(plan["service"]), str(plan.get("repo") or "")
         found = engine.look(self.docker, self._name)
         seen = {key: found[key] for key in ("state", "started_at", "restart_count")}
         killed = ", out of memory" if found["oom_killed"] else ""
         seen["how"] = found["error"] or f"exit code {found['exit_code']}{killed}"
-        seen["limit"] = float((plan.get("memory") or {}).get("decode_tok_s_limit") or 0.0)
+        if found["state"] == "exited" and BRIDGE_GONE.search(found["error"]):
+            seen["foreign"] = foreign(self.docker)
+        limit = (plan.get("memory") or {}).get("decode_tok_s_limit") if isinstance(plan.get("memory"), dict) else 0
+        seen["limit"] = float(limit) if isinstance(limit, int | float) else 0.0
         if found["state"] != "running":
             return seen
         client = engine_client(f"http://127.0.0.1:{port}", LOOK_SECONDS)
         if not self.guard.known.get("ready"):
             seen["healthy"] = engine.healthy(client)
             lines = [] if seen["healthy"] else engine.read_log(self.docker, self._name, "", found["tty"], 1)
-            seconds, _ = engine.instant(lines[-1].partition(" ")[0]) if lines else (0, 0)
-            return {**seen, "logged": float(seconds) or None}
+            seconds, nanos = engine.instant(lines[-1].partition(" ")[0]) if lines else (0, 0)
+            return {**seen, "logged": seconds + nanos / 1e9 if seconds else None}
         # More than once while an engine may stand still.
         pause = min(self.settings.metrics_interval, self.settings.wedge_seconds / 4)
-        if time.monotonic() - self._read_at >= pause:
-            self._read_at, self._figures = time.monotonic(), None
+        began = clock()
+        if began - self._read_at >= pause:
+            self._read_at, self._figures, seen["answered"] = began, None, LOOK_SECONDS
             with contextlib.suppress(HttpError):
-                answer = client.get("/metrics", LOOK_SECONDS)
-                self._figures = figures(answer.text) if answer.status == 200 else None
+                answer = client.get("/metrics", LOOK_SECONDS, limit=METRICS_LIMIT)
+                if answer.status == 200:
+                    self._figures, seen["answered"] = figures(answer.text), clock() - began
         values = self._figures
         if values is None:
             return {**seen, "healthy": False}
@@ -461,7 +741,7 @@ class Watcher:
         }
 
     def act(self, action: Action, seen: Observation) -> None:
-        """Do it; what fails is said and tried again after the next look."""
+        """Do it; what fails is said, and tried again after the next observation."""
         try:
             if action.do == "canary":
                 self._ask(
@@ -469,47 +749,72 @@ class Watcher:
                 )
             elif action.do == "recover":
                 self.say("a switch was cut; ending it")
-                ended = switch.recover(self.store, self.docker)
+                with self.notify.patiently(RECOVER_SECONDS):
+                    ended = switch.recover(self.store, self.docker)
                 self.say(f"the switch ended: {ended['outcome'] if ended else 'by another'}")
-            elif action.do == "restart":
-                self.say(f"{self._name}: {action.reason}: {action.detail}; starting it anew")
-                self.save(force=True)  # a reboot between stop and start must end in a start
-                engine.stop(self.docker, self._name, STOP_SECONDS)
-                self._start()
             elif action.do == "adopt":
-                self.say(f"{self._name}: {action.reason}: {action.detail}; Docker starts it anew")
+                self.say(f"{self._name}: {action.reason}: {action.detail}; Docker restarts it")
                 drop_page_cache()  # before the engine measures what is free, some seconds after its start
-            elif action.do == "start":
-                self.say(f"{self._name}: starting it ({action.reason})")
-                self._start()
-            elif action.do == "give-up":
-                self._give_up(action)
+            elif action.do != "nothing":
+                self._locked(action, seen)
         except (DockerError, EngineError, ReleaseError, HttpError, OSError) as error:
             self.say(f"{action.do}: {error}")
 
+    def _locked(self, action: Action, seen: Observation) -> None:
+        """What stops or starts, under the lock of switches: no switch begins meanwhile, and none is interfered with."""
+        with self.store.exclusive(HELD_BY_GUARD) as mine:
+            now = self.observe(locked=True) if mine else None
+            same = now is not None and now.docker and now.release == seen.release
+            if now is not None and action.do in ("restart", "start"):
+                same = same and (now.state, now.started_at) == (seen.state, seen.started_at)
+            if not same:
+                why = "the engine has changed meanwhile" if mine else "a switch has begun"
+                self.say(f"{self._name}: {action.do} ({action.reason}) left alone: {why}")
+                self.guard.withdraw(action)
+                return
+            self.notify.alive()
+            if action.do == "restart":
+                self.say(f"{self._name}: {action.reason}: {action.detail}; restarting it")
+                self.save(force=True)  # a reboot between stop and start must end in a start
+                engine.stop(self.docker, self._name, STOP_SECONDS)
+                self._start()
+            elif action.do == "start":
+                self.say(f"{self._name}: starting it ({action.reason})")
+                self.save(force=True)
+                self._start()
+            elif action.do == "give-up":
+                self._give_up(action)
+            elif action.do == "restart-docker":
+                self.say(f"{self._name}: {action.detail}; restarting Docker, which makes its networks again")
+                self.save(force=True)
+                restart_docker()
+
     def _start(self) -> None:
+        self.notify.alive()
         drop_page_cache()
+        self.notify.alive()
         engine.start(self.docker, self._name)
 
     def _give_up(self, action: Action) -> None:
         engine.stop(self.docker, self._name, STOP_SECONDS)
-        if self.guard.given_up is not None and "log" not in self.guard.given_up:
-            found = engine.look(self.docker, self._name)
+        found = engine.look(self.docker, self._name)
+        if self.guard.given_up is None:
+            return
+        # What it was started by; another start is a person's.
+        self.guard.given_up["started_at"] = found["started_at"]
+        if "log" not in self.guard.given_up:
             lines = engine.read_log(self.docker, self._name, "", found["tty"], LOG_LINES)
             self.guard.given_up["log"] = [redact(line) for line in lines]
             self.say(f"{self._name}: giving up: {action.detail}; it stays stopped until it is deployed or started")
             for line in self.guard.given_up["log"][-10:]:
                 self.say(f"  {line}")
-        # Not one that was only now stopped counts as started since.
-        if self.guard.given_up is not None:
-            self.guard.given_up["at"] = time.time()
 
     def _ask(self, port: int, model: str) -> None:
-        """Send a canary in a thread of its own: looks go on while it waits."""
+        """Send a canary in a thread of its own: observations go on while it waits."""
         if self._asking:
             return
         self._asking = True
-        began = time.monotonic()
+        began = clock()
 
         def ask() -> None:
             ok = False
@@ -517,32 +822,38 @@ class Watcher:
                 client = engine_client(f"http://127.0.0.1:{port}", self.settings.canary_timeout)
                 body = {"model": model, "prompt": "1", "max_tokens": 1, "temperature": 0}
                 ok = client.post("/v1/completions", body, headers={"X-Request-Id": "sparkfleet-canary"}).status == 200
-            except HttpError:
+            except Exception:
                 ok = False
             finally:
-                self._canary = Canary(began, ok, time.monotonic() - began)
+                self._canary = Canary(began, ok, clock() - began)
                 self._asking = False
 
-        threading.Thread(target=ask, daemon=True).start()
+        try:
+            threading.Thread(target=ask, name="canary", daemon=True).start()
+        except RuntimeError as error:  # no more threads: it says nothing about the engine
+            self._asking = False
+            self.complain("canary", str(error))
 
     def save(self, force: bool = False) -> None:
         """Write state and metrics, when something has changed or it is time."""
-        data = self.guard.data(time.time())
-        text = json.dumps({key: value for key, value in data.items() if key != "at"}, sort_keys=True)
-        if not force and text == self._saved and time.monotonic() - self._saved_at < SAVE_SECONDS:
+        data = {**self.guard.data(time.time()), "clock": clock()}
+        text = json.dumps({key: value for key, value in data.items() if key not in ("at", "clock")}, sort_keys=True)
+        self.page = metrics(data)
+        if not force and text == self._saved and clock() - self._saved_at < SAVE_SECONDS:
             return
         try:
             write_json(self.store.state_dir / STATE_FILE, data)
-            write_text(self.store.state_dir / METRICS_FILE, metrics(data))
+            write_text(self.store.state_dir / METRICS_FILE, self.page)
         except OSError as error:
-            self.say(f"the state cannot be written: {error}")
+            self.complain("the state cannot be written", str(error))
             return
-        self._saved, self._saved_at = text, time.monotonic()
+        self._saved, self._saved_at = text, clock()
 
     def step(self) -> Action:
-        """One look, one decision, one action."""
-        seen = self.look()
-        self.looked_at = time.monotonic()
+        """One observation, one decision, one action."""
+        seen = self.observe()
+        self.looked_at = clock()
+        self.notify.alive()
         before = self.guard.engine
         action = self.guard.decide(seen)
         if self.guard.engine != before:
@@ -552,11 +863,47 @@ class Watcher:
         self.save()
         return action
 
+    def survive(self) -> None:
+        """`step`, whatever becomes of it: the guard goes on."""
+        try:
+            self.step()
+        except Exception as error:
+            self.complain("this observation failed", f"{type(error).__name__}: {error}")
+
+    def answer(self, target: str) -> tuple[int, str]:
+        """Of /ready (200 only while the engine serves, and with `?model=` that model) and /metrics."""
+        parts = urlsplit(target)
+        if parts.path == "/metrics":
+            return 200, self.page
+        if parts.path != "/ready":
+            return 404, "there are /ready and /metrics\n"
+        try:
+            return readiness(parts.query, self.guard.engine, self.model, clock() - self.looked_at < FRESH_SECONDS)
+        except ValueError:
+            return 400, "one parameter: model\n"
+
+    def open_window(self) -> bool:
+        """Serve /ready and /metrics, a thread an address; False, and a word, where one of them cannot be listened on:
+        it is taken, or the host does not have it yet."""
+        port = self.settings.listen_port
+        for address in self.settings.listen_address:
+            if address in self._listening:
+                continue
+            try:
+                Window([address], port, self.answer).start()
+                self._listening.add(address)
+            except (OSError, RuntimeError) as error:
+                said = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+                where = f"port {port} of /ready and /metrics" + (f" on {address}" if address else "")
+                self.complain(where, f"{said}; trying again")
+        return self._listening >= {*self.settings.listen_address}
+
 
 def readiness(query: str, state: str, model: str, fresh: bool) -> tuple[int, str]:
     """Status and text of GET /ready. 200 while the engine serves; asked `model=REPO`, only while it serves that one,
-    which the text names then. A guard that does not look any more knows nothing."""
-    wanted = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=8).get("model") if query else None
+    which the text names then. A guard that observes nothing any more knows nothing. Raises ValueError for a query of
+    more than a few parameters."""
+    wanted = parse_qs(query, keep_blank_values=True, max_num_fields=8).get("model") if query else None
     if not fresh:
         return 503, "guard-stuck\n"
     if state != "serving":
@@ -572,66 +919,27 @@ def drop_page_cache() -> None:
         memory.drop_page_cache()
 
 
-class Window(http.server.ThreadingHTTPServer):
-    """What the guard knows, over HTTP: /ready is 200 only while the engine serves (a gateway's check), /metrics is
-    Prometheus text. Reads only."""
-
-    daemon_threads = True
-    allow_reuse_address = True
-
-    def __init__(self, port: int, watcher: Watcher, address: str = "") -> None:
-        self.watcher = watcher
-        super().__init__((address, port), _Look)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A gateway's check hangs up once it has seen the status; that is no news for the journal."""
-        if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(request, client_address)
+def foreign(docker: Docker) -> tuple[str, ...]:
+    """Names of the running containers that are not of ours. Raises DockerError."""
+    own = {item["Id"] for item in engine.ours(docker)}
+    return tuple(
+        str((item.get("Names") or [item["Id"]])[0]).lstrip("/")
+        for item in docker.containers(all=False)
+        if item["Id"] not in own
+    )
 
 
-class _Look(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    timeout = 30
-    server: Window
-
-    def do_GET(self) -> None:
-        watcher = self.server.watcher
-        path, _, query = self.path.partition("?")
-        if path == "/ready":
-            fresh = time.monotonic() - watcher.looked_at < FRESH_SECONDS
-            try:
-                self._send(*readiness(query, watcher.guard.engine, watcher.model, fresh))
-            except ValueError:
-                self._send(400, "one parameter: model\n")
-        elif path == "/metrics":
-            self._send(200, metrics(watcher.guard.data(time.time())))
-        else:
-            self._send(404, "there are /ready and /metrics\n")
-
-    do_HEAD = do_GET
-
-    def _send(self, status: int, text: str) -> None:
-        raw = text.encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-        self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(raw)
-
-    def log_message(self, *args: Any) -> None:
-        """Checks come every second."""
-
-
-def open_window(watcher: Watcher, port: int) -> bool:
-    """Serve `Window` in a thread; False, and a word, where the port is taken."""
+def restart_docker(pid_file: str = DOCKER_PID) -> None:
+    """End dockerd, which systemd then starts again (Restart=always in every package of it). `systemctl` would need
+    rights over the host that the guard does not have. Raises OSError."""
     try:
-        window = Window(port, watcher)
-    except OSError as error:
-        watcher.say(f"port {port} of /ready and /metrics: {error.strerror or error}; trying again")
-        return False
-    threading.Thread(target=window.serve_forever, daemon=True).start()
-    return True
+        pid = as_int(int(bounded.read_file(pid_file, 100).decode("ascii")), pid_file, 2, 1 << 22)
+        name = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip()
+    except ValueError as error:
+        raise OSError(f"{pid_file}: {error}") from None
+    if name != "dockerd":
+        raise OSError(f"{pid_file}: process {pid} is {name!r}, not dockerd")
+    os.kill(pid, signal.SIGTERM)
 
 
 def say(text: str) -> None:
@@ -639,21 +947,38 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`guard [--settings FILE]`: for ever."""
-    parser = argparse.ArgumentParser(prog="sparkfleet_host guard", description="Watch the engine, start it anew.")
-    parser.add_argument("--settings", default=SETTINGS_FILE)
-    options = parser.parse_args(argv)
+def read_settings(path: Path) -> Settings:
+    """The settings of a file; the defaults where there is none. Raises ValueError, OSError."""
     try:
-        settings = Settings.of(read_json(Path(options.settings)) or {})
-    except (TypeError, ValueError) as error:
-        print(f"{options.settings}: {error}", file=sys.stderr)
+        return Settings.of(bounded.read_json(path))
+    except FileNotFoundError:
+        return Settings()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`guard [--settings FILE]`: for ever. 2 for settings that are damaged; systemd does not start it again then."""
+    parser = argparse.ArgumentParser(prog="sparkfleet_host guard", description="Watch the engine, restart it.")
+    parser.add_argument("--settings", default=SETTINGS_FILE)
+    parser.add_argument("--docker", default=SOCKET, metavar="SOCKET")
+    parser.add_argument("--lock-file", default=LOCK_FILE)
+    options = parser.parse_args(argv)
+    notify = Notify(os.environ)
+    try:
+        settings = read_settings(Path(options.settings))
+    except (ValueError, OSError) as error:
+        text = printable(str(error).removeprefix(f"{options.settings}: "), 500)
+        print(f"{options.settings}: {text}; run site.yml, which writes it again", file=sys.stderr)
+        notify("STATUS=its settings are damaged", "ERRNO=22")
         return 2
-    watcher = Watcher(settings, Store(settings.project_dir, settings.state_dir), Docker(timeout=30.0), say)
-    tried = -WINDOW_SECONDS if settings.listen_port else float("inf")
+    store = Store(settings.project_dir, settings.state_dir, options.lock_file)
+    docker = Docker(options.docker, DOCKER_SECONDS)
+    watcher = Watcher(settings, store, docker, say, notify)
+    notify("READY=1")
+    tried = -math.inf if settings.listen_port else math.inf
     while True:
-        began = time.monotonic()
+        began = clock()
         if began - tried >= WINDOW_SECONDS:
-            tried = float("inf") if open_window(watcher, settings.listen_port) else began
-        watcher.step()
-        time.sleep(max(settings.interval - (time.monotonic() - began), 0.05))
+            tried = math.inf if watcher.open_window() else began
+        watcher.survive()
+        notify.alive()
+        time.sleep(max(settings.interval - (clock() - began), 0.05))

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 COMMON = (
     "NoNewPrivileges=yes",
     "ProtectSystem=strict",
-    "ProtectHome=yes",
+    "ProtectHome=read-only",  # the model cache may be there
     "PrivateTmp=yes",
     "PrivateDevices=yes",
     "DevicePolicy=closed",
@@ -52,17 +52,19 @@ def writable(paths: Iterable[str]) -> list[str]:
     return [f"ReadWritePaths=-{path}" for path in paths]
 
 
-def switch(project_dir: str, state_dir: str) -> list[str]:
-    """Properties of the transient unit of the switch: writes releases and journal, drops the page cache, talks to
-    Docker and to the engine."""
+def switch(project_dir: str, state_dir: str, cache_dir: str = "/opt/hf") -> list[str]:
+    """Properties of the transient unit of the switch: writes releases and journal, marks a model of the cache whose
+    files are to be checked, drops the page cache, talks to Docker and to the engine."""
     return [
         *COMMON,
-        *FILES,
+        # It names the process that holds the engine's port.
+        f"{FILES[0]} CAP_SYS_PTRACE",
         *DROPS_CACHES,
-        *ALONE,
+        "UMask=0022",
         "RuntimeDirectory=sparkfleet",
+        "RuntimeDirectoryMode=0700",
         "RuntimeDirectoryPreserve=yes",
-        *writable((project_dir, state_dir, "/run/lock", "/run/sparkfleet")),
+        *writable((project_dir, state_dir, cache_dir, "/etc/sparkfleet")),
     ]
 
 

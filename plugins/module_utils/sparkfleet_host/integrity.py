@@ -33,6 +33,8 @@ from .releases import STATE_DIR, write_json
 
 RESULT = f"{STATE_DIR}/integrity.json"
 VERSION = 1
+#: A file that makes systemd start a check (sparkfleet-integrity.path of the role guard).
+REQUEST = "/run/sparkfleet/check-models"
 #: Answers of this kind come from damaged weights too (entries of the table of failures).
 NONSENSE = ("answer-wrong", "answer-degenerate")
 CHUNK = 4 << 20
@@ -166,6 +168,17 @@ class _Pace:
 def _identity(path: Path) -> tuple[int, int, int] | None:
     about = path.stat()
     return about.st_ino, about.st_mtime_ns, about.st_size
+
+
+def request(failure: str = NONSENSE[0], path: str = REQUEST) -> bool:
+    """Have the models checked now, in the background, where `failure` is one that damaged weights explain; whether that
+    could be asked for."""
+    if failure not in NONSENSE or not Path(path).parent.is_dir():
+        return False
+    with contextlib.suppress(OSError):
+        Path(path).touch(mode=0o600)
+        return True
+    return False
 
 
 # -- all models ------------------------------------------------------------------------------------------------------

@@ -687,14 +687,17 @@ def _private_folder(path: Path) -> None:
 
 def _locked(handle: int, limit: Callable[[], float]) -> bool:
     """Take an exclusive flock, waiting for at most `limit()` seconds, which is asked again and again."""
-    began = time.monotonic()
+    began, over = time.monotonic(), False
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() - began >= limit():
+            if over:
                 return False
-            time.sleep(0.05)
+            # `limit` may see that the lock was given back since: one more try then.
+            over = time.monotonic() - began >= limit()
+            if not over:
+                time.sleep(0.05)
         else:
             return True
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from . import engine
 from .docker import Docker, DockerError
-from .guard import figures
+from .guard import figures, read_state
 from .http import Client, HttpError, engine_client
 from .metrics import LIMIT
 from .redaction import redact
-from .releases import ReleaseError, Store, read_json
+from .releases import ReleaseError, Store
 
 LOOK_SECONDS = 5.0
 PACE_SECONDS = 1.0  # between two looks at a counter, where requests run
@@ -82,7 +82,7 @@ def look(store: Store, docker: Docker, log_lines: int) -> dict[str, Any]:
         "healthy": False,
         "figures": {},
         "tokens_per_second": None,
-        "guard": read_json(store.state_dir / "guard-state.json"),
+        "guard": read_state(store.state_dir)[0],
         "gpu": gpu(),
         "log": [],
     }

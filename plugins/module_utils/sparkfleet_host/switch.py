@@ -321,6 +321,7 @@ class Switch:
         if not result["verified"]:
             if result["failure"] in integrity.NONSENSE:
                 integrity.mark_served(self.docker, f"a verification failed ({result['failure']})")
+            integrity.request(str(result["failure"]))
             facts = {"failure": result["failure"], "checks": result["checks"], "answer": result["answer"]}
             raise FailedError(result["msg"], **self.facts(service, facts))
         self.journal["answering_at"] = self.now()
