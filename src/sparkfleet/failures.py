@@ -835,14 +835,14 @@ TABLE: tuple[Failure, ...] = (
         "the answer is wrong",
         "a question with a known answer did not get it: damaged weights, a wrong chat template, a kernel that computes "
         "nonsense, or a model too small for the question",
-        "The files are checked in the background; playbooks/fetch.yml hashes them and replaces the damaged. If all are sound, "
+        "Run playbooks/fetch.yml: it hashes every file of the model and replaces what is damaged. If all are sound, "
         "change verify in the model card if the model cannot know the answer.",
     ),
     Failure(
         "answer-degenerate",
         "the answer is empty or one token over and over",
         "the engine computes nonsense: damaged weights, or kernels that do not fit the GPU",
-        "The files are checked in the background; playbooks/fetch.yml hashes them and replaces the damaged. If all are sound, "
+        "Run playbooks/fetch.yml: it hashes every file of the model and replaces what is damaged. If all are sound, "
         "use the image of the model card.",
     ),
     Failure(
