@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from sparkfleet_host.bounded import printable
+
 from sparkfleet import SparkfleetError
 
 Version = tuple[int, ...]
@@ -80,10 +82,16 @@ class Engine:
 
 def parse_version(text: str) -> Version:
     """Numbers of a version; raises when the text is none."""
-    found = re.fullmatch(r"v?(\d+(?:\.\d+)*)\S*", text.strip())
+    found = _version(text.strip())
     if not found:
-        raise SparkfleetError(f"'{text}' is not a version of vLLM: write it like 0.10.1.1")
-    return tuple(int(part) for part in found[1].split("."))
+        raise SparkfleetError(f"'{printable(text, 60)}' is not a version of vLLM: write it like 0.10.1.1")
+    return found
+
+
+def _version(text: str) -> Version:
+    """Numbers of a version; () when the text is none."""
+    found = re.fullmatch(r"v?([0-9]{1,6}(?:\.[0-9]{1,6}){0,7})(?![0-9.])\S{0,100}", text)
+    return tuple(int(part) for part in found[1].split(".")) if found else ()
 
 
 def _repository(image: str) -> tuple[str, str]:
@@ -98,11 +106,11 @@ def of_image(image: str) -> Engine:
     """The engine of an image: by NVIDIA's tag or upstream's version, also through a mirror of either."""
     repository, tag = _repository(image)
     if re.search(r"(^|/)nvidia/vllm$", repository):
-        month = re.match(r"\d\d\.\d\d", tag)
+        month = re.match(r"[0-9]{2}\.[0-9]{2}", tag)
         known = NGC_VERSIONS.get(month[0]) if month else None
         return Engine(parse_version(known) if known else ())
-    if re.search(r"(^|/)vllm-openai(-\w+)?$", repository) and re.match(r"v\d", tag):
-        return Engine(parse_version(tag.partition("-")[0]))
+    if re.search(r"(^|/)vllm-openai(-\w+)?$", repository) and tag.startswith("v"):
+        return Engine(_version(tag.partition("-")[0]))
     return Engine(())
 
 
@@ -115,7 +123,7 @@ def unfit(image: str) -> str:
     """Why an image cannot run on a GB10; empty when nothing speaks against it."""
     repository, tag = _repository(image)
     if re.search(r"(^|/)nvidia/vllm$", repository):
-        month = re.match(r"\d\d\.\d\d", tag)
+        month = re.match(r"[0-9]{2}\.[0-9]{2}", tag)
         if month and month[0] < FIRST_NGC:
             return f"{image} is older than {FIRST_NGC}, the first of NVIDIA's images with support for the GB10"
         return ""
@@ -128,11 +136,10 @@ def unfit(image: str) -> str:
             f"{image} names no version: `latest` of 2025 fails on the GB10 (FP8 in CUTLASS, Triton on sm_121a), and "
             "a moving tag is another engine tomorrow"
         )
-    if re.match(r"v\d", tag):
-        version = parse_version(tag.partition("-")[0])
-        if version < FIRST_UPSTREAM:
-            return (
-                f"{image} does not support the GB10 (FP8 in CUTLASS, Triton on sm_121a): "
-                f"upstream's images do from v{'.'.join(map(str, FIRST_UPSTREAM))} on"
-            )
+    version = _version(tag.partition("-")[0]) if tag.startswith("v") else ()
+    if version and version < FIRST_UPSTREAM:
+        return (
+            f"{image} does not support the GB10 (FP8 in CUTLASS, Triton on sm_121a): "
+            f"upstream's images do from v{'.'.join(map(str, FIRST_UPSTREAM))} on"
+        )
     return ""

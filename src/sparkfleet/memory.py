@@ -191,10 +191,12 @@ def requested_gib(command: Sequence[str], total: float) -> float:
     given = dict(itertools.pairwise(command))
     try:
         if "--kv-cache-memory-bytes" in given:  # and the weights, which the command does not tell
-            return float(given["--kv-cache-memory-bytes"]) / GIB
-        return float(given.get("--gpu-memory-utilization", DEFAULT_UTILIZATION)) * total + BEYOND_BUDGET_GIB
-    except ValueError:
+            held = float(given["--kv-cache-memory-bytes"]) / GIB
+        else:
+            held = float(given.get("--gpu-memory-utilization", DEFAULT_UTILIZATION)) * total + BEYOND_BUDGET_GIB
+    except (ValueError, OverflowError):
         return 0.0
+    return held if 0 <= held <= total + BEYOND_BUDGET_GIB else 0.0  # not for NaN either
 
 
 def make(

@@ -23,6 +23,9 @@ CAPTURING = "capturing graphs"
 SERVING = "starting server"
 READY = "ready"
 
+#: Characters of a line that are read, and those in which a message of a start is looked for.
+LINE, MESSAGE = 8192, 500
+
 # `(EngineCore_DP0 pid=77) (Worker_TP0 pid=80) INFO 09-29 09:51:29 [backends.py:559] message`; `ERROR 08-06 … ` too.
 _PREFIX = re.compile(
     r"^(?:\[[^\]\s]+\]\s*)?(?:\([A-Za-z]\w*(?:[ =]\w+)* pid=\d+\)\s*)*"
@@ -48,7 +51,7 @@ def plain(line: str) -> tuple[str, str]:
 
     Of a progress bar that overwrote itself the last state is kept.
     """
-    text = _ANSI.sub("", line).rstrip()
+    text = _ANSI.sub("", line[-LINE:] if "\r" in line else line[:LINE]).rstrip()
     if "\r" in text:
         text = next((part for part in reversed(text.split("\r")) if part.strip()), "")
     found = _PREFIX.match(text)
@@ -71,28 +74,39 @@ def _say(phase: str, figure: str = "") -> _Read:
     return lambda tracker, found: (phase, found.expand(figure) if figure else "")
 
 
+def _float(text: str) -> float | None:
+    """A number of a log line; None for what only looks like one (`1.2.3`, hundreds of digits)."""
+    return float(text) if re.fullmatch(r"\d{1,15}(\.\d{0,15})?|\.\d{1,15}", text, re.ASCII) else None
+
+
+def _int(text: str) -> int | None:
+    """A whole number with commas; None for what only looks like one."""
+    return int(text.replace(",", "")) if re.fullmatch(r"\d[\d,]{0,20}", text, re.ASCII) else None
+
+
 def _available(tracker: Tracker, found: re.Match[str]) -> Reading:
-    tracker.kv["gib"] = float(found[1])
+    tracker.note(gib=_float(found[1]))
     return PROFILING, tracker.kv_words()
 
 
 def _size(tracker: Tracker, found: re.Match[str]) -> Reading:
     tracker.graphs &= found["pool"].startswith("GPU")
-    tracker.kv["tokens"] = int(found["tokens"].replace(",", ""))
+    tracker.note(tokens=_int(found["tokens"]))
     if found["times"]:
         return _concurrency(tracker, found)
     return PROFILING, tracker.kv_words()
 
 
 def _concurrency(tracker: Tracker, found: re.Match[str]) -> Reading:
-    tracker.kv["max_concurrency"] = float(found["times"])
-    tracker.kv["context"] = int(found["context"].replace(",", ""))
+    times, context = _float(found["times"]), _int(found["context"])
+    if times is not None and context is not None:
+        tracker.note(max_concurrency=times, context=context)
     return PROFILING, tracker.kv_words()
 
 
 def _model_loaded(tracker: Tracker, found: re.Match[str]) -> Reading:
-    tracker.weights_gib = float(found[1])
-    return LOADING, f"done, {tracker.weights_gib:.2f} GiB"
+    tracker.weights_gib = size = _float(found[1])
+    return LOADING, "done" if size is None else f"done, {size:.2f} GiB"
 
 
 def _graphs(tracker: Tracker, found: re.Match[str]) -> Reading:
@@ -210,6 +224,10 @@ class Tracker:
                 found[phase] = found.get(phase, 0.0) + max(end - start, 0.0)
         return [{"phase": phase, "seconds": round(seconds, 1)} for phase, seconds in found.items()]
 
+    def note(self, **figures: float | None) -> None:
+        """Keep figures of the KV cache, those that are known."""
+        self.kv.update({name: figure for name, figure in figures.items() if figure is not None})
+
     def kv_words(self) -> str:
         """The KV cache in words: `KV cache 66.25 GiB, 271,360 tokens, 8.48 requests of 32,000`."""
         words = [f"{self.kv['gib']:.2f} GiB"] if "gib" in self.kv else []
@@ -217,7 +235,7 @@ class Tracker:
             words.append(f"{self.kv['tokens']:,} tokens")
         if "max_concurrency" in self.kv:
             words.append(f"{self.kv['max_concurrency']:.2f} requests of {self.kv['context']:,}")
-        return "KV cache " + ", ".join(words)
+        return " ".join(["KV cache", ", ".join(words)]) if words else ""
 
     def _enter(self, step: Step) -> None:
         if step.phase != self.step.phase:
@@ -232,7 +250,7 @@ class Tracker:
         if message.startswith("Application startup complete"):
             self.served = at
         for pattern, read in _RULES:
-            if found := pattern.search(message):
+            if found := pattern.search(message[:MESSAGE]):
                 phase, figure = read(self, found)
                 steps = [Step(phase, figure, at)]
                 # The bar of the capture overwrites itself on one line, which Docker's log holds back until its end.
@@ -242,7 +260,7 @@ class Tracker:
         return []
 
 
-_STAMP = re.compile(r"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d) ?")
+_STAMP = re.compile(r"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,12})?(Z|[+-]\d\d:\d\d) ?", re.ASCII)
 
 
 def split_stamp(line: str) -> tuple[float | None, str]:
@@ -251,5 +269,8 @@ def split_stamp(line: str) -> tuple[float | None, str]:
     if found is None:
         return None, line
     zone = "+00:00" if found[3] == "Z" else found[3]
-    seconds = datetime.fromisoformat(found[1] + zone).timestamp()
+    try:
+        seconds = datetime.fromisoformat(found[1] + zone).timestamp()
+    except (ValueError, OverflowError):  # the 99th of a month; the year 1 west of Greenwich
+        return None, line
     return seconds + float(found[2] or 0), line[found.end() :]

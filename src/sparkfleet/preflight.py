@@ -61,7 +61,7 @@ class Work:
 
 def version(text: str | None) -> tuple[int, ...]:
     """Leading numbers of a version, (0,) when there is none."""
-    found = re.match(r"v?(\d+(?:\.\d+)*)", text or "")
+    found = re.match(r"v?([0-9]{1,9}(?:\.[0-9]{1,9}){0,7})(?![0-9])", text or "")
     return tuple(int(part) for part in found[1].split(".")) if found else (0,)
 
 
