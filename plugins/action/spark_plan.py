@@ -37,6 +37,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         engine_key, address = (str(arguments.pop(key, "") or "").strip() for key in ("engine_key", "address"))
         arguments["keyed"] = bool(engine_key)
         arguments["gateways"] = gateways(task_vars)
+        arguments["gateways_elsewhere"] = gateways(task_vars, but=host)
+        arguments["address"] = address or str(task_vars.get("ansible_host") or host)
         try:
             self._check(task_vars)
         except SparkfleetError as error:
@@ -64,7 +66,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             "token": token,
             "token_file": token_file,
             "engine_key": engine_key,
-            "address": address or task_vars.get("ansible_host") or host,
+            "address": settings.address,
             "gateways": list(settings.gateways) if listen(settings.listen) == "auto" else [],
             "hub_endpoint": hub_endpoint,
             "proxy": settings.proxy,
@@ -119,10 +121,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 raise SparkfleetError(f"{gate}: {error}") from None
 
 
-def gateways(task_vars: dict[str, Any]) -> tuple[str, ...]:
-    """Where the gateways of the inventory are."""
-    known = ((name, task_vars["hostvars"][name]) for name in task_vars.get("groups", {}).get("gateways", ()))
-    return tuple(gateway.address(name, values) for name, values in known)
+def gateways(task_vars: dict[str, Any], but: str = "") -> tuple[str, ...]:
+    """Where the gateways of the inventory are, all but the host of that name."""
+    names = (name for name in task_vars.get("groups", {}).get("gateways", ()) if name != but)
+    return tuple(gateway.address(name, task_vars["hostvars"][name]) for name in names)
 
 
 def _bad_input(message: str) -> AnsibleActionFail:
@@ -177,4 +179,5 @@ def _summary(made: dict[str, Any], state: dict[str, Any], settings: Settings, fi
         ]
         if reasons:
             lines.append(f"  {stage}: {'; '.join(reasons)}")
-    return lines if len(lines) > 1 else [lines[0] + "; nothing to change"]
+    lines = lines if len(lines) > 1 else [lines[0] + "; nothing to change"]
+    return [*lines, *(f"  note: {note}" for note in made["notes"] if first)]

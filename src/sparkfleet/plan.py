@@ -47,6 +47,7 @@ def make(target: Target, state: State) -> dict[str, Any]:
         "verify": dataclasses.asdict(target.card.verify),
         "memory": memory and memory.as_dict(),
         "release": release(target, document, memory.as_dict() if memory else None),
+        "notes": notes(target, state),
         "checks": [{"name": check.name, "seen": check.seen, "ok": not check.findings} for check in checks],
         "findings": [dataclasses.asdict(finding) for check in checks for finding in check.findings],
         "prepare": {
@@ -59,7 +60,7 @@ def make(target: Target, state: State) -> dict[str, Any]:
             "memory": hygiene.reasons,
             "host_program": program.reasons,
             "guard": guard.reasons,
-            "guard_settings": guard_settings(target),
+            "guard_settings": guard_settings(target, state),
             "program": target.settings.host_program,
             "restart_guard": stale_guard(target, state),
             "packages": bool(installs),
@@ -139,7 +140,9 @@ def prepare(target: Target, state: State) -> tuple[Work, Work, Work, Work, Work,
             "restart the guard with its new program",
         )
         guard.add(stale_guard(target, state), "restart the guard: it is older than its unit or settings")
-        guard.add(there["installed"] and there["settings"] != guard_settings(target), "change the guard's settings")
+        guard.add(
+            there["installed"] and there["settings"] != guard_settings(target, state), "change the guard's settings"
+        )
         guard.add(there["installed"] and not (there["active"] and there["enabled"]), "start the guard, now and at boot")
     else:
         guard.add(there["active"] or there["enabled"], "stop the guard")
@@ -167,10 +170,32 @@ def packages(target: Target, state: State) -> list[str]:
     return [name for name, installed in there.items() if not installed]
 
 
-def guard_settings(target: Target) -> dict[str, Any]:
-    """The content of the guard's file of settings."""
-    settings = target.settings
-    return {**settings.guard_settings, "project_dir": settings.project_dir, "cache_dir": settings.cache_dir}
+def guard_settings(target: Target, state: State) -> dict[str, Any]:
+    """The content of the guard's file of settings. Its own port is open where the engine's is."""
+    addresses = target.addresses(state)
+    where = list(dict.fromkeys((compose.LOOPBACK, *addresses))) if addresses else [""]
+    return {
+        **target.settings.guard_settings,
+        "project_dir": target.settings.project_dir,
+        "cache_dir": target.settings.cache_dir,
+        "listen_address": where,
+    }
+
+
+def notes(target: Target, state: State) -> list[str]:
+    """What an operator should know of what is to run, though nothing stands in its way."""
+    settings, found = target.settings, []
+    if target.is_open(state) and settings.service_state == "started":
+        found.append(
+            f"port {settings.port} is open to the network without a key: sparkfleet_listen: loopback closes it, "
+            "sparkfleet_engine_key asks for a key"
+        )
+    if settings.model_source != "local":
+        found.append(
+            "model_source hub starts the engine with --trust-remote-code: code in the model's repository, at whatever "
+            f"commit {target.revision} is then, runs in it; model_source local does without"
+        )
+    return found
 
 
 def fetch(target: Target, state: State) -> tuple[Work, Work]:

@@ -45,6 +45,8 @@ class Settings:
     port: int = 8000
     listen: Any = "auto"
     gateways: tuple[str, ...] = ()  # names or addresses of the inventory's gateways
+    gateways_elsewhere: tuple[str, ...] = ()  # those on other hosts
+    address: str = ""  # where gateways reach the host
     keyed: bool = False  # there is a sparkfleet_engine_key
     project_dir: str = "/opt/sparkfleet"
     cache_dir: str = "/opt/hf"
@@ -96,6 +98,22 @@ def listen(value: Any) -> str | list[str]:
     return list(dict.fromkeys(made))
 
 
+def _check_listen(settings: Settings) -> None:
+    wanted = listen(settings.listen)
+    if not settings.gateways or isinstance(wanted, str) or set(wanted) != {compose.LOOPBACK}:
+        return
+    if settings.gateways_elsewhere:
+        raise SparkfleetError(
+            f"sparkfleet_listen: on loopback alone no gateway on another host ({', '.join(settings.gateways_elsewhere)}) "
+            "reaches the engine: set it to auto, which opens the port where gateways reach it"
+        )
+    if settings.address not in (compose.LOOPBACK, "localhost", "::1"):
+        raise SparkfleetError(
+            f"sparkfleet_listen: on loopback alone the gateway does not reach {settings.address or 'the Spark'}, the "
+            f"address of the inventory: set sparkfleet_address: {compose.LOOPBACK} with it, or sparkfleet_listen: auto"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """Model card and settings merged."""
@@ -114,7 +132,7 @@ class Target:
         arguments = card.with_profile(settings.profile)
         catalog.check_arguments(settings.arguments, ARGUMENT_PREFIX)
         catalog.check_environment(settings.environment, "sparkfleet_environment.")
-        listen(settings.listen)
+        _check_listen(settings)
         if settings.tool_calls and settings.model_source == "local" and card.tool_call_parser:
             arguments |= {"enable_auto_tool_choice": True, "tool_call_parser": card.tool_call_parser}
         arguments |= settings.arguments
@@ -158,4 +176,11 @@ class Target:
         wanted = listen(self.settings.listen)
         if isinstance(wanted, list):
             return wanted
-        return list((state or {}).get("reached_at") or []) if wanted == "auto" and self.settings.gateways else []
+        # In an order that a name server does not change.
+        return sorted((state or {}).get("reached_at") or []) if wanted == "auto" and self.settings.gateways else []
+
+    def is_open(self, state: State | None = None) -> bool:
+        """Whether whoever reaches the host's network reaches the engine, or may: past no gateway and without a key."""
+        addresses = self.addresses(state)
+        everywhere = not addresses or not all(ipaddress.ip_address(address).is_loopback for address in addresses)
+        return everywhere and not self.settings.gateways and not self.settings.keyed

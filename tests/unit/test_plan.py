@@ -302,6 +302,56 @@ def test_a_token_in_the_environment_is_there_but_not_compared() -> None:
     assert plan.make(goal, state)["deploy"]["recreate"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "ports", "guard", "is_open"),
+    [
+        ({}, ["8000:8000"], [""], True),
+        ({"listen": "all"}, ["8000:8000"], [""], True),
+        ({"listen": "loopback"}, ["127.0.0.1:8000:8000"], ["127.0.0.1"], False),
+        ({"listen": "127.0.0.1"}, ["127.0.0.1:8000:8000"], ["127.0.0.1"], False),
+        (
+            {"listen": ["192.0.2.11", "fd00::1"]},
+            ["127.0.0.1:8000:8000", "192.0.2.11:8000:8000", "[fd00::1]:8000:8000"],
+            ["127.0.0.1", "192.0.2.11", "fd00::1"],
+            True,
+        ),
+        ({"keyed": True}, ["8000:8000"], [""], False),
+        ({"gateways": ("gw",)}, ["127.0.0.1:8000:8000", "192.0.2.11:8000:8000"], ["127.0.0.1", "192.0.2.11"], False),
+        (
+            {"gateways": ("gw",), "address": "127.0.0.1", "listen": "loopback"},
+            ["127.0.0.1:8000:8000"],
+            ["127.0.0.1"],
+            False,
+        ),
+    ],
+)
+def test_where_engine_and_guard_listen_and_whether_that_is_said(
+    settings: dict[str, Any], ports: list[str], guard: list[str], is_open: bool
+) -> None:
+    made = plan.make(target(**settings), fetched() | {"reached_at": ["192.0.2.11"]})
+    assert made["compose"]["services"][SERVICE]["ports"] == ports
+    assert made["prepare"]["guard_settings"]["listen_address"] == guard
+    notes = [note for note in made["notes"] if "open to the network" in note]
+    assert len(notes) == is_open and all("sparkfleet_listen: loopback" in note for note in notes)
+
+
+def test_addresses_do_not_follow_the_order_of_a_name_server() -> None:
+    goal = target(gateways=("gw",))
+    assert goal.addresses({"reached_at": ["b", "a"]}) == goal.addresses({"reached_at": ["a", "b"]}) == ["a", "b"]
+
+
+def test_loopback_and_a_gateway_elsewhere_exclude_each_other() -> None:
+    with pytest.raises(SparkfleetError, match=r"no gateway on another host \(192.0.2.4\) reaches the engine"):
+        target(listen="loopback", gateways=("192.0.2.4",), gateways_elsewhere=("192.0.2.4",), address="127.0.0.1")
+    with pytest.raises(SparkfleetError, match="set sparkfleet_address: 127.0.0.1 with it"):
+        target(listen="loopback", gateways=("192.0.2.4",), address="192.0.2.4")
+
+
+def test_code_of_a_repository_is_noted() -> None:
+    assert not any("trust-remote-code" in note for note in plan.make(target(), bare())["notes"])
+    assert any("trust-remote-code" in note for note in plan.make(target(model_source="hub"), bare())["notes"])
+
+
 GATEWAYS: dict[str, Any] = {"gateways": ("gateway-1",)}
 
 
