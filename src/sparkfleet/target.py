@@ -103,8 +103,9 @@ def _check_listen(settings: Settings) -> None:
     if not settings.gateways or isinstance(wanted, str) or set(wanted) != {compose.LOOPBACK}:
         return
     if settings.gateways_elsewhere:
+        where = ", ".join(settings.gateways_elsewhere)
         raise SparkfleetError(
-            f"sparkfleet_listen: on loopback alone no gateway on another host ({', '.join(settings.gateways_elsewhere)}) "
+            f"sparkfleet_listen: on loopback alone no gateway on another host ({where}) "
             "reaches the engine: set it to auto, which opens the port where gateways reach it"
         )
     if settings.address not in (compose.LOOPBACK, "localhost", "::1"):

@@ -87,7 +87,11 @@ def prepared() -> State:
     state["operator"]["in_docker_group"] = True
     state["cache"] = {"owner": "root", "group": "docker", "mode": "2775", "directory": True}
     state["guard"].update(installed=True, active=True, enabled=True, current=True)
-    state["guard"]["settings"] = {"project_dir": "/opt/sparkfleet", "cache_dir": "/opt/hf"}
+    state["guard"]["settings"] = {
+        "project_dir": "/opt/sparkfleet",
+        "cache_dir": "/opt/hf",
+        "listen_address": [""],
+    }
     state["project_dir"] = {"owner": "root", "group": "root", "mode": "0755", "directory": True}
     state["token"] = {"present": True, "private": True, "current": True}
     return state
@@ -328,7 +332,7 @@ def test_a_token_in_the_environment_is_there_but_not_compared() -> None:
 def test_where_engine_and_guard_listen_and_whether_that_is_said(
     settings: dict[str, Any], ports: list[str], guard: list[str], is_open: bool
 ) -> None:
-    made = plan.make(target(**settings), fetched() | {"reached_at": ["192.0.2.11"]})
+    made = plan.make(target(**settings), fetched() | {"reached_at": ["192.0.2.11"], "engine_key": {"current": True}})
     assert made["compose"]["services"][SERVICE]["ports"] == ports
     assert made["prepare"]["guard_settings"]["listen_address"] == guard
     notes = [note for note in made["notes"] if "open to the network" in note]
@@ -343,7 +347,7 @@ def test_addresses_do_not_follow_the_order_of_a_name_server() -> None:
 def test_loopback_and_a_gateway_elsewhere_exclude_each_other() -> None:
     with pytest.raises(SparkfleetError, match=r"no gateway on another host \(192.0.2.4\) reaches the engine"):
         target(listen="loopback", gateways=("192.0.2.4",), gateways_elsewhere=("192.0.2.4",), address="127.0.0.1")
-    with pytest.raises(SparkfleetError, match="set sparkfleet_address: 127.0.0.1 with it"):
+    with pytest.raises(SparkfleetError, match=r"set sparkfleet_address: 127\.0\.0\.1 with it"):
         target(listen="loopback", gateways=("192.0.2.4",), address="192.0.2.4")
 
 
