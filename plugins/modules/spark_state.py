@@ -73,7 +73,6 @@ state:
 import grp
 import hashlib
 import http.client
-import json
 import os
 import platform
 import pwd
@@ -85,6 +84,7 @@ import stat
 import subprocess
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +92,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.sparkfleet_host.bounded import read_file
 from ansible.module_utils.sparkfleet_host.cache import model_state
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
 from ansible.module_utils.sparkfleet_host.guard import read_state
@@ -99,11 +100,12 @@ from ansible.module_utils.sparkfleet_host.http import KEY_FILE
 from ansible.module_utils.sparkfleet_host.job import JobError
 from ansible.module_utils.sparkfleet_host.memory import memory_state, unit_state
 from ansible.module_utils.sparkfleet_host.network import reached_at
-from ansible.module_utils.sparkfleet_host.registry import Registry, reference
+from ansible.module_utils.sparkfleet_host.registry import Registry, bypasses, reference
 from ansible.module_utils.sparkfleet_host.releases import STATE_DIR, Store, read_json
 
 #: Names of variables whose values nothing is reported of.
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
+CONTAINERD = "/var/lib/containerd"
 PROBE_SECONDS = 10
 REACH_SECONDS = 5
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
@@ -194,8 +196,8 @@ def folder(path: str) -> dict[str, Any] | None:
 def token_file(path: str, token: str) -> dict[str, Any]:
     """Whether the token file is there, private, and holds ``token`` (true when none was given)."""
     try:
-        info, text = Path(path).stat(), Path(path).read_text(encoding="utf-8").strip()
-    except OSError:
+        info, text = Path(path).stat(), read_file(path, 64 << 10).decode("utf-8", "replace").strip()
+    except (OSError, ValueError):
         return {"present": False, "private": False, "current": not token}
     private = stat.S_IMODE(info.st_mode) == 0o600 and info.st_uid == 0
     return {"present": bool(text), "private": private, "current": not token or text == token}
@@ -242,12 +244,11 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def opener(
-    host: str, proxy: str, no_proxy: str, context: ssl.SSLContext | None = None
-) -> urllib.request.OpenerDirector:
-    """What asks ``host``: through the proxy, unless there is none or the host is an exception."""
-    exceptions = [name.strip().lstrip("*.") for name in no_proxy.split(",") if name.strip()]
-    direct = not proxy or any(host == name or host.endswith(f".{name}") for name in exceptions)
+def opener(url: str, proxy: str, no_proxy: str, context: ssl.SSLContext | None = None) -> urllib.request.OpenerDirector:
+    """What asks for a URL: through the proxy, unless there is none or the host is an exception."""
+    parts = urllib.parse.urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    direct = not proxy or bypasses(parts.hostname or "", port, no_proxy)
     proxies = {} if direct else {"http": proxy, "https": proxy}
     return urllib.request.build_opener(
         NoRedirect, urllib.request.ProxyHandler(proxies), urllib.request.HTTPSHandler(context=context)
@@ -275,12 +276,12 @@ def hub_access(
     if token and (request.type == "https" or request.host.partition(":")[0] in ("127.0.0.1", "localhost")):
         request.add_header("Authorization", f"Bearer {token}")
     try:
-        with opener(request.host.partition(":")[0], proxy, no_proxy).open(request, timeout=seconds) as answer:
+        with opener(request.full_url, proxy, no_proxy).open(request, timeout=seconds) as answer:
             return {"status": answer.status, "error": ""}
     except urllib.error.HTTPError as error:
         status = 200 if error.code in (301, 302, 303, 307, 308) else error.code
         return {"status": status, "error": "" if status == 200 else error.headers.get("X-Error-Code", "")}
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return {"status": 0, "error": str(getattr(error, "reason", error))}
 
 
@@ -344,6 +345,7 @@ def docker_engine(project: str, image: str, proxy: str = "", no_proxy: str = "")
             running=True,
             version=info.get("ServerVersion", ""),
             root=info.get("DockerRootDir", "/var/lib/docker"),
+            **image_store(info),
             runtimes=sorted(info.get("Runtimes") or {}),
             proxy=info.get("HttpsProxy") or info.get("HttpProxy") or "",
             no_proxy=info.get("NoProxy") or "",
@@ -361,6 +363,20 @@ def docker_engine(project: str, image: str, proxy: str = "", no_proxy: str = "")
     except (DockerUnavailable, OSError) as error:
         found["reason"] = str(error)
     return found
+
+
+def image_store(info: dict[str, Any], config: Path = Path("/etc/containerd/config.toml")) -> dict[str, str]:
+    """Who keeps Docker's images, and in which folder: containerd, as with new installations of Docker 29 and later,
+    keeps each layer twice, compressed and unpacked."""
+    root = str(info.get("DockerRootDir") or "/var/lib/docker")
+    kinds = [str(row[1]) for row in info.get("DriverStatus") or [] if len(row) == 2 and row[0] == "driver-type"]
+    if not any(kind.startswith("io.containerd.snapshotter.") for kind in kinds):
+        return {"store": "docker", "images_at": root}
+    address = str((info.get("Containerd") or {}).get("Address") or "")
+    if "/docker/containerd/" in address:  # one that Docker starts for itself
+        return {"store": "containerd", "images_at": f"{root}/containerd/daemon"}
+    named = re.search(r"""^root\s*=\s*["'](/[^"'\n]+)["']""", read_text(config) or "", re.MULTILINE)
+    return {"store": "containerd", "images_at": named[1] if named else CONTAINERD}
 
 
 def pinned(known: dict[str, Any], image: str = "") -> dict[str, Any]:
@@ -433,10 +449,7 @@ def healthy(port: int) -> bool:
 
 def toolkit() -> dict[str, Any]:
     """The NVIDIA Container Toolkit's command, and whether Docker's configuration names the runtime."""
-    try:
-        daemon = json.loads(Path("/etc/docker/daemon.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        daemon = {}
+    daemon = read_json(Path("/etc/docker/daemon.json")) or {}
     said = re.search(r"version (\S+)", run("nvidia-ctk", "--version") or "")
     return {
         "installed": shutil.which("nvidia-ctk") is not None,
@@ -446,10 +459,10 @@ def toolkit() -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str | None:
-    """Content of a text file, or None."""
+    """Content of a text file, or None where there is none that can be read."""
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
+        return read_file(path).decode("utf-8")
+    except (OSError, ValueError):
         return None
 
 
@@ -520,7 +533,9 @@ def look(params: dict[str, Any]) -> dict[str, Any]:
             "memory": memory_state(),
             "disk": {
                 "cache": disk(params["cache_dir"]),
-                "docker": disk(docker.get("root", "/var/lib/docker")),
+                "docker": disk(docker.get("images_at", "/var/lib/docker")),
+                # Where they will lie if Docker is installed out of its own repository.
+                "containerd": disk(CONTAINERD),
             },
             "docker": docker,
             "toolkit": toolkit(),

@@ -36,7 +36,7 @@ def bare() -> State:
             "swap_in_fstab": [],
             "earlyoom": {"installed": False, "active": False, "enabled": False, "arguments": ""},
         },
-        "disk": {"cache": {"free": 900 * GIB, "device": 1}, "docker": {"free": 900 * GIB, "device": 1}},
+        "disk": {place: {"free": 900 * GIB, "device": 1} for place in ("cache", "docker", "containerd")},
         "docker": {"installed": False, "running": False, "compose": None, "reason": "no socket"},
         "toolkit": {"installed": False, "configured": False, "version": ""},
         "operator": {"name": "nvidia", "exists": True, "in_docker_group": False},
@@ -549,6 +549,27 @@ def test_disk_counts_what_is_there_already() -> None:
     assert ids(target(), state) == ["disk-full"]
     state["model"]["bytes"] = 6 * GIB
     assert ids(target(), state) == []
+
+
+def test_containerd_s_image_store_needs_half_as_much_again_where_it_lies() -> None:
+    """Docker 29: images lie under /var/lib/containerd, each layer compressed and unpacked."""
+    state = prepared()
+    state["docker"] |= {"store": "containerd", "images_at": "/var/lib/containerd"}
+    state["disk"]["docker"] = {"free": 30 * GIB, "device": 2}
+    (finding,) = plan.make(target(image_disk_gib=20), state)["findings"]
+    assert finding["id"] == "disk-full"
+    assert "30.0 GiB free, 32.0 GiB needed (30.0 GiB for the image in /var/lib/containerd" in finding["message"]
+    state["docker"]["store"] = "docker"
+    assert ids(target(image_disk_gib=20), state) == []
+
+
+def test_docker_that_is_still_to_come_keeps_images_where_its_packages_do() -> None:
+    state = bare()
+    state["disk"]["containerd"] = {"free": GIB, "device": 3}
+    assert ids(target(), state) == []
+    made = plan.make(target(docker_source="docker"), state)
+    assert [finding["id"] for finding in made["findings"]] == ["disk-full"]
+    assert "/var/lib/containerd" in made["findings"][0]["message"]
 
 
 def test_not_a_spark_may_be_allowed() -> None:

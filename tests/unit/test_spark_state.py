@@ -178,6 +178,45 @@ def test_a_registry_that_does_not_speak_tls(hub: str) -> None:
     assert spark_state.registry_access(f"{host}/x:1", config=insecure)["status"] == 501  # any answer is one
 
 
+DRIVER = {"DriverStatus": [["driver-type", "io.containerd.snapshotter.v1"]]}
+
+
+@pytest.mark.parametrize(
+    ("info", "config", "store", "place"),
+    [
+        ({"DriverStatus": [["Backing Filesystem", "extfs"]]}, "", "docker", "/var/lib/docker"),
+        ({"DockerRootDir": "/data/docker", "DriverStatus": None}, "", "docker", "/data/docker"),
+        (DRIVER, "", "containerd", "/var/lib/containerd"),
+        (DRIVER, "version = 3\nroot = '/data/containerd'\n[grpc]\n", "containerd", "/data/containerd"),
+        (
+            {
+                **DRIVER,
+                "DockerRootDir": "/data/docker",
+                "Containerd": {"Address": "/var/run/docker/containerd/containerd.sock"},
+            },
+            "root = '/elsewhere'\n",
+            "containerd",
+            "/data/docker/containerd/daemon",
+        ),
+        (
+            {**DRIVER, "Containerd": {"Address": "/run/containerd/containerd.sock"}},
+            "",
+            "containerd",
+            "/var/lib/containerd",
+        ),
+    ],
+)
+def test_where_images_lie(tmp_path: Path, info: dict[str, Any], config: str, store: str, place: str) -> None:
+    (tmp_path / "config.toml").write_text(config, encoding="utf-8")
+    assert spark_state.image_store(info, tmp_path / "config.toml") == {"store": store, "images_at": place}
+
+
+def test_files_that_are_no_text_are_none(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"\xff\xfe" * 10)
+    assert spark_state.read_text(tmp_path / "x") is None and spark_state.read_text(tmp_path) is None
+    assert spark_state.token_file(str(tmp_path / "x"), "t")["current"] is False
+
+
 def test_the_hub_is_asked_through_the_proxy(hub: str) -> None:
     """The stand-in takes the part of the proxy: it is asked for an address that is not its own."""
     asked = ("http://hub.invalid", "org/model", "main", "good")
