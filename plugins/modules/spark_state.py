@@ -318,6 +318,9 @@ def registry_access(
         return {**found, "error": str(error), "failure": failure}
 
 
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+
+
 def service_environment(unit: str, names: Sequence[str]) -> tuple[str, ...]:
     """Variables of the environment that the main process of a unit was started with; "" for what it lacks, or does not
     run. Read from the process, since a unit's files may be newer than it."""
@@ -461,7 +464,7 @@ def toolkit() -> dict[str, Any]:
 def read_text(path: Path) -> str | None:
     """Content of a text file, or None where there is none that can be read."""
     try:
-        return read_file(path).decode("utf-8")
+        return str(read_file(path), "utf-8")
     except (OSError, ValueError):
         return None
 

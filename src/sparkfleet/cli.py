@@ -42,6 +42,8 @@ from sparkfleet.target import Settings, Target
 #: Exit codes: bad input, as argparse has it; a plan that does not fit.
 BAD_INPUT = 2
 DOES_NOT_FIT = 3
+#: Of a host's memory.
+LEAST_GIB, MOST_GIB = 0.1, 100_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -416,8 +418,8 @@ def _seconds(text: str) -> float:
 
 def _gib(text: str) -> float:
     value = _gib_or_none(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not an amount of GiB above 0")
+    if value < LEAST_GIB:
+        raise argparse.ArgumentTypeError(f"'{printable(text, 60)}' is not an amount of GiB from {LEAST_GIB} on")
     return value
 
 
@@ -426,8 +428,8 @@ def _gib_or_none(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value < 1e6:
-        raise argparse.ArgumentTypeError(f"'{text}' is not an amount of GiB")
+    if not 0 <= value <= MOST_GIB:
+        raise argparse.ArgumentTypeError(f"'{printable(text, 60)}' is not an amount of GiB up to {MOST_GIB}")
     return value
 
 
