@@ -183,6 +183,8 @@ class Collector:
             host.message = message(res)
             named = _FAILURE.findall(host.message)
             host.failure = str(res.get("failure") or (named[-1] if named else ""))
+            if "argument_errors" in res:  # Ansible's own check of a role's arguments
+                host.failure = "bad-input"
             host.findings = list(res.get("findings") or [])
             restored = res.get("outcome") == "restored"
             refused = bool(host.findings) or host.failure in REFUSALS
@@ -195,7 +197,7 @@ class Collector:
         """The exit code of the whole, of ansible-playbook's `rc`."""
         if self.error:
             return BAD_INPUT
-        code = max((CODES[host.result] for host in self.hosts.values()), default=OK)
+        code = max(map(_code, self.hosts.values()), default=OK)
         if code == OK and rc != 0:
             self.error = _ANSI.sub("", " ".join(self._said)) or f"ansible-playbook ended with {rc}"
             return BAD_INPUT
@@ -203,6 +205,10 @@ class Collector:
             self.error = "no host of the group sparks is in the inventory, or the limit leaves none"
             return BAD_INPUT
         return code
+
+
+def _code(host: Host) -> int:
+    return BAD_INPUT if (host.result, host.failure) == ("refused", "bad-input") else CODES[host.result]
 
 
 def proof(host: Host) -> str:

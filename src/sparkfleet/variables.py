@@ -80,22 +80,12 @@ FORMS: dict[str, tuple[str, str]] = {
     "sparkfleet_gateway_interface": (r"[A-Za-z0-9_.:@-]{1,15}", "the name of a network interface"),
 }
 
-#: Parameters of verbs, which have no place in an inventory, and what playbooks keep for themselves.
-OTHERS = frozenset(
+#: Parameters of verbs, which have no place in an inventory, and of the simulated world.
+PARAMETERS = frozenset(
     PREFIX + name
     for name in (
-        *(
-            "bundle_collected",
-            "bundle_folder",
-            "bundle_image",
-            "bundle_job",
-            "bundle_schedule",
-            "confirm",
-            "logs_lines",
-            "look",
-        ),
-        *("look_status", "release", "remove_images", "remove_models", "remove_token", "rollout", "rollout_failed"),
-        *("rollout_runs", "simulated_token_file", "simulated_url"),
+        *("bundle_folder", "confirm", "logs_lines", "release", "remove_images", "remove_models", "remove_token"),
+        *("simulated_token_file", "simulated_url"),
     )
 )
 #: Ports of which each may have one use on a Spark.
@@ -111,11 +101,20 @@ def options() -> dict[str, dict[str, Any]]:
     return found
 
 
+@functools.cache
+def internal() -> frozenset[str]:
+    """Names that playbooks and roles keep for themselves: all that stand in them."""
+    root = SPECS.parents[3]
+    files = [*(root / "playbooks").rglob("*.yml"), *(root / "roles").glob("*/tasks/*.yml")]
+    found = (re.findall(rf"\b{PREFIX}\w+", file.read_text(encoding="utf-8")) for file in files)
+    return frozenset(name for names in found for name in names)
+
+
 def unknown(names: Iterable[str]) -> list[str]:
     """A problem in words for each name that begins with `sparkfleet_` and is no variable of Sparkfleet."""
     found = []
     for name in sorted(name for name in names if name.startswith(PREFIX)):
-        if name in options() or name in OTHERS or name.startswith(ARGUMENT_PREFIX):
+        if name in options() or name.startswith(ARGUMENT_PREFIX) or name in PARAMETERS or name in internal():
             continue
         short = {known.removeprefix(PREFIX): known for known in (*options(), *_arguments())}
         near = difflib.get_close_matches(name.removeprefix(PREFIX)[:100], short, n=1)

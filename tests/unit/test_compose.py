@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -119,6 +120,15 @@ def test_compose_itself_replaces_nothing_of_ours(card: catalog.Card, tmp_path: P
 def test_a_word_of_compose_and_back() -> None:
     for text in AWKWARD:
         assert compose.plain(compose.literal(text)) == text
+
+
+def test_the_inventory_s_environment_wins_over_the_card_s_and_that_over_ours(card: catalog.Card) -> None:
+    known = dataclasses.replace(card, environment={"A": "card", "B": "card", "HF_HUB_OFFLINE": "card"})
+    for source in ("local", "hub"):
+        made = compose.document(known, {}, environment={"A": "inventory", "HF_TOKEN": "own"}, source=source)  # type: ignore[arg-type]
+        environment = made["services"][SERVICE]["environment"]
+        assert environment["A"] == "inventory" and environment["B"] == environment["HF_HUB_OFFLINE"] == "card"
+        assert environment["HF_TOKEN"] == "own"
 
 
 @pytest.mark.parametrize("value", [0.855, 0.9, 0.85, 0.1234, 1.0])

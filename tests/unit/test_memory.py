@@ -139,6 +139,95 @@ def test_kv_cache_memory_bytes_leaves_the_utilization_aside() -> None:
     assert made.requested_gib == pytest.approx(made.weights_gib + made.activation_gib + made.runtime_gib + 20)
 
 
+def one_sequence(length: int, batched: int) -> int:
+    """Bytes of KV cache that one sequence of llama31-8b-fp8 takes."""
+    cut = memory.layout(catalog.load("llama31-8b-fp8"), "bf16")
+    return cut.blocks(length, batched) * cut.block_bytes
+
+
+@pytest.mark.parametrize(("more", "fits"), [(0, True), (-1, False), (-(2 << 20), False)])
+def test_a_whole_sequence_must_fit_into_the_cache(more: int, fits: bool) -> None:
+    made = plan("llama31-8b-fp8", kv_cache_memory_bytes=one_sequence(32768, 16384) + more)
+    assert made.fits is fits and (made.max_concurrency >= 1) is fits
+    assert made.full_length_sequences == fits
+    assert any("one sequence of 32768 tokens needs 4.0" in reason for reason in made.reasons) is not fits
+
+
+@pytest.mark.parametrize(("share", "sure"), [(1.0, False), (1.09, False), (1.11, True)])
+def test_a_cache_that_is_all_but_full_is_noted(share: float, sure: bool) -> None:
+    made = plan("llama31-8b-fp8", kv_cache_memory_bytes=int(one_sequence(32768, 16384) * share))
+    assert made.fits and any("all but fills" in note for note in made.notes) is not sure
+
+
+def test_what_is_left_to_the_host_is_its_floor_or_more() -> None:
+    usual = plan("llama31-8b-fp8", host=Memory(100, 80, 0), gpu_memory_utilization=0.5)
+    assert usual.requested_gib == 50 and usual.left_gib == 80 - 50 - memory.BEYOND_BUDGET_GIB
+    at_the_floor = Memory(100, 80, usual.left_gib)
+    assert plan("llama31-8b-fp8", host=at_the_floor, gpu_memory_utilization=0.5).fits
+    below = plan("llama31-8b-fp8", host=Memory(100, 80, usual.left_gib + 0.01), gpu_memory_utilization=0.5)
+    assert not below.fits and "in danger of freezing" in below.reasons[0] and len(below.reasons) == 1
+    refused = plan("llama31-8b-fp8", host=Memory(100, 49.9, 0), gpu_memory_utilization=0.5)
+    assert [reason for reason in refused.reasons if "would refuse to start" in reason] == list(refused.reasons)
+    assert not any(
+        "refuse" in reason
+        for reason in plan("llama31-8b-fp8", host=Memory(100, 50, 0), gpu_memory_utilization=0.5).reasons
+    )
+
+
+@pytest.mark.parametrize(
+    ("available", "share"), [(87.5 + 2.8 + 4, 0.87), (87.99 + 2.8 + 4, 0.87), (6.8, 0.0), (1.0, -0.06)]
+)
+def test_the_highest_share_is_rounded_down(available: float, share: float) -> None:
+    """Rounded up, the host would have less than its floor."""
+    assert memory.highest_share(Memory(100, available, 4)) == share
+
+
+def test_activations_are_those_of_the_mlp_or_of_the_sampler() -> None:
+    card = catalog.load("llama31-8b-fp8")
+    shape = card.shape
+    dense = 1000 * (2.5 * shape.mlp + 2 * shape.hidden) * 2 / GIB
+    assert memory.activation_gib(card, 1000, 1) == pytest.approx(dense)
+    assert memory.activation_gib(card, 1, 256) == pytest.approx(256 * shape.vocab * 38.6 / GIB)
+    experts = dataclasses.replace(card, shape=dataclasses.replace(shape, experts_per_token=4))
+    mixture = 1000 * (2.5 * shape.mlp * 4 + shape.hidden * 4 + 2 * shape.hidden) * 2 / GIB
+    assert memory.activation_gib(experts, 1000, 1) == pytest.approx(mixture)
+
+
+def test_sequences_are_no_more_than_are_taken_at_a_time() -> None:
+    one = plan("llama31-8b-fp8", max_num_seqs=1)
+    assert one.full_length_sequences == one.typical_sequences == 1
+    assert not any("are kept waiting" in note for note in one.notes)
+    many = plan("llama31-8b-fp8", max_num_seqs=1000)
+    assert many.full_length_sequences == int(many.max_concurrency) < many.typical_sequences < 1000
+    assert any("are kept waiting" in note for note in many.notes)
+    # A short context counts with itself, not with the usual request.
+    short = plan("llama31-8b-fp8", max_num_seqs=1000, max_model_len=1024)
+    assert short.typical_sequences == short.full_length_sequences
+
+
+def test_a_context_beyond_the_model_s_is_refused_unless_it_is_stretched() -> None:
+    long = catalog.load("llama31-8b-fp8").shape.context + 1
+    assert "longer than the model's context" in plan("llama31-8b-fp8", max_model_len=long).reasons[0]
+    assert not plan("llama31-8b-fp8", max_model_len=long - 1).reasons
+    stretched = plan("llama31-8b-fp8", max_model_len=long, hf_overrides={"rope_scaling": {}})
+    assert not any("longer than" in reason for reason in stretched.reasons)
+
+
+def test_graphs_count_from_their_version_on_and_not_where_there_are_none() -> None:
+    new = engine.Engine((0, 21))
+    card = catalog.load("llama31-8b-fp8")
+    arguments = card.with_profile("throughput")
+    assert memory.make(card, arguments, version=new).cuda_graphs_gib == memory.CUDA_GRAPHS_GIB
+    assert memory.make(card, {**arguments, "enforce_eager": True}, version=new).cuda_graphs_gib == 0
+    assert memory.make(card, arguments, version=engine.Engine((0, 20, 9))).cuda_graphs_gib == 0
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e999", "-1", "-5e9", "9" * 400])
+def test_figures_of_a_command_that_no_engine_runs_with_count_as_nothing(value: str) -> None:
+    for flag in ("--gpu-memory-utilization", "--kv-cache-memory-bytes"):
+        assert memory.requested_gib(["vllm", flag, value], 100) == pytest.approx(0, abs=2)
+
+
 def layers(*entries: Attention) -> Card:
     card = catalog.load("llama31-8b-fp8")
     shape = dataclasses.replace(card.shape, attention=entries, layers=sum(entry.layers for entry in entries))

@@ -263,6 +263,23 @@ def test_an_image_for_another_processor_never_stops_what_runs() -> None:
 
 
 @pytest.mark.parametrize(
+    ("machine", "built", "refused"),
+    [
+        ("aarch64", "arm64", False),
+        ("x86_64", "amd64", False),
+        ("x86_64", "arm64", True),
+        ("aarch64", "amd64", True),
+        ("aarch64", "", False),  # an engine that does not say
+    ],
+)
+def test_an_image_is_for_the_host_s_processor(machine: str, built: str, refused: bool) -> None:
+    state = fetched()
+    state["os"]["machine"] = machine
+    state["docker"]["image"]["architecture"] = built
+    assert ("image-platform" in ids(target(), state)) is refused
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [
         ("image", "other"),

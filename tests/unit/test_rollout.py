@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sparkfleet import SparkfleetError
-from sparkfleet.rollout import agreed, canaries, lines, number, schedule, shared, unfinished
+from sparkfleet.rollout import agreed, canaries, labels, lines, names, number, schedule, shared, unfinished
 
 
 def fleet(count: int, model: str = "m", first: int = 1, needed: bool = True) -> list[dict[str, Any]]:
@@ -34,6 +34,10 @@ def sizes(hosts: list[dict[str, Any]], canary: int, waves: Any) -> list[int]:
         (1, 1, "25%", [1]),
         (0, 1, "25%", []),
         (200, 1, "10%", [1, *[20] * 9, 19]),
+        (10, 0, "25%", [2] * 5),  # a share is rounded down: 2.5 Sparks would be three that may fail at once
+        (3, 0, "10%", [1, 1, 1]),
+        (3, 5, "100%", [3]),
+        (4, 0, " 2 ", [2, 2]),
     ],
 )
 def test_sizes(count: int, canary: int, waves: Any, expected: list[int]) -> None:
@@ -57,7 +61,30 @@ def test_what_has_it_is_left_out_so_that_a_rollout_resumes() -> None:
     assert lines([], [], []) == ["rollout  there is nothing to do"]
 
 
-@pytest.mark.parametrize("waves", ["0", 0, -1, "half", "120%", "", None, True, 2.5, [], [1, "x"]])
+def test_what_waves_are_called() -> None:
+    hosts = [*fleet(2, "a"), *fleet(2, "b", first=3), *fleet(1, "c", first=5, needed=False)]
+    waves = schedule(hosts, 1, 1)
+    assert labels(waves, hosts, 1) == ["canary", "canary", "3/4", "4/4"]
+    assert labels(schedule(hosts, 0, 2), hosts, 0) == ["1/2", "2/2"]
+
+
+def test_names_of_many_are_shortened() -> None:
+    eight = [f"s{number}" for number in range(1, 9)]
+    assert names(eight) == ", ".join(eight)
+    assert names([*eight, "s9"]) == "s1, s2, s3 … s9 (9 Sparks)"
+
+
+def test_a_setting_of_the_rollout_has_its_default() -> None:
+    assert shared({"s1": {}}) == {
+        "sparkfleet_rollout_canary": 1,
+        "sparkfleet_rollout_waves": "25%",
+        "sparkfleet_rollout_on_failure": "stop",
+    }
+
+
+@pytest.mark.parametrize(
+    "waves", ["0", 0, "101%", "0%", "1000000", 1_000_000, -1, "half", "120%", "", None, True, 2.5, [], [1, "x"]]
+)
 def test_a_size_that_is_none_is_named(waves: Any) -> None:
     with pytest.raises(SparkfleetError, match="sparkfleet_rollout_waves"):
         schedule(fleet(4), 1, waves)
@@ -91,6 +118,11 @@ def test_a_policy_is_one_of_two() -> None:
 def test_a_share_is_rounded_down(count: int, share: str, size: int) -> None:
     """To the smaller risk."""
     assert len(schedule(fleet(count), 0, share)[0]) == size
+
+
+def test_the_ends_of_a_size() -> None:
+    assert schedule(fleet(2), 0, "1%") == [["s1"], ["s2"]] and len(schedule(fleet(2), 0, 999_999)) == 1
+    assert schedule(fleet(1), 0, "100%") == [["s1"]]
 
 
 def test_a_rollout_has_one_policy() -> None:

@@ -41,7 +41,7 @@ def _defined(data: Any) -> set[str]:
 
 
 def test_what_the_playbooks_define_is_known() -> None:
-    """A name that is missing here would be refused in every run: add it to variables.OTHERS, or to the specs."""
+    """A name that is missing here would be refused in every run."""
     files = [*(ROOT / "playbooks").rglob("*.yml"), *(ROOT / "roles").glob("*/tasks/*.yml"), ROOT / "site.yml"]
     names = set().union(*(_defined(yaml.safe_load(file.read_text(encoding="utf-8"))) for file in files))
     assert variables.unknown(names) == []
@@ -113,3 +113,26 @@ def test_ansible_refuses_names_and_values_before_it_contacts_anybody(tmp_path: P
     assert "did you mean sparkfleet_keep_releases?" in said
     assert "sparkfleet_guard_wedge_seconds: must be a number from 1 to 86400, not 0" in said
     assert "sparkfleet_share_port: 8000 is sparkfleet_port already" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("sparkfleet_port", "0", "sparkfleet_port: must be a whole number from 1 to 65535, not '0'"),
+        ("sparkfleet_port", "80; touch /tmp/x", "sparkfleet_port"),  # Ansible's own check of types
+        ("sparkfleet_image", "x y", "sparkfleet_image: must be the reference of an image"),
+    ],
+)
+def test_bad_input_of_a_verb_is_exit_code_2(tmp_path: Path, name: str, value: str, message: str) -> None:
+    (tmp_path / "hosts.yml").write_text("sparks: {hosts: {spark-1: {ansible_host: 192.0.2.1}}}\n", encoding="utf-8")
+    command = [
+        str(Path(sys.executable).with_name("sparkfleet")),
+        "deploy",
+        "-i",
+        str(tmp_path),
+        "-e",
+        f"{name}='{value}'",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in " ".join(done.stdout.split()) + done.stderr and "Traceback" not in done.stderr
