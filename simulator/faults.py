@@ -35,6 +35,12 @@ docker-cli-plugin-metadata)
 *) echo 'this Compose is a stand-in: python -m simulator mend HOST compose' >&2; exit 1 ;;
 esac
 """
+XID = f"""#!/bin/sh
+case $* in
+*--dmesg*) echo 'Nov 24 12:00:00 spark kernel: NVRM: Xid (PCI:000f:01:00): 79, pid=4242, GPU has fallen off the bus.' ;;
+*) exec {FOLDER}/journalctl.real "$@" ;;
+esac
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +99,14 @@ FAULTS = {
     "gpu": Fault(
         "nvidia-smi reports an A100, compute capability 8.0",
         *_file("gpu.d/gpu.json", json.dumps({"name": "NVIDIA A100-PCIE-40GB", "compute_cap": "8.0"})),
+    ),
+    "gpu-lost": Fault("nvidia-smi finds no device, and ends with 6", *_file("gpu.d/lost", "")),
+    "xid": Fault(
+        "the kernel's log has an Xid of the driver",
+        # All containers share the kernel and its log: what reads it is covered instead.
+        f"[ -e {FOLDER}/journalctl.real ] || cp /usr/bin/journalctl {FOLDER}/journalctl.real\n"
+        + _cover("/usr/bin/journalctl", _text(XID))[0],
+        _cover("/usr/bin/journalctl", _text(XID))[1],
     ),
     "driver": Fault(
         "nvidia-smi reports driver 535.183.01",

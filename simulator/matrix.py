@@ -21,41 +21,34 @@ import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from simulator import faults
+from simulator import faults, outside
+from simulator.row import (
+    ANY,
+    AS_SEEN,
+    BASE,
+    BEFORE,
+    CLEAN,
+    FOREIGN,
+    GUARD_SAYS,
+    NEXT,
+    NOWHERE,
+    SERVES,
+    SERVES_NEW,
+    STOPPED,
+    Row,
+    at_start,
+    broken,
+    healed,
+    meanwhile,
+    playing,
+)
 from simulator.shell import SimulatorError
 from simulator.spark import ROOT, SERVICE, Prober, Spark
 from simulator.world import REPOSITORY, World
 
-NEXT, FOREIGN, NOWHERE = (f"nvcr.io/nvidia/vllm:25.{month}-py3" for month in ("10", "11", "99"))
-#: The inventory's settings for all rows: hours compressed to seconds.
-BASE = {
-    "sparkfleet_start_timeout": 12,
-    "sparkfleet_guard_interval": 0.3,
-    "sparkfleet_guard_wedge_seconds": 5,
-    "sparkfleet_guard_canary_interval": 1.5,
-    "sparkfleet_guard_canary_timeout": 1.5,
-    "sparkfleet_guard_restart_window": 600,
-}
 #: An hour beside the default of 180 s for a wedge.
 HOUR = 3600 * 5 / 180
-SERVES, SERVES_NEW, BEFORE = "serves the old", "serves the new", "untouched"
-STOPPED, CLEAN = "stopped", "no container is left"
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One fault. `act` brings it about and returns what the operator saw; `sees` must all be in that. `ends`: how the
-    host must be then. `diagnosis`: what diagnose must name, "" where the fault leaves no trace."""
-
-    name: str
-    where: str
-    what: str
-    act: Callable[[Spark], str]
-    sees: tuple[str, ...]
-    ends: str
-    diagnosis: str = ""
 
 
 @dataclasses.dataclass
@@ -71,44 +64,6 @@ class Outcome:
 
 
 # -- ways to bring a fault about -----------------------------------------------------------------------------------
-
-
-def at_start(fault: str, **more: Any) -> Callable[[Spark], str]:
-    """A release whose engine fails in this way."""
-    return lambda spark: spark.play(sparkfleet_environment={"SIMULATED_FAULT": fault}, **more)
-
-
-def playing(playbook: str, **variables: Any) -> Callable[[Spark], str]:
-    """An ordinary run."""
-    return lambda spark: spark.play(playbook, **variables)
-
-
-def broken(fault: str, playbook: str = "site.yml", **variables: Any) -> Callable[[Spark], str]:
-    """A run on a host with a fault of `python -m simulator break`."""
-
-    def act(spark: Spark) -> str:
-        faults.break_(spark.world, spark.name, [fault])
-        return spark.play(playbook, **variables)
-
-    return act
-
-
-def meanwhile(
-    phase: Sequence[str],
-    harm: Callable[[Spark, subprocess.Popen[str]], None],
-    before: Callable[[Spark], object] = lambda spark: None,
-    **environment: str,
-) -> Callable[[Spark], str]:
-    """A deployment that is harmed in a phase of its switch. `before`: what is done to the engine that serves."""
-
-    def act(spark: Spark) -> str:
-        before(spark)
-        run = spark.start("site.yml", sparkfleet_environment=environment or {"SIMULATED_LOAD_SECONDS": "5"})
-        spark.phase(*phase)
-        harm(spark, run)
-        return run.communicate(timeout=300)[0]
-
-    return act
 
 
 def reboot(spark: Spark, run: subprocess.Popen[str]) -> None:
@@ -144,24 +99,6 @@ def cut_ssh(spark: Spark, run: subprocess.Popen[str]) -> None:
 def command(word: str) -> Callable[[Spark], None]:
     """An engine that serves fails on command."""
     return lambda spark: spark.command(word)
-
-
-GUARD_SAYS = "journalctl --unit=sparkfleet-guard --output=cat --lines=12"
-
-
-def healed(harm: Callable[[Spark], None]) -> Callable[[Spark], str]:
-    """Harm an engine that serves, and wait until the guard has started it anew; what it said in the journal."""
-
-    def act(spark: Spark) -> str:
-        known = len(spark.guard()["restarts"])
-        harm(spark)
-        spark.until(
-            "the guard heals it",
-            lambda: len(spark.guard()["restarts"]) > known and spark.guard()["engine"] == "serving",
-        )
-        return spark.sh(GUARD_SAYS)
-
-    return act
 
 
 def crash_loop(spark: Spark) -> str:
@@ -275,21 +212,27 @@ ANSWERS = {
 }
 
 
-#: Rows of STARTS and ANSWERS that stand for their kind in a brief run: the others differ in the engine's words, which
-#: tests/unit/test_fault_engine.py reads.
-EXAMPLES = ("memory-refused", "start-timeout", "answer-wrong")
-#: Rows that a brief run leaves out, since another goes the same way, or the scenario `default` does.
-LIKE_OTHERS = (
-    *("host rebooted: the new engine starts", "host rebooted: the new engine loads"),
-    *("host rebooted: the old engine is brought back", "two that agree", "Ctrl-C", "crash"),
-    *("registry unreachable", "no access to the model", "clock wrong", "driver replaced"),
-    "release that is not there",
+#: What a brief run brings about: of rows that go the same way one, and those that protect the most.
+BRIEF = (
+    *(
+        "host rebooted: the new engine is asked",
+        "Docker killed",
+        "crash loop",
+        "wedge",
+        "job killed",
+        "two controllers",
+    ),
+    *("ssh cut", "first deployment", "memory-refused", "answer-wrong", "corrupt file", "image of another processor"),
+    *("host key replaced", "lock.json cut", "release removed", "guard-state.json damaged", "remove without Docker"),
+    *("name taken", "image not fetched", "compose.yml broken", "image pruned while stopped", "lock held by a user"),
+    *("guard besieged", "Docker's restart lost", "guard's restart lost", "cache not mounted", "one host, two names"),
+    *("unknown variable", "disabled at boot", "token rotated"),
 )
 
 
 def brief(row: Row) -> bool:
     """Whether a row is part of a brief run."""
-    return row.name in EXAMPLES or row.name not in {*STARTS, *ANSWERS, *LIKE_OTHERS}
+    return row.name in BRIEF
 
 
 def rows() -> list[Row]:
@@ -506,7 +449,7 @@ def rows() -> list[Row]:
             "registry unreachable",
             "registry",
             "nothing listens at nvcr.io",
-            broken("registry", "playbooks/upgrade.yml", sparkfleet_image="nvcr.io/nvidia/vllm:25.12-py3"),
+            broken("registry", playbook="playbooks/upgrade.yml", sparkfleet_image="nvcr.io/nvidia/vllm:25.12-py3"),
             ("[registry-unreachable]",),
             BEFORE,
         ),
@@ -514,7 +457,7 @@ def rows() -> list[Row]:
             "Hub unreachable",
             "Hub",
             "nothing listens at huggingface.co",
-            broken("hub", "playbooks/switch.yml", sparkfleet_model="qwen3-8b-fp8"),
+            broken("hub", playbook="playbooks/switch.yml", sparkfleet_model="qwen3-8b-fp8"),
             ("[hub-unreachable]",),
             BEFORE,
         ),
@@ -547,7 +490,7 @@ def rows() -> list[Row]:
             BEFORE,
         ),
     ]
-    return found
+    return [*found, *outside.rows()]
 
 
 SECOND_TRIES = 2  # rows of a run that may need one
@@ -576,6 +519,8 @@ def run_row(spark: Spark, row: Row) -> Outcome:
     except (SimulatorError, subprocess.SubprocessError, OSError) as error:
         outcome.problem = str(error)
     try:
+        if row.undo:
+            spark.sh(row.undo)
         mend(spark, release)
     except (SimulatorError, subprocess.SubprocessError, OSError) as error:
         outcome.problem = outcome.problem or f"not mended: {error}"
@@ -593,6 +538,8 @@ def check_end(spark: Spark, row: Row, before: str, release: str) -> None:
         if "running" in spark.sh(f"docker inspect -f '{{{{.State.Status}}}}' {SERVICE}"):
             raise SimulatorError("the engine runs")
         return
+    elif row.ends == AS_SEEN:
+        return
     elif row.ends == CLEAN:
         left = spark.sh("docker ps -aq --filter label=com.docker.compose.project=sparkfleet").strip()
         if left or spark.release():
@@ -603,7 +550,7 @@ def check_end(spark: Spark, row: Row, before: str, release: str) -> None:
         '! systemctl -q is-active sparkfleet-switch && grep -q \'^  "phase": "done"\' /var/lib/sparkfleet/switch.json'
     )
     spark.until("no switch runs", lambda: bool(spark.sh(f"if {idle}; then echo yes; fi")))
-    wanted = {SERVES: spark.release() == release, SERVES_NEW: spark.release() != release, BEFORE: True}
+    wanted = {SERVES: spark.release() == release, SERVES_NEW: spark.release() != release, BEFORE: True, ANY: True}
     if not wanted[row.ends]:
         raise SimulatorError(f"current release is {spark.release()}, it was {release}; the row says: {row.ends}")
     if row.name != "slow tokens":  # asked by diagnose
@@ -677,6 +624,7 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
         "Made by `python -m simulator.matrix --docs docs/fault-matrix.md` from a run; `molecule test -s faults`",
         "runs it. Each fault hits a simulated Spark that serves. Afterwards it is asked, from outside, the question",
         "that it must answer, or compared with what it was: containers with their starts, releases, settings.",
+        "Rows marked “new” are those of a second look, from outside: what people, neighbours, disks and clocks do.",
         "“Without an answer” is what a prober outside measured, with an engine that loads in a second.",
         "",
         "| fault | where | what is done | the operator sees | the host ends | diagnose names | without an answer |",
@@ -687,7 +635,8 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
         sees = " / ".join(dict.fromkeys(quote(outcome.output, words) for words in row.sees)) or "-"
         gone = f"{outcome.gone:.1f} s" if outcome.gone and outcome.gone > 1 else "-"
         diagnosis = f"`{row.diagnosis}`" if row.diagnosis else "-"
-        lines.append(f"| {row.name} | {row.where} | {row.what} | {sees} | {row.ends} | {diagnosis} | {gone} |")
+        name = f"{row.name} (new)" if row.new else row.name
+        lines.append(f"| {name} | {row.where} | {row.what} | {sees} | {row.ends} | {diagnosis} | {gone} |")
     return "\n".join(lines) + "\n"
 
 
@@ -707,11 +656,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--world", default="faults")
     parser.add_argument("--only", nargs="*", metavar="ROW", help="only rows whose name has one of these words")
     parser.add_argument("--brief", action="store_true", help="of rows that go the same way, one")
+    parser.add_argument("--new", action="store_true", help="only rows of the second look")
     parser.add_argument("--docs", type=Path, help="write the page of the docs")
     parser.add_argument("--json", type=Path, help="write what was found")
     options = parser.parse_args(argv)
     wanted = [row for row in rows() if not options.only or any(word in row.name for word in options.only)]
-    wanted = [row for row in wanted if not options.brief or brief(row)]
+    wanted = [row for row in wanted if (not options.brief or brief(row)) and (not options.new or row.new)]
     began = time.monotonic()
     world = World(options.world, lambda text: None)
     if not world.state():

@@ -46,6 +46,13 @@ class Spark:
             raise SimulatorError(f"{self.name}: {script}: {output.strip() or code}")
         return output
 
+    def python(self, script: str) -> str:
+        """Run Python on the Spark as root; its output. Raises SimulatorError."""
+        code, output = run_in(self.world.container(self.name), ["python3", "-c", script])
+        if code != 0:
+            raise SimulatorError(f"{self.name}: {output.strip()[-600:] or code}")
+        return output
+
     def start(self, playbook: str, **variables: Any) -> subprocess.Popen[str]:
         """Begin to run a playbook against this Spark."""
         values = json.dumps({**self.variables, **variables})
@@ -63,6 +70,22 @@ class Spark:
     def play(self, playbook: str = "site.yml", **variables: Any) -> str:
         """Run a playbook to its end; what it printed."""
         return self.start(playbook, **variables).communicate(timeout=900)[0]
+
+    def verb(self, *words: str) -> tuple[int, str]:
+        """Run `sparkfleet WORDS` against this Spark; exit code and output."""
+        values = ["-e", json.dumps(dict(self.variables))] if self.variables else []
+        done = subprocess.run(
+            ["sparkfleet", *words, "-i", "inventory/simulated", "-l", self.name, *values],
+            cwd=ROOT,
+            env={**os.environ, "SPARKFLEET_WORLD": self.world.name, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            timeout=600,
+            check=False,
+        )
+        return done.returncode, done.stdout
 
     def answers(self) -> bool:
         """Whether it answers the question right, asked from outside."""
