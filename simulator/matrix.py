@@ -616,8 +616,9 @@ def run_all(world: World, wanted: Sequence[Row], say: Callable[[str], None]) -> 
     return sorted(done, key=lambda outcome: order[outcome.row.name])
 
 
-def markdown(outcomes: Sequence[Outcome]) -> str:
-    """The matrix as a page of the docs."""
+def markdown(outcomes: Sequence[Outcome], before: str = "") -> str:
+    """The matrix as a page of the docs. `before`: the page as it is, from which rows are kept that were not run, or did
+    not hold, this time."""
     lines = [
         "# Fault matrix",
         "",
@@ -630,13 +631,18 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
         "| fault | where | what is done | the operator sees | the host ends | diagnose names | without an answer |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
+    known = {line.split(" | ")[0].removeprefix("| "): line for line in before.splitlines() if line.startswith("| ")}
     for outcome in outcomes:
         row = outcome.row
+        if outcome.problem:
+            continue
         sees = " / ".join(dict.fromkeys(quote(outcome.output, words) for words in row.sees)) or "-"
         gone = f"{outcome.gone:.1f} s" if outcome.gone and outcome.gone > 1 else "-"
         diagnosis = f"`{row.diagnosis}`" if row.diagnosis else "-"
         name = f"{row.name} (new)" if row.new else row.name
-        lines.append(f"| {name} | {row.where} | {row.what} | {sees} | {row.ends} | {diagnosis} | {gone} |")
+        known[name] = f"| {name} | {row.where} | {row.what} | {sees} | {row.ends} | {diagnosis} | {gone} |"
+    names = [f"{row.name} (new)" if row.new else row.name for row in rows()]
+    lines += [known[name] for name in names if name in known]
     return "\n".join(lines) + "\n"
 
 
@@ -657,7 +663,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", metavar="ROW", help="only rows whose name has one of these words")
     parser.add_argument("--brief", action="store_true", help="of rows that go the same way, one")
     parser.add_argument("--new", action="store_true", help="only rows of the second look")
-    parser.add_argument("--docs", type=Path, help="write the page of the docs")
+    parser.add_argument("--docs", type=Path, help="bring the page of the docs up to date: the rows that held")
     parser.add_argument("--json", type=Path, help="write what was found")
     options = parser.parse_args(argv)
     wanted = [row for row in rows() if not options.only or any(word in row.name for word in options.only)]
@@ -673,8 +679,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         data = [{**vars(item), "row": item.row.name} for item in outcomes]
         options.json.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    if options.docs and not bad:
-        options.docs.write_text(markdown(outcomes), encoding="utf-8")
+    if options.docs:
+        before = options.docs.read_text(encoding="utf-8") if options.docs.exists() else ""
+        options.docs.write_text(markdown(outcomes, before), encoding="utf-8")
     return 1 if bad else 0
 
 

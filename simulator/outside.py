@@ -156,7 +156,7 @@ def guard_stopped(spark: Spark) -> str:
         lambda: (
             spark.sh("systemctl show --property=MainPID --value sparkfleet-guard.service").strip() not in (before, "0")
         ),
-        120,
+        150,
     )
     spark.until("the guard says that the engine serves", lambda: spark.guard()["engine"] == "serving")
     return spark.sh("journalctl --unit=sparkfleet-guard --output=cat --lines=8")
@@ -304,7 +304,8 @@ def nonsense(spark: Spark) -> str:
         'cp -p "$f" /var/tmp/kept-blob; echo "$f" >/var/tmp/kept-name; '
         'dd if=/dev/urandom of="$f" bs=4096 seek=20 count=1 conv=notrunc status=none'
     )
-    return spark.play("playbooks/fetch.yml", sparkfleet_fetch_verify="full") + spark.play()
+    spark.sh("systemctl start sparkfleet-integrity.service")
+    return f"diagnose: {' '.join(spark.diagnose())}\n{spark.play()}"
 
 
 def pruned_while_stopped(spark: Spark) -> str:
@@ -379,9 +380,9 @@ def rows() -> list[Row]:
         Row(
             "weights changed",
             "Hub",
-            "4 KiB of a file of weights changed, its size kept; fetch that checks hashes",
+            "4 KiB of a file of weights changed, its size kept; the weekly check, then site.yml",
             nonsense,
-            ("failed=0",),
+            ("download-incomplete", "fetch: download", "failed=0"),
             SERVES,
         ),
         Row(
@@ -742,7 +743,7 @@ def rows() -> list[Row]:
             SERVES_NEW,
             undo=f"rm -f {PROJECT}/docker-compose.yml",
         ),
-        Row("Xid", "GPU", "an Xid in the kernel's log", broken("xid"), ("changed=0",), BEFORE, "cuda-error"),
+        Row("Xid", "GPU", "an Xid in the kernel's log", broken("xid"), ("changed=0",), BEFORE, "gpu-xid"),
         Row(
             "token rotated",
             "Hub",

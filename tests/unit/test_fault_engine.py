@@ -149,8 +149,17 @@ def test_once_is_once(engine: Engine) -> None:
 def test_the_page_of_the_matrix_has_its_rows() -> None:
     page = (ROOT / "docs" / "fault-matrix.md").read_text(encoding="utf-8").splitlines()
     told = [line.split(" | ")[0].removeprefix("| ") for line in page if line.startswith("| ")][2:]
-    assert told == [row.name for row in matrix.rows()]
-    assert len(told) >= 25
+    assert told == [f"{row.name} (new)" if row.new else row.name for row in matrix.rows()]
+    assert len(told) >= 80
+
+
+def test_a_row_that_did_not_hold_leaves_its_line_on_the_page() -> None:
+    first, second, third = matrix.rows()[:3]
+    page = matrix.markdown([matrix.Outcome(row, "spark-1", 1.0) for row in (first, second)])
+    again = [matrix.Outcome(second, "spark-1", 1.0, problem="no"), matrix.Outcome(third, "spark-1", 1.0, gone=9.0)]
+    lines = matrix.markdown(again, page).splitlines()[-3:]
+    assert [line.split(" | ")[0] for line in lines] == [f"| {row.name}" for row in (first, second, third)]
+    assert lines[:2] == page.splitlines()[-2:] and lines[2].endswith("| 9.0 s |")
 
 
 def test_what_the_matrix_names_is_in_the_table() -> None:
