@@ -37,7 +37,7 @@ esac
 """
 XID = f"""#!/bin/sh
 case $* in
-*--dmesg*) echo 'Nov 24 12:00:00 spark kernel: NVRM: Xid (PCI:000f:01:00): 31, pid=4242, name=VLLM::EngineCor, Ch 00000002' ;;
+*--dmesg*) echo 'Nov 24 12:00:00 host kernel: NVRM: Xid (PCI:000f:01:00): 31, pid=4242, name=VLLM, Ch 00000002' ;;
 *) exec {FOLDER}/journalctl.real "$@" ;;
 esac
 """
