@@ -585,7 +585,11 @@ def run_all(world: World, wanted: Sequence[Row], say: Callable[[str], None]) -> 
 
     def work(name: str) -> None:
         spark = Spark(world, name, BASE)
-        mend(spark)
+        try:
+            mend(spark)
+        except SimulatorError as error:
+            say(f"{name} takes no part: {error}")
+            return
         while True:
             try:
                 row = waiting.get_nowait()
@@ -612,6 +616,8 @@ def run_all(world: World, wanted: Sequence[Row], say: Callable[[str], None]) -> 
         say(f"{outcome.row.name}: once more, alone")
         waiting.put(outcome.row)
         work(outcome.spark)
+    if waiting.qsize():
+        raise SimulatorError(f"{waiting.qsize()} rows were not run: no Spark serves")
     order = {row.name: place for place, row in enumerate(wanted)}
     return sorted(done, key=lambda outcome: order[outcome.row.name])
 
@@ -673,7 +679,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not world.state():
         print(f"world {options.world} is not up: python -m simulator up --engine fault", file=sys.stderr)
         return 1
-    outcomes = run_all(world, wanted, lambda text: print(text, flush=True))
+    try:
+        outcomes = run_all(world, wanted, lambda text: print(text, flush=True))
+    except SimulatorError as error:
+        print(f"simulator: {error}", file=sys.stderr)
+        return 1
     bad = [outcome for outcome in outcomes if outcome.problem]
     print(f"{len(outcomes)} faults, {len(bad)} failed, {time.monotonic() - began:.0f} s")
     if options.json:
