@@ -110,6 +110,8 @@ class World:
         state["address"], hub_address = str(subnet[-2]), str(subnet[-3])
         state["hub_address"] = hub_address
         internet = self._internet(client, state, subnet, tokens)
+        listed = run_in(internet, ["gpg", "--homedir", "/srv/gnupg", "--list-keys", "--with-colons"])[1]
+        state["key_fingerprint"] = next((line.split(":")[9] for line in listed.splitlines() if line[:4] == "fpr:"), "")
         self._fill(client, internet, state, cache, engine)
         for number in range(1, sparks + 1):
             name = f"spark-{number}"

@@ -1,0 +1,194 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
+"""The key of a package repository, by its fingerprint."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: apt_keyring
+short_description: Fetches the key of a package repository and keeps it only if it is the one that is meant
+description:
+  - Downloads OpenPGP public keys, armored or not, and writes those whose fingerprints are named into a keyring for
+    C(Signed-By). Keys that are not named are left out; without any that is, nothing is written.
+  - A keyring that has them already is left alone, without a download. Needs no GnuPG.
+options:
+  url: {description: Where the keys are., type: str, required: true}
+  dest: {description: The keyring; its folder is made., type: path, required: true}
+  fingerprints:
+    description: Fingerprints of 40 hexadecimal digits; blanks do not count.
+    type: list
+    elements: str
+    required: true
+author: ["The Sparkfleet developers"]
+attributes:
+  check_mode: {support: full, description: Says whether the file would change; downloads nothing.}
+  diff_mode: {support: none, description: Its content is binary.}
+"""
+
+EXAMPLES = r"""
+- name: Fetch the key of Docker's repository
+  apt_keyring:
+    url: https://download.docker.com/linux/ubuntu/gpg
+    dest: /etc/apt/keyrings/docker.gpg
+    fingerprints: ["9DC8 5822 9FC7 DD38 854A E2D8 8D81 803C 0EBF CD88"]
+"""
+
+RETURN = r"""
+dest: {description: The keyring., returned: always, type: str}
+"""
+
+import base64
+import hashlib
+import http.client
+import os
+import re
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.sparkfleet_host.bounded import KIB, BoundsError, printable, read_all, read_file
+
+SECONDS = 30
+LIMIT = 256 * KIB
+PUBLIC_KEY = 6  # tag of a packet (RFC 4880, 4.3)
+FINGERPRINT = re.compile(r"[0-9A-F]{40}")
+
+
+def packets(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    """Packets of OpenPGP: tag, body, and the whole as it stands. Raises BoundsError."""
+    place = 0
+    while place < len(data):
+        start, head = place, data[place]
+        try:
+            if not head & 0x80:
+                raise BoundsError("keys: not OpenPGP")
+            if head & 0x40:  # RFC 4880, 4.2.2
+                tag, first, place = head & 0x3F, data[place + 1], place + 2
+                if first < 192:
+                    size = first
+                elif first < 224:
+                    size, place = ((first - 192) << 8) + data[place] + 192, place + 1
+                elif first == 255:
+                    size, place = int.from_bytes(data[place : place + 4], "big"), place + 4
+                else:
+                    raise BoundsError("keys: a packet of unknown length")
+            else:
+                tag, kind = head >> 2 & 0xF, head & 3
+                if kind == 3:
+                    raise BoundsError("keys: a packet of unknown length")
+                width = 1 << kind
+                size, place = int.from_bytes(data[place + 1 : place + 1 + width], "big"), place + 1 + width
+        except IndexError:
+            raise BoundsError("keys: cut short") from None
+        if place + size > len(data):
+            raise BoundsError("keys: cut short")
+        yield tag, data[place : place + size], data[start : place + size]
+        place += size
+
+
+def binary(data: bytes) -> bytes:
+    """Keys without their armor. Raises BoundsError."""
+    blocks = re.findall(
+        rb"-----BEGIN PGP PUBLIC KEY BLOCK-----(.*?)-----END PGP PUBLIC KEY BLOCK-----", data, re.DOTALL
+    )
+    if not blocks:
+        return data
+    try:
+        # Headers end with an empty line; a line that begins with = is a checksum.
+        bodies = [re.split(rb"\r?\n[ \t]*\r?\n", block, maxsplit=1)[-1] for block in blocks]
+        lines = [b"".join(line for line in body.split() if not line.startswith(b"=")) for body in bodies]
+        return b"".join(base64.b64decode(line, validate=True) for line in lines)
+    except ValueError as error:
+        raise BoundsError(f"keys: not armored OpenPGP: {error}") from None
+
+
+def keys(data: bytes) -> dict[str, bytes]:
+    """Fingerprint -> the key with all that belongs to it. Raises BoundsError."""
+    found: dict[str, bytes] = {}
+    current = ""
+    for tag, body, whole in packets(binary(data)):
+        if tag == PUBLIC_KEY:
+            if body[:1] != b"\x04":
+                raise BoundsError("keys: not of version 4")
+            current = (
+                hashlib.sha1(b"\x99" + len(body).to_bytes(2, "big") + body, usedforsecurity=False).hexdigest().upper()
+            )
+            found[current] = b""
+        if not current:
+            raise BoundsError("keys: they begin with something else than a public key")
+        found[current] += whole
+    return found
+
+
+def chosen(data: bytes, wanted: list[str], where: str) -> bytes:
+    """The keyring with what is wanted. Raises BoundsError."""
+    found = keys(data)
+    kept = b"".join(found[name] for name in wanted if name in found)
+    if not kept:
+        there = printable(", ".join(found) or "none", 400)
+        raise BoundsError(f"{where} has none of the keys that are meant ({', '.join(wanted)}), but {there}")
+    return kept
+
+
+def download(url: str) -> bytes:
+    """What is at an address. Raises OSError, http.client.HTTPException, BoundsError."""
+    with urllib.request.urlopen(url, timeout=SECONDS) as answer:  # noqa: S310 - checked by main
+        content: bytes = read_all(answer.read, url, LIMIT, time.monotonic() + SECONDS)
+        return content
+
+
+def is_current(path: Path, wanted: list[str]) -> bool:
+    """Whether the keyring has a wanted key and no other."""
+    try:
+        found = keys(read_file(path, LIMIT))
+    except (OSError, BoundsError):
+        return False
+    return bool(found) and set(found) <= set(wanted)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace the file in one step. Raises OSError."""
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def main() -> None:
+    """Entry point of the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "url": {"type": "str", "required": True},
+            "dest": {"type": "path", "required": True},
+            "fingerprints": {"type": "list", "elements": "str", "required": True, "no_log": False},
+        },
+        supports_check_mode=True,
+    )
+    url, path = module.params["url"], Path(module.params["dest"])
+    wanted = [re.sub(r"\s", "", text).upper() for text in module.params["fingerprints"]]
+    if not wanted or not all(FINGERPRINT.fullmatch(text) for text in wanted):
+        module.fail_json(msg="fingerprints: 40 hexadecimal digits each")
+    if not re.match(r"https?://", url):
+        module.fail_json(msg=f"url: {url} is not an address of the web")
+    changed = not is_current(path, wanted)
+    if changed and not module.check_mode:
+        try:
+            write(path, chosen(download(url), wanted, url))
+        except BoundsError as error:
+            module.fail_json(msg=f"{error}. Nothing was written")
+        except (OSError, http.client.HTTPException) as error:
+            module.fail_json(msg=f"{url}: {getattr(error, 'reason', error)}")
+    module.exit_json(changed=changed, dest=str(path))
+
+
+if __name__ == "__main__":
+    main()
