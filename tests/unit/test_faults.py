@@ -58,7 +58,7 @@ def sh(script: str, **replaced: Path) -> str:
 
 def test_the_faults() -> None:
     assert list(FAULTS) == [
-        *("gpu", "driver", "os", "machine", "memory", "disk", "port", "compose", "toolkit", "clock"),
+        *("gpu", "gpu-lost", "xid", "driver", "os", "machine", "memory", "disk", "port", "compose", "toolkit", "clock"),
         *("registry", "hub", "dns"),
     ]
 
@@ -88,7 +88,12 @@ def test_the_readme_has_every_fault() -> None:
 def test_the_scenario_breaks_and_finds_everything_of_the_preflight() -> None:
     play = yaml.safe_load((ROOT / "molecule/shared/break.yml").read_text(encoding="utf-8"))[0]
     words = play["tasks"][0]["ansible.builtin.command"]["argv"]
-    assert set(words) & set(FAULTS) == set(FAULTS) - {"hub", "dns"}  # the Hub has to answer 403
+    assert set(words) & set(FAULTS) == set(FAULTS) - {
+        "hub",
+        "dns",
+        "gpu-lost",
+        "xid",
+    }  # the Hub has to answer 403, a GPU to be another
     assert words[words.index("break") + 2] == "spark-1"
     found = yaml.safe_load((ROOT / "molecule/shared/findings.yml").read_text(encoding="utf-8"))[0]["vars"]["findings"]
     # One a fault, and what image and token add.
