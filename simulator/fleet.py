@@ -42,8 +42,11 @@ GAP_SECONDS = 6.0  # in which somebody must get an answer whatever becomes of a 
 PREFILL = 30  # seconds; longer than the gateway takes to notice
 COST_STREAMS, COST_ROUNDS, COST_SECONDS = (1, 8, 64), 3, 4.0
 BASE = {"sparkfleet_start_timeout": 30, "sparkfleet_guard_interval": 0.5, "sparkfleet_rollout_waves": "50%"}
-DRIFT = 4
-SHOWN = ("rollout_s", "untouched", "down_s", "back_s", "longest_gap_s", "killed_gap_s", "stopped_gap_s")
+DRIFT, UNREACHABLE = 4, 7
+SHOWN = (
+    *("rollout_s", "untouched", "down_s", "back_s", "longest_gap_s", "killed_gap_s", "stopped_gap_s"),
+    *("exit_code", "resumed_s", "restarted_s", "served_s", "joined_s"),
+)
 
 
 @dataclasses.dataclass
@@ -251,6 +254,77 @@ def unplugged(fleet: Fleet) -> dict[str, Any]:
         victim.sh(f"ip link set eth0 up; ip route replace {route}")
     expect(whole, "the request was not answered by another Spark", waiting.text)
     return {"answered_by_another_s": round(time.monotonic() - began - PREFILL, 1)}
+
+
+def unreachable(fleet: Fleet) -> dict[str, Any]:
+    """A Spark of the second wave of a rollout cannot be reached when its turn comes: its neighbour ends its turn, the
+    third wave is untouched, and the same command goes on once it is back."""
+    expect(len(fleet.names) > 3, "at least four Sparks are needed", fleet.names)
+    order = sorted(fleet.names)  # as the inventory has them
+    canary, victim, untouched = fleet.spark(order[0]), fleet.spark(order[2]), order[3:]
+    before = fleet.releases()
+    wanted = {
+        "sparkfleet_image": NEXT,
+        "sparkfleet_rollout_waves": 2,
+        "sparkfleet_environment": {"SCENE": "unreachable"},
+    }
+    found: dict[str, Any] = {}
+
+    def scene() -> None:
+        began = time.monotonic()
+        rollout = fleet.start("sparkfleet", "rollout", **wanted)
+        first = canary.release()
+        canary.until("the canary has its release", lambda: canary.release() != first)
+        # It goes on to serve: only its SSH is gone, the connection that is kept open too.
+        victim.sh("systemctl stop ssh.socket ssh.service; pkill -9 -x sshd || true")
+        said, _ = rollout.communicate(timeout=600)
+        found.update(exit_code=rollout.returncode, rollout_s=round(time.monotonic() - began, 1), said=said)
+
+    try:
+        result = fleet.under_load(scene)
+    finally:
+        victim.sh("systemctl start ssh.service")
+    said = found.pop("said")
+    expect(found["exit_code"] == UNREACHABLE, "it did not end as unreachable (7)", f"{found} {said}")
+    after = fleet.releases()
+    expect(all(before[name] == after[name] for name in untouched), "a later wave was touched", said)
+    expect(before[order[1]] != after[order[1]], "the other Spark of its wave did not end its turn", said)
+    expect(result["failed"] == 0, "requests failed", line(result))
+    code, said, seconds = fleet.sparkfleet("rollout", **wanted)
+    last = fleet.releases()
+    expect(code == 0, "it was not resumed", said)
+    expect(all(last[name] != before[name] for name in order), "not every Spark was rolled out", last)
+    return {**result, **found, "untouched": len(untouched), "resumed_s": round(seconds, 1)}
+
+
+def unresolved(fleet: Fleet) -> dict[str, Any]:
+    """A Spark is off, and its name stands for nothing: HAProxy is reloaded and restarted all the same, the others
+    serve, and it joins when its name is back."""
+    gateway, victim = fleet.holder(), fleet.spark(fleet.names[-1])
+    name = f"sparkfleet-{fleet.world.name}-{victim.name}"
+    container = fleet.world.container(victim.name)
+
+    def reload() -> None:
+        gateway.sh("systemctl reload haproxy")
+        time.sleep(2)
+
+    container.kill()
+    try:
+        gateway.until("its name is gone", lambda: not gateway.sh(f"getent hosts {name} || true").strip())
+        result = fleet.under_load(reload)
+        expect(result["failed"] == 0, "requests failed over a reload", line(result))
+        began = time.monotonic()
+        gateway.sh("systemctl restart haproxy")
+        gateway.until("others serve", lambda: ask(fleet) == 200)
+        restarted = time.monotonic() - began
+    finally:
+        began = time.monotonic()
+        container.start()
+    victim.until("it serves again", functools.partial(serves, victim))
+    served = time.monotonic() - began
+    gateway.until("it gets requests again", lambda: statistics(gateway, victim.name)["status"].startswith("UP"))
+    joined = time.monotonic() - began - served
+    return {**result, "restarted_s": round(restarted, 1), "served_s": round(served, 1), "joined_s": round(joined, 1)}
 
 
 def gateway_gone(fleet: Fleet) -> dict[str, Any]:
@@ -477,7 +551,7 @@ def resumed(fleet: Fleet) -> dict[str, Any]:
 
 
 SCENES = (good, resumed, bad, killed, gone, drift, drained, door, haproxy_gone, gateway_gone)
-MORE = (cost, unplugged)  # only by name
+MORE = (cost, unplugged, unreachable, unresolved)  # only by name
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import ssl
@@ -13,11 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 from sparkfleet_host import names
 
+from sparkfleet import SparkfleetError
 from sparkfleet import gateway as planned
-from tests.unit.haproxy import LLAMA, OSS, Answer, Spark, free_port, open_port, running
+from tests.unit.haproxy import LLAMA, OSS, QUICK, Answer, Spark, checked, free_port, open_port, rendered, running
 
 KEY = "a-key-of-a-client"
 ENGINE_KEY = "a-key-of-engines"
@@ -127,8 +131,11 @@ def test_one_address_has_so_many_connections(tmp_path: Path, spark: Make) -> Non
             assert gateway.raw(b"GET /health HTTP/1.0\r\nX-Client: t\r\n\r\n", 2)
         for connection in held:
             connection.close()
-        time.sleep(0.3)
-        assert gateway.raw(b"GET /health HTTP/1.0\r\nX-Client: t\r\n\r\n", 2).startswith(b"HTTP/1.1 200")
+        end, got = time.monotonic() + 20, b""
+        while not got and time.monotonic() < end:
+            with contextlib.suppress(OSError):
+                got = gateway.raw(b"GET /health HTTP/1.0\r\nX-Client: t\r\n\r\n", 5)
+        assert got.startswith(b"HTTP/1.1 200")
 
 
 #: Every character that a key may have.
@@ -185,9 +192,11 @@ def test_before_the_first_byte_another_spark_is_asked_and_never_after_it(tmp_pat
     with running(tmp_path, {"spark-1": host(one), "spark-2": host(two)}) as gateway:
         gateway.until(llama31_8b_fp8_spark_1="UP", llama31_8b_fp8_spark_2="UP")
         for behaviour in ("hang-up", "503"):
-            one.behaviour, two.behaviour = [behaviour], []
+            one.behaviour, two.behaviour = [behaviour] * 30, []
             answers = [gateway.ask(body=b'{"prompt": "all of it"}') for _ in range(4)]
-            assert [answer.status for answer in answers] == [200] * 4 and one.behaviour == []
+            assert [(answer.status, answer.spark) for answer in answers] == [(200, "spark-2")] * 4
+            assert len(one.behaviour) < 30
+            one.behaviour = []
             gateway.until(llama31_8b_fp8_spark_1="UP", llama31_8b_fp8_spark_2="UP")
         assert {body for _, _, _, body in (*one.asked, *two.asked)} == {b'{"prompt": "all of it"}'}
         before = len(one.asked) + len(two.asked)
@@ -382,3 +391,41 @@ def test_a_name_that_stands_for_nothing_joins_when_it_comes_back(tmp_path: Path,
 def test_names_are_resolved_as_the_host_does() -> None:
     assert names.resolve("127.0.0.1") == ["127.0.0.1"] and names.resolve("no-such-spark.invalid") == []
     assert names.resolve("localhost")[0] == "127.0.0.1" and names.resolve("x" * 300) == []
+
+
+NAMES = st.text(min_size=1, max_size=20) | st.from_regex(r"spark[-_.@+ ]?[0-9]", fullmatch=True)
+PORTS = st.integers(0, 70000) | st.sampled_from(["8000", "080", "", None, "x", True, 8000.5])
+SECRETS = st.just("") | st.text(max_size=40) | st.from_regex(r"[!-~]{7,12}", fullmatch=True)
+PLACES = st.ip_addresses().map(str) | st.sampled_from(
+    ["a.invalid", "b.local.invalid", "::1%eth0", "a b", "x;y", "", "-a"]
+)
+MODELS = st.sampled_from(["llama31-8b-fp8", "gpt-oss-120b", "gpt-oss-20b", "no-such", "../x"])
+SPARKS = st.fixed_dictionaries(
+    {"ansible_host": PLACES},
+    optional={
+        **{"sparkfleet_model": MODELS, "sparkfleet_port": PORTS, "sparkfleet_guard_port": PORTS},
+        **{"sparkfleet_guard": st.booleans(), "sparkfleet_drained": st.booleans(), "sparkfleet_engine_key": SECRETS},
+    },
+)
+
+
+@hypothesis.settings(max_examples=15, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
+@hypothesis.given(
+    hosts=st.dictionaries(NAMES, SPARKS, min_size=1, max_size=4),
+    keys=st.lists(SECRETS, max_size=3),
+    ports=st.dictionaries(MODELS, PORTS, max_size=2),
+    further=st.lists(MODELS, max_size=2),
+)
+def test_what_renders_is_accepted_and_what_is_not_is_refused_with_one_message(
+    tmp_path_factory: pytest.TempPathFactory, hosts: Any, keys: Any, ports: Any, further: Any
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    try:
+        planned.keys(keys)
+        planned.check_ports({"sparkfleet_gateway_port": 8080, **ports})
+        made = planned.plan(planned.settings(hosts), ports, further)
+    except SparkfleetError as error:
+        assert "\n" not in str(error) and str(error).isprintable()
+        return
+    error = checked(rendered(made, folder, **QUICK, gateway_keys=keys), folder)
+    assert not error, error
