@@ -127,6 +127,9 @@ def test_one_address_has_so_many_connections(tmp_path: Path, spark: Make) -> Non
         gateway.until(llama31_8b_fp8_spark_1="UP")
         time.sleep(0.2)
         held = [socket.create_connection(("127.0.0.1", gateway.port)) for _ in range(3)]
+        end = time.monotonic() + 20
+        while "conn_cur=3" not in gateway.runtime("show table sparkfleet") and time.monotonic() < end:
+            time.sleep(0.05)
         with pytest.raises((OSError, AssertionError)):
             assert gateway.raw(b"GET /health HTTP/1.0\r\nX-Client: t\r\n\r\n", 2)
         for connection in held:
