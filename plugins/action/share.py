@@ -64,7 +64,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 
     TRANSFERS_FILES = False
     _supports_check_mode = True
-    _VALID_ARGS = frozenset(("state", "enabled", "bundle", "port", "room", "cache_dir", "source", "clean"))
+    _VALID_ARGS = frozenset(("state", "enabled", "bundle", "port", "room", "cache_dir", "source", "digest", "clean"))
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """What the state asks for; never fails for want of a source."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -39,3 +42,25 @@ def test_generated_pages_are_current() -> None:
         [sys.executable, ROOT / "scripts" / "docs", "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def tasks(found: Any) -> Iterator[dict[str, Any]]:
+    """Every task of a file of tasks or plays, those of blocks included."""
+    for item in found if isinstance(found, list) else []:
+        yield item
+        for part in ("tasks", "pre_tasks", "post_tasks", "block", "rescue", "always", "handlers"):
+            yield from tasks(item.get(part))
+
+
+ACTIONS = [path.stem for path in sorted((ROOT / "plugins" / "action").glob("*.py"))]
+
+
+@pytest.mark.parametrize("name", ACTIONS)
+def test_roles_and_playbooks_give_actions_what_they_take(name: str) -> None:
+    takes = importlib.import_module(f"plugins.action.{name}").ActionModule._VALID_ARGS
+    files = [*ROOT.glob("roles/*/tasks/*.yml"), *ROOT.glob("playbooks/*.yml"), ROOT / "site.yml"]
+    for file in files:
+        for task in tasks(yaml.safe_load(file.read_text(encoding="utf-8"))):
+            given = task.get(name)
+            if takes and isinstance(given, dict):
+                assert set(given) <= set(takes), f"{file}: {task.get('name')}"
