@@ -82,7 +82,7 @@ class Engine(http.server.BaseHTTPRequestHandler):
         if self.path == "/v1/models" and "user-agent" not in headers and "x-client" not in headers:
             spark.checked.append((self.path, headers))
             if spark.key and headers.get("authorization") != f"Bearer {spark.key}":
-                return self.answer(401, "{}")
+                return self.answer(401, f"no key, no {spark.repo}")
             return self.answer(200, json.dumps({"data": [{"id": spark.repo}]}))
         spark.asked.append((self.command, self.path, headers, body))
         behaviour = spark.behaviour.pop(0) if spark.behaviour else ""
