@@ -63,6 +63,10 @@ class Outcome:
     output: str = ""
 
 
+#: What may come of a row that does not hold: the host, a command, or an answer is not as it should be.
+TROUBLE = (SimulatorError, subprocess.SubprocessError, OSError, ValueError, LookupError, TypeError)
+
+
 # -- ways to bring a fault about -----------------------------------------------------------------------------------
 
 
@@ -509,13 +513,13 @@ def run_row(spark: Spark, row: Row) -> Outcome:
             named = spark.diagnose()
             if row.diagnosis not in named:
                 raise SimulatorError(f"diagnose names {named or 'nothing'}, not {row.diagnosis}")
-    except (SimulatorError, subprocess.SubprocessError, OSError) as error:
-        outcome.problem = str(error)
+    except TROUBLE as error:
+        outcome.problem = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
     try:
         if row.undo:
             spark.sh(row.undo)
         mend(spark, release)
-    except (SimulatorError, subprocess.SubprocessError, OSError) as error:
+    except TROUBLE as error:
         outcome.problem = outcome.problem or f"not mended: {error}"
     outcome.seconds = time.monotonic() - began
     return outcome

@@ -124,7 +124,7 @@ class Spark:
             try:
                 if test():
                     return time.monotonic() - began
-            except SimulatorError:  # the host is being restarted
+            except (SimulatorError, ValueError):  # the host is being restarted, or a file is being written
                 pass
             if time.monotonic() - began > seconds:
                 raise SimulatorError(f"{self.name}: not within {seconds:.0f} s: {what}")
