@@ -32,7 +32,8 @@ def inventory(world: str, home: Path) -> dict[str, object]:
         "ansible_ssh_common_args": f"-o UserKnownHostsFile={ssh / 'known_hosts'} -o IdentitiesOnly=yes",
         "sparkfleet_controller_registries": {"nvcr.io": f"127.0.0.1:{state.get('registry_port', 9)}"},
         "sparkfleet_simulated_token_file": str(folder / "hf_token"),
-        "sparkfleet_simulated_key_fingerprint": state.get("key_fingerprint", ""),
+        # The simulated repository of NVIDIA is signed by a key of its own.
+        "nvidia_container_toolkit_key_fingerprints": [state.get("key_fingerprint", "")],
     }
     groups = {"sparks": {"hosts": sorted(hosts), "vars": shared}}
     gateways = [name for name in os.environ.get("SPARKFLEET_GATEWAYS", "").split(",") if name in hosts]

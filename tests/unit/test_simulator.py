@@ -23,11 +23,14 @@ from typing import Any
 
 import docker as docker_sdk
 import pytest
+import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from simulator import __main__ as verbs
 from simulator import docker_host, images, keys, matrix, shell, world
 from simulator.world import World
+
+from sparkfleet import variables
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOTFS = ROOT / "simulator" / "rootfs"
@@ -222,6 +225,8 @@ def test_inventory(home: Path) -> None:
     assert shared["ansible_ssh_private_key_file"] == str(made.folder / "ssh/id_ed25519")
     assert f"UserKnownHostsFile={made.folder / 'ssh/known_hosts'}" in shared["ansible_ssh_common_args"]
     assert "StrictHostKeyChecking" not in answer.stdout
+    group = yaml.safe_load((ROOT / "inventory/simulated/group_vars/sparks.yml").read_text(encoding="utf-8"))
+    assert variables.unknown([*shared, *data["_meta"]["hostvars"]["spark-2"], *group]) == []
     assert "gateways" not in data
     assert json.loads(script(SPARKFLEET_GATEWAYS="spark-2,spark-9").stdout)["gateways"] == {"hosts": ["spark-2"]}
     several = json.loads(script(SPARKFLEET_GATEWAYS="spark-2,spark-1").stdout)["gateways"]
