@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from sparkfleet_host.bounded import printable
@@ -82,8 +82,16 @@ def _is_text(word: str) -> bool:
     return True
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """What argparse says, words of the command line in it without what moves a terminal."""
+        super().error(report.clean(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sparkfleet", description="DGX Sparks with a verified vLLM endpoint.")
+    parser: argparse.ArgumentParser = _Parser(
+        prog="sparkfleet", description="DGX Sparks with a verified vLLM endpoint."
+    )
     parser.add_argument("--version", action="version", version=f"sparkfleet {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     model = argparse.ArgumentParser(add_help=False)

@@ -228,7 +228,9 @@ def _number(value: Any) -> float | None:
 
 def _truth(value: Any) -> bool | None:
     words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-    return words.get(str(value).strip().lower()) if isinstance(value, str | bool | int) else None
+    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    return words.get(value.strip().lower()) if isinstance(value, str) else None
 
 
 _CONVERT: dict[str, tuple[Callable[[Any], Any], str]] = {

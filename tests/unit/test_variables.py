@@ -75,6 +75,19 @@ def test_the_ends_of_a_range(name: str, limits: tuple[float, float]) -> None:
         assert re.match(rf"{name}: must be a (whole )?number from {least:g} to ", str(raised.value))
 
 
+@pytest.mark.parametrize(
+    ("value", "truth"), [(True, True), ("yes", True), (" No ", False), (0, False), (1, True), ("off", False)]
+)
+def test_truth(value: Any, truth: bool) -> None:
+    assert variables.settle({"sparkfleet_guard": value}) == {"sparkfleet_guard": truth}
+
+
+@pytest.mark.parametrize("value", [2, 1.0, None, "", "perhaps", [True], pytest.param(10**5000, id="digits")])
+def test_no_truth(value: Any) -> None:
+    with pytest.raises(SparkfleetError, match="sparkfleet_guard: must be true or false"):
+        variables.settle({"sparkfleet_guard": value})
+
+
 def test_every_problem_is_named_and_no_secret() -> None:
     with pytest.raises(SparkfleetError) as raised:
         variables.settle(
