@@ -31,6 +31,8 @@ def inventory(world: str, home: Path) -> dict[str, object]:
         "ansible_ssh_private_key_file": str(ssh / "id_ed25519"),
         "ansible_ssh_common_args": f"-o UserKnownHostsFile={ssh / 'known_hosts'} -o IdentitiesOnly=yes",
         "sparkfleet_controller_registries": {"nvcr.io": f"127.0.0.1:{state.get('registry_port', 9)}"},
+        # The world's Hub is reached from the Sparks alone; the real one has another content.
+        "sparkfleet_controller_hub": "http://127.0.0.1:9",
         "sparkfleet_simulated_token_file": str(folder / "hf_token"),
         # The simulated repository of NVIDIA is signed by a key of its own.
         "nvidia_container_toolkit_key_fingerprints": [state.get("key_fingerprint", "")],

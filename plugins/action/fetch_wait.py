@@ -145,7 +145,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         for job in jobs:
             alone = job["result"].get("mirror_failed") or job["result"].get("peer_failed")
             if alone:
-                display.display(f"{host}  {job['name']} came from the internet after all: {alone[:200]}")
+                display.display(f"{host}  {job['name']} came from the internet after all: {printable(str(alone), 500)}")
             if unverified := job["result"].get("unverified"):
                 display.warning(f"{host}  {job['name']} not verified: {printable(str(unverified), 600)}")
             result[job["name"]] = {**job["result"], "state": job["state"]}

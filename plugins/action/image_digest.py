@@ -6,6 +6,7 @@
     registries: {nvcr.io: registry.example:5000}   # where the controller asks instead
     proxy: ""
     no_proxy: ""
+    required: false                                 # fail where the registry cannot be asked
     bundle: ""                                      # folder that stands for the internet: what its bundle.json says
   register: fetch_image_digest                      # digest, or "" and reason
 
@@ -24,6 +25,7 @@ from ansible.utils.display import Display
 
 from sparkfleet import SparkfleetError, image_digest
 from sparkfleet.bundle import Bundle
+from sparkfleet.gateway import truth
 
 display = Display()
 
@@ -33,7 +35,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 
     TRANSFERS_FILES = False
     _supports_check_mode = True
-    _VALID_ARGS = frozenset(("image", "registries", "proxy", "no_proxy", "bundle"))
+    _VALID_ARGS = frozenset(("image", "registries", "proxy", "no_proxy", "bundle", "required"))
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """{"digest", "reason"}; raises AnsibleActionFail for what is not an image."""
@@ -52,6 +54,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         except SparkfleetError as error:
             host = variables.get("inventory_hostname")
             raise AnsibleActionFail(f"{host}: {error}", result={"failure": "bad-input"}) from None
+        if answer.reason and truth(arguments.get("required", False)):
+            raise AnsibleActionFail(
+                f"{variables.get('inventory_hostname')}: this controller cannot ask what {image} stands for, and "
+                f"sparkfleet_controller_verifies is true: {answer.reason}",
+                result={"failure": "registry-unreachable"},
+            )
         if answer.reason and new:
             display.display(
                 f"{image}: this controller cannot ask its registry ({answer.reason}); each Spark asks for itself what "

@@ -49,6 +49,13 @@ options:
       help, the Hub is asked.
     type: str
     default: ""
+  expected:
+    description:
+      - What the Hub has for this revision, as the controller asked it (commit; files, each with size and sha256 or
+        sha1). Another Spark, and the Hub, are refused (C(model-differs)) where they offer anything else.
+      - Empty where the controller does not know it. What another Spark offers is then its own word.
+    type: dict
+    default: {}
   internet:
     description: Whether the Hub may be asked at all; with V(false) the other Spark must have the model.
     type: bool
@@ -164,10 +171,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.sparkfleet_host.bounded import COMMIT, BoundsError
 from ansible.module_utils.sparkfleet_host.cache import (
+    check_listing,
     clear_suspicion,
+    manifest_path,
     mark_suspect,
     model_state,
+    read_manifest,
     repo_folder,
     valid_repo,
     valid_revision,
@@ -182,6 +193,7 @@ CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 TRUST = ("/etc/ssl/certs", "/etc/ssl/openssl.cnf", "/etc/ca-certificates")  # not /etc/ssl/private
 TOKEN = "/run/secrets/hf_token"  # noqa: S105  a path, not a token
 CLIENT = "/hf_client.pyz"
+EXPECTED = "/run/expected.json"
 MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 
 
@@ -232,7 +244,24 @@ def command(params: dict[str, Any]) -> list[str]:
         argv.append("--ignore-nothing")
     for pattern in params["ignore"] or []:
         argv.append(f"--ignore={pattern}")
+    if params.get("expected"):
+        argv += ["--expected", EXPECTED]
     return argv
+
+
+def expected_file(params: dict[str, Any]) -> Path:
+    """Where the list that is expected lies while the container runs."""
+    return Path(params["status_file"]).with_name("model.expected.json")
+
+
+def write_expected(params: dict[str, Any]) -> None:
+    """The list for the container; none is left of another run."""
+    place = expected_file(params)
+    place.unlink(missing_ok=True)
+    if params.get("expected"):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with os.fdopen(os.open(place, flags, 0o644), "w", encoding="utf-8") as file:
+            file.write(json.dumps(params["expected"]))
 
 
 def container_spec(params: dict[str, Any]) -> dict[str, Any]:
@@ -247,6 +276,8 @@ def container_spec(params: dict[str, Any]) -> dict[str, Any]:
         bind(params["cache_dir"], params["cache_dir"], False),
     ]
     mounts += [bind(path, path) for path in TRUST if Path(path).exists()]
+    if params.get("expected"):
+        mounts.append(bind(str(expected_file(params)), EXPECTED))
     environment = {
         "HOME": "/tmp",  # noqa: S108  a tmpfs of this container alone
         "HF_HOME": "/tmp/hf",  # noqa: S108
@@ -303,6 +334,7 @@ def run_client(docker: Docker, params: dict[str, Any], job: Job) -> dict[str, An
             if "error" in event:
                 raise DockerError(f"import of {IMAGE}: {event['error']}")
     remove(docker)
+    write_expected(params)
     docker.call("POST", f"/containers/create?name={CONTAINER}", container_spec(params))
     result: dict[str, Any] | None = None
     error: dict[str, str] | None = None
@@ -338,12 +370,19 @@ def fetch(docker: Docker, params: dict[str, Any], job: Job) -> dict[str, Any]:
         # On the loopback interface, so in the host's network; a file may still be on its way to the other Spark.
         there = {"HF_ENDPOINT": params["peer"], "HF_HUB_DOWNLOAD_TIMEOUT": "180", "HF_HUB_ETAG_TIMEOUT": "120"}
         try:
-            result = run_client(docker, {**params, "environment": there, "network": "host", "token_file": ""}, job)
+            ways = {"environment": there, "network": "host", "token_file": ""}
+            expected = params["expected"] or params.get("known") or {}
+            result = run_client(docker, {**params, **ways, "expected": expected}, job)
             return {**result, "peer_failed": ""}
         except JobError as error:
-            if error.id == "disk-full" or not params["internet"]:
-                raise
             reason = str(error)
+            if expected and error.id in ("hub-repo-unknown", "hub-revision-unknown"):
+                commit = expected["commit"]
+                reason = f"the other Spark does not have commit {commit}, which {params['revision']} stands for"
+            if error.id == "model-differs":
+                reason += "; look into the Spark that offered it"
+            if error.id == "disk-full" or not params["internet"]:
+                raise JobError(error.id, reason) from None
     if not params["internet"]:
         raise JobError(
             "bundle", f"nothing on this host or beside it serves {params['repo']}, and the internet is not to be asked"
@@ -372,6 +411,28 @@ def hashed(params: dict[str, Any], state: dict[str, Any], job: Job) -> dict[str,
     reason = f"damaged: {', '.join(wrong[:3])}" if wrong else str(found["error"])
     mark_suspect(*where, commit, reason, wrong)
     return {**state, "complete": False, "suspect": reason}
+
+
+def known(params: dict[str, Any], commit: str) -> dict[str, Any]:
+    """The list of a model that was complete here once; {} where it is damaged."""
+    try:
+        found = read_manifest(manifest_path(params["cache_dir"], params["repo"], commit))
+        return check_expected({"commit": commit, "files": found["files"]})
+    except (OSError, BoundsError):
+        return {}
+
+
+def check_expected(value: dict[str, Any]) -> dict[str, Any]:
+    """A list of commit and files, each with a hash, or {}. Raises BoundsError for what is neither."""
+    if not value:
+        return {}
+    listing: dict[str, Any] = check_listing(value, "expected")
+    if "commit" not in listing or not listing["files"]:
+        raise BoundsError("expected: without a commit or without files")
+    for name, entry in listing["files"].items():
+        if not {"sha256", "sha1"} & entry.keys():
+            raise BoundsError(f"expected: {name} has no hash")
+    return listing
 
 
 def died(params: dict[str, Any], state: dict[str, Any], lines: deque[str]) -> str:
@@ -430,6 +491,12 @@ def check(params: dict[str, Any]) -> None:
         raise JobError("bad-input", f"repo {params['repo']!r} is not of the form ORG/NAME")
     if not valid_revision(params["revision"]):
         raise JobError("bad-input", f"revision {params['revision']!r} is not a branch, tag or commit")
+    try:
+        commit = check_expected(params["expected"]).get("commit", params["revision"])
+    except BoundsError as error:
+        raise JobError("bad-input", str(error)) from None
+    if COMMIT.fullmatch(params["revision"]) and commit != params["revision"]:
+        raise JobError("model-differs", f"{params['repo']}: commit {commit} instead of {params['revision']}")
 
 
 def check_host(params: dict[str, Any]) -> None:
@@ -456,6 +523,7 @@ def main() -> None:
             "token_file": {"type": "path", "default": "/etc/sparkfleet/hf_token", "no_log": False},
             "environment": {"type": "dict", "default": {}},
             "peer": {"type": "str", "default": ""},
+            "expected": {"type": "dict", "default": {}},
             "internet": {"type": "bool", "default": True},
             "check_hashes": {"type": "bool", "default": False},
             "allow": {"type": "list", "elements": "str", "default": []},
@@ -510,7 +578,10 @@ def main() -> None:
             check_host(params)
             if state["commit"] and state["suspect"]:
                 # What is damaged is fetched again, of the commit that is there; a branch may have moved on.
-                params = {**params, "revision": state["commit"]}
+                # Another Spark must then have what this one had.
+                params = {**params, "revision": state["commit"], "known": known(params, state["commit"])}
+                if params["expected"].get("commit") != state["commit"]:
+                    params["expected"] = {}
             result = fetch(Docker(params["docker_socket"], timeout=60), params, job)
             result["snapshot"] = result.pop("path")
             give_to_owner(Path(params["cache_dir"]), params["repo"])

@@ -369,6 +369,12 @@ TABLE: tuple[Failure, ...] = (
         "Look into the Spark that gave it. An image NAME@sha256:DIGEST is certain.",
     ),
     Failure(
+        "model-differs",
+        "what was offered is not the model",
+        "another Spark or a bundle offered another commit, file or hash than the Hub has for this revision",
+        "Look into the Spark that offered it. Where a branch has moved on since, set the commit as the revision.",
+    ),
+    Failure(
         "image-platform",
         "the image is for another processor",
         "a Spark is aarch64; the image was built for something else",

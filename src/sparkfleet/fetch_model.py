@@ -4,7 +4,10 @@ Runs on a Spark inside a short-lived container, as the entry of the zipapp made 
 standard library, huggingface_hub and two files of the host package. Speaks JSON lines on stdout:
     {"progress": {"phase", "done", "total"}}   bytes; phases: resolving, downloading, checking
     {"result": {"commit", "path", "files", "bytes", "downloaded"}}
+    {"listing": {"commit", "files": {name: {"size", "sha256" | "sha1"}}}}   with --list, which downloads nothing
     {"error": {"id", "message"}}               with exit code 1; ids as in failures.py
+
+With --expected, what is offered must be the commit and the files of that list, whoever offers it.
 
 The client (2.x) throws a partial file away when it is interrupted, and takes as many bytes as it is sent. Files are
 therefore fetched here, with the client's own `http_get`, locks, names and links, into `blobs/HASH.incomplete`, hashed
@@ -49,7 +52,7 @@ from huggingface_hub.utils._http import hf_request_event_hook
 from huggingface_hub.utils._paths import filter_repo_objects
 from sparkfleet_host import bounded
 from sparkfleet_host.bounded import COMMIT, SHA256
-from sparkfleet_host.cache import FOLDER, MOST_FILES, repo_folder
+from sparkfleet_host.cache import FOLDER, MANIFEST_BYTES, MOST_FILES, check_listing, difference, repo_folder
 
 # Other copies of the weights, which vLLM does not read when there are safetensors; many of them are pickles, which run
 # code when they are loaded.
@@ -99,6 +102,7 @@ class Request:
     allow: list[str] = field(default_factory=list)
     ignore: list[str] | None = None  # None: IGNORE, where the repository has safetensors
     workers: int = 4
+    expected: dict[str, Any] | None = None  # {"commit", "files"} as the controller had it of the Hub
 
     @property
     def folder(self) -> Path:
@@ -252,19 +256,28 @@ class Fetch:
     # -- what there is -------------------------------------------------------------------------------------
 
     def resolve(self) -> None:
-        """What `_resolve` does. Raises FetchError for an answer that a Hub does not give."""
+        """Commit and files; the first file is asked for, since a gated repository shows its list to anyone. Raises
+        FetchError for what is not the list that was expected."""
+        self.look_up()
+        if self.request.expected is not None:
+            self._compare(self.request.expected)
+        if any(not self._blob(file).exists() for file in self.files):
+            get_hf_file_metadata(hf_hub_url(self.request.repo, self.files[0].name, revision=self.commit))
+
+    def look_up(self) -> None:
+        """Commit and files. Raises FetchError for an answer that a Hub does not give."""
         try:
-            self._resolve()
+            self._look_up()
         except HfHubHTTPError:  # has a ValueError among its causes
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             reason = bounded.printable(" ".join(f"{type(error).__name__}: {error}".split()), 200)
             raise FetchError("hub-answer-odd", f"{constants.ENDPOINT} answers as no Hub does ({reason})") from error
 
-    def _resolve(self) -> None:
-        """Commit and files; the first file is asked for, since a gated repository shows its list to anyone."""
-
+    def _look_up(self) -> None:
         repo, revision = self.request.repo, self.request.revision
+        if self.request.expected is not None:
+            revision = self.request.expected["commit"]  # the branch may have moved on
         check_endpoint()
         api = HfApi()
         info = api.model_info(repo, revision=revision)
@@ -277,23 +290,32 @@ class Fetch:
                 raise FetchError("hub-answer-odd", f"the Hub lists more than {MOST_FILES} files of {repo}")
             if isinstance(entry, RepoFile):
                 found.append(_remote_file(repo, entry))
-        if self.request.ignore is None:
-            some = any(file.name.endswith(".safetensors") for file in found)
-            self.request.ignore = list(IGNORE) if some else []
-        wanted = filter_repo_objects(
-            found,
-            allow_patterns=self.request.allow or None,
-            ignore_patterns=self.request.ignore or None,
-            key=lambda file: file.name,
-        )
-        self.files = sorted(set(wanted), key=lambda file: file.name)
+        wanted = set(self._chosen([file.name for file in found]))
+        self.files = sorted({file for file in found if file.name in wanted}, key=lambda file: file.name)
         twice = [one.name for one, other in itertools.pairwise(self.files) if one.name == other.name]
         if twice:
             raise FetchError("hub-answer-odd", f"the Hub lists {twice[0]} of {repo} twice, with different content")
         if not self.files:
             raise FetchError("hub-revision-unknown", f"{repo} at {self.commit} has no file that is asked for")
-        if any(not self._blob(file).exists() for file in self.files):
-            get_hf_file_metadata(hf_hub_url(repo, self.files[0].name, revision=self.commit))
+
+    def _compare(self, expected: dict[str, Any]) -> None:
+        wanted = set(self._chosen(list(expected["files"])))
+        files = {name: entry for name, entry in expected["files"].items() if name in wanted}
+        wrong = difference({**expected, "files": files}, self.listing())
+        if wrong:
+            raise FetchError(
+                "model-differs",
+                f"{constants.ENDPOINT} offers another {self.request.repo} than the controller expects: {wrong}",
+            )
+
+    def _chosen(self, names: list[str]) -> list[str]:
+        """The names that are asked for."""
+        ignore = self.request.ignore
+        if ignore is None:
+            ignore = list(IGNORE) if any(name.endswith(".safetensors") for name in names) else []
+        return list(
+            filter_repo_objects(names, allow_patterns=self.request.allow or None, ignore_patterns=ignore or None)
+        )
 
     def _blob(self, file: RemoteFile) -> Path:
         return self.request.folder / "blobs" / file.hash
@@ -433,10 +455,14 @@ class Fetch:
         return {
             "repo": self.request.repo,
             "revision": self.request.revision,
-            "commit": self.commit,
-            "files": {f.name: {"size": f.size, "sha256" if f.lfs else "sha1": f.hash} for f in self.files},
+            **self.listing(),
             "total_bytes": self.total,
         }
+
+    def listing(self) -> dict[str, Any]:
+        """{"commit", "files"}, once they are known."""
+        files = {f.name: {"size": f.size, "sha256" if f.lfs else "sha1": f.hash} for f in self.files}
+        return {"commit": self.commit, "files": files}
 
     def _write_manifest(self) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -594,6 +620,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ignore", action="append", default=None, metavar="PATTERN")
     parser.add_argument("--ignore-nothing", action="store_true")
     parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--expected", type=Path, metavar="FILE", help="list that what is offered must be")
+    parser.add_argument("--list", action="store_true", help="say what the Hub has, and download nothing")
     given = parser.parse_args(argv)
     request = Request(
         repo=given.repo,
@@ -605,7 +633,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     set_client_factory(make_client)
     try:
-        say(result=Fetch(request).run())
+        if given.expected:
+            request.expected = check_listing(bounded.read_json(given.expected, MANIFEST_BYTES), "expected")
+        fetch = Fetch(request)
+        if given.list:
+            fetch.look_up()
+            say(listing=fetch.listing())
+        else:
+            say(result=fetch.run())
     except Exception as error:
         failure = explain(error, request)
         say(error={"id": failure.id, "message": str(failure)})

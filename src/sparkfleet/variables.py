@@ -74,6 +74,7 @@ FORMS: dict[str, tuple[str, str]] = {
     "sparkfleet_hf_token": (r"\s*[!-~]{0,500}\s*", "a token without blanks"),
     "sparkfleet_engine_key": (r"\s*[!-~]{8,500}\s*", "a key of 8 characters or more, without blanks"),
     "sparkfleet_hub_endpoint": (_URL, "the address of a Hub, https://..."),
+    "sparkfleet_controller_hub": (_URL, "the address of a Hub, https://..."),
     "sparkfleet_proxy": (_URL, "the address of a proxy, http://..."),
     "sparkfleet_no_proxy": (r"[ -~]{0,4000}", "names separated by commas"),
     "sparkfleet_address": (r"[A-Za-z0-9_.:-]{1,253}", "a name or an address"),

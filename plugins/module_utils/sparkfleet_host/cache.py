@@ -15,7 +15,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,25 @@ def read_manifest(path: Path) -> dict[str, Any]:
     value = bounded.parse_json(bounded.read_file(path, MANIFEST_BYTES), str(path), MANIFEST_BYTES)
     listing = check_listing(value, str(path))
     return {**listing, "total_bytes": sum(entry["size"] for entry in listing["files"].values())}
+
+
+def difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """Where `found` ({"commit", "files"} of a Hub, a peer or a bundle) is not what the controller's list has: the first
+    file and both values, or "". Both lists have passed `check_listing`."""
+    if found["commit"] != expected["commit"]:
+        return f"commit {found['commit']} instead of {expected['commit']}"
+    for name in sorted({*expected["files"], *found["files"]}):
+        offered, wanted = (_entry(side["files"].get(name)) for side in (found, expected))
+        if offered != wanted:
+            return f"{bounded.printable(name, 120)} is {offered} instead of {wanted}"
+    return ""
+
+
+def _entry(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return "no file"
+    kind = "sha256" if "sha256" in entry else "sha1"
+    return f"{kind}:{entry.get(kind, 'unknown')} ({entry['size']} bytes)"
 
 
 def finished(cache_dir: str | Path) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Action: what a model's revision stands for, asked of the Hub by the controller, once a run.
+
+- model_files:
+    repo: nvidia/Llama-3.1-8B-Instruct-FP8
+    revision: main
+    endpoint: https://huggingface.co
+    token: "{{ sparkfleet_hf_token }}"
+    proxy: ""
+    no_proxy: ""
+    bundle: ""           # folder that stands for the internet: what the list in it says
+    required: false      # fail where the Hub cannot be asked
+    listing: {}          # what a host has of it: refused where it is something else
+  register: fetch_model_files                       # expected ({} or commit and files) and reason
+
+Contacts no host. Where the controller cannot ask, it says so; what one Spark gives to others is then its word.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ansible import constants
+from ansible.errors import AnsibleActionFail
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+
+from sparkfleet import SparkfleetError, model_files
+from sparkfleet.gateway import truth
+
+display = Display()
+
+
+class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
+    """See the module's docstring."""
+
+    TRANSFERS_FILES = False
+    _supports_check_mode = True
+    _VALID_ARGS = frozenset(
+        ("repo", "revision", "endpoint", "token", "proxy", "no_proxy", "bundle", "required", "listing")
+    )
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """{"expected", "reason"}; raises AnsibleActionFail for what is not a model, and as told."""
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        arguments, variables = self._task.args, task_vars or {}
+        host = str(variables.get("inventory_hostname"))
+        repo, revision = str(arguments["repo"]), str(arguments["revision"])
+        way = model_files.Way(
+            endpoint=str(arguments.get("endpoint") or model_files.Way.endpoint),
+            token=str(arguments.get("token") or "").strip(),
+            proxy=str(arguments.get("proxy") or ""),
+            no_proxy=str(arguments.get("no_proxy") or ""),
+        )
+        failure = "bad-input"
+        try:
+            if arguments.get("bundle"):
+                digest = str(self._templar.template(variables.get("sparkfleet_bundle_digest") or ""))
+                answer, new = model_files.of_bundle(str(arguments["bundle"]), digest, repo, revision), False
+            else:
+                answer, new = model_files.of_run(Path(constants.DEFAULT_LOCAL_TMP), repo, revision, way)
+            if answer.expected and arguments.get("listing"):
+                failure = "model-differs"
+                model_files.refuse(answer.expected, arguments["listing"], host, f"{repo}@{revision}")
+        except SparkfleetError as error:
+            raise AnsibleActionFail(f"{host}: {error}", result={"failure": failure}) from None
+        if answer.reason and truth(arguments.get("required", False)):
+            raise AnsibleActionFail(
+                f"{host}: this controller cannot ask the Hub what {repo}@{revision} is, and "
+                f"sparkfleet_controller_verifies is true: {answer.reason}",
+                result={"failure": answer.failure},
+            )
+        if answer.reason and new:
+            display.warning(
+                f"{repo}@{revision}: not verified by this controller, which cannot ask the Hub ({answer.reason}): its "
+                "commit and hashes are those that the Hub, or the Spark that gives it to others, tells each Spark"
+            )
+        return {**result, "changed": False, "expected": answer.expected, "reason": answer.reason}
