@@ -345,7 +345,7 @@ def act(monkeypatch: pytest.MonkeyPatch, folder: Path, **arguments: Any) -> tupl
     monkeypatch.setattr(action.constants, "DEFAULT_LOCAL_TMP", str(folder))
     given = {"repo": "acme/tiny", "revision": "main", **arguments}
     task = SimpleNamespace(args=given, async_val=0, check_mode=False, diff=False, environment=None, delegate_to=None)
-    made = action.ActionModule(task, *(SimpleNamespace(_shell=None) for _ in range(5)))
+    made = action.ActionModule(task, *(SimpleNamespace(_shell=SimpleNamespace(tmpdir="none")) for _ in range(5)))
     return made.run(task_vars={"inventory_hostname": "spark-1"}), said
 
 
