@@ -242,3 +242,27 @@ def test_a_check_is_asked_for_after_nonsense_alone(tmp_path: Path) -> None:
     assert not integrity.request("endpoint-down", str(path)) and not path.exists()
     assert not integrity.request("answer-wrong", str(tmp_path / "none" / "x"))
     assert integrity.request("answer-degenerate", str(path)) and path.exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "words", "marked"),
+    [
+        ("running", ["serve", f"/opt/hf/models--x/snapshots/{COMMIT}"], True),
+        ("running", ["serve", "--revision", COMMIT], True),
+        ("running", ["serve", "--revision", "main"], False),
+        ("exited", ["serve", "--revision", COMMIT], False),
+    ],
+)
+def test_only_what_a_running_engine_serves_is_marked(cache: Path, state: str, words: list[str], marked: bool) -> None:
+    class Docker:
+        def containers(self, **_: Any) -> list[dict[str, Any]]:
+            return [{"Id": "1", "State": state}]
+
+        def container(self, name: str) -> dict[str, Any]:
+            mounts = [{"Source": str(cache)}, {"Source": "/nowhere"}]
+            return {"Config": {"Cmd": words}, "Mounts": mounts}
+
+    docker: Any = Docker()
+    found = integrity.mark_served(docker, "an odd answer")
+    assert found == ([f"{REPO}@{COMMIT}"] if marked else [])
+    assert model_state(cache, REPO, COMMIT)["complete"] is not marked
