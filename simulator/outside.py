@@ -382,7 +382,7 @@ def rows() -> list[Row]:
             "Hub",
             "4 KiB of a file of weights changed, its size kept; the weekly check, then site.yml",
             nonsense,
-            ("download-incomplete", "fetch: download", "failed=0"),
+            ("download-incomplete", "hash the files", "failed=0"),
             SERVES,
         ),
         Row(
