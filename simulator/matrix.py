@@ -573,8 +573,15 @@ def mend(spark: Spark, release: str = "") -> None:
     raise SimulatorError(f"site.yml does not bring it back:\n{output[-1500:]}")
 
 
-def run_all(world: World, wanted: Sequence[Row], say: Callable[[str], None]) -> list[Outcome]:
-    """All rows, shared out over the Sparks of the world."""
+def run_all(
+    world: World,
+    wanted: Sequence[Row],
+    say: Callable[[str], None],
+    note: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """All rows, shared out over the Sparks of the world. `note` gets each as it ends, one at a time. Raises
+    SimulatorError where no Spark serves."""
+    one = threading.Lock()
     waiting: queue.Queue[Row] = queue.Queue()
     for row in wanted:
         waiting.put(row)
@@ -593,7 +600,9 @@ def run_all(world: World, wanted: Sequence[Row], say: Callable[[str], None]) -> 
             except queue.Empty:
                 return
             outcome = run_row(spark, row)
-            done.append(outcome)
+            with one:
+                done.append(outcome)
+                note(outcome)
             gone = f", {outcome.gone:.1f} s without an answer" if outcome.gone and outcome.gone > 1 else ""
             state = "FAILED" if outcome.problem else row.ends
             say(f"{len(done)}/{len(wanted)}  {name}  {row.name}: {state} ({outcome.seconds:.0f} s{gone})")
@@ -664,20 +673,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m simulator.matrix", description="The fault matrix.")
     parser.add_argument("--world", default="faults")
     parser.add_argument("--only", nargs="*", metavar="ROW", help="only rows whose name has one of these words")
+    parser.add_argument("--without", nargs="*", default=[], metavar="ROW", help="not these rows")
     parser.add_argument("--brief", action="store_true", help="of rows that go the same way, one")
     parser.add_argument("--new", action="store_true", help="only rows of the second look")
     parser.add_argument("--docs", type=Path, help="bring the page of the docs up to date: the rows that held")
     parser.add_argument("--json", type=Path, help="write what was found")
     options = parser.parse_args(argv)
     wanted = [row for row in rows() if not options.only or any(word in row.name for word in options.only)]
+    wanted = [row for row in wanted if row.name not in options.without]
     wanted = [row for row in wanted if (not options.brief or brief(row)) and (not options.new or row.new)]
     began = time.monotonic()
     world = World(options.world, lambda text: None)
     if not world.state():
         print(f"world {options.world} is not up: python -m simulator up --engine fault", file=sys.stderr)
         return 1
+
+    def note(outcome: Outcome) -> None:
+        """Bring the page up to date: a long run that is ended early leaves what it found."""
+        if options.docs:
+            before = options.docs.read_text(encoding="utf-8") if options.docs.exists() else ""
+            options.docs.write_text(markdown([outcome], before), encoding="utf-8")
+
     try:
-        outcomes = run_all(world, wanted, lambda text: print(text, flush=True))
+        outcomes = run_all(world, wanted, lambda text: print(text, flush=True), note)
     except SimulatorError as error:
         print(f"simulator: {error}", file=sys.stderr)
         return 1
@@ -686,9 +704,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         data = [{**vars(item), "row": item.row.name} for item in outcomes]
         options.json.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    if options.docs:
-        before = options.docs.read_text(encoding="utf-8") if options.docs.exists() else ""
-        options.docs.write_text(markdown(outcomes, before), encoding="utf-8")
     return 1 if bad else 0
 
 
