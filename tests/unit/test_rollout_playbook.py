@@ -22,6 +22,7 @@ from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 
 FOLDER = Path(os.environ["STAND_IN"])
+STATE = {"docker": {"containers": []}, "healthy": False, "os": {}}
 
 class ActionModule(ActionBase):
     def run(self, tmp=None, task_vars=None):
@@ -44,7 +45,7 @@ class ActionModule(ActionBase):
             done.write_text("")
         needed = host in script["needed"] and not done.exists()
         if name == "spark_plan":
-            return {"changed": False, "plan": plan(needed), "state": {}}
+            return {"changed": False, "plan": plan(needed), "state": STATE}
         return {"changed": name == "release_switch", "release": {"number": 2, "model": "m"}}
 
 def plan(needed):
@@ -80,7 +81,14 @@ class Fleet:
         self.inventory()
 
     def inventory(self, gateways: tuple[str, ...] = (), **variables: Any) -> None:
-        shared = {"sparkfleet_rollout_waves": [2], "ansible_connection": "local", "ansible_become": False, **variables}
+        shared = {
+            "sparkfleet_rollout_waves": [2],
+            "ansible_connection": "local",
+            "ansible_become": False,
+            "ansible_python_interpreter": sys.executable,
+            "sparkfleet_project_dir": str(self.folder / "project"),
+            **variables,
+        }
         groups: dict[str, Any] = {"sparks": {"hosts": dict.fromkeys(self.names), "vars": shared}}
         if gateways:
             groups["gateways"] = {"hosts": dict.fromkeys(gateways), "vars": {"ansible_connection": "local"}}
