@@ -646,3 +646,11 @@ def test_who_must_not_serve_does_not() -> None:
     made = share.schedule([drained, lack("b"), lack("c")])
     assert set(made.image_from.values()) == {"b"}
     assert made.model_from == {"a": "b", "c": "b"}
+
+
+def test_tls_is_answered_as_http_so_that_docker_falls_back(way: str) -> None:
+    hello = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = ssl.create_default_context().wrap_bio(*hello, server_hostname="127.0.0.1")
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    assert raw(way, hello[1].read()).startswith(b"HTTP/1.0 400 ")

@@ -224,6 +224,9 @@ def _path(target: str) -> str:
         raise Refused(400, "not an address") from None
 
 
+TLS_HANDSHAKE = b"\x16"  # the first byte of a TLS record of that kind
+
+
 class Handler(BaseHTTPRequestHandler):
     """Answers one connection: GET and HEAD of a registry and of the Hub."""
 
@@ -231,6 +234,14 @@ class Handler(BaseHTTPRequestHandler):
     server_version = "sparkfleet-share"
     server: Server
     timeout = 300
+
+    def handle(self) -> None:
+        """Docker with containerd's image store tries TLS first, and HTTP only where an answer begins like one."""
+        with contextlib.suppress(OSError):
+            if self.rfile.peek(1)[:1] == TLS_HANDSHAKE:  # type: ignore[attr-defined]  # a BufferedReader
+                self.wfile.write(b"HTTP/1.0 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+                return
+        super().handle()
 
     def log_message(self, format: str, *args: Any) -> None:
         """One line a request, for the journal."""
