@@ -518,7 +518,7 @@ def run_row(spark: Spark, row: Row) -> Outcome:
     try:
         if row.undo:
             spark.sh(row.undo)
-        mend(spark, release)
+        repair(spark, release)
     except TROUBLE as error:
         outcome.problem = outcome.problem or f"not mended: {error}"
     outcome.seconds = time.monotonic() - began
@@ -554,7 +554,7 @@ def check_end(spark: Spark, row: Row, before: str, release: str) -> None:
         spark.until("a right answer", spark.answers)
 
 
-def mend(spark: Spark, release: str = "") -> None:
+def repair(spark: Spark, release: str = "") -> None:
     """Back to a Spark that serves what the inventory says; `release`: the one that does."""
     spark.until("the host is there", lambda: spark.sh("docker version -f x >/dev/null; echo yes").strip() == "yes")
     faults.mend(spark.world, spark.name, ())
@@ -590,7 +590,7 @@ def run_all(
     def work(name: str) -> None:
         spark = Spark(world, name, BASE)
         try:
-            mend(spark)
+            repair(spark)
         except SimulatorError as error:
             say(f"{name} takes no part: {error}")
             return

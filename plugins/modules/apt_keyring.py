@@ -40,9 +40,7 @@ dest: {description: The keyring., returned: always, type: str}
 import base64
 import hashlib
 import http.client
-import os
 import re
-import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -50,6 +48,7 @@ from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.sparkfleet_host.bounded import KIB, BoundsError, printable, read_all, read_file
+from ansible.module_utils.sparkfleet_host.releases import write_bytes
 
 SECONDS = 30
 LIMIT = 256 * KIB
@@ -149,20 +148,6 @@ def is_current(path: Path, wanted: list[str]) -> bool:
     return bool(found) and set(found) <= set(wanted)
 
 
-def write(path: Path, content: bytes) -> None:
-    """Replace the file in one step. Raises OSError."""
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def main() -> None:
     """Entry point of the module."""
     module = AnsibleModule(
@@ -182,7 +167,7 @@ def main() -> None:
     changed = not is_current(path, wanted)
     if changed and not module.check_mode:
         try:
-            write(path, chosen(download(url), wanted, url))
+            write_bytes(path, chosen(download(url), wanted, url))
         except BoundsError as error:
             module.fail_json(msg=f"{error}. Nothing was written")
         except (OSError, http.client.HTTPException) as error:

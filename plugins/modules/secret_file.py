@@ -33,10 +33,10 @@ path: {description: The file., returned: always, type: str}
 
 import os
 import stat
-import tempfile
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.sparkfleet_host.releases import write_bytes
 
 
 def is_current(path: Path, content: bytes) -> bool:
@@ -46,21 +46,6 @@ def is_current(path: Path, content: bytes) -> bool:
         return stat.S_IMODE(info.st_mode) == 0o600 and info.st_uid == os.geteuid() and path.read_bytes() == content
     except OSError:
         return False
-
-
-def write(path: Path, content: bytes) -> None:
-    """Replace the file in one step; it is never readable by others, not even for a moment."""
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp makes it 0600
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def main() -> None:
@@ -76,7 +61,7 @@ def main() -> None:
     changed = not is_current(path, content)
     if changed and not module.check_mode:
         try:
-            write(path, content)
+            write_bytes(path, content, 0o600)
         except OSError as error:
             module.fail_json(msg=f"cannot write {path}: {error.strerror}")
     module.exit_json(changed=changed, path=str(path))

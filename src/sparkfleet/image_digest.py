@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import json
-import os
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +11,7 @@ from sparkfleet_host import bounded
 from sparkfleet_host.job import JobError
 from sparkfleet_host.registry import Registry, credentials, digest_of, reference
 
-from sparkfleet import SparkfleetError
+from sparkfleet import SparkfleetError, once
 
 #: A controller without a way to the registry keeps a run waiting no longer than this for each connection.
 SECONDS = 5.0
@@ -64,16 +61,6 @@ def of_run(
 ) -> tuple[Answer, bool]:
     """`resolve` once a run for all its hosts, kept in a folder that lives as long as the run; whether it was asked just
     now. A tag that moves meanwhile is the same for every host, and a registry that is away costs its time once."""
-    file = os.open(folder / "sparkfleet-digests.json", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    with os.fdopen(file, "r+b") as kept:
-        fcntl.flock(kept, fcntl.LOCK_EX)
-        text = kept.read()
-        known = json.loads(text) if text else {}
-        if image in known:
-            return Answer(**known[image]), False
-        answer = resolve(image, registries, proxy, no_proxy)
-        known[image] = dataclasses.asdict(answer)
-        kept.seek(0)
-        kept.truncate()
-        kept.write(json.dumps(known).encode())
-        return answer, True
+    file = folder / "sparkfleet-digests.json"
+    known, new = once.ask(file, image, lambda: dataclasses.asdict(resolve(image, registries, proxy, no_proxy)))
+    return Answer(**known), new

@@ -8,8 +8,6 @@ bounded, its settings are not those of the user, and the token is in a file that
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import json
 import os
 import re
 import ssl
@@ -25,7 +23,7 @@ from typing import Any
 from sparkfleet_host import bounded, cache
 from sparkfleet_host.bounded import COMMIT, BoundsError
 
-from sparkfleet import SparkfleetError, hub_client
+from sparkfleet import SparkfleetError, hub_client, once
 from sparkfleet.bundle import Bundle
 
 #: A controller without a way to the Hub keeps a run waiting no longer than this.
@@ -158,19 +156,9 @@ def of_run(folder: Path, repo: str, revision: str, way: Way) -> tuple[Answer, bo
     """`resolve` once a run for all its hosts, kept in a folder that lives as long as the run; whether it was asked just
     now. A branch that moves meanwhile is the same for every host."""
     key = f"{repo}@{revision} {way.endpoint}"
-    file = os.open(folder / "sparkfleet-models.json", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    with os.fdopen(file, "r+b") as kept:
-        fcntl.flock(kept, fcntl.LOCK_EX)
-        text = kept.read()
-        known = json.loads(text) if text else {}
-        if key in known:
-            return Answer(**known[key]), False
-        answer = resolve(repo, revision, way)
-        known[key] = dataclasses.asdict(answer)
-        kept.seek(0)
-        kept.truncate()
-        kept.write(json.dumps(known).encode())
-        return answer, True
+    file = folder / "sparkfleet-models.json"
+    known, new = once.ask(file, key, lambda: dataclasses.asdict(resolve(repo, revision, way)))
+    return Answer(**known), new
 
 
 def refuse(expected: Mapping[str, Any], listing: Mapping[str, Any], host: str, what: str) -> None:

@@ -119,7 +119,7 @@ def test_an_old_success_is_not_reported_when_something_else_runs(
     if how == "edited":
         (store.folder(1) / "compose.yml").chmod(0o644)
         (store.folder(1) / "compose.yml").write_text("a: 2\n")
-    elif how == "another container":  # `docker compose up -d` after an edit that was taken back
+    elif how == "another container":  # `docker compose up -d` after an edit that was reverted
         containers[0]["Id"] = "b" * 64
     elif how == "stopped":
         engine.routes["GET", f"/containers/{'a' * 64}/json"]["State"] = {"Running": False}

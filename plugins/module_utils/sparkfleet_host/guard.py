@@ -667,7 +667,7 @@ class Watcher:
             self.say(f"{what}: {text}")
 
     def _load(self) -> Guard:
-        """The guard with what it kept; a state file that cannot be understood is set aside, and begun anew."""
+        """The guard with what it kept; a state file that cannot be understood is set aside, and a new one is begun."""
         path = self.store.state_dir / STATE_FILE
         try:
             return Guard(self.settings, bounded.read_json(path))
@@ -676,7 +676,7 @@ class Watcher:
         except (BoundsError, OSError) as error:
             kept = bounded.set_aside(path)
             where = f"it is kept as {kept}" if kept else "it could not be set aside"
-            self.say(f"{path} is damaged ({str(error).removeprefix(f'{path}: ')}); {where}, and begun anew")
+            self.say(f"{path} is damaged ({str(error).removeprefix(f'{path}: ')}); {where}, and a new one is begun")
             return Guard(self.settings)
 
     def observe(self, locked: bool = False) -> Observation:

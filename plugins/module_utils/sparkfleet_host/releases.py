@@ -51,13 +51,14 @@ class ReleaseError(Exception):
     """A release is not there, or is damaged; the message names it."""
 
 
-def write_text(path: Path, text: str, mode: int = 0o644) -> None:
-    """Write a file as a whole or not at all, on the disk when this returns. Raises OSError."""
+def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a file as a whole or not at all, on the disk when this returns; what `mode` keeps from others they cannot
+    read even for a moment. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
@@ -67,6 +68,11 @@ def write_text(path: Path, text: str, mode: int = 0o644) -> None:
             Path(scratch).unlink()
         raise
     sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str, mode: int = 0o644) -> None:
+    """Write text as `write_bytes` does."""
+    write_bytes(path, text.encode(), mode)
 
 
 def write_json(path: Path, data: Any, mode: int = 0o644) -> None:
