@@ -152,6 +152,11 @@ def serves(spark: Spark) -> bool:
     return bool(spark.guard()["engine"] == "serving")
 
 
+def trusted(spark: Spark) -> bool:
+    """Whether no model in its cache is marked suspect."""
+    return not spark.sh("find /opt/hf/.sparkfleet -name '*.suspect.json'").strip()
+
+
 def expect(fact: bool, what: str, detail: object = "") -> None:
     """Raise unless it is so."""
     if not fact:
@@ -532,6 +537,9 @@ def stuck(gateway: Spark, session: str) -> str:
 
 def drift(fleet: Fleet) -> dict[str, Any]:
     """Nothing differs; then one engine is stopped by hand, and it is told."""
+    for name in fleet.names:  # a wrong answer had the files of the model checked
+        spark = fleet.spark(name)
+        spark.until("its model is no longer suspect", functools.partial(trusted, spark))
     code, said, _ = fleet.sparkfleet("drift", "--json", sparkfleet_image=NEXT)
     expect(code == 0, "there is drift", said)
     victim = fleet.spark(fleet.names[-1])

@@ -154,6 +154,8 @@ class Target:
         """The compose file, pinned to what the host has fetched so far."""
         known_image = ((state or {}).get("docker") or {}).get("image") or {}
         known_model = (state or {}).get("model") or {}
+        # One that is to be hashed again is the same model.
+        whole = known_model.get("complete") or (known_model.get("suspect") and not known_model.get("missing"))
         local = self.settings.model_source == "local"
         return compose.document(
             self.card,
@@ -163,7 +165,7 @@ class Target:
             image=self.image,
             image_digest=known_image.get("digest"),
             image_known_as=known_image.get("known_as"),
-            commit=known_model.get("commit") if known_model.get("complete") else None,
+            commit=known_model.get("commit") if whole else None,
             cache_dir=self.settings.cache_dir,
             compile_cache_dir=self.settings.compile_cache_dir,
             ca_file=self.settings.ca_file,

@@ -266,3 +266,27 @@ def test_only_what_a_running_engine_serves_is_marked(cache: Path, state: str, wo
     found = integrity.mark_served(docker, "an odd answer")
     assert found == ([f"{REPO}@{COMMIT}"] if marked else [])
     assert model_state(cache, REPO, COMMIT)["complete"] is not marked
+
+
+def test_a_check_that_finds_all_files_sound_removes_the_mark(cache: Path, tmp_path: Path) -> None:
+    mark_suspect(cache, REPO, COMMIT, "the answer was nonsense")
+    integrity.verify_all(cache, tmp_path / "integrity.json", share=1)
+    assert model_state(cache, REPO, COMMIT)["complete"] is True
+
+    mark_suspect(cache, REPO, COMMIT, "the answer was nonsense")
+    flip(blob(cache, "w.safetensors"))
+    integrity.verify_all(cache, tmp_path / "integrity.json", share=1)
+    assert "w.safetensors" in suspicion(cache, REPO, COMMIT)
+
+
+def test_a_mark_that_is_made_during_a_check_stays(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark_suspect(cache, REPO, COMMIT, "before")
+    verify = integrity.verify_model
+
+    def marked(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        mark_suspect(cache, REPO, COMMIT, "meanwhile")
+        return verify(*args, **kwargs)
+
+    monkeypatch.setattr(integrity, "verify_model", marked)
+    integrity.verify_all(cache, tmp_path / "integrity.json", share=1)
+    assert suspicion(cache, REPO, COMMIT) == "meanwhile"

@@ -299,6 +299,13 @@ def test_a_container_that_drifted_is_made_anew(key: str, value: Any) -> None:
     assert deployment["mode"] == "restart" and deployment["release"] == 3
 
 
+def test_a_model_that_is_to_be_hashed_is_still_the_one_that_is_deployed() -> None:
+    state = serving()
+    state["model"] |= {"complete": False, "suspect": "a verification failed", "missing": []}
+    made = plan.make(target(), state)
+    assert made["fetch"]["needed"] and not made["deploy"]["needed"]
+
+
 def test_a_container_with_dollars_in_its_settings_is_as_its_file_says() -> None:
     """Compose reads `$$` as `$`: what runs is compared with that."""
     goal = target(arguments={"hf_overrides": {"$defs": "a$b"}}, environment={"A": "${HOME}", "B": "$$"})

@@ -8,7 +8,8 @@ disk's speed, and writes what it found to /var/lib/sparkfleet/integrity.json:
      "models": {"ORG/NAME@COMMIT": {"repo", "commit", "checked", "files", "bytes", "seconds", "damaged": [name],
                                     "missing": [name], "error": ""}}}
 
-A model with damaged files is marked suspect (see `cache.mark_suspect`), so that the next fetch replaces them.
+A model with damaged files is marked suspect (see `cache.mark_suspect`), so that the next fetch replaces them; a mark
+from before the check is removed when all files are sound.
 """
 
 from __future__ import annotations
@@ -27,7 +28,17 @@ from typing import Any
 
 from . import bounded, engine
 from .bounded import BoundsError
-from .cache import FOLDER, finished, manifest_path, mark_suspect, read_manifest, repo_folder, valid_repo
+from .cache import (
+    FOLDER,
+    clear_suspicion,
+    finished,
+    manifest_path,
+    mark_suspect,
+    read_manifest,
+    repo_folder,
+    suspect_path,
+    valid_repo,
+)
 from .docker import Docker, DockerError
 from .releases import STATE_DIR, write_json
 
@@ -165,6 +176,13 @@ class _Pace:
         self._since = time.monotonic()
 
 
+def _mark(cache_dir: str | Path, repo: str, commit: str) -> tuple[int, int, int] | None:
+    """Which mark a model has; None for none."""
+    with contextlib.suppress(OSError):
+        return _identity(suspect_path(cache_dir, repo, commit))
+    return None
+
+
 def _identity(path: Path) -> tuple[int, int, int] | None:
     about = path.stat()
     return about.st_ino, about.st_mtime_ns, about.st_size
@@ -207,11 +225,15 @@ def verify_all(
         "models": {key: old[key] for key in (f"{repo}@{commit}" for repo, commit in present) if key in old},
     }
     for repo, commit in chosen:
+        mark = _mark(cache_dir, repo, commit)
         found = verify_model(cache_dir, repo, commit, share, rate)
         wrong = [*found["damaged"], *found["missing"]]
         if wrong:
             reason = f"{len(wrong)} of its files are damaged or missing, such as {wrong[0]}"
             mark_suspect(cache_dir, repo, commit, reason, wrong)
+        elif mark and not found["error"] and _mark(cache_dir, repo, commit) == mark:
+            with contextlib.suppress(OSError):  # the next fetch hashes it then
+                clear_suspicion(cache_dir, repo, commit)
         told["models"][f"{repo}@{commit}"] = found
         told["updated"] = int(time.time())
         write_json(result, told)
