@@ -279,7 +279,7 @@ def unreachable(fleet: Fleet) -> dict[str, Any]:
         began = time.monotonic()
         rollout = fleet.start("sparkfleet", "rollout", **wanted)
         first = canary.release()
-        canary.until("the canary has its release", lambda: canary.release() != first)
+        canary.until("the canary has its release", lambda: canary.release() != first, 400)
         # It goes on to serve: only its SSH is gone, the connection that is kept open too.
         victim.sh("systemctl stop ssh.socket ssh.service; pkill -9 -x sshd || true")
         said, _ = rollout.communicate(timeout=600)
