@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from ansible.module_utils.sparkfleet_host.docker import Docker
+from ansible.module_utils.sparkfleet_host.releases import Store
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -75,3 +76,13 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
 @pytest.fixture
 def docker(engine: Engine) -> Docker:
     return Docker(str(engine.server_address), timeout=5)
+
+
+def deployed(folder: Path, port: int) -> Store:
+    """A store whose release 1 is current: service vllm-m, model org/model, on this port."""
+    made = Store(folder / "project", folder / "state", str(folder / "run" / "switch.lock"))
+    questions = {"question": "q", "expect": "a", "prompt": "p", "prompt_expect": "b"}
+    plan = {"service": "vllm-m", "repo": "org/model", "model": "m", "profile": "p", "memory": {}, "verify": questions}
+    lock = {"port": port, "service": "vllm-m", "image": "i", "model": "m", "profile": "p"}
+    made.commit(made.stage("services: {}\n", plan, lock), 1.0)
+    return made

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from ansible.module_utils.sparkfleet_host.guard import (
     Settings,
     figures,
     metrics,
+    read_state,
 )
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -751,3 +753,426 @@ def test_addresses_to_listen_on() -> None:
     assert Settings.of({"listen_address": "127.0.0.1"}).listen_address == ("127.0.0.1",)
     assert Settings.of({"listen_address": ["::1", "10.0.0.1", "::1"]}).listen_address == ("::1", "10.0.0.1")
     assert Settings().listen_address == ("",)
+
+
+# -- limits, to the second -------------------------------------------------------------------------------------------
+
+
+class Watched:
+    """A guard that is told exactly what is seen and when; `at` in seconds since the first look."""
+
+    def __init__(self, data: dict[str, Any] | None = None, **settings: Any) -> None:
+        self.guard = Guard(dataclasses.replace(SETTINGS, **settings), data)
+        self.more: dict[str, Any] = {"started_at": "first", "progress": (1.0,), "how": "exit code 1"}
+
+    def see(self, at: float, **more: Any) -> str:
+        return self.action(at, **more).do
+
+    def action(self, at: float, **more: Any) -> Action:
+        seen = {"now": START + at, "clock": 10_000 + at, **self.more, **more}
+        return self.guard.decide(Observation(**seen))
+
+    def canary(self, began: float, at: float, ok: bool = False, **more: Any) -> Action:
+        """A look that finds the end of a canary."""
+        return self.action(at, canary=Canary(10_000 + began, ok, at - began), **more)
+
+
+@pytest.mark.parametrize(
+    ("start_timeout", "last_line", "patience"),
+    [(1800, 0, 1800), (1800, 1199, 1800), (1800, 1500, 2100), (100, 90, 190), (100, 0, 100)],
+)
+def test_a_start_hangs_after_its_time_and_ten_minutes_of_silence(
+    start_timeout: float, last_line: float, patience: float
+) -> None:
+    watched = Watched(start_timeout=start_timeout)
+    watched.more["healthy"] = False
+    assert watched.see(0) == "nothing" and watched.guard.engine == "loading"
+    watched.see(last_line, logged=START + last_line)
+    watched.see(last_line + 1, logged=START + last_line)  # the same line again is no news
+    assert watched.see(patience, logged=START + last_line) == "nothing"
+    action = watched.action(patience + 0.1)
+    assert (action.do, action.reason) == ("restart", "hung-start")
+    silent = patience - last_line
+    assert action.detail == f"not ready after {patience} s, nothing in its log for {silent} s"
+
+
+def test_a_load_is_timed_anew_by_the_clock_of_another_boot() -> None:
+    watched = Watched()
+    watched.more["healthy"] = False
+    watched.see(0)
+    watched.more |= {"boot_id": "another", "clock": 100.0}
+    assert watched.see(0) == "nothing"
+    assert watched.see(0, clock=1900.0) == "nothing" and watched.see(0, clock=1900.1) == "restart"
+
+
+def test_an_idle_engine_is_asked_after_the_interval_of_canaries() -> None:
+    watched = Watched()
+    watched.see(0)
+    assert [watched.see(at) for at in (59.9, 60, 60.1, 119.9)] == ["nothing", "canary", "nothing", "nothing"]
+    assert watched.canary(60, 61, ok=True).do == "nothing"
+    assert watched.guard.canary == {"at": START + 61, "ok": True, "seconds": 1.0}
+    # The canary's answer was progress: the next one is due an interval after it, not after the question.
+    assert [watched.see(at) for at in (120.9, 121)] == ["nothing", "canary"]
+
+
+@pytest.mark.parametrize(("ended", "does"), [(179.9, "nothing"), (180, "restart")])
+def test_a_wedge_needs_no_token_for_its_time_and_a_canary_that_failed(ended: float, does: str) -> None:
+    watched = Watched()
+    watched.see(0)
+    assert watched.see(100, running=2.0) == "canary"
+    action = watched.canary(100, ended, running=2.0, waiting=3.0)
+    assert action.do == does and watched.guard.engine == "wedged"
+    if does == "restart":
+        assert action.reason == "wedge" and action.detail == (
+            "no token for 180 s with 2 requests running and 3 waiting, and a canary was not answered in 80 s"
+        )
+
+
+def test_without_a_canary_that_failed_no_silence_is_a_wedge() -> None:
+    watched = Watched()
+    assert [watched.see(at) for at in (0, 100, 1000)] == ["nothing", "canary", "canary"]
+    assert watched.guard.engine == "serving"
+
+
+@pytest.mark.parametrize(("moved", "engine"), [(60, "wedged"), (60.1, "serving")])
+def test_a_canary_counts_only_where_nothing_moved_since_it_began(moved: float, engine: str) -> None:
+    watched = Watched()
+    watched.see(0)
+    watched.see(moved, progress=(2.0,))
+    watched.more["progress"] = (2.0,)
+    assert watched.canary(60, 119).do == "nothing" and watched.guard.engine == engine
+
+
+def test_an_engine_that_seems_to_hang_is_asked_as_soon_as_a_canary_has_timed_out() -> None:
+    watched = Watched(canary_timeout=20)
+    watched.see(0)
+    assert watched.see(60) == "canary"
+    assert watched.canary(60, 79).do == "nothing" and watched.guard.engine == "wedged"
+    assert [watched.see(at) for at in (79.9, 80)] == ["nothing", "canary"] and watched.guard.engine == "wedged"
+    watched.see(90, progress=(2.0,))
+    assert watched.guard.engine == "serving"
+
+
+def test_metrics_that_are_silent_are_no_progress() -> None:
+    watched = Watched()
+    watched.see(0)
+    assert watched.see(60, progress=None) == "canary"
+
+
+@pytest.mark.parametrize(("later", "does"), [(99.9, "give-up"), (100, "adopt")])
+def test_restarts_count_within_their_window(later: float, does: str) -> None:
+    watched = Watched(max_restarts=1, restart_window=100)
+    watched.see(0)
+    assert watched.see(10, restart_count=1) == "adopt"
+    assert watched.see(10 + later, restart_count=2) == does
+
+
+def test_two_crashes_within_one_tick_of_the_clock_are_two() -> None:
+    watched = Watched(max_restarts=1)
+    watched.see(0)
+    assert watched.see(10, restart_count=1) == "adopt"
+    assert watched.see(10, restart_count=2) == "give-up"
+
+
+def test_without_restarts_the_first_crash_is_the_end() -> None:
+    watched = Watched(max_restarts=0)
+    watched.see(0)
+    action = watched.action(10, restart_count=1)
+    assert (action.do, action.reason) == ("give-up", "crash") and watched.guard.engine == "given-up"
+    assert action.detail == "0 restarts in 3600 s, and again: crash, exit code 1"
+    assert watched.guard.given_up == {"at": START + 10, "reason": action.detail} and watched.guard.healing is None
+
+
+def test_the_last_fifty_restarts_are_kept() -> None:
+    watched = Watched(restart_window=1)
+    watched.see(0)
+    for count in range(1, 61):
+        assert watched.see(10.0 * count, restart_count=count) == "adopt"
+    assert [item["at"] - START for item in watched.guard.restarts] == [10.0 * count for count in range(11, 61)]
+    assert watched.guard.totals == {"crash": 60}
+    kept = watched.guard.data(START)
+    more = {"at": START, "reason": "wedge", "detail": ""}
+    again = Guard(SETTINGS, {**kept, "restarts": [*kept["restarts"], more]})
+    assert len(again.restarts) == 50 and again.restarts[-1] == more
+    for count, taken in ((1000, True), (1001, False)):
+        with contextlib.nullcontext() if taken else pytest.raises(BoundsError, match="restarts"):
+            Guard(SETTINGS, {"restarts": [more] * count})
+
+
+@pytest.mark.parametrize(
+    ("tries", "starts"),
+    [(5, [0, 10, 40, 100, 160, 220]), (3, [0, 10, 40, 100]), (1, [0, 10])],
+)
+def test_the_pauses_between_starts_that_docker_refuses(tries: int, starts: list[float]) -> None:
+    watched = Watched(max_restarts=tries)
+    watched.see(0)
+    watched.see(60)
+    assert watched.canary(60, 200).do == "restart"
+    watched.more["state"] = "exited"
+    for number, at in enumerate(starts):
+        if number:
+            assert watched.see(200 + at - 0.1) == "nothing" and watched.guard.engine == "healing"
+        assert watched.see(200 + at) == ("start" if at != starts[-1] else "give-up")
+    assert watched.guard.given_up
+    assert watched.guard.given_up["reason"] == f"Docker could not start it in {tries} tries: exit code 1"
+    assert watched.see(1000) == "nothing" and watched.guard.engine == "given-up"
+
+
+def test_one_start_after_a_reboot_is_no_restart_and_always_allowed() -> None:
+    watched = Watched(max_restarts=0)
+    watched.see(0)
+    watched.more |= {"state": "exited", "boot_id": "another"}
+    assert [watched.see(at) for at in (10, 19.9)] == ["nothing", "nothing"] and watched.guard.engine == "loading"
+    action = watched.action(20)
+    assert (action.do, action.reason) == ("start", "boot") and watched.guard.engine == "healing"
+    assert [watched.see(at) for at in (29.9, 30)] == ["nothing", "give-up"]
+
+
+def test_a_pause_does_not_outlast_a_reboot() -> None:
+    watched = Watched()
+    watched.see(0)
+    watched.see(60)
+    watched.canary(60, 200)
+    watched.more["state"] = "exited"
+    assert watched.see(201) == "start"
+    assert watched.see(202, boot_id="another", clock=30.0) == "start"
+
+
+def test_a_docker_that_was_away_gets_all_its_tries_again() -> None:
+    watched = Watched()
+    watched.see(0)
+    watched.see(60)
+    watched.canary(60, 200)
+    watched.more["state"] = "exited"
+    assert [watched.see(at) for at in (200, 210)] == ["start", "start"]
+    assert watched.see(211, docker=False) == "nothing" and watched.guard.engine == "docker-down"
+    assert [watched.see(at) for at in (212, 222, 252, 311, 312)] == ["start", "start", "start", "nothing", "give-up"]
+
+
+@pytest.mark.parametrize("state", ["exited", "paused"])
+def test_a_person_may_stop_an_engine_that_has_begun_to_come_back(state: str) -> None:
+    watched = Watched()
+    watched.see(0)
+    watched.see(60)
+    watched.canary(60, 200)
+    assert watched.see(210, started_at="second", healthy=False) == "nothing" and watched.guard.engine == "healing"
+    assert watched.see(220, started_at="second", state=state) == "nothing"
+    assert watched.guard.engine == "stopped" and watched.guard.healing is None
+
+
+def test_how_long_the_engine_was_away_is_noted_once() -> None:
+    watched = Watched()
+    watched.see(0)
+    watched.see(60)
+    watched.canary(60, 200)
+    watched.more |= {"started_at": "second", "healthy": False}
+    watched.see(210)
+    watched.more["healthy"] = True
+    watched.see(321.26)
+    assert watched.guard.engine == "serving" and watched.guard.healing is None
+    assert watched.guard.restarts[-1]["back_after_s"] == 121.3
+    # A start that Docker made is no end of that restart.
+    watched.see(400, docker=False)
+    watched.see(500, started_at="third", healthy=False)
+    watched.see(600, started_at="third")
+    assert watched.guard.restarts[-1]["back_after_s"] == 121.3
+
+
+def test_a_start_after_docker_was_away_does_not_end_a_restart_of_before() -> None:
+    watched = Watched()
+    watched.see(0)
+    watched.see(10, restart_count=1)
+    watched.see(20, restart_count=1)
+    before = dict(watched.guard.restarts[-1])
+    watched.more["restart_count"] = 1
+    watched.see(30, docker=False)
+    assert [watched.see(at, state="exited") for at in (40, 50)] == ["nothing", "start"]
+    watched.see(60, started_at="second")
+    assert watched.guard.engine == "serving" and watched.guard.restarts == [before]
+
+
+def test_a_start_of_docker_after_giving_up_is_stopped_again() -> None:
+    watched = Watched(max_restarts=0)
+    watched.see(0)
+    assert watched.see(10, restart_count=1) == "give-up"
+    assert watched.guard.given_up
+    action = watched.action(20, restart_count=1)
+    assert (action.do, action.reason) == ("give-up", "again")
+    watched.guard.given_up["started_at"] = "first"
+    assert watched.see(30, restart_count=1) == "give-up"
+    assert watched.see(40, state="restarting", started_at="second") == "give-up"  # nobody has started it yet
+    assert watched.see(50, started_at="second") == "nothing" and watched.guard.given_up is None
+
+
+def test_what_was_not_done_does_not_count() -> None:
+    watched = Watched(max_restarts=2)
+    watched.see(0)
+    assert watched.see(10, restart_count=1) == "adopt"
+    watched.see(11, restart_count=1)
+    watched.see(71, restart_count=1)
+    action = watched.canary(71, 300, restart_count=1)
+    assert action.do == "restart" and watched.guard.totals == {"crash": 1, "wedge": 1}
+    watched.guard.withdraw(action)
+    assert watched.guard.healing is None and [item["reason"] for item in watched.guard.restarts] == ["crash"]
+    assert watched.guard.totals == {"crash": 1, "wedge": 0}
+    watched.guard.withdraw(Action("start", "boot"))
+    assert len(watched.guard.restarts) == 1
+    watched.guard.given_up = {"at": 1.0, "reason": "x"}
+    watched.guard.withdraw(Action("give-up", "again"))
+    assert watched.guard.given_up
+    watched.guard.withdraw(Action("give-up", "crash"))
+    assert watched.guard.given_up is None
+
+
+def test_the_rate_of_one_stream_is_measured_over_half_a_minute() -> None:
+    watched = Watched()
+    watched.more |= {"running": 1.0, "limit": 40.0}
+
+    def rate(at: float, tokens: float, **more: Any) -> float | None:
+        watched.see(at, tokens=tokens, progress=(tokens,), **more)
+        return watched.guard.tokens_per_second
+
+    assert [rate(0, 0), rate(1, 100), rate(31, 470), rate(32, 480)] == [None, None, 12.33, 12.33]
+    assert rate(60.9, 600) == 12.33 and rate(61, 770) == 10.0
+    assert not watched.guard.slow  # a quarter of the limit is not below it
+    assert rate(91, 1067) == 9.9 and watched.guard.slow and watched.guard.data(START)["slow"]
+    assert rate(121, 1067) == 0.0 and not watched.guard.slow  # a prefill
+    assert rate(130, 1100, running=2.0) == 0.0  # two share the bandwidth: measured anew
+    assert rate(140, 2000) == rate(169, 2100) == 0.0 and rate(170, 2150) == 5.0
+    assert rate(180, 10) == rate(209, 100) == 5.0 and rate(210, 100) == 3.0  # counters from nought
+
+
+def test_a_new_start_forgets_what_was_measured() -> None:
+    watched = Watched()
+    watched.more |= {"running": 1.0, "limit": 400.0}
+    for at in (0, 1, 31):
+        watched.see(at, tokens=10.0 * at)
+    assert watched.guard.slow and watched.guard.tokens_per_second == 10.0
+    watched.see(40, started_at="second", healthy=False)
+    assert not watched.guard.slow and watched.guard.tokens_per_second is None
+
+
+@pytest.mark.parametrize(
+    ("answers", "stalls"),
+    [
+        ([1.1] * 6 + [0.0] * 6, True),
+        ([1.1] * 5 + [0.0] * 7, False),
+        ([1.0] * 12, False),
+        ([1.1] * 11, False),
+        ([1.1] * 6 + [0.0] * 7, False),
+    ],
+)
+def test_half_of_the_last_answers_of_metrics_are_late(answers: list[float], stalls: bool) -> None:
+    watched = Watched()
+    for number, seconds in enumerate([0.0, *answers]):  # the first look only sees that it is ready
+        watched.see(number, answered=seconds if number else None)
+    assert watched.guard.stalls is stalls and watched.guard.data(START)["slow"] is stalls
+
+
+def test_crashes_of_another_boot_are_no_younger_than_this_one() -> None:
+    stamps = [{"at": START - 10.0, "reason": "crash", "detail": "x", "clock": 20_000.0, "boot_id": "before"}] * 2
+    watched = Watched({"engine": "serving", "boot_id": "boot", "restarts": stamps, "known": {"release": 1}})
+    watched.more["restart_count"] = 1
+    watched.guard.settings = dataclasses.replace(SETTINGS, max_restarts=2, restart_window=5000)
+    assert watched.see(0) == "adopt"  # this boot is 10,000 s old
+    young = Watched(
+        {"engine": "serving", "boot_id": "boot", "restarts": stamps, "known": {"release": 1}}, max_restarts=2
+    )
+    young.more["restart_count"] = 1
+    assert young.see(0, clock=50.0) == "give-up"
+
+
+def test_crashes_of_a_version_before_count_by_unix_time() -> None:
+    for at, does in ((START, "give-up"), (START + 1, "adopt"), (START - 3600, "adopt"), (START - 3599, "give-up")):
+        restarts = [{"at": at, "reason": "crash", "detail": "x"}]
+        watched = Watched({"engine": "serving", "restarts": restarts, "known": {"release": 1}}, max_restarts=1)
+        assert watched.see(0, restart_count=1) == does
+
+
+def test_figures_that_are_none_are_nought() -> None:
+    nan = float("nan")
+    seen = Observation(
+        now=1.0, clock=1.0, progress=(2.0, nan), running=nan, waiting=3.0, tokens=nan, limit=4.0
+    ).finite()
+    assert (seen.progress, seen.running, seen.waiting, seen.tokens, seen.limit) == ((2.0, 0.0), 0.0, 3.0, 0.0, 4.0)
+
+
+def test_the_whole_page_of_metrics() -> None:
+    watched = Watched(max_restarts=0)
+    watched.see(0)
+    watched.canary(0.5, 1, ok=True)
+    data = {**watched.guard.data(START + 2.4), "restarts_total": {"crash": 2, "else": 5}, "slow": True}
+    samples = [line for line in metrics(data).splitlines() if not line.startswith("#")]
+    others = [name for name in STATES if name != "serving"]
+    assert samples == [
+        "sparkfleet_engine_up 1",
+        'sparkfleet_engine_state{state="serving"} 1',
+        *(f'sparkfleet_engine_state{{state="{name}"}} 0' for name in others),
+        'sparkfleet_engine_restarts_total{reason="crash"} 2',
+        'sparkfleet_engine_restarts_total{reason="wedge"} 0',
+        'sparkfleet_engine_restarts_total{reason="hung-start"} 0',
+        "sparkfleet_engine_given_up 0",
+        "sparkfleet_engine_slow 1",
+        "sparkfleet_release 1",
+        "sparkfleet_canary_ok 1",
+        "sparkfleet_canary_seconds 0.5",
+        "sparkfleet_guard_last_look_seconds 1800000002",
+    ]
+    for sample in samples:
+        name = sample.split("{")[0].split()[0]
+        assert f"# HELP {name} " in metrics(data) and f"# TYPE {name} " in metrics(data)
+    bare = metrics(Guard(SETTINGS).data(0))
+    assert "sparkfleet_engine_up 0\n" in bare and "sparkfleet_release 0\n" in bare and "canary" not in bare
+
+
+def test_the_state_file_is_read_or_said_to_be_damaged(tmp_path: Path) -> None:
+    assert read_state(tmp_path) == (None, "")
+    path = tmp_path / "guard-state.json"
+    data = json.loads(json.dumps(Guard(SETTINGS).data(START)))
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert read_state(tmp_path) == (data, "")
+    path.write_text('{"engine": "x"}', encoding="utf-8")
+    assert read_state(tmp_path) == (None, f"{path}: engine: 'x' is not a state")
+    path.write_text("{", encoding="utf-8")
+    found, said = read_state(tmp_path)
+    assert found is None and said.startswith(f"{path}: ") and said.count(str(path)) == 1
+
+
+def test_what_is_kept_comes_back_whole(host: Host) -> None:
+    host.crash()
+    host.run(30)
+    kept = json.loads(json.dumps(host.guard.data(host.now)))
+    again = Guard(SETTINGS, kept).data(host.now)
+    passing = ("running", "waiting", "tokens_per_second", "slow", "stalls")
+    assert {name: again[name] for name in again if name not in passing} == {
+        name: kept[name] for name in kept if name not in passing
+    }
+
+
+def test_whether_it_served_is_known_of_a_version_before() -> None:
+    for engine in STATES:
+        assert Guard(SETTINGS, {"engine": engine}).served is (engine in ("serving", "loading", "healing", "wedged"))
+    assert Guard(SETTINGS, {"engine": "serving", "served": False}).served is False
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most", "below", "above"),
+    [
+        ("max_restarts", 0, 1000, -1, 1001),
+        ("listen_port", 0, 65535, -1, 65536),
+        ("wedge_seconds", 0.01, 1e8, 0.009, 1.1e8),
+        ("state_dir", "/", "/" * 4096, "", "/" * 4097),
+        ("listen_address", [], ["::1"] * 16, ["\0"], ["::1"] * 17),
+    ],
+)
+def test_the_limits_of_settings(name: str, least: Any, most: Any, below: Any, above: Any) -> None:
+    for value in (least, most):
+        Settings.of({name: value})
+    for value in (below, above):
+        with pytest.raises(ValueError, match=name):
+            Settings.of({name: value})
+
+
+def test_a_path_has_no_nul() -> None:
+    with pytest.raises(ValueError, match=r"cache_dir: .* is not an absolute path"):
+        Settings.of({"cache_dir": "/opt\0/hf"})

@@ -1,4 +1,4 @@
-"""The guard as a process and on a host: floods, endless answers, damaged files, the order of what it does."""
+"""The guard as a process: floods, endless answers, damaged files. What it decides and does is tested in process."""
 
 from __future__ import annotations
 
@@ -20,20 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible.module_utils.sparkfleet_host import guard as module
-from ansible.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
-from ansible.module_utils.sparkfleet_host.guard import (
-    Action,
-    Canary,
-    Notify,
-    Observation,
-    Settings,
-    Watcher,
-    restart_docker,
-)
 from ansible.module_utils.sparkfleet_host.releases import Store
 
-from tests.unit.fake_engine import Engine, Handler
+from tests.unit.fake_engine import Engine, Handler, deployed
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICE = "vllm-m"
@@ -115,13 +104,7 @@ def long_line(handler: Handler) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path, hostile: Hostile) -> Store:
-    made = Store(tmp_path / "project", tmp_path / "state", str(tmp_path / "run" / "switch.lock"))
-    questions = {"question": "q", "expect": "a", "prompt": "p", "prompt_expect": "b"}
-    plan = {"service": SERVICE, "repo": REPO, "model": "m", "profile": "p", "memory": {}, "verify": questions}
-    lock = {"port": hostile.server_port, "service": SERVICE, "image": "i", "model": "m", "profile": "p"}
-    number = made.stage("services: {}\n", plan, lock)
-    made.commit(number, 1.0)
-    return made
+    return deployed(tmp_path, hostile.server_port)
 
 
 class Process:
@@ -294,222 +277,3 @@ def test_damaged_settings_are_one_clear_error(
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"{guard.settings}: ") and said in done.stderr and done.stderr.count("\n") == 1
     guard.notified.close()
-
-
-def test_a_port_that_is_taken_is_tried_again(
-    store: Store, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said: list[str] = []
-    with socket.create_server(("127.0.0.1", 0)) as holder:
-        settings = Settings(listen_port=holder.getsockname()[1], listen_address=("127.0.0.1",))
-        watcher = Watcher(settings, store, Docker(str(engine.server_address)), said.append)
-        assert not watcher.open_window() and said[0].endswith("in use; trying again")
-    assert watcher.open_window()
-
-
-def test_an_address_that_the_host_lacks_does_not_close_the_others(store: Store, engine: Engine) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as holder:
-        port = holder.getsockname()[1]
-    said: list[str] = []
-    settings = Settings(listen_port=port, listen_address=("192.0.2.77", "127.0.0.1"))
-    watcher = Watcher(settings, store, Docker(str(engine.server_address)), said.append)
-    assert not watcher.open_window() and not watcher.open_window()
-    assert len(said) == 1 and "on 192.0.2.77: Cannot assign requested address; trying again" in said[0]
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=3)
-    connection.request("GET", "/metrics")
-    assert connection.getresponse().status == 200
-
-
-# -- what it does, on a host that is not there -------------------------------------------------------------------------
-
-
-class World:
-    """Docker's part, and in which order it was asked."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
-        self.store, self.calls, self.during = store, [], lambda: None  # type: Store, list[str], Any
-        self.found = {"state": "running", "started_at": "2026-01-01T00:00:00Z", "restart_count": 0, "tty": False}
-        self.found |= {"oom_killed": False, "error": "", "exit_code": 0}
-        self.said: list[str] = []
-        monkeypatch.setattr(module.engine, "look", self.look)
-        monkeypatch.setattr(module.engine, "stop", self.stop)
-        monkeypatch.setattr(module.engine, "start", self.start)
-        monkeypatch.setattr(module.engine, "healthy", lambda client: True)
-        monkeypatch.setattr(module.engine, "read_log", lambda *args: ["line"])
-        monkeypatch.setattr(module, "drop_page_cache", lambda: self.calls.append("drop"))
-        self.watcher = Watcher(Settings(), store, Docker("/nowhere"), self.said.append)
-
-    def look(self, docker: Any, name: str) -> dict[str, Any]:
-        return dict(self.found)
-
-    def stop(self, docker: Any, name: str, timeout: int) -> bool:
-        kept = store_state(self.store)
-        self.calls.append(f"stop, {(kept.get('healing') or {}).get('reason')} is kept")
-        self.during()
-        self.found["state"] = "exited"
-        return True
-
-    def start(self, docker: Any, name: str) -> None:
-        self.calls.append("start")
-        self.found.update(state="running", started_at="2026-01-01T01:00:00Z")
-
-    def wedge(self) -> tuple[Action, Observation]:
-        """The guard has just decided for a restart."""
-        self.watcher.step()
-        seen = self.watcher.observe()
-        action = self.watcher.guard._restart("wedge", "no token", seen)
-        assert action.do == "restart"
-        return action, seen
-
-
-def store_state(store: Store) -> dict[str, Any]:
-    path = store.state_dir / "guard-state.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch, store: Store) -> World:
-    return World(monkeypatch, store)
-
-
-def test_what_it_is_about_to_do_is_kept_before_it_stops(world: World) -> None:
-    world.watcher.act(*world.wedge())
-    assert world.calls == ["stop, wedge is kept", "drop", "start"]
-
-
-def test_no_switch_begins_while_it_acts(world: World, store: Store) -> None:
-    begun: list[bool] = []
-
-    def other() -> None:
-        with Store(store.project_dir, store.state_dir, str(store.lock_file)).exclusive() as mine:
-            begun.append(mine)
-
-    action, seen = world.wedge()
-    thread = threading.Thread(target=other)
-    world.during = lambda: (thread.start(), time.sleep(0.3))
-    world.watcher.act(action, seen)
-    thread.join()
-    # Refused, or after the start: never between stop and start.
-    assert world.calls[-1] == "start" and begun in ([False], [True])
-
-
-def test_nothing_is_done_once_a_switch_has_begun(world: World, store: Store) -> None:
-    action, seen = world.wedge()
-    with store.exclusive():
-        world.watcher.act(action, seen)
-        assert world.calls == [] and "a switch has begun" in world.said[-1]
-        assert world.watcher.step().do == "nothing"
-    assert world.watcher.guard.restarts == [] and world.watcher.guard.totals == {"wedge": 0}
-
-
-def test_nothing_is_done_to_an_engine_that_was_stopped_or_started_meanwhile(world: World) -> None:
-    for change in ({"state": "exited"}, {"started_at": "2026-01-01T02:00:00Z"}):
-        action, seen = world.wedge()
-        world.found.update(change)
-        world.watcher.act(action, seen)
-        assert world.calls == [] and "has changed meanwhile" in world.said[-1]
-        world.found["state"] = "exited"
-        for _ in range(3):
-            assert world.watcher.step().do == "nothing"
-        assert world.watcher.guard.engine == "stopped" and world.calls == []
-        world.found.update(state="running", started_at="2026-01-01T03:00:00Z")
-
-
-def test_giving_up_keeps_by_which_start(world: World) -> None:
-    world.watcher.step()
-    seen = world.watcher.observe()
-    world.watcher.guard.given_up = {"at": 1.0, "reason": "x"}
-    world.watcher.act(Action("give-up", "crash", "x"), seen)
-    assert world.watcher.guard.given_up["started_at"] == world.found["started_at"]
-    assert world.watcher.guard.given_up["log"] == ["line"]
-    assert world.watcher.step().do == "nothing" and world.watcher.guard.engine == "given-up"
-
-
-def test_a_canary_that_ends_while_it_reads_belongs_to_this_observation(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ended = Canary(1.0, True, 0.5)
-
-    def look(docker: Any, name: str) -> dict[str, Any]:
-        world.watcher._canary = ended
-        return dict(world.found)
-
-    monkeypatch.setattr(module.engine, "look", look)
-    assert world.watcher.observe().canary is ended and world.watcher._canary is None
-
-
-def test_no_observation_ends_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def look(docker: Any, name: str) -> dict[str, Any]:
-        raise MemoryError("odd")
-
-    monkeypatch.setattr(module.engine, "look", look)
-    for _ in range(5):
-        world.watcher.survive()
-    assert world.said == ["this observation failed: MemoryError: odd"]  # once, not at each
-
-
-def test_no_more_threads_is_no_sign_of_the_engine(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", start)
-    world.watcher.act(Action("canary"), Observation(now=1.0, clock=1.0))
-    assert world.said == ["canary: can't start new thread"] and not world.watcher._asking
-
-
-def test_docker_that_is_away_is_seen(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def look(docker: Any, name: str) -> dict[str, Any]:
-        raise DockerUnavailable("away")
-
-    monkeypatch.setattr(module.engine, "look", look)
-    assert world.watcher.observe().docker is False
-
-
-def test_a_disk_that_is_full_is_said_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, data: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(module, "write_json", full)
-    for _ in range(5):
-        world.watcher.step()
-        world.watcher.save(force=True)
-    assert sum("cannot be written" in line for line in world.said) == 1
-    assert world.watcher.answer("/metrics")[1].startswith("# HELP") and world.watcher.answer("/ready")[0] == 200
-
-
-def test_ready_is_what_the_guard_knows(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    get = world.watcher.answer
-    world.watcher.step()
-    assert get("/ready") == (200, f"serving {REPO}\n")
-    assert get("/ready?model=org/model") == get("/ready?model=org%2Fmodel") == get("/ready")
-    for query in ("model=org/other", "model=", "model=m", "model=org/model&model=org/other"):
-        assert get(f"/ready?{query}") == (503, "another-model\n")
-    assert get("/ready?" + "&".join(f"a{number}=1" for number in range(20)))[0] == 400
-    assert "sparkfleet_engine_up 1" in get("/metrics")[1] and get("/else")[0] == 404
-    world.watcher.guard.engine = "wedged"
-    assert get("/ready") == get("/ready?model=org/model") == (503, "wedged\n")
-    world.watcher.guard.engine = "serving"
-    monkeypatch.setattr(world.watcher, "looked_at", world.watcher.looked_at - 1000)
-    assert get("/ready") == get("/ready?model=org/model") == (503, "guard-stuck\n")
-
-
-def test_docker_is_restarted_by_its_process_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    killed: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append((pid, number)))
-    path = tmp_path / "docker.pid"
-    for text in ("x", "1", "-1", str(os.getpid()), "99999999999", "9" * 200):
-        path.write_text(text, encoding="ascii")
-        with pytest.raises(OSError, match=r"docker\.pid"):
-            restart_docker(str(path))
-    assert killed == []
-
-
-def test_systemd_waits_longer_for_the_end_of_a_switch(tmp_path: Path) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.bind(str(tmp_path / "n"))
-        sock.settimeout(1)
-        notify = Notify({"NOTIFY_SOCKET": str(tmp_path / "n"), "WATCHDOG_USEC": "90000000"})
-        with notify.patiently(3600):
-            assert sock.recv(100) == b"WATCHDOG_USEC=3600000000\nWATCHDOG=1"
-        assert sock.recv(100) == b"WATCHDOG_USEC=90000000\nWATCHDOG=1"
-    Notify({}).alive()  # without systemd
