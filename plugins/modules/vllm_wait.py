@@ -66,7 +66,7 @@ EXAMPLES = r"""
 RETURN = r"""
 ready: {description: Whether C(/health) answered 200 and the container runs., returned: always, type: bool}
 state:
-  description: running, exited, restarting or missing. A container that could not be started counts as exited.
+  description: running, paused, exited, restarting or missing. A container that could not be started counts as exited.
   returned: always
   type: str
 exit_code: {description: Exit code of the last end., returned: always, type: int}

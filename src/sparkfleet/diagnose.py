@@ -207,8 +207,9 @@ def _answers(facts: Mapping[str, Any]) -> list[Finding]:
     if asked and asked.get("verified") is False:
         bad = [f"{check['name']}: {check['detail']}" for check in asked["checks"] if not check["ok"]]
         return [Finding(str(asked["failure"]), tuple(bad[:3]))]
-    if not facts["status"].get("healthy") and seen.get("state") == "running":
-        return [Finding("endpoint-down", ("it runs, and /health does not answer",))]
+    if not facts["status"].get("healthy") and seen.get("state") in ("running", "paused"):
+        why = "it is paused" if seen["state"] == "paused" else "it runs, and /health does not answer"
+        return [Finding("endpoint-down", (why,))]
     return []
 
 

@@ -79,6 +79,7 @@ def test_a_harmless_line_is_said_as_such() -> None:
         ({"asked": {"tokens_per_second": 3.0}}, ["low-throughput"]),
         ({"guard": {"slow": True, "tokens_per_second": 2.5}}, ["low-throughput"]),
         ({"status": {"healthy": False}, "asked": None}, ["endpoint-down"]),
+        ({"status": {"healthy": False}, "engine": {"state": "paused"}, "asked": None}, ["endpoint-down"]),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, list) else "",
 )

@@ -148,6 +148,7 @@ def test_log_is_bounded_and_its_end_is_there(poll: Poll, container: Container, v
     [
         ({"Running": False, "ExitCode": 1, "StartedAt": STARTED}, "exited"),
         ({"Running": True, "Restarting": True, "ExitCode": 1, "StartedAt": STARTED}, "restarting"),
+        ({"Running": True, "Paused": True, "ExitCode": 0, "StartedAt": STARTED}, "paused"),
         ({"Status": "created", "Running": False, "Error": "port is already allocated"}, "exited"),
     ],
 )

@@ -83,6 +83,8 @@ def look(docker: Docker, service: str) -> dict[str, Any]:
     state = found.get("State") or {}
     if state.get("Restarting"):
         word = "restarting"
+    elif state.get("Paused"):  # Docker says of it that it is running, too
+        word = "paused"
     elif state.get("Running"):
         word = "running"
     else:
