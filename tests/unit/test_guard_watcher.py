@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from ansible.module_utils.sparkfleet_host import guard as module
+from ansible.module_utils.sparkfleet_host import releases
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError, DockerUnavailable
 from ansible.module_utils.sparkfleet_host.guard import (
     Action,
@@ -155,7 +156,9 @@ def test_no_switch_begins_while_it_acts(world: World, store: Store) -> None:
     assert world.calls[-1] == "start" and begun in ([False], [True])
 
 
-def test_nothing_is_done_once_a_switch_has_begun(world: World, store: Store) -> None:
+def test_nothing_is_done_once_a_switch_has_begun(world: World, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = releases._locked
+    monkeypatch.setattr(releases, "_locked", lambda handle, limit: locked(handle, lambda: 0.0))
     action, seen = world.wedge()
     with store.exclusive():
         world.watcher.act(action, seen)

@@ -374,7 +374,7 @@ def test_a_switch_waits_for_the_guard_and_the_guard_for_nobody(store: Store, mon
         with store.exclusive("guard") as mine:
             assert mine
             holding.set()
-            time.sleep(1.5)  # longer than a switch waits for anybody else
+            time.sleep(0.4)  # longer than a switch waits for anybody else
         released.set()
 
     holding = threading.Event()
@@ -383,7 +383,7 @@ def test_a_switch_waits_for_the_guard_and_the_guard_for_nobody(store: Store, mon
     holding.wait()
     with store.exclusive("guard", patience=0.1) as mine:
         assert not mine
-    with store.exclusive() as mine:
+    with store.exclusive(patience=0.1) as mine:
         assert mine and released.is_set()
     thread.join()
     monkeypatch.setattr(releases, "GUARD_PATIENCE", 0.3)
@@ -403,3 +403,584 @@ def test_one_who_may_not_open_the_lock_asks_the_journal(store: Store, monkeypatc
         assert store.switch_active()
         as_user.setattr(store, "switch", lambda: check_journal({**OLD_JOURNAL, "pid": 2**22}))
         assert not store.switch_active()
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_before_it_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, did = tmp_path / "deep" / "er" / "file", []  # type: Path, list[str]
+    fsync, replace = os.fsync, Path.replace
+
+    def synced(handle: int) -> None:
+        info = os.fstat(handle)
+        did.append("folder" if stat.S_ISDIR(info.st_mode) else f"{info.st_size} bytes {stat.S_IMODE(info.st_mode):o}")
+        fsync(handle)
+
+    def replaced(self: Path, target: Path) -> Path:
+        did.append("named")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    releases.write_bytes(path, b"12345", 0o640)
+    assert did == ["5 bytes 640", "named", "folder"] and path.read_bytes() == b"12345"
+    did.clear()
+    releases.link(tmp_path / "link", "file")
+    assert did == ["named", "folder"] and (tmp_path / "link").readlink() == Path("file")
+
+
+def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    releases.write_text(path, "old")
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        releases.write_text(path, "new")
+    assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_json_is_written_for_people(tmp_path: Path) -> None:
+    releases.write_json(tmp_path / "x", {"a": "é"}, 0o600)
+    assert (tmp_path / "x").read_text("utf-8") == '{\n  "a": "é"\n}\n'
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o600
+    assert releases.read_json(tmp_path / "x") == {"a": "é"} and releases.read_json(tmp_path / "y") is None
+
+
+def test_a_link_that_was_half_made_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / ".current.new").symlink_to("releases/1")
+    releases.link(tmp_path / "current", "releases/2")
+    assert (tmp_path / "current").readlink() == Path("releases/2") and len([*tmp_path.iterdir()]) == 1
+
+
+# -- the form of the files -------------------------------------------------------------------------------------------
+
+
+def with_(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """`data` with another member; `path` is a.b."""
+    first, _, rest = path.partition(".")
+    return {**data, first: with_(data.get(first) or {}, rest, value) if rest else value}
+
+
+@pytest.mark.parametrize(
+    ("path", "good", "bad"),
+    [
+        ("model", ["m" * 1000], ["", None, "m" * 1001]),
+        ("repo", ["r"], ["", None]),
+        ("service", ["s"], ["", None]),
+        ("verify", [], [None, []]),
+        ("verify.question", ["", "q"], [None, 5]),
+        ("verify.expect", ["e"], [None]),
+        ("verify.prompt", ["p"], [None]),
+        ("verify.prompt_expect", ["e"], [None]),
+        ("verify.max_tokens", [1, 1 << 20], [0, (1 << 20) + 1, "x"]),
+        ("memory", [None, {}, {"decode_tok_s_limit": None}], [5, []]),
+        ("memory.decode_tok_s_limit", [0, 25.5], [-1, "x"]),
+    ],
+)
+def test_the_form_of_a_plan(path: str, good: list[Any], bad: list[Any]) -> None:
+    for value in good:
+        assert releases.check_plan(with_(PLAN, path, value))
+    for value in bad:
+        with pytest.raises(BoundsError, match=path.rpartition(".")[2]):
+            releases.check_plan(with_(PLAN, path, value))
+    questions = {key: value for key, value in PLAN["verify"].items() if key != "max_tokens"}
+    assert releases.check_plan({**PLAN, "verify": questions})
+
+
+@pytest.mark.parametrize(
+    ("path", "good", "bad"),
+    [
+        ("port", [1, 65535], [0, 65536, None]),
+        ("service", ["s" * 1000], ["s" * 1001, None]),
+        *((key, [None, "x" * 4096], ["x" * 4097, 5]) for key in ("model", "profile", "repo", "revision", "image")),
+        ("controller", [None, "alice@laptop"], [5]),
+        ("sha256", [{}, {"plan.json": "a" * 64}], [None, {"plan.json": "x"}]),
+    ],
+)
+def test_the_form_of_a_lock(path: str, good: list[Any], bad: list[Any]) -> None:
+    for value in good:
+        assert releases.check_lock(with_(LOCK, path, value))
+    for value in bad:
+        with pytest.raises(BoundsError, match=path):
+            releases.check_lock(with_(LOCK, path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "good", "bad"),
+    [
+        ("state", ["verified", "failed"], [None, "fine"]),
+        ("at", [0, 1.5], [None, -1, "x"]),
+        ("verified_at", [None, 0], [-1, "x"]),
+        *((key, [None, ""], [5]) for key in ("failure", "message", "container_id")),
+    ],
+)
+def test_the_form_of_an_outcome(path: str, good: list[Any], bad: list[Any]) -> None:
+    outcome = {"state": "failed", "at": 1.0}
+    for value in good:
+        assert releases.check_outcome(with_(outcome, path, value))
+    for value in bad:
+        with pytest.raises(BoundsError, match=path):
+            releases.check_outcome(with_(outcome, path, value))
+
+
+ERROR = {"message": "vllm ended"}
+STEP = {"phase": "p", "at": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("key", "good", "bad"),
+    [
+        ("to", [0, 10**9], [None, -1, 10**9 + 1]),
+        ("from", [None, 0, 10**9], [-1, 10**9 + 1]),
+        ("pid", [0, 10**9], [None, -1]),
+        ("phase", ["p"], [None, 5]),
+        ("outcome", [None, "verified"], [5]),
+        ("began", [0, 1.5], [None, -1]),
+        ("ended", [None, 1.5], ["x"]),
+        (
+            "steps",
+            [[], [STEP] * 1000, [{"phase": "p" * 100, "at": 0}]],
+            [[STEP] * 1001, [{"phase": "p" * 101, "at": 0}]],
+        ),
+        ("steps", [], [[{"phase": "p"}], [{"at": 1}], [5], None]),
+        ("error", [None, ERROR, {**ERROR, "log": ["x"] * 10_000}], [[], {}, {**ERROR, "log": ["x"] * 10_001}]),
+        ("error", [{**ERROR, "exit_code": -(1 << 31)}], [{**ERROR, "exit_code": -(1 << 31) - 1}]),
+        ("error", [{**ERROR, "checks": [{}] * 100}], [{**ERROR, "checks": [{}] * 101}, {**ERROR, "checks": [5]}]),
+        ("restore_error", [{**ERROR, "failure": None, "state": "x"}], [{**ERROR, "failure": 5}, {**ERROR, "log": [5]}]),
+        ("restore_error", [{**ERROR, "restart_count": 2}], [{**ERROR, "restart_count": "x"}]),
+        ("verification", [None, {}], [5]),
+    ],
+)
+def test_the_form_of_a_journal(key: str, good: list[Any], bad: list[Any]) -> None:
+    for value in good:
+        assert check_journal({**OLD_JOURNAL, key: value})[key] == value
+    for value in bad:
+        with pytest.raises(BoundsError, match=key):
+            check_journal({**OLD_JOURNAL, key: value})
+
+
+def test_what_a_journal_lacks() -> None:
+    texts = ("id", "mode", "controller", "verb", "model", "boot_id", "phase", "container", "container_id")
+    nothing = ("from", "from_model", "outcome", "ended", "stopped_at", "answering_at", "out_of_service_s", "error")
+    assert check_journal({"to": 3, "more": 5}) == {
+        **{"to": 3, "more": 5, "pid": 0, "keep": 0, "start_timeout": 0.0, "began": 0.0, "steps": []},
+        **dict.fromkeys(texts, ""),
+        **dict.fromkeys((*nothing, "restore_error", "verification"), None),
+    }
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_limits_of_a_number(store: Store) -> None:
+    for name in ("1", "999999999", "1000000000"):
+        store.folder(int(name)).mkdir(parents=True)
+    assert store.numbers() == [1, 999999999]
+
+
+def test_the_current_release_is_one_that_is_there(store: Store) -> None:
+    assert store.current() is None
+    stage(store)
+    for target, current in (("releases/1", 1), ("releases/2", None), ("releases/x", None)):
+        releases.link(store.project_dir / "current", target)
+        assert store.current() == current
+
+
+def test_the_previous_release_is_the_last_that_was_verified_whatever_became_of_it(store: Store) -> None:
+    for count in range(4):
+        stage(store, f"{count}\n")
+    assert store.previous() is None
+    for number, at in ((3, 10.0), (1, 20.0), (2, 30.0)):
+        store.commit(number, at)
+    store.note_failure(4, 40.0, "x", "m", [])
+    assert (store.current(), store.previous()) == (2, 1)
+    store.note_failure(1, 50.0, "x", "m", [])
+    assert store.previous() == 1
+
+
+def test_what_is_missing_is_named_with_what_there_is(store: Store) -> None:
+    with pytest.raises(ReleaseError, match=r"^release 7 has no .*/7/compose\.yml; there are releases \(none\)$"):
+        store.compose_file(7)
+    stage(store), stage(store, "b\n")
+    with pytest.raises(ReleaseError, match=r"/7/plan\.json is missing or damaged; there are releases 1, 2$"):
+        store.plan(7)
+    spoil(store.folder(1) / "lock.json", '{"port": 0}')
+    with pytest.raises(ReleaseError, match=r"/1/lock\.json is missing or damaged \(port: 0 is not between 1 and"):
+        store.lock(1)
+    (store.folder(2) / "plan.json").unlink()
+    (store.folder(2) / "plan.json").mkdir()
+    with pytest.raises(ReleaseError, match=r"/2/plan\.json is missing or damaged \([^/]*(/.*not a regular file)?"):
+        store.plan(2)
+
+
+def test_the_whole_summary(store: Store) -> None:
+    empty = store.summary()
+    assert empty["current"] is empty["previous"] is empty["newest_compose"] is empty["switch"] is None
+    assert empty["numbers"] == empty["unreadable"] == empty["set_aside"] == [] and empty["switch_active"] is False
+    stage(store), stage(store, "b\n"), stage(store, "c\n")
+    store.commit(1, 10.0), store.commit(2, 20.0, "abc")
+    error = {"message": "m", "log": ["line"], "checks": [{}], "exit_code": 1}
+    store.write_switch({**OLD_JOURNAL, "to": 3, "error": error, "verification": {"answer": "long"}})
+    spoil(store.folder(3) / "lock.json")
+    with store.exclusive():
+        held = store.holder()
+        assert held
+        summary = store.summary()
+    assert (summary["current"], summary["previous"], summary["numbers"]) == (2, 1, [1, 2, 3])
+    assert summary["locks"] == {"1": store.lock(1), "2": store.lock(2), "3": {}}
+    assert summary["outcomes"]["2"] == {"state": "verified", "at": 20.0, "verified_at": 20.0, "container_id": "abc"}
+    assert summary["outcomes"]["3"] is None and list(summary["damaged"]) == ["3"]
+    assert summary["newest_compose"] == "c\n" == summary["switch_compose"]
+    assert summary["switch_active"] is True and summary["lock_holder"] == held
+    assert summary["switch"]["error"] == {"message": "m", "exit_code": 1} and "verification" not in summary["switch"]
+    assert summary["unreadable"] == []
+    assert store.summary()["switch_compose"] is None  # nobody switches
+
+
+# -- damage and repair -----------------------------------------------------------------------------------------------
+
+
+def test_what_is_wrong_with_a_release(store: Store) -> None:
+    number = stage(store)
+    folder = store.folder(number)
+    assert store.damage(9) == [f"{store.folder(9)} is missing"]
+    spoil(folder / "plan.json", json.dumps({**PLAN, "model": "other"}))
+    spoil(folder / "compose.yml", "\udcff".encode("utf-8", "surrogateescape").decode("latin-1"))
+    (folder / "outcome.json").write_text('{"state": "fine"}')
+    (folder / ".sealed.json").unlink()
+    assert store.damage(number) == [
+        f"{folder / '.sealed.json'} is missing or damaged",
+        f"{folder / 'compose.yml'} was changed",
+        f"{folder / 'plan.json'} was changed",
+        f"{folder / 'outcome.json'} is damaged (state: 'fine' is none)",
+    ]
+    (folder / "compose.yml").write_bytes(b"\xff")
+    assert f"{folder / 'compose.yml'} is missing or damaged" in store.damage(number)
+
+
+def test_an_outcome_alone_is_set_aside(store: Store) -> None:
+    number = stage(store)
+    path = store.folder(number) / "outcome.json"
+    path.write_text("{")
+    assert "outcome.json is damaged" in "; ".join(store.repair(number))
+    assert not path.exists() and store.damage(number) == [] and len(store.set_aside_files()) == 1
+
+
+def test_a_link_in_the_place_of_a_file_is_replaced_and_not_followed(store: Store, tmp_path: Path) -> None:
+    number = stage(store)
+    path = store.folder(number) / "compose.yml"
+    path.unlink()
+    path.symlink_to(tmp_path / "nowhere")
+    assert store.repair(number) and not path.is_symlink() and path.read_text() == "services: {}\n"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o444
+    (kept,) = store.folder(number).glob("compose.yml.damaged-*")
+    assert kept.is_symlink() and not (tmp_path / "nowhere").exists()
+
+
+def test_only_the_copies_are_lost(store: Store) -> None:
+    number = stage(store)
+    (store.folder(number) / ".sealed.json").unlink()
+    assert store.repair(number) == [f"{store.folder(number) / '.sealed.json'} is missing or damaged"]
+    assert store.damage(number) == []
+
+
+@pytest.mark.parametrize("part", ["sha256", "number", "plan"])
+def test_copies_that_are_not_of_this_release_are_none(store: Store, part: str) -> None:
+    number = stage(store)
+    path = store.folder(number) / ".sealed.json"
+    data = json.loads(path.read_text())
+    if part == "sha256":
+        data["files"]["compose.yml"] = "services: {evil: {}}\n"
+    else:
+        name, change = ("lock.json", {"number": 7}) if part == "number" else ("plan.json", {"model": ""})
+        data["files"][name] = json.dumps({**json.loads(data["files"][name]), **change})
+        data["sha256"] = releases._sha256(json.dumps(data["files"], sort_keys=True))
+    spoil(path, json.dumps(data))
+    assert store.damage(number) == [f"{path} is missing or damaged"]
+    assert store.repair(number) and store.damage(number) == []
+    assert (store.folder(number) / "compose.yml").read_text() == "services: {}\n"
+
+
+def test_a_whole_release_is_not_sealed_again(store: Store) -> None:
+    number = stage(store)
+    path = store.folder(number) / ".sealed.json"
+    before = path.stat().st_ino
+    store.seal(number)
+    assert path.stat().st_ino == before
+    path.unlink()
+    spoil(store.folder(number) / "compose.yml", "edited\n")
+    store.seal(number)  # what was edited is nothing to be kept as it was staged
+    assert not path.exists()
+
+
+def test_a_release_that_is_not_there_cannot_be_repaired(store: Store) -> None:
+    stage(store)
+    with pytest.raises(ReleaseError, match=r"/7 is missing; there are releases 1$"):
+        store.repair(7)
+
+
+def test_a_disk_that_is_full_keeps_a_release_from_being_repaired(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = stage(store)
+    spoil(store.folder(number) / "compose.yml", "edited\n")
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(releases, "write_text", full)
+    with pytest.raises(ReleaseError, match=r"^release 1 cannot be repaired: No space left on device$"):
+        store.repair(number)
+    assert store.numbers() == [number]
+
+
+def test_a_release_may_be_left_where_it_is(store: Store) -> None:
+    number = stage(store)
+    for name in ("lock.json", ".sealed.json"):
+        spoil(store.folder(number) / name)
+    with pytest.raises(ReleaseError, match=r"^release 1 is damaged: .*; there are releases 1$"):
+        store.repair(number, discard=False)
+    assert store.numbers() == [number]
+
+
+def test_the_newest_of_the_releases_that_were_set_aside_are_kept(store: Store) -> None:
+    folder = store.project_dir / "releases"
+    for number in range(1, bounded.SET_ASIDE + 1):
+        (folder / f"{100 + number}.damaged-{number}").mkdir(parents=True)
+    number = stage(store)
+    assert number == 100 + bounded.SET_ASIDE + 1
+    kept = store.discard(number)
+    assert kept and kept.is_dir() and kept.name.startswith(f"{number}.damaged-")
+    names = {path.name for path in folder.glob("*.damaged-*")}
+    assert len(names) == bounded.SET_ASIDE and kept.name in names and "101.damaged-1" not in names
+
+
+def test_every_release_is_repaired_and_what_was_done_is_said(store: Store) -> None:
+    stage(store), stage(store, "b\n"), stage(store, "c\n")
+    store.commit(2, 1.0)
+    spoil(store.folder(1) / "compose.yml", "x\n")
+    for name in ("lock.json", ".sealed.json"):
+        spoil(store.folder(3) / name)
+    first, third = store.repair_all()
+    assert first == f"{store.folder(1) / 'compose.yml'} was changed; brought back, the other is kept beside it"
+    assert third.startswith("release 3 is damaged, set aside as ") and "there are" not in third
+    assert store.numbers() == [1, 2] and store.repair_all() == []
+
+
+def test_a_release_that_is_the_same(store: Store) -> None:
+    stage(store), stage(store)
+    assert store.find("services: {}\n", {**PLAN, "memory": {"decode_tok_s_limit": 5}}) == 2  # the newest
+    assert store.find("other\n", PLAN) is None
+    for change in ({"model": "n"}, {"profile": "latency"}, {"verify": {**PLAN["verify"], "question": "other"}}):
+        assert store.find("services: {}\n", {**PLAN, **change}) is None
+    (store.folder(2) / "outcome.json").write_text("{")  # says nothing about its files
+    assert store.find("services: {}\n", PLAN) == 2
+    spoil(store.folder(2) / "lock.json")
+    assert store.find("services: {}\n", PLAN) == 1
+
+
+# -- numbers and writing of releases ---------------------------------------------------------------------------------
+
+
+def test_the_next_number_is_above_all_that_is_known(store: Store) -> None:
+    assert store.next_number() == 1
+    stage(store)
+    (store.state_dir / "last-release").unlink()
+    assert store.next_number() == 2
+    (store.project_dir / "releases" / "4.damaged-9").mkdir()
+    assert store.next_number() == 5
+    releases.link(store.project_dir / "current", "releases/6")
+    assert store.next_number() == 7
+    store.write_switch({"to": 8, "from": None})
+    assert store.next_number() == 9
+    store.write_switch({"to": 1, "from": 10})
+    assert store.next_number() == 11
+    (store.state_dir / "last-release").write_text("12\n")
+    assert store.next_number() == 13
+
+
+def test_the_last_number_never_falls(store: Store) -> None:
+    path = store.state_dir / "last-release"
+    for number, last in ((3, "3\n"), (2, "3\n"), (4, "4\n")):
+        store._note_number(number)
+        assert path.read_text() == last
+    inode = path.stat().st_ino
+    store._note_number(4)
+    assert path.stat().st_ino == inode
+
+
+def test_a_release_is_there_for_all_to_read_and_knows_its_number(store: Store) -> None:
+    number = stage(store)
+    assert stat.S_IMODE(store.folder(number).stat().st_mode) == 0o755
+    assert store.lock(number)["number"] == number and (store.state_dir / "last-release").read_text() == "1\n"
+    assert stat.S_IMODE((store.project_dir / "releases" / ".lock").stat().st_mode) == 0o600
+
+
+def test_a_staging_that_fails_leaves_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as context, pytest.raises(OSError, match="No space"):
+        context.setattr(releases, "_write_release", full)
+        stage(store)
+    assert [path.name for path in (store.project_dir / "releases").iterdir()] == [".lock"]
+    assert stage(store) == 2
+
+
+def test_a_release_that_is_verified_is_the_current_one(store: Store) -> None:
+    stage(store)
+    (store.state_dir / "last-release").unlink()
+    store.commit(1, 5.0, "abc")
+    assert store.outcome(1) == {"state": "verified", "at": 5.0, "verified_at": 5.0, "container_id": "abc"}
+    assert (store.project_dir / "current").readlink() == Path("releases/1")
+    assert (store.project_dir / "compose.yml").readlink() == Path("current/compose.yml")
+    assert (store.state_dir / "last-release").read_text() == "1\n"
+    assert store.set_aside_files() == [] and not list(store.project_dir.glob("*.damaged-*"))
+
+
+def test_a_folder_in_the_place_of_the_link_is_left_alone(store: Store) -> None:
+    stage(store)
+    (store.project_dir / "compose.yml").mkdir()
+    store.commit(1, 5.0)
+    assert (store.project_dir / "compose.yml").is_dir() and store.current() == 1
+    (store.project_dir / "compose.yml").rmdir()
+    (store.project_dir / "compose.yml").symlink_to(".")  # a link to a folder is ours to replace
+    store.commit(1, 6.0)
+    assert (store.project_dir / "compose.yml").readlink() == Path("current/compose.yml")
+
+
+def test_a_failure_keeps_when_the_release_was_verified_and_the_end_of_its_log(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage(store), stage(store, "b\n")
+    store.commit(1, 5.0, "abc")
+    monkeypatch.setattr(releases, "LOG_LIMIT", 8)
+    store.note_failure(1, 9.0, "crash", "it ended", ["first", "second"])
+    assert store.outcome(1) == {
+        **{"state": "failed", "at": 9.0, "verified_at": 5.0, "container_id": "abc"},
+        **{"failure": "crash", "message": "it ended"},
+    }
+    assert (store.folder(1) / "engine.log").read_text() == "t\nsecond\n"
+    store.note_failure(2, 9.0, "", "", [])
+    assert store.outcome(2) == {"state": "failed", "at": 9.0, "failure": "", "message": ""}
+    assert not (store.folder(2) / "engine.log").exists()
+
+
+def test_prune_keeps_at_least_the_newest(store: Store) -> None:
+    for count in range(3):
+        stage(store, f"{count}\n")
+    assert store.prune(0) == [1, 2] and store.numbers() == [3]
+    assert store.prune(5) == []
+
+
+# -- the journal and the lock, in detail -----------------------------------------------------------------------------
+
+
+def test_why_a_journal_cannot_be_understood(store: Store) -> None:
+    assert store.switch_damage() == "" and store.set_journal_aside() is None
+    path = store.state_dir / "switch.json"
+    store.write_switch({"to": -1})
+    assert store.switch_damage() == f"{path}: to: -1 is not between 0 and 1000000000"
+    kept = store.set_journal_aside()
+    assert kept and kept.parent == path.parent and not path.exists()
+    store.write_switch(OLD_JOURNAL)
+    assert store.set_journal_aside() is None and path.exists()
+    path.unlink()
+    path.symlink_to(path)
+    assert store.switch_damage() == f"{path}: Too many levels of symbolic links"
+
+
+@pytest.mark.parametrize(
+    ("change", "held"),
+    [
+        ({}, True),
+        ({"phase": "done"}, False),
+        ({"pid": 0}, False),
+        ({"pid": 2**22}, False),
+    ],
+)
+def test_whose_switch_it_is_by_the_journal(store: Store, change: dict[str, Any], held: bool) -> None:
+    store.write_switch({**OLD_JOURNAL, "pid": os.getpid(), **change})
+    process = Path("/proc/self/comm").read_text().strip()
+    expected = {"holder": "switch", "pid": os.getpid(), "process": process} if held else None
+    assert store._holder_by_journal() == expected
+    (store.state_dir / "switch.json").unlink()
+    assert store._holder_by_journal() is None
+
+
+def test_the_lock_names_its_process_and_is_empty_afterwards(store: Store) -> None:
+    with store.exclusive("guard"):
+        process = Path("/proc/self/comm").read_text().strip()
+        assert store.holder() == {"holder": "guard", "pid": os.getpid(), "process": process}
+        assert json.loads(store.lock_file.read_text()) == {"holder": "guard", "pid": os.getpid()}
+        with store.exclusive("guard", patience=0.0) as mine:
+            assert not mine
+        assert store.lock_file.read_text()  # who does not get it leaves the name of who has it
+    assert store.lock_file.read_text() == ""
+    store.lock_file.write_text("x" * 500)
+    with store.exclusive():
+        assert json.loads(store.lock_file.read_text())["holder"] == "switch"
+
+
+def test_a_name_in_the_lock_that_is_not_its_holder_s_is_not_believed(store: Store) -> None:
+    with store.exclusive():
+        for text in ("", "{", '{"holder": 5, "pid": 1}', '{"holder": "switch", "pid": 1}'):
+            store.lock_file.write_text(text)
+            held = store.holder()
+            assert held and (held["holder"], held["pid"]) == ("other", os.getpid()) and not store.switch_active()
+
+
+@pytest.mark.parametrize(
+    ("held_by", "asked_as", "patience"),
+    [("guard", "guard", 1.0), ("switch", "guard", 1.0), ("switch", "switch", 1.0), ("guard", "switch", 120.0)],
+)
+def test_for_how_long_the_lock_is_waited_for(
+    store: Store, monkeypatch: pytest.MonkeyPatch, held_by: str, asked_as: str, patience: float
+) -> None:
+    now = [0.0]
+    with store.exclusive(held_by) as mine:
+        assert mine
+        monkeypatch.setattr(releases.time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(releases.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + patience / 4))
+        with store.exclusive(asked_as) as second:
+            assert not second
+    assert now[0] == patience
+
+
+def test_the_folder_of_another_s_lock_keeps_its_mode(store: Store) -> None:
+    folder = store.lock_file.parent
+    folder.mkdir()
+    folder.chmod(0o755)
+    with store.exclusive():
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+    other = Store(lock_file=str(folder / "made" / "lock"))
+    with other.exclusive():
+        assert stat.S_IMODE((folder / "made").stat().st_mode) == 0o700
+
+
+def test_who_holds_a_lock_as_the_kernel_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "lock"
+    path.touch()
+    with path.open("rb") as file:
+        info = os.fstat(file.fileno())
+        place = f"{os.major(info.st_dev):02x}:{os.minor(info.st_dev):02x}:{info.st_ino}"
+        for lines, pid in (
+            ([f"1: FLOCK ADVISORY WRITE 4711 {place} 0 EOF"], 4711),
+            ([f"1: POSIX ADVISORY WRITE 4711 {place} 0 EOF"], None),
+            ([f"1: FLOCK ADVISORY READ 4711 {place} 0 EOF"], None),
+            ([f"1: FLOCK ADVISORY WRITE 4711 {place}9 0 EOF", f"2: FLOCK ADVISORY WRITE 1 {place} 0 EOF"], 1),
+            ([f"1: FLOCK ADVISORY WRITE 0 {place} 0 EOF"], None),
+            ([f"1: FLOCK ADVISORY WRITE -1 {place} 0 EOF"], None),
+            (["1: FLOCK"], None),
+        ):
+            text = "\n".join(lines).encode()
+            monkeypatch.setattr(releases.bounded, "read_file", lambda path, limit, text=text: text)
+            assert releases._lock_pid(file.fileno()) == pid
+    assert releases._process(None) == releases._process(2**22) == ""
