@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ansible.module_utils.sparkfleet_host.docker import Docker, DockerUnavailabl
 from ansible.module_utils.sparkfleet_host.engine import EngineError
 from ansible.module_utils.sparkfleet_host.precheck import Problem
 from ansible.module_utils.sparkfleet_host.releases import ReleaseError, Store
-from ansible.module_utils.sparkfleet_host.switch import Switch, interrupted, recover
+from ansible.module_utils.sparkfleet_host.switch import FailedError, Switch, interrupted, recover
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -358,7 +359,7 @@ def test_a_release_that_is_not_there_changes_nothing(store: Store, world: World,
 def test_one_at_a_time(store: Store) -> None:
     with store.exclusive() as mine:
         assert mine and store.switch_active()
-        with store.exclusive() as also:
+        with store.exclusive(patience=0.0) as also:
             assert not also
     assert not store.switch_active()
 
@@ -611,3 +612,527 @@ def test_a_lock_that_is_given_back_while_its_holder_is_looked_up_is_taken(
         monkeypatch.setattr(Store, "holder", lambda self: held.close())  # at this very moment, and then nobody
         with store.exclusive(patience=0.0) as mine:
             assert mine
+
+
+# -- waiting, to the second ------------------------------------------------------------------------------------------
+
+CLIENT = http.Client("http://127.0.0.1:8000")
+
+
+class Waiting:
+    """`Switch.wait` by a clock of the test's: `states` says from when on Docker shows which."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, world: World, **states: Any) -> None:
+        self.world, self.began = world, world.clock
+        self.shown: dict[float, dict[str, Any] | Exception] = {}
+        self.switch = Switch(world.store, Docker("/nowhere"), {"start_timeout": 300})
+        self.switch.journal = {"container_id": ""}
+        self.started: list[float] = []
+        self.ready_at = 10.0**9
+        monkeypatch.setattr(engine, "look", self.look)
+        monkeypatch.setattr(engine, "start", lambda docker, name: self.started.append(self.now))
+        monkeypatch.setattr(engine, "healthy", lambda client: self.now >= self.ready_at)
+
+    @property
+    def now(self) -> float:
+        return self.world.clock - self.began
+
+    def look(self, docker: Docker, name: str) -> dict[str, Any]:
+        shown = self.shown[max(at for at in self.shown if at <= self.now)]
+        if isinstance(shown, Exception):
+            raise shown
+        base = {"id": "abc", "state": "running", "restart_count": 0, "exit_code": 0, "started_at": "", "tty": False}
+        return {**base, **shown}
+
+    def failure(self) -> tuple[str, float]:
+        with pytest.raises(FailedError) as caught:
+            self.switch.wait(NEW, CLIENT)
+        self.facts = caught.value.facts
+        return str(caught.value), self.now
+
+
+AWAY = DockerUnavailable("nothing listens there")
+
+
+def test_the_container_that_became_ready_is_noted(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
+    waiting = Waiting(monkeypatch, world)
+    waiting.shown, waiting.ready_at = {0: {}}, 42
+    waiting.switch.wait(NEW, CLIENT)
+    assert waiting.now == 42 and waiting.switch.journal["container_id"] == "abc" and waiting.started == []
+
+
+def test_an_engine_that_is_never_ready_has_the_time_of_its_start(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
+    waiting = Waiting(monkeypatch, world)
+    waiting.shown = {0: {}}
+    assert waiting.failure() == ("vllm-new was not ready after 300 s", 301)
+    assert waiting.facts["failure"] == "start-timeout" and waiting.facts["state"] == "running"
+
+
+@pytest.mark.parametrize(
+    ("shown", "message"),
+    [
+        ({"restart_count": 1}, "vllm-new crashed"),
+        ({"state": "restarting", "exit_code": 1}, "vllm-new ended"),
+        ({"state": "missing"}, "vllm-new ended"),
+    ],
+)
+def test_an_engine_that_ends_is_a_failure_at_once(
+    monkeypatch: pytest.MonkeyPatch, world: World, shown: dict[str, Any], message: str
+) -> None:
+    waiting = Waiting(monkeypatch, world)
+    waiting.shown = {0: {}, 50: shown}
+    assert waiting.failure() == (message, 50)
+
+
+def test_an_engine_that_stays_down_is_started_once_and_given_a_moment(
+    monkeypatch: pytest.MonkeyPatch, world: World
+) -> None:
+    waiting = Waiting(monkeypatch, world)
+    waiting.shown = {0: {}, 50: {"state": "exited"}}
+    assert waiting.failure() == ("vllm-new ended", 71) and waiting.started == [50]
+
+
+def test_after_docker_was_away_containers_have_a_moment_to_come_back(
+    monkeypatch: pytest.MonkeyPatch, world: World
+) -> None:
+    waiting = Waiting(monkeypatch, world)
+    waiting.shown = {0: {}, 10: AWAY, 130: {"state": "restarting"}, 150: {}, 151: AWAY, 271: {"restart_count": 1}}
+    assert waiting.failure() == ("vllm-new crashed", 292)
+
+
+def test_docker_may_be_away_for_two_minutes_while_an_engine_starts(
+    monkeypatch: pytest.MonkeyPatch, world: World
+) -> None:
+    waiting = Waiting(monkeypatch, world)
+    waiting.shown = {0: {}, 10: AWAY}
+    assert waiting.failure() == ("nothing listens there", 131) and waiting.facts["failure"] == "docker"
+
+
+DAEMON = EngineError("docker compose up: Cannot connect to the Docker daemon at unix:///var/run/docker.sock")
+
+
+@pytest.mark.parametrize(
+    ("error", "seconds", "raised"),
+    [
+        (AWAY, 121, FailedError),
+        (DAEMON, 121, EngineError),
+        (EngineError("docker compose up: Is the docker daemon running?"), 121, EngineError),
+        (EngineError("docker compose up: port is already allocated"), 0, EngineError),
+    ],
+)
+def test_docker_is_waited_for_whoever_says_that_it_is_away(
+    world: World, error: Exception, seconds: float, raised: type[Exception]
+) -> None:
+    began, tried = world.clock, []  # type: float, list[float]
+
+    def action() -> None:
+        tried.append(world.clock - began)
+        raise error
+
+    with pytest.raises(raised) as caught:
+        Switch(world.store, Docker("/nowhere"), {}).patiently(action)
+    assert tried == [*range(int(seconds) + 1)]
+    if isinstance(caught.value, FailedError):
+        assert caught.value.facts == {"failure": "docker", "state": "missing"}
+
+
+# -- what is noted ---------------------------------------------------------------------------------------------------
+
+
+def test_a_journal_as_it_begins(store: Store, world: World, deployed: int) -> None:
+    number = stage(store, NEW)
+    begun = Switch(store, Docker("/nowhere"), {"to": number, "verb": "upgrade"}, now=lambda: 7.0)
+    begun.begin(number)
+    assert begun.journal == {
+        **{"id": "", "mode": "", "controller": "", "verb": "upgrade", "to": 2, "from": 1, "model": NEW},
+        **{"from_model": OLD, "pid": os.getpid(), "boot_id": switch.boot_id(), "began": 7.0, "ended": None, "keep": 5},
+        **{"start_timeout": 1800.0, "phase": "checking", "steps": [{"phase": "checking", "at": 7.0}], "container": ""},
+        **{"outcome": None, "error": None, "restore_error": None, "stopped_at": None, "answering_at": None},
+        **{"out_of_service_s": None, "verification": None, "container_id": "", "repaired": []},
+    }
+    begun.phase("checking")  # again is no other step
+    assert len(begun.journal["steps"]) == 1 and store.switch() == begun.journal
+    begun.phase("starting", NEW)
+    assert (begun.journal["phase"], begun.journal["container"]) == ("starting", NEW)
+
+
+def test_a_boot_has_an_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(switch.boot_id()) == 36
+
+    def absent(path: Path, encoding: str) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", absent)
+    assert switch.boot_id() == ""
+
+
+@pytest.mark.parametrize(
+    ("phase", "raises"),
+    [("", True), ("checking", True), ("stopping", False), ("waiting", False)],
+)
+def test_a_full_disk_is_an_error_only_as_long_as_nothing_has_changed(
+    store: Store, world: World, monkeypatch: pytest.MonkeyPatch, phase: str, raises: bool
+) -> None:
+    def full(journal: dict[str, Any]) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "write_switch", full)
+    job = Switch(store, Docker("/nowhere"), {}, now=lambda: 1.0)
+    job.journal = {"phase": phase, "steps": []}
+    with pytest.raises(OSError, match="No space") if raises else contextlib.nullcontext():
+        job.phase("next")
+    assert job.journal["phase"] == (phase if raises else "next") and len(job.journal["steps"]) == (not raises)
+    job.phase("done")
+    assert job.journal["phase"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "stopped", "answering", "seconds"),
+    [
+        ("verified", 10.0, 52.26, 42.3),
+        ("restored", 10.0, 52.0, 42.0),
+        ("failed", 10.0, 52.0, None),
+        ("removed", 10.0, None, None),
+        ("verified", None, 52.0, None),
+    ],
+)
+def test_how_long_nothing_served(
+    store: Store, outcome: str, stopped: float | None, answering: float | None, seconds: float | None
+) -> None:
+    job = Switch(store, Docker("/nowhere"), {}, now=lambda: 99.0)
+    job.journal = {"phase": "verifying", "steps": [], "stopped_at": stopped, "answering_at": answering}
+    job.end(outcome)
+    assert (job.journal["out_of_service_s"], job.journal["ended"]) == (seconds, 99.0)
+    assert (job.journal["outcome"], job.journal["phase"]) == (outcome, "done")
+
+
+@pytest.mark.parametrize(
+    ("lines", "state", "restarts", "again"),
+    [
+        (4, "exited", 0, True),
+        (5, "exited", 0, False),
+        (5, "running", 1, True),
+        (5, "running", 0, False),
+        (5, "exited", 1, False),
+    ],
+)
+def test_the_log_of_the_run_before_is_read_where_this_one_says_little(
+    world: World, monkeypatch: pytest.MonkeyPatch, lines: int, state: str, restarts: int, again: bool
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def read_log(docker: Docker, *args: Any) -> list[str]:
+        asked.append(args)
+        return [f"line {number}" for number in range(lines if len(asked) == 1 else 500)]
+
+    shown = {"state": state, "restart_count": restarts, "started_at": "2026-01-01T00:00:01Z", "tty": True}
+    monkeypatch.setattr(
+        engine, "look", lambda docker, name: {**shown, "exit_code": 3, "oom_killed": True, "error": "e"}
+    )
+    monkeypatch.setattr(engine, "read_log", read_log)
+    facts = Switch(world.store, Docker("/nowhere"), {}).facts(NEW, {"failure": "x", "answer": "Rome", "state": "odd"})
+    assert asked[0] == (NEW, "2026-01-01T00:00:00Z", True) and asked[1:] == [(NEW, "", True, 400)] * again
+    log = facts.pop("log")
+    assert log == [f"line {number}" for number in (range(100, 500) if again else range(lines))]
+    assert facts == {
+        **{"container": NEW, "state": "odd", "exit_code": 3, "oom_killed": True, "restart_count": restarts},
+        **{"docker_error": "e", "failure": "x", "answer": "Rome"},
+    }
+
+
+def test_where_docker_says_nothing_the_facts_are_few(world: World) -> None:
+    world.away = 1
+    assert Switch(world.store, Docker("/nowhere"), {}).facts(NEW, {"docker_error": "port is taken"}) == {
+        **{"container": NEW, "state": "missing", "exit_code": 0, "oom_killed": False, "restart_count": 0},
+        **{"docker_error": "port is taken", "log": []},
+    }
+
+
+# -- the verification ------------------------------------------------------------------------------------------------
+
+
+def test_what_a_verification_is_asked() -> None:
+    asked = {"question": "q", "expect": "e", "prompt": "p", "prompt_expect": "pe"}
+    assert switch.verify_params({"repo": "org/m", "verify": asked}, 8001) == {
+        **{"url": "http://127.0.0.1:8001", "model": "org/m", **asked, "max_tokens": 32, "timeout": 120.0},
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    assert switch.verify_params({"repo": "", "verify": {**asked, "max_tokens": 5}}, 1)["max_tokens"] == 5
+
+
+@pytest.mark.parametrize(
+    ("failure", "marks"),
+    [("answer-wrong", True), ("answer-degenerate", True), ("endpoint-down", False)],
+)
+def test_nonsense_makes_the_files_of_the_model_suspect(
+    store: Store, world: World, deployed: int, monkeypatch: pytest.MonkeyPatch, failure: str, marks: bool
+) -> None:
+    did: list[str] = []
+    monkeypatch.setattr(switch.integrity, "mark_served", lambda docker, why: did.append(why))
+    monkeypatch.setattr(switch.integrity, "request", did.append)
+
+    def verify(params: dict[str, Any]) -> dict[str, Any]:
+        verified = f"org/{OLD}" == params["model"]
+        return {"verified": verified, "msg": "no", "failure": failure, "checks": [{"name": "chat"}], "answer": "x"}
+
+    monkeypatch.setattr(switch, "verify", verify)
+    journal = run(store, stage(store, NEW))
+    assert did == [f"a verification failed ({failure})"] * marks + [failure]
+    error = journal["error"]
+    assert (error["message"], error["failure"], error["answer"]) == ("no", failure, "x")
+    assert error["checks"] == [{"name": "chat"}] and journal["verification"]["verified"]
+
+
+def test_an_engine_that_does_not_answer_its_questions_is_down(
+    store: Store, world: World, deployed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify = world.verify
+
+    def silent(params: dict[str, Any]) -> dict[str, Any]:
+        if params["model"] == f"org/{NEW}":
+            raise http.HttpError("timeout", "no answer in 120 s")
+        return verify(params)
+
+    monkeypatch.setattr(switch, "verify", silent)
+    journal = run(store, stage(store, NEW))
+    assert journal["outcome"] == "restored" and journal["error"]["failure"] == "endpoint-down"
+    assert "no answer in 120 s" in journal["error"]["message"]
+
+
+# -- what stops, and what is removed ---------------------------------------------------------------------------------
+
+
+def test_an_engine_has_a_minute_to_finish_and_one_that_failed_five_seconds(
+    store: Store, world: World, deployed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped: list[tuple[str, int]] = []
+    stop = world.stop
+
+    def noted(docker: Docker, name: str, timeout: int = 60) -> bool:
+        stopped.append((name, timeout))
+        return stop(docker, name)
+
+    monkeypatch.setattr(engine, "stop", noted)
+    world.bad[NEW] = "wrong"
+    assert run(store, stage(store, NEW))["outcome"] == "restored"
+    assert stopped == [(OLD, 60), (NEW, 5)]
+
+
+@pytest.mark.parametrize(("state", "stops"), [("restarting", True), ("paused", True), ("exited", False)])
+def test_whatever_takes_memory_is_stopped(store: Store, world: World, state: str, stops: bool) -> None:
+    world.containers["vllm-third"] = state
+    journal = run(store, stage(store, NEW))
+    assert ("stop vllm-third" in world.did) is stops and journal["outcome"] == "verified"
+    assert world.containers == {NEW: "running"}  # what is no part of the release goes
+
+
+def test_health_is_asked_where_the_release_before_answers(
+    store: Store, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify = {"question": "q", "expect": "Paris", "prompt": "p", "prompt_expect": "Paris"}
+    plan = {"model": OLD, "profile": "p", "repo": f"org/{OLD}", "service": OLD, "verify": verify}
+    asked: list[int] = []
+    healthy = world.healthy
+
+    def noted(client: http.Client) -> bool:
+        asked.append(client.port)
+        return healthy(client)
+
+    monkeypatch.setattr(engine, "healthy", noted)
+    assert run(store, store.stage("services: {}\n", plan, {"service": OLD, "port": 8001}))["outcome"] == "verified"
+    assert asked == [8001]
+    assert run(store, stage(store, NEW))["outcome"] == "verified"
+    assert asked == [8001, 8001, 8000]
+
+
+def test_one_that_cannot_be_removed_does_not_undo_a_switch(
+    store: Store, world: World, deployed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(docker: Docker, name: str) -> None:
+        raise EngineError("cannot remove it")
+
+    monkeypatch.setattr(engine, "remove", refuse)
+    assert run(store, stage(store, NEW))["outcome"] == "verified"
+
+
+def test_every_problem_that_is_known_beforehand_is_said(store: Store, world: World, deployed: int) -> None:
+    world.problems = [Problem("image-missing", "no image"), Problem("disk-full", "no space")]
+    journal = run(store, stage(store, NEW))
+    message = "no image; also: no space [disk-full]"
+    assert journal["error"] == {"message": message, "failure": "image-missing", "state": ""}
+    assert (journal["outcome"], journal["model"], journal["from_model"]) == ("refused", NEW, OLD)
+
+
+def test_a_release_that_is_damaged_for_good_is_known_beforehand(store: Store, world: World, deployed: int) -> None:
+    for number in (deployed, stage(store, NEW)):
+        for name in ("lock.json", ".sealed.json"):
+            (store.folder(number) / name).chmod(0o644)
+            (store.folder(number) / name).write_text("{")
+    journal = run(store, 2)
+    assert journal["outcome"] == "refused" and journal["error"]["failure"] == "release-damaged" and world.did == []
+    number = stage(store, NEW)
+    journal = run(store, number)  # a damaged one that serves is no obstacle for the next
+    assert journal["outcome"] == "verified" and "release 1 is damaged" in journal["repaired"][0]
+
+
+def test_what_came_to_nothing_is_kept_with_the_release(store: Store, world: World, deployed: int) -> None:
+    world.bad[NEW] = "crash"
+    run(store, stage(store, NEW))
+    outcome = store.outcome(2)
+    assert outcome and outcome["state"] == "failed" and outcome["message"] == "vllm-new ended"
+    assert "vllm-new says" in (store.folder(2) / "engine.log").read_text()
+    assert store.outcome(1) == {**(store.outcome(1) or {}), "state": "verified"}
+
+
+def test_a_release_that_cannot_be_made_current_is_taken_back(
+    store: Store, world: World, deployed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = store.commit
+
+    def full(number: int, at: float, container_id: str = "") -> None:
+        if number != deployed:
+            raise OSError(28, "No space left on device")
+        commit(number, at, container_id)
+
+    monkeypatch.setattr(store, "commit", full)
+    journal = run(store, stage(store, NEW))
+    assert journal["outcome"] == "restored" and world.containers == {OLD: "running"}
+    assert "could not be made current" in journal["error"]["message"] and journal["error"]["state"] == "running"
+
+
+def test_why_the_old_one_does_not_come_back_is_explained(store: Store, world: World, deployed: int) -> None:
+    def spoil(what: str) -> None:
+        if what == f"up {NEW}":
+            world.problems = [Problem("image-missing", "its image is gone"), Problem("disk-full", "x")]
+
+    world.step = spoil
+    world.bad.update({OLD: "crash", NEW: "crash"})
+    journal = run(store, stage(store, NEW))
+    assert journal["outcome"] == "failed"
+    assert journal["restore_error"]["message"] == "vllm-old ended: its image is gone"
+    assert journal["restore_error"]["failure"] == "image-missing"
+    assert world.containers[OLD] == "exited"  # or Docker starts it again for ever
+
+
+# -- the end of one that was cut, and the job ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("boot", "why"), [("another", "the host was restarted"), ("", "its process was killed")])
+def test_why_a_switch_was_cut(store: Store, world: World, deployed: int, boot: str, why: str) -> None:
+    world.cut = "waiting"
+    with pytest.raises(PowerCut):
+        run(store, stage(store, NEW))
+    world.cut = None
+    journal = store.switch()
+    assert journal
+    store.write_switch({**journal, **({"boot_id": boot} if boot else {})})
+    ended = recover(store, Docker("/nowhere"))
+    assert ended and ended["error"] == {
+        "message": f"the switch to release 2 was cut in the phase waiting: {why}",
+        **{"failure": "switch-interrupted", "state": "missing"},
+    }
+
+
+def test_a_failure_that_was_known_before_the_cut_stays(store: Store, world: World, deployed: int) -> None:
+    world.bad[NEW], world.cut = "crash", "restoring"
+    with pytest.raises(PowerCut):
+        run(store, stage(store, NEW))
+    world.cut = None
+    ended = recover(store, Docker("/nowhere"))
+    assert ended and ended["error"]["message"] == "vllm-new ended" and ended["outcome"] == "restored"
+
+
+@pytest.mark.parametrize("outcome", ["verified", "failed"])
+def test_a_restart_that_was_cut_begins_again(store: Store, world: World, deployed: int, outcome: str) -> None:
+    world.cut = "waiting"
+    with pytest.raises(PowerCut):
+        run(store, deployed, "restart")
+    world.cut = None
+    world.did.clear()
+    if outcome == "failed":
+        world.bad[OLD] = "wrong"
+    ended = recover(store, Docker("/nowhere"))
+    assert ended and ended["outcome"] == outcome and f"up {deployed}" in world.did
+    assert ended["steps"][0]["phase"] == "stopping" and ended["id"] == "abc"
+
+
+def test_a_journal_without_its_release_or_lock(store: Store, world: World, deployed: int) -> None:
+    journal = store.switch()
+    assert journal and not interrupted(store)
+    store.write_switch({**journal, "phase": "waiting"})
+    assert interrupted(store)
+    with store.exclusive():
+        assert not interrupted(store)
+        (store.state_dir / "switch.json").write_text("{")
+        assert not interrupted(store) and (store.state_dir / "switch.json").exists()  # its writer may be at work
+    assert not interrupted(store) and not (store.state_dir / "switch.json").exists()
+    assert recover(store, Docker("/nowhere")) is None
+
+
+def test_a_switch_that_another_ends_is_left_to_it(store: Store, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(releases, "_locked", lambda handle, limit: False)
+    store.write_switch({"to": 1, "phase": "waiting"})
+    assert recover(store, Docker("/nowhere")) is None and world.did == []
+
+
+class Job:
+    """`main` on this store."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
+        self.folders = [f"--project-dir={store.project_dir}", f"--state-dir={store.state_dir}"]
+        monkeypatch.setattr(switch, "Store", lambda *folders: self.made(store, folders))
+
+    def made(self, store: Store, folders: tuple[str, ...]) -> Store:
+        assert folders == (str(store.project_dir), str(store.state_dir))
+        return store
+
+    def main(self, *words: str) -> int:
+        return switch.main([*words, *self.folders])
+
+
+def test_the_job_says_by_its_exit_code_whether_the_release_serves(
+    store: Store, world: World, deployed: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = Job(monkeypatch, store)
+    number = stage(store, NEW)
+    assert job.main(f"--to={number}", "--id=abc", "--verb=upgrade", "--keep=7", "--start-timeout=60") == 0
+    journal = store.switch()
+    assert journal and (journal["id"], journal["verb"], journal["mode"]) == ("abc", "upgrade", "deploy")
+    assert (journal["keep"], journal["start_timeout"]) == (7, 60.0)
+    assert job.main("--to=9") == 1 and "there are releases 1, 2" in capsys.readouterr().out
+    world.bad[OLD] = "wrong"
+    assert job.main(f"--to={deployed}") == 1  # the other serves, which is not what was asked for
+    with pytest.raises(SystemExit) as caught:
+        job.main()
+    assert caught.value.code == 2 and "--to and --recover" in capsys.readouterr().err
+
+
+def test_a_lock_that_is_held_has_an_exit_code_of_its_own(
+    store: Store, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = Job(monkeypatch, store)
+    monkeypatch.setattr(releases, "_locked", lambda handle, limit: False)
+    assert job.main("--to=1") == 75
+    assert capsys.readouterr().out == f"the lock {store.lock_file} is held: None\n"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"),
+    [(None, 0), ("verified", 0), ("restored", 0), ("removed", 0), ("failed", 1), ("refused", 1)],
+)
+def test_the_end_of_a_switch_that_was_cut_has_an_exit_code(
+    store: Store, monkeypatch: pytest.MonkeyPatch, outcome: str | None, code: int
+) -> None:
+    job = Job(monkeypatch, store)
+    monkeypatch.setattr(switch, "recover", lambda store: outcome and {"outcome": outcome})
+    assert job.main("--recover") == code
+
+
+def test_a_container_is_made_anew_where_that_is_asked_for(store: Store, world: World, deployed: int) -> None:
+    request = {"id": "abc", "to": deployed, "mode": "restart", "keep": 3}
+    before = world.ids[OLD]
+    assert Switch(store, Docker("/nowhere"), request).run()["container_id"] == before
+    again = Switch(store, Docker("/nowhere"), {**request, "recreate": True}).run()
+    assert again["container_id"] not in ("", before)
+    outcome = store.outcome(deployed)
+    assert outcome and outcome["container_id"] == again["container_id"]
