@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import stat
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ansible.module_utils.sparkfleet_host import http
 from ansible.module_utils.sparkfleet_host import verify as verification
-from ansible.module_utils.sparkfleet_host.http import Client, HttpError
+from ansible.module_utils.sparkfleet_host.http import Answer, Client, HttpError
 from ansible.module_utils.sparkfleet_host.verify import CheckError, StreamReader, counters, judge
 from ansible.module_utils.testing import patch_module_args
-from plugins.action.vllm_verify import advice, record, save, table
 from plugins.modules import vllm_verify
 
 from sparkfleet.failures import BY_ID
 from tests.unit.fake_vllm import ANSWER, MODEL, Vllm
 
-ROOT = Path(__file__).resolve().parents[2]
 CHECKS = ["health", "models", "chat", "completion", "stream", "metrics", "openapi"]
 Verify = Callable[..., dict[str, Any]]
 
@@ -245,72 +240,487 @@ def test_a_slow_answer_ends_at_its_time(vllm: Vllm) -> None:
     assert caught.value.kind == "timeout" and time.monotonic() - began < 1
 
 
-# -- the action ------------------------------------------------------------------------------------------------
+# -- in detail ---------------------------------------------------------------------------------------------------------
 
 
-def test_table_is_aligned() -> None:
-    checks = [
-        {"name": "health", "ok": True, "detail": "200", "seconds": 0.002},
-        {"name": "completion", "ok": False, "detail": "x" * 200, "seconds": 12.3456},
-    ]
-    asked = {"model": "m", "url": "u", "question": "Q?"}
-    lines = table("spark-1", {"asked": asked, "checks": checks, "answer": "A\nB"}).split("\n")
-    assert lines[0] == "spark-1  m at u"
-    assert len({len(line) for line in lines[1:4]}) == 1 and len(lines[1]) < 100
-    assert lines[3].split()[:2] == ["completion", "FAILED"] and lines[3].endswith("12.35 s")
-    assert lines[4:] == ["  question: Q?", "  answer:   A B"]
+def refused(text: str, expect: str = "Paris") -> tuple[str, str]:
+    with pytest.raises(CheckError) as caught:
+        judge(text, expect)
+    return caught.value.id, str(caught.value)
 
 
-def test_advice_names_cause_remedy_and_entry() -> None:
-    text = advice("engine-wedged")
-    assert "docker compose restart" in text and text.endswith("[engine-wedged]")
-    assert advice("") == advice("no such entry") == ""
+@pytest.mark.parametrize(
+    ("text", "failure"),
+    [
+        ("no no no", "answer-wrong"),  # three times may be meant
+        ("no no no no", "answer-degenerate"),
+        ("no no no yes", "answer-wrong"),
+        ("!" * 7, "answer-wrong"),
+        ("!" * 8, "answer-degenerate"),
+        ("!" * 8 + "?", "answer-wrong"),
+        ("  \n", "answer-degenerate"),
+        ("<think>a</think><think>b", "answer-degenerate"),
+    ],
+)
+def test_one_token_over_and_over(text: str, failure: str) -> None:
+    assert refused(text)[0] == failure
 
 
-def test_report_is_written_as_a_whole(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "er" / "spark-1.json"
-    save(path, record("spark-1", {"asked": {"url": "u", "model": "m"}, "verified": True, "changed": False}))
-    data = json.loads(path.read_text(encoding="utf-8"))
-    assert (data["host"], data["url"], data["model"], data["verified"]) == ("spark-1", "u", "m", True)
-    assert data["time"].endswith("+00:00") and "changed" not in data
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
-    assert [entry.name for entry in path.parent.iterdir()] == ["spark-1.json"]
+def test_a_failure_says_whether_there_were_thoughts() -> None:
+    assert refused("")[1] == "the answer is empty"
+    assert refused("<think>x</think>")[1] == "the answer is empty but for thoughts"
+    assert refused("Zürich", "Genève")[1] == 'expected "Genève" in the answer, got "Zürich"'
 
 
-def test_report_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(Exception, match=r"report .*file/x\.json on this machine"):
-        save(tmp_path / "file" / "x.json", {})
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\n b\tc", '"a b c"'),
+        ("x" * 120, f'"{"x" * 120}"'),
+        ("x" * 121, f'"{"x" * 117}..."'),
+        (" " * 1000 + "x", '""'),
+        (" " * 999 + "é", '"é"'),
+        ("\x1b[31m", '"\ufffd[31m"'),
+    ],
+)
+def test_what_is_quoted_is_one_short_line(text: str, shown: str) -> None:
+    assert verification.words(text) == shown
 
 
-@pytest.mark.parametrize(("good", "check"), [(True, False), (False, False), (True, True)])
-def test_through_ansible_playbook(vllm: Vllm, tmp_path: Path, good: bool, check: bool) -> None:
-    if not good:
-        vllm.answer = "Berlin."
-    report = tmp_path / "out" / "spark-1.json"
-    task = {"vllm_verify": {"url": vllm.url, "model": MODEL, "report": str(report)}}
-    play = {"hosts": "all", "gather_facts": False, "connection": "local", "tasks": [task]}
-    play["vars"] = {"ansible_python_interpreter": sys.executable}
-    book = tmp_path / "play.json"
-    book.write_text(json.dumps([play]), encoding="utf-8")
-    command = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "spark-1,", str(book)]
-    command += ["--check"] if check else []
-    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
-    run = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-        cwd=ROOT,
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ('{"error": {"message": "no\\n model"}}', "HTTP 404: no model"),
+        ('{"error": "gone"}', "HTTP 404: gone"),
+        ('{"detail": "Not Found"}', "HTTP 404: {'detail': 'Not Found'}"),
+        ('{"message": "x"}', "HTTP 404: x"),
+        ('["x"]', "HTTP 404: ['x']"),
+        ("<html> x", "HTTP 404: <html> x"),
+        ("y" * 300, f"HTTP 404: {'y' * 199}…"),
+        ("", "HTTP 404: "),
+        (f'"{" " * 999}ab"', "HTTP 404: a"),
+    ],
+)
+def test_what_an_engine_says_with_an_error(body: str, said: str) -> None:
+    assert verification.refusal(Answer(404, "text/html", body.encode())) == said
+
+
+class Scripted:
+    """The client of a `Verification`: an answer, or an error, for each path; what was asked is kept."""
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers, self.asked = {f"/{path}": answer for path, answer in answers.items()}, []
+        self.asked: list[tuple[Any, ...]]
+
+    def get(self, path: str, *more: Any) -> Answer:
+        self.asked.append((path, *more))
+        answer = self.answers[path]
+        if isinstance(answer, list):
+            answer = answer.pop(0) if len(answer) > 1 else answer[0]
+        if isinstance(answer, Exception):
+            raise answer
+        status, value = answer if isinstance(answer, tuple) else (200, answer)
+        return Answer(status, "application/json", (value if isinstance(value, str) else json.dumps(value)).encode())
+
+    def post(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> Answer:
+        return self.get(path, dict(body), headers)
+
+
+PARAMS: dict[str, Any] = {
+    **{"url": "http://127.0.0.1:9", "model": MODEL, "question": "q", "expect": "Paris", "prompt": "p"},
+    **{"prompt_expect": "Paris", "timeout": 5, "max_tokens": 32, "chat_template_kwargs": None},
+}
+
+
+def checking(client: Scripted, **params: Any) -> verification.Verification:
+    made = verification.Verification({**PARAMS, **params})
+    made.client = client  # type: ignore[assignment]
+    return made
+
+
+def outcome(client: Scripted, path: str, **params: Any) -> tuple[bool, str, str]:
+    """What a check says: ok, its failure, its detail."""
+    made = checking(client, **params)
+    done = made._timed(getattr(made, path))
+    return done["ok"], done["failure"], done["detail"]
+
+
+def test_health_in_words() -> None:
+    client = Scripted(health="")
+    assert outcome(client, "health") == (True, "", "200") and client.asked == [("/health", 10.0)]
+    said = "expected 200 from /health, got HTTP 201: x"
+    assert outcome(Scripted(health=(201, "x")), "health") == (False, "endpoint-down", said)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ({"data": [{"id": "a"}, 5, {"id": MODEL}]}, (True, "", MODEL)),
+        ({"data": []}, (False, "model-not-served", f"expected {MODEL}, the endpoint serves no model")),
+        (
+            {"data": [{"id": "a"}, {"id": "b"}]},
+            (False, "model-not-served", f"expected {MODEL}, the endpoint serves a, b"),
+        ),
+        ((500, "x"), (False, "request-refused", "HTTP 500: x")),
+        ({"data": [{"id": MODEL}] * 1000}, (True, "", MODEL)),
+        (
+            {"data": [{"id": MODEL}] * 1001},
+            (False, "answer-malformed", "data of /v1/models: more than 1000 items"),
+        ),
+    ],
+)
+def test_models_in_words(answer: Any, expected: tuple[bool, str, str]) -> None:
+    client = Scripted(**{"v1/models": answer})
+    assert outcome(client, "models") == expected and client.asked == [("/v1/models", 10.0)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ({"paths": {path: {} for path in (*verification.PATHS, "/x")}}, (True, "", "4 paths")),
+        (
+            {"paths": {"/v1/models": {}}},
+            (False, "api-incomplete", "/openapi.json does not name /v1/chat/completions, /v1/completions"),
+        ),
+        ((404, "x"), (False, "api-incomplete", "HTTP 404: x")),
+        ({"paths": []}, (False, "answer-malformed", "paths of /openapi.json: not an object: []")),
+    ],
+)
+def test_openapi_in_words(answer: Any, expected: tuple[bool, str, str]) -> None:
+    assert outcome(Scripted(**{"openapi.json": answer}), "openapi") == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "failure"),
+    [
+        *(("refused", "endpoint-down"), ("address", "endpoint-down"), ("timeout", "timeout")),
+        *(("malformed", "answer-malformed"), ("else", "request-refused")),
+    ],
+)
+def test_what_a_client_s_error_means(kind: str, failure: str) -> None:
+    assert outcome(Scripted(health=HttpError(kind, "why")), "health") == (False, failure, "why")
+
+
+def test_a_check_says_how_long_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((10.0, 12.3456))
+    monkeypatch.setattr(verification.time, "monotonic", lambda: next(clock))
+    assert checking(Scripted(health=""))._timed(lambda: "x") == {
+        **{"ok": True, "detail": "x", "seconds": 2.346, "failure": ""},
+    }
+
+
+def chat(text: Any = "Paris.", **more: Any) -> dict[str, Any]:
+    return {"choices": [{"message": {"content": text}, "text": text}], **more}
+
+
+def test_a_chat_that_is_answered() -> None:
+    client = Scripted(**{"v1/chat/completions": chat("x" * 5000 + " Paris ", usage={"prompt_tokens": 3})})
+    made = checking(client, max_tokens=7)
+    assert made.chat() == f'"{"x" * 117}..."' and made.answer == "x" * 4000
+    assert made.usage == {"prompt_tokens": 3, "completion_tokens": 0}
+    ((_, body, headers),) = client.asked
+    message = {"role": "user", "content": "q"}
+    assert body == {"model": MODEL, "temperature": 0, "seed": made.seed, "max_tokens": 7, "messages": [message]}
+    assert headers == {"X-Request-Id": f"{made.verify_id}-chat"}
+    assert made.verify_id.startswith("sparkfleet-") and made.seed == int(made.verify_id[-6:], 16)
+    assert len(made.verify_id) == len("sparkfleet-") + 12
+
+
+@pytest.mark.parametrize(("most", "asked"), [(32, 12), (12, 12), (5, 5)])
+def test_a_completion_is_short(most: int, asked: int) -> None:
+    client = Scripted(**{"v1/completions": chat(" Paris" + "x" * 5000 + " Paris")})
+    made = checking(client, max_tokens=most)
+    made.complete()
+    assert len(made.completion) == 4000
+    body = {"model": MODEL, "temperature": 0, "seed": made.seed, "max_tokens": asked, "prompt": "p", "stop": ["\n"]}
+    assert client.asked == [("/v1/completions", body, {"X-Request-Id": f"{made.verify_id}-completion"})]
+
+
+@pytest.mark.parametrize(
+    ("answer", "failure", "said"),
+    [
+        (chat(None), "answer-degenerate", "the answer is empty"),
+        (chat(5), "answer-malformed", "message.content: not a string: 5"),
+        ({"choices": []}, "answer-malformed", 'an answer without choices: "{\\"choices\\": []}"'),
+        ({"choices": [5]}, "answer-malformed", "the choice of /v1/chat/completions: not an object: 5"),
+        ({"choices": [{}] * 101}, "answer-malformed", "choices of /v1/chat/completions: more than 100 items"),
+        ({"choices": [{}]}, "answer-malformed", "message: not an object: None"),
+        (chat(usage={"prompt_tokens": (1 << 40) + 1}), "answer-malformed", "usage.prompt_tokens: 1099511627777 is not"),
+        (chat(usage=5), "answer-malformed", "usage: not an object: 5"),
+        ((400, "chat_template"), "request-refused", "HTTP 400: chat_template"),
+        ((201, chat()), "request-refused", "HTTP 201: "),
+    ],
+)
+def test_a_chat_that_is_not_answered(answer: Any, failure: str, said: str) -> None:
+    client = Scripted(**{"v1/chat/completions": answer})
+    ok, found, detail = outcome(client, "chat")
+    assert (ok, found) == (False, failure) and detail.startswith(said) and len(client.asked) == 1
+
+
+def test_many_choices_and_tokens_are_still_an_answer() -> None:
+    many = {"choices": chat()["choices"] * 100, "usage": {"prompt_tokens": 1 << 40, "completion_tokens": None}}
+    assert outcome(Scripted(**{"v1/chat/completions": many}), "chat")[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "asked_again"),
+    [(400, "chat_template is none", True), (400, "x", False), (500, "chat_template", False)],
+)
+def test_a_template_that_takes_nothing_is_asked_without(status: int, text: str, asked_again: bool) -> None:
+    client = Scripted(**{"v1/chat/completions": [(status, text), chat()]})
+    kwargs = {"enable_thinking": False}
+    ok, _, _ = outcome(client, "chat", chat_template_kwargs=kwargs)
+    assert ok is asked_again and ["chat_template_kwargs" in body for _, body, _ in client.asked] == (
+        [True, False] if asked_again else [True]
     )
-    assert run.returncode == (0 if good else 2), run.stdout + run.stderr
-    assert "  chat        " in run.stdout and "  question: What is the capital of France?" in run.stdout
-    assert report.exists() is not check
-    if not check:
-        assert json.loads(report.read_text(encoding="utf-8"))["verified"] is good
-    if good:
-        assert "changed=0" in run.stdout
-    else:
-        assert 'spark-1 is not verified: chat: expected "Paris" in the answer, got "Berlin."' in run.stdout
-        assert "[answer-wrong]" in run.stdout and "Traceback" not in run.stdout + run.stderr
+    assert client.asked[0][2] == client.asked[-1][2]
+
+
+def page(generated: float, prompt: float = 5, success: float = 1) -> str:
+    names = {"generation_tokens": generated, "prompt_tokens": prompt, "request_success": success}
+    return "".join(f"vllm:{name}_total {value}\n" for name, value in names.items())
+
+
+class Clock:
+    """Time that passes in sleep alone."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(verification.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(verification.time, "sleep", self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.now = round(self.now + seconds, 6)
+
+
+def test_counters_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, client = Clock(monkeypatch), Scripted(metrics=[page(1), page(1), page(1), page(9, 8, 3)])
+    made = checking(client)
+    made.usage["completion_tokens"] = 1
+    assert made.metrics(made._counters()) == "+8 tokens out, +3 in, +2 requests" and clock.now == 100.1
+    assert client.asked[0] == ("/metrics", 10.0, 8 << 20)
+
+
+@pytest.mark.parametrize(("tokens", "seconds"), [(0, 0.0), (1, 3.0)])
+def test_counters_are_waited_for_where_something_was_answered(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, seconds: float
+) -> None:
+    clock, made = Clock(monkeypatch), checking(Scripted(metrics=page(5)))
+    made.usage["completion_tokens"] = tokens
+    with pytest.raises(
+        CheckError, match="did not move: vllm:generation_tokens_total, vllm:prompt_tokens_total, vllm:r"
+    ):
+        made.metrics({"generation_tokens": 5.0, "prompt_tokens": 6.0, "request_success": 1.0})
+    assert clock.now - 100 == pytest.approx(seconds)
+    with pytest.raises(CheckError) as caught:
+        checking(Scripted(metrics="vllm:prompt_tokens_total 1\n")).metrics({})
+    assert (
+        str(caught.value) == "did not move: vllm:generation_tokens_total (absent), vllm:request_success_total (absent)"
+    )
+
+
+def test_counters_that_could_not_be_read_before() -> None:
+    made = checking(Scripted(metrics=HttpError("timeout", "late")))
+    with pytest.raises(CheckError, match="late") as caught:
+        made._counters()
+    assert caught.value.id == "counters-still"
+    with pytest.raises(CheckError, match="late"):
+        made.metrics(caught.value)
+    with pytest.raises(CheckError, match="/metrics: HTTP 404: x"):
+        checking(Scripted(metrics=(404, "x")))._counters()
+
+
+# -- the stream ------------------------------------------------------------------------------------------------------
+
+
+def event(text: Any = None, finish: str | None = None, **more: Any) -> str:
+    choice = {"delta": {} if text is None else {"content": text}, "finish_reason": finish}
+    return json.dumps({"id": "a", "object": "chat.completion.chunk", "choices": [choice], **more})
+
+
+ROLE = json.dumps({"id": "a", "object": "chat.completion.chunk", "choices": [{"delta": {"role": "assistant"}}]})
+
+
+@pytest.mark.parametrize(
+    ("events", "failure", "said"),
+    [
+        (["[DONE]", " x"], "stream-broken", 'an event after [DONE]: "x"'),
+        ([event("a"), "{"], "stream-broken", 'an event that is not JSON: "{" (after 1 events, text so far "a")'),
+        (["5"], "stream-broken", 'an event that is no object: "5"'),
+        (['{"error": "dead"}'], "request-refused", 'an error within the stream: "\\"dead\\""'),
+        ([event(object="x")], "stream-broken", "an event that is no chat.completion.chunk: "),
+        ([event(choices={})], "stream-broken", "an event that is no chat.completion.chunk: "),
+        ([event(id="")], "stream-broken", "expected the id of the stream, got "),
+        ([event(), event(id="b")], "stream-broken", "expected the id a, got b"),
+        ([event(id=5)], "stream-broken", 'an id that is no string: "5"'),
+        ([event(choices=[5])], "stream-broken", 'a choice without delta: "{}"'),
+        ([event(choices=[{"delta": None}])], "stream-broken", "a choice without delta: "),
+        ([event(5)], "stream-broken", 'content that is no string: "5"'),
+        ([event("a", "stop"), event("b")], "stream-broken", 'text after finish_reason: "b"'),
+    ],
+)
+def test_events_that_break_a_stream(events: list[str], failure: str, said: str) -> None:
+    reader = StreamReader()
+    for data in events[:-1]:
+        reader.take(data)
+    with pytest.raises(CheckError) as caught:
+        reader.take(events[-1])
+    assert caught.value.id == failure and str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("events", "said"),
+    [
+        ([ROLE, event("a", "stop")], 'the stream ended without [DONE], after 1 events, text so far "a"'),
+        ([ROLE, event("a"), "[DONE]"], 'no finish_reason, after 1 events, text so far "a"'),
+        ([event("a", "stop"), "[DONE]"], 'no delta with the role "assistant"'),
+    ],
+)
+def test_streams_that_are_not_whole(events: list[str], said: str) -> None:
+    reader = StreamReader()
+    for data in events:
+        reader.take(data)
+    with pytest.raises(CheckError) as caught:
+        reader.end()
+    assert (caught.value.id, str(caught.value)) == ("stream-broken", said)
+
+
+def test_a_whole_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, reader = Clock(monkeypatch), StreamReader()
+    for data in (ROLE, event(""), event("Pa"), event("ris"), event(None, "stop"), event(None, usage={"x": 1})):
+        clock.now += 1
+        reader.take(data)
+    reader.take(event(choices=[]))
+    reader.take(" [DONE]\n")
+    reader.end()
+    assert (reader.text, reader.events, reader.usage) == ("Paris", 2, {"x": 1})
+    assert (reader.first, reader.last) == (103.0, 104.0)
+
+
+class Streams(Scripted):
+    """A client whose streams take a second an event; an event may be an error, an answer stands for no stream."""
+
+    def __init__(self, clock: Clock, *streams: list[Any] | Answer, content_type: str = "text/event-stream") -> None:
+        super().__init__()
+        self.clock, self.streams, self.content_type = clock, [*streams], content_type
+
+    def stream(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> Any:
+        self.asked.append((path, dict(body), headers))
+        self.shown = self.streams.pop(0)
+        self.status = self.shown.status if isinstance(self.shown, Answer) else 200
+        return contextlib.nullcontext(self)
+
+    def answer(self) -> Any:
+        return self.shown
+
+    def events(self) -> Iterator[str]:
+        assert isinstance(self.shown, list)
+        for item in self.shown:
+            self.clock.now += 1
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+
+WHOLE = [ROLE, event("It is "), event("Paris"), event(None, "stop", usage={"completion_tokens": 5}), "[DONE]"]
+
+
+def test_the_figures_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Streams(Clock(monkeypatch), WHOLE)
+    made = checking(client)
+    assert made.stream() == "2 events, [DONE], first text after 2000 ms"
+    assert (made.ttft_ms, made.tokens_per_second, made.usage["completion_tokens"]) == (2000.0, 4.0, 5)
+    ((path, body, headers),) = client.asked
+    assert path == "/v1/chat/completions" and headers == {"X-Request-Id": f"{made.verify_id}-stream"}
+    assert body["stream"] is True and body["stream_options"] == {"include_usage": True}
+
+
+@pytest.mark.parametrize(
+    ("events", "rate"),
+    [
+        ([ROLE, event("Paris"), event(" it is"), event(None, "stop"), "[DONE]"], 1.0),  # by its events
+        ([ROLE, event("Paris", "stop"), "[DONE]"], None),
+        ([ROLE, event("Paris", "stop", usage={"completion_tokens": 5}), "[DONE]"], None),
+    ],
+)
+def test_the_rate_of_a_stream_needs_two_tokens_and_some_time(
+    monkeypatch: pytest.MonkeyPatch, events: list[str], rate: float | None
+) -> None:
+    made = checking(Streams(Clock(monkeypatch), events))
+    made.stream()
+    assert made.tokens_per_second == rate
+
+
+def test_a_stream_is_timed_from_the_question_that_was_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    client = Streams(clock, Answer(400, "", b"chat_template"), WHOLE)
+    answer = client.answer
+    monkeypatch.setattr(client, "answer", lambda: (clock.sleep(7), answer())[1])
+    made = checking(client, chat_template_kwargs={"enable_thinking": False})
+    made.stream()
+    assert made.ttft_ms == 2000.0
+    assert ["chat_template_kwargs" in body for _, body, _ in client.asked] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("shown", "failure", "said"),
+    [
+        (Answer(400, "", b"chat_template"), "request-refused", "HTTP 400: chat_template"),
+        (Answer(500, "", b"x"), "request-refused", "HTTP 500: x"),
+        ([HttpError("cut", "cut short")], "stream-broken", 'cut short (after 0 events, text so far "")'),
+        ([HttpError("timeout", "late")], "timeout", "late"),
+        ([ROLE, event("Rome", "stop"), "[DONE]"], "answer-wrong", 'expected "Paris" in the answer, got "Rome"'),
+    ],
+)
+def test_a_stream_that_fails(monkeypatch: pytest.MonkeyPatch, shown: Any, failure: str, said: str) -> None:
+    assert outcome(Streams(Clock(monkeypatch), shown), "stream") == (False, failure, said)
+
+
+@pytest.mark.parametrize(("kind", "got"), [("text/plain", "text/plain"), ("", "nothing")])
+def test_a_stream_of_another_type(monkeypatch: pytest.MonkeyPatch, kind: str, got: str) -> None:
+    said = f"expected text/event-stream, got {got}"
+    client = Streams(Clock(monkeypatch), WHOLE, content_type=kind)
+    assert outcome(client, "stream") == (False, "stream-broken", said)
+
+
+# -- the whole, in process ---------------------------------------------------------------------------------------------
+
+
+def test_the_result_of_a_verification(vllm: Vllm) -> None:
+    result = verification.verify({**PARAMS, "url": vllm.url})
+    assert result["verified"] is True and "msg" not in result and "failure" not in result
+    assert result["asked"] == {key: {**PARAMS, "url": vllm.url}[key] for key in verification.ASKED}
+    assert [check["name"] for check in result["checks"]] == CHECKS and 0 < result["seconds"] < 5
+    vllm.faults.add("counters-still")
+    vllm.answer = "Rome"
+    seen = verification.COUNTERS_WAIT
+    verification.COUNTERS_WAIT = 0.0
+    try:
+        result = verification.verify({**PARAMS, "url": vllm.url})
+    finally:
+        verification.COUNTERS_WAIT = seen
+    assert (result["verified"], result["failure"]) == (False, "answer-wrong")  # the first of several
+    assert result["msg"] == 'chat: expected "Paris" in the answer, got "Rome"' and result["answer"] == "Rome"
+
+
+@pytest.mark.parametrize(("healthy", "failure"), [(True, "engine-wedged"), (False, "endpoint-down")])
+def test_an_answer_that_does_not_come_in_time(monkeypatch: pytest.MonkeyPatch, healthy: bool, failure: str) -> None:
+    made = checking(Scripted(metrics=page(1)))
+    late = HttpError("timeout", "no answer in 5 s")
+
+    def look() -> str:
+        if not healthy:
+            raise late
+        return "200"
+
+    def hang() -> str:
+        raise late
+
+    monkeypatch.setattr(made, "health", look)
+    for name in ("models", "openapi", "chat", "complete", "stream"):
+        monkeypatch.setattr(made, name, hang if name == "chat" else lambda: "x")
+    made.run()
+    checks = {check["name"]: check for check in made.checks}
+    assert checks["chat"]["failure"] == failure
+    assert checks["chat"]["detail"] == "no answer in 5 s" + ("; /health is 200 all the same" if healthy else "")
+    assert checks["metrics"]["failure"] == "counters-still"
