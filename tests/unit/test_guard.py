@@ -1052,6 +1052,34 @@ def test_a_new_start_forgets_what_was_measured() -> None:
     assert not watched.guard.slow and watched.guard.tokens_per_second is None
 
 
+def test_another_release_begins_with_a_clean_slate() -> None:
+    watched = Watched()
+    watched.more |= {"running": 1.0, "limit": 400.0, "answered": 2.0}
+    for at in (0, 1, *range(31, 60)):
+        watched.see(at, tokens=10.0 * at)
+    assert watched.guard.slow and watched.guard.stalls
+    watched.see(60, release=2, answered=None)
+    assert not watched.guard.slow and not watched.guard.stalls and watched.guard.tokens_per_second is None
+    watched.see(61, release=2)
+    assert not watched.guard.stalls  # by one late answer
+
+
+def test_after_a_switch_that_changed_nothing_silence_counts_anew() -> None:
+    watched = Watched()
+    watched.see(0)
+    watched.see(60)
+    assert watched.see(61, switching=True) == "nothing" and watched.guard.engine == "switching"
+    assert watched.canary(60, 200).do == "nothing" and watched.guard.engine == "serving"
+    assert [watched.see(at) for at in (259.9, 260)] == ["nothing", "canary"]
+
+
+@pytest.mark.parametrize(("lines", "taken"), [(10_000, True), (10_001, False)])
+def test_the_log_of_an_engine_that_was_given_up_is_bounded(lines: int, taken: bool) -> None:
+    data = {"given_up": {"at": START, "reason": "x", "log": ["line"] * lines}}
+    with contextlib.nullcontext() if taken else pytest.raises(BoundsError, match=r"given_up\.log"):
+        Guard(SETTINGS, data)
+
+
 @pytest.mark.parametrize(
     ("answers", "stalls"),
     [

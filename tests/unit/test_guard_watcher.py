@@ -237,7 +237,7 @@ def test_a_disk_that_is_full_is_said_once(world: World, monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "write_json", full)
     for _ in range(5):
         world.watcher.step()
-        world.watcher.save(force=True)
+        world.now += 30
     assert sum("cannot be written" in line for line in world.said) == 1
     assert world.watcher.answer("/metrics")[1].startswith("# HELP") and world.watcher.answer("/ready")[0] == 200
 
@@ -435,10 +435,41 @@ def test_a_canary_that_is_not_answered_has_failed(world: World, error: Exception
     assert not canary(world).ok
 
 
-def test_one_canary_at_a_time(world: World) -> None:
-    world.watcher._asking = True
-    world.watcher.act(Action("canary"), world.watcher.observe())
-    assert world.client.asked == [] and world.watcher._asking
+def test_one_canary_at_a_time_and_none_keeps_the_guard_alive(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered, post = threading.Event(), world.client.post
+
+    def slow(*args: Any, **more: Any) -> HttpAnswer:
+        answered.wait(5)
+        return post(*args, **more)
+
+    monkeypatch.setattr(world.client, "post", slow)
+    seen = world.watcher.observe()
+    for _ in range(3):
+        world.watcher.act(Action("canary"), seen)
+    threads = [thread for thread in threading.enumerate() if thread.name == "canary"]
+    answered.set()
+    for thread in threads:
+        thread.join(5)
+    assert len(threads) == len(world.client.asked) == 1 and threads[0].daemon
+
+
+def test_a_canary_that_ends_under_the_lock_belongs_to_the_next_observation(world: World) -> None:
+    seen = world.watcher.observe()
+    ended = world.watcher._canary = Canary(2.0, True, 0.5)
+    world.watcher.act(Action("start", "boot"), seen)
+    assert world.calls == ["drop", "start"] and world.watcher.observe().canary is ended
+
+
+def test_the_page_cache_is_dropped_where_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def drop() -> None:
+        tried.append("drop")
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(module.memory, "drop_page_cache", drop)
+    module.drop_page_cache()
+    assert tried == ["drop"]
 
 
 # -- what it does with the engine --------------------------------------------------------------------------------------
@@ -563,18 +594,15 @@ def test_the_state_is_written_when_it_moves_and_every_half_minute(world: World, 
     world.watcher.guard.running = 3.0
     world.watcher.save()
     assert at() == world.now and store_state(store)["running"] == 3.0
-    world.now += 1
-    world.watcher.save(force=True)
-    assert at() == world.now
     page = (store.state_dir / "metrics" / "sparkfleet.prom").read_text(encoding="utf-8")
     assert page == world.watcher.page and "sparkfleet_engine_up 1\n" in page
 
 
 def test_the_same_complaint_is_said_again_after_ten_minutes(world: World) -> None:
-    for seconds, text in ((0, "a"), (600, "a"), (0.1, "a"), (1, "b"), (1, "b"), (1, "a")):
+    for seconds, text, count in ((0, "a", 1), (600, "a", 1), (0.1, "a", 2), (1, "b", 3), (1, "b", 3), (1, "a", 4)):
         world.now += seconds
         world.watcher.complain("x", text)
-    assert world.said == ["x: a", "x: a", "x: b", "x: a"]
+        assert len(world.said) == count and world.said[-1] == f"x: {text}"
     world.watcher.complain("y", "a")
     assert world.said[-1] == "y: a"
 
@@ -728,3 +756,15 @@ def test_an_address_that_the_host_lacks_does_not_close_the_others(store: Store, 
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=3)
     connection.request("GET", "/metrics")
     assert connection.getresponse().status == 200
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), OSError("odd")])
+def test_whatever_keeps_it_from_listening_is_said(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(module, "Window", refuse)
+    assert not world.watcher.open_window()
+    assert world.said == [f"port 0 of /ready and /metrics: {error}; trying again"]

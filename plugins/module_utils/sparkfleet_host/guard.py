@@ -775,18 +775,18 @@ class Watcher:
             self.notify.alive()
             if action.do == "restart":
                 self.say(f"{self._name}: {action.reason}: {action.detail}; restarting it")
-                self.save(force=True)  # a reboot between stop and start must end in a start
+                self.save()  # a reboot between stop and start must end in a start
                 engine.stop(self.docker, self._name, STOP_SECONDS)
                 self._start()
             elif action.do == "start":
                 self.say(f"{self._name}: starting it ({action.reason})")
-                self.save(force=True)
+                self.save()
                 self._start()
             elif action.do == "give-up":
                 self._give_up(action)
             elif action.do == "restart-docker":
                 self.say(f"{self._name}: {action.detail}; restarting Docker, which makes its networks again")
-                self.save(force=True)
+                self.save()
                 restart_docker()
 
     def _start(self) -> None:
@@ -834,12 +834,12 @@ class Watcher:
             self._asking = False
             self.complain("canary", str(error))
 
-    def save(self, force: bool = False) -> None:
+    def save(self) -> None:
         """Write state and metrics, when something has changed or it is time."""
         data = {**self.guard.data(time.time()), "clock": clock()}
         text = json.dumps({key: value for key, value in data.items() if key not in ("at", "clock")}, sort_keys=True)
         self.page = metrics(data)
-        if not force and text == self._saved and clock() - self._saved_at < SAVE_SECONDS:
+        if text == self._saved and clock() - self._saved_at < SAVE_SECONDS:
             return
         try:
             write_json(self.store.state_dir / STATE_FILE, data)
