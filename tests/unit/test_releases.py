@@ -439,7 +439,8 @@ def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(
     releases.write_text(path, "old")
 
     def full(handle: int) -> None:
-        raise OSError(28, "No space left on device")
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
@@ -453,6 +454,20 @@ def test_json_is_written_for_people(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_text("utf-8") == '{\n  "a": "é"\n}\n'
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o600
     assert releases.read_json(tmp_path / "x") == {"a": "é"} and releases.read_json(tmp_path / "y") is None
+
+
+def test_without_a_mode_all_may_read(tmp_path: Path) -> None:
+    releases.write_bytes(tmp_path / "a", b"")
+    releases.write_text(tmp_path / "b", "")
+    releases.write_json(tmp_path / "c", {})
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o644}
+
+
+def test_syncing_a_folder_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    before = len([*Path("/proc/self/fd").iterdir()])
+    for _ in range(5):
+        releases.sync_folder(tmp_path)
+    assert len([*Path("/proc/self/fd").iterdir()]) == before
 
 
 def test_a_link_that_was_half_made_is_no_obstacle(tmp_path: Path) -> None:
@@ -960,9 +975,9 @@ def test_the_folder_of_another_s_lock_keeps_its_mode(store: Store) -> None:
     folder.chmod(0o755)
     with store.exclusive():
         assert stat.S_IMODE(folder.stat().st_mode) == 0o755
-    other = Store(lock_file=str(folder / "made" / "lock"))
+    other = Store(lock_file=str(folder / "deep" / "er" / "lock"))
     with other.exclusive():
-        assert stat.S_IMODE((folder / "made").stat().st_mode) == 0o700
+        assert stat.S_IMODE((folder / "deep" / "er").stat().st_mode) == 0o700
 
 
 def test_who_holds_a_lock_as_the_kernel_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
