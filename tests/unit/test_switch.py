@@ -523,97 +523,6 @@ def test_a_key_that_an_earlier_run_left_is_not_taken(store: Store, world: World,
     assert key.read_text() == "old" == world.keys[NEW] and not key.with_name("engine_key.next").exists()
 
 
-# -- cut anywhere ----------------------------------------------------------------------------------------------------
-
-
-@given(
-    bad=st.dictionaries(st.sampled_from([OLD, NEW]), st.sampled_from(["crash", "wrong", "port"]), max_size=2),
-    cuts=st.lists(st.integers(0, 40), max_size=3),
-    to=st.sampled_from(["new", "restart", "first"]),
-    rekeyed=st.booleans(),
-)
-@settings(max_examples=max(settings.default.max_examples, 150))
-def test_whatever_is_cut_either_release_serves_verified_with_its_key(
-    bad: dict[str, str], cuts: list[int], to: str, rekeyed: bool, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """The power goes before the n-th thing that is done (a write, a link, a container), again while that is ended, and
-    again. In the end the old or the new one serves, and the journal says which; unless neither works."""
-    folder = tmp_path_factory.mktemp("world")
-    store = Store(folder / "project", folder / "state", str(folder / "lock"))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        world = World(monkeypatch, store)
-        path = Path(http.KEY_FILE)
-        path.parent.mkdir(parents=True)
-        path.write_text("old")
-        if to != "first":
-            assert run(store, stage(store, OLD))["outcome"] == "verified"
-        number = 1 if to == "restart" else stage(store, NEW)
-        left: list[int] = []
-
-        def tick(_what: str = "") -> None:
-            if left:
-                left[0] -= 1
-                if left[0] < 0:
-                    left.clear()
-                    raise PowerCut
-
-        world.step = tick
-        for name in ("write_text", "link"):
-            done = getattr(releases, name)
-
-            def cut_before(*args: Any, _done: Callable[..., Any] = done, **more: Any) -> None:
-                tick()
-                _done(*args, **more)
-
-            monkeypatch.setattr(releases, name, cut_before)
-        world.bad = dict(bad)
-        begun = False
-        try:
-            left[:] = cuts[:1]
-            switch_with_key(store, number, "new", path) if rekeyed else run(store, number)
-            begun = True
-        except PowerCut:
-            begun = interrupted(store)
-        waiting = cuts[1:]
-        while interrupted(store):
-            left[:], waiting = waiting[:1], waiting[1:]
-            with contextlib.suppress(PowerCut):
-                recover(store, Docker("/nowhere"))
-        if not begun:
-            return  # cut before anything was written of it
-        ended, current = store.switch(), store.current()
-        assert ended and ended["phase"] == "done" and not store.switch_damage()
-        running = [name for name, state in world.containers.items() if state == "running"]
-        outcome = ended["outcome"]
-        assert all(store.damage(kept) == [] for kept in store.numbers())
-        wanted = OLD if to == "restart" else NEW
-        if outcome == "verified":
-            assert running == [wanted] and current == number and world.keys[wanted] == world.key()
-            assert world.key() in (("new", "old") if rekeyed else ("old",))
-        elif outcome == "restored":
-            assert running == [OLD] and current == 1 and world.keys[OLD] == world.key() == "old"
-        elif outcome == "refused":
-            assert running == ([] if to == "first" else [OLD]) and world.key() == "old"
-        else:
-            assert outcome in ("removed", "failed") and (bad.get(OLD) or to == "first")
-            assert world.key() == "old" and not any(world.bad.get(name) is None for name in running)
-        if not bad and not cuts:
-            assert outcome == "verified" and world.key() == ("new" if rekeyed else "old")
-        if not bad.get(OLD) and to == "new":
-            assert outcome in ("verified", "restored", "refused")  # the old one works: something serves
-        assert not path.with_name("engine_key.previous").exists()
-
-
-def test_a_lock_that_is_given_back_while_its_holder_is_looked_up_is_taken(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with contextlib.ExitStack() as held:
-        assert held.enter_context(Store(lock_file=str(store.lock_file)).exclusive("guard"))
-        monkeypatch.setattr(Store, "holder", lambda self: held.close())  # at this very moment, and then nobody
-        with store.exclusive(patience=0.0) as mine:
-            assert mine
-
-
 # -- waiting, to the second ------------------------------------------------------------------------------------------
 
 CLIENT = http.Client("http://127.0.0.1:8000")
@@ -1136,3 +1045,94 @@ def test_a_container_is_made_anew_where_that_is_asked_for(store: Store, world: W
     assert again["container_id"] not in ("", before)
     outcome = store.outcome(deployed)
     assert outcome and outcome["container_id"] == again["container_id"]
+
+
+# -- cut anywhere ----------------------------------------------------------------------------------------------------
+
+
+@given(
+    bad=st.dictionaries(st.sampled_from([OLD, NEW]), st.sampled_from(["crash", "wrong", "port"]), max_size=2),
+    cuts=st.lists(st.integers(0, 40), max_size=3),
+    to=st.sampled_from(["new", "restart", "first"]),
+    rekeyed=st.booleans(),
+)
+@settings(max_examples=max(settings.default.max_examples, 150))
+def test_whatever_is_cut_either_release_serves_verified_with_its_key(
+    bad: dict[str, str], cuts: list[int], to: str, rekeyed: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The power goes before the n-th thing that is done (a write, a link, a container), again while that is ended, and
+    again. In the end the old or the new one serves, and the journal says which; unless neither works."""
+    folder = tmp_path_factory.mktemp("world")
+    store = Store(folder / "project", folder / "state", str(folder / "lock"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        world = World(monkeypatch, store)
+        path = Path(http.KEY_FILE)
+        path.parent.mkdir(parents=True)
+        path.write_text("old")
+        if to != "first":
+            assert run(store, stage(store, OLD))["outcome"] == "verified"
+        number = 1 if to == "restart" else stage(store, NEW)
+        left: list[int] = []
+
+        def tick(_what: str = "") -> None:
+            if left:
+                left[0] -= 1
+                if left[0] < 0:
+                    left.clear()
+                    raise PowerCut
+
+        world.step = tick
+        for name in ("write_text", "link"):
+            done = getattr(releases, name)
+
+            def cut_before(*args: Any, _done: Callable[..., Any] = done, **more: Any) -> None:
+                tick()
+                _done(*args, **more)
+
+            monkeypatch.setattr(releases, name, cut_before)
+        world.bad = dict(bad)
+        begun = False
+        try:
+            left[:] = cuts[:1]
+            switch_with_key(store, number, "new", path) if rekeyed else run(store, number)
+            begun = True
+        except PowerCut:
+            begun = interrupted(store)
+        waiting = cuts[1:]
+        while interrupted(store):
+            left[:], waiting = waiting[:1], waiting[1:]
+            with contextlib.suppress(PowerCut):
+                recover(store, Docker("/nowhere"))
+        if not begun:
+            return  # cut before anything was written of it
+        ended, current = store.switch(), store.current()
+        assert ended and ended["phase"] == "done" and not store.switch_damage()
+        running = [name for name, state in world.containers.items() if state == "running"]
+        outcome = ended["outcome"]
+        assert all(store.damage(kept) == [] for kept in store.numbers())
+        wanted = OLD if to == "restart" else NEW
+        if outcome == "verified":
+            assert running == [wanted] and current == number and world.keys[wanted] == world.key()
+            assert world.key() in (("new", "old") if rekeyed else ("old",))
+        elif outcome == "restored":
+            assert running == [OLD] and current == 1 and world.keys[OLD] == world.key() == "old"
+        elif outcome == "refused":
+            assert running == ([] if to == "first" else [OLD]) and world.key() == "old"
+        else:
+            assert outcome in ("removed", "failed") and (bad.get(OLD) or to == "first")
+            assert world.key() == "old" and not any(world.bad.get(name) is None for name in running)
+        if not bad and not cuts:
+            assert outcome == "verified" and world.key() == ("new" if rekeyed else "old")
+        if not bad.get(OLD) and to == "new":
+            assert outcome in ("verified", "restored", "refused")  # the old one works: something serves
+        assert not path.with_name("engine_key.previous").exists()
+
+
+def test_a_lock_that_is_given_back_while_its_holder_is_looked_up_is_taken(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.ExitStack() as held:
+        assert held.enter_context(Store(lock_file=str(store.lock_file)).exclusive("guard"))
+        monkeypatch.setattr(Store, "holder", lambda self: held.close())  # at this very moment, and then nobody
+        with store.exclusive(patience=0.0) as mine:
+            assert mine
