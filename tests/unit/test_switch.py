@@ -923,6 +923,72 @@ def test_why_the_old_one_does_not_come_back_is_explained(store: Store, world: Wo
     assert world.containers[OLD] == "exited"  # or Docker starts it again for ever
 
 
+def damage(store: Store, number: int, *names: str) -> None:
+    for name in names:
+        (store.folder(number) / name).chmod(0o644)
+        (store.folder(number) / name).write_text("{")
+
+
+def test_the_release_to_go_back_to_is_looked_at_before_anything_stops(
+    store: Store, world: World, deployed: int
+) -> None:
+    number = stage(store, NEW)
+    job = Switch(store, Docker("/nowhere"), {"to": number})
+    job.begin(number)
+    damage(store, deployed, "plan.json")
+    damage(store, number, "lock.json")
+    assert job.problems(number) == []
+    assert [text.partition(" is missing")[0] for text in job.journal["repaired"]] == [
+        *(str(store.folder(number) / "lock.json"), str(store.folder(deployed) / "plan.json")),
+    ]
+    damage(store, deployed, "lock.json", ".sealed.json")
+    assert job.problems(number) == []
+    assert len(job.journal["repaired"]) == 1 and "release 1 is damaged: " in job.journal["repaired"][0]
+    assert store.numbers() == [1, 2]
+
+
+def test_a_release_that_serves_and_cannot_be_repaired_is_said_once(store: Store, world: World, deployed: int) -> None:
+    job = Switch(store, Docker("/nowhere"), {"to": deployed})
+    job.begin(deployed)
+    damage(store, deployed, "plan.json")
+    assert job.problems(deployed) == [] and len(job.journal["repaired"]) == 1
+
+
+def test_after_a_switch_every_release_is_whole(store: Store, world: World, deployed: int) -> None:
+    other = stage(store, "vllm-other")
+    number = stage(store, NEW)
+    damage(store, other, "compose.yml")
+    journal = run(store, number)
+    assert store.damage(other) == [] and "compose.yml was changed; brought back" in journal["repaired"][0]
+
+
+def test_an_old_release_that_is_damaged_for_good_cannot_come_back(store: Store, world: World, deployed: int) -> None:
+    world.bad[NEW] = "crash"
+    damage(store, deployed, "lock.json", ".sealed.json")
+    journal = run(store, stage(store, NEW))
+    assert journal["outcome"] == "failed" and journal["restore_error"]["failure"] == "release-damaged"
+    assert "lock.json is missing or damaged" in journal["restore_error"]["message"]
+
+
+def test_recovery_sets_a_damaged_journal_aside(store: Store, world: World, deployed: int) -> None:
+    (store.state_dir / "switch.json").write_text("{")
+    assert recover(store, Docker("/nowhere")) is None
+    assert not (store.state_dir / "switch.json").exists() and len(store.set_aside_files()) == 1
+
+
+def test_a_key_of_a_switch_that_was_cut_before_it_changed_anything_is_forgotten(
+    store: Store, world: World, key: Path, deployed: int
+) -> None:
+    key.write_text("old")
+    world.cut = "checking"
+    with pytest.raises(PowerCut):
+        switch_with_key(store, stage(store, NEW), "new", key)
+    world.cut = None
+    ended = recover(store, Docker("/nowhere"))
+    assert ended and ended["outcome"] == "refused"
+    assert key.read_text() == "old" and [path.name for path in key.parent.iterdir()] == [key.name]
+
+
 # -- the end of one that was cut, and the job ------------------------------------------------------------------------
 
 

@@ -233,7 +233,8 @@ class Switch:
     # -- the steps -------------------------------------------------------------------------------------------
 
     def activate(self, number: int, names: Sequence[str], recreate: bool) -> None:
-        """Stop what runs, start a release, wait for it, verify it. `names`: the phases. Raises FailedError."""
+        """Stop what runs, start a release, wait for it, verify it. `names`: the phases, of which the first is noted
+        already. Raises FailedError."""
         stopping, starting, waiting, verifying = names
         try:
             plan, lock = self.store.plan(number), self.store.lock(number)
@@ -242,7 +243,6 @@ class Switch:
             raise FailedError(str(error), failure="release-damaged", state="missing") from None
         service, url = str(plan["service"]), f"http://127.0.0.1:{int(lock['port'])}"
         try:
-            self.phase(stopping)
             self.patiently(lambda: self.stop_all(engine_client(self._url_before() or url)))
             self.phase(starting, service)
             if stopping == "stopping" and self.request.get("new_key"):
