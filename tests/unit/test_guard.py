@@ -1177,6 +1177,21 @@ def test_what_is_kept_comes_back_whole(host: Host) -> None:
     }
 
 
+def test_a_state_begins_with_nothing() -> None:
+    assert Guard(SETTINGS).data(5.0) == {
+        **{"at": 5.0, "engine": "missing", "served": False, "since": 0.0, "release": None, "restarts": []},
+        **{"restarts_total": {}, "given_up": None, "healing": None, "canary": None, "running": 0.0, "waiting": 0.0},
+        **{"tokens_per_second": None, "slow": False, "stalls": False, "boot_id": "", "known": {}},
+    }
+
+
+def test_totals_are_bounded() -> None:
+    assert len(Guard(SETTINGS, {"restarts_total": {f"reason {n}": n for n in range(101)}}).totals) == 100
+    assert Guard(SETTINGS, {"restarts_total": {"x" * 100: 5}}).totals == {"x" * 100: 5}
+    with pytest.raises(BoundsError, match="reason: more than 100 characters"):
+        Guard(SETTINGS, {"restarts_total": {"x" * 101: 5}})
+
+
 def test_whether_it_served_is_known_of_a_version_before() -> None:
     for engine in STATES:
         assert Guard(SETTINGS, {"engine": engine}).served is (engine in ("serving", "loading", "healing", "wedged"))
