@@ -464,7 +464,7 @@ def _plan(options: argparse.Namespace) -> int:
         target.card,
         target.arguments,
         profile=options.profile,
-        version=engine.Engine(engine.parse_version(options.engine)) if options.engine else target.engine,
+        version=engine.Engine(engine.parse_version(options.engine)) if options.engine is not None else target.engine,
         memory=memory.Memory(total, available, options.reserve_gib),
         others=_cards,
     ).as_dict()

@@ -275,6 +275,25 @@ def test_what_a_running_engine_holds() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("0.10.1.1+381074ae.nv25.09", (0, 10, 1, 1)),
+        ("v0.24.0", (0, 24, 0)),
+        (" 0.25.1.post1 ", (0, 25, 1)),
+        ("0.11.0rc2.dev12+gabc", (0, 11, 0)),
+    ],
+)
+def test_a_version(text: str, numbers: tuple[int, ...]) -> None:
+    assert engine.parse_version(text) == numbers
+
+
+@pytest.mark.parametrize("text", ["", "0x10", "1.2.", "1..2", "latest", "-1", "9" * 7, "1 2", "\u0661.2"])
+def test_what_is_no_version(text: str) -> None:
+    with pytest.raises(SparkfleetError, match="is not a version of vLLM"):
+        engine.parse_version(text)
+
+
+@pytest.mark.parametrize(
     ("image", "version"),
     [
         ("nvcr.io/nvidia/vllm:25.09-py3", (0, 10, 1, 1)),
