@@ -271,7 +271,7 @@ def unreachable(fleet: Fleet) -> dict[str, Any]:
     wanted = {
         "sparkfleet_image": NEXT,
         "sparkfleet_rollout_waves": 2,
-        "sparkfleet_environment": {"SCENE": "unreachable"},
+        "sparkfleet_environment": {"SCENE": f"unreachable {time.time():.0f}"},
     }
     found: dict[str, Any] = {}
 
@@ -281,7 +281,7 @@ def unreachable(fleet: Fleet) -> dict[str, Any]:
         first = canary.release()
         canary.until("the canary has its release", lambda: canary.release() != first, 400)
         # It goes on to serve: only its SSH is gone, the connection that is kept open too.
-        victim.sh("systemctl stop ssh.socket ssh.service; pkill -9 -x sshd || true")
+        victim.sh("systemctl stop ssh.socket ssh.service; pkill -9 -x 'sshd|sshd-session' || true")
         said, _ = rollout.communicate(timeout=600)
         found.update(exit_code=rollout.returncode, rollout_s=round(time.monotonic() - began, 1), said=said)
 
