@@ -322,12 +322,21 @@ def unresolved(fleet: Fleet) -> dict[str, Any]:
         gateway.sh("systemctl restart haproxy")
         gateway.until("others serve", lambda: ask(fleet) == 200)
         restarted = time.monotonic() - began
+        # A server counts as up until it has been asked.
+        gateway.until("it is known to be down", lambda: statistics(gateway, victim.name)["status"] == "DOWN")
+        before = int(statistics(gateway, victim.name)["stot"])
     finally:
         began = time.monotonic()
         container.start()
-    victim.until("it serves again", functools.partial(serves, victim))
+    victim.until("it serves again", victim.answers)
     served = time.monotonic() - began
-    gateway.until("it gets requests again", lambda: statistics(gateway, victim.name)["status"].startswith("UP"))
+
+    def given() -> bool:
+        ask(fleet)
+        seen = statistics(gateway, victim.name)
+        return seen["status"].startswith("UP") and int(seen["stot"]) > before
+
+    gateway.until("it gets requests again", given)
     joined = time.monotonic() - began - served
     return {**result, "restarted_s": round(restarted, 1), "served_s": round(served, 1), "joined_s": round(joined, 1)}
 
