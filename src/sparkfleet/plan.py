@@ -222,6 +222,8 @@ def release(target: Target, document: compose.Document, memory: dict[str, Any] |
             **known,
             "revision": next(iter(_after("--revision", service["command"])), target.revision),
             "image": compose.plain(service["image"]),
+            "cache_dir": target.settings.cache_dir,
+            "compile_cache_dir": target.settings.compile_cache_dir,
             "port": target.settings.port,
             "controller": controller.name(),
         },

@@ -115,6 +115,11 @@ def _entry(entry: Mapping[str, Any] | None) -> str:
     return f"{kind}:{entry.get(kind, 'unknown')} ({entry['size']} bytes)"
 
 
+def was_downloaded(listing: Mapping[str, Any]) -> bool:
+    """Whether Sparkfleet downloaded a model, by a list of its own. One that it only found and checked is somebody's."""
+    return "files" in listing and listing.get("downloaded_bytes", 1) != 0
+
+
 def finished(cache_dir: str | Path) -> Iterator[tuple[str, str]]:
     """(repo, commit) of each manifest in a cache, damaged ones included, in order of their names."""
     for path in sorted(Path(cache_dir, FOLDER).glob("models--*/*.json")):
