@@ -682,3 +682,16 @@ def test_a_release_whose_needs_cannot_be_noted_is_not_pruned(
     for count in range(4):
         assert run(store, stage(store, NEW, f"text {count}\n"))["outcome"] == "verified"
     assert store.numbers() == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("how", ["refused", "restored"])
+def test_releases_that_never_served_do_not_pile_up(store: Store, world: World, deployed: int, how: str) -> None:
+    """Each attempt is another release: the newest few stay, and all that served."""
+    assert run(store, stage(store, "vllm-third"))["outcome"] == "verified"
+    assert run(store, stage(store, "vllm-fourth"))["outcome"] == "verified"
+    world.problems = [Problem("image-missing", "no image X")] if how == "refused" else []
+    world.bad[NEW] = "crash"
+    for count in range(6):
+        to = stage(store, NEW, f"attempt {count}\n")
+        assert run(store, to)["outcome"] == how
+    assert store.numbers() == [1, 2, 3, 7, 8, 9] and store.find("attempt 5\n", store.plan(9)) == 9

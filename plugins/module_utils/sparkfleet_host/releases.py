@@ -585,6 +585,12 @@ class Store:
         newest = sorted({*numbers, *({to} if to else ())})[-max(keep, 1) :]
         return [number for number in numbers if number not in {*kept, *newest}]
 
+    def never_verified(self, keep: int) -> list[int]:
+        """All but the newest `keep` of the releases that were refused, or tried in vain, and never served."""
+        current = self.current()
+        verified = {number for number in self.numbers() if (self.outcome(number) or {}).get("verified_at")}
+        return [number for number in self.numbers() if number not in {current, *verified}][: -max(keep, 1)]
+
     # -- the journal of the switch ---------------------------------------------------------------------------
 
     def switch(self) -> dict[str, Any] | None:

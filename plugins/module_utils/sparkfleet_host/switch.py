@@ -351,6 +351,11 @@ class Switch:
         """Note how it ended."""
         stopped, answering = self.journal["stopped_at"], self.journal["answering_at"]
         served = outcome in (VERIFIED, RESTORED)
+        if outcome != VERIFIED:
+            with contextlib.suppress(OSError):
+                unused = self.store.never_verified(int(self.journal.get("keep") or KEEP))
+                reclaim.note(self.store, unused)
+                self.store.remove(unused)
         self.journal["out_of_service_s"] = round(answering - stopped, 1) if stopped and served else None
         self.journal.update(outcome=outcome, ended=self.now())
         self.phase(DONE)
