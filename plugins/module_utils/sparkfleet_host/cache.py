@@ -134,9 +134,14 @@ def finished(cache_dir: str | Path) -> Iterator[tuple[str, str]]:
 def mark_suspect(cache_dir: str | Path, repo: str, commit: str, reason: str, files: Sequence[str] = ()) -> bool:
     """Note that the files of a model are to be hashed before they are used again: the model then counts as not
     complete, the next fetch hashes all of it and replaces what is damaged. False where it could not be noted (a
-    read-only cache, no such model). `files`: names that are known to be damaged."""
+    read-only cache, no such model). `files`: names that are known to be damaged; without any, those of a mark that is
+    there already stay."""
     path = suspect_path(cache_dir, repo, commit)
-    note = {"reason": reason[:400], "files": list(files)[:1000], "at": int(time.time())}
+    note = {
+        "reason": reason[:400],
+        "files": list(files)[:1000] or damaged_files(cache_dir, repo, commit),
+        "at": int(time.time()),
+    }
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         # Root writes where others may: never through a link that one of them has put there.
@@ -165,6 +170,16 @@ def suspicion(cache_dir: str | Path, repo: str, commit: str) -> str:
         return ""
     except (OSError, BoundsError):
         return "marked"  # that it is there is enough
+
+
+def damaged_files(cache_dir: str | Path, repo: str, commit: str) -> list[str]:
+    """Names of a model's files that were found damaged and neither replaced nor found sound since. A mark without names
+    is a suspicion, no finding."""
+    try:
+        names = bounded.read_json(suspect_path(cache_dir, repo, commit)).get("files")
+    except (OSError, BoundsError):
+        return []
+    return [name for name in names if bounded.is_repository_path(name)] if isinstance(names, list) else []
 
 
 def clear_suspicion(cache_dir: str | Path, repo: str, commit: str) -> None:
