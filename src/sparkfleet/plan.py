@@ -43,6 +43,7 @@ def make(target: Target, state: State) -> dict[str, Any]:
         "service": target.card.service,
         "image": target.image,
         "revision": target.revision,
+        "remote_code": target.remote_code,
         "compose": document,
         "verify": dataclasses.asdict(target.card.verify),
         "memory": memory and memory.as_dict(),

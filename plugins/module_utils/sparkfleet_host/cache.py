@@ -25,6 +25,7 @@ from .bounded import COMMIT, REPO, REVISION, SHA256, BoundsError
 FOLDER = ".sparkfleet"
 MANIFEST_BYTES = 16 << 20
 MOST_FILES = 20_000
+CODE = ".py"  # what vLLM runs of a model with trust_remote_code alone
 
 
 def valid_repo(repo: Any) -> bool:
@@ -202,8 +203,9 @@ def resolve_commit(cache_dir: str | Path, repo: str, revision: str) -> str | Non
     return commit if COMMIT.fullmatch(commit) else None
 
 
-def model_state(cache_dir: str | Path, repo: str, revision: str) -> dict[str, Any]:
-    """What the cache holds of `repo` at `revision`; reads file sizes only, never their content.
+def model_state(cache_dir: str | Path, repo: str, revision: str, remote_code: bool = False) -> dict[str, Any]:
+    """What the cache holds of `repo` at `revision`; reads file sizes only, never their content. With `remote_code` one
+    that was fetched without the code of its repository is not complete.
 
     commit: str | None; complete: bool; bytes: int, those of the model on this disk (all blobs, partial ones
     included, where there is no manifest yet); total_bytes: int | None as the manifest has it; missing: list[str],
@@ -236,7 +238,9 @@ def model_state(cache_dir: str | Path, repo: str, revision: str) -> dict[str, An
         else:
             state["missing"].append(name)
     state["total_bytes"] = manifest["total_bytes"]
-    state["complete"] = bool(manifest["files"]) and not state["missing"] and not state["suspect"]
+    # A list of an earlier version says nothing of the code, and has it.
+    enough = not remote_code or manifest.get("remote_code", True) is not False
+    state["complete"] = bool(manifest["files"]) and enough and not state["missing"] and not state["suspect"]
     return state
 
 
