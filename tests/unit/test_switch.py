@@ -694,4 +694,8 @@ def test_releases_that_never_served_do_not_pile_up(store: Store, world: World, d
     for count in range(6):
         to = stage(store, NEW, f"attempt {count}\n")
         assert run(store, to)["outcome"] == how
+    first = min(set(store.numbers()) - {1, 2, 3})
+    stage(store, NEW, "attempt 6\n")
+    assert run(store, first)["outcome"] == how and first in store.numbers()  # the one that was asked for stays
+    store.remove([10])
     assert store.numbers() == [1, 2, 3, 7, 8, 9] and store.find("attempt 5\n", store.plan(9)) == 9

@@ -354,6 +354,7 @@ class Switch:
         if outcome != VERIFIED:
             with contextlib.suppress(OSError):
                 unused = self.store.never_verified(int(self.journal.get("keep") or KEEP))
+                unused = [number for number in unused if number != self.journal["to"]]
                 reclaim.note(self.store, unused)
                 self.store.remove(unused)
         self.journal["out_of_service_s"] = round(answering - stopped, 1) if stopped and served else None
