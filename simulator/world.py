@@ -315,7 +315,8 @@ class World:
         def ready() -> bool:
             if not ssh_answers(port):
                 return False
-            if flavour == "dgxos" and run_in(container, ["docker", "version"])[0] != 0:
+            starts = flavour == "dgxos" and run_in(container, ["systemctl", "is-enabled", "docker.service"])[0] == 0
+            if starts and run_in(container, ["docker", "version"])[0] != 0:
                 return False
             return run_in(container, ["curl", "-fsS", "-o", "/dev/null", "https://nvcr.io/v2/"])[0] == 0
 
