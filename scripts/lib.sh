@@ -43,12 +43,12 @@ setup() {
         python=
     done
     [[ -n $python ]] || die "no Python 3.11 or newer: install one (Debian, Ubuntu: apt-get install python3 python3-venv)"
+    if [[ -n ${bundle:-} ]]; then
+        PYTHONPATH=src:plugins/module_utils "$python" -B -m sparkfleet.wheels "$bundle" "${bundle_digest:-}" || exit
+        from=(--no-index --find-links "$bundle/python")
+    fi
     if [[ ! -x .venv/bin/python ]]; then
         "$python" -m venv .venv || die "cannot make .venv: apt-get install python3-venv"
-    fi
-    if [[ -n ${bundle:-} ]]; then
-        [[ -d $bundle/python ]] || die "$bundle has no folder python: \`sparkfleet bundle FOLDER\` makes one"
-        from=(--no-index --find-links "$bundle/python")
     fi
     during "Installing Ansible and what else Sparkfleet needs into .venv" \
         .venv/bin/pip install --disable-pip-version-check "${from[@]}" --constraint constraints.txt \

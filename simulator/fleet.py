@@ -271,7 +271,7 @@ def unreachable(fleet: Fleet) -> dict[str, Any]:
     wanted = {
         "sparkfleet_image": NEXT,
         "sparkfleet_rollout_waves": 2,
-        "sparkfleet_environment": {"SCENE": "unreachable"},
+        "sparkfleet_environment": {"SCENE": f"unreachable {time.time():.0f}"},
     }
     found: dict[str, Any] = {}
 
@@ -281,7 +281,7 @@ def unreachable(fleet: Fleet) -> dict[str, Any]:
         first = canary.release()
         canary.until("the canary has its release", lambda: canary.release() != first, 400)
         # It goes on to serve: only its SSH is gone, the connection that is kept open too.
-        victim.sh("systemctl stop ssh.socket ssh.service; pkill -9 -x sshd || true")
+        victim.sh("systemctl stop ssh.socket ssh.service; pkill -9 -x 'sshd|sshd-session' || true")
         said, _ = rollout.communicate(timeout=600)
         found.update(exit_code=rollout.returncode, rollout_s=round(time.monotonic() - began, 1), said=said)
 
@@ -322,12 +322,21 @@ def unresolved(fleet: Fleet) -> dict[str, Any]:
         gateway.sh("systemctl restart haproxy")
         gateway.until("others serve", lambda: ask(fleet) == 200)
         restarted = time.monotonic() - began
+        # A server counts as up until it has been asked.
+        gateway.until("it is known to be down", lambda: statistics(gateway, victim.name)["status"] == "DOWN")
+        before = int(statistics(gateway, victim.name)["stot"])
     finally:
         began = time.monotonic()
         container.start()
-    victim.until("it serves again", functools.partial(serves, victim))
+    victim.until("it serves again", victim.answers)
     served = time.monotonic() - began
-    gateway.until("it gets requests again", lambda: statistics(gateway, victim.name)["status"].startswith("UP"))
+
+    def given() -> bool:
+        ask(fleet)
+        seen = statistics(gateway, victim.name)
+        return seen["status"].startswith("UP") and int(seen["stot"]) > before
+
+    gateway.until("it gets requests again", given)
     joined = time.monotonic() - began - served
     return {**result, "restarted_s": round(restarted, 1), "served_s": round(served, 1), "joined_s": round(joined, 1)}
 

@@ -369,7 +369,7 @@ def rows() -> list[Row]:
             "port",
             "a foreigner listens when the engine is started",
             port_between,
-            ("[port-taken]", "nothing serves"),
+            ("[port-taken]", "Nothing was stopped"),
             STOPPED,
             "port-taken",
         ),

@@ -528,7 +528,7 @@ def rows() -> list[Row]:
             "disk",
             "/opt/hf is read-only and a file is missing",
             after(f"rm {SNAPSHOT}/config.json && mount --bind /opt/hf /opt/hf && mount -o remount,bind,ro /opt/hf"),
-            ("[fetch-io]",),
+            ("[cache-read-only]",),
             AS_SEEN,
             undo="umount -l /opt/hf || true",
         ),

@@ -29,7 +29,7 @@ import pexpect
 from simulator.shell import SimulatorError
 from simulator.spark import ROOT, Spark
 from simulator.world import World, home
-from sparkfleet import wheels
+from sparkfleet import bundle, wheels
 
 USER, PASSWORD = "owner", "not so secret: a simulation"
 SOURCE, PACKAGES = "/srv/sparkfleet", "/srv/packages"
@@ -124,6 +124,15 @@ def packages(say: Callable[[str], None]) -> Path:
     return folder
 
 
+def bundle_json(folder: Path) -> bytes:
+    """The list of a bundle that has nothing but these Python packages."""
+    made = bundle.Bundle(folder.parent)
+    files = {name: made.entry_of(name)[0] for name in (f"python/{wheel.name}" for wheel in folder.iterdir())}
+    known = {"version": bundle.VERSION, "system": {}, "images": {}, "models": {}, "packages": []}
+    entries = {name: dataclasses.asdict(entry) for name, entry in files.items()}
+    return json.dumps({**known, "files": entries}).encode()
+
+
 def furnish(spark: Spark, folder: Path) -> None:
     """What is there before the owner comes: a user with a password, the repository to clone, Python packages."""
     spark.sh(
@@ -144,6 +153,10 @@ def furnish(spark: Spark, folder: Path) -> None:
                 archive.add(ROOT / name, f"{SOURCE.lstrip('/')}/{name}", recursive=False)
         for wheel in folder.iterdir():
             archive.add(wheel, f"{PACKAGES.lstrip('/')}/python/{wheel.name}", recursive=False)
+        listed = bundle_json(folder)
+        entry = tarfile.TarInfo(f"{PACKAGES.lstrip('/')}/{bundle.NAME}")
+        entry.size, entry.mode = len(listed), 0o644
+        archive.addfile(entry, io.BytesIO(listed))
     container.put_archive("/", buffer.getvalue())
     # git clones only from a folder of one's own.
     spark.sh(

@@ -315,7 +315,8 @@ class World:
         def ready() -> bool:
             if not ssh_answers(port):
                 return False
-            if flavour == "dgxos" and run_in(container, ["docker", "version"])[0] != 0:
+            starts = flavour == "dgxos" and run_in(container, ["systemctl", "is-enabled", "docker.service"])[0] == 0
+            if starts and run_in(container, ["docker", "version"])[0] != 0:
                 return False
             return run_in(container, ["curl", "-fsS", "-o", "/dev/null", "https://nvcr.io/v2/"])[0] == 0
 
@@ -430,9 +431,10 @@ def purge(say: Say) -> None:
 
 
 def dnsmasq(address: str, hub_address: str) -> str:
-    """Configuration of the name server: our names here, the rest where Docker sends them."""
+    """Configuration of the name server: our names here, the rest where Docker sends them, which keeps no name of a
+    host that is off; so nothing is cached."""
     lines = [f"address=/{name}/{hub_address if name == 'huggingface.co' else address}" for name in keys.NAMES]
-    lines += [f"listen-address={address}", "bind-dynamic", "no-resolv", "server=127.0.0.11", "cache-size=1000"]
+    lines += [f"listen-address={address}", "bind-dynamic", "no-resolv", "server=127.0.0.11", "cache-size=0"]
     return "\n".join(lines) + "\n"
 
 

@@ -9,6 +9,7 @@
     proxy: ""
     no_proxy: ""
     bundle: ""           # folder that stands for the internet: what the list in it says
+    remote_code: false   # the files of code as well, which the engine runs with trust_remote_code
     required: false      # fail where the Hub cannot be asked
     listing: {}          # what a host has of it: refused where it is something else
   register: fetch_model_files                       # expected ({} or commit and files) and reason
@@ -38,7 +39,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
     TRANSFERS_FILES = False
     _supports_check_mode = True
     _VALID_ARGS = frozenset(
-        ("repo", "revision", "endpoint", "token", "proxy", "no_proxy", "bundle", "required", "listing")
+        ("repo", "revision", "endpoint", "token", "proxy", "no_proxy", "bundle", "remote_code", "required", "listing")
     )
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -59,7 +60,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                 digest = str(self._templar.template(variables.get("sparkfleet_bundle_digest") or ""))
                 answer, new = model_files.of_bundle(str(arguments["bundle"]), digest, repo, revision), False
             else:
-                answer, new = model_files.of_run(Path(constants.DEFAULT_LOCAL_TMP), repo, revision, way)
+                answer, new = model_files.of_run(
+                    Path(constants.DEFAULT_LOCAL_TMP), repo, revision, way, truth(arguments.get("remote_code", False))
+                )
             if answer.expected and arguments.get("listing"):
                 failure = "model-differs"
                 model_files.refuse(answer.expected, arguments["listing"], host, f"{repo}@{revision}")

@@ -21,7 +21,7 @@ from ansible.utils.display import Display
 
 from sparkfleet import controller
 from sparkfleet.patience import Patience
-from sparkfleet.switch import Follower
+from sparkfleet.switch import Follower, foreseen
 
 display = Display()
 
@@ -44,6 +44,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                 module_name="release_switch", module_args={**options, **follower.asks()}, task_vars=task_vars
             )
             if answer.get("failed") or not answer.get("journal"):
+                for line in foreseen(host, answer.get("would") or {}):
+                    display.display(line)
                 return {**result, **answer, **refused(host, answer)}
             for line in follower.take(answer):
                 display.display(line)

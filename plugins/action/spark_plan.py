@@ -57,6 +57,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         request = {
             "repo": target.card.repo,
             "revision": target.revision,
+            "remote_code": target.remote_code,
             "image": target.image,
             "project": compose.PROJECT,
             "operator": settings.operator,

@@ -60,7 +60,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.sparkfleet_host.bounded import BoundsError
-from ansible.module_utils.sparkfleet_host.cache import manifest_path, model_state, read_manifest, repo_folder
+from ansible.module_utils.sparkfleet_host.cache import CODE, manifest_path, model_state, read_manifest, repo_folder
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError
 from ansible.module_utils.sparkfleet_host.job import Job, JobError
 from ansible.module_utils.sparkfleet_host.registry import Layout, Registry, credentials, reference
@@ -101,7 +101,8 @@ def collect_model(params: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str
     """The model's list, and its files. Raises JobError where the cache lacks it."""
     if not params["repo"]:
         return {}, []
-    state = model_state(params["cache_dir"], params["repo"], params["revision"])
+    code = bool(params.get("remote_code"))
+    state = model_state(params["cache_dir"], params["repo"], params["revision"], code)
     if not state["complete"]:
         raise JobError("download-incomplete", f"{params['repo']} is not complete in {params['cache_dir']}")
     path = manifest_path(params["cache_dir"], params["repo"], str(state["commit"]))
@@ -109,6 +110,8 @@ def collect_model(params: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str
         listing: dict[str, Any] = {**read_manifest(path), "revision": params["revision"]}
     except BoundsError as error:
         raise JobError("download-incomplete", str(error)) from None
+    if not code:  # an earlier version fetched it
+        listing["files"] = {name: entry for name, entry in listing["files"].items() if not name.endswith(CODE)}
     folder = repo_folder(params["repo"])
     files = {}
     for entry in listing["files"].values():
@@ -171,6 +174,7 @@ def main() -> None:
             "digest": {"type": "str", "default": ""},
             "repo": {"type": "str", "default": ""},
             "revision": {"type": "str", "default": "main"},
+            "remote_code": {"type": "bool", "default": False},
             "cache_dir": {"type": "path", "default": "/opt/hf"},
             "packages": {"type": "list", "elements": "list", "default": []},
             "have": {"type": "list", "elements": "str", "default": []},

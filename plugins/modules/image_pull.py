@@ -42,6 +42,12 @@ options:
     description: Whether the image's own registry may be asked at all; with V(false) the mirror must have it.
     type: bool
     default: true
+  state_dir:
+    description: >-
+      Folder in which it is noted that the image was brought here, so that it may be removed with the last release that
+      needs it.
+    type: path
+    default: /var/lib/sparkfleet
   docker_config:
     description: Docker's configuration file; its C(auths) entry of the registry is sent to the engine.
     type: path
@@ -121,6 +127,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.sparkfleet_host.bounded import DIGEST, printable
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError, DockerUnavailable
 from ansible.module_utils.sparkfleet_host.job import Job, JobError
+from ansible.module_utils.sparkfleet_host.reclaim import images_before, note_image
 from ansible.module_utils.sparkfleet_host.registry import (
     Reference,
     Registry,
@@ -129,6 +136,7 @@ from ansible.module_utils.sparkfleet_host.registry import (
     layer_sizes,
     reference,
 )
+from ansible.module_utils.sparkfleet_host.releases import STATE_DIR
 
 SILENCE = 1800.0  # seconds without a word from the engine; a huge layer may unpack for long
 
@@ -300,6 +308,15 @@ def pull(docker: Docker, ref: Reference, config: Path, job: Job) -> dict[str, An
     return describe(found, ref)
 
 
+def bring(docker: Docker, ref: Reference, params: dict[str, Any], job: Job) -> dict[str, Any]:
+    """`get`, and a note that the image was not here before. Without the note it is never removed."""
+    before = images_before(docker)
+    result = get(docker, ref, params, job)
+    with contextlib.suppress(DockerError, OSError):
+        note_image(params["state_dir"], docker.image(ref.local) or {}, before)
+    return result
+
+
 def get(docker: Docker, ref: Reference, params: dict[str, Any], job: Job) -> dict[str, Any]:
     """Pulls from the mirror, if there is one that may be believed, else from the image's own registry."""
     config, reason, unverified = Path(params["docker_config"]), "", ""
@@ -386,6 +403,7 @@ def main() -> None:
             "digest": {"type": "str", "default": ""},
             "mirror_digest": {"type": "str", "default": ""},
             "internet": {"type": "bool", "default": True},
+            "state_dir": {"type": "path", "default": STATE_DIR},
             "docker_config": {"type": "path", "default": "/root/.docker/config.json"},
             "docker_socket": {"type": "path", "default": "/var/run/docker.sock"},
         },
@@ -425,7 +443,7 @@ def main() -> None:
         job = claim
         found = docker.image(ref.local)
         changed = found is None
-        result = describe(found, ref) if found else get(docker, ref, params, job)
+        result = describe(found, ref) if found else bring(docker, ref, params, job)
         seconds = round(time.time() - began, 1)
         job.done({**result, "changed": changed, "seconds": seconds})
         if changed:

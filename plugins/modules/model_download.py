@@ -74,8 +74,13 @@ options:
       - No files that match one of these patterns.
       - By default, where the repository has safetensors, other copies of the weights such as C(*.bin), C(*.pt),
         C(*.pth), C(*.h5), C(*.msgpack), C(*.onnx), C(*.gguf), C(original/*) and C(consolidated*).
+      - No code (C(*.py)) either, without O(remote_code).
     type: list
     elements: str
+  remote_code:
+    description: The code of the repository too, which vLLM runs with trust_remote_code alone.
+    type: bool
+    default: false
   memory:
     description: Memory limit of the container in bytes; its page cache counts and is reclaimed.
     type: int
@@ -240,6 +245,8 @@ def command(params: dict[str, Any]) -> list[str]:
     argv += ["--cache-dir", params["cache_dir"], "--workers", str(params["workers"])]
     for pattern in params["allow"]:
         argv.append(f"--allow={pattern}")
+    if params.get("remote_code"):
+        argv.append("--remote-code")
     if params["ignore"] == []:
         argv.append("--ignore-nothing")
     for pattern in params["ignore"] or []:
@@ -390,6 +397,13 @@ def fetch(docker: Docker, params: dict[str, Any], job: Job) -> dict[str, Any]:
     return {**run_client(docker, params, job), "peer_failed": reason}
 
 
+def look(params: dict[str, Any]) -> dict[str, Any]:
+    """What the cache has of the model, see `model_state`."""
+    code = bool(params.get("remote_code"))
+    state: dict[str, Any] = model_state(params["cache_dir"], params["repo"], params["revision"], code)
+    return state
+
+
 def hashed(params: dict[str, Any], state: dict[str, Any], job: Job) -> dict[str, Any]:
     """The state, once every file of a suspect model (or of any, where that is asked for) was hashed: a sound one is
     complete, a damaged one is marked, and is fetched."""
@@ -407,7 +421,7 @@ def hashed(params: dict[str, Any], state: dict[str, Any], job: Job) -> dict[str,
     wrong = [*found["damaged"], *found["missing"]]
     if not wrong and not found["error"]:
         clear_suspicion(*where, commit)
-        return {**state, "complete": True, "suspect": ""}
+        return look(params)
     reason = f"damaged: {', '.join(wrong[:3])}" if wrong else str(found["error"])
     mark_suspect(*where, commit, reason, wrong)
     return {**state, "complete": False, "suspect": reason}
@@ -528,6 +542,7 @@ def main() -> None:
             "check_hashes": {"type": "bool", "default": False},
             "allow": {"type": "list", "elements": "str", "default": []},
             "ignore": {"type": "list", "elements": "str"},
+            "remote_code": {"type": "bool", "default": False},
             "memory": {"type": "int", "default": 2 << 30},
             "workers": {"type": "int", "default": 4},
             "network": {"type": "str", "default": "bridge"},
@@ -550,7 +565,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that `finally` removes the container
     try:
         check(params)
-        state = model_state(params["cache_dir"], params["repo"], params["revision"])
+        state = look(params)
         result = {"commit": state["commit"], "snapshot": state["path"], "bytes": state["bytes"], "attached": False}
         difference = {"before": "", "after": f"{what} in {params['cache_dir']}\n"}
         if module.check_mode:
@@ -568,8 +583,7 @@ def main() -> None:
             module.exit_json(changed=False, attached=True, holder_pid=holder["pid"], seconds=0.0)
         job = claim
         # Again, now that nobody else writes: a job before may just have finished.
-        state = model_state(params["cache_dir"], params["repo"], params["revision"])
-        state = hashed(params, state, job)
+        state = hashed(params, look(params), job)
         if state["complete"]:
             result = {"commit": state["commit"], "snapshot": state["path"], "bytes": state["bytes"]}
             job.update("downloading", state["bytes"], state["bytes"])

@@ -26,6 +26,13 @@ options:
   controller: {description: Who; USER@HOST. The action knows., type: str, default: ""}
   start_timeout: {description: Seconds that an engine has until it is ready., type: float, default: 1800}
   keep: {description: Number of releases that are kept., type: int, default: 5}
+  reclaim:
+    description:
+      - Once the release is verified, remove what no kept release needs of what Sparkfleet brought - images that it
+        pulled, models that it downloaded, compile caches. What others use stays, and is tried again by the next switch.
+    type: bool
+    default: true
+  lock: {description: In check mode what the release is pinned to where it is not staged., type: dict, default: {}}
   recreate: {description: Make the container anew though its file has not changed., type: bool, default: false}
   new_key:
     description: Take the key that is staged in C(/etc/sparkfleet/engine_key.next); a switch that fails gives it back.
@@ -41,7 +48,7 @@ options:
   cursor: {description: RFC 3339 time of the last log line seen., type: str, default: ""}
 author: ["The Sparkfleet developers"]
 attributes:
-  check_mode: {support: full, description: Checks the release if it is there and says that it would switch.}
+  check_mode: {support: full, description: Checks the release if it is there; says what would be pruned and reclaimed.}
   diff_mode: {support: none, description: M(release_stage) shows the file.}
 """
 
@@ -64,11 +71,15 @@ restart_count: {description: How often Docker restarted it., returned: always, t
 started_at: {description: RFC 3339 time of its last start., returned: always, type: str}
 log_lines: {description: Its lines since the cursor., returned: always, type: list, elements: str}
 cursor: {description: Time of the last line read., returned: always, type: str}
+would: {description: Releases that would be pruned and what would be reclaimed., returned: check mode, type: dict}
 now: {description: Unix time of the host., returned: always, type: float}
 release: {description: By the action; number and model that serve now., returned: action, type: dict}
 previous: {description: By the action; number and model that served before., returned: action, type: dict}
 outcome: {description: By the action; verified restored removed refused or failed., returned: action, type: str}
 out_of_service_s: {description: By the action; seconds without an answer., returned: action, type: float}
+reclaimed: {description: By the action; kind name and bytes of what was removed., returned: action, type: list}
+reclaimed_bytes: {description: By the action; their sum., returned: action, type: int}
+left: {description: By the action; what no release needs and stays and why., returned: action, type: list}
 seconds: {description: By the action; of the whole., returned: action, type: float}
 verification: {description: By the action; result of the verification., returned: action, type: dict}
 failure: {description: By the action; entry in the table of failures., returned: failure, type: str}
@@ -84,7 +95,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host import hardening
+from ansible.module_utils.sparkfleet_host import hardening, reclaim
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError, DockerUnavailable
 from ansible.module_utils.sparkfleet_host.engine import just_before, look, new_lines
 from ansible.module_utils.sparkfleet_host.precheck import precheck
@@ -136,7 +147,7 @@ def spawn(module: AnsibleModule, store: Store, words: list[str]) -> None:
     # At a shutdown the job ends before Docker does, or it would take the end of the engine for a failure.
     argv += ["--property=After=docker.service"]
     places = (module.params["project_dir"], module.params["state_dir"], cache_dir())
-    argv += hardening.arguments(hardening.switch(*places))
+    argv += hardening.arguments(hardening.switch(*places, reclaim.places(store)))
     argv += ["--", python, str(program), "switch", *words]
     argv += [f"--project-dir={module.params['project_dir']}", f"--state-dir={module.params['state_dir']}"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
@@ -190,6 +201,7 @@ def begin(module: AnsibleModule, store: Store) -> tuple[str, str]:
         return str(ended["id"]), "already"
     words = [f"--{key}={params[key]}" for key in ("to", "mode", "controller", "verb", "keep")]
     words += [f"--id={id_}", f"--start-timeout={params['start_timeout']}"]
+    words += [] if params["reclaim"] else ["--no-reclaim"]
     words += [*(["--recreate"] if params["recreate"] else []), *(["--new-key"] if params["new_key"] else [])]
     spawn(module, store, words)
     began = time.monotonic()
@@ -205,6 +217,12 @@ def begin(module: AnsibleModule, store: Store) -> tuple[str, str]:
             )
         time.sleep(0.05)
     return id_, "begun"
+
+
+def foresee(params: dict[str, Any], store: Store) -> dict[str, Any]:
+    """What the switch would remove: {"pruned": [number], "reclaimed": […], "left": […]}."""
+    pruned, reclaimed, left = reclaim.foresee(store, Docker(), params["keep"], params["to"], params["lock"])
+    return {"pruned": pruned, **({"reclaimed": reclaimed, "left": left} if params["reclaim"] else {})}
 
 
 def watch(store: Store, id_: str, seconds: float) -> tuple[dict[str, Any], bool]:
@@ -255,6 +273,8 @@ def main() -> None:
             **dict.fromkeys(("verb", "controller", "begin", "id", "container", "cursor"), text),
             "start_timeout": {"type": "float", "default": 1800.0},
             "keep": {"type": "int", "default": 5},
+            "reclaim": {"type": "bool", "default": True},
+            "lock": {"type": "dict", "default": {}},
             "recreate": {"type": "bool", "default": False},
             "new_key": {"type": "bool", "default": False, "no_log": False},
             "project_dir": {"type": "path", "default": "/opt/sparkfleet"},
@@ -272,7 +292,8 @@ def main() -> None:
             for problem in precheck(store, Docker(), params["to"]) if there else ():
                 where = f"release {params['to']} could not be switched to"
                 module.fail_json(msg=f"{where}: {problem.message}", failure=problem.failure)
-        module.exit_json(changed=True, done=True, journal={}, msg=f"would switch to release {params['to']}")
+        message = f"would switch to release {params['to']}"
+        module.exit_json(changed=True, done=True, journal={}, msg=message, would=foresee(params, store))
     try:
         if not there:
             store.plan(params["to"])  # says which there are; damaged files are the job's to repair

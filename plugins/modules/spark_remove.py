@@ -50,7 +50,7 @@ from urllib.parse import quote
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.sparkfleet_host import bounded, engine
 from ansible.module_utils.sparkfleet_host.bounded import BoundsError
-from ansible.module_utils.sparkfleet_host.cache import FOLDER, MANIFEST_BYTES
+from ansible.module_utils.sparkfleet_host.cache import FOLDER, MANIFEST_BYTES, was_downloaded
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError, DockerUnavailable
 from ansible.module_utils.sparkfleet_host.http import KEY_FILE
 from ansible.module_utils.sparkfleet_host.releases import STATE_DIR, Store, read_json
@@ -113,7 +113,7 @@ def downloaded(cache_dir: Path) -> list[Path]:
         for path in place.glob("*.json"):
             with contextlib.suppress(OSError, BoundsError):
                 lists.append(bounded.read_json(path, MANIFEST_BYTES, follow=False))
-        if any("files" in one and one.get("downloaded_bytes", 1) != 0 for one in lists):
+        if any(map(was_downloaded, lists)):
             found += [cache_dir / place.name, place]
     return found
 

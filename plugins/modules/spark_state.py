@@ -20,6 +20,7 @@ options:
   image: {description: Reference of the engine's image., type: str, required: true}
   project: {description: Name of the compose project that is ours., type: str, required: true}
   project_dir: {description: Folder of the compose file., type: path, required: true}
+  remote_code: {description: Whether the engine runs code of the model's repository., type: bool, default: false}
   cache_dir: {description: Folder of the model cache., type: path, required: true}
   port: {description: TCP port that the engine is published on., type: int, required: true}
   operator: {description: User who is to run docker., type: str, required: true}
@@ -513,7 +514,7 @@ def look(params: dict[str, Any]) -> dict[str, Any]:
         health = pool.submit(healthy, params["port"])
         store = Store(params["project_dir"])
         served = pool.submit(status, store) if params["status"] else None
-        model = model_state(params["cache_dir"], params["repo"], params["revision"])
+        model = model_state(params["cache_dir"], params["repo"], params["revision"], params["remote_code"])
         hub = None
         if not model["complete"] and params["internet"]:
             token = params["token"] or stored.strip()
@@ -578,6 +579,7 @@ def main() -> None:
             "hub_endpoint": {"type": "str", "default": "https://huggingface.co"},
             "proxy": {"type": "str", "default": ""},
             "no_proxy": {"type": "str", "default": ""},
+            "remote_code": {"type": "bool", "default": False},
             "status": {"type": "bool", "default": False},
             "now": {"type": "float", "default": 0},
             "internet": {"type": "bool", "default": True},

@@ -165,7 +165,7 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("-i", "--inventory", default=default_inventory(), help="default: %(default)s")
     common.add_argument("-l", "--limit", metavar="HOSTS", help="only these hosts of the inventory")
-    common.add_argument("-e", "--extra-vars", metavar="NAME=VALUE", action="append", default=[])
+    common.add_argument("-e", "--extra-vars", metavar="NAME=VALUE", type=_extra, action="append", default=[])
     common.add_argument("-C", "--check", action="store_true", help="say what would change, change nothing")
     common.add_argument("-K", "--ask-become-pass", action="store_true", help="ask for sudo's password")
     common.add_argument("--json", action="store_true", help="one JSON document on standard output")
@@ -408,6 +408,13 @@ def _word(text: str) -> str:
     return text
 
 
+def _extra(text: str) -> str:
+    """Extra variables as Ansible takes them; it would pass over a word without "=" in silence."""
+    if not re.match(r"[@{\[]|\s*[A-Za-z_][A-Za-z0-9_]*=", text):
+        raise argparse.ArgumentTypeError(f"'{text[:60]}': write NAME=VALUE, @FILE, or JSON")
+    return text
+
+
 def _count(text: str) -> int:
     if not re.fullmatch("[0-9]{1,6}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text[:40]}' is not a whole number from 1 to 999999")
@@ -464,7 +471,7 @@ def _plan(options: argparse.Namespace) -> int:
         target.card,
         target.arguments,
         profile=options.profile,
-        version=engine.Engine(engine.parse_version(options.engine)) if options.engine else target.engine,
+        version=engine.Engine(engine.parse_version(options.engine)) if options.engine is not None else target.engine,
         memory=memory.Memory(total, available, options.reserve_gib),
         others=_cards,
     ).as_dict()

@@ -90,7 +90,8 @@ def parse_version(text: str) -> Version:
 
 def _version(text: str) -> Version:
     """Numbers of a version; () when the text is none."""
-    found = re.fullmatch(r"v?([0-9]{1,6}(?:\.[0-9]{1,6}){0,7})(?![0-9.])\S{0,100}", text)
+    suffixes = r"(?:\.?(?:a|b|rc|dev|post)[0-9]{1,9}){0,3}(?:[+-][\w.+-]{1,100})?"
+    found = re.fullmatch(rf"v?([0-9]{{1,6}}(?:\.[0-9]{{1,6}}){{0,7}}){suffixes}", text, re.ASCII)
     return tuple(int(part) for part in found[1].split(".")) if found else ()
 
 

@@ -52,7 +52,7 @@ from huggingface_hub.utils._http import hf_request_event_hook
 from huggingface_hub.utils._paths import filter_repo_objects
 from sparkfleet_host import bounded
 from sparkfleet_host.bounded import COMMIT, SHA256
-from sparkfleet_host.cache import FOLDER, MANIFEST_BYTES, MOST_FILES, check_listing, difference, repo_folder
+from sparkfleet_host.cache import CODE, FOLDER, MANIFEST_BYTES, MOST_FILES, check_listing, difference, repo_folder
 
 # Other copies of the weights, which vLLM does not read when there are safetensors; many of them are pickles, which run
 # code when they are loaded.
@@ -100,7 +100,8 @@ class Request:
     revision: str
     cache_dir: Path
     allow: list[str] = field(default_factory=list)
-    ignore: list[str] | None = None  # None: IGNORE, where the repository has safetensors
+    ignore: list[str] | None = None  # None: IGNORE, where the repository has safetensors, and code
+    remote_code: bool = False  # the engine may run the repository's code
     workers: int = 4
     expected: dict[str, Any] | None = None  # {"commit", "files"} as the controller had it of the Hub
 
@@ -313,6 +314,7 @@ class Fetch:
         ignore = self.request.ignore
         if ignore is None:
             ignore = list(IGNORE) if any(name.endswith(".safetensors") for name in names) else []
+            ignore += [] if self.request.remote_code else [f"*{CODE}"]
         return list(
             filter_repo_objects(names, allow_patterns=self.request.allow or None, ignore_patterns=ignore or None)
         )
@@ -457,6 +459,7 @@ class Fetch:
             "revision": self.request.revision,
             **self.listing(),
             "total_bytes": self.total,
+            "remote_code": self.request.remote_code or self.request.ignore is not None,
         }
 
     def listing(self) -> dict[str, Any]:
@@ -619,6 +622,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--allow", action="append", default=[], metavar="PATTERN")
     parser.add_argument("--ignore", action="append", default=None, metavar="PATTERN")
     parser.add_argument("--ignore-nothing", action="store_true")
+    parser.add_argument("--remote-code", action="store_true", help="the repository's code too")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--expected", type=Path, metavar="FILE", help="list that what is offered must be")
     parser.add_argument("--list", action="store_true", help="say what the Hub has, and download nothing")
@@ -629,6 +633,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cache_dir=given.cache_dir,
         allow=given.allow,
         ignore=[] if given.ignore_nothing else given.ignore,
+        remote_code=given.remote_code,
         workers=given.workers,
     )
     set_client_factory(make_client)

@@ -58,14 +58,16 @@ class Way:
     no_proxy: str = ""
 
 
-def resolve(repo: str, revision: str, way: Way) -> Answer:
-    """Ask the Hub. Raises SparkfleetError for what is no model or revision."""
+def resolve(repo: str, revision: str, way: Way, remote_code: bool = False) -> Answer:
+    """Ask the Hub; `remote_code`: for the repository's code too, as the host fetches it. Raises SparkfleetError for
+    what is no model or revision."""
     if not cache.valid_repo(repo) or not cache.valid_revision(revision):
         shown = bounded.printable(repr(f"{repo}@{revision}"), 200)
         raise SparkfleetError(f"{shown} is not ORG/NAME and a branch, tag or commit")
     client = hub_client.build(CACHE)
     with tempfile.TemporaryDirectory(prefix="sparkfleet-hub-") as folder:
         argv = [sys.executable, "-I", "-S", "-B", str(client), "--list", f"--repo={repo}", f"--revision={revision}"]
+        argv += ["--remote-code"] if remote_code else []
         try:
             done = subprocess.run(
                 [*argv, f"--cache-dir={folder}/cache"],
@@ -152,12 +154,12 @@ def of_bundle(folder: str, digest: str, repo: str, revision: str) -> Answer:
     return Answer(commit, listing["files"])
 
 
-def of_run(folder: Path, repo: str, revision: str, way: Way) -> tuple[Answer, bool]:
+def of_run(folder: Path, repo: str, revision: str, way: Way, remote_code: bool = False) -> tuple[Answer, bool]:
     """`resolve` once a run for all its hosts, kept in a folder that lives as long as the run; whether it was asked just
     now. A branch that moves meanwhile is the same for every host."""
-    key = f"{repo}@{revision} {way.endpoint}"
+    key = f"{repo}@{revision} {way.endpoint}{' with code' if remote_code else ''}"
     file = folder / "sparkfleet-models.json"
-    known, new = once.ask(file, key, lambda: dataclasses.asdict(resolve(repo, revision, way)))
+    known, new = once.ask(file, key, lambda: dataclasses.asdict(resolve(repo, revision, way, remote_code)))
     return Answer(**known), new
 
 

@@ -48,23 +48,27 @@ def schedule(hosts: Sequence[Mapping[str, Any]], canary: int, waves: Any) -> lis
 
 def canaries(value: Any) -> int:
     """The number of canaries, as an inventory writes it. Raises SparkfleetError."""
-    number = isinstance(value, int) and not isinstance(value, bool) and -1_000_000 < value < 1_000_000
-    text = str(value) if number else value if isinstance(value, str) else ""
+    text, shown = _written(value)
     if not re.fullmatch(r"\s*[0-9]{1,6}\s*", text):
-        shown = "a number of many digits" if isinstance(value, int) and not number else printable(repr(value), 60)
         raise SparkfleetError(f"{CANARY} is {shown}: write 0 for none, or a number of Sparks")
-    return int(value)
+    return int(text)
 
 
 def _size(value: Any, total: int) -> int:
     """Sparks of a wave: at least one. Raises SparkfleetError."""
-    number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1_000_000
-    text = str(value) if number else value if isinstance(value, str) else ""
+    text, shown = _written(value)
     found = re.fullmatch(r"\s*([0-9]{1,6})\s*(%?)\s*", text)
     if not found or int(found[1]) == 0 or (found[2] and int(found[1]) > 100):
-        shown = "a number of many digits" if isinstance(value, int) and not number else printable(repr(value), 60)
         raise SparkfleetError(f"{WAVES}: {shown} is not the size of a wave; {_EXAMPLES}")
     return max(math.floor(total * int(found[1]) / 100), 1) if found[2] else int(found[1])
+
+
+def _written(value: Any) -> tuple[str, str]:
+    """A value as text, empty when it is neither a whole number nor text; and what an error is to show of it."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        # Python does not print a number of more than 4,300 digits.
+        return (str(value), str(value)) if abs(value) < 1_000_000 else ("", "a number of many digits")
+    return value if isinstance(value, str) else "", printable(repr(value), 60)
 
 
 def number(waves: Sequence[Sequence[str]], batch: Sequence[str]) -> int:

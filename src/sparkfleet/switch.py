@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sparkfleet_host.bounded import printable
+
 from sparkfleet import failures
 from sparkfleet.start import Watch, explain
 
@@ -74,6 +76,8 @@ class Follower:
             lines += self._watch(leg).take({**answer, "ready": ready})
         for step in news[after:]:
             lines += self._said(step)
+        if self.done:
+            lines += _reclaimed(self.host, "reclaimed", journal)
         return lines
 
     def _said(self, step: Mapping[str, Any]) -> list[str]:
@@ -114,6 +118,9 @@ class Follower:
             "out_of_service_s": journal["out_of_service_s"],
             "seconds": round((journal["ended"] or 0) - journal["began"], 1),
             "verification": journal["verification"],
+            "reclaimed": journal.get("reclaimed") or [],
+            "reclaimed_bytes": _bytes(journal),
+            "left": journal.get("left") or [],
         }
         watch = self._watches.get("there")
         if watch:
@@ -178,3 +185,20 @@ class Follower:
         begins, ends = ("starting", "restoring") if first else ("restore-waiting", "done")
         at = {step["phase"]: float(step["at"]) for step in self._journal["steps"]}
         return max(at.get(ends, 0.0) - at.get(begins, 0.0), 0.0)
+
+
+def foreseen(host: str, would: Mapping[str, Any]) -> list[str]:
+    """What a switch would remove, in check mode, as lines to print."""
+    pruned = ", ".join(map(str, would.get("pruned") or []))
+    return [*([f"{host}  would prune release {pruned}"] if pruned else []), *_reclaimed(host, "would reclaim", would)]
+
+
+def _bytes(found: Mapping[str, Any]) -> int:
+    return sum(int(item["bytes"]) for item in found.get("reclaimed") or [])
+
+
+def _reclaimed(host: str, verb: str, found: Mapping[str, Any]) -> list[str]:
+    items = [f"{item['kind']} {item['name']} ({item['bytes'] / 1e9:.2f} GB)" for item in found.get("reclaimed") or []]
+    lines = [f"{host}  {verb} {_bytes(found) / 1e9:.2f} GB that no kept release needs: {', '.join(items)}"]
+    left = [f"{host}  not reclaimed: {reason}" for reason in found.get("left") or []]
+    return [printable(line) for line in [*(lines if items else []), *left]]

@@ -150,6 +150,11 @@ class Target:
         """The version of vLLM in the image, as far as it can be told by its name."""
         return engine.of_image(self.image)
 
+    @property
+    def remote_code(self) -> bool:
+        """Whether the engine runs code of the model's repository, which is fetched only then."""
+        return bool(self.arguments.get("trust_remote_code"))
+
     def document(self, state: State | None = None) -> compose.Document:
         """The compose file, pinned to what the host has fetched so far."""
         known_image = ((state or {}).get("docker") or {}).get("image") or {}

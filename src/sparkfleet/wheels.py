@@ -1,4 +1,8 @@
-"""Wheels for `scripts/setup` on a controller without internet."""
+"""Wheels for `scripts/setup` on a controller without internet.
+
+`python -m sparkfleet.wheels FOLDER [DIGEST]` checks those of a bundle before pip is given them, with nothing but the
+standard library: there is no environment yet.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,14 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import tomllib
+from sparkfleet_host.bounded import BoundsError, printable
 
 from sparkfleet import SparkfleetError
+from sparkfleet.bundle import Bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 #: What a Spark's own system has, in case it is to be the controller: DGX OS 7 and Debian 13.
@@ -34,6 +40,28 @@ def download(folder: Path, machines: Iterable[str], say: Callable[[str], object]
         foreign = [] if (machine, version) == here else _platform(machine, version)
         _pip(folder, foreign)
     return sorted(path.name for path in folder.iterdir())
+
+
+def check(folder: str | Path, digest: str = "") -> int:
+    """See that the folder python of a bundle has the files that bundle.json lists and no others (pip takes whatever
+    fits from it); their number. `digest`: what bundle.json must have. Raises SparkfleetError, which names the file."""
+    bundle = Bundle.read(folder, digest)
+    listed = sorted(name for name in bundle.files if name.startswith("python/"))
+    if not listed:
+        raise SparkfleetError(f"the bundle {folder} has no Python packages: `sparkfleet bundle FOLDER` adds them")
+    again = "nothing was installed; run `sparkfleet bundle FOLDER` again where there is internet"
+    for name in listed:
+        wanted = bundle.files[name]
+        try:
+            found = bundle.entry_of(name, limit=wanted.size)[0]
+        except (OSError, BoundsError) as error:
+            raise SparkfleetError(f"{bundle.folder / name}: {error}; {again}") from None
+        if found != wanted:
+            raise SparkfleetError(f"{bundle.folder / name} does not have the sha256 that bundle.json lists; {again}")
+    unlisted = sorted({f"python/{path.name}" for path in (bundle.folder / "python").iterdir()} - set(listed))
+    if unlisted:
+        raise SparkfleetError(f"{bundle.folder}/{printable(unlisted[0], 200)} is not listed in bundle.json; {again}")
+    return len(listed)
 
 
 def _platform(machine: str, version: str) -> list[str]:
@@ -62,3 +90,17 @@ def _pip(folder: Path, foreign: list[str]) -> None:
             if path.name not in before:
                 path.unlink() if path.is_file() else shutil.rmtree(path)
         raise SparkfleetError(f"pip download: {' '.join(done.stderr.split())[-300:]}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """`FOLDER [DIGEST]`; exit code 2 for wheels that are not to be installed."""
+    try:
+        check(*argv)
+    except SparkfleetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

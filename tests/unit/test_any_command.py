@@ -129,3 +129,44 @@ def test_any_command(argv: list[str], place: Path) -> None:
 def test_bad_input_is_2(words: list[str], place: Path) -> None:
     code, out, err = run(words)
     assert code == 2 and err and "Traceback" not in err, (code, out, err)
+
+
+NO_NUMBER = st.sampled_from(["", "x", "1e999", "nan", "-5", "0x10", "1,5", "9" * 40])
+NO_YAML = st.sampled_from(["{", "[", "a: b: c", "*a", "&a [*a]", "!!python/object:os.system x", ".nan", "9" * 400])
+NO_WORD = st.sampled_from(["", "\0", "a\0b", "\x1b[31m\0"])
+UNKNOWN = st.text("abcxyz-_/.", min_size=1, max_size=12).map(lambda text: "zz" + text)
+ON_PAPER = st.sampled_from(["plan", "compose"])
+#: A command line that is wrong, whatever else is in it.
+WRONG = st.one_of(
+    st.tuples(VERBS, UNKNOWN.map("--".__add__)),
+    st.tuples(UNKNOWN),
+    st.tuples(ON_PAPER, UNKNOWN),
+    st.tuples(ON_PAPER, st.just("qwen3-8b-fp8"), st.just("--profile"), UNKNOWN),
+    st.tuples(ON_PAPER, st.just("qwen3-8b-fp8"), st.just("--set"), UNKNOWN),
+    st.tuples(ON_PAPER, st.just("qwen3-8b-fp8"), st.just("--set"), NO_YAML.map("max_num_seqs=".__add__)),
+    st.tuples(
+        st.just("plan"),
+        st.just("qwen3-8b-fp8"),
+        st.sampled_from(["--total-gib", "--available-gib", "--reserve-gib", "--engine"]),
+        NO_NUMBER,
+    ),
+    st.tuples(st.just("compose"), st.just("qwen3-8b-fp8"), st.just("--source"), UNKNOWN),
+    st.tuples(st.just("logs"), st.just("-n"), NO_NUMBER),
+    st.tuples(st.just("status"), st.just("--watch"), NO_NUMBER),
+    st.tuples(st.just("rollback"), NO_NUMBER),
+    st.tuples(st.sampled_from(["upgrade", "switch", "bundle"]), NO_WORD),
+    st.tuples(st.sampled_from(sorted(cli.PLAYBOOKS)), st.sampled_from(["-i", "-e"]), NO_WORD),
+    st.tuples(st.just("rollout"), st.just("--dry"), st.just("-l"), st.sampled_from(["zz9", "!", "&", "sparks:&zz9"])),
+    st.tuples(
+        st.just("rollout"), st.just("--dry"), st.just("-e"), st.sampled_from(["{", "@/nowhere", "a", "sparkfleet_x=1"])
+    ),
+).map(list)
+
+
+@given(argv=WRONG)
+def test_a_command_that_is_wrong_is_2(argv: list[str], place: Path) -> None:
+    before = {path.name for path in place.iterdir()}
+    code, out, err = run(argv)
+    assert code == 2 and err.strip() and len(err) < 5000, (argv, code, out, err)
+    assert "Traceback" not in out + err and "\x1b" not in out + err
+    assert {path.name for path in place.iterdir()} <= before | {"events"}

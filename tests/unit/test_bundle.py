@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +322,71 @@ def test_wheels_are_for_the_program_and_its_build() -> None:
     assert {"ansible-core", "huggingface_hub", "setuptools"} <= set(names)
     assert "--python-version" in wheels._platform("aarch64", "3.12")
     assert "manylinux_2_17_aarch64" in wheels._platform("aarch64", "3.12")
+
+
+def with_wheels(folder: Path) -> Bundle:
+    made = Bundle.open(folder)
+    (folder / "python").mkdir(parents=True)
+    for name in ("a-1-py3-none-any.whl", "b-1-py3-none-any.whl"):
+        (folder / "python" / name).write_bytes(f"wheel {name}".encode())
+        made.files[f"python/{name}"] = made.entry_of(f"python/{name}")[0]
+    made.write()
+    return made
+
+
+def test_wheels_are_checked_before_anything_is_installed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "carry"
+    digest = with_wheels(folder).write()
+    assert wheels.main([str(folder), f"sha256:{digest}"]) == 0 and capsys.readouterr().err == ""
+    (folder / "python" / "b-1-py3-none-any.whl").write_bytes(b"Wheel b-1-py3-none-any.whl")  # of the same size
+    assert wheels.main([str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {folder}/python/b-1-py3-none-any.whl does not have the sha256") and said[-1] == "\n"
+    assert said.count("\n") == 1 and "nothing was installed" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda python: (python / "c-9-py3-none-any.whl").touch(), "python/c-9-py3-none-any.whl is not listed"),
+        (lambda python: (python / "index.html").touch(), "python/index.html is not listed"),
+        (lambda python: (python / "a-1-py3-none-any.whl").unlink(), "python/a-1-py3-none-any.whl"),
+        (lambda python: (python / "a-1-py3-none-any.whl").write_bytes(b"x" * 99), "a-1-py3-none-any.whl: more than"),
+        (lambda python: python.rename(python.with_name("other")), "python/a-1-py3-none-any.whl"),
+        (lambda python: (python.parent / "bundle.json").unlink(), "no bundle is there"),
+    ],
+)
+def test_a_folder_of_wheels_that_is_not_as_listed(tmp_path: Path, change: Any, named: str) -> None:
+    with_wheels(tmp_path / "carry")
+    change(tmp_path / "carry" / "python")
+    with pytest.raises(SparkfleetError) as caught:
+        wheels.check(tmp_path / "carry")
+    assert named in str(caught.value)
+    with pytest.raises(SparkfleetError, match="was changed since"):
+        wheels.check(with_wheels(tmp_path / "second").folder, "sha256:" + "0" * 64)
+
+
+def test_setup_refuses_an_altered_wheel_before_pip(tmp_path: Path) -> None:
+    """The script itself, in a copy of the repository without an environment; its Python has no packages."""
+    root = Path(wheels.__file__).parents[2]
+    without = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("scripts", "src", "plugins/module_utils"):
+        shutil.copytree(root / name, tmp_path / "copy" / name, ignore=without)
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(root / name, tmp_path / "copy" / name)
+    with_wheels(tmp_path / "carry")
+    (tmp_path / "carry" / "python" / "a-1-py3-none-any.whl").write_bytes(b"other")
+    environment = {"PATH": os.environ["PATH"], "PYTHONNOUSERSITE": "1"}
+    done = subprocess.run(
+        ["bash", "scripts/setup", str(tmp_path / "carry")],
+        cwd=tmp_path / "copy",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and f"{tmp_path}/carry/python/a-1-py3-none-any.whl" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "copy" / ".venv").exists()
 
 
 # -- the plan ----------------------------------------------------------------------------------------------

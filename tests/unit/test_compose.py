@@ -150,6 +150,37 @@ def test_local_source_is_offline_pinned_and_without_token(card: catalog.Card) ->
     assert "TOKEN" not in yaml.safe_dump(document)
 
 
+def test_what_an_image_compiled_is_kept_in_a_folder_of_its_own(card: catalog.Card) -> None:
+    def volumes(**given: Any) -> list[str]:
+        document = compose.document(card, {}, compile_cache_dir="/var/cache/own", **given)
+        return list(document["services"][SERVICE]["volumes"])
+
+    model = "/opt/hf:/root/.cache/huggingface"
+    kept = [f"/var/cache/own/0123456789ab/{name}:{path}" for name, path in compose.COMPILE_CACHES.items()]
+    assert volumes(image_digest="sha256:0123456789abcdef" + "0" * 48) == [model, *kept] and kept
+    assert volumes() == volumes(source="hub", image_digest="sha256:" + "0" * 64) == [model]
+
+
+@pytest.mark.parametrize(
+    ("addresses", "ports"),
+    [
+        ([], ["8000:8000"]),
+        (["192.0.2.7"], ["127.0.0.1:8000:8000", "192.0.2.7:8000:8000"]),
+        (["fd00::7", "127.0.0.1"], ["127.0.0.1:8000:8000", "[fd00::7]:8000:8000"]),
+    ],
+)
+def test_an_engine_with_addresses_is_published_there_and_on_loopback(
+    card: catalog.Card, addresses: list[str], ports: list[str]
+) -> None:
+    assert compose.document(card, {}, addresses=addresses)["services"][SERVICE]["ports"] == ports
+
+
+def test_only_what_hands_over_the_key_is_taken_off_a_command() -> None:
+    plain = ["vllm", "serve", "a/b"]
+    assert compose.without_key(plain) == compose.without_key([*compose.KEYED, *plain]) == plain
+    assert compose.without_key([*compose.KEYED[:-1], *plain]) == [*compose.KEYED[:-1], *plain]
+
+
 def test_a_digest_in_the_reference_is_replaced_not_doubled(card: catalog.Card) -> None:
     document = compose.document(card, {}, image="r.example/v@sha256:" + "1" * 64, image_digest="sha256:" + "2" * 64)
     assert document["services"][SERVICE]["image"] == "r.example/v@sha256:" + "2" * 64

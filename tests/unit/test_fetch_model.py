@@ -44,8 +44,10 @@ def start(client: Path, hub: Hub, cache: Path, *more: str, token: Path | None = 
     environment = {"HF_ENDPOINT": hub.url, "HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
     environment["HF_TOKEN_PATH"] = str(token or cache / "none")
     given = {"--repo": hub.repo, "--revision": "main", "--cache-dir": str(cache)}
+    code = [word for word in more if word == "--remote-code"]  # the one without a value
+    more = tuple(word for word in more if word not in code)
     given.update(zip(more[::2], more[1::2], strict=True))
-    argv = [sys.executable, "-I", "-B", "-S", str(client), *(word for pair in given.items() for word in pair)]
+    argv = [sys.executable, "-I", "-B", "-S", str(client), *(word for pair in given.items() for word in pair), *code]
     return subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -315,9 +317,33 @@ def test_other_copies_of_the_weights_are_left_out(client: Path, hub: Hub, tmp_pa
     hub.files |= {"pytorch_model.bin": b"pickle", "sub/x.pt": b"pickle", "model.onnx": b"x", "modeling.py": b"code"}
     snapshot = Path(fetch(client, hub, tmp_path)[-1]["result"]["path"])
     assert sorted(path.name for path in snapshot.iterdir()) == [
-        *("config.json", "model-1.safetensors", "model-2.safetensors", "modeling.py", "sub"),
+        *("config.json", "model-1.safetensors", "model-2.safetensors", "sub"),
     ]
     assert [path.name for path in (snapshot / "sub").iterdir()] == ["notes.txt"]
+
+
+def test_code_is_fetched_only_where_the_engine_runs_it(client: Path, hub: Hub, tmp_path: Path) -> None:
+    """A model that is there without it is complete for one engine and not for the other."""
+    hub.files |= {"modeling.py": b"code", "sub/layers.py": b"more"}
+    snapshot = Path(fetch(client, hub, tmp_path)[-1]["result"]["path"])
+    assert not list(snapshot.rglob("*.py"))
+    without, with_code = (model_state(tmp_path, hub.repo, "main", code)["complete"] for code in (False, True))
+    assert (without, with_code) == (True, False)
+    hub.asked.clear()
+    assert fetch(client, hub, tmp_path, "--remote-code")[-1]["result"]["downloaded"] == len(b"code" + b"more")
+    assert sorted(path.name for path in snapshot.rglob("*.py")) == ["layers.py", "modeling.py"]
+    assert model_state(tmp_path, hub.repo, "main", True)["complete"] is True
+    # A list of an earlier version says nothing, and has the code.
+    place = manifest_path(tmp_path, hub.repo, hub.commit)
+    listing = json.loads(place.read_text())
+    del listing["remote_code"]
+    place.write_text(json.dumps(listing))
+    assert all(model_state(tmp_path, hub.repo, "main", code)["complete"] for code in (False, True))
+    # An older list that a bundle or another Spark has is no other model.
+    expected = tmp_path / "expected.json"
+    expected.write_text(json.dumps({"commit": hub.commit, "files": listing["files"]}))
+    result = fetch(client, hub, tmp_path, "--expected", str(expected))[-1]["result"]
+    assert result["commit"] == hub.commit and result["files"] == len(listing["files"]) - 2
 
 
 def test_a_mark_goes_once_all_files_were_hashed(client: Path, hub: Hub, tmp_path: Path) -> None:

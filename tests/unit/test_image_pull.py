@@ -325,3 +325,27 @@ def test_check_mode_before_docker_is_installed(tmp_path: Path, capsys: pytest.Ca
         image_pull.main()
     result = json.loads(capsys.readouterr().out)
     assert result["changed"] and result["msg"] == "would pull nvcr.io/nvidia/vllm:25.09-py3"
+
+
+@pytest.mark.parametrize("before", [[], [{"Id": "sha256:id", "RepoTags": ["mine:1"]}]])
+def test_an_image_that_was_brought_is_noted(
+    ready: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str], before: list[dict[str, Any]]
+) -> None:
+    """With its last release it may go; one that was here under another name may not."""
+
+    def create(handler: Handler) -> None:
+        image = {**INSPECT, "RepoTags": [REF], "RepoDigests": [OWN]}
+        ready.routes["GET", f"/images/{REF}/json"] = image
+        handler.chunks(b'{"status":"Pull complete"}\r\n')
+
+    ready.routes["GET", "/images/json"] = before
+    ready.routes["POST", "/images/create"] = create
+    folders = {"status_file": str(tmp_path / "status" / "image.json"), "state_dir": str(tmp_path / "state")}
+    with (
+        patch_module_args({"image": REF, "docker_socket": str(ready.server_address), **folders}),
+        pytest.raises(SystemExit),
+    ):
+        image_pull.main()
+    assert json.loads(capsys.readouterr().out)["changed"] is True
+    noted = [json.loads(path.read_text()) for path in (tmp_path / "state" / "images").glob(f"{'1' * 64}.json")]
+    assert noted == ([] if before else [{"names": [REF, OWN]}])

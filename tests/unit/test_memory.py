@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -133,9 +134,97 @@ def test_what_is_proposed_fits() -> None:
     assert taken > 20
 
 
+def ways(made: memory.Plan, kind: str) -> list[dict[str, Any]]:
+    return [dict(way.change) for way in made.suggestions if way.kind == kind]
+
+
+def test_a_smaller_batch_is_proposed_only_where_it_is_smaller() -> None:
+    """131,072 tokens at a time take 10.8 GiB for activations, and the cache is too small for one sequence."""
+    tight = {"gpu_memory_utilization": 0.2, "max_num_batched_tokens": 131072}
+    assert ways(plan("llama31-8b-fp8", **tight), "batch") == [{"max_num_batched_tokens": 16384}]
+    for batch in (2048, 2049, 4096, 8192):
+        made = plan(
+            "llama31-8b-fp8",
+            host=Memory(119.7, 30.0),
+            kv_cache_memory_bytes=18 * GIB,
+            max_num_batched_tokens=batch,
+        )
+        assert all(way["max_num_batched_tokens"] < batch for way in ways(made, "batch"))
+
+
+def test_fewer_sequences_are_proposed_only_where_they_are_fewer() -> None:
+    """The sampler's memory grows with the sequences: 4,096 of them take 18.9 GiB."""
+    made = plan("llama31-8b-fp8", max_num_seqs=4096, kv_cache_memory_bytes=96 * GIB)
+    assert ways(made, "sequences") == [{"max_num_seqs": 64}]
+    # The largest number that is both fewer and enough, down to 8.
+    for sequences, expected in ((64, 32), (32, 16), (16, 8), (8, None)):
+        asked = plan("llama31-8b-fp8", max_num_seqs=sequences, max_num_batched_tokens=64)
+        room = memory.activation_gib(catalog.load("llama31-8b-fp8"), 64, (expected or 4))
+        cache = asked.available_gib - 4 - memory.BEYOND_BUDGET_GIB - asked.weights_gib - asked.runtime_gib - room - 1e-4
+        tight = plan(
+            "llama31-8b-fp8",
+            max_num_seqs=sequences,
+            max_num_batched_tokens=64,
+            kv_cache_memory_bytes=int(cache * GIB),
+        )
+        assert not tight.fits
+        assert ways(tight, "sequences") == ([{"max_num_seqs": expected}] if expected else [])
+
+
+def test_a_lower_utilization_is_proposed_with_the_context_that_then_fits() -> None:
+    made = plan("llama33-70b-fp8", gpu_memory_utilization=0.95, max_model_len=131072)
+    assert ways(made, "utilization") == [] and ways(made, "two_sparks") == []
+    assert ways(made, "context") == [{"gpu_memory_utilization": 0.9, "max_model_len": 98304}]
+    text = next(way.text for way in made.suggestions if way.kind == "context")
+    assert text.startswith("gpu_memory_utilization: 0.9, max_model_len: 98304 (105,360 tokens of KV cache")
+    texts = [way.text for way in made.suggestions if way.kind in ("profile", "model")]
+    assert texts[0].startswith("profile long_context (") and texts[-1].startswith("model gpt-oss-120b (")
+    # Where the utilization alone will do, the context stays.
+    alone = plan("llama31-8b-fp8", gpu_memory_utilization=0.95)
+    assert ways(alone, "utilization") == [{"gpu_memory_utilization": 0.9}] and ways(alone, "context") == []
+
+
+def test_two_sparks_are_named_in_words() -> None:
+    made = plan("llama33-70b-fp8", host=Memory(64.0, 60.0))
+    (text,) = (way.text for way in made.suggestions if way.kind == "two_sparks")
+    assert text.startswith("two Sparks, half of the model on each") and "ranks" not in text
+
+
+def test_contexts_are_proposed_in_steps_that_people_choose() -> None:
+    kib = [192, 160, 128, 96, 80, 64, 48, 40, 32, 24, 20, 16, 12, 10, 8, 6, 4]
+    assert memory._lengths(1 << 30) == [n << 10 for n in kib]
+    assert memory._lengths(8192) == [6144, 4096] and memory._lengths(4096) == []
+
+
+def test_what_vllm_does_unasked() -> None:
+    """Its defaults: 2,048 tokens a batch, 256 sequences, utilization 0.92."""
+    card = catalog.load("llama31-8b-fp8")
+    said: dict[str, Any] = {"max_num_batched_tokens": 2048, "max_num_seqs": 256, "gpu_memory_utilization": 0.92}
+    bare = memory.make(card, {}, version=V010)
+    assert bare == memory.make(card, said, version=V010) and bare.max_model_len == card.shape.context
+    assert bare.activation_gib == memory.activation_gib(card, 2048, 256)
+    one = memory.make(card, {"max_num_seqs": 1}, version=V010)
+    assert one.activation_gib == memory.activation_gib(card, 2048, 1) < bare.activation_gib
+
+
+@pytest.mark.parametrize(("read", "slow"), [(273 / 6.0, False), (273 / 5.99, True)])
+def test_below_six_tokens_a_second_a_faster_model_is_proposed(read: float, slow: bool) -> None:
+    card = catalog.load("llama31-8b-fp8")
+    heavy = dataclasses.replace(card, weights=dataclasses.replace(card.weights, read_gb_per_token=read))
+    made = memory.make(heavy, card.with_profile("throughput"), others=lambda: [catalog.load("gpt-oss-20b")])
+    assert made.fits and bool(made.suggestions) is slow
+    assert any("one stream cannot be faster" in note for note in made.notes) is slow
+
+
 def test_kv_cache_memory_bytes_leaves_the_utilization_aside() -> None:
     made = plan("llama31-8b-fp8", kv_cache_memory_bytes=20 * GIB)
     assert made.kv_cache_gib == 20
+    assert made.gpu_memory_utilization == pytest.approx(made.requested_gib / 119.7)
+    graphs = plan("llama31-8b-fp8", version=V031, kv_cache_memory_bytes=20 * GIB)
+    assert graphs.cuda_graphs_gib > 0
+    assert graphs.requested_gib == pytest.approx(
+        graphs.weights_gib + graphs.activation_gib + graphs.runtime_gib + graphs.cuda_graphs_gib + 20
+    )
     assert made.requested_gib == pytest.approx(made.weights_gib + made.activation_gib + made.runtime_gib + 20)
 
 
@@ -272,6 +361,27 @@ def test_what_a_running_engine_holds() -> None:
     assert memory.requested_gib(["vllm", "serve", "x", "--kv-cache-memory-bytes", str(20 * GIB)], 100) == 20
     assert memory.requested_gib(["vllm", "serve", "x", "--gpu-memory-utilization"], 100) > 92
     assert memory.requested_gib(["vllm", "serve", "x", "--gpu-memory-utilization", "much"], 100) == 0
+    for share, held in (("0", 2.8), ("1", 102.8), ("1.001", 0)):  # 0 is held by no engine, but is a number
+        assert memory.requested_gib(["vllm", "--gpu-memory-utilization", share], 100) == pytest.approx(held)
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("0.10.1.1+381074ae.nv25.09", (0, 10, 1, 1)),
+        ("v0.24.0", (0, 24, 0)),
+        (" 0.25.1.post1 ", (0, 25, 1)),
+        ("0.11.0rc2.dev12+gabc", (0, 11, 0)),
+    ],
+)
+def test_a_version(text: str, numbers: tuple[int, ...]) -> None:
+    assert engine.parse_version(text) == numbers
+
+
+@pytest.mark.parametrize("text", ["", "0x10", "1.2.", "1..2", "latest", "-1", "9" * 7, "1 2", "\u0661.2"])
+def test_what_is_no_version(text: str) -> None:
+    with pytest.raises(SparkfleetError, match="is not a version of vLLM"):
+        engine.parse_version(text)
 
 
 @pytest.mark.parametrize(

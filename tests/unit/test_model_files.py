@@ -15,7 +15,7 @@ from ansible.errors import AnsibleActionFail
 from hypothesis import given
 from hypothesis import strategies as st
 from plugins.action import model_files as action
-from plugins.modules import model_download
+from plugins.modules import bundle_collect, model_download
 
 from sparkfleet import SparkfleetError, hub_client, model_files
 from sparkfleet.bundle import Bundle, Entry
@@ -62,6 +62,33 @@ def test_the_hub_says_commit_and_files(hub: Hub) -> None:
     assert ask(hub) == Answer(hub.commit, has(hub))
     assert ask(hub, hub.commit) == Answer(hub.commit, has(hub))
     assert not [path for _, path, _ in hub.asked if "/resolve/" in path]  # a list, and no file
+
+
+def test_controller_and_host_choose_the_same_files(hub: Hub, tmp_path: Path) -> None:
+    """Without code, unless the engine runs it; each host of a run as it wants."""
+    code = {"modeling.py": b"code"}
+    hub.files |= code
+    listed = has(hub)
+    plain = {name: entry for name, entry in listed.items() if name not in code}
+    way = Way(hub.url)
+    assert model_files.of_run(tmp_path, hub.repo, "main", way)[0].files == plain
+    assert model_files.of_run(tmp_path, hub.repo, "main", way, remote_code=True)[0].files == listed
+    command = model_download.command(params(tmp_path, remote_code=True))
+    assert "--remote-code" in command and "--remote-code" not in model_download.command(params(tmp_path))
+
+
+def test_a_model_of_an_earlier_version_is_collected_without_its_code(tmp_path: Path) -> None:
+    files = {"config.json": {"size": 2, "sha1": "2" * 40}, "modeling.py": {"size": 4, "sha1": "3" * 40}}
+    snapshot = tmp_path / "models--acme--tiny" / "snapshots" / ("1" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot / "modeling.py").write_text("code")
+    place = tmp_path / ".sparkfleet" / "models--acme--tiny" / f"{'1' * 40}.json"
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps({"commit": "1" * 40, "files": files}))
+    given = {"cache_dir": str(tmp_path), "repo": "acme/tiny", "revision": "1" * 40}
+    assert list(bundle_collect.collect_model(given)[0]["files"]) == ["config.json"]
+    assert list(bundle_collect.collect_model({**given, "remote_code": True})[0]["files"]) == list(files)
 
 
 def test_another_commit_than_the_one_asked_for_is_odd(hub: Hub) -> None:
@@ -212,7 +239,7 @@ def test_a_spark_that_offers_other_files_is_refused(
     with serve(other):
         tree = json.dumps(other.tree()).encode()
         other.answer["tree"] = tree
-        error = fetch(client, other, tmp_path / "hf", "--expected", str(expected))[-1]["error"]
+        error = fetch(client, other, tmp_path / "hf", "--expected", str(expected), "--remote-code")[-1]["error"]
     assert error["id"] == "model-differs"
     assert all(word in error["message"] for word in words), error
     assert not (tmp_path / "hf" / ".sparkfleet").exists()

@@ -380,6 +380,11 @@ def test_code_of_a_repository_is_noted() -> None:
     assert any("trust-remote-code" in note for note in plan.make(target(model_source="hub"), bare())["notes"])
 
 
+def test_code_of_a_repository_is_fetched_where_the_engine_is_to_run_it() -> None:
+    assert plan.make(target(), bare())["remote_code"] is False
+    assert plan.make(target(arguments={"trust_remote_code": True}), bare())["remote_code"] is True
+
+
 GATEWAYS: dict[str, Any] = {"gateways": ("gateway-1",)}
 
 

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from ansible.module_utils.sparkfleet_host import engine as host_engine
 from ansible.module_utils.sparkfleet_host import http, network, precheck
+from ansible.module_utils.sparkfleet_host.cache import mark_suspect
 from ansible.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
+from ansible.module_utils.sparkfleet_host.integrity import verify_all
 from ansible.module_utils.sparkfleet_host.releases import Store
 
 from sparkfleet.failures import BY_ID
@@ -227,6 +229,20 @@ def test_files_of_the_model(spark: Spark) -> None:
     assert f"has no org/m at {COMMIT}" in spark.failures()["model-not-in-cache"]
     spark.service["environment"] = {"HF_TOKEN": "x"}  # this one downloads by itself
     assert spark.problems() == []
+
+
+def test_files_that_were_found_damaged_keep_a_release_from_running(spark: Spark) -> None:
+    """A suspicion does not: a rollback out of nonsense must not wait until everything is hashed."""
+    mark_suspect(spark.cache, "org/m", COMMIT, "a verification failed (answer-wrong)")
+    assert spark.problems() == []
+    mark_suspect(spark.cache, "org/m", COMMIT, "damaged", [f"model-{number}.safetensors" for number in range(4)])
+    for reason in ("damaged", "a verification failed (answer-wrong)"):
+        said = spark.failures()["download-incomplete"]
+        assert "were found damaged: model-0.safetensors, model-1.safetensors, model-2.safetensors and 1 more" in said
+        assert f"playbooks/fetch.yml -e sparkfleet_model=m -e sparkfleet_revision={COMMIT}`" in said
+        mark_suspect(spark.cache, "org/m", COMMIT, reason)  # does not forget what is known
+    verify_all(spark.cache, spark.tmp_path / "integrity.json", share=1.0, say=lambda line: None)
+    assert spark.problems() == []  # found sound since
 
 
 def test_what_is_mounted(spark: Spark) -> None:

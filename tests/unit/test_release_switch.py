@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sparkfleet.failures import BY_ID
-from sparkfleet.switch import Follower
+from sparkfleet.switch import Follower, foreseen
 
 LOG = [
     "2026-11-23T10:00:04.000000000Z INFO 11-23 10:00:04 [core.py] Initializing a V1 LLM engine (v0.10.1.1) with x",
@@ -146,3 +146,26 @@ def test_a_job_that_was_killed_is_ended_once() -> None:
     lines = follower.take(answer(journal("stopping", "starting"), cut=True))
     assert lines[0].startswith("spark-1  the job was killed in the phase starting")
     assert follower.asks()["recover"] is False and not follower.done
+
+
+def test_what_was_reclaimed_is_printed_and_counted() -> None:
+    found = {
+        "reclaimed": [
+            {"kind": "image", "name": "nvcr.io/x@sha256:1\x1b[31m", "bytes": 8_500_000_000},
+            {"kind": "model", "name": "org/m@abc", "bytes": 24_600_000_000},
+        ],
+        "left": ["compile cache 123: the container x has it mounted"],
+    }
+    follower = Follower("spark-1", 3)
+    lines = follower.take(answer(journal("done", outcome="verified", ended=BEGAN + 1, **found)))
+    assert lines == [
+        "spark-1  reclaimed 33.10 GB that no kept release needs: image nvcr.io/x@sha256:1\ufffd[31m (8.50 GB), "
+        "model org/m@abc (24.60 GB)",
+        "spark-1  not reclaimed: compile cache 123: the container x has it mounted",
+    ]
+    result = follower.result()
+    assert (result["reclaimed_bytes"], len(result["reclaimed"]), len(result["left"])) == (33_100_000_000, 2, 1)
+    assert foreseen("spark-1", {"pruned": [1, 2], **found})[:2] == [
+        *("spark-1  would prune release 1, 2", lines[0].replace("reclaimed", "would reclaim")),
+    ]
+    assert foreseen("spark-1", {"pruned": []}) == []

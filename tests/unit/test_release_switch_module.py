@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import release_switch
+from ansible.module_utils.sparkfleet_host import reclaim
 from ansible.module_utils.sparkfleet_host.docker import Docker
 from ansible.module_utils.sparkfleet_host.releases import Store
 from ansible.module_utils.testing import patch_module_args
@@ -267,3 +268,38 @@ def test_a_job_that_another_replaced(run: Run, store: Store) -> None:
     store.write_switch(journal(id="other", to=5))
     result = run(id="abc")
     assert result["failure"] == "switch-running-other" and "bob@desk" in result["msg"]
+
+
+def test_check_mode_says_what_would_be_pruned_and_reclaimed(run: Run, store: Store, engine: Engine) -> None:
+    plan = {"model": "m", "profile": "throughput", "repo": "org/m", "service": "vllm-m", "verify": VERIFY}
+    lock = {"port": 8000, "service": "vllm-m", "image": "reg/x:1"}
+    for number in (2, 3, 4):
+        store.stage(f"a: {number}\n", plan, {**lock, "image": f"reg/x:{number}"})
+        store.commit(number, float(number), "a" * 64)
+    image = {"Id": "i2", "RepoTags": ["reg/x:2"], "RepoDigests": [f"reg/x@sha256:{'2' * 64}"], "Size": 7}
+    engine.routes["GET", "/images/reg/x:2/json"] = image
+    reclaim.note_image(store.state_dir, image, {})
+    engine.routes["GET", "/containers/json"] = []
+    said = run(check=True, to=5, keep=2, lock={**lock, "image": "reg/x:5"})
+    assert said["would"] == {
+        **{"pruned": [1, 2, 3], "left": []},
+        "reclaimed": [{"kind": "image", "name": "reg/x:2", "bytes": 7}],
+    }
+    assert run(check=True, to=5, keep=2, lock={**lock, "image": "reg/x:2"})["would"]["reclaimed"] == []
+    assert run(check=True, to=5, keep=2, reclaim=False)["would"] == {"pruned": [1, 2, 3]}
+    assert store.numbers() == [1, 2, 3, 4] and not (store.state_dir / "unneeded.json").exists()
+
+
+def test_the_job_may_write_where_it_reclaims(run: Run, job: Job, store: Store) -> None:
+    plan = {"model": "m", "profile": "throughput", "repo": "org/m", "service": "vllm-m", "verify": VERIFY}
+    lock = {
+        "port": 8000,
+        "service": "vllm-m",
+        "image": f"reg/x@sha256:{'1' * 64}",
+        "compile_cache_dir": "/srv/compiled",
+    }
+    store.stage("b: 1\n", plan, lock)
+    run()
+    assert "--property=ReadWritePaths=-/srv/compiled" in job.started[0] and "--no-reclaim" not in job.started[0]
+    run(begin="second", reclaim=False)
+    assert any("--no-reclaim" in argv for argv in job.started)

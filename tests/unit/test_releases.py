@@ -588,6 +588,7 @@ def test_what_a_journal_lacks() -> None:
     nothing = ("from", "from_model", "outcome", "ended", "stopped_at", "answering_at", "out_of_service_s", "error")
     assert check_journal({"to": 3, "more": 5}) == {
         **{"to": 3, "more": 5, "pid": 0, "keep": 0, "start_timeout": 0.0, "began": 0.0, "steps": []},
+        **{"left": [], "reclaimed": []},
         **dict.fromkeys(texts, ""),
         **dict.fromkeys((*nothing, "restore_error", "verification"), None),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -95,6 +96,30 @@ def test_a_number_of_canaries_that_is_none(value: Any) -> None:
     with pytest.raises(SparkfleetError, match="sparkfleet_rollout_canary is"):
         canaries(value)
     assert canaries("2") == 2 and canaries(0) == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (True, "True"),
+        (-1, "-1"),
+        (1_000_000, "a number of many digits"),
+        (10**5000, "a number of many digits"),  # Python would not even print it
+        (-(10**5000), "a number of many digits"),
+        (1.5, "1.5"),
+        ("x" * 70, "'" + "x" * 55),
+    ],
+    ids=itertools.count(),
+)
+def test_a_value_that_is_wrong_is_shown_and_never_at_length(value: Any, shown: str) -> None:
+    for ask in (lambda: canaries(value), lambda: schedule(fleet(1), 0, value)):
+        with pytest.raises(SparkfleetError) as refused:
+            ask()
+        assert shown in str(refused.value) and "x" * 61 not in str(refused.value)
+
+
+def test_the_largest_numbers() -> None:
+    assert canaries(999_999) == canaries("999999") == 999_999
 
 
 def test_a_wave_begins_when_all_before_it_came_to_their_end() -> None:

@@ -657,7 +657,14 @@ def test_a_journal_as_it_begins(store: Store, world: World, deployed: int) -> No
         **{"from_model": OLD, "pid": os.getpid(), "boot_id": switch.boot_id(), "began": 7.0, "ended": None, "keep": 5},
         **{"start_timeout": 1800.0, "phase": "checking", "steps": [{"phase": "checking", "at": 7.0}], "container": ""},
         **{"outcome": None, "error": None, "restore_error": None, "stopped_at": None, "answering_at": None},
-        **{"out_of_service_s": None, "verification": None, "container_id": "", "repaired": []},
+        **{
+            "out_of_service_s": None,
+            "verification": None,
+            "container_id": "",
+            "repaired": [],
+            "reclaimed": [],
+            "left": [],
+        },
     }
     begun.phase("checking")  # again is no other step
     assert len(begun.journal["steps"]) == 1 and store.switch() == begun.journal
@@ -1202,3 +1209,91 @@ def test_a_lock_that_is_given_back_while_its_holder_is_looked_up_is_taken(
         monkeypatch.setattr(Store, "holder", lambda self: held.close())  # at this very moment, and then nobody
         with store.exclusive(patience=0.0) as mine:
             assert mine
+
+
+# -- what no release needs -------------------------------------------------------------------------------------------
+
+
+class Reclaims:
+    """Stands for `reclaim.after_switch`: the notes that it found at each call."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[list[str]] = []
+        self.error: OSError | None = None
+        monkeypatch.setattr(switch.reclaim, "after_switch", self.after_switch)
+
+    def after_switch(self, store: Store, docker: Docker) -> tuple[list[dict[str, Any]], list[str]]:
+        self.calls.append([part.name for part in switch.reclaim.unneeded(store)])
+        if self.error:
+            raise self.error
+        return [{"kind": "image", "name": "i", "bytes": 7}], ["x stays"]
+
+
+@pytest.fixture
+def reclaims(monkeypatch: pytest.MonkeyPatch) -> Reclaims:
+    return Reclaims(monkeypatch)
+
+
+def pinned(store: Store, service: str, image: str, text: str) -> int:
+    number = stage(store, service, text)
+    plan, lock = store.plan(number), {**store.lock(number), "image": image}
+    store.remove([number])
+    return store.stage(text, plan, lock)
+
+
+def test_what_pruned_releases_needed_is_noted_and_reclaimed(store: Store, world: World, reclaims: Reclaims) -> None:
+    for count in range(4):
+        journal = run(store, pinned(store, (OLD, NEW)[count % 2], f"image:{count}", f"text {count}\n"))
+        assert journal["outcome"] == "verified"
+    assert reclaims.calls == [[], [], [], ["image:0"]]  # 3 are kept
+    assert journal["reclaimed"] == [{"kind": "image", "name": "i", "bytes": 7}] and journal["left"] == ["x stays"]
+    kept = store.switch()
+    assert kept and kept["reclaimed"] == journal["reclaimed"]
+
+
+def test_nothing_is_reclaimed_unless_the_switch_was_verified(
+    store: Store, world: World, deployed: int, reclaims: Reclaims
+) -> None:
+    reclaims.calls.clear()
+    world.bad[NEW] = "crash"
+    assert run(store, stage(store, NEW))["outcome"] == "restored"
+    request = {"to": deployed, "mode": "restart", "keep": 3, "reclaim": False}
+    assert Switch(store, Docker("/nowhere"), request).run()["outcome"] == "verified"
+    assert reclaims.calls == []
+
+
+def test_a_verified_release_stays_though_nothing_can_be_reclaimed(
+    store: Store, world: World, deployed: int, reclaims: Reclaims
+) -> None:
+    reclaims.error = OSError(30, "Read-only file system")
+    journal = run(store, stage(store, NEW))
+    assert journal["outcome"] == "verified" and store.current() == 2 and len(reclaims.calls) == 1
+
+
+def test_a_release_whose_needs_cannot_be_noted_is_not_pruned(
+    store: Store, world: World, deployed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(switch.reclaim, "note", full)
+    for count in range(4):
+        assert run(store, stage(store, NEW, f"text {count}\n"))["outcome"] == "verified"
+    assert store.numbers() == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("how", ["refused", "restored"])
+def test_releases_that_never_served_do_not_pile_up(store: Store, world: World, deployed: int, how: str) -> None:
+    """Each attempt is another release: the newest few stay, and all that served."""
+    assert run(store, stage(store, "vllm-third"))["outcome"] == "verified"
+    assert run(store, stage(store, "vllm-fourth"))["outcome"] == "verified"
+    world.problems = [Problem("image-missing", "no image X")] if how == "refused" else []
+    world.bad[NEW] = "crash"
+    for count in range(6):
+        to = stage(store, NEW, f"attempt {count}\n")
+        assert run(store, to)["outcome"] == how
+    first = min(set(store.numbers()) - {1, 2, 3})
+    stage(store, NEW, "attempt 6\n")
+    assert run(store, first)["outcome"] == how and first in store.numbers()  # the one that was asked for stays
+    store.remove([10])
+    assert store.numbers() == [1, 2, 3, 7, 8, 9] and store.find("attempt 5\n", store.plan(9)) == 9

@@ -25,6 +25,7 @@ from .bounded import COMMIT, REPO, REVISION, SHA256, BoundsError
 FOLDER = ".sparkfleet"
 MANIFEST_BYTES = 16 << 20
 MOST_FILES = 20_000
+CODE = ".py"  # what vLLM runs of a model with trust_remote_code alone
 
 
 def valid_repo(repo: Any) -> bool:
@@ -115,6 +116,11 @@ def _entry(entry: Mapping[str, Any] | None) -> str:
     return f"{kind}:{entry.get(kind, 'unknown')} ({entry['size']} bytes)"
 
 
+def was_downloaded(listing: Mapping[str, Any]) -> bool:
+    """Whether Sparkfleet downloaded a model, by a list of its own. One that it only found and checked is somebody's."""
+    return "files" in listing and listing.get("downloaded_bytes", 1) != 0
+
+
 def finished(cache_dir: str | Path) -> Iterator[tuple[str, str]]:
     """(repo, commit) of each manifest in a cache, damaged ones included, in order of their names."""
     for path in sorted(Path(cache_dir, FOLDER).glob("models--*/*.json")):
@@ -129,9 +135,14 @@ def finished(cache_dir: str | Path) -> Iterator[tuple[str, str]]:
 def mark_suspect(cache_dir: str | Path, repo: str, commit: str, reason: str, files: Sequence[str] = ()) -> bool:
     """Note that the files of a model are to be hashed before they are used again: the model then counts as not
     complete, the next fetch hashes all of it and replaces what is damaged. False where it could not be noted (a
-    read-only cache, no such model). `files`: names that are known to be damaged."""
+    read-only cache, no such model). `files`: names that are known to be damaged; without any, those of a mark that is
+    there already stay."""
     path = suspect_path(cache_dir, repo, commit)
-    note = {"reason": reason[:400], "files": list(files)[:1000], "at": int(time.time())}
+    note = {
+        "reason": reason[:400],
+        "files": list(files)[:1000] or damaged_files(cache_dir, repo, commit),
+        "at": int(time.time()),
+    }
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         # Root writes where others may: never through a link that one of them has put there.
@@ -162,6 +173,16 @@ def suspicion(cache_dir: str | Path, repo: str, commit: str) -> str:
         return "marked"  # that it is there is enough
 
 
+def damaged_files(cache_dir: str | Path, repo: str, commit: str) -> list[str]:
+    """Names of a model's files that were found damaged and neither replaced nor found sound since. A mark without names
+    is a suspicion, no finding."""
+    try:
+        names = bounded.read_json(suspect_path(cache_dir, repo, commit)).get("files")
+    except (OSError, BoundsError):
+        return []
+    return [name for name in names if bounded.is_repository_path(name)] if isinstance(names, list) else []
+
+
 def clear_suspicion(cache_dir: str | Path, repo: str, commit: str) -> None:
     """Forget the mark, once all files were hashed. Raises OSError."""
     suspect_path(cache_dir, repo, commit).unlink(missing_ok=True)
@@ -182,8 +203,9 @@ def resolve_commit(cache_dir: str | Path, repo: str, revision: str) -> str | Non
     return commit if COMMIT.fullmatch(commit) else None
 
 
-def model_state(cache_dir: str | Path, repo: str, revision: str) -> dict[str, Any]:
-    """What the cache holds of `repo` at `revision`; reads file sizes only, never their content.
+def model_state(cache_dir: str | Path, repo: str, revision: str, remote_code: bool = False) -> dict[str, Any]:
+    """What the cache holds of `repo` at `revision`; reads file sizes only, never their content. With `remote_code` one
+    that was fetched without the code of its repository is not complete.
 
     commit: str | None; complete: bool; bytes: int, those of the model on this disk (all blobs, partial ones
     included, where there is no manifest yet); total_bytes: int | None as the manifest has it; missing: list[str],
@@ -216,7 +238,9 @@ def model_state(cache_dir: str | Path, repo: str, revision: str) -> dict[str, An
         else:
             state["missing"].append(name)
     state["total_bytes"] = manifest["total_bytes"]
-    state["complete"] = bool(manifest["files"]) and not state["missing"] and not state["suspect"]
+    # A list of an earlier version says nothing of the code, and has it.
+    enough = not remote_code or manifest.get("remote_code", True) is not False
+    state["complete"] = bool(manifest["files"]) and enough and not state["missing"] and not state["suspect"]
     return state
 
 

@@ -52,9 +52,10 @@ def writable(paths: Iterable[str]) -> list[str]:
     return [f"ReadWritePaths=-{path}" for path in paths]
 
 
-def switch(project_dir: str, state_dir: str, cache_dir: str = "/opt/hf") -> list[str]:
+def switch(project_dir: str, state_dir: str, cache_dir: str = "/opt/hf", more: Iterable[str] = ()) -> list[str]:
     """Properties of the transient unit of the switch: writes releases and journal, marks a model of the cache whose
-    files are to be checked, drops the page cache, talks to Docker and to the engine."""
+    files are to be checked, removes what no release needs (below `more` as well), drops the page cache, talks to Docker
+    and to the engine."""
     return [
         *COMMON,
         # It names the process that holds the engine's port.
@@ -64,7 +65,7 @@ def switch(project_dir: str, state_dir: str, cache_dir: str = "/opt/hf") -> list
         "RuntimeDirectory=sparkfleet",
         "RuntimeDirectoryMode=0700",
         "RuntimeDirectoryPreserve=yes",
-        *writable((project_dir, state_dir, cache_dir, "/etc/sparkfleet")),
+        *writable((project_dir, state_dir, cache_dir, "/etc/sparkfleet", *more)),
     ]
 
 

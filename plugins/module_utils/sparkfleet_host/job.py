@@ -9,12 +9,14 @@ below 100 until the job is done, and never goes back; `done` and `total` are tho
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ RATE_OVER = 10.0  # seconds
 STATES = ("running", "done", "failed")
 STATUS_BYTES = 1 << 20
 LARGEST = 1 << 62
+RECLAIMING = "the removal of what no release needs"
+RECLAIM_SECONDS = 300.0  # that a job waits for it
 #: Types that a field of the status file may have, and its value where it has another.
 FIELDS: dict[str, tuple[tuple[type, ...], Any]] = {
     **dict.fromkeys(("name", "what", "phase", "message"), ((str,), "")),
@@ -82,17 +86,15 @@ class Job:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.parent.chmod(0o755)
         fd = os.open(self.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            try:
-                return _holder(fd)
-            finally:
+        deadline = time.monotonic() + RECLAIM_SECONDS
+        while (holder := _take(fd)) is not None:
+            if holder["what"] != RECLAIMING or time.monotonic() > deadline:
                 os.close(fd)
+                return holder
+            time.sleep(0.2)
         self._lock_fd = fd
         self._write()
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps({"pid": os.getpid(), "what": self.status["what"]}).encode(), 0)
+        _sign(fd, self.status["what"])
         return None
 
     def update(self, phase: str, done: int, total: int | None, message: str = "") -> None:
@@ -137,6 +139,34 @@ class Job:
         temporary.write_text(json.dumps(self.status) + "\n", "utf-8")
         temporary.chmod(0o644)
         temporary.replace(self.path)
+
+
+@contextlib.contextmanager
+def hold(status_file: Path) -> Iterator[dict[str, Any] | None]:
+    """Keep jobs with this status file from beginning. Gives the holder, and holds nothing, where one runs."""
+    status_file.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(f"{status_file}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        holder = _take(fd)
+        if holder is None:
+            _sign(fd, RECLAIMING)
+        yield holder
+    finally:
+        os.close(fd)
+
+
+def _take(fd: int) -> dict[str, Any] | None:
+    """Take the lock; its holder where another has it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _holder(fd)
+    return None
+
+
+def _sign(fd: int, what: str) -> None:
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, json.dumps({"pid": os.getpid(), "what": what}).encode(), 0)
 
 
 def process_start(pid: int) -> int | None:

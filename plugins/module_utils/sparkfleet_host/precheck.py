@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import engine, http, network
 from .bounded import printable
-from .cache import model_state
+from .cache import damaged_files, model_state
 from .docker import Docker, DockerError, DockerUnavailable
 from .engine import EngineError
 from .releases import ReleaseError, Store
@@ -166,12 +167,14 @@ def _model(wanted: Mapping[str, Any], plan: Mapping[str, Any], lock: Mapping[str
     if state["path"] is None:
         yield Problem("model-not-in-cache", f"{cache} has no {repo} at {revision}")
     elif state["missing"]:
-        files = printable(", ".join(state["missing"][:3]), 300)
-        more = len(state["missing"]) - 3
+        files = _few(state["missing"])
+        yield Problem("download-incomplete", f"files of {repo} in {cache} are absent or of another size: {files}")
+    elif damaged := damaged_files(cache, repo, str(state["commit"])):
         yield Problem(
             "download-incomplete",
-            f"files of {repo} in {cache} are absent or of another size: {files}"
-            + (f" and {more} more" if more > 0 else ""),
+            f"files of {repo} in {cache} were found damaged: {_few(damaged)}; `ansible-playbook playbooks/fetch.yml "
+            f"-e sparkfleet_model={shlex.quote(str(plan['model']))} -e sparkfleet_revision={state['commit']}` hashes "
+            "and replaces them",
         )
     elif state["total_bytes"] is None:
         # Not fetched by Sparkfleet: at least what the snapshot names must be there.
@@ -181,3 +184,8 @@ def _model(wanted: Mapping[str, Any], plan: Mapping[str, Any], lock: Mapping[str
                 "download-incomplete",
                 f"{state['path']}: {printable(', '.join(gone[:3]), 300) or 'empty'} does not lead to a file",
             )
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return printable(", ".join(names[:3]), 300) + more

@@ -139,7 +139,7 @@ def check_lock(data: Any) -> dict[str, Any]:
     lock = as_dict(data, "the lock")
     as_int(lock.get("port"), "port", 1, 65535)
     as_str(lock.get("service"), "service", 1000)
-    for key in ("model", "profile", "repo", "revision", "image", "controller"):
+    for key in ("model", "profile", "repo", "revision", "image", "cache_dir", "compile_cache_dir", "controller"):
         if lock.get(key) is not None:
             as_str(lock[key], key, 4096)
     if "sha256" in lock:
@@ -188,6 +188,20 @@ def _error(value: Any, what: str) -> dict[str, Any]:
     return error
 
 
+def _reclaimed(value: Any, what: str) -> list[dict[str, Any]]:
+    return [
+        {
+            **{key: as_str(as_dict(item, what).get(key), f"{what}.{key}", 4096) for key in ("kind", "name")},
+            "bytes": as_int(item.get("bytes"), f"{what}.bytes"),
+        }
+        for item in as_list(value, what, 1000)
+    ]
+
+
+def _sentences(value: Any, what: str) -> list[str]:
+    return [as_str(item, what, 4096) for item in as_list(value, what, 1000)]
+
+
 def _number(value: Any, what: str) -> int:
     return as_int(value, what, 0, NUMBERS)
 
@@ -209,6 +223,8 @@ _JOURNAL: dict[str, tuple[Callable[[Any, str], Any], Any]] = {
     "steps": (_steps, []),
     **dict.fromkeys(("error", "restore_error"), (_optional(_error), None)),
     "verification": (_optional(as_dict), None),
+    "reclaimed": (_reclaimed, []),
+    "left": (_sentences, []),
 }
 
 
@@ -551,12 +567,29 @@ class Store:
 
     def prune(self, keep: int) -> list[int]:
         """Remove all but the newest `keep` releases, the current and the previous one; those removed."""
-        numbers = self.numbers()
-        kept = {*numbers[-max(keep, 1) :], self.current(), self.previous()}
-        removed = [number for number in numbers if number not in kept]
-        for number in removed:
+        return self.remove(self.surplus(keep))
+
+    def remove(self, numbers: list[int]) -> list[int]:
+        """Remove releases; their numbers."""
+        for number in numbers:
             shutil.rmtree(self.folder(number), ignore_errors=True)
-        return removed
+        return numbers
+
+    def surplus(self, keep: int, to: int | None = None) -> list[int]:
+        """The releases that `prune` would remove, or would remove after a switch to release `to`, staged or not."""
+        numbers = self.numbers()
+        if to in (None, self.current()):
+            kept = {self.current(), self.previous()}
+        else:
+            kept = {to, self.current() or self.previous()}
+        newest = sorted({*numbers, *({to} if to else ())})[-max(keep, 1) :]
+        return [number for number in numbers if number not in {*kept, *newest}]
+
+    def never_verified(self, keep: int) -> list[int]:
+        """All but the newest `keep` of the releases that were refused, or tried in vain, and never served."""
+        current = self.current()
+        verified = {number for number in self.numbers() if (self.outcome(number) or {}).get("verified_at")}
+        return [number for number in self.numbers() if number not in {current, *verified}][: -max(keep, 1)]
 
     # -- the journal of the switch ---------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import engine, integrity, key, memory
+from . import engine, integrity, key, memory, reclaim
 from .bounded import printable
 from .docker import Docker, DockerError, DockerUnavailable
 from .engine import EngineError
@@ -73,8 +73,8 @@ class FailedError(Exception):
 
 
 class Switch:
-    """One switch. `request`: {id, to, mode, controller, verb, start_timeout, keep, recreate, new_key}; times in
-    seconds."""
+    """One switch. `request`: {id, to, mode, controller, verb, start_timeout, keep, reclaim, recreate, new_key};
+    times in seconds."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class Switch:
             **{"pid": os.getpid(), "boot_id": boot_id(), "began": self.now(), "ended": None, **kept},
             **{"phase": "", "steps": [], "container": "", "outcome": None, "error": None, "restore_error": None},
             **{"stopped_at": None, "answering_at": None, "out_of_service_s": None, "verification": None},
-            **{"container_id": "", "repaired": []},
+            **{"container_id": "", "repaired": [], "reclaimed": [], "left": []},
         }
         self.phase(phase)
 
@@ -182,6 +182,9 @@ class Switch:
         self.phase("committing")
         self.store.commit(to, self.now(), self.journal["container_id"])
         self.tidy(to)
+        if self.request.get("reclaim", True):
+            with contextlib.suppress(OSError):  # it stays noted
+                self.journal["reclaimed"], self.journal["left"] = reclaim.after_switch(self.store, self.docker)
         self.end(VERIFIED)
 
     def tidy(self, to: int) -> None:
@@ -189,7 +192,10 @@ class Switch:
         with contextlib.suppress(OSError):
             key.keep()
         self._remove_others(to)
-        self.store.prune(int(self.journal.get("keep") or KEEP))
+        keep = int(self.journal.get("keep") or KEEP)
+        with contextlib.suppress(OSError):  # a release that goes without a note would leave for ever what it needed
+            reclaim.note(self.store, self.store.surplus(keep))
+            self.store.prune(keep)
         self.journal.setdefault("repaired", []).extend(self.store.repair_all())
 
     def restore(self) -> None:
@@ -345,6 +351,12 @@ class Switch:
         """Note how it ended."""
         stopped, answering = self.journal["stopped_at"], self.journal["answering_at"]
         served = outcome in (VERIFIED, RESTORED)
+        if outcome != VERIFIED:
+            with contextlib.suppress(OSError):
+                unused = self.store.never_verified(int(self.journal.get("keep") or KEEP))
+                unused = [number for number in unused if number != self.journal["to"]]
+                reclaim.note(self.store, unused)
+                self.store.remove(unused)
         self.journal["out_of_service_s"] = round(answering - stopped, 1) if stopped and served else None
         self.journal.update(outcome=outcome, ended=self.now())
         self.phase(DONE)
@@ -449,7 +461,9 @@ def recover(store: Store | None = None, docker: Docker | None = None) -> dict[st
         if journal is None or journal["phase"] == DONE:
             return None
         kept = ("id", "to", "mode", "verb", "controller", "keep", "start_timeout")
-        switch = Switch(store, docker or Docker(), {key: journal.get(key) for key in kept})
+        # Recovery is to be short: what no release needs waits for the next switch.
+        request = {**{key: journal.get(key) for key in kept}, "reclaim": False}
+        switch = Switch(store, docker or Docker(), request)
         switch.journal = journal
         if journal["phase"] == "committing" and store.current() == journal["to"]:
             switch.tidy(journal["to"])
@@ -485,6 +499,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--verb", default="")
     parser.add_argument("--start-timeout", type=float, default=START_SECONDS)
     parser.add_argument("--keep", type=int, default=KEEP)
+    parser.add_argument("--no-reclaim", dest="reclaim", action="store_false", help="keep what no release needs")
     parser.add_argument("--recreate", action="store_true")
     parser.add_argument("--new-key", action="store_true", help="take the key that is staged for this switch")
     parser.add_argument("--project-dir", default=PROJECT_DIR)
