@@ -218,12 +218,10 @@ ANSWERS = {
 
 #: What a brief run brings about: of rows that go the same way one, and those that protect the most.
 BRIEF = (
-    *("host rebooted: the new engine is asked", "Docker killed", "crash loop", "wedge", "two controllers", "ssh cut"),
-    *("first deployment", "memory-refused", "answer-wrong", "memory taken", "port held by a container", "GPU lost"),
-    *("host key replaced", "lock.json cut", "release removed", "guard-state.json damaged", "remove without Docker"),
-    *("name taken", "image not fetched", "compose.yml broken", "image pruned while stopped", "lock held by a user"),
-    *("guard besieged", "Docker's restart lost", "guard's restart lost", "cache not mounted", "one host, two names"),
-    *("unknown variable", "weights changed", "no internet"),
+    *("host rebooted: the new engine is asked", "crash loop", "wedge", "two controllers", "ssh cut"),
+    *("memory-refused", "answer-wrong", "port held by a container", "lock.json cut", "guard-state.json damaged"),
+    *("image not fetched", "compose.yml broken", "guard besieged", "weights changed", "one host, two names"),
+    *("cache not mounted", "no internet"),
 )
 
 
