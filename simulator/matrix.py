@@ -221,7 +221,7 @@ BRIEF = (
     *("host rebooted: the new engine is asked", "crash loop", "wedge", "two controllers", "ssh cut"),
     *("memory-refused", "answer-wrong", "port held by a container", "lock.json cut", "guard-state.json damaged"),
     *("image not fetched", "compose.yml broken", "guard besieged", "weights changed", "one host, two names"),
-    *("cache not mounted", "no internet"),
+    *("cache not mounted", "no internet", "container removed", "memory taken", "GPU lost"),
 )
 
 
