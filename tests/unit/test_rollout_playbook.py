@@ -94,8 +94,11 @@ class Fleet:
             groups["gateways"] = {"hosts": dict.fromkeys(gateways), "vars": {"ansible_connection": "local"}}
         (self.folder / "hosts.yml").write_text(json.dumps(groups), encoding="utf-8")
 
-    def run(self, *words: str, needed: list[str] | None = None, **fates: str) -> tuple[int, str]:
-        """Roll out; `fates` are HOST_ACTION[_CALL]="unreachable" or "failed". The exit code and what was printed."""
+    def run(
+        self, *words: str, needed: list[str] | None = None, playbook: str = "playbooks/rollout.yml", **fates: str
+    ) -> tuple[int, str]:
+        """Roll out, or run another playbook; `fates` are HOST_ACTION[_CALL]="unreachable" or "failed". The exit code
+        and what was printed."""
         script = {
             "needed": self.names if needed is None else needed,
             "fates": {split(key): value for key, value in fates.items()},
@@ -110,7 +113,7 @@ class Fleet:
             "STAND_IN": str(self.folder),
             "ANSIBLE_FORKS": "5",
         }
-        argv = ["ansible-playbook", "playbooks/rollout.yml", "-i", str(self.folder / "hosts.yml"), *words]
+        argv = ["ansible-playbook", playbook, "-i", str(self.folder / "hosts.yml"), *words]
         argv[0] = str(Path(sys.executable).with_name(argv[0]))
         done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
         return done.returncode, done.stdout + done.stderr
