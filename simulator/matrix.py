@@ -316,7 +316,7 @@ def rows() -> list[Row]:
             "controllers",
             "SIGKILL of ansible-playbook in a switch",
             meanwhile(("waiting",), kill_controller),
-            ("starting release",),
+            ("stopping release",),
             SERVES_NEW,
         ),
         Row(
