@@ -7,6 +7,7 @@ import contextlib
 import json
 import socket
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -158,6 +159,7 @@ def test_docker_hub_has_a_name_of_its_own_in_the_logins(tmp_path: Path) -> None:
         ("10.1.2.3", 443, "10.0.0.0/8", True),
         ("11.1.2.3", 443, "10.0.0.0/8", False),
         ("registry.corp", 443, "10.0.0.0/8", False),
+        ("10.1.2.3", 443, "10.0.0.0/33", False),  # no network
         ("10.1.2.3", 443, "10.1.2.3", True),
         ("10.1.2.30", 443, "10.1.2.3", False),
         ("10.1.2.3", 80, "10.1.2.3:443", False),
@@ -337,6 +339,7 @@ def test_no_login_leaves_https_for_http(names: None, tmp_path: Path, monkeypatch
         b'{"token": []}',
         b"{}",
         b'{"token": "a\\r\\nX-Evil: 1"}',
+        b'{"token": "two words"}',
         b'{"token": "' + b"x" * (2 << 20) + b'"}',
         b"[" * 100_000,
         b"\xff",
@@ -347,6 +350,33 @@ def test_a_token_that_is_none_is_a_typed_failure(upstream: FakeRegistry, body: b
     upstream.answers["/token"] = lambda handler: reply(handler, body)
     with pytest.raises(RegistryError):
         digest_of(client(upstream), "1")
+
+
+def test_a_token_that_no_header_can_carry_is_named(upstream: FakeRegistry) -> None:
+    upstream.token = "two words"
+    upstream.answers["/token"] = lambda handler: reply(handler, b'{"token": "two words"}')
+    with pytest.raises(RegistryError, match="gave a token that no header can carry"):
+        digest_of(client(upstream), "1")
+
+
+@pytest.mark.parametrize(
+    ("url", "no_proxy", "direct"),
+    [
+        ("https://registry.test/v2/", "registry.test:443", True),
+        ("http://registry.test/v2/", "registry.test:80", True),
+        ("http://registry.test:8080/v2/", "registry.test:8080", True),
+        ("https://registry.test/v2/", "registry.test:80", False),
+        ("http://registry.test:8080/v2/", "registry.test:80", False),
+    ],
+)
+def test_an_exception_with_a_port_is_that_of_the_scheme_unless_told(
+    url: str, no_proxy: str, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(urllib.request.ProxyHandler, "proxy_open", lambda *_: "through the proxy")
+    proxies = registries._Proxies({}, no_proxy)
+    request = urllib.request.Request(url)  # noqa: S310 - it is not sent
+    opened = proxies.proxy_open(request, "http://proxy.test", url.partition(":")[0])
+    assert opened == (None if direct else "through the proxy")
 
 
 def test_access_token_is_its_other_name(upstream: FakeRegistry) -> None:
@@ -656,6 +686,49 @@ def test_what_lacks_of_a_blob_is_asked_for(upstream: FakeRegistry, layout: Layou
     assert ranges(upstream, blob) == ["bytes=1000-"]
 
 
+@pytest.mark.parametrize("chunk", [1 << 10, 4999, 1])
+def test_a_blob_is_taken_to_its_last_byte(
+    upstream: FakeRegistry, layout: Layout, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registries, "CHUNK", chunk)
+    upstream.serve_tag(image_manifest([b"b" * 5_000]))
+    upstream.layers.append(b"b" * 5_000)
+    upstream.things[digest(b"b" * 5_000)] = b"b" * 5_000
+    layout.add("another:1", client(upstream), "arm64")
+    layout.fetch([digest(b"b" * 5_000)], lambda done: None)
+    assert layout.path(digest(b"b" * 5_000)).read_bytes() == b"b" * 5_000
+
+
+def test_a_file_that_is_begun_again_is_read_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registries, "SILENCE", 1)
+    path, asked = tmp_path / "blob", []
+    path.write_bytes(b"ab")
+
+    def works() -> bool:
+        if not asked:
+            (tmp_path / "again").write_bytes(b"abcd")
+            (tmp_path / "again").replace(path)
+        asked.append(path)
+        return True
+
+    assert b"".join(registries.Growing(lambda: path.open("rb"), 4, works).read(0, 4)) == b"abcd"
+    assert len(asked) == 1
+
+
+def test_the_writer_may_end_just_after_the_file_was_read(tmp_path: Path) -> None:
+    path = tmp_path / "blob"
+    path.write_bytes(b"ab")
+
+    def works() -> bool:
+        path.write_bytes(b"abcd")
+        return False
+
+    assert b"".join(registries.Growing(lambda: path.open("rb"), 4, works).read(0, 4)) == b"abcd"
+    path.unlink()
+    with pytest.raises(OSError, match="has ended"):
+        list(registries.Growing(lambda: None, 4, lambda: False).read(0, 4))
+
+
 def test_a_registry_that_sends_the_whole_again(upstream: FakeRegistry, layout: Layout) -> None:
     body, blob = upstream.layers[0], digest(upstream.layers[0])
     partial(layout, blob, body[:1000])
@@ -765,6 +838,21 @@ def test_images_are_named_beside_each_other(upstream: FakeRegistry, layout: Layo
     assert Layout(layout.folder).names() == {"the/image:1": first, "another:1": second}
     third = layout.add("the/image:1", client(upstream), "arm64")[0]
     assert layout.names() == {"the/image:1": third, "another:1": second}
+
+
+def test_the_index_is_one_of_oci_whatever_a_crash_left(upstream: FakeRegistry, layout: Layout) -> None:
+    (layout.folder / ".index.json.new").write_text("{")
+    layout.add("the/image:1", client(upstream), "arm64")
+    assert json.loads((layout.folder / "index.json").read_text())["schemaVersion"] == 2
+    assert json.loads((layout.folder / "oci-layout").read_text()) == {"imageLayoutVersion": "1.0.0"}
+    assert list(layout.folder.glob(".*.new")) == []
+
+
+def test_a_manifest_of_the_largest_size(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = b"{" + b" " * 98 + b"}"
+    monkeypatch.setattr(registries, "MANIFEST_BYTES", len(body))
+    layout.path(digest(body)).write_bytes(body)
+    assert layout.body(digest(body)) == body
 
 
 def test_the_digest_that_is_known_is_asked_for_not_the_tag(upstream: FakeRegistry, tmp_path: Path) -> None:
