@@ -41,6 +41,21 @@ def test_a_row_keeps_its_cells_and_a_list_all_its_items(docs: ModuleType) -> Non
     assert rows[2] == ["`sparkfleet_port`", "int", "`8000`", "Port. From 1 to 65535."]
 
 
+def test_keys_of_a_mapping_and_of_items_have_their_rows(docs: ModuleType) -> None:
+    nested = {
+        "word": {"type": "str", "required": True, "description": "Word."},
+        "most": {"type": "int", "default": 32, "description": "Most."},
+    }
+    options = {
+        "a": {"type": "dict", "required": True, "description": "A.", "options": nested},
+        "b": {"type": "list", "elements": "dict", "description": "B.", "options": {"c": {**nested["word"]}}},
+    }
+    rows = [cells(row) for row in docs.table(options, {"b": []}).splitlines()[2:]]
+    assert [row[0] for row in rows] == ["`a`", "`a.word`", "`a.most`", "`b`", "`b[].c`"]
+    assert rows[1] == ["`a.word`", "str", "**required**", "Word."]
+    assert rows[2] == ["`a.most`", "int", "`32`", "Most."]
+
+
 def test_every_row_of_every_role_has_four_cells(docs: ModuleType) -> None:
     for folder in sorted((docs.ROOT / "roles").iterdir()):
         spec, defaults = docs.role(folder)
