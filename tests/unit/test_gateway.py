@@ -227,6 +227,7 @@ def test_models_of_a_rollout_that_did_not_come_to_its_end_keep_their_place(monke
     ("given", "words"),
     [
         ({"keys": ["#comment-of-haproxy"]}, "sparkfleet_gateway_keys: entry 1"),
+        ({"keys": [12345678]}, "sparkfleet_gateway_keys: entry 1 must be text, not a number: write the key in quotes"),
         ({"keys": ["one,two,three"]}, "sparkfleet_gateway_keys: entry 1"),
         ({"address": "fd00::4"}, "sparkfleet_gateway_address"),
         ({"models": {"gpt-oss-20b": 8081}}, "no Spark serves 'gpt-oss-20b'"),

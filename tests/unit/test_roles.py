@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import grp
 import importlib
+import os
+import pwd
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,6 +45,31 @@ def test_generated_pages_are_current() -> None:
         [sys.executable, ROOT / "scripts" / "docs", "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("mode", "taken"), [("2775", False), ('"2775"', True), ('"g+s"', False), ('"2775 "', False), ('"0750"', True)]
+)
+def test_the_cache_has_no_mode_that_was_not_written(tmp_path: Path, mode: str, taken: bool) -> None:
+    """Unquoted octal digits are another number."""
+    me = {"owner": pwd.getpwuid(os.getuid()).pw_name, "group": grp.getgrgid(os.getgid()).gr_name}
+    (tmp_path / "play.yml").write_text(
+        "- hosts: localhost\n  gather_facts: false\n  roles:\n    - role: hf_cache\n"
+        f"      hf_cache_dir: {tmp_path}/cache\n      hf_cache_owner: {me['owner']}\n"
+        f"      hf_cache_group: {me['group']}\n      hf_cache_mode: {mode}\n",
+        encoding="utf-8",
+    )
+    command = [Path(sys.executable).with_name("ansible-playbook"), "-i", "localhost,", "-c", "local"]
+    python = ["-e", f"ansible_python_interpreter={sys.executable}"]
+    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+    done = subprocess.run(
+        [*command, *python, tmp_path / "play.yml"], capture_output=True, text=True, env=environment, check=False
+    )
+    said = " ".join((done.stdout + done.stderr).split())
+    assert (done.returncode == 0) == taken == (tmp_path / "cache").exists(), said
+    assert taken or "hf_cache_mode: must be octal digits as text, not " in said
+    if taken:
+        assert f"{(tmp_path / 'cache').stat().st_mode & 0o7777:04o}" == mode.strip('"')
 
 
 def tasks(found: Any) -> Iterator[dict[str, Any]]:

@@ -88,6 +88,18 @@ def test_no_truth(value: Any) -> None:
         variables.settle({"sparkfleet_guard": value})
 
 
+TEXTS = sorted(name for name, option in variables.options().items() if option["type"] in ("str", "path"))
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("value", [2775, 25.1])
+def test_a_number_where_text_is_meant(name: str, value: float) -> None:
+    with pytest.raises(SparkfleetError) as raised:
+        variables.settle({name: value})
+    shown = "" if variables.options()[name].get("no_log") else f" {value}"
+    assert str(raised.value) == f"{name}: must be text, not the number{shown}: write the value in quotes"
+
+
 def test_every_problem_is_named_and_no_secret() -> None:
     with pytest.raises(SparkfleetError) as raised:
         variables.settle(
@@ -118,19 +130,21 @@ def test_ansible_refuses_names_and_values_before_it_contacts_anybody(tmp_path: P
         tmp_path,
         *("-e", '{"sparkfleet_max_num_seqs": 8}'),
         group="sparkfleet_gpu_memory_utilisation: 0.5\nmy_own: 1\n",
-        host="sparkfleet_keep_release: 3\nsparkfleet_guard_wedge_seconds: 0\nsparkfleet_share_port: 8000\n",
+        host="sparkfleet_cache_mode: 2775\nsparkfleet_keep_release: 3\nsparkfleet_guard_wedge_seconds: 0\nsparkfleet_share_port: 8000\n",
     )
     assert "spark-1: sparkfleet_gpu_memory_utilisation: unknown variable" in said
     assert "did you mean sparkfleet_vllm_gpu_memory_utilization?" in said
     assert "did you mean sparkfleet_vllm_max_num_seqs?" in said
     assert "did you mean sparkfleet_keep_releases?" in said
     assert "sparkfleet_guard_wedge_seconds: must be a number from 1 to 86400, not 0" in said
+    assert "sparkfleet_cache_mode: must be text, not the number 2775: write the value in quotes" in said
     assert "sparkfleet_share_port: 8000 is sparkfleet_port already" in said
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
+        ("", '{"sparkfleet_image": 25}', "sparkfleet_image: must be text, not the number 25: write the value in quotes"),
         ("sparkfleet_port", "0", "sparkfleet_port: must be a whole number from 1 to 65535, not '0'"),
         ("sparkfleet_port", "80; touch /tmp/x", "sparkfleet_port"),  # Ansible's own check of types
         ("sparkfleet_image", "x y", "sparkfleet_image: must be the reference of an image"),
@@ -144,7 +158,7 @@ def test_bad_input_of_a_verb_is_exit_code_2(tmp_path: Path, name: str, value: st
         "-i",
         str(tmp_path),
         "-e",
-        f"{name}='{value}'",
+        f"{name}='{value}'" if name else value,
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2, done.stdout + done.stderr
