@@ -141,10 +141,38 @@ def test_ansible_refuses_names_and_values_before_it_contacts_anybody(tmp_path: P
     assert "sparkfleet_share_port: 8000 is sparkfleet_port already" in said
 
 
+@pytest.mark.parametrize("place", ["cards", "{{ inventory_dir }}/cards"])
+def test_where_a_card_was_looked_for(tmp_path: Path, place: str) -> None:
+    said = play(tmp_path, host=f"sparkfleet_model: '{place}/mine.yml'\n")
+    folder = ROOT if place == "cards" else tmp_path
+    assert f"model card {folder}/cards/mine.yml does not exist" in said
+    assert "sparkfleet_model: '{{ inventory_dir }}/cards/mine.yml'" in said
+
+
+def test_an_inventory_without_the_group(tmp_path: Path) -> None:
+    """Of a group of another name it may be the parent."""
+    (tmp_path / "group_vars").mkdir()
+    (tmp_path / "group_vars" / "gpu.yml").write_text("sparkfleet_port: 0\n", encoding="utf-8")
+    (tmp_path / "hosts.yml").write_text("gpu: {hosts: {spark-1: {ansible_host: 192.0.2.1}}}\n", encoding="utf-8")
+    command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(tmp_path), "site.yml"]
+    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+    for children, words in (
+        ("", "make your group a child of sparks"),
+        ("sparks: {children: {gpu: }}\n", "_port: must be"),
+    ):
+        (tmp_path / "sparks.yml").write_text(children or "{}\n", encoding="utf-8")
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and words in " ".join((done.stdout + done.stderr).split())
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("", '{"sparkfleet_image": 25}', "sparkfleet_image: must be text, not the number 25: write the value in quotes"),
+        (
+            "",
+            '{"sparkfleet_image": 25}',
+            "sparkfleet_image: must be text, not the number 25: write the value in quotes",
+        ),
         ("sparkfleet_port", "0", "sparkfleet_port: must be a whole number from 1 to 65535, not '0'"),
         ("sparkfleet_port", "80; touch /tmp/x", "sparkfleet_port"),  # Ansible's own check of types
         ("sparkfleet_image", "x y", "sparkfleet_image: must be the reference of an image"),
