@@ -72,6 +72,51 @@ def test_the_cache_has_no_mode_that_was_not_written(tmp_path: Path, mode: str, t
         assert f"{(tmp_path / 'cache').stat().st_mode & 0o7777:04o}" == mode.strip('"')
 
 
+@pytest.mark.parametrize(
+    ("tasks", "packages"),
+    [
+        ("docker/tasks/install.yml", ["docker.io", "docker-cli", "docker-compose"]),
+        ("nvidia_container_toolkit/tasks/install.yml", ["nvidia-container-toolkit"]),
+        ("memory/tasks/earlyoom.yml", ["earlyoom"]),
+    ],
+)
+def test_check_mode_installs_what_is_not_there(tasks: str, packages: list[str], tmp_path: Path) -> None:
+    """A role alone does not know what a look at the host saw."""
+    file = ROOT / "roles" / tasks
+    cut = yaml.safe_load(file.read_text(encoding="utf-8"))[:2]  # the look, and what it says
+    (tmp_path / "cut.yml").write_text(yaml.safe_dump(cut), encoding="utf-8")
+    variables = {"docker_source": "distribution", "docker_os": {"id": "debian"}, "memory_earlyoom_installed": False}
+    known = ROOT / "roles" / "docker" / "vars" / "main.yml"
+    play = {"hosts": "localhost", "gather_facts": False, "vars": variables, "vars_files": [str(known)]}
+    path = tmp_path / "play.yml"
+    path.write_text(yaml.safe_dump([{**play, "tasks": [{"import_tasks": "cut.yml"}]}]), encoding="utf-8")
+    query = tmp_path / "dpkg-query"
+    for states, code, missing in (
+        (["installed"] * len(packages), 0, []),
+        (["installed"] * (len(packages) - 1) + ["config-files"], 0, packages[-1:]),
+        ([], 1, packages),
+    ):
+        lines = "".join(f"echo {state} {package}\n" for state, package in zip(states, packages, strict=False))
+        query.write_text(f"#!/bin/sh\n{lines}exit {code}\n", encoding="utf-8")
+        query.chmod(0o755)
+        command = [
+            Path(sys.executable).with_name("ansible-playbook"),
+            "-i",
+            "localhost,",
+            "-c",
+            "local",
+            "--check",
+            path,
+        ]
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "ANSIBLE_NOCOLOR": "1"}
+        environment["ANSIBLE_CONFIG"] = str(ROOT / "ansible.cfg")
+        python = ["-e", f"ansible_python_interpreter={sys.executable}"]
+        done = subprocess.run([*command, *python], capture_output=True, text=True, env=environment, check=False)
+        said = " ".join((done.stdout + done.stderr).split())
+        assert done.returncode == 0 and f"changed={int(bool(missing))} " in said, said
+        assert (f"would install {', '.join(missing)}" in said) if missing else ("would install" not in said), said
+
+
 def tasks(found: Any) -> Iterator[dict[str, Any]]:
     """Every task of a file of tasks or plays, those of blocks included."""
     for item in found if isinstance(found, list) else []:
