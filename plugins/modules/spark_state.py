@@ -8,9 +8,9 @@ DOCUMENTATION = r"""
 module: spark_state
 short_description: Reads everything a plan for a Spark needs, in one round trip
 description:
-  - Looks at the user that it runs as, operating system, GPU, clock, memory with swap and earlyoom, disks, Docker engine and Compose plugin,
-    NVIDIA Container Toolkit, the operator's groups, the cache folder, the Hugging Face token file, the cached model,
-    the releases, the guard, our containers, and who listens on the engine's port.
+  - Looks at the user that it runs as, operating system, GPU, clock, memory with swap and earlyoom, disks, Docker
+    engine and Compose plugin, NVIDIA Container Toolkit, the operator's groups, the cache folder, the Hugging Face
+    token file, the cached model, the releases, the guard, our containers, and who listens on the engine's port.
   - Asks the registry whether it answers, only if the image is not on the host; asks the Hugging Face Hub whether the
     model may be downloaded, only if it is not complete on the host.
   - Changes nothing. A part that cannot be read is reported as absent, with the reason where there is one.

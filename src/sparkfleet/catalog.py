@@ -178,8 +178,8 @@ def load(model: str, folder: Path | None = None) -> Card:
             raise SparkfleetError(f"model card {printable(model, 200)}: {error}") from None
         if not there:
             raise SparkfleetError(
-                f"model card {printable(str(path.absolute()), 400)} does not exist: give the path of a YAML file (of one "
-                "beside the inventory: sparkfleet_model: '{{ inventory_dir }}/cards/mine.yml'), or one of the names "
+                f"model card {printable(str(path.absolute()), 400)} does not exist: give the path of a YAML file (of "
+                "one beside the inventory: sparkfleet_model: '{{ inventory_dir }}/cards/mine.yml'), or one of the names "
                 f"{', '.join(names(folder))}"
             )
         return parse(path)

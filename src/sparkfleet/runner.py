@@ -203,8 +203,8 @@ class Collector:
             return BAD_INPUT
         if not self.hosts:
             self.error = (
-                "no host of the group sparks is in the inventory (name your Sparks there, or make your group a child of "
-                "sparks), or the limit leaves none"
+                "no host of the group sparks is in the inventory (name your Sparks there, or make your group a child "
+                "of sparks), or the limit leaves none"
             )
             return BAD_INPUT
         return code

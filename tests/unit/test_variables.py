@@ -130,7 +130,8 @@ def test_ansible_refuses_names_and_values_before_it_contacts_anybody(tmp_path: P
         tmp_path,
         *("-e", '{"sparkfleet_max_num_seqs": 8}'),
         group="sparkfleet_gpu_memory_utilisation: 0.5\nmy_own: 1\n",
-        host="sparkfleet_cache_mode: 2775\nsparkfleet_keep_release: 3\nsparkfleet_guard_wedge_seconds: 0\nsparkfleet_share_port: 8000\n",
+        host="sparkfleet_cache_mode: 2775\nsparkfleet_keep_release: 3\nsparkfleet_guard_wedge_seconds: 0\n"
+        "sparkfleet_share_port: 8000\n",
     )
     assert "spark-1: sparkfleet_gpu_memory_utilisation: unknown variable" in said
     assert "did you mean sparkfleet_vllm_gpu_memory_utilization?" in said
