@@ -179,8 +179,8 @@ def load(model: str, folder: Path | None = None) -> Card:
         if not there:
             raise SparkfleetError(
                 f"model card {printable(str(path.absolute()), 400)} does not exist: give the path of a YAML file (of "
-                "one beside the inventory: sparkfleet_model: '{{ inventory_dir }}/cards/mine.yml'), or one of the names "
-                f"{', '.join(names(folder))}"
+                "one beside the inventory: sparkfleet_model: '{{ inventory_dir }}/cards/mine.yml'), or one of the "
+                f"names {', '.join(names(folder))}"
             )
         return parse(path)
     known = names(folder)
