@@ -84,7 +84,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         if answer.get("failed"):
             raise AnsibleActionFail(f"{host}: cannot look at the host: {_first_line(answer)}")
 
-        made = plan.make(target, answer["state"])
+        made = plan.make(target, answer["state"], reads=status or bool(task_vars.get("sparkfleet_look_reads")))
         if "preflight" in task_vars.get("ansible_run_tags", ()):
             for line in _table(made):
                 self._display.display(report.clean(f"{host}  {line}"))

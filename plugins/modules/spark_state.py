@@ -8,9 +8,9 @@ DOCUMENTATION = r"""
 module: spark_state
 short_description: Reads everything a plan for a Spark needs, in one round trip
 description:
-  - Looks at operating system, GPU, clock, memory with swap and earlyoom, disks, Docker engine and Compose plugin,
-    NVIDIA Container Toolkit, the operator's groups, the cache folder, the Hugging Face token file, the cached model,
-    the releases, the guard, our containers, and who listens on the engine's port.
+  - Looks at the user that it runs as, operating system, GPU, clock, memory with swap and earlyoom, disks, Docker
+    engine and Compose plugin, NVIDIA Container Toolkit, the operator's groups, the cache folder, the Hugging Face
+    token file, the cached model, the releases, the guard, our containers, and who listens on the engine's port.
   - Asks the registry whether it answers, only if the image is not on the host; asks the Hugging Face Hub whether the
     model may be downloaded, only if it is not complete on the host.
   - Changes nothing. A part that cannot be read is reported as absent, with the reason where there is one.
@@ -120,6 +120,14 @@ def run(*argv: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def user_name(number: int) -> str:
+    """Name of a user; the number where it has none."""
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
 
 
 def operating_system() -> dict[str, Any]:
@@ -530,6 +538,7 @@ def look(params: dict[str, Any]) -> dict[str, Any]:
             way = (params["image"], through["proxy"], through["no_proxy"])
             registry = pool.submit(patiently, lambda seconds: registry_access(*way, seconds, registries))
         return {
+            "user": {"id": os.geteuid(), "name": user_name(os.geteuid())},
             "os": operating_system(),
             "gpu": graphics.result(),
             "gpu_error": "" if graphics.result() else gpu_error(),

@@ -178,8 +178,9 @@ def load(model: str, folder: Path | None = None) -> Card:
             raise SparkfleetError(f"model card {printable(model, 200)}: {error}") from None
         if not there:
             raise SparkfleetError(
-                f"model card {printable(str(path), 200)} does not exist: give the path of a YAML file, "
-                f"or one of the names {', '.join(names(folder))}"
+                f"model card {printable(str(path.absolute()), 400)} does not exist: give the path of a YAML file (of "
+                "one beside the inventory: sparkfleet_model: '{{ inventory_dir }}/cards/mine.yml'), or one of the "
+                f"names {', '.join(names(folder))}"
             )
         return parse(path)
     known = names(folder)
@@ -263,7 +264,7 @@ def check_arguments(arguments: Mapping[str, Any], prefix: str) -> None:
     for name in itertools.islice((name for name in arguments if name not in known), MOST):
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
         if near:  # vLLM takes an unambiguous beginning for the whole, and the plan would not see it
-            found.append(f"{prefix}{name}: write {near[0]}")
+            found.append(f"{prefix}{name}: did you mean {prefix}{near[0]}?")
         elif name in OURS:
             found.append(f"{prefix}{name}: Sparkfleet sets this argument itself; set {OURS[name]} instead")
     if found:

@@ -607,6 +607,12 @@ TABLE: tuple[Failure, ...] = (
         chapter=FP8,
     ),
     Failure(
+        "not-root",
+        "Sparkfleet does not run as root on the host",
+        "packages, services and folders of the host are root's; another user does not even see whose a port is",
+        "Set become: true (ansible_become: true in the inventory), or run ansible-playbook with --become.",
+    ),
+    Failure(
         "clock-wrong",
         "the host's clock is wrong",
         "it was not set by a time server; certificates and signatures look expired or not yet valid",

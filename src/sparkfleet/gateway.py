@@ -223,6 +223,8 @@ def check_key(name: str, key: Any) -> str:
     """A key, or "" for none. Raises SparkfleetError with the name, never the key."""
     if key in (None, ""):
         return ""
+    if isinstance(key, int | float):
+        raise SparkfleetError(f"{name} must be text, not a number: write the key in quotes")
     if not isinstance(key, str) or not KEY.fullmatch(key):
         raise SparkfleetError(
             f"{name} has blanks or commas, not 8 to 256 characters, or begins with #; `openssl rand -hex 24` makes one"

@@ -50,7 +50,10 @@ def variables(inventory: str, limit: str | None, extra: Sequence[str]) -> dict[s
     except AnsibleError as error:
         raise SparkfleetError(str(error)) from None
     if not found:
-        raise SparkfleetError(f"inventory {inventory} has no host in the group sparks, or the limit leaves none")
+        raise SparkfleetError(
+            f"inventory {inventory} has no host in the group sparks (name your Sparks there, or make your "
+            "group a child of sparks), or the limit leaves none"
+        )
     return found
 
 

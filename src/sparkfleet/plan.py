@@ -28,14 +28,14 @@ class Work:
             self.reasons.append(reason)
 
 
-def make(target: Target, state: State) -> dict[str, Any]:
-    """The plan as plain data (it becomes an Ansible variable)."""
+def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]:
+    """The plan as plain data (it becomes an Ansible variable); `reads`: for one that changes nothing."""
     docker, toolkit, cache, hygiene, program, guard = prepare(target, state)
     image, model = fetch(target, state)
     document = target.document(state)
     deployment = deploy(target, state, document)
     installs = packages(target, state)
-    work = preflight.Work(bool(image.reasons), bool(model.reasons), bool(deployment["start"]), bool(installs))
+    work = preflight.Work(bool(image.reasons), bool(model.reasons), bool(deployment["start"]), bool(installs), reads)
     checks, memory = preflight.checks(target, state, work)
     return {
         "model": target.card.name,

@@ -61,6 +61,8 @@ class Work:
     downloads_model: bool
     starts: bool
     installs: bool = False
+    #: Nothing is changed, and what another user than root sees is enough.
+    reads: bool = False
 
 
 def version(text: str | None) -> tuple[int, ...]:
@@ -80,8 +82,13 @@ def known(identifier: str, fact: str) -> Finding:
 
 
 def checks(target: Target, state: State, work: Work) -> tuple[list[Check], memory.Plan | None]:
-    """All checks, in the order an operator would mend things, and the memory plan (None when there can be none)."""
+    """All checks, in the order an operator would mend things, and the memory plan (None when there can be none).
+    Without root nothing else that was seen is sure, so that is the only one then."""
     remembered, plan = _memory(target, state, work)
+    user = state.get("user") or {"id": 0}
+    if user["id"] != 0 and not work.reads:
+        finding = known("not-root", f"needs root, runs as {user['name']}")
+        return [Check("user", str(user["name"]), (finding,))], plan
     return [
         _gpu(target, state),
         _system(target, state),

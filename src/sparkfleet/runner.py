@@ -202,7 +202,10 @@ class Collector:
             self.error = _ANSI.sub("", " ".join(self._said)) or f"ansible-playbook ended with {rc}"
             return BAD_INPUT
         if not self.hosts:
-            self.error = "no host of the group sparks is in the inventory, or the limit leaves none"
+            self.error = (
+                "no host of the group sparks is in the inventory (name your Sparks there, or make your group a child "
+                "of sparks), or the limit leaves none"
+            )
             return BAD_INPUT
         return code
 

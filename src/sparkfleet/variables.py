@@ -173,7 +173,11 @@ def _value(name: str, value: Any, option: Mapping[str, Any]) -> Any:
             raise _wrong(name, value, words, secret)
         return made
     if kind in ("str", "path"):
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            # YAML's reading is not what was written: 0775 is 509 there, and 25.10 is 25.1.
+            shown = "" if secret else f" {_shown(value)}"
+            raise SparkfleetError(f"{name}: must be text, not the number{shown}: write the value in quotes")
+        if not isinstance(value, str):
             raise _wrong(name, value, "a text", secret)
         yaml_text.check(value, name)
         text = str(value)

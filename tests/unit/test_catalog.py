@@ -160,6 +160,10 @@ def test_unknown_model_names_a_near_one() -> None:
 def test_missing_file() -> None:
     with pytest.raises(SparkfleetError, match=r"/nowhere/card\.yml does not exist"):
         catalog.load("/nowhere/card.yml")
+    with pytest.raises(SparkfleetError) as raised:
+        catalog.load("cards/mine.yml")
+    assert f"model card {Path.cwd()}/cards/mine.yml does not exist" in str(raised.value)
+    assert "{{ inventory_dir }}/cards/mine.yml" in str(raised.value)
 
 
 def test_unknown_profile() -> None:

@@ -1,16 +1,24 @@
-"""The tables that scripts/docs makes."""
+"""The tables that scripts/docs makes, and the examples of docs/roles.md."""
 
 from __future__ import annotations
 
+import configparser
 import importlib.machinery
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import yaml
+from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "docs"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +49,83 @@ def test_a_row_keeps_its_cells_and_a_list_all_its_items(docs: ModuleType) -> Non
     assert rows[2] == ["`sparkfleet_port`", "int", "`8000`", "Port. From 1 to 65535."]
 
 
+def test_keys_of_a_mapping_and_of_items_have_their_rows(docs: ModuleType) -> None:
+    nested = {
+        "word": {"type": "str", "required": True, "description": "Word."},
+        "most": {"type": "int", "default": 32, "description": "Most."},
+    }
+    options = {
+        "a": {"type": "dict", "required": True, "description": "A.", "options": nested},
+        "b": {"type": "list", "elements": "dict", "description": "B.", "options": {"c": {**nested["word"]}}},
+    }
+    rows = [cells(row) for row in docs.table(options, {"b": []}).splitlines()[2:]]
+    assert [row[0] for row in rows] == ["`a`", "`a.word`", "`a.most`", "`b`", "`b[].c`"]
+    assert rows[1] == ["`a.word`", "str", "**required**", "Word."]
+    assert rows[2] == ["`a.most`", "int", "`32`", "Most."]
+
+
 def test_every_row_of_every_role_has_four_cells(docs: ModuleType) -> None:
     for folder in sorted((docs.ROOT / "roles").iterdir()):
         spec, defaults = docs.role(folder)
         for row in docs.table(spec["options"], defaults).splitlines():
             assert len(cells(row)) == 4, row
+
+
+ROLES_PAGE = (ROOT / "docs" / "roles.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"^```yaml\n(.*?)^```$", ROLES_PAGE, re.MULTILINE | re.DOTALL)
+PLAYS = [text for text in EXAMPLES if text.startswith("- name:")]
+(CONFIGURATION,) = re.findall(r"^```ini\n(.*?)^```$", ROLES_PAGE, re.MULTILINE | re.DOTALL)
+
+
+def used(play: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The roles of a play with the variables that they are given."""
+    found = {
+        role["role"]: {key: value for key, value in role.items() if key != "role"} for role in play.get("roles", ())
+    }
+    imported = [task for task in play.get("tasks", ()) if "ansible.builtin.import_role" in task]
+    return found | {task["ansible.builtin.import_role"]["name"]: task["vars"] for task in imported}
+
+
+def test_an_ansible_cfg_of_ones_own_names_each_of_our_folders() -> None:
+    ours, theirs = configparser.ConfigParser(), configparser.ConfigParser()
+    ours.read(ROOT / "ansible.cfg", encoding="utf-8")
+    theirs.read_string(CONFIGURATION)
+    folders = {
+        key: value for key, value in ours["defaults"].items() if value == "roles" or value.startswith("plugins/")
+    }
+    assert len(folders) == 6
+    assert all(theirs["defaults"][key].split(":")[-1] == f"sparkfleet/{value}" for key, value in folders.items())
+
+
+def test_each_example_names_variables_of_its_role_and_all_that_are_required() -> None:
+    roles = [item for text in PLAYS for play in yaml.safe_load(text) for item in used(play).items()]
+    assert {name for name, _ in roles} == {
+        *("docker", "hf_cache", "memory", "nvidia_container_toolkit", "fetch", "gateway", "endpoint")
+    }
+    for name, given in roles:
+        spec = yaml.safe_load((ROOT / "roles" / name / "meta" / "argument_specs.yml").read_text(encoding="utf-8"))
+        options = spec["argument_specs"]["main"]["options"]
+        assert set(given) <= set(options), name
+        for key, option in options.items():
+            assert key in given or not option.get("required"), key
+            templated = "{{" in str(given.get(key))
+            if key in given and not templated:
+                assert not ArgumentSpecValidator({key: option}).validate({key: given[key]}).error_messages, key
+
+
+def test_the_examples_are_playbooks(tmp_path: Path) -> None:
+    """In a project of its own with a clone beside it."""
+    (tmp_path / "sparkfleet").symlink_to(ROOT)
+    (tmp_path / "ansible.cfg").write_text(CONFIGURATION, encoding="utf-8")
+    (inventory,) = (text for text in EXAMPLES if text not in PLAYS)
+    group = "gateways: {hosts: {gateway-1: }}\nyour_group: {hosts: {spark-1: }}\n"
+    (tmp_path / "hosts.yml").write_text(inventory + group, encoding="utf-8")
+    names = []
+    for number, text in enumerate(PLAYS):
+        names.append(f"play-{number}.yml")
+        (tmp_path / names[-1]).write_text(text, encoding="utf-8")
+    ansible = Path(sys.executable).with_name("ansible-playbook")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("ANSIBLE_")}
+    command = [ansible, "--syntax-check", "-i", "hosts.yml", *names]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

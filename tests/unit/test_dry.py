@@ -84,7 +84,7 @@ def test_a_plan_that_does_not_fit() -> None:
         ("port", 9109, "is sparkfleet_port already"),
         ("port", True, "not True"),
         pytest.param("port", 10**5000, "a number of thousands of digits", id="port"),
-        ("model", 1, "unknown model '1'"),
+        ("model", 1, "sparkfleet_model: must be text, not the number 1: write the value in quotes"),
         ("model", ["a"], "must be a text"),
         ("model", "~nosuchuser/x.yml", "nosuchuser"),
         ("model", "a" * 5000 + ".yml", "sparkfleet_model"),

@@ -15,7 +15,9 @@ from typing import Any
 import gateway_network
 import haproxy_server
 import pytest
+import yaml
 from ansible.errors import AnsibleActionFail
+from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.module_utils.sparkfleet_host import network
 from ansible.module_utils.testing import patch_module_args
 
@@ -54,6 +56,28 @@ def test_a_backend_a_model_a_server_a_spark() -> None:
     ]
     assert made["drained"] == ["spark-4"]
     assert [item["id"] for item in json.loads(made["models"])["data"]] == [llama["repo"], oss["repo"]]
+
+
+def refused(name: str, value: Any) -> list[str]:
+    """What Ansible's check of the role's arguments says of one of them."""
+    file = ROOT / "roles" / "gateway" / "meta" / "argument_specs.yml"
+    options = yaml.safe_load(file.read_text(encoding="utf-8"))["argument_specs"]["main"]["options"]
+    return list(ArgumentSpecValidator({name: options[name]}).validate({name: value}).error_messages)
+
+
+def test_the_roles_spec_takes_what_the_plan_gives_and_nothing_else() -> None:
+    made = plan(HOSTS, llama31_8b_fp8=9000)["backends"]
+    assert refused("gateway_backends", made) == [] and refused("gateway_peers", GATEWAYS) == []
+    first = made[0]
+    for key in first:
+        without = {other: value for other, value in first.items() if other != key}
+        assert f"missing required arguments: {key}" in refused("gateway_backends", [without])[0]
+    for key in first["servers"][0]:
+        server = {other: value for other, value in first["servers"][0].items() if other != key}
+        assert f"missing required arguments: {key}" in refused("gateway_backends", [{**first, "servers": [server]}])[0]
+    for wrong in ({**first, "port": 8000}, {**first, "ports": ["x"]}, {**first, "servers": ["spark-1"]}, "spark-1"):
+        assert refused("gateway_backends", [wrong])
+    assert refused("gateway_peers", [{"name": "gateway-1"}])
 
 
 @pytest.mark.parametrize(
@@ -203,6 +227,7 @@ def test_models_of_a_rollout_that_did_not_come_to_its_end_keep_their_place(monke
     ("given", "words"),
     [
         ({"keys": ["#comment-of-haproxy"]}, "sparkfleet_gateway_keys: entry 1"),
+        ({"keys": [12345678]}, "sparkfleet_gateway_keys: entry 1 must be text, not a number: write the key in quotes"),
         ({"keys": ["one,two,three"]}, "sparkfleet_gateway_keys: entry 1"),
         ({"address": "fd00::4"}, "sparkfleet_gateway_address"),
         ({"models": {"gpt-oss-20b": 8081}}, "no Spark serves 'gpt-oss-20b'"),

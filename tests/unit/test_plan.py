@@ -642,6 +642,18 @@ def test_images_that_do_not_run_on_a_gb10(image: str) -> None:
     assert ids(target(image=image, require_gb10=False), prepared()) == []
 
 
+def test_without_root_nothing_else_is_said() -> None:
+    state = {**prepared(), "user": {"id": 1000, "name": "nvidia"}}
+    state["listener"] = {"pid": 0, "process": ""}
+    (finding,) = plan.make(target(), state)["findings"]
+    assert finding["id"] == "not-root" and finding["message"].startswith("needs root, runs as nvidia. Set become: true")
+    assert "--become" in finding["message"]
+    # What reads only tells what it sees.
+    found = plan.make(target(), state, reads=True)["findings"]
+    assert [finding["id"] for finding in found] == ["port-taken"]
+    assert ids(target(), {**prepared(), "user": {"id": 0, "name": "root"}}) == []
+
+
 def test_every_finding_at_once() -> None:
     state = prepared()
     state["gpu"] = {"name": "NVIDIA A100", "driver": "535.1", "compute_capability": "8.0"}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import grp
 import importlib
+import os
+import pwd
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,6 +45,76 @@ def test_generated_pages_are_current() -> None:
         [sys.executable, ROOT / "scripts" / "docs", "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("mode", "taken"), [("2775", False), ('"2775"', True), ('"g+s"', False), ('"2775 "', False), ('"0750"', True)]
+)
+def test_the_cache_has_no_mode_that_was_not_written(tmp_path: Path, mode: str, taken: bool) -> None:
+    """Unquoted octal digits are another number."""
+    me = {"owner": pwd.getpwuid(os.getuid()).pw_name, "group": grp.getgrgid(os.getgid()).gr_name}
+    (tmp_path / "play.yml").write_text(
+        "- hosts: localhost\n  gather_facts: false\n  roles:\n    - role: hf_cache\n"
+        f"      hf_cache_dir: {tmp_path}/cache\n      hf_cache_owner: {me['owner']}\n"
+        f"      hf_cache_group: {me['group']}\n      hf_cache_mode: {mode}\n",
+        encoding="utf-8",
+    )
+    command = [Path(sys.executable).with_name("ansible-playbook"), "-i", "localhost,", "-c", "local"]
+    python = ["-e", f"ansible_python_interpreter={sys.executable}"]
+    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+    done = subprocess.run(
+        [*command, *python, tmp_path / "play.yml"], capture_output=True, text=True, env=environment, check=False
+    )
+    said = " ".join((done.stdout + done.stderr).split())
+    assert (done.returncode == 0) == taken == (tmp_path / "cache").exists(), said
+    assert taken or "hf_cache_mode: must be octal digits as text, not " in said
+    if taken:
+        assert f"{(tmp_path / 'cache').stat().st_mode & 0o7777:04o}" == mode.strip('"')
+
+
+@pytest.mark.parametrize(
+    ("tasks", "packages"),
+    [
+        ("docker/tasks/install.yml", ["docker.io", "docker-cli", "docker-compose"]),
+        ("nvidia_container_toolkit/tasks/install.yml", ["nvidia-container-toolkit"]),
+        ("memory/tasks/earlyoom.yml", ["earlyoom"]),
+    ],
+)
+def test_check_mode_installs_what_is_not_there(tasks: str, packages: list[str], tmp_path: Path) -> None:
+    """A role alone does not know what a look at the host saw."""
+    file = ROOT / "roles" / tasks
+    cut = yaml.safe_load(file.read_text(encoding="utf-8"))[:2]  # the look, and what it says
+    (tmp_path / "cut.yml").write_text(yaml.safe_dump(cut), encoding="utf-8")
+    variables = {"docker_source": "distribution", "docker_os": {"id": "debian"}, "memory_earlyoom_installed": False}
+    known = ROOT / "roles" / "docker" / "vars" / "main.yml"
+    play = {"hosts": "localhost", "gather_facts": False, "vars": variables, "vars_files": [str(known)]}
+    path = tmp_path / "play.yml"
+    path.write_text(yaml.safe_dump([{**play, "tasks": [{"import_tasks": "cut.yml"}]}]), encoding="utf-8")
+    query = tmp_path / "dpkg-query"
+    for states, code, missing in (
+        (["installed"] * len(packages), 0, []),
+        (["installed"] * (len(packages) - 1) + ["config-files"], 0, packages[-1:]),
+        ([], 1, packages),
+    ):
+        lines = "".join(f"echo {state} {package}\n" for state, package in zip(states, packages, strict=False))
+        query.write_text(f"#!/bin/sh\n{lines}exit {code}\n", encoding="utf-8")
+        query.chmod(0o755)
+        command = [
+            Path(sys.executable).with_name("ansible-playbook"),
+            "-i",
+            "localhost,",
+            "-c",
+            "local",
+            "--check",
+            path,
+        ]
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "ANSIBLE_NOCOLOR": "1"}
+        environment["ANSIBLE_CONFIG"] = str(ROOT / "ansible.cfg")
+        python = ["-e", f"ansible_python_interpreter={sys.executable}"]
+        done = subprocess.run([*command, *python], capture_output=True, text=True, env=environment, check=False)
+        said = " ".join((done.stdout + done.stderr).split())
+        assert done.returncode == 0 and f"changed={int(bool(missing))} " in said, said
+        assert (f"would install {', '.join(missing)}" in said) if missing else ("would install" not in said), said
 
 
 def tasks(found: Any) -> Iterator[dict[str, Any]]:

@@ -82,6 +82,10 @@ def test_listener_and_health_of_a_port_that_speaks_no_http() -> None:
     assert spark_state.listener(port) is None
 
 
+def test_who_looks() -> None:
+    assert spark_state.user_name(0) == "root" and spark_state.user_name(54321) == "54321"
+
+
 def test_token_file(tmp_path: Path) -> None:
     path = tmp_path / "token"
     assert spark_state.token_file(str(path), "") == {"present": False, "private": False, "current": True}

@@ -88,6 +88,18 @@ def test_no_truth(value: Any) -> None:
         variables.settle({"sparkfleet_guard": value})
 
 
+TEXTS = sorted(name for name, option in variables.options().items() if option["type"] in ("str", "path"))
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("value", [2775, 25.1])
+def test_a_number_where_text_is_meant(name: str, value: float) -> None:
+    with pytest.raises(SparkfleetError) as raised:
+        variables.settle({name: value})
+    shown = "" if variables.options()[name].get("no_log") else f" {value}"
+    assert str(raised.value) == f"{name}: must be text, not the number{shown}: write the value in quotes"
+
+
 def test_every_problem_is_named_and_no_secret() -> None:
     with pytest.raises(SparkfleetError) as raised:
         variables.settle(
@@ -118,19 +130,50 @@ def test_ansible_refuses_names_and_values_before_it_contacts_anybody(tmp_path: P
         tmp_path,
         *("-e", '{"sparkfleet_max_num_seqs": 8}'),
         group="sparkfleet_gpu_memory_utilisation: 0.5\nmy_own: 1\n",
-        host="sparkfleet_keep_release: 3\nsparkfleet_guard_wedge_seconds: 0\nsparkfleet_share_port: 8000\n",
+        host="sparkfleet_cache_mode: 2775\nsparkfleet_keep_release: 3\nsparkfleet_guard_wedge_seconds: 0\n"
+        "sparkfleet_share_port: 8000\n",
     )
     assert "spark-1: sparkfleet_gpu_memory_utilisation: unknown variable" in said
     assert "did you mean sparkfleet_vllm_gpu_memory_utilization?" in said
     assert "did you mean sparkfleet_vllm_max_num_seqs?" in said
     assert "did you mean sparkfleet_keep_releases?" in said
     assert "sparkfleet_guard_wedge_seconds: must be a number from 1 to 86400, not 0" in said
+    assert "sparkfleet_cache_mode: must be text, not the number 2775: write the value in quotes" in said
     assert "sparkfleet_share_port: 8000 is sparkfleet_port already" in said
+
+
+@pytest.mark.parametrize("place", ["cards", "{{ inventory_dir }}/cards"])
+def test_where_a_card_was_looked_for(tmp_path: Path, place: str) -> None:
+    said = play(tmp_path, host=f"sparkfleet_model: '{place}/mine.yml'\n")
+    folder = ROOT if place == "cards" else tmp_path
+    assert f"model card {folder}/cards/mine.yml does not exist" in said
+    assert "sparkfleet_model: '{{ inventory_dir }}/cards/mine.yml'" in said
+
+
+def test_an_inventory_without_the_group(tmp_path: Path) -> None:
+    """Of a group of another name it may be the parent."""
+    (tmp_path / "group_vars").mkdir()
+    (tmp_path / "group_vars" / "gpu.yml").write_text("sparkfleet_port: 0\n", encoding="utf-8")
+    (tmp_path / "hosts.yml").write_text("gpu: {hosts: {spark-1: {ansible_host: 192.0.2.1}}}\n", encoding="utf-8")
+    command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(tmp_path), "site.yml"]
+    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+    for children, words in (
+        ("", "make your group a child of sparks"),
+        ("sparks: {children: {gpu: }}\n", "_port: must be"),
+    ):
+        (tmp_path / "sparks.yml").write_text(children or "{}\n", encoding="utf-8")
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and words in " ".join((done.stdout + done.stderr).split())
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
+        (
+            "",
+            '{"sparkfleet_image": 25}',
+            "sparkfleet_image: must be text, not the number 25: write the value in quotes",
+        ),
         ("sparkfleet_port", "0", "sparkfleet_port: must be a whole number from 1 to 65535, not '0'"),
         ("sparkfleet_port", "80; touch /tmp/x", "sparkfleet_port"),  # Ansible's own check of types
         ("sparkfleet_image", "x y", "sparkfleet_image: must be the reference of an image"),
@@ -144,7 +187,7 @@ def test_bad_input_of_a_verb_is_exit_code_2(tmp_path: Path, name: str, value: st
         "-i",
         str(tmp_path),
         "-e",
-        f"{name}='{value}'",
+        f"{name}='{value}'" if name else value,
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2, done.stdout + done.stderr

@@ -239,6 +239,20 @@ def test_several_sparks_are_not_stopped_at_once(
         assert len(names) == 3
 
 
+@pytest.mark.parametrize("verb", ["preflight", "deploy", "drift", "status"])
+def test_without_root(verb: str, fleet: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """What changes a Spark is refused with what to do; what reads only goes on."""
+    inventory, ran = fleet
+    module = inventory.parent / "library" / "spark_state.py"
+    text = module.read_text(encoding="utf-8").replace("'os': {", "'user': {'id': 1000, 'name': 'nvidia'}, 'os': {", 1)
+    module.write_text(text, encoding="utf-8")
+    cli.main((verb, "-i", str(inventory), "-l", "spark-1", "--json"))
+    said = capsys.readouterr().out
+    assert "spark_state" in ran.read_text(encoding="utf-8")
+    assert ("needs root, runs as nvidia. Set become: true" in said) == (verb in ("preflight", "deploy")), said
+    assert ('"not-root"' in said) == (verb in ("preflight", "deploy")), said
+
+
 @pytest.mark.parametrize(
     ("words", "names"),
     [
