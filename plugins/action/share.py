@@ -26,13 +26,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from sparkfleet_host.bounded import printable
+from sparkfleet_host.bounded import DIGEST, printable
 
 from sparkfleet import gateway, share
 
 REGISTRY_PORT, HUB_PORT = 9111, 9112  # as in sparkfleet_host.share
 
 BUNDLE = "/var/lib/sparkfleet/bundle"  # as in sparkfleet_host.share
+#: Characters of a key and its certificate; ours has fewer than 2,000.
+MOST_OF_A_PAIR = 65536
 
 display = Display()
 
@@ -57,6 +59,19 @@ def key_pair() -> str:
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     return (private + certificate.public_bytes(serialization.Encoding.PEM)).decode()
+
+
+def understood(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """A Spark's answer with `reason`, `pair` and `digests` of the types that they must have; what is not is left out.
+    It is used for other Sparks too, and shown."""
+    pair, digests = answer.get("pair"), answer.get("digests")
+    named = digests.items() if isinstance(digests, dict) else ()
+    return {
+        **answer,
+        "reason": printable(str(answer.get("reason") or ""), 400),
+        "pair": pair if isinstance(pair, str) and len(pair) <= MOST_OF_A_PAIR else "",
+        "digests": {name: digest for name, digest in named if isinstance(digest, str) and DIGEST.fullmatch(digest)},
+    }
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
@@ -122,10 +137,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             raise AnsibleActionFail(f"{source['host']} cannot serve the bundle: {answer['reason']}")
         if answer["reason"]:
             display.display(f"{source['host']} gives nothing, each Spark fetches by itself: {answer['reason']}")
-        if "BEGIN" in answer.get("pair", ""):  # else masked: it is the one above
+        if "BEGIN" in answer["pair"]:  # else masked: it is the one above
             pair = answer["pair"]  # of a run that was interrupted, which others still use
         given = {"host": source["host"], "port": settings["port"], "pair": pair, "_ansible_no_log": True}
-        return {**given, "reason": answer["reason"], "digests": answer.get("digests") or {}}
+        return {**given, "reason": answer["reason"], "digests": answer["digests"]}
 
     def _connect(self, task_vars: Mapping[str, Any]) -> dict[str, Any]:
         """{"mirror": registry to pull from, "digest", "peer": address of a Hub}, empty where there is none."""
@@ -190,4 +205,4 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             answer = {"reason": f"not reached: {' '.join(str(error).split())[:120]}"}
         if answer.get("failed") or "reason" not in answer:
             answer = {"reason": str(answer.get("msg") or "no answer")[:200]}
-        return answer
+        return understood(answer)

@@ -8,11 +8,17 @@ from pathlib import Path
 import pytest
 from ansible.module_utils.sparkfleet_host import bounded
 from ansible.module_utils.sparkfleet_host.cache import (
+    clear_suspicion,
+    damaged_files,
     manifest_path,
+    mark_suspect,
     model_state,
+    read_manifest,
     repo_folder,
     repo_of,
     resolve_commit,
+    suspect_path,
+    suspicion,
     valid_repo,
     valid_revision,
 )
@@ -120,3 +126,41 @@ def test_a_folder_names_its_model() -> None:
     assert repo_of("models--gpt2") == "gpt2"
     for name in ("datasets--a--b", "models--..--..", "models--a--b--c", "models--", "version.txt"):
         assert repo_of(name) is None
+
+
+# -- who may write to the cache is not trusted -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("link", [True, False], ids=["a link", "the file itself"])
+def test_no_content_of_a_file_that_is_no_manifest_is_shown(cache: Path, tmp_path: Path, link: bool) -> None:
+    secret, path = tmp_path / "hf_token", manifest_path(cache, REPO, COMMIT)
+    secret.write_text("hf_Secret0123\n", encoding="ascii")
+    path.unlink()
+    path.symlink_to(secret) if link else path.write_bytes(secret.read_bytes())
+    with pytest.raises((OSError, bounded.BoundsError)) as refused:
+        read_manifest(path)
+    assert "hf_Secret" not in str(refused.value)
+    mark = suspect_path(cache, REPO, COMMIT)
+    mark.symlink_to(secret) if link else mark.write_bytes(secret.read_bytes())
+    assert suspicion(cache, REPO, COMMIT) == "marked" and damaged_files(cache, REPO, COMMIT) == []
+    with pytest.raises(bounded.BoundsError) as broken:
+        bounded.read_json(secret)
+    assert "hf_Secret" not in str(broken.value)
+
+
+def test_a_mark_is_written_and_removed_in_the_cache_alone(cache: Path, tmp_path: Path) -> None:
+    assert mark_suspect(cache, REPO, COMMIT, "why", ["one"]) and suspicion(cache, REPO, COMMIT) == "why"
+    clear_suspicion(cache, REPO, COMMIT)
+    clear_suspicion(cache, REPO, COMMIT)
+    assert suspicion(cache, REPO, COMMIT) == ""
+    folder, outside = manifest_path(cache, REPO, COMMIT).parent, tmp_path / "outside"
+    folder.rename(outside)
+    folder.symlink_to(outside)
+    name = suspect_path(cache, REPO, COMMIT).name
+    before = {path.name for path in outside.iterdir()}
+    assert not mark_suspect(cache, REPO, COMMIT, "why")
+    assert {path.name for path in outside.iterdir()} == before
+    (outside / name).write_text("{}")
+    with pytest.raises(OSError, match=repo_folder(REPO)):
+        clear_suspicion(cache, REPO, COMMIT)
+    assert (outside / name).exists()

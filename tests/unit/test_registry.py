@@ -427,6 +427,25 @@ def test_https_is_not_left_by_a_redirect(
             digest_of(secure(upstream.port), "1")
 
 
+def test_the_body_of_a_redirect_is_not_read(upstream: FakeRegistry) -> None:
+    sent: list[int] = []
+
+    def send(handler: Handler) -> None:
+        handler.send_response(307)
+        handler.send_header("Location", "/v2/nvidia/vllm/manifests/2")
+        handler.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(200):
+                handler.wfile.write(b" " * (1 << 20))
+                sent.append(1)
+        handler.close_connection = True
+
+    upstream.answers["/v2/nvidia/vllm/manifests/1"] = send
+    upstream.things["2"] = upstream.things["1"]
+    assert digest_of(client(upstream), "1") == digest_of(client(upstream), "2")
+    assert len(sent) < 64
+
+
 def test_a_challenge_of_the_store_is_not_answered(names: None, upstream: FakeRegistry) -> None:
     with serving(FakeRegistry(token="x")) as store:
         upstream.answers["/v2/nvidia/vllm/manifests/1"] = redirect(f"http://store.test:{store.port}/v2/x/manifests/1")

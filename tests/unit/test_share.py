@@ -38,7 +38,7 @@ from ansible.module_utils.sparkfleet_host.share import (
 from ansible.module_utils.testing import patch_module_args
 from hypothesis import given
 from hypothesis import strategies as st
-from plugins.action.share import key_pair
+from plugins.action.share import key_pair, understood
 from plugins.modules import share as share_module
 
 from sparkfleet import share
@@ -654,3 +654,12 @@ def test_tls_is_answered_as_http_so_that_docker_falls_back(way: str) -> None:
     with pytest.raises(ssl.SSLWantReadError):
         client.do_handshake()
     assert raw(way, hello[1].read()).startswith(b"HTTP/1.0 400 ")
+
+
+@pytest.mark.parametrize("odd", [5, "x", ["x"], {"n": 5}, {"n": "sha256:x"}, None])
+def test_an_answer_of_another_spark_is_of_the_types_that_it_must_have(odd: Any) -> None:
+    found = understood({"reason": "\x1b[2Jno", "pair": odd, "digests": odd})
+    assert found["reason"] == "\ufffd[2Jno" and found["digests"] == {}
+    assert found["pair"] == (odd if isinstance(odd, str) else "")
+    sound = {"nvcr.io/x:1": "sha256:" + "a" * 64}
+    assert understood({"reason": odd, "digests": sound})["digests"] == sound

@@ -83,3 +83,9 @@ def test_through_ansible_playbook(vllm: Vllm, tmp_path: Path, good: bool, check:
     else:
         assert 'spark-1 is not verified: chat: expected "Paris" in the answer, got "Berlin."' in run.stdout
         assert "[answer-wrong]" in run.stdout and "Traceback" not in run.stdout + run.stderr
+
+
+def test_half_of_a_surrogate_pair_is_saved(tmp_path: Path) -> None:
+    save(tmp_path / "r.json", {"answer": "Paris \ud800"})
+    assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8")) == {"answer": "Paris \ud800"}
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]

@@ -35,9 +35,10 @@ class BoundsError(ValueError):
 # -- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def parse_json(data: bytes | str, what: str, limit: int = 16 * MIB, depth: int = DEPTH) -> Any:
-    """Decode JSON (RFC 8259: no NaN, no Infinity, no number beyond a float). `what` names the data in the error.
-    Raises BoundsError."""
+def parse_json(data: bytes | str, what: str, limit: int = 16 * MIB, depth: int = DEPTH, quote: bool = True) -> Any:
+    """Decode JSON (RFC 8259: no NaN, no Infinity, no number beyond a float). `what` names the data in the error, which
+    shows its beginning too unless `quote` is false: a file may be another one than its name says. Raises
+    BoundsError."""
     if len(data) > limit:
         raise BoundsError(f"{what}: more than {limit} bytes")
     try:
@@ -50,7 +51,8 @@ def parse_json(data: bytes | str, what: str, limit: int = 16 * MIB, depth: int =
         raise BoundsError(f"{what}: not UTF-8") from None
     except ValueError as error:
         shown = data if isinstance(data, str) else data[:200].decode("utf-8", "replace")
-        raise BoundsError(f"{what}: {_reason(error)}: {printable(shown, 80)!r}") from None
+        quoted = f": {printable(shown, 80)!r}" if quote else ""
+        raise BoundsError(f"{what}: {_reason(error)}{quoted}") from None
 
 
 def _reason(error: ValueError) -> str:
@@ -191,7 +193,7 @@ def open_below(root: str | Path, *names: str) -> BinaryIO:
 
 def read_json(path: str | Path, limit: int = STATE_FILE, follow: bool = True) -> dict[str, Any]:
     """The JSON object in a file. Raises BoundsError, OSError."""
-    return as_dict(parse_json(read_file(path, limit, follow), str(path), limit), str(path))
+    return as_dict(parse_json(read_file(path, limit, follow), str(path), limit, quote=False), str(path))
 
 
 def read_all(
@@ -293,7 +295,7 @@ def matched(pattern: re.Pattern[str], value: Any, what: str) -> str:
     return value
 
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 def printable(text: str, limit: int = 4000) -> str:

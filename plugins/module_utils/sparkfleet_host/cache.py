@@ -92,9 +92,28 @@ def check_listing(value: Any, what: str) -> dict[str, Any]:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """A manifest, checked, with `total_bytes` counted. Raises OSError and BoundsError."""
-    value = bounded.parse_json(bounded.read_file(path, MANIFEST_BYTES), str(path), MANIFEST_BYTES)
-    listing = check_listing(value, str(path))
+    listing = check_listing(_read_below(path, MANIFEST_BYTES), str(path))
     return {**listing, "total_bytes": sum(entry["size"] for entry in listing["files"].values())}
+
+
+def _read_below(path: Path, limit: int = bounded.STATE_FILE) -> Any:
+    """The JSON in CACHE/FOLDER/MODEL/NAME. Others may write to the cache: no link in it is followed, and an error shows
+    nothing of the content. Raises OSError and BoundsError."""
+    with bounded.open_below(path.parents[2], *path.parts[-3:]) as file:
+        return bounded.parse_json(file.read(limit + 1), str(path), limit, quote=False)
+
+
+def _open_folder(cache_dir: str | Path, repo: str) -> int:
+    """The folder CACHE/FOLDER/MODEL, opened without following a link in the cache. Raises OSError."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    folder = os.open(cache_dir, flags)  # may itself be a link of the operator's
+    for name in (FOLDER, repo_folder(repo)):
+        try:
+            inner = os.open(name, flags | os.O_NOFOLLOW, dir_fd=folder)
+        finally:
+            os.close(folder)
+        folder = inner
+    return folder
 
 
 def difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
@@ -143,21 +162,27 @@ def mark_suspect(cache_dir: str | Path, repo: str, commit: str, reason: str, fil
         "files": list(files)[:1000] or damaged_files(cache_dir, repo, commit),
         "at": int(time.time()),
     }
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = f".{path.name}.{os.getpid()}"
     try:
-        # Root writes where others may: never through a link that one of them has put there.
-        if path.parent.resolve(strict=True) != Path(cache_dir).resolve() / FOLDER / repo_folder(repo):
-            return False
-        scratch.unlink(missing_ok=True)
-        handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        folder = _open_folder(cache_dir, repo)
+    except OSError:
+        return False
+    try:
+        # Root writes where others may: in this folder, whatever its name leads to meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(scratch, dir_fd=folder)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        handle = os.open(scratch, flags, 0o644, dir_fd=folder)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             os.fchmod(handle, 0o644)
             file.write(json.dumps(note) + "\n")
-        scratch.replace(path)
+        os.replace(scratch, path.name, src_dir_fd=folder, dst_dir_fd=folder)
     except OSError:
         with contextlib.suppress(OSError):
-            scratch.unlink()
+            os.unlink(scratch, dir_fd=folder)
         return False
+    finally:
+        os.close(folder)
     return True
 
 
@@ -165,7 +190,7 @@ def suspicion(cache_dir: str | Path, repo: str, commit: str) -> str:
     """Why a model's files are to be hashed; "" for no reason."""
     path = suspect_path(cache_dir, repo, commit)
     try:
-        note = bounded.read_json(path)
+        note = bounded.as_dict(_read_below(path), str(path))
         return bounded.printable(str(note.get("reason") or "marked"), 400)
     except FileNotFoundError:
         return ""
@@ -177,7 +202,8 @@ def damaged_files(cache_dir: str | Path, repo: str, commit: str) -> list[str]:
     """Names of a model's files that were found damaged and neither replaced nor found sound since. A mark without names
     is a suspicion, no finding."""
     try:
-        names = bounded.read_json(suspect_path(cache_dir, repo, commit)).get("files")
+        path = suspect_path(cache_dir, repo, commit)
+        names = bounded.as_dict(_read_below(path), str(path)).get("files")
     except (OSError, BoundsError):
         return []
     return [name for name in names if bounded.is_repository_path(name)] if isinstance(names, list) else []
@@ -185,7 +211,12 @@ def damaged_files(cache_dir: str | Path, repo: str, commit: str) -> list[str]:
 
 def clear_suspicion(cache_dir: str | Path, repo: str, commit: str) -> None:
     """Forget the mark, once all files were hashed. Raises OSError."""
-    suspect_path(cache_dir, repo, commit).unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        folder = _open_folder(cache_dir, repo)
+        try:
+            os.unlink(suspect_path(cache_dir, repo, commit).name, dir_fd=folder)
+        finally:
+            os.close(folder)
 
 
 # -- state -----------------------------------------------------------------------------------------------------------

@@ -71,8 +71,9 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 def write_text(path: Path, text: str, mode: int = 0o644) -> None:
-    """Write text as `write_bytes` does."""
-    write_bytes(path, text.encode(), mode)
+    """Write text as `write_bytes` does. Half of a surrogate pair, which JSON from outside may hold, is written as its
+    escape: a journal that cannot be written would end a switch half way."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"), mode)
 
 
 def write_json(path: Path, data: Any, mode: int = 0o644) -> None:
