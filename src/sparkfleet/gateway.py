@@ -25,6 +25,8 @@ def settings(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
     defaults = target.defaults()
     found = {}
     for host, variables in hosts.items():
+        if not host.isprintable():
+            raise SparkfleetError(f"{ascii(host)[:80]} cannot be a host's name: it has characters that cannot be seen")
         values = {key: variables.get(f"sparkfleet_{key}", defaults[f"sparkfleet_{key}"]) for key in VARIABLES}
         values["address"] = address(host, variables)
         found[host] = values

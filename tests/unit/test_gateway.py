@@ -394,3 +394,10 @@ def test_a_gateway_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None
     with patch_module_args({"servers": ["s"], "state": "ready", "socket": "/nowhere.sock"}), pytest.raises(SystemExit):
         haproxy_server.main()
     assert "is the gateway deployed" in json.loads(capsys.readouterr().out)["msg"]
+
+
+@pytest.mark.parametrize("name", ["\x02a", "a\x1b[2J", "a\nb", "\U00099bb1"])
+def test_a_host_s_name_that_cannot_be_seen_is_refused(name: str) -> None:
+    with pytest.raises(SparkfleetError, match="cannot be a host's name") as refused:
+        gateway.settings({name: {"ansible_host": "192.0.2.1"}})
+    assert str(refused.value).isprintable()

@@ -71,6 +71,7 @@ def test_one_model_goes_to_sparks_in_turn(tmp_path: Path, spark: Make) -> None:
         *((400, "POST", path) for path in ("/v1/%252e%252e/pause", "/v1/x\\..\\pause", "/v1/a%00", "/health/../pause")),
         *((405, method, "/v1/models") for method in ("PUT", "TRACE", "PATCH", "PROPFIND")),
         *((200, method, "/v1/responses/r1?x=a%2Fb%2e%2e") for method in ("GET", "POST", "DELETE", "OPTIONS", "HEAD")),
+        *((405, method, "/health") for method in ("POST", "DELETE", "OPTIONS")),
         (400, "GET", "/v1/%6dodels"),
         (400, "CONNECT", "/v1/models"),
     ],
@@ -94,6 +95,16 @@ def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         gateway.until(llama31_8b_fp8_spark_1="UP")
         yield gateway, engine
     engine.close()
+
+
+@pytest.mark.parametrize(
+    "head", ["Content-Length: 5\r\n\r\nhello", "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"]
+)
+def test_health_takes_no_body(door: Any, head: str) -> None:
+    gateway, engine = door
+    engine.asked.clear()
+    answer = gateway.raw(f"GET /health HTTP/1.1\r\nHost: g\r\nX-Client: t\r\nConnection: close\r\n{head}".encode())
+    assert answer.startswith(b"HTTP/1.1 413 ") and engine.asked == []
 
 
 def test_no_other_protocol_is_spoken_behind_the_door(door: Any) -> None:
