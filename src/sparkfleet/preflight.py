@@ -82,7 +82,7 @@ def known(identifier: str, fact: str) -> Finding:
 
 
 def checks(target: Target, state: State, work: Work) -> tuple[list[Check], memory.Plan | None]:
-    """All checks, in the order an operator would mend things, and the memory plan (None when there can be none).
+    """All checks, in the order in which an operator would fix things; and the memory plan, None when there is none.
     Without root nothing else that was seen is sure, so that is the only one then."""
     remembered, plan = _memory(target, state, work)
     user = state.get("user") or {"id": 0}

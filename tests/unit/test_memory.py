@@ -138,18 +138,10 @@ def ways(made: memory.Plan, kind: str) -> list[dict[str, Any]]:
     return [dict(way.change) for way in made.suggestions if way.kind == kind]
 
 
-def test_a_smaller_batch_is_proposed_only_where_it_is_smaller() -> None:
+def test_a_smaller_batch_is_proposed_where_activations_take_too_much() -> None:
     """131,072 tokens at a time take 10.8 GiB for activations, and the cache is too small for one sequence."""
     tight = {"gpu_memory_utilization": 0.2, "max_num_batched_tokens": 131072}
     assert ways(plan("llama31-8b-fp8", **tight), "batch") == [{"max_num_batched_tokens": 16384}]
-    for batch in (2048, 2049, 4096, 8192):
-        made = plan(
-            "llama31-8b-fp8",
-            host=Memory(119.7, 30.0),
-            kv_cache_memory_bytes=18 * GIB,
-            max_num_batched_tokens=batch,
-        )
-        assert all(way["max_num_batched_tokens"] < batch for way in ways(made, "batch"))
 
 
 def test_fewer_sequences_are_proposed_only_where_they_are_fewer() -> None:
