@@ -44,7 +44,7 @@ setup() {
     done
     [[ -n $python ]] || die "no Python 3.11 or newer: install one (Debian, Ubuntu: apt-get install python3 python3-venv)"
     if [[ -n ${bundle:-} ]]; then
-        PYTHONPATH=src:plugins/module_utils "$python" -B -m sparkfleet.wheels "$bundle" "${bundle_digest:-}" || exit
+        PYTHONPATH=src:plugins/module_utils "$python" -B -m sparkfleet.packaging.wheels "$bundle" "${bundle_digest:-}" || exit
         from=(--no-index --find-links "$bundle/python")
     fi
     if [[ ! -x .venv/bin/python ]]; then

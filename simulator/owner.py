@@ -29,7 +29,7 @@ import pexpect
 from simulator.shell import SimulatorError
 from simulator.spark import ROOT, Spark
 from simulator.world import World, home
-from sparkfleet import bundle, wheels
+from sparkfleet.packaging import bundle, wheels
 
 USER, PASSWORD = "owner", "not so secret: a simulation"
 SOURCE, PACKAGES = "/srv/sparkfleet", "/srv/packages"

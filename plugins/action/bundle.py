@@ -28,8 +28,9 @@ from ansible.utils.display import Display
 from sparkfleet_host import bounded
 from sparkfleet_host.bounded import BoundsError
 
-from sparkfleet import SparkfleetError, wheels
-from sparkfleet.bundle import LAYOUT, Bundle, Collected, Entry, Item, total
+from sparkfleet import SparkfleetError
+from sparkfleet.packaging import wheels
+from sparkfleet.packaging.bundle import LAYOUT, Bundle, Collected, Entry, Item, total
 
 display = Display()
 #: Files that travel before the host is told to put them where they belong, bytes.

@@ -23,7 +23,7 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from sparkfleet_host.bounded import printable
 
-from sparkfleet.patience import Patience
+from sparkfleet.fleet.reconnect import Patience
 
 FOLDER = "/run/sparkfleet/fetch"
 SLICE = 3.0  # seconds of one long poll; also the shortest time between two lines

@@ -17,7 +17,8 @@ from typing import Any
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 
-from sparkfleet import SparkfleetError, gateway, outage
+from sparkfleet import SparkfleetError
+from sparkfleet.fleet import gateway, outage
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types

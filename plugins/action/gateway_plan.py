@@ -19,7 +19,8 @@ from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
-from sparkfleet import SparkfleetError, gateway
+from sparkfleet import SparkfleetError
+from sparkfleet.fleet import gateway
 
 display = Display()
 

@@ -23,9 +23,10 @@ from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
-from sparkfleet import SparkfleetError, image_digest
-from sparkfleet.bundle import Bundle
-from sparkfleet.gateway import truth
+from sparkfleet import SparkfleetError
+from sparkfleet.fleet import image_digest
+from sparkfleet.packaging.bundle import Bundle
+from sparkfleet.fleet.gateway import truth
 
 display = Display()
 

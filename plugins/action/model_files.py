@@ -27,8 +27,9 @@ from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
-from sparkfleet import SparkfleetError, model_files
-from sparkfleet.gateway import truth
+from sparkfleet import SparkfleetError
+from sparkfleet.fleet import model_files
+from sparkfleet.fleet.gateway import truth
 
 display = Display()
 

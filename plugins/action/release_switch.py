@@ -19,9 +19,9 @@ from typing import Any
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
-from sparkfleet import controller
-from sparkfleet.patience import Patience
-from sparkfleet.switch import Follower, foreseen
+from sparkfleet import operator_name
+from sparkfleet.fleet.reconnect import Patience
+from sparkfleet.reporting.switch_progress import Follower, foreseen
 
 display = Display()
 
@@ -37,7 +37,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         result: dict[str, Any] = super().run(tmp, task_vars)
         host = str(task_vars.get("inventory_hostname", "localhost"))
         # With its name given here, a job that was begun by a call whose answer got lost is not begun twice.
-        options = {"controller": controller.name(), "slice": 3.0, "begin": secrets.token_hex(6), **self._task.args}
+        options = {"controller": operator_name.name(), "slice": 3.0, "begin": secrets.token_hex(6), **self._task.args}
         follower, patience = Follower(host, float(options["slice"])), Patience(self, host, display.display)
         while not follower.done:
             answer = patience.execute(

@@ -17,7 +17,7 @@ from typing import Any
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
-from sparkfleet import rollout
+from sparkfleet.fleet import rollout
 
 display = Display()
 

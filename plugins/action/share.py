@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from sparkfleet_host.bounded import DIGEST, printable
 
-from sparkfleet import gateway, share
+from sparkfleet.fleet import gateway, fetch_schedule
 
 REGISTRY_PORT, HUB_PORT = 9111, 9112  # as in sparkfleet_host.share
 
@@ -98,10 +98,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             look = known.get("sparkfleet_look") or {}
             if look.get("plan") and (bundle or gateway.truth(known.get("sparkfleet_share", True))):
                 drained = gateway.truth(known.get("sparkfleet_drained", False))
-                lacks.append(share.lack(name, look, serves=not drained))
+                lacks.append(fetch_schedule.lack(name, look, serves=not drained))
         enabled = bool(self._task.args.get("enabled", True))
         some = (enabled or bundle) and not self._task.check_mode
-        made = share.schedule(lacks if some else [], bundle=bundle, alone=not enabled)
+        made = fetch_schedule.schedule(lacks if some else [], bundle=bundle, alone=not enabled)
         for line in made.summary(host):
             display.display(line)
         takes = host in made.image_from or host in made.model_from

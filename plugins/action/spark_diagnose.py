@@ -18,7 +18,7 @@ from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
-from sparkfleet import diagnose
+from sparkfleet.diagnosis import diagnose
 
 CHECKED = "engine, answers, releases, the last switch, guard, Docker, GPU, disks, kernel"
 display = Display()

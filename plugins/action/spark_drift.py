@@ -13,7 +13,7 @@ from typing import Any
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
-from sparkfleet import drift
+from sparkfleet.fleet import drift
 
 display = Display()
 

@@ -12,10 +12,14 @@ from typing import Any
 from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 
-from sparkfleet import SparkfleetError, compose, gateway, host_program, plan, report, variables
-from sparkfleet.preflight import GIB
-from sparkfleet.target import Settings, Target, listen
-from sparkfleet.variables import ARGUMENT_PREFIX
+from sparkfleet import SparkfleetError
+from sparkfleet.planning import compose, plan, variables
+from sparkfleet.fleet import gateway
+from sparkfleet.packaging import host_program
+from sparkfleet.reporting import report
+from sparkfleet.planning.preflight import GIB
+from sparkfleet.planning.target import Settings, Target, listen
+from sparkfleet.planning.variables import ARGUMENT_PREFIX
 
 ROOT = Path(__file__).resolve().parents[2]
 

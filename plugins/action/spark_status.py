@@ -19,7 +19,8 @@ from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
-from sparkfleet import drift, gateway, status
+from sparkfleet.fleet import drift, gateway
+from sparkfleet.reporting import status_page
 
 display = Display()
 
@@ -44,11 +45,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         host = str(task_vars.get("inventory_hostname", "localhost"))
         differs = drift.reasons(look["plan"], look["state"]) if look.get("plan") else None
         drained = gateway.truth(self._templar.template(task_vars.get("sparkfleet_drained", False)))
-        answer["summary"] = status.summary(host, answer, differs, problem=_bare(problem), drained=drained)
+        answer["summary"] = status_page.summary(host, answer, differs, problem=_bare(problem), drained=drained)
         if want:
             answer["release"] = choose(host, want, answer["releases"])
         if arguments.get("show", True):
-            display.display(status.table([answer["summary"]]).rstrip())
+            display.display(status_page.table([answer["summary"]]).rstrip())
         return {**result, **answer, "changed": False}
 
 

@@ -25,7 +25,7 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from sparkfleet_host.bounded import printable
 
-from sparkfleet import failures
+from sparkfleet.diagnosis import failures
 
 # Of the module's result; Ansible adds keys of its own, not all of them plain data.
 KEPT = (

@@ -19,7 +19,7 @@ from typing import Any
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
-from sparkfleet.start import Watch, explain
+from sparkfleet.diagnosis.startup import Watch, explain
 
 display = Display()
 

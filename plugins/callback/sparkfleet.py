@@ -9,8 +9,8 @@ from ansible import constants as C
 from ansible.plugins.callback.default import CallbackModule as Default
 
 import sparkfleet.plan  # noqa: F401 - once for all workers, which are forked from this process
-from sparkfleet import report
-from sparkfleet.explain import bare, explained
+from sparkfleet.reporting import report
+from sparkfleet.diagnosis.ansible_errors import bare, explained
 
 DOCUMENTATION = r"""
 name: sparkfleet

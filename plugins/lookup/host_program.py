@@ -8,7 +8,7 @@ from typing import Any
 
 from ansible.plugins.lookup import LookupBase
 
-from sparkfleet import host_program
+from sparkfleet.packaging import host_program
 
 DOCUMENTATION = r"""
 name: host_program

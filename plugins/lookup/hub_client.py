@@ -8,7 +8,7 @@ from typing import Any
 
 from ansible.plugins.lookup import LookupBase
 
-from sparkfleet import hub_client
+from sparkfleet.packaging import hub_client
 
 DOCUMENTATION = r"""
 name: hub_client

@@ -47,8 +47,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host.bounded import KIB, BoundsError, printable, read_all, read_file
-from ansible.module_utils.sparkfleet_host.releases import write_bytes
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import KIB, BoundsError, printable, read_all, read_file
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import write_bytes
 
 SECONDS = 30
 LIMIT = 256 * KIB

@@ -56,10 +56,10 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host import bounded
-from ansible.module_utils.sparkfleet_host.bounded import SHA256, BoundsError
-from ansible.module_utils.sparkfleet_host.job import JobError
-from ansible.module_utils.sparkfleet_host.share import BUNDLE
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import bounded
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import SHA256, BoundsError
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.job import JobError
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.share import BUNDLE
 
 APT_CONF = """Dir::Etc::sourcelist "{folder}/sources.list";
 Dir::Etc::sourceparts "-";

@@ -62,9 +62,9 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host import bounded
-from ansible.module_utils.sparkfleet_host.bounded import BoundsError, printable
-from ansible.module_utils.sparkfleet_host.job import is_alive, read_status
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import bounded
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import BoundsError, printable
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.job import is_alive, read_status
 
 POLL = 0.25  # seconds
 START_WITHIN = 60.0  # seconds an async job may take before its first status

@@ -42,7 +42,7 @@ import subprocess
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host import network
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import network
 
 
 def first_ipv4(name: str) -> str:

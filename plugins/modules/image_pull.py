@@ -124,11 +124,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host.bounded import DIGEST, printable
-from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError, DockerUnavailable
-from ansible.module_utils.sparkfleet_host.job import Job, JobError
-from ansible.module_utils.sparkfleet_host.reclaim import images_before, note_image
-from ansible.module_utils.sparkfleet_host.registry import (
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import DIGEST, printable
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerError, DockerUnavailable
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.job import Job, JobError
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.reclaim import images_before, note_image
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.registry import (
     Reference,
     Registry,
     credentials,
@@ -136,7 +136,7 @@ from ansible.module_utils.sparkfleet_host.registry import (
     layer_sizes,
     reference,
 )
-from ansible.module_utils.sparkfleet_host.releases import STATE_DIR
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import STATE_DIR
 
 SILENCE = 1800.0  # seconds without a word from the engine; a huge layer may unpack for long
 

@@ -32,7 +32,7 @@ options:
     type: path
     default: /opt/hf
   client:
-    description: The packed client on the Spark, made by sparkfleet.hub_client.
+    description: The packed client on the Spark, made by sparkfleet.packaging.hub_client.
     type: path
     default: /opt/sparkfleet/lib/hf_client.pyz
   token_file:
@@ -176,8 +176,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host.bounded import COMMIT, BoundsError
-from ansible.module_utils.sparkfleet_host.cache import (
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import COMMIT, BoundsError
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import (
     check_listing,
     clear_suspicion,
     manifest_path,
@@ -188,9 +188,9 @@ from ansible.module_utils.sparkfleet_host.cache import (
     valid_repo,
     valid_revision,
 )
-from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError
-from ansible.module_utils.sparkfleet_host.integrity import verify_model
-from ansible.module_utils.sparkfleet_host.job import Job, JobError
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerError
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.integrity import verify_model
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.job import Job, JobError
 
 IMAGE = "sparkfleet/host-python:1"
 CONTAINER = "sparkfleet-fetch"

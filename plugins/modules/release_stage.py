@@ -44,9 +44,9 @@ import time
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host.bounded import BoundsError
-from ansible.module_utils.sparkfleet_host.engine import complaint
-from ansible.module_utils.sparkfleet_host.releases import Store
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import BoundsError
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.engine import complaint
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store
 
 
 def main() -> None:

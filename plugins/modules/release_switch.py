@@ -95,11 +95,11 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host import hardening, reclaim
-from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError, DockerUnavailable
-from ansible.module_utils.sparkfleet_host.engine import just_before, look, new_lines
-from ansible.module_utils.sparkfleet_host.precheck import precheck
-from ansible.module_utils.sparkfleet_host.releases import (
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import hardening, reclaim
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerError, DockerUnavailable
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.engine import just_before, look, new_lines
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.precheck import precheck
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import (
     DONE,
     GUARD_PATIENCE,
     HELD_BY_GUARD,
@@ -108,7 +108,7 @@ from ansible.module_utils.sparkfleet_host.releases import (
     Store,
     read_json,
 )
-from ansible.module_utils.sparkfleet_host.switch import VERIFIED
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.switch import VERIFIED
 
 UNIT = "sparkfleet-switch"
 GUARD_SETTINGS = "/etc/sparkfleet/guard.json"

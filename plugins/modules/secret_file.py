@@ -36,7 +36,7 @@ import stat
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host.releases import write_bytes
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import write_bytes
 
 
 def is_current(path: Path, content: bytes) -> bool:

@@ -48,9 +48,9 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host import hardening
-from ansible.module_utils.sparkfleet_host.network import reached_at
-from ansible.module_utils.sparkfleet_host.share import BUNDLE, STORE
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import hardening
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.network import reached_at
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.share import BUNDLE, STORE
 
 UNITS = {"serve": "sparkfleet-share", "connect": "sparkfleet-tunnel"}
 READY_SECONDS = 60.0

@@ -46,15 +46,15 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host import bounded, engine, guard, integrity
-from ansible.module_utils.sparkfleet_host.docker import Docker
-from ansible.module_utils.sparkfleet_host.http import KEY_FILE
-from ansible.module_utils.sparkfleet_host.memory import memory_state, unit_state
-from ansible.module_utils.sparkfleet_host.redaction import redacted
-from ansible.module_utils.sparkfleet_host.releases import Store
-from ansible.module_utils.sparkfleet_host.status import look
-from ansible.module_utils.sparkfleet_host.switch import boot_id, verify_params
-from ansible.module_utils.sparkfleet_host.verify import verify
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import bounded, engine, guard, integrity
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.http import KEY_FILE
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.memory import memory_state, unit_state
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.redaction import redacted
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.status import look
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.switch import boot_id, verify_params
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.verify import verify
 
 COMMAND_SECONDS = 10
 ANSWER_SECONDS = 8.0

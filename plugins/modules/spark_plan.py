@@ -7,7 +7,7 @@ DOCUMENTATION = r"""
 module: spark_plan
 short_description: Looks at a Spark once and plans what is to be done there
 description:
-  - Runs the module M(spark_state) on the host, and makes the plan on the controller (C(sparkfleet.plan)).
+  - Runs the module M(spark_state) on the host, and makes the plan on the controller (C(sparkfleet.planning.plan)).
   - Fails with every finding at once when the input is wrong or the host cannot serve the model.
   - Arguments of C(vllm serve) are taken from the host's variables C(sparkfleet_vllm_*).
   - The options are the variables C(sparkfleet_*) of the role C(sparkfleet), which documents them.
@@ -74,6 +74,6 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-plan: {description: What is to be done; see C(sparkfleet.plan.make)., returned: success, type: dict}
+plan: {description: What is to be done; see C(sparkfleet.planning.plan.make)., returned: success, type: dict}
 state: {description: What M(spark_state) found., returned: success, type: dict}
 """

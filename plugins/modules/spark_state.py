@@ -93,16 +93,16 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host.bounded import read_file
-from ansible.module_utils.sparkfleet_host.cache import model_state
-from ansible.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
-from ansible.module_utils.sparkfleet_host.guard import read_state
-from ansible.module_utils.sparkfleet_host.http import KEY_FILE
-from ansible.module_utils.sparkfleet_host.job import JobError
-from ansible.module_utils.sparkfleet_host.memory import memory_state, unit_state
-from ansible.module_utils.sparkfleet_host.network import reached_at
-from ansible.module_utils.sparkfleet_host.registry import Registry, bypasses, reference
-from ansible.module_utils.sparkfleet_host.releases import STATE_DIR, Store, read_json
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import read_file
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import model_state
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.guard import read_state
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.http import KEY_FILE
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.job import JobError
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.memory import memory_state, unit_state
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.network import reached_at
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.registry import Registry, bypasses, reference
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import STATE_DIR, Store, read_json
 
 #: Names of variables whose values nothing is reported of.
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
@@ -507,7 +507,7 @@ def checksum(path: Path) -> str:
 
 def status(store: Store) -> dict[str, Any]:
     """What the module spark_status sees."""
-    from ansible.module_utils.sparkfleet_host.status import look as served  # noqa: PLC0415 - most looks can do without
+    from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.status import look as served  # noqa: PLC0415 - most looks can do without
 
     found: dict[str, Any] = served(store, Docker(timeout=PROBE_SECONDS), 0)
     return found

@@ -47,9 +47,9 @@ summary: {description: By the action; the row that is printed., returned: action
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host.docker import Docker
-from ansible.module_utils.sparkfleet_host.releases import Store
-from ansible.module_utils.sparkfleet_host.status import look
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.status import look
 
 
 def main() -> None:

@@ -36,8 +36,8 @@ from typing import Any
 from urllib.parse import quote
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
-from ansible.module_utils.sparkfleet_host.releases import LOCK_FILE, Store
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import LOCK_FILE, Store
 
 LOCK = LOCK_FILE
 HELD_BY_STOP = "stop"

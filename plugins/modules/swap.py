@@ -36,7 +36,7 @@ import tempfile
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host.memory import memory_state, swap_in_fstab
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.memory import memory_state, swap_in_fstab
 
 MARK = "# swap off: "
 GIB = 1024**3

@@ -86,11 +86,11 @@ seconds: {description: Of the whole verification., returned: always, type: float
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host import integrity
-from ansible.module_utils.sparkfleet_host.docker import Docker
-from ansible.module_utils.sparkfleet_host.http import HttpError
-from ansible.module_utils.sparkfleet_host.integrity import request
-from ansible.module_utils.sparkfleet_host.verify import verify
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import integrity
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.http import HttpError
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.integrity import request
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.verify import verify
 
 
 def main() -> None:

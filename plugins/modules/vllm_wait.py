@@ -90,9 +90,9 @@ import time
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.sparkfleet_host.docker import Docker, DockerError
-from ansible.module_utils.sparkfleet_host.engine import new_lines, wait
-from ansible.module_utils.sparkfleet_host.http import Client, HttpError
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerError
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.engine import new_lines, wait
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.http import Client, HttpError
 
 
 def downloaded(folder: str) -> int:

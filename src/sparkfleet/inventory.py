@@ -19,7 +19,8 @@ from ansible.plugins.loader import init_plugin_loader
 from ansible.template import Templar
 from ansible.vars.manager import VariableManager
 
-from sparkfleet import SparkfleetError, yaml_text
+from sparkfleet import SparkfleetError
+from sparkfleet.documents import yaml_text
 
 #: A file of an inventory, bytes.
 LARGEST = 16 << 20

@@ -19,5 +19,5 @@ hypothesis.settings.register_profile("quick", max_examples=40, derandomize=True,
 hypothesis.settings.register_profile("long", max_examples=5000, **_COMMON)
 hypothesis.settings.load_profile(os.environ.get("SPARKFLEET_HYPOTHESIS", "quick"))
 
-from tests.unit.fake_engine import docker, engine  # noqa: E402, F401  fixtures
-from tests.unit.fake_vllm import vllm  # noqa: E402, F401
+from tests.unit.fakes.fake_engine import docker, engine  # noqa: E402, F401  fixtures
+from tests.unit.fakes.fake_vllm import vllm  # noqa: E402, F401

@@ -39,7 +39,7 @@ from .metrics import LIMIT as METRICS_LIMIT
 from .metrics import sums
 from .redaction import redact
 from .releases import HELD_BY_GUARD, LOCK_FILE, PROJECT_DIR, STATE_DIR, ReleaseError, Store, write_json, write_text
-from .window import Window
+from .status_server import Window
 
 SETTINGS_FILE = "/etc/sparkfleet/guard.json"
 STATE_FILE = "guard-state.json"

@@ -1,0 +1,520 @@
+"""The command ``sparkfleet``: plans and cards here, verbs as playbooks through ansible-runner."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from sparkfleet_host.bounded import printable
+
+from sparkfleet import (
+    SparkfleetError,
+    __version__,
+)
+from sparkfleet.planning import (
+    catalog,
+    vllm_versions,
+    memory_plan,
+)
+from sparkfleet.cli import summary
+from sparkfleet.fleet import (
+    dry_run,
+    outage,
+)
+from sparkfleet.reporting import (
+    event_log,
+    report,
+    status_page,
+)
+from sparkfleet.onboarding import init
+from sparkfleet.documents import yaml_text
+from sparkfleet.reporting.live import Live, Page, columns, terminal
+from sparkfleet.onboarding.prompts import tell
+from sparkfleet.reporting.progress import Board
+from sparkfleet.cli.runner import DOWN, INTERRUPTED, OK, ROOT, Collector, Host, default_inventory, run
+from sparkfleet.planning.target import Settings, Target
+
+#: Exit codes: bad input, as argparse has it; a plan that does not fit.
+BAD_INPUT = 2
+DOES_NOT_FIT = 3
+#: Of a host's memory.
+LEAST_GIB, MOST_GIB = 0.1, 100_000
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    if argv is None:  # as a command: a reader that has seen enough (`| head`) ends it quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    parser = _parser()
+    for word in sys.argv[1:] if argv is None else argv:
+        if "\0" in word or not _is_text(word):
+            print(f"sparkfleet: argument {word[:80]!a} is not text: it has a NUL or is not UTF-8", file=sys.stderr)
+            return BAD_INPUT
+    options, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(options, "words") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # hosts of `init` behind an option
+        options.words += rest
+    try:
+        return int(options.run(options))
+    except SparkfleetError as error:
+        print(report.clean(f"sparkfleet: {error}"), file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(
+            "sparkfleet: interrupted. What runs on the hosts goes on to its end: `sparkfleet status` shows it, and the "
+            "same command joins it.",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+
+
+def _is_text(word: str) -> bool:
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """What argparse says, words of the command line in it without what moves a terminal."""
+        super().error(report.clean(message))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = _Parser(
+        prog="sparkfleet", description="DGX Sparks with a verified vLLM endpoint."
+    )
+    parser.add_argument("--version", action="version", version=f"sparkfleet {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("model", metavar="MODEL|FILE", help=f"one of {', '.join(catalog.names())}, or a card's path")
+    model.add_argument("--profile", default="throughput", help="profile of the card (default: %(default)s)")
+    model.add_argument(
+        "--set",
+        metavar="ARGUMENT=VALUE",
+        action="append",
+        default=[],
+        help="an argument of vllm serve in place of the card's, such as max_model_len=65536; may be repeated",
+    )
+
+    plan = verbs.add_parser("plan", parents=[model], help="say whether a model fits a Spark, and what it can do there")
+    plan.add_argument("--total-gib", type=_gib, help=f"memory in all (default: {memory_plan.USUAL_TOTAL_GIB})")
+    plan.add_argument(
+        "--available-gib", type=_gib, help=f"memory available (default: all but {memory_plan.USUAL_HOST_GIB} GiB)"
+    )
+    plan.add_argument(
+        "--reserve-gib", type=_gib_or_none, default=4.0, help="floor that the plan leaves to the host (default: 4)"
+    )
+    plan.add_argument("--engine", metavar="VERSION", help="version of vLLM (default: that of the card's image)")
+    plan.add_argument("--json", action="store_true", help="for programs")
+    plan.set_defaults(run=_plan)
+
+    models = verbs.add_parser("models", help="list the catalogue")
+    models.add_argument("--json", action="store_true", help="for programs")
+    models.set_defaults(run=_models)
+
+    show = verbs.add_parser("compose", parents=[model], help="print the compose file of a model")
+    show.add_argument(
+        "--source",
+        choices=("local", "hub"),
+        default="local",
+        help="local: fetched before and served offline; hub: the server downloads (default: %(default)s)",
+    )
+    show.set_defaults(run=_compose)
+    init.add_parser(verbs)
+    _add_verbs(verbs)
+    return parser
+
+
+#: Verbs that run a playbook: their line of help.
+PLAYBOOKS = {
+    "preflight": "look at the hosts, print what stands in the way, change nothing",
+    "deploy": "take the hosts to what the inventory says (site.yml)",
+    "verify": "ask the endpoints questions with known answers",
+    "switch": "another model or profile; back to the old one if it does not verify",
+    "upgrade": "another image; back to the old one if it does not verify",
+    "rollout": "what the inventory says, in waves that stop at the first failure",
+    "rollback": "back to the release before, or to one by its number",
+    "start": "start what is deployed",
+    "stop": "stop it; it stays stopped over a restart of the host",
+    "restart": "start it anew, and verify it",
+    "status": "what each host serves, and how",
+    "logs": "the engine's last lines",
+    "drift": "what differs from the inventory; exit code 4 if anything does",
+    "bundle": "a folder with all that Sparks without internet need, to carry in (sparkfleet_bundle)",
+    "diagnose": "find out what is wrong, with causes and remedies; writes a bundle for a report",
+    "remove": "take Sparkfleet off the hosts; shows first what would go",
+}
+
+
+#: Verbs that may stop an engine that serves: of more hosts than one only in waves, or when that is confirmed.
+INTERRUPTING = frozenset(("deploy", "switch", "upgrade", "rollback", "stop", "restart", "rollout", "bundle"))
+#: Verbs whose result is all that there is to show.
+SILENT = frozenset(("status", "logs"))
+
+
+def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("-i", "--inventory", default=default_inventory(), help="default: %(default)s")
+    common.add_argument("-l", "--limit", metavar="HOSTS", help="only these hosts of the inventory")
+    common.add_argument("-e", "--extra-vars", metavar="NAME=VALUE", type=_extra, action="append", default=[])
+    common.add_argument("-C", "--check", action="store_true", help="say what would change, change nothing")
+    common.add_argument("-K", "--ask-become-pass", action="store_true", help="ask for sudo's password")
+    common.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    for verb, text in PLAYBOOKS.items():
+        parser = verbs.add_parser(verb, parents=[common], help=text, description=text)
+        parser.set_defaults(run=_verb, verb=verb)
+        if verb in INTERRUPTING:
+            parser.add_argument(
+                "--yes", action="store_true", help="do not ask; several Sparks that serve may stop at the same time"
+            )
+        if verb == "switch":
+            parser.add_argument(
+                "model", nargs="?", type=_word, help="a card's name or path; left out, only the profile changes"
+            )
+            parser.add_argument("--profile", type=_word)
+        elif verb == "upgrade":
+            parser.add_argument("image", type=_word)
+        elif verb == "bundle":
+            parser.add_argument("folder", type=_word, help="where to; one that is there gets what it lacks")
+        elif verb == "rollout":
+            parser.add_argument("--dry", action="store_true", help="plan, input and waves on paper; contacts nobody")
+        elif verb == "rollback":
+            parser.add_argument("release", nargs="?", type=_count, help="number of a release (default: the one before)")
+        elif verb == "status":
+            parser.set_defaults(run=_status)
+            parser.add_argument(
+                "-w",
+                "--watch",
+                metavar="SECONDS",
+                nargs="?",
+                type=_seconds,
+                const=5.0,
+                help="look again and again, with this pause (default: 5)",
+            )
+        elif verb == "logs":
+            parser.add_argument("host", nargs="?", help="the same as --limit HOST")
+            parser.add_argument("-n", "--lines", type=_count, default=100, help="default: %(default)s")
+        elif verb == "remove":
+            parser.add_argument("--yes", action="store_true", help="do not ask")
+            for what in ("models", "images", "token"):
+                parser.add_argument(f"--{what}", action="store_true", help=f"the {what} too")
+
+
+def _arguments(options: argparse.Namespace) -> list[str]:
+    """The words for ansible-playbook."""
+    if options.verb == "switch" and not (options.model or options.profile):
+        raise SparkfleetError("switch needs a model, a --profile or both (`sparkfleet models` lists them)")
+    words = [word for pair in options.extra_vars for word in ("-e", pair)]
+    words += _limit(options)
+    words += ["--check", "--diff"] if options.check else []
+    words += ["--ask-become-pass"] if options.ask_become_pass else []
+    given = {
+        "sparkfleet_model": getattr(options, "model", None),
+        "sparkfleet_profile": getattr(options, "profile", None),
+        "sparkfleet_image": getattr(options, "image", None),
+        "sparkfleet_release": getattr(options, "release", None),
+        "sparkfleet_logs_lines": getattr(options, "lines", None),
+        "sparkfleet_bundle_folder": str(Path(options.folder).resolve()) if options.verb == "bundle" else None,
+        **{f"sparkfleet_remove_{name}": getattr(options, name, None) or None for name in ("models", "images", "token")},
+    }
+    for name, value in given.items():
+        if value is not None:
+            words += ["-e", json.dumps({name: value})]
+    return words + (["--tags", "preflight"] if options.verb == "preflight" else [])
+
+
+#: What vLLM colours its log with.
+_COLOUR = re.compile(r"\x1b\[[0-9;]{0,32}m")
+#: A limit that may be written before ",localhost": names and wildcards, separated by commas.
+_SIMPLE = re.compile(r"[A-Za-z0-9_.*?-]+(,[A-Za-z0-9_.*?-]+)*")
+
+
+def _limit(options: argparse.Namespace) -> list[str]:
+    """`--limit` for ansible-playbook, with localhost, where the plays of the controller run. What cannot simply be
+    added to (`!spark-3`, `sparks:&rack1`) is resolved to names first. Raises SparkfleetError for one that matches
+    nothing or is no pattern."""
+    limit = options.limit if options.limit is not None else getattr(options, "host", None)
+    if limit is None:
+        return []
+    if not _SIMPLE.fullmatch(limit):
+        os.environ.setdefault("ANSIBLE_CONFIG", str(ROOT / "ansible.cfg"))
+        from sparkfleet import inventory  # noqa: PLC0415 - Ansible reads its configuration as it is imported
+
+        limit = ",".join(inventory.matching(options.inventory, limit))
+    return ["--limit", f"{limit},localhost"]
+
+
+def _dry(options: argparse.Namespace) -> int:
+    os.environ.setdefault("ANSIBLE_CONFIG", str(ROOT / "ansible.cfg"))
+    from sparkfleet import inventory  # noqa: PLC0415 - Ansible reads its configuration as it is imported
+
+    limit = None if options.limit is None else ",".join(inventory.matching(options.inventory, options.limit))
+    paper = dry_run.make(inventory.variables(options.inventory, limit, options.extra_vars))
+    print(json.dumps(paper.as_dict(), indent=2) if options.json else dry_run.page(paper), end="\n" if options.json else "")
+    return 0 if paper.fits else DOES_NOT_FIT
+
+
+def _verb(options: argparse.Namespace) -> int:
+    if getattr(options, "dry", False):
+        return _dry(options)
+    words = _arguments(options)
+    if options.verb == "remove" and not options.check:
+        if not options.yes:
+            preview = Collector(lambda host, line: None)
+            run("remove", options.inventory, [*words, "--check"], preview)
+            for host in preview.hosts.values():
+                gone = ", ".join(host.removed) if host.removed else host.message or "nothing is there"
+                print(report.clean(f"{host.name}: {gone}"))
+            if not any(host.removed for host in preview.hosts.values()):
+                return 0
+            if not _agrees("Remove this?"):
+                raise SparkfleetError("nothing was removed")
+        words += ["-e", json.dumps({"sparkfleet_confirm": True})]
+    confirmed = ["-e", json.dumps({outage.VARIABLE: True})]
+    hosts, board, made = _run(options, words + (confirmed if getattr(options, "yes", False) else []))
+    at_once = next((host for host in hosts if host.failure == "all-at-once" and host.message), None)
+    if at_once and not options.json and sys.stdin.isatty() and sys.stdout.isatty():
+        print(report.clean(at_once.message))
+        if not _agrees("All at once?"):
+            raise SparkfleetError("nothing was changed")
+        hosts, board, made = _run(options, words + confirmed)
+    return _show(options, hosts, board, made)
+
+
+def _agrees(question: str) -> bool:
+    """A person's yes. Raises SparkfleetError where nobody can answer."""
+    try:
+        return input(f"{question} [yes/no] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        raise SparkfleetError(f"nobody can answer '{question}' here: use --yes; nothing was changed") from None
+
+
+def _run(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[Host], Board, dict[str, Any]]:
+    """Run the playbook of a verb, shown and logged: its hosts, the board, and the result as plain data."""
+    about = {"inventory": options.inventory, "limit": options.limit}
+    with event_log.keep(ROOT, options.verb, options.check, options.extra_vars, **about) as log:
+        board = Board(log)
+        with Live(None if options.json or options.verb in SILENT else terminal(), board, options.verb) as live:
+            collector = Collector(live.show, log, board)
+            try:
+                code = run(options.verb, options.inventory, words, collector)
+            except BaseException as error:
+                log({"event": "end", "exit_code": INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1})
+                raise
+            live.stand = not sys.stdout.isatty()  # what comes next goes elsewhere
+        hosts = _sorted(collector)
+        made: dict[str, Any] = {"verb": options.verb, "exit_code": code, "hosts": [host.as_dict() for host in hosts]}
+        made.update({"error": collector.error} if collector.error else {})
+        if options.verb == "rollout" and not options.check and not collector.error:
+            made["rollout"] = summary.of_rollout(hosts, board)
+        log({"event": "end", "seconds": round(board.seconds(), 1), **made})
+    if log.path:
+        made["events"] = str(log.path)
+    if log.problem:
+        tell(f"sparkfleet: {log.problem}")
+    return hosts, board, made
+
+
+def _sorted(collector: Collector) -> list[Host]:
+    return [collector.hosts[name] for name in sorted(collector.hosts, key=report.natural)]
+
+
+def _show(options: argparse.Namespace, hosts: list[Host], board: Board, made: dict[str, Any]) -> int:
+    """The result of a verb, for people or for programs; the exit code."""
+    if options.json:
+        now = {"now": _now(options)} if "rollout" in made else {}
+        print(json.dumps({**made, **now}, indent=2))
+    elif "error" in made:
+        raise SparkfleetError(made["error"])
+    elif options.verb == "logs":
+        for host in hosts:
+            lines = [f"== {host.name}", *host.log] if len(hosts) > 1 else host.log
+            print(report.clean(_COLOUR.sub("", "\n".join(lines) or host.message)))
+    else:
+        print(summary.page(hosts, board), end="")
+        if "rollout" in made:
+            print("\n" + status_page.table(_now(options), columns(sys.stdout)))
+            print(summary.words(made["rollout"], os.path.relpath(made["events"]) if "events" in made else ""), end="")
+    return int(made["exit_code"])
+
+
+def _now(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Which Spark runs what, after a rollout."""
+    words = [*_limit(options), *(word for pair in options.extra_vars for word in ("-e", pair))]
+    words += ["--ask-become-pass"] if options.ask_become_pass else []
+    return status_page.rows(_looked(options.inventory, words)[0])
+
+
+def _looked(inventory: str, words: Sequence[str]) -> tuple[list[Host], int]:
+    """What `status` finds: its hosts and its exit code. Raises SparkfleetError."""
+    collector = Collector(lambda host, line: None)
+    code = run("status", inventory, words, collector)
+    if collector.error:
+        raise SparkfleetError(collector.error)
+    hosts = _sorted(collector)
+    if code == OK and any(row["state"] != "serving" for row in status_page.rows(hosts)):
+        code = DOWN
+    return hosts, code
+
+
+def _status(options: argparse.Namespace) -> int:
+    words = _arguments(options)
+    if options.watch is not None:
+        if options.json:
+            raise SparkfleetError("--watch is for people: leave out --json, or call status again and again")
+        return _watch(options, words)
+    error: dict[str, Any] = {}
+    try:
+        hosts, code = _looked(options.inventory, words)
+    except SparkfleetError as problem:
+        if not options.json:
+            raise
+        hosts, code, error = [], BAD_INPUT, {"error": str(problem)}
+    rows = status_page.rows(hosts)
+    if options.json:
+        found = {"verb": "status", "exit_code": code, "hosts": [host.as_dict() for host in hosts]}
+        print(json.dumps({**found, "fleet": status_page.totals(rows), **error}, indent=2))
+    else:
+        print(status_page.page(rows, columns(sys.stdout)), end="")
+    return code
+
+
+def _watch(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """`status` again and again, until Ctrl-C; the last one stays, and its exit code."""
+    text, code = "", OK
+    with contextlib.suppress(KeyboardInterrupt), Page(sys.stdout) as page:
+        while True:
+            hosts, code = _looked(options.inventory, words)
+            text = status_page.page(status_page.rows(hosts), columns(sys.stdout))
+            page.show(f"{text}{time.strftime('%H:%M:%S')}, again after {options.watch:g} s; Ctrl-C ends it\n")
+            time.sleep(options.watch)
+    if sys.stdout.isatty():
+        print(text, end="")
+    return code
+
+
+def _word(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+def _extra(text: str) -> str:
+    """Extra variables as Ansible takes them; it would pass over a word without "=" in silence."""
+    if not re.match(r"[@{\[]|\s*[A-Za-z_][A-Za-z0-9_]*=", text):
+        raise argparse.ArgumentTypeError(f"'{text[:60]}': write NAME=VALUE, @FILE, or JSON")
+    return text
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,6}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' is not a whole number from 1 to 999999")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 86400:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds (0 to 86400)")
+    return value
+
+
+def _gib(text: str) -> float:
+    value = _gib_or_none(text)
+    if value < LEAST_GIB:
+        raise argparse.ArgumentTypeError(f"'{printable(text, 60)}' is not an amount of GiB from {LEAST_GIB} on")
+    return value
+
+
+def _gib_or_none(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= MOST_GIB:
+        raise argparse.ArgumentTypeError(f"'{printable(text, 60)}' is not an amount of GiB up to {MOST_GIB}")
+    return value
+
+
+def _target(options: argparse.Namespace, source: str) -> Target:
+    arguments = {}
+    for pair in options.set:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise SparkfleetError(f"--set {printable(pair, 80)}: write ARGUMENT=VALUE")
+        try:
+            arguments[name.replace("-", "_")] = yaml_text.load(value)
+        except yaml_text.YamlError as error:
+            raise SparkfleetError(f"--set {printable(pair, 80)}: {error}") from None
+    return Target.of(Settings(model=options.model, profile=options.profile, model_source=source, arguments=arguments))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    target = _target(options, "local")
+    total = options.total_gib or memory_plan.USUAL_TOTAL_GIB
+    available = options.available_gib or max(total - memory_plan.USUAL_HOST_GIB, 0.0)
+    if available > total:
+        raise SparkfleetError(f"--available-gib {available:g} is more than the host has in all ({total:g})")
+    made = memory_plan.make(
+        target.card,
+        target.arguments,
+        profile=options.profile,
+        version=vllm_versions.Engine(vllm_versions.parse_version(options.engine)) if options.engine is not None else target.engine,
+        memory=memory_plan.Memory(total, available, options.reserve_gib),
+        others=_cards,
+    ).as_dict()
+    if options.json:
+        print(json.dumps(made, indent=2))
+    else:
+        print(report.page(made, report.colour_wanted()), end="")
+    return 0 if made["fits"] else DOES_NOT_FIT
+
+
+def _cards() -> list[catalog.Card]:
+    return [catalog.load(name) for name in catalog.names()]
+
+
+def _fits(card: catalog.Card) -> bool | None:
+    try:
+        return memory_plan.make(card, card.with_profile("throughput")).fits
+    except SparkfleetError:
+        return None
+
+
+def _models(options: argparse.Namespace) -> int:
+    cards = _cards()
+    fits = {card.name: _fits(card) for card in cards}
+    if options.json:
+        data = [{**dataclasses.asdict(card), "source": str(card.source), "fits": fits[card.name]} for card in cards]
+        print(json.dumps(data, indent=2))
+    else:
+        print(report.models(cards, fits), end="")
+    return 0
+
+
+def _compose(options: argparse.Namespace) -> int:
+    target = _target(options, options.source)
+    yaml.safe_dump(target.document(), sys.stdout, sort_keys=False, default_flow_style=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,366 @@
+"""Runs the playbook of a verb through ansible-runner, and makes results of its events."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import getpass
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ansible_runner
+
+from sparkfleet import SparkfleetError
+from sparkfleet.diagnosis.ansible_errors import explained
+from sparkfleet.reporting.progress import Board, phase_of
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Name of the only run in a folder of ansible-runner.
+IDENT = "run"
+#: Exit codes, the gravest that any host has; 1 and 2 as everywhere.
+OK, INTERNAL, BAD_INPUT, REFUSED, DRIFT, RESTORED, DOWN, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 7, 130
+#: Result of a host -> exit code.
+CODES = {
+    "ok": OK,
+    "changed": OK,
+    "untouched": OK,  # by a rollout that stopped before it
+    "refused": REFUSED,
+    "drift": DRIFT,
+    "faulty": DRIFT,  # it serves, and something is wrong with it
+    "restored": RESTORED,
+    "failed": DOWN,
+    "down": DOWN,
+    "unreachable": UNREACHABLE,
+}
+#: Failures that end a run before anything has changed: on one host, and on all hosts of the play.
+OF_ALL = frozenset(("all-at-once", "same-host"))
+REFUSALS = OF_ALL | {"switch-running-other", "bad-input"}
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_FAILURE = re.compile(r"\[([a-z][a-z0-9-]+)\]")
+#: What a host said last is a line of its own: "HOST  12 s  loading weights".
+_LINE = re.compile(r"^(?P<host>\S+)  (?P<text>.*)")
+
+
+@dataclasses.dataclass
+class Host:
+    """What became of a host in a run; `result` is a key of CODES."""
+
+    name: str
+    result: str = "ok"
+    message: str = ""
+    failure: str = ""
+    findings: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    release: dict[str, Any] | None = None
+    out_of_service_s: float | None = None
+    summary: dict[str, Any] | None = None
+    log: list[str] = dataclasses.field(default_factory=list)
+    removed: list[str] | None = None
+    drift: list[str] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: what is empty is left out."""
+        data = dataclasses.asdict(self)
+        return {key: value for key, value in data.items() if key in ("name", "result") or value not in ("", [], None)}
+
+
+class Collector:
+    """Makes results of events. `show` gets (host or "", line) of what is worth showing as it happens; `board` is told
+    how far each host is; `log` gets all of it as plain data.
+
+    A Spark may be called localhost (inventory/local). Only in a play of `hosts: localhost` is that the controller.
+    """
+
+    def __init__(
+        self,
+        show: Callable[[str, str], None],
+        log: Callable[[dict[str, Any]], None] | None = None,
+        board: Board | None = None,
+    ) -> None:
+        self.show, self.log, self.board = show, log or (lambda item: None), board or Board(log)
+        self.hosts: dict[str, Host] = {}
+        self.error = ""  # of the run itself, such as an inventory that cannot be read
+        self._began = time.monotonic()
+        self._said: list[str] = []
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Note one event of ansible-runner."""
+        kind = str(event.get("event"))
+        data = event.get("event_data") or {}
+        host = str(data.get("host") or "")
+        of_controller = host == "localhost" and data.get("play_pattern", "localhost") == "localhost"
+        if kind == "verbose":
+            self._lines(_ANSI.sub("", str(event.get("stdout") or "")))
+        elif kind == "runner_on_start" and not of_controller:
+            self.board.task(host, data)
+        elif kind == "runner_on_skipped" and not of_controller:
+            self.board.skip(host)
+        elif kind == "runner_on_ok" and data.get("task_action") == "rollout_schedule":
+            self.board.schedule(data.get("res") or {})
+        elif kind in ("runner_on_ok", "runner_on_failed", "runner_on_unreachable") and not of_controller:
+            self._result(kind, self._host(host), data)
+        elif kind == "runner_on_failed":
+            self.error = message(data.get("res") or {})
+        elif kind == "playbook_on_play_start":
+            self.log({"event": "play", "play": str(data.get("play"))})
+            self.board.play()
+        elif kind == "playbook_on_stats":
+            self._end([host for host in data.get("processed") or {} if host != "localhost" or host in self.hosts])
+
+    def _end(self, processed: Sequence[str]) -> None:
+        for name in processed:
+            self._host(name)
+        refused = {host.failure for host in self.hosts.values()} & OF_ALL
+        for host in self.hosts.values() if refused else ():
+            if host.result in ("ok", "changed"):
+                host.result, host.failure = "refused", next(iter(refused))
+        for name in self.board.unreached():
+            host = self._host(name)
+            if host.result in ("ok", "changed"):
+                host.result, host.message = "untouched", ""
+        self.board.end()
+
+    def _host(self, name: str) -> Host:
+        return self.hosts.setdefault(name, Host(name))
+
+    def _lines(self, text: str) -> None:
+        lines = [line for line in text.splitlines() if line.strip()]
+        for line in lines:
+            found = _LINE.match(line)
+            if "[ERROR]" in line or "[WARNING]" in line:
+                self._said.append(line)
+                continue
+            host = found["host"] if found and found["host"] in self.board.rows else ""
+            text = line.removeprefix(host).strip() if host else line
+            # Of more lines than one the first is their heading.
+            if host and len(lines) == 1:
+                self.board.line(host, text)
+            self.log({"event": "line", **({"host": host} if host else {}), "text": text})
+            self.show(host if len(lines) == 1 else "", line)
+
+    def _result(self, kind: str, host: Host, data: Mapping[str, Any]) -> None:
+        res, before = data.get("res") or {}, host.result
+        self._note(kind, host, res, bool(data.get("ignore_errors")))
+        if phase_of(data):  # a last word to all is no work of each
+            host.seconds = round(time.monotonic() - self._began, 1)
+        for key in ("plan", "summary", "release"):
+            if isinstance(res.get(key), dict):
+                self.board.model(host.name, res[key].get("model"))
+        self.board.result(host.name, host.result, host.message)
+        if kind == "runner_on_ok" and data.get("task_action") == "vllm_verify":
+            self.board.proved(host.name, proof(host))
+        if host.result != before:
+            what = {"result": host.result, "failure": host.failure, "message": host.message}
+            self.log({"event": "result", "host": host.name, **{key: value for key, value in what.items() if value}})
+
+    def _note(self, kind: str, host: Host, res: Mapping[str, Any], ignored: bool) -> None:
+        for key in ("summary", "log", "removed"):
+            if res.get(key):
+                setattr(host, key, res[key])
+        if "outcome" in res:
+            host.release, host.out_of_service_s = res.get("release"), res.get("out_of_service_s")
+        if kind == "runner_on_ok" and res.get("summary"):
+            # Status tells what is, whatever stood in the way of a plan.
+            host.result, host.message, host.failure, host.findings = "ok", "", "", []
+        elif kind == "runner_on_ok":
+            if res.get("changed") and host.result == "ok":
+                host.result = "changed"
+        elif kind == "runner_on_unreachable":
+            host.result, host.message, host.failure = "unreachable", message(res), "unreachable"
+        elif not ignored and host.result in ("ok", "changed"):  # a failure that follows from another is none of its own
+            host.message = message(res)
+            named = _FAILURE.findall(host.message)
+            host.failure = str(res.get("failure") or (named[-1] if named else ""))
+            if "argument_errors" in res:  # Ansible's own check of a role's arguments
+                host.failure = "bad-input"
+            host.findings = list(res.get("findings") or [])
+            restored = res.get("outcome") == "restored"
+            refused = bool(host.findings) or host.failure in REFUSALS
+            host.drift = list(res.get("drift") or [])
+            host.result = "drift" if host.drift else "restored" if restored else "refused" if refused else "failed"
+            if res.get("diagnosed"):
+                host.result = "faulty" if res.get("serves") else "down"
+
+    def code(self, rc: int) -> int:
+        """The exit code of the whole, of ansible-playbook's `rc`."""
+        if self.error:
+            return BAD_INPUT
+        code = max(map(_code, self.hosts.values()), default=OK)
+        if code == OK and rc != 0:
+            self.error = _ANSI.sub("", " ".join(self._said)) or f"ansible-playbook ended with {rc}"
+            return BAD_INPUT
+        if not self.hosts:
+            self.error = (
+                "no host of the group sparks is in the inventory (name your Sparks there, or make your group a child "
+                "of sparks), or the limit leaves none"
+            )
+            return BAD_INPUT
+        return code
+
+
+def _code(host: Host) -> int:
+    return BAD_INPUT if (host.result, host.failure) == ("refused", "bad-input") else CODES[host.result]
+
+
+def proof(host: Host) -> str:
+    """That a host is verified, in words."""
+    number = f"release {host.release['number']} " if host.release else ""
+    gone = f", {host.out_of_service_s:.0f} s without service" if host.out_of_service_s is not None else ""
+    return f"{number}verified{gone}"
+
+
+def message(res: Mapping[str, Any]) -> str:
+    """The message of a failure, without Ansible's words around it."""
+    return explained(str(res.get("msg") or res.get("stderr") or "no message; run again with -v"))
+
+
+def playbook(verb: str) -> Path:
+    """The file of a verb."""
+    return ROOT / "site.yml" if verb in ("deploy", "preflight") else ROOT / "playbooks" / f"{verb}.yml"
+
+
+@functools.cache
+def become_password() -> str:
+    """Sudo's password, asked once: ansible-runner keeps ansible-playbook's own question to itself."""
+    try:
+        return getpass.getpass("BECOME password: ")
+    except EOFError:
+        raise SparkfleetError("-K asks for sudo's password: run it on a terminal") from None
+
+
+def run(verb: str, inventory: str, arguments: Sequence[str], collector: Collector) -> int:
+    """Run a verb; the exit code. `arguments` are ansible-playbook's own. Raises SparkfleetError."""
+    if not playbook(verb).exists():
+        raise SparkfleetError(f"{playbook(verb)} is missing; run sparkfleet from its repository (scripts/setup)")
+    place = Path(inventory)
+    with contextlib.suppress(OSError, RuntimeError):  # a name that is too long, a loop of links
+        place = place.resolve(strict=True)
+    if not inventory or not place.is_absolute() or not os.path.exists(place):  # noqa: PTH110  raises nothing
+        raise SparkfleetError(f"inventory {inventory!r}: there is no such file or folder; copy inventory/example")
+
+    def take(event: Mapping[str, Any]) -> bool:
+        collector.take(event)
+        return False  # nothing of it is to be kept
+
+    passwords = {r"BECOME password[^:]*:\s*$": become_password()} if "--ask-become-pass" in arguments else None
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with _private_folder() as folder:
+        try:
+            done = ansible_runner.interface.run(
+                private_data_dir=str(folder),
+                ident=IDENT,
+                project_dir=str(ROOT),
+                playbook=str(playbook(verb)),
+                inventory=str(place),
+                cmdline=" ".join(_quoted(word) for word in arguments) or None,
+                passwords=passwords,
+                envvars=_environment(),
+                suppress_env_files=True,
+                fact_cache_type="none",
+                quiet=True,
+                event_handler=take,
+            )
+        except (ansible_runner.exceptions.AnsibleRunnerException, OSError) as error:
+            raise SparkfleetError(f"ansible-runner cannot start ansible-playbook: {error}") from None
+        finally:
+            _restore(handlers)
+    if done.status == "canceled":
+        raise KeyboardInterrupt
+    return collector.code(int(done.rc or 0))
+
+
+def _environment() -> dict[str, str]:
+    """What ansible-playbook gets beside our own environment.
+
+    ansible-runner switches the check of host keys off unless it is told otherwise. Here it is always on, whatever
+    the environment says: a connection stays open for the runs after it (ControlPersist), which must be able to trust
+    that its host was verified. Programs beside our Python are found without an activated environment.
+    """
+    programs = Path(sys.executable).parent
+    path = os.environ.get("PATH", os.defpath)
+    return {
+        "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+        "ANSIBLE_FORCE_COLOR": "0",
+        "ANSIBLE_HOST_KEY_CHECKING": "True",
+        "PATH": f"{programs}{os.pathsep}{path}" if (programs / "ansible-playbook").exists() else path,
+    }
+
+
+@contextlib.contextmanager
+def _private_folder() -> Iterator[Path]:
+    """ansible-runner's folder for a run, in memory where the system offers that, removed afterwards.
+
+    Nothing in it holds a secret, so that nothing is left when this process is killed: values that ansible-runner
+    would write into `env` are passed as arguments (`suppress_env_files`), except for its settings, which it reads from
+    there alone; its file `command`, with the whole environment and command line, is a pipe that is read and forgotten.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="sparkfleet-", dir=_memory_folder()))
+    (folder / "env").mkdir()
+    settings = {
+        "suppress_ansible_output": True,
+        "suppress_output_file": True,
+        "pexpect_use_poll": True,
+        "pexpect_timeout": 0.5,
+    }
+    (folder / "env" / "settings").write_text(json.dumps(settings), encoding="utf-8")
+    artifacts = folder / "artifacts" / IDENT
+    artifacts.mkdir(mode=0o700, parents=True)
+    os.mkfifo(artifacts / "command", 0o600)
+    pipe = os.open(artifacts / "command", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    over = threading.Event()
+    reader = threading.Thread(target=_forget, args=(pipe, over), daemon=True)
+    reader.start()
+    try:
+        yield folder
+    finally:
+        over.set()
+        reader.join()
+        os.close(pipe)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _forget(pipe: int, over: threading.Event) -> None:
+    """Read a pipe until its writer closes it."""
+    written = False
+    while not over.is_set():
+        if select.select([pipe], [], [], 0.1)[0]:
+            data = os.read(pipe, 1 << 16)
+            written |= bool(data)
+            if not data and written:
+                return
+
+
+def _memory_folder() -> str | None:
+    """A folder of a file system in memory that this user can write; None where there is none."""
+    for name in (os.environ.get("XDG_RUNTIME_DIR", ""), "/dev/shm"):  # noqa: S108  mkdtemp makes a folder of its own
+        if name and Path(name).is_dir() and os.access(name, os.W_OK | os.X_OK):
+            return name
+    return None
+
+
+def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
+    """Take back Ctrl-C, which ansible-runner has for itself from its first run on."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _quoted(word: str) -> str:
+    return "'" + word.replace("'", "'\\''") + "'"
+
+
+def default_inventory() -> str:
+    """What ansible.cfg names, unless the environment does."""
+    return os.environ.get("ANSIBLE_INVENTORY") or str(ROOT / "inventory" / "local")

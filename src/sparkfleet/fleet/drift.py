@@ -1,0 +1,105 @@
+"""How a Spark differs from the inventory: the plan's reasons, and what is different in the deployed file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from sparkfleet.planning import compose
+from sparkfleet.reporting import status_page
+from sparkfleet.documents import yaml_text
+
+#: Reasons that say nothing that the differences of the file do not say better.
+_STAGE = ("stage", "switch to")
+
+
+def reasons(plan: Mapping[str, Any], state: Mapping[str, Any], answers: bool | None = None) -> list[str]:
+    """What would be done to bring the Spark back, in words; empty where it is as the inventory says.
+
+    `answers`: whether the endpoint answered its question; None where nobody asked.
+    """
+    found: list[str] = []
+    for stage in ("prepare", "fetch"):
+        found += [reason for value in plan[stage].values() if isinstance(value, list) for reason in value]
+    deploy = plan["deploy"]
+    if deploy["stage"]:
+        deployed = yaml_text.compose_file(state.get("compose_file"))
+        found += differences(deployed, plan["compose"]) if isinstance(deployed, dict) else ["nothing is deployed"]
+    found += [f"files damaged: {line}" for line in status_page.damaged(state.get("releases") or {"current": None})]
+    for kind in ("start", "stop", "wait"):
+        found += [reason for reason in deploy[kind] if not reason.startswith(_STAGE)]
+    if (deploy["stage"] or deploy["start"]) and state.get("compose_file") and not state.get("healthy"):
+        found.append("the engine does not answer")
+    if answers is False:
+        found.append("the endpoint does not answer its question")
+    return found
+
+
+def differences(deployed: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What differs between two compose files: "what: deployed → wanted", a line each."""
+    old, new = _service(deployed), _service(wanted)
+    lines = []
+    if old["name"] != new["name"]:
+        lines.append(f"service: {old['name']} → {new['name']}")
+    # What is compiled lies in a folder of the image's digest.
+    follows = {"volumes"} if old.get("image") != new.get("image") else set()
+    for key in sorted({*map(str, old), *new} - {"name", "command", "environment"} - follows):
+        if old.get(key) != new.get(key):
+            before, after = _apart(old.get(key), new.get(key))
+            lines.append(f"{key}: {_text(before)} → {_text(after)}")
+    for kind, before, after in (
+        ("argument", _flags(old.get("command")), _flags(new.get("command"))),
+        ("environment", _variables(old.get("environment")), _variables(new.get("environment"))),
+    ):
+        for key in [*before, *(key for key in after if key not in before)]:
+            if before.get(key) != after.get(key):
+                lines.append(f"{kind} {key}: {_text(before.get(key))} → {_text(after.get(key))}")
+    return lines or ["the compose file is written in another way"]
+
+
+def _service(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The first service of a file, which somebody may have edited: of no certain form."""
+    services = document.get("services")
+    services = services if isinstance(services, dict) else {}
+    name = next(iter(services), "")
+    service = services.get(name)
+    return {"name": str(name), **(service if isinstance(service, dict) else {})}
+
+
+def _flags(command: Any) -> dict[str, str]:
+    """Flags of a command with their values; what stands before them is the model."""
+    found: dict[str, str] = {}
+    flag = "model"
+    words = command.split() if isinstance(command, str) else command if isinstance(command, list) else []
+    for word in map(compose.plain, compose.without_key(words)):
+        if word.startswith("--"):
+            flag = word
+            found[flag] = ""
+        elif word not in ("vllm", "serve"):
+            found[flag] = f"{found.get(flag, '')} {word}".strip()
+    return found
+
+
+def _variables(environment: Any) -> dict[str, str]:
+    """Variables of a service, as a mapping or as a list of NAME=VALUE."""
+    if isinstance(environment, list):
+        environment = dict(str(pair).partition("=")[::2] for pair in environment)
+    pairs = environment.items() if isinstance(environment, dict) else ()
+    return {str(name): value if value == compose.TOKEN else compose.plain(value) for name, value in pairs}
+
+
+def _apart(old: Any, new: Any) -> tuple[Any, Any]:
+    """Of two lists what only one of them has."""
+    if isinstance(old, list) and isinstance(new, list):
+        return [item for item in old if item not in new] or None, [item for item in new if item not in old] or None
+    return old, new
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "none"
+    if value == "":
+        return "set"
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return re.sub(r"(sha256:[0-9a-f]{12})[0-9a-f]{52}", r"\1", text)

@@ -1,0 +1,135 @@
+"""A rollout on paper: plan, input and schedule of a whole inventory, with nobody contacted.
+
+What only a look at a host tells (free memory, what is deployed) is taken as usual: a Spark with nothing else on it, and
+every Spark in need of the change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from sparkfleet import SparkfleetError
+from sparkfleet.planning import memory_plan, target, variables
+from sparkfleet.reporting import report
+from sparkfleet.fleet import rollout
+from sparkfleet.documents import schema
+from sparkfleet.planning.target import Settings, Target
+
+#: Settings that Target and memory plan depend on.
+FIELDS = (
+    *("model", "profile", "model_source", "environment", "tool_calls", "image", "revision", "port", "listen"),
+    *("memory_plan", "memory_reserve_gib"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Sparks with the same settings: their plan (of `memory.Plan.as_dict`), or why there is none."""
+
+    hosts: list[str]
+    model: str
+    profile: str
+    image: str
+    plan: dict[str, Any] | None
+    problem: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Paper:
+    """The whole: kinds of Sparks, waves, names that are drained."""
+
+    kinds: list[Kind]
+    waves: list[list[str]]
+    drained: list[str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing stands in the way."""
+        return all(kind.plan and kind.plan["fits"] for kind in self.kinds)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**dataclasses.asdict(self), "fits": self.fits}
+
+
+def make(hosts: Mapping[str, Mapping[str, Any]]) -> Paper:
+    """Plan and schedule of hosts with their variables. Raises SparkfleetError with what is wrong in them, and for
+    settings that a rollout has once."""
+    defaults = target.defaults()
+    hosts = _settled(hosts)
+    drained = [name for name, values in hosts.items() if values.get("sparkfleet_drained", False)]
+    same: dict[str, list[str]] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    for name, values in hosts.items():
+        if name in drained:
+            continue
+        wanted = {field: values.get(f"sparkfleet_{field}", defaults[f"sparkfleet_{field}"]) for field in FIELDS}
+        wanted["arguments"] = variables.arguments(values)
+        key = repr(sorted(wanted.items(), key=str))
+        same.setdefault(key, []).append(name)
+        settings[key] = wanted
+    kinds, problems = [], []
+    for key, names in same.items():
+        try:
+            kinds.append(_kind(names, settings[key]))
+        except SparkfleetError as error:
+            problems.append(str(error))
+    if problems:
+        raise SparkfleetError("\n".join(problems))
+    models = {name: kind.model for kind in kinds for name in kind.hosts}
+    needing = [{"name": name, "model": models[name], "needed": True} for name in hosts if name in models]
+    shared = rollout.shared(hosts)
+    waves = rollout.schedule(needing, rollout.canaries(shared[rollout.CANARY]), shared["sparkfleet_rollout_waves"])
+    return Paper(kinds, waves, drained)
+
+
+def _settled(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Each host's variables, checked. Raises SparkfleetError with each problem and the hosts that have it."""
+    settled: dict[str, dict[str, Any]] = {}
+    problems: dict[str, list[str]] = {}
+    for name, values in hosts.items():
+        try:
+            settled[name] = {**values, **variables.settle(values)}
+        except SparkfleetError as error:
+            for line in str(error).splitlines():
+                problems.setdefault(line, []).append(name)
+    if problems:
+        raise SparkfleetError(schema.joined([f"{rollout.names(who)}: {line}" for line, who in problems.items()]))
+    return settled
+
+
+def _kind(names: list[str], wanted: Mapping[str, Any]) -> Kind:
+    try:
+        wished = Target.of(Settings(**{key: value for key, value in wanted.items() if key != "memory_reserve_gib"}))
+    except SparkfleetError as error:
+        raise SparkfleetError(f"{rollout.names(names)}: {error}") from None
+    total = memory_plan.USUAL_TOTAL_GIB
+    try:
+        plan = memory_plan.make(
+            wished.card,
+            wished.arguments,
+            profile=wished.settings.profile,
+            version=wished.engine,
+            memory=memory_plan.Memory(total, total - memory_plan.USUAL_HOST_GIB, float(wanted["memory_reserve_gib"])),
+        ).as_dict()
+    except SparkfleetError as error:  # a layout that is not known
+        return Kind(names, wished.card.name, wished.settings.profile, wished.image, None, str(error))
+    return Kind(names, wished.card.name, wished.settings.profile, wished.image, plan)
+
+
+def page(paper: Paper) -> str:
+    """The paper for people."""
+    lines = []
+    for kind in paper.kinds:
+        lines.append(f"{rollout.names(kind.hosts)}: {kind.model} ({kind.profile}), {kind.image or 'no image'}")
+        if kind.plan is None:
+            lines.append(f"  NO  {kind.problem}")
+            continue
+        lines.append(f"  {'ok' if kind.plan['fits'] else 'NO'}  memory: {report.brief(kind.plan)}")
+        lines += [f"      {reason}" for reason in kind.plan["reasons"]]
+    hosts = [{"name": name, "model": kind.model, "needed": True} for kind in paper.kinds for name in kind.hosts]
+    lines += ["", *rollout.lines(paper.waves, hosts, paper.drained)]
+    lines.append("nobody was contacted; what a host has, and whether it is fit, tells `sparkfleet preflight`")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,240 @@
+"""What a gateway needs to know of the fleet: a backend a model, a server a Spark. A pure function of the inventory."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import json
+import re
+import urllib.parse
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from sparkfleet_host.bounded import HOST, printable
+
+from sparkfleet import SparkfleetError
+from sparkfleet.planning import catalog, target
+
+#: HAProxy takes a line that begins with # for a comment, and a comma for the end of a header's value.
+KEY = re.compile(r"(?!#)[!-+\-.-~]{8,256}")
+#: Variables of a Spark that a gateway reads.
+VARIABLES = ("model", "port", "guard", "guard_port", "address", "drained", "engine_key")
+
+
+def settings(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each host the variables that a gateway reads, defaults filled in, without their prefix."""
+    defaults = target.defaults()
+    found = {}
+    for host, variables in hosts.items():
+        if not host.isprintable():
+            raise SparkfleetError(f"{ascii(host)[:80]} cannot be a host's name: it has characters that cannot be seen")
+        values = {key: variables.get(f"sparkfleet_{key}", defaults[f"sparkfleet_{key}"]) for key in VARIABLES}
+        values["address"] = address(host, variables)
+        found[host] = values
+    return found
+
+
+def address(host: str, variables: Mapping[str, Any]) -> str:
+    """Name or address under which a host of the inventory is reached. Raises SparkfleetError."""
+    found = str(variables.get("sparkfleet_address") or variables.get("ansible_host") or host)
+    if not is_address(found) and not HOST.fullmatch(found):
+        raise SparkfleetError(
+            f"{host}: sparkfleet_address {printable(repr(found), 80)} is neither a name nor an address"
+        )
+    return found
+
+
+def is_address(text: str) -> bool:
+    """Whether it is an IPv4 or IPv6 address (without a zone), not a name."""
+    with contextlib.suppress(ValueError):
+        return "%" not in text and bool(ipaddress.ip_address(text))
+    return False
+
+
+def plan(
+    hosts: Mapping[str, Mapping[str, Any]], ports: Mapping[str, Any] | None = None, models: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """Backends of what `settings` gives: [{name, model, repo, ports, servers: [{name, address, literal, port,
+    check_port, check, meant}]}], the JSON document of GET /v1/models, the engines' keys by backend, the Sparks that
+    were left out, and whether there are servers by name.
+
+    A Spark is a server of the backend of each model whose engines have its key: which of them it serves at the
+    moment, its guard says; which is `meant`, the inventory. `ports` are further ones, {model: port}; `models` have a
+    backend although no Spark is to serve them.
+    Raises SparkfleetError naming host and value."""
+    cards = {host: _card(host, values["model"]) for host, values in hosts.items()}
+    drained = [host for host, values in hosts.items() if truth(values["drained"])]
+    left = {host: values for host, values in hosts.items() if host not in drained}
+    if not left:
+        raise SparkfleetError("no Spark is left for the gateway: the group sparks is empty, or all are drained")
+    _one_name(left)
+    keys = {host: check_key(f"{host}: sparkfleet_engine_key", values["engine_key"]) for host, values in left.items()}
+    servers = {host: _server(host, values) for host, values in left.items()}
+    further = [_card("sparkfleet_gateway_models", name) for name in models]
+    backends: dict[str, dict[str, Any]] = {}
+    engine_keys: dict[str, str] = {}
+    for card in [*(cards[host] for host in left), *further]:
+        if card.name in backends:
+            continue
+        meant = {host: keys[host] for host in left if cards[host].name == card.name}
+        key = _one_key(card.name, meant or keys)
+        if key:
+            engine_keys[_word(card.name)] = key
+        backends[card.name] = {
+            **{"name": _word(card.name), "model": card.name, "repo": card.repo, "ports": []},
+            "servers": [
+                {**servers[host], "check": _check(servers[host], card.repo), "meant": host in meant}
+                for host in left
+                if keys[host] == key
+            ],
+        }
+    _distinct(backends)
+    known = {card.name for card in cards.values()} | set(backends)
+    for model, port in (ports or {}).items():
+        if model not in known:
+            there = ", ".join(sorted(known))
+            raise SparkfleetError(f"sparkfleet_gateway_ports: no Spark serves {model!r}; there are {there}")
+        number = port_number(f"sparkfleet_gateway_ports.{model}:", port)
+        if model in backends:
+            backends[model]["ports"].append(number)
+    listed = [{"id": item["repo"], "object": "model", "owned_by": "vllm"} for item in backends.values()]
+    return {
+        "backends": list(backends.values()),
+        "models": json.dumps({"object": "list", "data": listed}),
+        "engine_keys": engine_keys,
+        "drained": drained,
+        "names": not all(server["literal"] for server in servers.values()),
+    }
+
+
+def _card(place: str, name: Any) -> catalog.Card:
+    try:
+        return catalog.load(str(name))
+    except SparkfleetError as error:
+        raise SparkfleetError(f"{place}: {error}") from None
+
+
+def _server(host: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    guarded = truth(values["guard"])
+    return {
+        "name": _word(host),
+        "address": values["address"],
+        "literal": is_address(values["address"]),
+        "port": port_number(f"{host}: sparkfleet_port", values["port"]),
+        "check_port": port_number(f"{host}: sparkfleet_guard_port", values["guard_port"]) if guarded else 0,
+    }
+
+
+def _check(server: Mapping[str, Any], repo: str) -> str:
+    """What a health check asks for: the guard whether the model is served, or the engine which models it has."""
+    return f"/ready?model={urllib.parse.quote(repo, safe='/')}" if server["check_port"] else "/v1/models"
+
+
+def _one_name(hosts: Collection[str]) -> None:
+    """Whether HAProxy has a name of its own for each Spark."""
+    known: dict[str, str] = {}
+    for host in hosts:
+        other = known.setdefault(_word(host), host)
+        if other != host:
+            raise SparkfleetError(
+                f"{host} and {other} are both called {_word(host)} in the gateway; rename one of them"
+            )
+
+
+def _distinct(backends: Mapping[str, Mapping[str, Any]]) -> None:
+    """Whether a request's model says which backend is meant."""
+    known: dict[str, str] = {}
+    for name, item in backends.items():
+        for word in (item["name"], item["repo"]):
+            other = known.setdefault(word, name)
+            if other != name:
+                raise SparkfleetError(f"the models {name} and {other} are both called {word} in the gateway")
+
+
+def _one_key(model: str, found: Mapping[str, str]) -> str:
+    """The key that all Sparks with a model have. A gateway sets it before it knows which Spark a request goes to."""
+    if len(set(found.values())) > 1:
+        raise SparkfleetError(
+            f"sparkfleet_engine_key: not the same for all Sparks with {model} ({', '.join(found)}); a gateway needs one"
+        )
+    return next(iter(found.values()))
+
+
+def check_ports(gateway: Mapping[str, Any]) -> None:
+    """Whether each port of a gateway has one use: {name of a variable: port}. Raises SparkfleetError."""
+    used: dict[int, str] = {}
+    for name, value in gateway.items():
+        number = port_number(f"{name}:", value)
+        if number in used:
+            raise SparkfleetError(f"{name}: {number} is the port of {used[number]} already; choose another")
+        used[number] = name
+
+
+def floating(value: str) -> str:
+    """A floating address, as it was given. Raises SparkfleetError."""
+    try:
+        ipaddress.IPv4Interface(value)
+    except ValueError:
+        raise SparkfleetError(
+            f"sparkfleet_gateway_address: {value!r} is no IPv4 address; write 192.0.2.4 or 192.0.2.4/24"
+        ) from None
+    return value
+
+
+def names(*addresses: str) -> list[str]:
+    """What a certificate says it is for (subjectAltName): names and addresses of a gateway, each once."""
+    found = []
+    for item in filter(None, addresses):
+        try:
+            found.append(f"IP:{ipaddress.ip_interface(item).ip}")
+        except ValueError:
+            found.append(f"DNS:{item}")
+    return list(dict.fromkeys(found))
+
+
+def shown(wanted: Sequence[str]) -> list[str]:
+    """`names` as `openssl x509 -ext subjectAltName` prints them."""
+    found = []
+    for item in wanted:
+        kind, _, value = item.partition(":")
+        if kind == "IP":
+            address = ipaddress.ip_address(value)
+            groups = address.exploded.split(":")
+            value = str(address) if address.version == 4 else ":".join(f"{int(group, 16):X}" for group in groups)
+        found.append(f"{'IP Address' if kind == 'IP' else kind}:{value}")
+    return found
+
+
+def truth(value: Any) -> bool:
+    """A truth value as inventories write it."""
+    return str(value).lower() in ("true", "yes", "on", "1")
+
+
+def _word(name: str) -> str:
+    """A name as HAProxy takes it."""
+    return re.sub(r"[^A-Za-z0-9_.:-]", "_", name)
+
+
+def port_number(name: str, value: Any) -> int:
+    """A TCP port as inventories write it. Raises SparkfleetError."""
+    if not re.fullmatch(r"[0-9]{1,5}", str(value)) or not 0 < int(value) < 65536:
+        raise SparkfleetError(f"{name} {printable(repr(value), 60)} is not a TCP port (1 to 65535)")
+    return int(value)
+
+
+def check_key(name: str, key: Any) -> str:
+    """A key, or "" for none. Raises SparkfleetError with the name, never the key."""
+    if key in (None, ""):
+        return ""
+    if isinstance(key, int | float):
+        raise SparkfleetError(f"{name} must be text, not a number: write the key in quotes")
+    if not isinstance(key, str) or not KEY.fullmatch(key):
+        raise SparkfleetError(
+            f"{name} has blanks or commas, not 8 to 256 characters, or begins with #; `openssl rand -hex 24` makes one"
+        )
+    return key
+
+
+def keys(wanted: Sequence[str]) -> list[str]:
+    """Keys of clients. Raises SparkfleetError naming the place of a bad one, never the key."""
+    return [check_key(f"sparkfleet_gateway_keys: entry {place}", key or " ") for place, key in enumerate(wanted, 1)]

@@ -1,0 +1,67 @@
+"""What an image's tag stands for, asked by the controller: no Spark is believed about what others shall run."""
+
+from __future__ import annotations
+
+import dataclasses
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+
+from sparkfleet_host import bounded
+from sparkfleet_host.job import JobError
+from sparkfleet_host.registry import Registry, credentials, digest_of, reference
+
+from sparkfleet import SparkfleetError
+from sparkfleet.documents import run_cache
+
+#: A controller without a way to the registry keeps a run waiting no longer than this for each connection.
+SECONDS = 5.0
+DOCKER_CONFIG = "~/.docker/config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """`digest` (sha256:...), or "" and the `reason` why the controller cannot know it."""
+
+    digest: str = ""
+    reason: str = ""
+
+
+def resolve(
+    image: str, registries: Mapping[str, str], proxy: str = "", no_proxy: str = "", config: str = DOCKER_CONFIG
+) -> Answer:
+    """Ask the registry; an image with a digest is that digest. `registries` says where to ask instead: host of a
+    registry -> HOST[:PORT] with the same repositories. The proxy of the environment comes before `proxy`. Raises
+    SparkfleetError for what is not the name of an image or of a registry."""
+    try:
+        ref = reference(image)
+    except JobError as error:
+        raise SparkfleetError(str(error)) from None
+    if ref.digest:
+        return Answer(ref.digest)
+    host = str(registries.get(ref.registry, ""))
+    name, _, port = host.partition(":")
+    if host and not (bounded.HOST.fullmatch(name) and (not port or (port.isdigit() and len(port) <= 5))):
+        shown = bounded.printable(host, 80)
+        raise SparkfleetError(f"sparkfleet_controller_registries: {ref.registry}: {shown!r} is not HOST or HOST:PORT")
+    found = urllib.request.getproxies()
+    ways = {
+        "HttpProxy": found.get("http") or proxy,
+        "HttpsProxy": found.get("https") or proxy,
+        "NoProxy": ",".join(filter(None, (found.get("no"), no_proxy))),
+    }
+    auth = credentials(Path(config).expanduser(), host or ref.registry)
+    try:
+        return Answer(digest_of(Registry(ref, ways, auth, SECONDS, host), ref.tag))
+    except OSError as error:
+        return Answer(reason=bounded.printable(f"{host or ref.registry}: {error}", 200))
+
+
+def of_run(
+    folder: Path, image: str, registries: Mapping[str, str], proxy: str = "", no_proxy: str = ""
+) -> tuple[Answer, bool]:
+    """`resolve` once a run for all its hosts, kept in a folder that lives as long as the run; whether it was asked just
+    now. A tag that moves meanwhile is the same for every host, and a registry that is away costs its time once."""
+    file = folder / "sparkfleet-digests.json"
+    known, new = run_cache.ask(file, image, lambda: dataclasses.asdict(resolve(image, registries, proxy, no_proxy)))
+    return Answer(**known), new

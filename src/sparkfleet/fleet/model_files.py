@@ -1,0 +1,180 @@
+"""What a model's revision stands for, asked of the Hub by the controller: commit, files, sizes and hashes. No Spark is
+believed about what others shall load.
+
+The packed client of the Sparks asks (`fetch_model --list`), as a process of its own: what it may read and how long is
+bounded, its settings are not those of the user, and the token is in a file that is gone when it ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import ssl
+import subprocess
+import sys
+import tempfile
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sparkfleet_host import bounded, cache
+from sparkfleet_host.bounded import COMMIT, BoundsError
+
+from sparkfleet import SparkfleetError
+from sparkfleet.packaging import hub_client
+from sparkfleet.documents import run_cache
+from sparkfleet.packaging.bundle import Bundle
+
+#: A controller without a way to the Hub keeps a run waiting no longer than this.
+SECONDS = 10.0
+LIMIT = 32 << 20  # bytes of a list
+CACHE = Path(__file__).resolve().parents[2] / ".sparkfleet" / "cache"  # where the lookup hub_client has it as well
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """`commit` and `files` {name: {"size", "sha256" | "sha1"}}, or none of both, the `reason` why the controller cannot
+    know them, and the `failure` of the table."""
+
+    commit: str = ""
+    files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    reason: str = ""
+    failure: str = ""
+
+    @property
+    def expected(self) -> dict[str, Any]:
+        """As model_download takes it."""
+        return {"commit": self.commit, "files": self.files} if self.commit else {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How to the Hub. The proxy of the environment comes before `proxy`."""
+
+    endpoint: str = "https://huggingface.co"
+    token: str = dataclasses.field(default="", repr=False)
+    proxy: str = ""
+    no_proxy: str = ""
+
+
+def resolve(repo: str, revision: str, way: Way, remote_code: bool = False) -> Answer:
+    """Ask the Hub; `remote_code`: for the repository's code too, as the host fetches it. Raises SparkfleetError for
+    what is no model or revision."""
+    if not cache.valid_repo(repo) or not cache.valid_revision(revision):
+        shown = bounded.printable(repr(f"{repo}@{revision}"), 200)
+        raise SparkfleetError(f"{shown} is not ORG/NAME and a branch, tag or commit")
+    client = hub_client.build(CACHE)
+    with tempfile.TemporaryDirectory(prefix="sparkfleet-hub-") as folder:
+        argv = [sys.executable, "-I", "-S", "-B", str(client), "--list", f"--repo={repo}", f"--revision={revision}"]
+        argv += ["--remote-code"] if remote_code else []
+        try:
+            done = subprocess.run(
+                [*argv, f"--cache-dir={folder}/cache"],
+                env=environment(way, Path(folder)),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return Answer(reason=f"{way.endpoint} has not answered within {SECONDS:.0f} s", failure="hub-unreachable")
+        except OSError as error:
+            return Answer(reason=f"the Hub's client did not start: {error}", failure="internal")
+    answer = understand(done.stdout, revision, way.endpoint)
+    if way.token:
+        answer = dataclasses.replace(answer, reason=answer.reason.replace(way.token, "***"))
+    return answer
+
+
+def environment(way: Way, folder: Path) -> dict[str, str]:
+    """The variables of the client; of the user's own only the way to the internet. The token is a file below `folder`,
+    and there is none for a Hub without TLS."""
+    found = urllib.request.getproxies()
+    no_proxy = ",".join(filter(None, (found.get("no"), way.no_proxy)))
+    authorities = os.environ.get("SSL_CERT_FILE") or ssl.get_default_verify_paths().cafile
+    variables = {
+        "HOME": str(folder),
+        "HF_HOME": str(folder / "hf"),
+        "HF_ENDPOINT": way.endpoint.rstrip("/"),
+        "HF_TOKEN_PATH": str(folder / "token"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+        "LANG": "C.UTF-8",
+        "PATH": "/usr/bin:/bin",
+        "HTTP_PROXY": found.get("http") or way.proxy,
+        "HTTPS_PROXY": found.get("https") or way.proxy,
+        "NO_PROXY": no_proxy,
+        "SSL_CERT_FILE": authorities or "",
+        "SSL_CERT_DIR": os.environ.get("SSL_CERT_DIR", ""),
+    }
+    if way.token and _is_private(way.endpoint):
+        with os.fdopen(os.open(folder / "token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(way.token)
+    return {name: value for name, value in variables.items() if value}
+
+
+def _is_private(endpoint: str) -> bool:
+    """Whether nobody on the way can read along."""
+    url = urllib.parse.urlsplit(endpoint)
+    near = re.fullmatch(r"localhost|127(\.\d{1,3}){3}|::1", url.hostname or "")
+    return url.scheme == "https" or bool(near)
+
+
+def understand(output: bytes, revision: str, endpoint: str = "the Hub") -> Answer:
+    """What the client said last."""
+    try:
+        lines = output.splitlines() or [b"{}"]
+        said = bounded.as_dict(bounded.parse_json(lines[-1], "its client", LIMIT), "its client")
+        if "error" in said:
+            error = bounded.as_dict(said["error"], "its client: error")
+            return Answer(reason=bounded.printable(str(error["message"]), 300), failure=str(error["id"]))
+        listing = cache.check_listing(said.get("listing"), endpoint)
+        commit = bounded.matched(COMMIT, listing.get("commit"), f"{endpoint}: commit")
+    except (BoundsError, KeyError) as error:
+        return Answer(reason=bounded.printable(f"{endpoint}: {error}", 300), failure="hub-answer-odd")
+    if COMMIT.fullmatch(revision) and commit != revision:
+        return Answer(reason=f"{endpoint} names commit {commit} for {revision}", failure="hub-answer-odd")
+    return Answer(commit, listing["files"])
+
+
+def of_bundle(folder: str, digest: str, repo: str, revision: str) -> Answer:
+    """What a bundle has of it: its list, checked against bundle.json. Raises SparkfleetError."""
+    made = Bundle.read(folder, digest)
+    name = f"hub/.sparkfleet/{cache.repo_folder(repo)}/fetching.json"
+    if f"{repo}@{revision}" not in made.models or name not in made.files:
+        return Answer()  # what carries it to the Spark says what is missing
+    try:
+        listing = cache.check_listing(bounded.parse_json(made.text(name), name, LIMIT), name)
+        commit = bounded.matched(COMMIT, listing.get("commit"), f"{name}: commit")
+    except BoundsError as error:
+        raise SparkfleetError(f"sparkfleet_bundle {folder}: {error}; make it again") from None
+    return Answer(commit, listing["files"])
+
+
+def of_run(folder: Path, repo: str, revision: str, way: Way, remote_code: bool = False) -> tuple[Answer, bool]:
+    """`resolve` once a run for all its hosts, kept in a folder that lives as long as the run; whether it was asked just
+    now. A branch that moves meanwhile is the same for every host."""
+    key = f"{repo}@{revision} {way.endpoint}{' with code' if remote_code else ''}"
+    file = folder / "sparkfleet-models.json"
+    known, new = run_cache.ask(file, key, lambda: dataclasses.asdict(resolve(repo, revision, way, remote_code)))
+    return Answer(**known), new
+
+
+def refuse(expected: Mapping[str, Any], listing: Mapping[str, Any], host: str, what: str) -> None:
+    """Raises SparkfleetError where what a Spark collected (or a list of another form) is not what the Hub has."""
+    try:
+        found = cache.check_listing(listing, host)
+        bounded.matched(COMMIT, found.get("commit"), f"{host}: commit")
+        wrong = cache.difference(expected, found)
+    except BoundsError as error:
+        wrong = str(error)
+    if wrong:
+        raise SparkfleetError(
+            f"{host} has another {what} than the Hub: {wrong}. Look into {host}; where the branch has moved on since, "
+            "set the commit as the revision, or remove the model from the host"
+        )

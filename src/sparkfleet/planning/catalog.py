@@ -1,0 +1,272 @@
+"""The model catalogue: one YAML file a model, read into a typed card.
+
+A card holds what is true of a model wherever it runs: where it lies on the Hub, its sizes and shape, how vLLM is to
+be started for it, its profiles, and the question whose answer is known. ``models/schema.json`` says what a card may
+hold; docs/models.md explains it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sparkfleet_host.bounded import printable, read_file
+
+from sparkfleet import SparkfleetError
+from sparkfleet.documents import yaml_text
+from sparkfleet.documents.schema import MOST, Document, joined, problems
+
+#: A card's file, bytes.
+LARGEST = 256 << 10
+#: Arguments of `vllm serve` that follow from other variables.
+OURS = {
+    "model": "sparkfleet_model",
+    "model_tag": "sparkfleet_model",
+    "host": "sparkfleet_listen",
+    "port": "sparkfleet_port",
+    "uds": "sparkfleet_listen",
+    "api_key": "sparkfleet_engine_key",
+    "revision": "sparkfleet_revision",
+    "tokenizer_revision": "sparkfleet_revision",
+    "download_dir": "sparkfleet_cache_dir",
+    "config": "the arguments one by one",
+}
+ArgumentValue = str | int | float | bool | dict[str, Any]
+Arguments = dict[str, ArgumentValue]
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What verification asks, the word the answer must contain, and the tokens it may have."""
+
+    question: str
+    expect: str
+    prompt: str
+    prompt_expect: str
+    max_tokens: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Licence:
+    """Whether the Hub gives the files only to accounts that accepted a licence, and where to accept it."""
+
+    name: str
+    gated: bool
+    page: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Sizes: files in GiB, memory in GiB as vLLM logs it, and GB (1e9 bytes) read for one token of output."""
+
+    download_gib: float
+    read_gb_per_token: float
+    loaded_gib: float = 0.0
+
+    @property
+    def memory_gib(self) -> float:
+        """What the loaded weights take."""
+        return self.loaded_gib or self.download_gib
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """A kind of attention and the number of layers that have it.
+
+    ``full`` and ``sliding`` keep keys and values for ``kv_heads`` heads of ``head_dim``, for all tokens or for the
+    last ``window``; ``mla`` keeps one compressed vector of ``rank + rope_dim``; ``linear`` keeps a state whose size
+    does not follow from these figures.
+    """
+
+    kind: str
+    layers: int
+    kv_heads: int = 0
+    head_dim: int = 0
+    window: int = 0
+    rank: int = 0
+    rope_dim: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What of a model's configuration decides about memory: ``context`` in tokens, ``mlp`` the width of the MLP, of a
+    mixture of experts that of one expert."""
+
+    layers: int
+    hidden: int
+    mlp: int
+    vocab: int
+    context: int
+    attention: tuple[Attention, ...]
+    experts_per_token: int = 0
+    kv_cache_dtype: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Tokens a second of one stream that somebody measured on a Spark."""
+
+    tok_s: float
+    source: str
+    ttft_ms: float = 0.0
+    engine: str = ""
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """A model card. ``arguments`` are those of ``vllm serve`` in snake_case; a profile replaces some of them."""
+
+    name: str
+    service: str
+    repo: str
+    revision: str
+    image: str
+    verified: bool
+    licence: Licence
+    weights: Weights
+    shape: Shape
+    tool_call_parser: str
+    arguments: Arguments
+    profiles: dict[str, Arguments]
+    verify: Question
+    measured: tuple[Measurement, ...]
+    source: Path
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    profiles_line: int = dataclasses.field(default=1, compare=False)
+
+    def with_profile(self, profile: str) -> Arguments:
+        """Arguments of ``vllm serve`` under a profile; raises when the card has no such profile."""
+        if profile not in self.profiles:
+            raise SparkfleetError(
+                f"{self.source}:{self.profiles_line}: model {self.name} has no profile '{profile}': "
+                f"choose one of {', '.join(self.profiles)}"
+            )
+        return {**self.arguments, **self.profiles[profile]}
+
+
+def catalogue_folder() -> Path:
+    """The folder ``models/`` of the checkout this package is installed from (``pip install -e``)."""
+    return Path(__file__).resolve().parents[2] / "models"
+
+
+@functools.cache
+def schema() -> dict[str, Any]:
+    """The JSON schema of a card."""
+    found: dict[str, Any] = json.loads((catalogue_folder() / "schema.json").read_text(encoding="utf-8"))
+    return found
+
+
+def names(folder: Path | None = None) -> list[str]:
+    """Names of all models in the catalogue, sorted."""
+    return sorted(path.stem for path in (folder or catalogue_folder()).glob("*.yml"))
+
+
+def load(model: str, folder: Path | None = None) -> Card:
+    """The card of ``model``: a name of the catalogue, or the path of a card of the user's own."""
+    folder = folder or catalogue_folder()
+    if model.endswith((".yml", ".yaml")) or "/" in model:
+        try:
+            path = Path(model).expanduser()
+            there = path.is_file()
+        except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, ~nobody
+            raise SparkfleetError(f"model card {printable(model, 200)}: {error}") from None
+        if not there:
+            raise SparkfleetError(
+                f"model card {printable(str(path.absolute()), 400)} does not exist: give the path of a YAML file (of "
+                "one beside the inventory: sparkfleet_model: '{{ inventory_dir }}/cards/mine.yml'), or one of the "
+                f"names {', '.join(names(folder))}"
+            )
+        return parse(path)
+    known = names(folder)
+    if model not in known:
+        near = difflib.get_close_matches(model[:100], known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise SparkfleetError(
+            f"unknown model '{printable(model, 100)}': {hint}The catalogue has {', '.join(known)}; "
+            "a card of your own is given by its path (sparkfleet_model: /path/to/card.yml)"
+        )
+    return parse(folder / f"{model}.yml")
+
+
+def parse(path: Path) -> Card:
+    """Read and check one card; an error names file, line and key, of each problem there is."""
+    try:
+        text = read_file(path, LARGEST).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise SparkfleetError(f"model card {path} cannot be read: {error}") from None
+    document = Document(path, text)
+    document.check(schema())
+    data = document.data
+    shape = {**data["shape"], "attention": tuple(Attention(**entry) for entry in data["shape"]["attention"])}
+    card = Card(
+        **{key: data[key] for key in ("name", "service", "repo", "revision", "image", "verified")},
+        **{key: data[key] for key in ("arguments", "profiles")},
+        licence=Licence(**data["licence"]),
+        weights=Weights(**data["weights"]),
+        shape=Shape(**shape),
+        tool_call_parser=data.get("tool_call_parser", ""),
+        verify=Question(**data["verify"]),
+        measured=tuple(Measurement(**entry) for entry in data["measured"]),
+        source=path,
+        environment={name: str(value) for name, value in data.get("environment", {}).items()},
+        profiles_line=document.line(("profiles",)),
+    )
+    _check_sense(card, document)
+    return card
+
+
+def _check_sense(card: Card, document: Document) -> None:
+    """What a schema cannot say: figures that contradict each other."""
+    described = sum(entry.layers for entry in card.shape.attention)
+    if described != card.shape.layers:
+        raise document.error(
+            ("shape", "attention"),
+            f"shape.attention: describes {described} layers, but shape.layers says {card.shape.layers}",
+        )
+    places: list[tuple[Arguments, tuple[str, ...]]] = [(card.arguments, ("arguments",))]
+    places += [(arguments, ("profiles", name)) for name, arguments in card.profiles.items()]
+    for arguments, place in places:
+        length = arguments.get("max_model_len")
+        # rope scaling through hf_overrides stretches a context on purpose
+        if isinstance(length, int) and length > card.shape.context and "hf_overrides" not in card.arguments:
+            raise document.error(
+                (*place, "max_model_len"),
+                f"{'.'.join(place)}.max_model_len: {length} is longer than the model's context of "
+                f"{card.shape.context} tokens (shape.context)",
+            )
+
+
+def check_environment(environment: Mapping[str, Any], prefix: str) -> None:
+    """Check variables of the engine's environment that do not come from a card."""
+    yaml_text.check(environment, prefix.rstrip("."))
+    rules = {**schema()["properties"]["environment"], "$defs": schema()["$defs"]}
+    found = [text for _, text in problems(dict(environment), rules, prefix)]
+    if found:
+        raise SparkfleetError(joined(found))
+
+
+def check_arguments(arguments: Mapping[str, Any], prefix: str) -> None:
+    """Check arguments of ``vllm serve`` that do not come from a card; ``prefix`` is that of their variables."""
+    for name, value in arguments.items():
+        yaml_text.check(name, f"a name that begins with {prefix}")
+        yaml_text.check(value, f"{prefix}{name}")
+    found = [
+        text
+        for _, text in problems(dict(arguments), {**schema()["$defs"]["arguments"], "$defs": schema()["$defs"]}, prefix)
+    ]
+    known = schema()["$defs"]["arguments"]["properties"]
+    for name in itertools.islice((name for name in arguments if name not in known), MOST):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+        if near:  # vLLM takes an unambiguous beginning for the whole, and the plan would not see it
+            found.append(f"{prefix}{name}: did you mean {prefix}{near[0]}?")
+        elif name in OURS:
+            found.append(f"{prefix}{name}: Sparkfleet sets this argument itself; set {OURS[name]} instead")
+    if found:
+        raise SparkfleetError(joined(found))

@@ -1,0 +1,182 @@
+"""The compose file of a model: the guide's service, as data.
+
+Compose replaces `$NAME` and `${NAME}` in a file's values, so what comes from cards and inventories is written by
+`literal`, and `plain` is what the container gets.
+
+``source="hub"`` is the guide's way, plus limits of the log: the token in the environment, the server downloads.
+``source="local"`` is ours: files fetched and checked before, the server offline, no token, image and
+model pinned to what was fetched.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from sparkfleet.planning.catalog import Arguments, ArgumentValue, Card
+from sparkfleet.planning.vllm_versions import starts_with_serve
+
+PROJECT = "sparkfleet"
+CACHE_IN_CONTAINER = "/root/.cache/huggingface"
+CA_IN_CONTAINER = "/etc/ssl/certs/sparkfleet-ca.pem"
+#: What Python's HTTP clients take their certificate authorities from: httpx and ssl, requests.
+CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
+ENGINE_PORT = 8000
+LOOPBACK = "127.0.0.1"
+#: On the host, 0600; in the container Docker mounts it under the name of the secret.
+KEY_FILE, KEY_NAME = "/etc/sparkfleet/engine_key", "engine_key"
+#: vLLM reads its key from the environment. What Compose puts there `docker inspect` shows, so this does. (`$$` is
+#: Compose's way to write `$`.)
+KEYED = ["sh", "-c", f'VLLM_API_KEY=$$(cat /run/secrets/{KEY_NAME}) && export VLLM_API_KEY && exec "$$@"', "sh"]
+#: Where vLLM, Triton, FlashInfer, the CUDA driver and torch keep what they compile, unless told otherwise.
+COMPILE_CACHES = {
+    "vllm": "/root/.cache/vllm",
+    "triton": "/root/.triton",
+    "flashinfer": "/root/.cache/flashinfer",
+    "nv": "/root/.nv",
+    "inductor": "/tmp/torchinductor_root",  # noqa: S108 - the container's
+}
+#: Docker's default keeps a log for ever.
+LOGGING = {"driver": "json-file", "options": {"max-size": "50m", "max-file": "5"}}
+#: What the guide's service has by default and the engine does without. It runs as root of the container, which without
+#: DAC_OVERRIDE cannot write into a cache of another owner (vLLM locks a file there as it loads). Threads count as
+#: processes: compilers and OpenMP start hundreds.
+HARDENING: dict[str, Any] = {
+    "security_opt": ["no-new-privileges:true"],
+    "cap_drop": ["ALL"],
+    "cap_add": ["DAC_OVERRIDE"],
+    "pids_limit": 8192,
+}
+#: Stands in the file for the token, which Compose takes from `.env`.
+TOKEN = "${HF_TOKEN}"  # noqa: S105 - a name, not a value
+
+Source = Literal["local", "hub"]
+Document = dict[str, Any]
+
+
+def literal(text: Any) -> str:
+    """Text as a compose file has it, so that Compose replaces nothing in it."""
+    return str(text).replace("$", "$$")
+
+
+def plain(text: Any) -> str:
+    """What Compose makes of a `literal`."""
+    return str(text).replace("$$", "$")
+
+
+def flags(arguments: Arguments) -> list[str]:
+    """``vllm serve`` flags in the order given; true is a bare flag, false leaves it out, a mapping is JSON."""
+    words: list[str] = []
+    for name, value in arguments.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif value is not False:
+            words += [flag, _text(name, value)]
+    return words
+
+
+def _text(name: str, value: ArgumentValue) -> str:
+    if isinstance(value, dict):
+        return json.dumps(value)
+    # The guide writes 0.90; a float of YAML has lost the zero.
+    two = f"{value:.2f}" if name == "gpu_memory_utilization" and isinstance(value, float) else ""
+    return two if two and float(two) == value else str(value)
+
+
+def document(
+    card: Card,
+    arguments: Arguments,
+    *,
+    environment: Mapping[str, str] | None = None,
+    source: Source = "local",
+    image: str | None = None,
+    image_digest: str | None = None,
+    image_known_as: str | None = None,
+    commit: str | None = None,
+    cache_dir: str = "/opt/hf",
+    compile_cache_dir: str = "/var/cache/sparkfleet",
+    ca_file: str = "",
+    port: int = ENGINE_PORT,
+    addresses: Sequence[str] = (),
+    keyed: bool = False,
+) -> Document:
+    """The whole compose file as data: one project, one service, in the key order of the guide.
+
+    ``environment`` comes on top of the card's. ``image_digest`` (``sha256:...``) and ``commit`` (40 hex digits) pin
+    what was fetched; they are left out as long as nothing has been fetched. They mean nothing to ``source="hub"``.
+    ``image_known_as`` (NAME@DIGEST) is how Docker knows an image that came without internet.
+    ``addresses`` are those of the host that the port is published on, beside loopback; all if there are none.
+    ``keyed``: the engine takes only requests with the key in `KEY_FILE`.
+    ``ca_file``: certificate authorities on the host that a server which downloads by itself trusts.
+    What the engine compiles is kept in ``compile_cache_dir``, one folder an image digest: another image's
+    compiled code does not fit.
+    """
+    image = image or card.image
+    volumes = [literal(f"{cache_dir}:{CACHE_IN_CONTAINER}")]
+    command = [
+        *([] if starts_with_serve(image) else ["vllm", "serve"]),
+        card.repo,
+        "--download-dir",
+        CACHE_IN_CONTAINER,
+        *flags(arguments),
+    ]
+    if source == "hub":
+        variables = {"HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN}
+        # The guide's flag, needed by none of its models; offline there is no remote code to trust.
+        command.append("--trust-remote-code")
+        if ca_file:
+            variables |= dict.fromkeys(CA_VARIABLES, CA_IN_CONTAINER)
+            volumes.append(literal(f"{ca_file}:{CA_IN_CONTAINER}:ro"))
+    else:
+        # HF_HUB_CACHE: vLLM looks for config and tokenizer there, for the weights in --download-dir.
+        variables = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": CACHE_IN_CONTAINER}
+        # Offline, vLLM replaces the model's name with a path; clients must still find the name.
+        command += ["--served-model-name", card.repo]
+        if commit:
+            command += ["--revision", commit, "--tokenizer-revision", commit]
+        if image_digest:
+            kept = f"{compile_cache_dir}/{image_digest.partition(':')[2][:12]}"
+            volumes += [literal(f"{kept}/{name}:{path}") for name, path in COMPILE_CACHES.items()]
+            image = image_known_as or f"{image.partition('@')[0]}@{image_digest}"
+    given = {**card.environment, **(environment or {})}
+    service: Document = {
+        "image": literal(image),
+        "container_name": card.service,
+        "restart": "unless-stopped",
+        "ports": published(port, addresses),
+        "environment": {**variables, **{name: literal(value) for name, value in given.items()}},
+        "ipc": "host",
+        "ulimits": {"memlock": -1, "stack": 67108864},
+        "command": [literal(word) for word in command],
+        "volumes": volumes,
+        "deploy": {
+            "resources": {"reservations": {"devices": [{"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}]}}
+        },
+        "logging": copy.deepcopy(LOGGING),
+        **(copy.deepcopy(HARDENING) if source == "local" else {}),
+    }
+    made: Document = {"name": PROJECT, "services": {card.service: service}}
+    if keyed:
+        if starts_with_serve(image):
+            service["entrypoint"] = [*KEYED, "vllm", "serve"]
+        else:
+            service["command"] = [*KEYED, *service["command"]]
+        service["secrets"] = [KEY_NAME]
+        made["secrets"] = {KEY_NAME: {"file": KEY_FILE}}
+    return made
+
+
+def published(port: int, addresses: Sequence[str]) -> list[str]:
+    """The ports of the service: everywhere, or on loopback (for guard and verification) and the addresses given."""
+    if not addresses:
+        return [f"{port}:{ENGINE_PORT}"]
+    hosts = dict.fromkeys((LOOPBACK, *addresses))
+    return [f"{f'[{host}]' if ':' in host else host}:{port}:{ENGINE_PORT}" for host in hosts]
+
+
+def without_key(command: Sequence[Any]) -> list[Any]:
+    """A command without what hands it the key."""
+    return list(command[len(KEYED) :] if list(command[: len(KEYED)]) == KEYED else command)

@@ -1,0 +1,306 @@
+"""The plan for one Spark: a pure function of settings, model card and host state.
+
+``state`` is what the module ``spark_state`` found. The plan says what must not go on (findings) and
+what there is to do (prepare, fetch, deploy); an empty list of reasons means that nothing is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from sparkfleet.planning import compose, preflight
+from sparkfleet import operator_name
+from sparkfleet.documents import yaml_text
+from sparkfleet.planning.target import State, Target
+
+
+@dataclasses.dataclass
+class Work:
+    """What one part of a stage has to do, in words; nothing to do when empty."""
+
+    reasons: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, condition: object, reason: str) -> None:
+        """Note a reason if the condition holds."""
+        if condition:
+            self.reasons.append(reason)
+
+
+def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]:
+    """The plan as plain data (it becomes an Ansible variable); `reads`: for one that changes nothing."""
+    docker, toolkit, cache, hygiene, program, guard = prepare(target, state)
+    image, model = fetch(target, state)
+    document = target.document(state)
+    deployment = deploy(target, state, document)
+    installs = packages(target, state)
+    work = preflight.Work(bool(image.reasons), bool(model.reasons), bool(deployment["start"]), bool(installs), reads)
+    checks, memory = preflight.checks(target, state, work)
+    return {
+        "model": target.card.name,
+        "repo": target.card.repo,
+        "service": target.card.service,
+        "image": target.image,
+        "revision": target.revision,
+        "remote_code": target.remote_code,
+        "compose": document,
+        "verify": dataclasses.asdict(target.card.verify),
+        "memory": memory and memory.as_dict(),
+        "release": release(target, document, memory.as_dict() if memory else None),
+        "notes": notes(target, state),
+        "checks": [{"name": check.name, "seen": check.seen, "ok": not check.findings} for check in checks],
+        "findings": [dataclasses.asdict(finding) for check in checks for finding in check.findings],
+        "prepare": {
+            "needed": any(work.reasons for work in (docker, toolkit, cache, hygiene, program, guard)),
+            "docker": docker.reasons,
+            "install_docker": not state["docker"]["installed"],
+            "restart_docker": stale_proxy(target, state),
+            "toolkit": toolkit.reasons,
+            "cache": cache.reasons,
+            "memory": hygiene.reasons,
+            "host_program": program.reasons,
+            "guard": guard.reasons,
+            "guard_settings": guard_settings(target, state),
+            "program": target.settings.host_program,
+            "restart_guard": stale_guard(target, state),
+            "packages": bool(installs),
+        },
+        "fetch": {
+            "needed": bool(image.reasons or model.reasons),
+            "image": image.reasons,
+            "model": model.reasons,
+        },
+        "deploy": deployment,
+    }
+
+
+def prepare(target: Target, state: State) -> tuple[Work, Work, Work, Work, Work, Work]:
+    """Reasons to install or configure Docker, the NVIDIA Container Toolkit, folders with the token, memory guards,
+    the program of the services on the host, the guard.
+
+    A Docker that is there is never upgraded: other containers may depend on it, and it may not be the distribution's.
+    """
+    settings, engine = target.settings, state["docker"]
+    docker = Work()
+    docker.add(not engine["installed"], "install Docker")
+    docker.add(engine["installed"] and not engine["running"], f"start Docker ({engine.get('reason', 'stopped')})")
+    docker.add(
+        stale_proxy(target, state),
+        f"let Docker use the proxy {settings.proxy.rpartition('@')[2]} and restart it",
+    )
+    docker.add(not state["operator"]["in_docker_group"], f"put {settings.operator} into the group docker")
+
+    toolkit = Work()
+    toolkit.add(not state["toolkit"]["installed"], "install the NVIDIA Container Toolkit")
+    toolkit.add(
+        not state["toolkit"]["configured"] or (engine["running"] and "nvidia" not in engine["runtimes"]),
+        "make nvidia a runtime of Docker and restart it",
+    )
+
+    cache = Work()
+    wanted = {
+        "owner": settings.cache_owner,
+        "group": settings.cache_group,
+        "mode": settings.cache_mode.zfill(4),
+    }
+    found = state["cache"]
+    cache.add(found is None, f"make {settings.cache_dir}")
+    if found:
+        differs = [f"{key} {found[key]} to {value}" for key, value in wanted.items() if found[key] != value]
+        cache.add(differs, f"change {settings.cache_dir}: {', '.join(differs)}")
+    cache.add(not state["token"]["current"], "write the Hugging Face token")
+    cache.add(
+        state["token"]["present"] and not state["token"]["private"],
+        "make the Hugging Face token readable by root alone",
+    )
+
+    hygiene = Work()
+    guard, swap = state["memory"]["earlyoom"], state["memory"]["swap"]
+    if settings.earlyoom:
+        hygiene.add(not guard["installed"], "install earlyoom")
+        hygiene.add(
+            guard["installed"] and guard["arguments"] != settings.earlyoom_arguments,
+            "change the arguments of earlyoom",
+        )
+        hygiene.add(
+            guard["installed"] and not (guard["active"] and guard["enabled"]), "start earlyoom, now and at boot"
+        )
+    if settings.swap == "disabled":
+        hygiene.add(swap or state["memory"]["swap_in_fstab"], "switch swap off")
+
+    program = Work()
+    if settings.host_program and state["host_program"] != settings.host_program:
+        program.add(True, f"{'update' if state['host_program'] else 'copy'} the program that switches releases")
+
+    guard, there = Work(), state["guard"]
+    if settings.guard:
+        guard.add(not there["installed"], "install the guard")
+        guard.add(
+            there["installed"] and (program.reasons or there["program"] != settings.host_program),
+            "restart the guard with its new program",
+        )
+        guard.add(stale_guard(target, state), "restart the guard: it is older than its unit or settings")
+        guard.add(
+            there["installed"] and there["settings"] != guard_settings(target, state), "change the guard's settings"
+        )
+        guard.add(there["installed"] and not (there["active"] and there["enabled"]), "start the guard, now and at boot")
+    else:
+        guard.add(there["active"] or there["enabled"], "stop the guard")
+    return docker, toolkit, cache, hygiene, program, guard
+
+
+def stale_proxy(target: Target, state: State) -> bool:
+    """Whether the Docker that runs has another proxy than it should. Its files may be right already: a run that fails
+    before it restarts Docker leaves it so."""
+    engine = state["docker"]
+    return bool(target.settings.proxy and engine["running"] and not engine["proxy_current"])
+
+
+def stale_guard(target: Target, state: State) -> bool:
+    """Whether a guard runs that was started before its unit was last written."""
+    there = state["guard"]
+    return bool(target.settings.guard and there["installed"] and there["active"] and not there["current"])
+
+
+def packages(target: Target, state: State) -> list[str]:
+    """What the stage prepare installs with apt, in words."""
+    there = {"Docker": state["docker"]["installed"], "the NVIDIA Container Toolkit": state["toolkit"]["installed"]}
+    if target.settings.earlyoom:
+        there["earlyoom"] = state["memory"]["earlyoom"]["installed"]
+    return [name for name, installed in there.items() if not installed]
+
+
+def guard_settings(target: Target, state: State) -> dict[str, Any]:
+    """The content of the guard's file of settings. Its own port is open where the engine's is."""
+    addresses = target.addresses(state)
+    where = list(dict.fromkeys((compose.LOOPBACK, *addresses))) if addresses else [""]
+    return {
+        **target.settings.guard_settings,
+        "project_dir": target.settings.project_dir,
+        "cache_dir": target.settings.cache_dir,
+        "listen_address": where,
+    }
+
+
+def notes(target: Target, state: State) -> list[str]:
+    """What an operator should know of what is to run, though nothing stands in its way."""
+    settings, found = target.settings, []
+    if target.is_open(state) and settings.service_state == "started":
+        found.append(
+            f"port {settings.port} is open to the network without a key: sparkfleet_listen: loopback closes it, "
+            "sparkfleet_engine_key asks for a key"
+        )
+    if settings.model_source != "local":
+        found.append(
+            "model_source hub starts the engine with --trust-remote-code: code in the model's repository, at whatever "
+            f"commit {target.revision} is then, runs in it; model_source local does without"
+        )
+    return found
+
+
+def fetch(target: Target, state: State) -> tuple[Work, Work]:
+    """Reasons to pull the image and to download the model."""
+    image, model = Work(), Work()
+    image.add(not state["docker"].get("image"), f"pull {target.image}")
+    suspect = bool(state["model"].get("suspect")) and not state["model"].get("missing")
+    if target.settings.model_source == "local":
+        model.add(suspect, f"hash the files of {target.card.repo}: {state['model'].get('suspect')}")
+        model.add(
+            not state["model"]["complete"] and not suspect,
+            f"download {target.card.repo} at {target.revision} ({target.card.weights.download_gib:g} GiB)",
+        )
+    return image, model
+
+
+def release(target: Target, document: compose.Document, memory: dict[str, Any] | None) -> dict[str, Any]:
+    """What is kept on the host beside the compose file: the plan, and what it is pinned to."""
+    service, card = document["services"][target.card.service], target.card
+    known = {"model": card.name, "profile": target.settings.profile, "repo": card.repo, "service": card.service}
+    return {
+        "plan": {**known, "image": target.image, "verify": dataclasses.asdict(card.verify), "memory": memory},
+        "lock": {
+            **known,
+            "revision": next(iter(_after("--revision", service["command"])), target.revision),
+            "image": compose.plain(service["image"]),
+            "cache_dir": target.settings.cache_dir,
+            "compile_cache_dir": target.settings.compile_cache_dir,
+            "port": target.settings.port,
+            "controller": operator_name.name(),
+        },
+    }
+
+
+def _after(flag: str, command: list[str]) -> list[str]:
+    return [compose.plain(value) for word, value in itertools.pairwise(command) if word == flag]
+
+
+def deploy(target: Target, state: State, document: compose.Document) -> dict[str, Any]:
+    """What the deploy stage has to do: stage a release, switch to it, start the current one anew, or only wait."""
+    service, settings = target.card.service, target.settings
+    ours = [item for item in state["docker"].get("containers", []) if item["ours"]]
+    current = next((item for item in ours if item["service"] == service), None)
+    running = current is not None and current["state"] == "running"
+    others = sorted({item["service"] for item in ours if item["service"] != service and item["state"] == "running"})
+    releases = state["releases"]
+    deployed = releases["current"] is not None and yaml_text.compose_file(state["compose_file"]) == document
+    staged = deployed or yaml_text.compose_file(releases["newest_compose"]) == document
+
+    stage, start, stop, wait = Work(), Work(), Work(), Work()
+    drifted = running and deployed and not _matches(current, document["services"][service])
+    if settings.service_state == "started":
+        what = "the first release" if releases["current"] is None else f"a release after {releases['current']}"
+        stage.add(not deployed, f"stage {what}")
+        start.add(not deployed, f"switch to it{', stopping ' + ', '.join(others) if others else ''}")
+        start.add(deployed and current is None, f"create and start {service}")
+        start.add(deployed and current is not None and not running, f"start {service} ({current and current['state']})")
+        start.add(drifted, f"start {service} anew: it runs with other settings than its file")
+        new_key = target.settings.keyed and not state["engine_key"]["current"]
+        start.add(deployed and running and not drifted and new_key, f"start {service} anew: its key is another")
+        stop.add(others and not start.reasons, f"stop {', '.join(others)}")
+        wait.add(not start.reasons and not state["healthy"], f"wait for {service}")
+    else:
+        stage.add(not staged, "stage a release")
+        stop.add(running or others, f"stop {', '.join([*others, *([service] if running else [])])}")
+    return {
+        "needed": bool(stage.reasons or start.reasons or stop.reasons or wait.reasons),
+        "stage": stage.reasons,
+        "stop": stop.reasons,
+        "stop_services": [*others, *([service] if running and settings.service_state == "stopped" else [])]
+        if stop.reasons
+        else [],
+        "start": start.reasons,
+        "mode": "restart" if deployed else "deploy",
+        "release": releases["current"] if deployed else None,
+        "recreate": drifted,
+        "wait": wait.reasons,
+    }
+
+
+def _bind(volume: str) -> str:
+    """A volume of the compose file as Docker lists it, which always names the mode."""
+    plain = compose.plain(volume)
+    return plain if plain.endswith(":ro") else f"{plain}:rw"
+
+
+def _matches(container: Mapping[str, Any] | None, service: Mapping[str, Any]) -> bool:
+    """Whether a container was started from this service of the compose file."""
+    started = (container or {}).get("started_with")
+    if not started:
+        return False
+    environment = {name: value for name, value in service["environment"].items() if value != compose.TOKEN}
+    return bool(
+        started["image"] == compose.plain(service["image"])
+        and started["command"] == [compose.plain(word) for word in service["command"]]
+        and set(service["environment"]) <= set(started["environment"])
+        # Of a value its hash is there; of one that may be a secret nothing is.
+        and all(
+            started["environment"][name] in ("", hashlib.sha256(compose.plain(value).encode()).hexdigest())
+            for name, value in environment.items()
+        )
+        and started["published"] == sorted(port.rpartition(":")[0] for port in service["ports"])
+        and started["volumes"] == sorted(map(_bind, service["volumes"]))
+        and started["restart"] == service["restart"]
+    )

@@ -1,0 +1,437 @@
+"""Preflight: everything about a host that would make a deployment fail, found before anything is changed.
+
+Each check says what it saw and, where that will not do, findings: an id of the table of failures and a sentence with
+the remedy. All are returned at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from sparkfleet import SparkfleetError
+from sparkfleet.planning import catalog, vllm_versions, memory_plan
+from sparkfleet.documents import yaml_text
+from sparkfleet.diagnosis.failures import BY_ID
+from sparkfleet.planning.target import State, Target, listen
+
+GIB = 1024**3
+#: (ID, VERSION_ID) of /etc/os-release -> where its own packages suffice for Docker with Compose v2.
+SUPPORTED_OS = {("ubuntu", "24.04"): True, ("debian", "13"): True, ("debian", "12"): False}
+SUPPORTED_MACHINES = ("aarch64", "x86_64")
+#: What Docker calls them.
+ARCHITECTURES = {"aarch64": "arm64", "x86_64": "amd64"}
+#: CUDA 13, which the first image for the GB10 has, came with this driver.
+MINIMUM_DRIVER = (580,)
+#: The first Compose that is tested here; the engine is the first with the GPU request we use.
+MINIMUM_COMPOSE = (2, 18)
+MINIMUM_ENGINE = (20, 10)
+#: The first with `nvidia-ctk runtime configure`.
+MINIMUM_TOOLKIT = (1, 12)
+#: A clock that is further off breaks certificates and signatures, seconds.
+CLOCK_TOLERANCE = 300
+#: containerd's image store keeps layers compressed beside those that it unpacked: 10 GiB beside 22 of the images that
+#: NVIDIA has for the GB10.
+BOTH_KEPT = 1.5
+#: Free space that a plan never uses: logs, package lists, a person's own files.
+DISK_RESERVE = 2 * GIB
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """A reason not to go on: an id of the table of failures, and the sentence for the operator."""
+
+    id: str
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One thing that was looked at: what was seen, and what is wrong with it."""
+
+    name: str
+    seen: str
+    findings: tuple[Finding, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What the plan will do, as far as the checks depend on it."""
+
+    pulls_image: bool
+    downloads_model: bool
+    starts: bool
+    installs: bool = False
+    #: Nothing is changed, and what another user than root sees is enough.
+    reads: bool = False
+
+
+def version(text: str | None) -> tuple[int, ...]:
+    """Leading numbers of a version, (0,) when there is none."""
+    found = re.match(r"v?([0-9]{1,9}(?:\.[0-9]{1,9}){0,7})(?![0-9])", text or "")
+    return tuple(int(part) for part in found[1].split(".")) if found else (0,)
+
+
+def dotted(numbers: tuple[int, ...]) -> str:
+    """A version as people write it."""
+    return ".".join(map(str, numbers))
+
+
+def known(identifier: str, fact: str) -> Finding:
+    """A finding with the remedy of the table."""
+    return Finding(identifier, f"{fact}. {BY_ID[identifier].remedy}")
+
+
+def checks(target: Target, state: State, work: Work) -> tuple[list[Check], memory_plan.Plan | None]:
+    """All checks, in the order in which an operator would fix things; and the memory plan, None when there is none.
+    Without root nothing else that was seen is sure, so that is the only one then."""
+    remembered, plan = _memory(target, state, work)
+    user = state.get("user") or {"id": 0}
+    if user["id"] != 0 and not work.reads:
+        finding = known("not-root", f"needs root, runs as {user['name']}")
+        return [Check("user", str(user["name"]), (finding,))], plan
+    return [
+        _gpu(target, state),
+        _system(target, state),
+        _clock(state),
+        _docker(target, state),
+        _toolkit(state),
+        _image(target, state),
+        remembered,
+        _disk(target, state, work),
+        _port(target, state),
+        *([_address(target, state)] if target.settings.gateways else []),
+        _switch(target, state),
+        *([_bundle(target, state, work)] if target.bundle else []),
+        _registry(target, state, work),
+        _hub(target, state, work),
+        _folders(target, state),
+    ], plan
+
+
+def _gpu(target: Target, state: State) -> Check:
+    gpu, found = state["gpu"], []
+    if state.get("gpu_error"):
+        found.append(known("gpu-lost", f"nvidia-smi: {state['gpu_error']}"))
+    elif target.settings.require_gb10 and (gpu is None or "GB10" not in gpu["name"]):
+        found.append(
+            Finding(
+                "not-a-spark",
+                f"no GB10: nvidia-smi reports {gpu['name'] if gpu else 'nothing'}. Check the address in the inventory; "
+                "on a Spark, install its driver (nvidia-smi must answer); to go on all the same, set "
+                "sparkfleet_require_gb10: false",
+            )
+        )
+    if target.settings.require_gb10 and gpu and version(gpu["driver"]) < MINIMUM_DRIVER:
+        found.append(
+            known(
+                "driver-too-old", f"driver {gpu['driver']} is older than {dotted(MINIMUM_DRIVER)}, which CUDA 13 needs"
+            )
+        )
+    return Check("gpu", f"{gpu['name']}, driver {gpu['driver']}" if gpu else "none", tuple(found))
+
+
+def _system(target: Target, state: State) -> Check:
+    settings, system, found = target.settings, state["os"], []
+    release = (system["id"], system["version"])
+    if release not in SUPPORTED_OS:
+        found.append(
+            Finding(
+                "os-unsupported",
+                f"{system['name'] or '/etc/os-release'} is not supported: DGX OS (Ubuntu 24.04) is; "
+                "so are Debian 12 and 13",
+            )
+        )
+    elif not SUPPORTED_OS[release] and not state["docker"]["installed"] and settings.docker_source == "distribution":
+        found.append(
+            Finding(
+                "os-without-compose",
+                f"{system['name']} has no package of Compose v2: set sparkfleet_docker_source: docker",
+            )
+        )
+    if system["machine"] not in SUPPORTED_MACHINES:
+        found.append(
+            Finding(
+                "machine-unsupported",
+                f"processor {system['machine']}: a Spark is aarch64; x86_64 is for simulation",
+            )
+        )
+    return Check("system", f"{system['name']}, {system['machine']}", tuple(found))
+
+
+def _clock(state: State) -> Check:
+    offset = round(state["clock"]["offset"])
+    if abs(offset) <= CLOCK_TOLERANCE:
+        return Check("clock", "agrees with this machine's")
+    size = f"{abs(offset) / 86400:.1f} days" if abs(offset) >= 86400 else f"{abs(offset) / 60:.0f} minutes"
+    seen = f"{size} {'ahead of' if offset > 0 else 'behind'} this machine's"
+    return Check("clock", seen, (known("clock-wrong", f"the host's clock is {seen}"),))
+
+
+def _docker(target: Target, state: State) -> Check:
+    docker, found = state["docker"], []
+    if not docker["installed"]:
+        return Check("docker", "not installed; will be")
+    if docker["running"] and version(docker["version"]) < MINIMUM_ENGINE:
+        found.append(known("docker-too-old", f"Docker {docker['version']} is older than {dotted(MINIMUM_ENGINE)}"))
+    if version(docker["compose"]) < MINIMUM_COMPOSE:
+        found.append(
+            known(
+                "compose-too-old",
+                f"Docker's Compose plugin {dotted(MINIMUM_COMPOSE)} or newer is needed, found "
+                f"{docker['compose'] or 'none'}",
+            )
+        )
+    for item in docker.get("containers", []):
+        if not item["ours"] and item["name"] == target.card.service:
+            found.append(
+                Finding(
+                    "name-taken",
+                    f"a container named {item['name']} exists that Sparkfleet did not make: "
+                    f"`docker rm -f {item['name']}` on the host, if it is not needed",
+                )
+            )
+    running = docker["version"] if docker["running"] else "not running"
+    return Check("docker", f"{running}, Compose {docker['compose'] or 'missing'}", tuple(found))
+
+
+def _toolkit(state: State) -> Check:
+    toolkit = state["toolkit"]
+    if not toolkit["installed"]:
+        return Check("toolkit", "not installed; will be")
+    seen = toolkit["version"] or "of unknown version"
+    if toolkit["version"] and version(toolkit["version"]) < MINIMUM_TOOLKIT:
+        fact = f"NVIDIA Container Toolkit {seen} is older than {dotted(MINIMUM_TOOLKIT)}"
+        return Check("toolkit", seen, (known("toolkit-too-old", fact),))
+    return Check("toolkit", seen)
+
+
+def _image(target: Target, state: State) -> Check:
+    seen, found = f"{target.image}, vLLM {target.engine.text}", []
+    if target.settings.require_gb10 and (reason := vllm_versions.unfit(target.image)):
+        found.append(known("image-unsupported", reason))
+    built = (state["docker"].get("image") or {}).get("architecture", "")
+    if built and ARCHITECTURES.get(state["os"]["machine"], built) != built:
+        found.append(
+            known("image-platform", f"{target.image} is built for {built}, the host is {state['os']['machine']}")
+        )
+    return Check("image", seen, tuple(found))
+
+
+def _memory(target: Target, state: State, work: Work) -> tuple[Check, memory_plan.Plan | None]:
+    settings = target.settings
+    total, available = state["memory"]["total"] / GIB, state["memory"]["available"] / GIB
+    held = sum(
+        memory_plan.requested_gib(item["started_with"]["command"], total)
+        for item in state["docker"].get("containers", [])
+        if item["ours"] and item["state"] == "running" and item.get("started_with")
+    )
+    # What ours hold will be free again; a host never gets all.
+    free = max(available, min(available + held, total - memory_plan.USUAL_HOST_GIB))
+    seen = f"{available:.1f} of {total:.1f} GiB available"
+    try:
+        plan = memory_plan.make(
+            target.card,
+            target.arguments,
+            profile=settings.profile,
+            version=target.engine,
+            memory=memory_plan.Memory(total, free, settings.memory_reserve_gib),
+            others=lambda: [catalog.load(name) for name in catalog.names()],
+        )
+    except SparkfleetError as error:
+        if settings.memory_plan == "warn" or not work.starts:
+            return Check("memory", f"{seen}; not planned: {error}"), None
+        return Check("memory", seen, (known("layout-unknown", str(error)),)), None
+    seen += f", {plan.requested_gib:.1f} asked for, "
+    seen += f"{plan.left_gib:.1f} left to the host" if plan.left_gib >= 0 else f"{-plan.left_gib:.1f} too little"
+    if plan.fits or settings.memory_plan == "warn" or not work.starts:
+        return Check("memory", seen), plan
+    ways = [suggestion.text for suggestion in plan.suggestions[:2]]
+    way = f". What would fit: {'; or '.join(ways)}" if ways else f". {BY_ID['memory-short'].remedy}"
+    return Check("memory", seen, (Finding("memory-short", "; ".join(plan.reasons) + way),)), plan
+
+
+def _disk(target: Target, state: State, work: Work) -> Check:
+    needs: dict[int, list[tuple[str, str, float]]] = {}
+    free: dict[int, int] = {}
+    where, root, twice = _image_store(target, state)
+    if work.pulls_image:
+        size = target.settings.image_disk_gib * GIB * (BOTH_KEPT if twice else 1)
+        needs.setdefault(where["device"], []).append(("the image", root, size))
+        free[where["device"]] = where["free"]
+    least = min(where["free"], state["disk"]["cache"]["free"]) / GIB
+    if work.downloads_model:
+        where = state["disk"]["cache"]
+        rest = max(target.card.weights.download_gib * GIB - state["model"]["bytes"], 0)
+        needs.setdefault(where["device"], []).append(("the model", target.settings.cache_dir, rest))
+        free[where["device"]] = where["free"]
+    found, wanted_at_all = [], 0.0
+    for device, parts in needs.items():
+        wanted = sum(size for _, _, size in parts) + DISK_RESERVE
+        wanted_at_all += wanted
+        if free[device] < wanted:
+            what = " and ".join(f"{size / GIB:.1f} GiB for {name} in {path}" for name, path, size in parts)
+            found.append(
+                Finding(
+                    "disk-full",
+                    f"{free[device] / GIB:.1f} GiB free, {wanted / GIB:.1f} GiB needed ({what}, "
+                    f"{DISK_RESERVE / GIB:.0f} GiB kept free): free some (`docker system df` and `du -sh "
+                    f"{target.settings.cache_dir}/*` show what is there), or set sparkfleet_cache_dir to a larger disk",
+                )
+            )
+    return Check("disk", f"{least:.0f} GiB free, {wanted_at_all / GIB:.0f} needed", tuple(found))
+
+
+def _image_store(target: Target, state: State) -> tuple[dict[str, Any], str, bool]:
+    """Free space of the file system where images lie or will lie, its folder, and whether layers are kept twice."""
+    docker = state["docker"]
+    if not docker["installed"]:  # Docker's own packages, from 29 on, begin with containerd's store
+        own = target.settings.docker_source == "docker"
+        return state["disk"]["containerd" if own else "docker"], f"/var/lib/{'containerd' if own else 'docker'}", own
+    return state["disk"]["docker"], docker.get("images_at", "/var/lib/docker"), docker.get("store") == "containerd"
+
+
+def _port(target: Target, state: State) -> Check:
+    port, containers = target.settings.port, state["docker"].get("containers", [])
+    remedy = "stop it, or set sparkfleet_port to a free port"
+    holders = [item for item in containers if port in item["ports"] and item["state"] == "running"]
+    # While a container of ours is being restarted, Docker's proxy may still, or already, hold its port.
+    passing = not holders and (state["listener"] or {}).get("process") == "docker-proxy"
+    if any(item["ours"] for item in (containers if passing else holders)):
+        return Check("port", f"{port}, ours")
+    if holders:
+        who = f"container {holders[0]['name']} ({holders[0]['image']})"
+    elif state["listener"]:
+        pid = state["listener"]["pid"]
+        who = f"{state['listener']['process']} (pid {pid})" if pid else "a process that could not be named"
+    else:
+        return Check("port", f"{port}, free")
+    if target.settings.service_state != "started":
+        return Check("port", f"{port}, held by {who}; not needed")
+    return Check("port", f"{port}, held by {who}", (Finding("port-taken", f"port {port} is held by {who}: {remedy}"),))
+
+
+def _address(target: Target, state: State) -> Check:
+    """Whether it is known where gateways reach the engine."""
+    found = ", ".join(target.addresses(state))
+    if found or listen(target.settings.listen) == "all":
+        return Check("address", f"gateways reach {found}" if found else "everywhere")
+    return Check("address", "not known", (known("address-unknown", "no address of this host leads to a gateway"),))
+
+
+def _switch(target: Target, state: State) -> Check:
+    """Whether another run is at work here. One that does the same is joined."""
+    releases = state["releases"]
+    if not releases["switch_active"]:
+        return Check("switch", f"none; current release {releases['current'] or 'none'}")
+    journal = releases["switch"] or {}
+    fact = (
+        f"{journal.get('controller') or 'another run'} is switching this host to release {journal.get('to')} "
+        f"({journal.get('model')}) with {journal.get('verb') or 'Sparkfleet'}, phase {journal.get('phase')}"
+    )
+    same = yaml_text.compose_file(releases["switch_compose"]) == target.document(state)
+    return Check("switch", fact, () if same else (known("switch-running-other", fact),))
+
+
+def _bundle(target: Target, state: State, work: Work) -> Check:
+    """Whether a bundle has what is to be fetched and installed."""
+    bundle, system = target.bundle, state["os"]
+    if bundle is None:
+        return Check("bundle", "none")
+    lacks = []
+    if work.pulls_image and target.image not in bundle.images:
+        lacks.append(f"no image {target.image} (it has {', '.join(sorted(bundle.images)) or 'none'})")
+    wanted = f"{target.card.repo}@{target.revision}"
+    if work.downloads_model and wanted not in bundle.models:
+        lacks.append(f"no model {wanted} (it has {', '.join(sorted(bundle.models)) or 'none'})")
+    here = {"id": system["id"], "codename": system["codename"], "machine": system["machine"]}
+    if work.installs and bundle.system != here:
+        packages = " ".join(bundle.system.values()) or "nothing"
+        lacks.append(f"packages for {packages}, the host is {' '.join(here.values())}")
+    elif work.pulls_image and bundle.system.get("machine") != here["machine"]:
+        lacks.append(f"an image for {bundle.system.get('machine')}, the host is {here['machine']}")
+    lacking = bundle.lacking()
+    if lacking:
+        lacks.append(f"{len(lacking)} of {len(bundle.files)} files missing or cut, such as {lacking[0]}")
+    if not lacks:
+        return Check("bundle", f"{bundle.folder} has what is needed")
+    return Check("bundle", "; ".join(lacks), (known("bundle", f"the bundle {bundle.folder} has {'; '.join(lacks)}"),))
+
+
+def _registry(target: Target, state: State, work: Work) -> Check:
+    registry = state["registry"]
+    if registry is None or not work.pulls_image:
+        return Check("registry", "image is there" if not work.pulls_image else "not asked; there is a bundle")
+    if registry["status"]:
+        return Check("registry", f"{registry['host']} answers")
+    fact = f"the host does not reach {registry['host']} ({registry['error']})"
+    return Check("registry", f"{registry['host']}: {registry['error']}", (known(registry["failure"], fact),))
+
+
+def _hub(target: Target, state: State, work: Work) -> Check:
+    hub, card = state["hub"], target.card
+    if state["model"].get("suspect") and not state["model"].get("missing"):
+        return Check("hub", "asked only if a file of the model is damaged")
+    if hub is None or not work.downloads_model:
+        return Check("hub", "model is there" if state["model"]["complete"] else "not asked; there is a bundle")
+    seen = f"{card.repo}: {hub['error'] or hub['status']}"
+    if hub["status"] == 200 or hub["error"] == "EntryNotFound":  # not every format has a config.json
+        return Check("hub", f"gives {card.repo}")
+    has_token = state["token"]["present"] or not state["token"]["current"]
+    page = card.licence.page
+    commits = f"https://huggingface.co/{card.repo}/commits"
+    tokens = "https://huggingface.co/settings/tokens"
+    if hub["status"] == 0:
+        finding = Finding(
+            "hub-unreachable",
+            f"the host does not reach the Hugging Face Hub ({hub['error']}): check its name server, proxy "
+            "and certificates",
+        )
+    elif hub["status"] == 401 and not has_token:
+        finding = Finding(
+            "hub-token-missing",
+            f"{card.repo} is not given without a token: accept the licence at {page}, make a read token at "
+            f"{tokens}, and set sparkfleet_hf_token (or export HF_TOKEN before the run)",
+        )
+    elif hub["status"] == 401:
+        finding = Finding(
+            "hub-token-rejected",
+            f"the Hub rejects the token for {card.repo}: it is mistyped or revoked, or there is no such model; "
+            f"make a new read token at {tokens}",
+        )
+    elif hub["status"] == 403:
+        finding = Finding(
+            "hub-no-access",
+            f"the token's account has no access to {card.repo}: accept the licence at {page} with that account, "
+            "and give a fine-grained token the right to read gated repositories",
+        )
+    elif hub["error"] == "RevisionNotFound":
+        finding = Finding(
+            "hub-revision-unknown",
+            f"{card.repo} has no revision '{target.revision}': set sparkfleet_revision to one it has ({commits})",
+        )
+    elif hub["status"] == 404:
+        finding = Finding("hub-repo-unknown", f"the Hub has no model {card.repo}: check repo in {card.source}")
+    else:
+        finding = Finding("hub-unreachable", f"the Hub answers {hub['status']} for {card.repo}: try again later")
+    return Check("hub", seen, (finding,))
+
+
+def _folders(target: Target, state: State) -> Check:
+    settings, found = target.settings, []
+    if not state["operator"]["exists"]:
+        found.append(
+            Finding(
+                "operator-unknown",
+                f"user '{settings.operator}' does not exist: set sparkfleet_operator to one that does",
+            )
+        )
+    if state["cache"] and not state["cache"]["directory"]:
+        found.append(
+            Finding(
+                "cache-not-a-folder",
+                f"{settings.cache_dir} is not a folder: move it, or set sparkfleet_cache_dir",
+            )
+        )
+    return Check("cache", f"{settings.cache_dir}, for {settings.operator}", tuple(found))

@@ -1,0 +1,195 @@
+"""What is to run on a host: model card and inventory merged, before any host is looked at."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from sparkfleet_host.bounded import printable
+
+from sparkfleet import SparkfleetError
+from sparkfleet.planning import catalog, compose, vllm_versions
+from sparkfleet.packaging.bundle import Bundle
+from sparkfleet.planning.catalog import Arguments, Card
+from sparkfleet.planning.vllm_versions import Engine
+from sparkfleet.planning.variables import ARGUMENT_PREFIX
+
+State = Mapping[str, Any]
+DEFAULTS = Path(__file__).resolve().parents[2] / "roles" / "sparkfleet" / "defaults" / "main.yml"
+
+
+def defaults() -> dict[str, Any]:
+    """The variables of the inventory with their defaults, as the role has them (templates not resolved)."""
+    found: dict[str, Any] = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the inventory says of one host; the fields are the variables ``sparkfleet_<field>``.
+
+    ``arguments`` are those variables that begin with ``sparkfleet_vllm_``, without that beginning.
+    """
+
+    model: str
+    profile: str = "throughput"
+    model_source: str = "local"
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tool_calls: bool = True
+    image: str = ""
+    revision: str = ""
+    port: int = 8000
+    listen: Any = "auto"
+    gateways: tuple[str, ...] = ()  # names or addresses of the inventory's gateways
+    gateways_elsewhere: tuple[str, ...] = ()  # those on other hosts
+    address: str = ""  # where gateways reach the host
+    keyed: bool = False  # there is a sparkfleet_engine_key
+    project_dir: str = "/opt/sparkfleet"
+    cache_dir: str = "/opt/hf"
+    cache_owner: str = "root"
+    cache_group: str = "docker"
+    cache_mode: str = "2775"
+    compile_cache_dir: str = "/var/cache/sparkfleet"
+    ca_file: str = ""  # certificate authorities of the host, for an engine that downloads by itself
+    operator: str = "root"
+    docker_source: str = "distribution"
+    require_gb10: bool = True
+    image_disk_gib: float = 25.0
+    memory_plan: str = "enforce"
+    memory_reserve_gib: float = 4.0
+    proxy: str = ""
+    no_proxy: str = ""
+    earlyoom: bool = True
+    earlyoom_arguments: str = ""
+    swap: str = "keep"
+    service_state: str = "started"
+    guard: bool = True
+    guard_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    bundle: str = ""  # folder on the controller that stands for the internet
+    bundle_digest: str = ""  # what its bundle.json must have; empty: not checked
+    host_program: str = ""  # sha256 of the program that is to be on the host; empty: not looked at
+
+
+def listen(value: Any) -> str | list[str]:
+    """`auto`, `all`, or addresses, of sparkfleet_listen; `loopback` is its address. Raises SparkfleetError naming what
+    is none."""
+    if value in ("auto", "all"):
+        return str(value)
+    if value == "loopback":
+        return [compose.LOOPBACK]
+    found = value if isinstance(value, list | tuple) else str(value).split(",") if isinstance(value, str) else []
+    made: list[str] = []
+    for item in found:
+        try:
+            address = ipaddress.ip_address(item.strip() if isinstance(item, str) else "")
+        except ValueError:
+            made = []
+            break
+        made.append(compose.LOOPBACK if address.is_loopback else str(address))
+    if not made or any("%" in address for address in made):
+        raise SparkfleetError(
+            f"sparkfleet_listen: {printable(str(value), 80)!r} will not do: write auto, all, loopback, or addresses of "
+            "the Spark"
+        )
+    return list(dict.fromkeys(made))
+
+
+def _check_listen(settings: Settings) -> None:
+    wanted = listen(settings.listen)
+    if not settings.gateways or isinstance(wanted, str) or set(wanted) != {compose.LOOPBACK}:
+        return
+    if settings.gateways_elsewhere:
+        where = ", ".join(settings.gateways_elsewhere)
+        raise SparkfleetError(
+            f"sparkfleet_listen: on loopback alone no gateway on another host ({where}) "
+            "reaches the engine: set it to auto, which opens the port where gateways reach it"
+        )
+    if settings.address not in (compose.LOOPBACK, "localhost", "::1"):
+        raise SparkfleetError(
+            f"sparkfleet_listen: on loopback alone the gateway does not reach {settings.address or 'the Spark'}, the "
+            f"address of the inventory: set sparkfleet_address: {compose.LOOPBACK} with it, or sparkfleet_listen: auto"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Model card and settings merged."""
+
+    card: Card
+    settings: Settings
+    arguments: Arguments
+    image: str
+    revision: str
+    bundle: Bundle | None = None  # what stands for the internet
+
+    @classmethod
+    def of(cls, settings: Settings) -> Target:
+        """Merge in the documented order: model, profile, then the inventory's (group, host, command line)."""
+        card = catalog.load(settings.model)
+        arguments = card.with_profile(settings.profile)
+        catalog.check_arguments(settings.arguments, ARGUMENT_PREFIX)
+        catalog.check_environment(settings.environment, "sparkfleet_environment.")
+        _check_listen(settings)
+        if settings.tool_calls and settings.model_source == "local" and card.tool_call_parser:
+            arguments |= {"enable_auto_tool_choice": True, "tool_call_parser": card.tool_call_parser}
+        arguments |= settings.arguments
+        if settings.bundle and settings.model_source != "local":
+            raise SparkfleetError(
+                f"sparkfleet_model_source: {settings.model_source} needs the internet; with sparkfleet_bundle set it "
+                "to local"
+            )
+        bundle = Bundle.read(settings.bundle, settings.bundle_digest) if settings.bundle else None
+        return cls(card, settings, arguments, settings.image or card.image, settings.revision or card.revision, bundle)
+
+    @property
+    def engine(self) -> Engine:
+        """The version of vLLM in the image, as far as it can be told by its name."""
+        return vllm_versions.of_image(self.image)
+
+    @property
+    def remote_code(self) -> bool:
+        """Whether the engine runs code of the model's repository, which is fetched only then."""
+        return bool(self.arguments.get("trust_remote_code"))
+
+    def document(self, state: State | None = None) -> compose.Document:
+        """The compose file, pinned to what the host has fetched so far."""
+        known_image = ((state or {}).get("docker") or {}).get("image") or {}
+        known_model = (state or {}).get("model") or {}
+        # One that is to be hashed again is the same model.
+        whole = known_model.get("complete") or (known_model.get("suspect") and not known_model.get("missing"))
+        local = self.settings.model_source == "local"
+        return compose.document(
+            self.card,
+            self.arguments,
+            environment={name: str(value) for name, value in self.settings.environment.items()},
+            source="local" if local else "hub",
+            image=self.image,
+            image_digest=known_image.get("digest"),
+            image_known_as=known_image.get("known_as"),
+            commit=known_model.get("commit") if whole else None,
+            cache_dir=self.settings.cache_dir,
+            compile_cache_dir=self.settings.compile_cache_dir,
+            ca_file=self.settings.ca_file,
+            port=self.settings.port,
+            addresses=self.addresses(state),
+            keyed=self.settings.keyed,
+        )
+
+    def addresses(self, state: State | None = None) -> list[str]:
+        """Addresses that the engine's port is published on, beside loopback; none for everywhere."""
+        wanted = listen(self.settings.listen)
+        if isinstance(wanted, list):
+            return wanted
+        # In an order that a name server does not change.
+        return sorted((state or {}).get("reached_at") or []) if wanted == "auto" and self.settings.gateways else []
+
+    def is_open(self, state: State | None = None) -> bool:
+        """Whether whoever reaches the host's network reaches the engine, or may: past no gateway and without a key."""
+        addresses = self.addresses(state)
+        everywhere = not addresses or not all(ipaddress.ip_address(address).is_loopback for address in addresses)
+        return everywhere and not self.settings.gateways and not self.settings.keyed

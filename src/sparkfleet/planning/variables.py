@@ -1,0 +1,267 @@
+"""The variables of the inventory: which there are, and what each may be.
+
+Types, choices and defaults are those of the role's argument specs; ranges and forms are here, for all that checks them:
+the plan before it looks at a host, a rollout on paper, and the documentation. Names that begin with `sparkfleet_` are
+Sparkfleet's own; variables of a user's own have other names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from sparkfleet_host.bounded import printable
+
+from sparkfleet import SparkfleetError
+from sparkfleet.planning import catalog
+from sparkfleet.documents import schema, yaml_text
+
+PREFIX = "sparkfleet_"
+#: What the variables of vLLM's arguments begin with; Ansible's own precedence merges them.
+ARGUMENT_PREFIX = "sparkfleet_vllm_"
+SPECS = Path(__file__).resolve().parents[2] / "roles" / "sparkfleet" / "meta" / "argument_specs.yml"
+
+_DAY = 86400
+#: Of each number the least and the most it may be.
+RANGES: dict[str, tuple[float, float]] = {
+    "sparkfleet_port": (1, 65535),
+    "sparkfleet_image_disk_gib": (0, 100_000),
+    "sparkfleet_memory_reserve_gib": (0, 1000),
+    "sparkfleet_guard_interval": (0.1, 3600),
+    "sparkfleet_guard_wedge_seconds": (1, _DAY),
+    "sparkfleet_guard_canary_interval": (0.5, _DAY),
+    "sparkfleet_guard_canary_timeout": (0.5, 3600),
+    "sparkfleet_guard_max_restarts": (0, 1000),
+    "sparkfleet_guard_restart_window": (1, 7 * _DAY),
+    "sparkfleet_guard_port": (0, 65535),
+    "sparkfleet_fetch_timeout": (1, 7 * _DAY),
+    "sparkfleet_share_port": (1, 65535),
+    "sparkfleet_start_timeout": (1, _DAY),
+    "sparkfleet_keep_releases": (1, 1000),
+    "sparkfleet_drain_timeout": (0, _DAY),
+    "sparkfleet_gateway_port": (1, 65535),
+    "sparkfleet_gateway_statistics_port": (1, 65535),
+    "sparkfleet_gateway_peer_port": (1, 65535),
+    "sparkfleet_gateway_router_id": (1, 255),
+    "sparkfleet_rollout_canary": (0, 10_000),
+    "sparkfleet_rollout_soak": (0, _DAY),
+}
+
+_ABSOLUTE = (
+    r"/(?!.*(^|/)\.\.(/|$))[^\x00-\x1f\x7f:\"']*[^\x00-\x1f\x7f:\"'/]",
+    "an absolute path without `:`, quotes and `..`",
+)
+_NAME = (r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}\$?", "the name of a user or group")
+_LINE = (r"[^\x00-\x1f\x7f]{0,4000}", "a line of text")
+_URL = r"https?://[!-~]{1,500}"
+#: Of each text the form it must have as a whole, and that form in words. "" is "not set", where that is the default.
+FORMS: dict[str, tuple[str, str]] = {
+    "sparkfleet_model": (r"[^\x00-\x1f\x7f]{1,1000}", "a name of the catalogue or the path of a card"),
+    "sparkfleet_profile": (r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", "the name of a profile"),
+    "sparkfleet_project_dir": _ABSOLUTE,
+    "sparkfleet_cache_dir": _ABSOLUTE,
+    "sparkfleet_compile_cache_dir": _ABSOLUTE,
+    "sparkfleet_hf_token_file": _ABSOLUTE,
+    "sparkfleet_ca_file": _ABSOLUTE,
+    "sparkfleet_cache_owner": _NAME,
+    "sparkfleet_cache_group": _NAME,
+    "sparkfleet_operator": _NAME,
+    "sparkfleet_cache_mode": (r"[0-7]{3,5}", "a mode in octal digits, in quotes"),
+    "sparkfleet_hf_token": (r"\s*[!-~]{0,500}\s*", "a token without blanks"),
+    "sparkfleet_engine_key": (r"\s*[!-~]{8,500}\s*", "a key of 8 characters or more, without blanks"),
+    "sparkfleet_hub_endpoint": (_URL, "the address of a Hub, https://..."),
+    "sparkfleet_controller_hub": (_URL, "the address of a Hub, https://..."),
+    "sparkfleet_proxy": (_URL, "the address of a proxy, http://..."),
+    "sparkfleet_no_proxy": (r"[ -~]{0,4000}", "names separated by commas"),
+    "sparkfleet_address": (r"[A-Za-z0-9_.:-]{1,253}", "a name or an address"),
+    "sparkfleet_gateway_interface": (r"[A-Za-z0-9_.:@-]{1,15}", "the name of a network interface"),
+}
+
+#: Parameters of verbs, which have no place in an inventory, and of the simulated world.
+PARAMETERS = frozenset(
+    PREFIX + name
+    for name in (
+        *("bundle_folder", "confirm", "logs_lines", "release", "remove_images", "remove_models", "remove_token"),
+        *("simulated_token_file", "simulated_url"),
+    )
+)
+#: Ports of which each may have one use on a Spark.
+_PORTS = ("sparkfleet_port", "sparkfleet_guard_port", "sparkfleet_share_port")
+
+
+@functools.cache
+def options() -> dict[str, dict[str, Any]]:
+    """Each variable with its type, choices, default and description, as argument specs have them."""
+    found: dict[str, dict[str, Any]] = yaml.safe_load(SPECS.read_text(encoding="utf-8"))["argument_specs"]["main"][
+        "options"
+    ]
+    return found
+
+
+@functools.cache
+def internal() -> frozenset[str]:
+    """Names that playbooks and roles keep for themselves: all that stand in them."""
+    root = SPECS.parents[3]
+    files = [*(root / "playbooks").rglob("*.yml"), *(root / "roles").glob("*/tasks/*.yml")]
+    found = (re.findall(rf"\b{PREFIX}\w+", file.read_text(encoding="utf-8")) for file in files)
+    return frozenset(name for names in found for name in names)
+
+
+def unknown(names: Iterable[str]) -> list[str]:
+    """A problem in words for each name that begins with `sparkfleet_` and is no variable of Sparkfleet."""
+    found = []
+    for name in sorted(name for name in names if name.startswith(PREFIX)):
+        if name in options() or name.startswith(ARGUMENT_PREFIX) or name in PARAMETERS or name in internal():
+            continue
+        short = {known.removeprefix(PREFIX): known for known in (*options(), *_arguments())}
+        near = difflib.get_close_matches(name.removeprefix(PREFIX)[:100], short, n=1)
+        hint = f"did you mean {short[near[0]]}? " if near else ""
+        found.append(
+            f"{printable(name, 100)}: unknown variable; {hint}"
+            f"(docs/inventory.md has them all; an argument of vllm serve is {ARGUMENT_PREFIX}NAME)"
+        )
+    return found
+
+
+@functools.cache
+def _arguments() -> tuple[str, ...]:
+    """Variables of arguments that the schema or a card of the catalogue names."""
+    names = dict.fromkeys(catalog.schema()["$defs"]["arguments"]["properties"])
+    for card in map(catalog.load, catalog.names()):
+        names |= dict.fromkeys(card.arguments)
+    return tuple(ARGUMENT_PREFIX + name for name in names)
+
+
+def settle(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `values` (of one host, templates resolved) that are variables of Sparkfleet, each of the type that its
+    spec names: what is written `"8000"` is 8000. Raises SparkfleetError with each problem: unknown names, wrong types,
+    values out of range or of another form."""
+    found, made = unknown(values), {}
+    for name, value in values.items():
+        try:
+            if option := options().get(name):
+                made[name] = _value(name, value, option)
+            elif name.startswith(ARGUMENT_PREFIX):
+                yaml_text.check(value, name)
+        except SparkfleetError as error:
+            found.append(str(error))
+    used: dict[int, str] = {}
+    for name in _PORTS:
+        port = made.get(name, options()[name]["default"])
+        if port and port in used and not (name not in made and used[port] not in made):
+            found.append(f"{name}: {port} is {used[port]} already; choose another port")
+        used.setdefault(port, name)
+    if found:
+        raise SparkfleetError(schema.joined(found))
+    return made
+
+
+def _value(name: str, value: Any, option: Mapping[str, Any]) -> Any:
+    secret = bool(option.get("no_log"))
+    kind = option["type"]
+    if kind in _CONVERT:
+        convert, words = _CONVERT[kind]
+        least, most = RANGES.get(name, (-math.inf, math.inf))
+        if name in RANGES:
+            words = f"{words} from {least:g} to {most:g}" if most < 1e6 else f"{words} from {least:g} to {most:.0f}"
+        made = convert(value)
+        if made is None or (name in RANGES and not least <= made <= most):
+            raise _wrong(name, value, words, secret)
+        return made
+    if kind in ("str", "path"):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            # YAML's reading is not what was written: 0775 is 509 there, and 25.10 is 25.1.
+            shown = "" if secret else f" {_shown(value)}"
+            raise SparkfleetError(f"{name}: must be text, not the number{shown}: write the value in quotes")
+        if not isinstance(value, str):
+            raise _wrong(name, value, "a text", secret)
+        yaml_text.check(value, name)
+        text = str(value)
+        if "choices" in option and text not in option["choices"]:
+            raise _wrong(name, value, f"one of {', '.join(option['choices'])}", secret)
+        pattern, words = _form(name)
+        if (text or option.get("default") != "") and not re.fullmatch(pattern, text):
+            raise _wrong(name, value, words, secret)
+        return text
+    wanted = {"dict": (Mapping, "a mapping"), "list": (list | tuple, "a list")}.get(kind)
+    if wanted and not isinstance(value, wanted[0]):
+        raise _wrong(name, value, wanted[1], secret)
+    yaml_text.check(value, name)
+    return value
+
+
+def _form(name: str) -> tuple[str, str]:
+    if name in ("sparkfleet_image", "sparkfleet_revision"):
+        rule = catalog.schema()["$defs"][name.removeprefix(PREFIX)]
+        return rule["pattern"], rule["expected"]
+    return FORMS.get(name, _LINE)
+
+
+def _wrong(name: str, value: Any, words: str, secret: bool) -> SparkfleetError:
+    return SparkfleetError(f"{name}: must be {words}" + ("" if secret else f", not {_shown(value)}"))
+
+
+def _shown(value: Any) -> str:
+    try:
+        return printable(repr(value), 80)
+    except ValueError:  # a number of thousands of digits
+        return "a number of thousands of digits"
+
+
+def _whole(value: Any) -> int | None:
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value.strip()):
+        return int(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, str) and len(value) <= yaml_text.NUMBER:
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= yaml_text.LARGEST:
+        return None
+    return float(value)
+
+
+def _truth(value: Any) -> bool | None:
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    return words.get(value.strip().lower()) if isinstance(value, str) else None
+
+
+_CONVERT: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "int": (_whole, "a whole number"),
+    "float": (_number, "a number"),
+    "bool": (_truth, "true or false"),
+}
+
+
+def arguments(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a host's variables the arguments of vllm serve, without their prefix."""
+    return {
+        name.removeprefix(ARGUMENT_PREFIX): scalar(value)
+        for name, value in values.items()
+        if name.startswith(ARGUMENT_PREFIX)
+    }
+
+
+def scalar(value: Any) -> Any:
+    """A number or a truth value out of a string: `-e name=value` knows only strings."""
+    if not isinstance(value, str):
+        return value
+    try:
+        parsed = yaml_text.load(value, yaml_text.NUMBER)
+    except yaml_text.YamlError:
+        return value
+    return parsed if isinstance(parsed, bool | int | float) else value

@@ -1,0 +1,182 @@
+"""What a Spark serves, in words."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sparkfleet_host.bounded import printable
+
+from sparkfleet.reporting import report
+from sparkfleet.fleet import rollout
+
+if TYPE_CHECKING:
+    from sparkfleet.cli.runner import Host
+
+COLUMNS = (
+    *("host", "state", "model", "profile", "release", "digest", "run+wait", "KV", "tok/s", "GPU", "restarts", "drift"),
+)
+#: What is left out first where a terminal is narrow.
+SPARE = ("profile", "restarts", "digest", "GPU")
+
+
+def summary(
+    host: str,
+    found: Mapping[str, Any],
+    drift: Sequence[str] | None = None,
+    problem: str = "",
+    drained: bool = False,
+) -> dict[str, Any]:
+    """The row of a host: plain data, for tables and for JSON. `found` is what the module spark_status returned, `drift`
+    how the host differs from the inventory (None where that is not known), `problem` why it is not."""
+    releases, guard = found["releases"], found["guard"] or {}
+    current = releases["current"]
+    lock = releases["locks"].get(str(current)) or {}
+    figures = found["figures"]
+    return {
+        "host": host,
+        "state": found["engine"],
+        "model": lock.get("model"),
+        "profile": lock.get("profile"),
+        "release": current,
+        "previous": releases["previous"],
+        "image": lock.get("image"),
+        "digest": str(lock.get("image") or "").partition("@sha256:")[2][:12] or None,
+        "healthy": found["healthy"],
+        "running": figures.get("num_requests_running"),
+        "waiting": figures.get("num_requests_waiting"),
+        "kv_cache": figures.get("kv_cache_usage_perc", figures.get("gpu_cache_usage_perc")),
+        "tokens_per_second": found.get("tokens_per_second"),
+        "stream_tokens_per_second": guard.get("tokens_per_second"),
+        "temperature": found["gpu"]["temperature"],
+        "restarts": sum((guard.get("restarts_total") or {}).values()),
+        "given_up": (guard.get("given_up") or {}).get("reason"),
+        "slow": bool(guard.get("slow")),
+        "switch": switch(releases["switch"], bool(releases["switch_active"])),
+        "drift": None if drift is None else list(drift),
+        "problem": problem,
+        "damaged": damaged(releases),
+        "drained": drained,
+    }
+
+
+def damaged(releases: Mapping[str, Any]) -> list[str]:
+    """Files of releases and of the switch that are damaged or were changed by hand, a line each. Of releases that are
+    not the current one it does not matter until they are rolled back to."""
+    current = str(releases["current"])
+    found = [
+        f"release {number}{' (current)' if number == current else ''}: {reason}"
+        for number, reason in (releases.get("damaged") or {}).items()
+    ]
+    return [printable(line, 600) for line in [*found, *(releases.get("unreadable") or [])]]
+
+
+def absent(host: str, state: str, message: str) -> dict[str, Any]:
+    """The row of a host that could not be looked at."""
+    empty = dict.fromkeys(
+        (
+            *("model", "profile", "release", "digest", "running", "waiting", "kv_cache", "tokens_per_second"),
+            *("temperature", "restarts", "drift"),
+        )
+    )
+    return {"host": host, "state": state, **empty, "slow": False, "drained": False, "message": message}
+
+
+def rows(hosts: Sequence[Host]) -> list[dict[str, Any]]:
+    """The rows of all hosts of a run of `status`, those that were not reached as well."""
+    return [host.summary or absent(host.name, host.result, host.message) for host in hosts]
+
+
+def switch(journal: Mapping[str, Any] | None, active: bool) -> str | None:
+    """The switch that runs or ran last, in a line."""
+    if not journal:
+        return None
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(journal["began"]))
+    way = f"{journal['from'] or 'none'} → {journal['to']}"
+    state = f"phase {journal['phase']}" if active else (journal["outcome"] or f"cut in the phase {journal['phase']}")
+    return f"{way} by {journal['controller'] or '?'} with {journal['verb'] or '?'} at {when}: {state}"
+
+
+def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The row as text, in the order of COLUMNS."""
+
+    def text(value: Any, form: str = "{}") -> str:
+        return "-" if value is None else form.format(value)
+
+    requests = None if row["running"] is None else f"{row['running']:.0f}+{row['waiting'] or 0:.0f}"
+    return (
+        row["host"],
+        row["state"] + (", slow" if row["slow"] else "") + (", drained" if row["drained"] else ""),
+        text(row["model"]),
+        text(row["profile"]),
+        text(row["release"]),
+        text(row["digest"]),
+        text(requests),
+        text(row["kv_cache"], "{:.0%}"),
+        text(row["tokens_per_second"], "{:.1f}"),
+        text(row["temperature"], "{:.0f} °C"),
+        text(row["restarts"]),
+        "?" if row["drift"] is None else report.count(len(row["drift"]), "difference") if row["drift"] else "-",
+    )
+
+
+def totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The fleet in figures: how many Sparks in which state, requests, tokens a second, how many differ."""
+    return {
+        "sparks": len(rows),
+        "states": dict(Counter(row["state"] for row in rows).most_common()),
+        "running": sum(row["running"] or 0 for row in rows),
+        "waiting": sum(row["waiting"] or 0 for row in rows),
+        "tokens_per_second": round(sum(row["tokens_per_second"] or 0 for row in rows), 1),
+        "differ": sum(bool(row.get("drift")) for row in rows),
+    }
+
+
+def words(found: Mapping[str, Any]) -> str:
+    """`totals` in a line: "8 Sparks: 7 serving, 1 unreachable; 12 running, 3 waiting requests, 431 tokens/s"."""
+    states = ", ".join(f"{count} {state}" for state, count in found["states"].items())
+    differ = f"; {found['differ']} not as the inventory says" if found["differ"] else ""
+    return (
+        f"{report.count(found['sparks'], 'Spark')}: {states}; {found['running']:.0f} running, {found['waiting']:.0f} "
+        f"waiting requests, {found['tokens_per_second']:.0f} tokens/s{differ}"
+    )
+
+
+def table(rows: Sequence[Mapping[str, Any]], width: int = 0) -> str:
+    """All hosts as a table, without what does not fit into `width` columns (0 for any), and below it what is worth a
+    sentence."""
+    cut = [COLUMNS, *(cells(row) for row in rows)]
+    for spare in SPARE:
+        if width and max(map(len, report.table(cut).splitlines())) > width:
+            place = cut[0].index(spare)
+            cut = [(*line[:place], *line[place + 1 :]) for line in cut]
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        for note in _notes(row, len(rows) == 1):
+            notes.setdefault(note, []).append(row["host"])
+    lines = "".join(f"{rollout.names(hosts)}: {printable(note)}\n" for note, hosts in notes.items())
+    return report.clean(report.table(cut) + lines)
+
+
+def _notes(row: Mapping[str, Any], alone: bool) -> Iterator[str]:
+    if row.get("message"):
+        yield row["message"].removeprefix(f"{row['host']}: ").removeprefix(f"{row['host']} is ")
+    if row.get("given_up"):
+        yield f"the guard gave up: {row['given_up']}"
+    # Of many Sparks, the last switch of each is no news where it went well.
+    if row.get("switch") and (alone or not row["switch"].endswith(": verified")):
+        yield f"last switch {row['switch']}"
+    for line in row.get("damaged") or ():
+        yield f"files damaged: {line} [release-damaged]"
+    if row.get("drift"):
+        more = len(row["drift"]) - 1
+        yield row["drift"][0] + (f", and {more} more (sparkfleet drift lists them)" if more else "")
+    if row.get("problem"):
+        yield f"not compared with the inventory: {row['problem'].removeprefix(row['host'] + ': ')}"
+
+
+def page(rows: Sequence[Mapping[str, Any]], width: int = 0) -> str:
+    """The table, with the fleet summed up below it."""
+    return f"{table(rows, width)}{words(totals(rows))}\n"

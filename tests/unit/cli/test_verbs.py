@@ -1,0 +1,333 @@
+"""Every verb as it is typed: through the real ansible-runner and ansible-playbook, with a recorder in place of ssh."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pexpect
+import pytest
+import yaml
+
+from sparkfleet.cli import main, runner
+from sparkfleet.reporting import event_log
+from tests.unit.planning import test_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+SSH = """#!{python} -I
+import json, os, sys
+with open({calls!r}, "a", encoding="utf-8") as calls:
+    calls.write(json.dumps(sys.argv) + "\\n")
+print("nvidia@192.0.2.11: Permission denied (publickey).", file=sys.stderr)
+sys.exit(255)
+"""
+#: What each verb needs beside its name.
+WORDS = {
+    "switch": ("qwen3-32b-fp8",),
+    "upgrade": ("nvcr.io/nvidia/vllm:25.11-py3",),
+    "bundle": ("folder",),
+    "remove": ("--yes",),
+}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(event_log, "FOLDER", tmp_path / "events")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that the ssh on PATH writes its words to, a JSON list a line."""
+    path, folder = tmp_path / "calls", tmp_path / "bin"
+    folder.mkdir()
+    (folder / "ssh").write_text(SSH.format(python=sys.executable, calls=str(path)), encoding="utf-8")
+    (folder / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return path
+
+
+@pytest.fixture
+def inventory(tmp_path: Path) -> Path:
+    path = tmp_path / "hosts.yml"
+    host = {"ansible_host": "192.0.2.11", "ansible_user": "nvidia"}
+    path.write_text(yaml.safe_dump({"sparks": {"hosts": {"spark-1": host}}}), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("verb", main.PLAYBOOKS)
+def test_host_keys_are_checked(
+    verb: str, calls: Path, inventory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ansible-runner switches that off by itself; an environment that says so is not followed either."""
+    monkeypatch.setenv("ANSIBLE_HOST_KEY_CHECKING", "False")
+    assert main.main([verb, *WORDS.get(verb, ()), "-i", str(inventory)]) == runner.UNREACHABLE, capsys.readouterr()
+    given = [json.loads(line) for line in calls.read_text(encoding="utf-8").splitlines()]
+    assert given
+    for argv in given:
+        text = " ".join(argv).lower()
+        assert "stricthostkeychecking" not in text and "userknownhostsfile" not in text, text
+        # A connection that another project opened without the check is not ridden.
+        (socket,) = [word for word in argv if word.startswith("ControlPath=")]
+        assert Path(json.loads(socket.partition("=")[2])).parent.name == "cp-sparkfleet"
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Path:
+    """inventory/local, for a user without sudo and with no Docker of theirs."""
+    shutil.copytree(ROOT / "inventory" / "local", tmp_path / "local")
+    path = tmp_path / "local" / "hosts.yml"
+    text = path.read_text(encoding="utf-8")
+    more = f"      ansible_become: false\n      sparkfleet_project_dir: {tmp_path}/sparkfleet\n"
+    path.write_text(text.rstrip("\n") + "\n" + more, encoding="utf-8")
+    return path.parent
+
+
+@pytest.mark.parametrize(
+    ("words", "codes"),
+    [
+        (("logs",), (0,)),
+        (("status", "-l", "localhost"), (6,)),
+        (("diagnose", "-C"), (0, 3, 6)),
+        (("stop", "-C"), (0,)),
+        (("deploy", "-C"), (3,)),
+        (("rollout", "-C"), (3,)),
+        (("rollback",), (2, 3, 6)),
+    ],
+    ids=lambda value: value[0] if isinstance(value[0], str) else "",
+)
+def test_the_spark_may_be_this_machine(
+    words: tuple[str, ...], codes: tuple[int, ...], local: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`localhost` in a play of the Sparks is a Spark; what becomes of it is reported as of any other."""
+    code = main.main([*words, "-i", str(local), "--json"])
+    made = json.loads(capsys.readouterr().out)
+    assert code in codes, made
+    assert [host["name"] for host in made["hosts"]] == ["localhost"] and "error" not in made
+
+
+def test_a_run_that_is_killed_leaves_no_secret(inventory: Path, tmp_path: Path) -> None:
+    """Neither while it runs nor after SIGKILL is a secret in a file: sudo's password, a value of -e, HF_TOKEN."""
+    secrets = {"password": "pass-4711-word", "variable": "value-4711-secret", "token": "hf_4711abcdefgh"}
+    folder, going, stop = tmp_path / "bin", tmp_path / "going", tmp_path / "stop"
+    folder.mkdir()
+    script = f"#!/bin/sh\ntouch {going}\nwhile [ ! -e {stop} ]; do sleep 0.1; done\nexit 255\n"
+    (folder / "ssh").write_text(script, encoding="utf-8")
+    (folder / "ssh").chmod(0o755)
+    places = {name: tmp_path / name for name in ("XDG_RUNTIME_DIR", "TMPDIR")}
+    for place in places.values():
+        place.mkdir()
+    environment = {
+        **os.environ,
+        **{name: str(place) for name, place in places.items()},
+        **{"PATH": f"{folder}:{os.environ['PATH']}", "HF_TOKEN": secrets["token"]},
+    }
+    command = [sys.executable, "-m", "sparkfleet.cli.main", "status", "-i", str(inventory), "-K"]
+    child = pexpect.spawn(
+        command[0], [*command[1:], "-e", f"sparkfleet_hf_token={secrets['variable']}"], env=environment, timeout=60
+    )
+    try:
+        child.expect("BECOME password: ")
+        child.sendline(secrets["password"])
+        deadline = time.monotonic() + 60
+        while not going.exists():
+            assert time.monotonic() < deadline and child.isalive()
+            time.sleep(0.1)
+        assert not found(secrets, places.values())
+        child.kill(signal.SIGKILL)
+        child.wait()
+        assert list(places["XDG_RUNTIME_DIR"].iterdir()), "this test looks in the wrong place"
+        assert not found(secrets, places.values())
+    finally:
+        stop.touch()
+        child.close(force=True)
+
+
+def found(secrets: dict[str, str], folders: Iterable[Path]) -> list[str]:
+    """Which secret is in which file."""
+    paths = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return [
+        f"{name} in {path}"
+        for path in paths
+        for name, secret in secrets.items()
+        if secret.encode() in path.read_bytes()
+    ]
+
+
+def test_without_an_activated_environment(inventory: Path, calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ansible-playbook is found beside the Python that runs sparkfleet."""
+    monkeypatch.setenv("PATH", f"{calls.parent / 'bin'}:/usr/bin:/bin")
+    assert main.main(["stop", "-i", str(inventory), "--json"]) == runner.UNREACHABLE
+    assert calls.exists()
+
+
+MODULE = """#!/usr/bin/python
+# WANT_JSON
+import json, pathlib
+pathlib.Path({path!r}).open("a").write({name!r} + "\\n")
+print(json.dumps({answer!r}))
+"""
+SERVED: dict[str, Any] = {
+    "changed": False,
+    **{
+        "engine": "serving",
+        "healthy": True,
+        "figures": {},
+        "guard": None,
+        "gpu": {"temperature": 41.0},
+        "tokens_per_second": 0.0,
+    },
+    **{"containers": [{"service": "vllm-m", "state": "running"}], "log": []},
+    "releases": {
+        **{"current": 2, "previous": 1, "numbers": [1, 2], "outcomes": {}, "switch": None, "switch_active": False},
+        "locks": {"2": {"model": "m", "profile": "throughput", "image": "i:1@sha256:0123456789abcdef"}},
+    },
+}
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Two Sparks that serve, by what stands in for the modules; the inventory, and a file with the modules that ran."""
+    library, ran = tmp_path / "library", tmp_path / "ran"
+    library.mkdir()
+    state = test_plan.serving()
+    state["os"] |= {"boot_id": "", "machine_id": ""}
+    state["guard"]["settings"] = None  # something to prepare, so that more than one stage would run
+    answers = {
+        "spark_state": {"changed": False, "state": state},
+        "spark_status": SERVED,
+        "release_switch": {"changed": True},
+        "stop_services": {"changed": True},
+    }
+    for name, answer in answers.items():
+        text = MODULE.format(path=str(ran), name=name, answer=answer)
+        (library / f"{name}.py").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("ANSIBLE_LIBRARY", f"{library}:{ROOT / 'plugins' / 'modules'}")
+    local = {"ansible_connection": "local", "ansible_become": False, "ansible_python_interpreter": sys.executable}
+    hosts = {f"spark-{number}": {"sparkfleet_operator": "nvidia", **local} for number in (1, 2)}
+    inventory = tmp_path / "fleet.yml"
+    inventory.write_text(yaml.safe_dump({"sparks": {"hosts": hosts}}), encoding="utf-8")
+    return inventory, ran
+
+
+@pytest.mark.parametrize("verb", ["stop", "restart", "rollback", "deploy", "switch", "upgrade"])
+def test_several_sparks_are_not_stopped_at_once(
+    verb: str, fleet: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    inventory, ran = fleet
+    change = ("-e", "sparkfleet_vllm_max_num_seqs=7") if verb == "deploy" else ()
+    words = (verb, *WORDS.get(verb, ()), "-i", str(inventory), "--json", *change)
+    assert main.main(words) == runner.REFUSED
+    made = json.loads(capsys.readouterr().out)
+    assert {host["name"]: host["result"] for host in made["hosts"]} == {"spark-1": "refused", "spark-2": "refused"}
+    assert made["hosts"][0]["failure"] == "all-at-once" and "spark-1, spark-2" in made["hosts"][0]["message"]
+    looked = {"spark_status", "spark_state"}
+    assert set(ran.read_text(encoding="utf-8").split()) <= looked
+    if verb in ("stop", "restart"):
+        assert main.main([*words, "-l", "!spark-1"]) == 0
+        assert main.main([*words, "--yes"]) == 0
+        names = [name for name in ran.read_text(encoding="utf-8").split() if name not in looked]
+        assert len(names) == 3
+
+
+@pytest.mark.parametrize("verb", ["preflight", "deploy", "drift", "status"])
+def test_without_root(verb: str, fleet: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """What changes a Spark is refused with what to do; what reads only goes on."""
+    inventory, ran = fleet
+    module = inventory.parent / "library" / "spark_state.py"
+    text = module.read_text(encoding="utf-8").replace("'os': {", "'user': {'id': 1000, 'name': 'nvidia'}, 'os': {", 1)
+    module.write_text(text, encoding="utf-8")
+    main.main((verb, "-i", str(inventory), "-l", "spark-1", "--json"))
+    said = capsys.readouterr().out
+    assert "spark_state" in ran.read_text(encoding="utf-8")
+    assert ("needs root, runs as nvidia. Set become: true" in said) == (verb in ("preflight", "deploy")), said
+    assert ('"not-root"' in said) == (verb in ("preflight", "deploy")), said
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (("status", "-l", "!spark-3"), {"192.0.2.1", "192.0.2.2"}),
+        (("logs", "sparks:!spark-3"), {"192.0.2.1", "192.0.2.2"}),
+        (("rollout", "-l", "sparks:&rack1"), {"192.0.2.2"}),
+        (("stop", "-l", "&rack1"), {"192.0.2.2"}),
+        (("preflight", "-l", "spark-1:spark-2"), {"192.0.2.1", "192.0.2.2"}),
+        (("drift", "-l", "spark-1,spark-3"), {"192.0.2.1", "192.0.2.3"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_limits(words: tuple[str, ...], names: set[str], calls: Path, tmp_path: Path) -> None:
+    path = tmp_path / "hosts.yml"
+    hosts = {f"spark-{number}": {"ansible_host": f"192.0.2.{number}"} for number in (1, 2, 3)}
+    group = {"hosts": hosts, "children": {"rack1": {"hosts": {"spark-2": {}}}}}
+    path.write_text(yaml.safe_dump({"sparks": group}), encoding="utf-8")
+    assert main.main([*words, "-i", str(path)]) == runner.UNREACHABLE
+    given = [json.loads(line) for line in calls.read_text(encoding="utf-8").splitlines()]
+    assert {word for argv in given for word in argv if word.startswith("192.")} == names
+
+
+@pytest.mark.parametrize(
+    "limit", ["&", "!", "", " ", ",", "[", "sparks[x]", "~(", "!spark-33", "@/nowhere", "sparks:!sparks"]
+)
+def test_limits_that_are_none(limit: str, inventory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An empty one is not all hosts; one that excludes nothing is a slip."""
+    assert main.main(["stop", "-l", limit, "-i", str(inventory)]) == runner.BAD_INPUT
+    said = capsys.readouterr().err
+    assert said.startswith("sparkfleet: --limit ") and said.count("\n") == 1
+
+
+NOISY = """#!/bin/sh
+# sshd, for a user whose shell prints something before it runs a command
+for command; do :; done
+printf '{}'
+exec sh -c "$command"
+"""
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [("noise", "keep it for interactive shells"), ("sudo", "run again with -K (--ask-become-pass)")],
+)
+def test_what_ansible_says_of_itself_has_its_remedy(
+    problem: str, words: str, inventory: Path, calls: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the verbs, and for ansible-playbook alone: once, and what to do."""
+    folder = calls.parent / "bin"
+    if problem == "noise":
+        (folder / "ssh").write_text(NOISY, encoding="utf-8")
+    else:
+        (folder / "ssh").write_text('#!/bin/sh\nfor command; do :; done\nexec sh -c "$command"\n', encoding="utf-8")
+        (folder / "sudo").write_text("#!/bin/sh\necho 'sudo: a password is required' >&2\nexit 1\n", encoding="utf-8")
+        (folder / "sudo").chmod(0o755)
+    become = "true" if problem == "sudo" else "false"
+    extra = ("-e", f"ansible_become={become}", "-e", f"ansible_python_interpreter={sys.executable}")
+    for playbook in ("site.yml", "playbooks/stop.yml"):
+        command = [Path(sys.executable).with_name("ansible-playbook"), ROOT / playbook, "-i", inventory, *extra]
+        environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, check=False, stdin=subprocess.DEVNULL
+        )
+        said = done.stdout + done.stderr
+        assert done.returncode == 2 and said.count(words) == 1, said
+        assert "Origin:" not in said and "[ERROR]" not in said
+    collected = runner.Collector(lambda host, line: None)
+    runner.run("stop", str(inventory), extra, collected)
+    assert words in collected.hosts["spark-1"].message
+
+
+def test_programs_in_sbin_are_found() -> None:
+    """A login that leaves them out of PATH does not make Docker look uninstalled."""
+    script = "import sparkfleet_host, shutil; print(shutil.which('ldconfig'))"
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT / "plugins" / "module_utils")}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip().endswith("sbin/ldconfig")

@@ -1,0 +1,87 @@
+"""The controller asks what a tag stands for, once a run; no Spark is believed."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sparkfleet import SparkfleetError
+from sparkfleet.fleet import image_digest
+from tests.unit.fakes.fake_registry import FakeRegistry, digest, serving
+
+IMAGE = "nvcr.io/nvidia/vllm:1"
+
+
+@pytest.fixture
+def upstream() -> Iterator[FakeRegistry]:
+    with serving(FakeRegistry()) as made:
+        yield made
+
+
+def test_the_registry_says_it(upstream: FakeRegistry) -> None:
+    found = image_digest.resolve(f"{upstream.address}/nvidia/vllm:1", {})
+    assert found == image_digest.Answer(digest(upstream.index))
+
+
+def test_another_registry_with_the_same_repositories_is_asked(upstream: FakeRegistry, tmp_path: Path) -> None:
+    assert image_digest.resolve(IMAGE, {"nvcr.io": upstream.address}).digest == digest(upstream.index)
+    assert upstream.paths() == ["/v2/nvidia/vllm/manifests/1"]
+    upstream.token, upstream.challenge = "x", "Basic realm=x"
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"auths": {upstream.address: {"auth": base64.b64encode(b"u:p").decode()}}}))
+    found = image_digest.resolve(IMAGE, {"nvcr.io": upstream.address}, config=str(config))
+    assert "401" in found.reason
+    assert upstream.seen[-1][1]["Authorization"].startswith("Basic ")
+
+
+def test_a_digest_is_itself_and_asks_nobody() -> None:
+    wanted = "sha256:" + "1" * 64
+    assert image_digest.resolve(f"{IMAGE}@{wanted}", {"nvcr.io": "127.0.0.1:9"}) == image_digest.Answer(wanted)
+
+
+def test_a_registry_that_is_not_reached_is_a_reason(upstream: FakeRegistry) -> None:
+    found = image_digest.resolve(IMAGE, {"nvcr.io": "127.0.0.1:9"})
+    assert found.digest == "" and "127.0.0.1:9" in found.reason
+    assert "404" in image_digest.resolve(f"{upstream.address}/other:2", {}).reason
+
+
+@pytest.mark.parametrize("host", ["http://x", "x/y", "a b", "x:99999999", "x:y"])
+def test_a_registry_that_is_no_host_is_refused(host: str) -> None:
+    with pytest.raises(SparkfleetError, match=r"sparkfleet_controller_registries: nvcr\.io"):
+        image_digest.resolve(IMAGE, {"nvcr.io": host})
+    with pytest.raises(SparkfleetError, match="NAME:TAG"):
+        image_digest.resolve("a b", {})
+
+
+def test_a_run_asks_once(upstream: FakeRegistry, tmp_path: Path) -> None:
+    ways = {"nvcr.io": upstream.address}
+    first = digest(upstream.index)
+    assert image_digest.of_run(tmp_path, IMAGE, ways) == (image_digest.Answer(first), True)
+    upstream.serve_tag(upstream.manifest)  # the tag moves
+    assert image_digest.of_run(tmp_path, IMAGE, ways) == (image_digest.Answer(first), False)
+    assert len(upstream.seen) == 1
+    assert image_digest.of_run(tmp_path, "nvcr.io/other:1", ways)[1]
+    assert image_digest.of_run(tmp_path, IMAGE, ways)[0].digest == first
+
+
+@pytest.mark.parametrize("no_proxy", ["", "registry.example"])
+def test_the_inventorys_proxy(monkeypatch: pytest.MonkeyPatch, no_proxy: str) -> None:
+    for name in ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    seen: list[object] = []
+    monkeypatch.setattr(
+        image_digest, "digest_of", lambda registry, tag: seen.append((registry.host, tag)) or "sha256:x"
+    )
+    made: list[dict[str, object]] = []
+    real = image_digest.Registry
+    monkeypatch.setattr(image_digest, "Registry", lambda ref, info, *rest: made.append(info) or real(ref, info, *rest))
+    image_digest.resolve("registry.example/a:1", {}, "http://proxy:3128", no_proxy)
+    assert made == [{"HttpProxy": "http://proxy:3128", "HttpsProxy": "http://proxy:3128", "NoProxy": no_proxy}]
+    monkeypatch.setenv("HTTPS_PROXY", "http://mine:1")
+    image_digest.resolve("registry.example/a:1", {}, "http://proxy:3128", no_proxy)
+    assert made[1]["HttpsProxy"] == "http://mine:1"
+    assert seen == [("registry.example", "1")] * 2

@@ -1,0 +1,401 @@
+"""The controller asks the Hub which commit and files a model has; no Spark is believed about what others load."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ansible.errors import AnsibleActionFail
+from hypothesis import given
+from hypothesis import strategies as st
+from plugins.action import model_files as action
+from plugins.modules import bundle_collect, model_download
+
+from sparkfleet import SparkfleetError
+from sparkfleet.packaging import hub_client
+from sparkfleet.fleet import model_files
+from sparkfleet.packaging.bundle import Bundle, Entry
+from sparkfleet.fleet.model_files import Answer, Way
+from tests.unit.fakes.fake_hub import Hub, serve
+from tests.unit.host.test_fetch_model import fetch
+
+FILES = {"config.json": b'{"a": 1}', "model.safetensors": b"w" * 5000, "weights.bin": b"pickle", "chat.jinja": b"hi"}
+TOKEN = "hf_canary"
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hub_client.build(tmp_path_factory.mktemp("client"))
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch, client: Path) -> None:
+    monkeypatch.setattr(model_files, "CACHE", client.parent)
+    for name in ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serve(Hub(files=dict(FILES), large=("model.safetensors",))) as served:
+        yield served
+
+
+def ask(hub: Hub, revision: str = "main", **way: str) -> Answer:
+    return model_files.resolve(hub.repo, revision, Way(hub.url, **way))
+
+
+def has(hub: Hub) -> dict[str, dict[str, Any]]:
+    """What the list of a Hub has, without other copies of the weights."""
+    kinds = {name: "sha256" if name in hub.large else "sha1" for name in hub.files if name != "weights.bin"}
+    return {name: {"size": len(hub.files[name]), kind: hub.hash(name)} for name, kind in kinds.items()}
+
+
+# -- the controller --------------------------------------------------------------------------------------------------
+
+
+def test_the_hub_says_commit_and_files(hub: Hub) -> None:
+    assert ask(hub) == Answer(hub.commit, has(hub))
+    assert ask(hub, hub.commit) == Answer(hub.commit, has(hub))
+    assert not [path for _, path, _ in hub.asked if "/resolve/" in path]  # a list, and no file
+
+
+def test_controller_and_host_choose_the_same_files(hub: Hub, tmp_path: Path) -> None:
+    """Without code, unless the engine runs it; each host of a run as it wants."""
+    code = {"modeling.py": b"code"}
+    hub.files |= code
+    listed = has(hub)
+    plain = {name: entry for name, entry in listed.items() if name not in code}
+    way = Way(hub.url)
+    assert model_files.of_run(tmp_path, hub.repo, "main", way)[0].files == plain
+    assert model_files.of_run(tmp_path, hub.repo, "main", way, remote_code=True)[0].files == listed
+    command = model_download.command(params(tmp_path, remote_code=True))
+    assert "--remote-code" in command and "--remote-code" not in model_download.command(params(tmp_path))
+
+
+def test_a_model_of_an_earlier_version_is_collected_without_its_code(tmp_path: Path) -> None:
+    files = {"config.json": {"size": 2, "sha1": "2" * 40}, "modeling.py": {"size": 4, "sha1": "3" * 40}}
+    snapshot = tmp_path / "models--acme--tiny" / "snapshots" / ("1" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot / "modeling.py").write_text("code")
+    place = tmp_path / ".sparkfleet" / "models--acme--tiny" / f"{'1' * 40}.json"
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps({"commit": "1" * 40, "files": files}))
+    given = {"cache_dir": str(tmp_path), "repo": "acme/tiny", "revision": "1" * 40}
+    assert list(bundle_collect.collect_model(given)[0]["files"]) == ["config.json"]
+    assert list(bundle_collect.collect_model({**given, "remote_code": True})[0]["files"]) == list(files)
+
+
+def test_another_commit_than_the_one_asked_for_is_odd(hub: Hub) -> None:
+    hub.branch = "1" * 40
+    found = ask(hub, "1" * 40)
+    assert (found.commit, found.failure) == ("", "hub-answer-odd")
+    assert hub.commit in found.reason
+
+
+def test_a_hub_that_is_not_reached_is_a_reason(hub: Hub) -> None:
+    found = model_files.resolve("acme/tiny", "main", Way("http://127.0.0.1:9"))
+    assert (found.expected, found.failure) == ({}, "hub-unreachable")
+    assert "127.0.0.1:9" in found.reason
+    assert ask(hub, "other").failure == "hub-revision-unknown"
+
+
+def test_a_hub_that_is_slow_is_not_waited_for(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_files, "SECONDS", 0.01)
+    found = ask(hub)
+    assert (found.expected, found.failure) == ({}, "hub-unreachable")
+
+
+@pytest.mark.parametrize(
+    ("verb", "body"),
+    [
+        ("revision", b"[]"),
+        ("revision", b'{"id": "a/b", "sha": "../x", "siblings": []}'),
+        ("tree", b'{"a": 1}'),
+        ("tree", b"<html>Sign in</html>"),
+        ("tree", b'[{"type": "file", "path": "../x", "size": 1, "oid": "%s"}]' % (b"1" * 40)),
+        ("tree", b'[{"type": "file", "path": "x", "size": -1, "oid": "%s"}]' % (b"1" * 40)),
+        ("tree", b"[]"),
+    ],
+)
+def test_odd_answers_are_typed(hub: Hub, verb: str, body: bytes) -> None:
+    hub.answer[verb] = body
+    found = ask(hub)
+    assert found.expected == {}
+    assert found.failure in ("hub-answer-odd", "hub-revision-unknown") and found.reason
+
+
+@given(
+    st.binary(max_size=60)
+    | st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["listing", "error", "commit", "files", "a", "size", "sha1"]), inner, max_size=4
+            )
+        ),
+    ).map(lambda value: json.dumps(value).encode())
+)
+def test_whatever_the_client_says_is_understood(said: bytes) -> None:
+    found = model_files.understand(said, "main")
+    assert bool(found.expected) != bool(found.reason)
+
+
+@pytest.mark.parametrize(
+    ("repo", "revision"), [("../x", "main"), ("a/b", "--list"), ("a/b", "../x"), ("a b/c", "main")]
+)
+def test_what_is_no_model_is_refused(repo: str, revision: str) -> None:
+    with pytest.raises(SparkfleetError, match="ORG/NAME"):
+        model_files.resolve(repo, revision, Way("http://127.0.0.1:9"))
+
+
+def test_the_token_is_in_a_file_that_goes(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(model_files.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_user")
+    seen: list[tuple[list[str], dict[str, str]]] = []
+    real = model_files.subprocess.run
+
+    def run(argv: list[str], **more: Any) -> Any:
+        seen.append((argv, more["env"]))
+        return real(argv, **more)
+
+    monkeypatch.setattr(model_files.subprocess, "run", run)
+    found = ask(hub, token=TOKEN)
+    assert {token for path, token in hub.tokens_seen if path.startswith("/api/models/")} == {f"Bearer {TOKEN}"}
+    assert TOKEN not in json.dumps(seen) + repr(found) + repr(Way(hub.url, token=TOKEN))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_token_is_not_sent_in_clear(tmp_path: Path) -> None:
+    for endpoint, kept in {
+        "http://hub.example": False,
+        "https://hub.example": True,
+        "http://127.0.0.1:9": True,
+    }.items():
+        folder = tmp_path / endpoint.replace("/", "_")
+        folder.mkdir()
+        found = model_files.environment(Way(endpoint, TOKEN), folder)
+        assert Path(found["HF_TOKEN_PATH"]).is_file() is kept
+        assert TOKEN not in json.dumps(found)
+        if kept:
+            assert Path(found["HF_TOKEN_PATH"]).stat().st_mode & 0o777 == 0o600
+
+
+def test_proxy_and_authorities(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    way = Way("https://hub.example/", "", "http://proxy:3128", "hub.internal")
+    found = model_files.environment(way, tmp_path)
+    assert (found["HF_ENDPOINT"], found["HTTPS_PROXY"]) == ("https://hub.example", "http://proxy:3128")
+    assert found["NO_PROXY"] == "hub.internal"
+    monkeypatch.setenv("HTTPS_PROXY", "http://mine:1")
+    monkeypatch.setenv("SSL_CERT_FILE", "/mine.pem")
+    found = model_files.environment(way, tmp_path)
+    assert (found["HTTPS_PROXY"], found["SSL_CERT_FILE"]) == ("http://mine:1", "/mine.pem")
+
+
+def test_a_run_asks_once(hub: Hub, tmp_path: Path) -> None:
+    way = Way(hub.url, TOKEN)
+    first, new = model_files.of_run(tmp_path, hub.repo, "main", way)
+    assert (first.commit, new) == (hub.commit, True)
+    asked = len(hub.asked)
+    hub.files["config.json"] = b"moved"
+    assert model_files.of_run(tmp_path, hub.repo, "main", way) == (first, False)
+    assert len(hub.asked) == asked
+    assert TOKEN not in (tmp_path / "sparkfleet-models.json").read_text()
+
+
+# -- what is offered -------------------------------------------------------------------------------------------------
+
+
+def hostile(hub: Hub, **files: bytes | None) -> Hub:
+    """Another Spark that names the commit that is asked for, and files of its own."""
+    content = {**hub.files, **{name.replace("_", "."): value for name, value in files.items()}}
+    made = Hub(files={name: value for name, value in content.items() if value is not None}, large=hub.large)
+    return dataclasses.replace(made, branch=hub.commit)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"config_json": b'{"a": 2}'}, ["config.json is sha1:", "instead of sha1:", "(8 bytes)"]),
+        ({"model_safetensors": b"evil"}, ["model.safetensors is sha256:", "(4 bytes) instead of sha256:"]),
+        ({"code_py": b"import os"}, ["code.py is sha1:", "instead of no file"]),
+        ({"chat_jinja": None}, ["chat.jinja is no file instead of sha1:"]),
+    ],
+)
+def test_a_spark_that_offers_other_files_is_refused(
+    client: Path, hub: Hub, tmp_path: Path, change: dict[str, Any], words: list[str]
+) -> None:
+    expected = tmp_path / "expected.json"
+    expected.write_text(json.dumps(ask(hub).expected))
+    other = hostile(hub, **change)
+    # It says the commit that is wanted, and lists files of its own.
+    other.answer["revision"] = json.dumps({"id": hub.repo, "sha": hub.commit, "siblings": []}).encode()
+    with serve(other):
+        tree = json.dumps(other.tree()).encode()
+        other.answer["tree"] = tree
+        error = fetch(client, other, tmp_path / "hf", "--expected", str(expected), "--remote-code")[-1]["error"]
+    assert error["id"] == "model-differs"
+    assert all(word in error["message"] for word in words), error
+    assert not (tmp_path / "hf" / ".sparkfleet").exists()
+    assert not [path for _, path, _ in other.asked if "/resolve/" in path]
+
+
+def test_a_spark_that_offers_another_commit_is_refused(client: Path, hub: Hub, tmp_path: Path) -> None:
+    expected = tmp_path / "expected.json"
+    expected.write_text(json.dumps(ask(hub).expected))
+    with serve(hostile(hub, config_json=b"older")) as other:
+        error = fetch(client, other, tmp_path / "hf", "--expected", str(expected))[-1]["error"]
+    assert error["id"] == "model-differs"
+    assert f"commit {other.commit} instead of {hub.commit}" in error["message"]
+
+
+def test_what_is_expected_is_fetched_though_the_branch_moved(client: Path, hub: Hub, tmp_path: Path) -> None:
+    expected = tmp_path / "expected.json"
+    expected.write_text(json.dumps(ask(hub).expected))
+    hub.branch = "elsewhere"
+    result = fetch(client, hub, tmp_path / "hf", "--expected", str(expected))[-1]["result"]
+    assert result["commit"] == hub.commit
+    assert (tmp_path / "hf/models--acme--tiny/refs/main").read_text() == hub.commit
+
+
+# -- the module ------------------------------------------------------------------------------------------------------
+
+LISTING = {"commit": "1" * 40, "files": {"config.json": {"size": 1, "sha1": "2" * 40}}}
+
+
+def params(tmp_path: Path, **more: Any) -> dict[str, Any]:
+    given = {"repo": "acme/tiny", "revision": "main", "cache_dir": str(tmp_path), "client": "/c", "token_file": "/none"}
+    given.update(environment={}, allow=[], ignore=None, memory=1, workers=1, network="bridge", internet=True)
+    return {
+        **given,
+        "peer": "http://127.0.0.1:9112",
+        "status_file": str(tmp_path / "model.json"),
+        "expected": {},
+        **more,
+    }
+
+
+def test_the_container_has_the_list_and_no_older_one(tmp_path: Path) -> None:
+    given = params(tmp_path, expected=LISTING)
+    model_download.write_expected(given)
+    spec = model_download.container_spec(given)
+    mount = next(item for item in spec["HostConfig"]["Mounts"] if item["Target"] == "/run/expected.json")
+    assert mount["ReadOnly"] and json.loads(Path(mount["Source"]).read_text()) == LISTING
+    assert spec["Cmd"][-2:] == ["--expected", "/run/expected.json"]
+    model_download.write_expected(params(tmp_path))
+    assert not Path(mount["Source"]).exists()
+    assert "--expected" not in model_download.container_spec(params(tmp_path))["Cmd"]
+
+
+def test_a_spark_that_is_refused_is_gone_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def run_client(docker: Any, given: dict[str, Any], job: Any) -> dict[str, Any]:
+        seen.append((given["environment"].get("HF_ENDPOINT"), given["expected"]))
+        if given["network"] == "host":
+            raise model_download.JobError("model-differs", "config.json is A instead of B")
+        return {"commit": "1" * 40}
+
+    monkeypatch.setattr(model_download, "run_client", run_client)
+    job: Any = None
+    docker: Any = None
+    result = model_download.fetch(docker, params(tmp_path, expected=LISTING), job)
+    assert "config.json is A instead of B; look into the Spark" in result["peer_failed"]
+    assert seen == [("http://127.0.0.1:9112", LISTING), (None, LISTING)]
+    with pytest.raises(model_download.JobError, match="A instead of B") as refused:
+        model_download.fetch(docker, params(tmp_path, expected=LISTING, internet=False), job)
+    assert refused.value.id == "model-differs"
+    # What was whole here once: another Spark must have the same, where the controller does not know.
+    seen.clear()
+    model_download.fetch(docker, params(tmp_path, known=LISTING), job)
+    assert seen == [("http://127.0.0.1:9112", LISTING), (None, {})]
+
+
+@pytest.mark.parametrize(
+    ("expected", "revision", "failure"),
+    [
+        ({"commit": "x", "files": LISTING["files"]}, "main", "bad-input"),
+        ({"commit": "1" * 40, "files": {}}, "main", "bad-input"),
+        ({"commit": "1" * 40, "files": {"../x": {"size": 1, "sha1": "2" * 40}}}, "main", "bad-input"),
+        ({"commit": "1" * 40, "files": {"x": {"size": 1}}}, "main", "bad-input"),
+        ({"files": LISTING["files"]}, "main", "bad-input"),
+        (LISTING, "3" * 40, "model-differs"),
+    ],
+)
+def test_an_odd_list_is_refused(tmp_path: Path, expected: Any, revision: str, failure: str) -> None:
+    with pytest.raises(model_download.JobError) as refused:
+        model_download.check(params(tmp_path, expected=expected, revision=revision))
+    assert refused.value.id == failure
+    model_download.check(params(tmp_path, expected=LISTING, revision="1" * 40))
+
+
+# -- bundles ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_bundle_says_what_it_has_and_a_collected_list_is_compared(tmp_path: Path) -> None:
+    made = Bundle(tmp_path)
+    name = "hub/.sparkfleet/models--acme--tiny/fetching.json"
+    text = json.dumps({"repo": "acme/tiny", "revision": "main", **LISTING}).encode()
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_bytes(text)
+    made.files[name] = Entry(len(text), hashlib.sha256(text).hexdigest())
+    made.models["acme/tiny@main"] = {"commit": "1" * 40, "bytes": 1, "files": []}
+    made.write()
+    assert model_files.of_bundle(str(tmp_path), "", "acme/tiny", "main").expected == LISTING
+    assert model_files.of_bundle(str(tmp_path), "", "acme/tiny", "other") == Answer()
+    (tmp_path / name).write_bytes(text.replace(b"2" * 40, b"3" * 40))
+    with pytest.raises(SparkfleetError, match="was changed since"):
+        model_files.of_bundle(str(tmp_path), "", "acme/tiny", "main")
+
+    model_files.refuse(LISTING, LISTING, "spark-1", "acme/tiny@main")
+    other = {**LISTING, "files": {"config.json": {"size": 1, "sha1": "4" * 40}}}
+    with pytest.raises(SparkfleetError, match=f"spark-1 has another acme/tiny@main.*{'4' * 40}.*{'2' * 40}"):
+        model_files.refuse(LISTING, other, "spark-1", "acme/tiny@main")
+    for odd in ({}, {"commit": 5, "files": {}}, {"commit": "1" * 40, "files": {"../x": {}}}):
+        with pytest.raises(SparkfleetError, match="spark-1"):
+            model_files.refuse(LISTING, odd, "spark-1", "acme/tiny@main")
+
+
+# -- the action ------------------------------------------------------------------------------------------------------
+
+
+def act(monkeypatch: pytest.MonkeyPatch, folder: Path, **arguments: Any) -> tuple[dict[str, Any], list[str]]:
+    """Run the action; its result and its warnings."""
+    said: list[str] = []
+    monkeypatch.setattr(action, "display", SimpleNamespace(warning=said.append))
+    monkeypatch.setattr(action.constants, "DEFAULT_LOCAL_TMP", str(folder))
+    given = {"repo": "acme/tiny", "revision": "main", **arguments}
+    task = SimpleNamespace(args=given, async_val=0, check_mode=False, diff=False, environment=None, delegate_to=None)
+    made = action.ActionModule(task, *(SimpleNamespace(_shell=SimpleNamespace(tmpdir="none")) for _ in range(5)))
+    return made.run(task_vars={"inventory_hostname": "spark-1"}), said
+
+
+def test_what_was_not_verified_is_said_once_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    away = {"endpoint": "http://127.0.0.1:9", "token": TOKEN}
+    result, said = act(monkeypatch, tmp_path, **away)
+    assert result["expected"] == {} and "127.0.0.1:9" in result["reason"]
+    assert len(said) == 1 and said[0].startswith("acme/tiny@main: not verified by this controller")
+    again, more = act(monkeypatch, tmp_path, **away)
+    assert (again["expected"], more) == ({}, [])
+    assert TOKEN not in f"{result} {said}"
+    with pytest.raises(AnsibleActionFail, match="sparkfleet_controller_verifies") as refused:
+        act(monkeypatch, tmp_path, **away, required=True)
+    assert refused.value.result["failure"] == "hub-unreachable"
+
+
+def test_the_action_gives_the_list_and_refuses_another(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    result, said = act(monkeypatch, tmp_path, endpoint=hub.url, required=True)
+    assert (result["expected"], said) == ({"commit": hub.commit, "files": has(hub)}, [])
+    with pytest.raises(AnsibleActionFail, match="spark-1 has another acme/tiny@main") as refused:
+        act(monkeypatch, tmp_path, endpoint=hub.url, listing=LISTING)
+    assert refused.value.result["failure"] == "model-differs"

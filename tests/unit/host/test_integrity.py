@@ -1,0 +1,292 @@
+"""Hashing what a cache holds: damage of equal size is found, and found again by the next fetch."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import integrity
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import (
+    clear_suspicion,
+    finished,
+    manifest_path,
+    mark_suspect,
+    model_state,
+    repo_folder,
+    suspect_path,
+    suspicion,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+REPO, COMMIT = "acme/tiny", "a" * 40
+BIG, SMALL = b"weights" * 1000, b'{"a": 1}'
+
+
+def git(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()  # noqa: S324
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """A complete model of a large and a small file, as the client lays it out."""
+    folder = tmp_path / "hf" / repo_folder(REPO)
+    snapshot = folder / "snapshots" / COMMIT
+    (snapshot / "sub").mkdir(parents=True)
+    (folder / "blobs").mkdir()
+    sha = hashlib.sha256(BIG).hexdigest()
+    for name, content, link in (("w.safetensors", BIG, sha), ("sub/config.json", SMALL, git(SMALL))):
+        (folder / "blobs" / link).write_bytes(content)
+        (snapshot / name).symlink_to(os.path.relpath(folder / "blobs" / link, (snapshot / name).parent))
+    manifest = manifest_path(tmp_path / "hf", REPO, COMMIT)
+    manifest.parent.mkdir(parents=True)
+    files = {
+        "w.safetensors": {"size": len(BIG), "sha256": sha},
+        "sub/config.json": {"size": len(SMALL), "sha1": git(SMALL)},
+    }
+    manifest.write_text(json.dumps({"repo": REPO, "revision": "main", "commit": COMMIT, "files": files}))
+    return tmp_path / "hf"
+
+
+def blob(cache: Path, name: str) -> Path:
+    return (cache / repo_folder(REPO) / "snapshots" / COMMIT / name).resolve()
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def verify(cache: Path, **more: Any) -> dict[str, Any]:
+    return integrity.verify_model(cache, REPO, COMMIT, share=1.0, **more)
+
+
+def test_a_whole_model_is_sound(cache: Path) -> None:
+    ticks: list[int] = []
+    found = verify(cache, tick=ticks.append)
+    assert (found["files"], found["bytes"], found["damaged"], found["missing"], found["error"]) == (
+        2,
+        len(BIG) + len(SMALL),
+        [],
+        [],
+        "",
+    )
+    assert sum(ticks) == found["bytes"]
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "sub/config.json"])
+def test_one_bit_is_found(cache: Path, name: str) -> None:
+    flip(blob(cache, name))
+    assert model_state(cache, REPO, COMMIT)["complete"] is True  # sizes alone do not show it
+    assert verify(cache)["damaged"] == [name]
+
+
+def test_a_cut_and_an_absent_file_are_found(cache: Path) -> None:
+    blob(cache, "w.safetensors").write_bytes(BIG[:-1])
+    blob(cache, "sub/config.json").unlink()
+    found = verify(cache)
+    assert (found["damaged"], found["missing"]) == (["w.safetensors"], ["sub/config.json"])
+
+
+def test_a_link_out_of_the_model_is_damage(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "outside").write_bytes(BIG)
+    link = cache / repo_folder(REPO) / "snapshots" / COMMIT / "w.safetensors"
+    link.unlink()
+    link.symlink_to(tmp_path / "outside")
+    assert verify(cache)["damaged"] == ["w.safetensors"]
+
+
+def test_a_pipe_in_place_of_a_file_does_not_hold_it_up(cache: Path) -> None:
+    place = blob(cache, "w.safetensors")
+    place.unlink()
+    os.mkfifo(place)
+    assert verify(cache)["damaged"] == ["w.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"files": 5}',
+        '{"files": {"../../etc/shadow": {"size": 1}}}',
+        '{"files": {"a": {"size": -1}}}',
+        '{"files": {"a": {"size": 1, "sha256": "x"}}}',
+        '{"files": {"a": {"size": 1e400}}}',
+        "[" * 100_000,
+    ],
+)
+def test_a_damaged_manifest_is_said(cache: Path, text: str, tmp_path: Path) -> None:
+    manifest_path(cache, REPO, COMMIT).write_text(text)
+    assert verify(cache)["error"].startswith("the manifest is damaged")
+    assert model_state(cache, REPO, COMMIT)["complete"] is False
+    result = tmp_path / "integrity.json"
+    assert integrity.main(["--cache-dir", str(cache), "--result", str(result), "--share", "1"]) == integrity.DAMAGED
+    assert integrity.damaged(integrity.read_result(result)) == [(REPO, COMMIT, ["its manifest"])]
+
+
+def test_a_fetch_that_ends_meanwhile_makes_no_false_alarm(cache: Path) -> None:
+    flip(blob(cache, "w.safetensors"))
+    manifest = manifest_path(cache, REPO, COMMIT)
+
+    def fetched(size: int) -> None:
+        text = manifest.read_text()
+        manifest.unlink()
+        manifest.write_text(text + " ")
+
+    found = verify(cache, tick=fetched)
+    assert found["damaged"] == [] and "was replaced" in found["error"]
+
+
+def test_reading_takes_its_share_of_the_time(cache: Path) -> None:
+    slept: list[float] = []
+    integrity.verify_model(cache, REPO, COMMIT, share=1.0, rate=1000.0, sleep=slept.append)
+    assert sum(slept) == pytest.approx((len(BIG) + len(SMALL)) / 1000, rel=0.1)
+    slept.clear()
+    integrity.verify_model(cache, REPO, COMMIT, share=1e-9, sleep=slept.append)
+    assert slept and max(slept) == 60.0  # never longer than a minute at once
+    slept.clear()
+    integrity.verify_model(cache, REPO, COMMIT, share=1.0, sleep=slept.append)
+    assert slept == []
+
+
+# -- the verb --------------------------------------------------------------------------------------------------------
+
+
+def run(cache: Path, result: Path, *more: str) -> int:
+    return integrity.main(["--cache-dir", str(cache), "--result", str(result), "--share", "1", *more])
+
+
+def test_the_verb_writes_what_it_found_and_marks_the_model(cache: Path, tmp_path: Path) -> None:
+    result = tmp_path / "state" / "integrity.json"
+    assert run(cache, result) == integrity.SOUND
+    assert integrity.damaged(integrity.read_result(result)) == []
+    assert suspicion(cache, REPO, COMMIT) == ""
+    flip(blob(cache, "w.safetensors"))
+    assert run(cache, result, "--model", f"{REPO}@{COMMIT}") == integrity.DAMAGED
+    told = integrity.read_result(result)
+    assert told["finished"] is True
+    assert integrity.damaged(told) == [(REPO, COMMIT, ["w.safetensors"])]
+    state = model_state(cache, REPO, COMMIT)
+    assert state["complete"] is False and "w.safetensors" in state["suspect"]
+
+
+def test_what_was_found_before_of_another_model_stays(cache: Path, tmp_path: Path) -> None:
+    result = tmp_path / "integrity.json"
+    flip(blob(cache, "w.safetensors"))
+    run(cache, result)
+    other = manifest_path(cache, "acme/other", "b" * 40)
+    other.parent.mkdir()
+    other.write_text(json.dumps({"files": {}}))
+    assert run(cache, result, "--model", f"acme/other@{'b' * 40}") == integrity.DAMAGED
+    assert sorted(integrity.read_result(result)["models"]) == [f"acme/other@{'b' * 40}", f"{REPO}@{COMMIT}"]
+    manifest_path(cache, REPO, COMMIT).unlink()  # removed: nobody is to be alarmed for ever
+    assert run(cache, result, "--model", f"acme/other@{'b' * 40}") == integrity.SOUND
+
+
+@pytest.mark.parametrize(
+    "words", [["--model", "x"], ["--model", f"../x@{COMMIT}"], ["--share", "0"], ["--share", "nan"], ["--rate", "-1"]]
+)
+def test_bad_words_are_refused(cache: Path, tmp_path: Path, words: list[str]) -> None:
+    assert run(cache, tmp_path / "r.json", *words) == integrity.USAGE
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_one_check_at_a_time(cache: Path, tmp_path: Path) -> None:
+    with (tmp_path / "r.json.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run(cache, tmp_path / "r.json") == integrity.BUSY
+
+
+@given(st.recursive(st.none() | st.integers() | st.text(), lambda one: st.lists(one) | st.dictionaries(st.text(), one)))
+def test_any_result_file_is_read_or_set_aside(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
+    place = tmp_path_factory.mktemp("state") / "integrity.json"
+    for data in (value, {"version": 1, "models": {"a": value}}, {"version": 1, "models": value}):
+        place.write_text(json.dumps(data))
+        integrity.damaged(integrity.read_result(place))
+
+
+# -- suspicion -------------------------------------------------------------------------------------------------------
+
+
+def test_a_suspect_model_is_not_complete_until_it_was_hashed(cache: Path) -> None:
+    assert mark_suspect(cache, REPO, COMMIT, "the answer was nonsense") is True
+    state = model_state(cache, REPO, COMMIT)
+    assert (state["complete"], state["suspect"], state["missing"]) == (False, "the answer was nonsense", [])
+    assert list(finished(cache)) == [(REPO, COMMIT)]  # the mark is not taken for a manifest
+    suspect_path(cache, REPO, COMMIT).write_text("{")
+    assert model_state(cache, REPO, COMMIT)["suspect"] == "marked"
+    clear_suspicion(cache, REPO, COMMIT)
+    assert model_state(cache, REPO, COMMIT)["complete"] is True
+
+
+def test_the_mark_is_never_written_through_a_link(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    folder = manifest_path(cache, REPO, COMMIT).parent
+    folder.rename(tmp_path / "moved")
+    folder.symlink_to(tmp_path / "etc")
+    assert mark_suspect(cache, REPO, COMMIT, "x") is False
+    assert list((tmp_path / "etc").iterdir()) == []
+    assert mark_suspect(cache, "acme/none", COMMIT, "x") is False
+
+
+def test_a_check_is_asked_for_after_nonsense_alone(tmp_path: Path) -> None:
+    path = tmp_path / "check-models"
+    assert not integrity.request("endpoint-down", str(path)) and not path.exists()
+    assert not integrity.request("answer-wrong", str(tmp_path / "none" / "x"))
+    assert integrity.request("answer-degenerate", str(path)) and path.exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "words", "marked"),
+    [
+        ("running", ["serve", f"/opt/hf/models--x/snapshots/{COMMIT}"], True),
+        ("running", ["serve", "--revision", COMMIT], True),
+        ("running", ["serve", "--revision", "main"], False),
+        ("exited", ["serve", "--revision", COMMIT], False),
+    ],
+)
+def test_only_what_a_running_engine_serves_is_marked(cache: Path, state: str, words: list[str], marked: bool) -> None:
+    class Docker:
+        def containers(self, **_: Any) -> list[dict[str, Any]]:
+            return [{"Id": "1", "State": state}]
+
+        def container(self, name: str) -> dict[str, Any]:
+            mounts = [{"Source": str(cache)}, {"Source": "/nowhere"}]
+            return {"Config": {"Cmd": words}, "Mounts": mounts}
+
+    docker: Any = Docker()
+    found = integrity.mark_served(docker, "an odd answer")
+    assert found == ([f"{REPO}@{COMMIT}"] if marked else [])
+    assert model_state(cache, REPO, COMMIT)["complete"] is not marked
+
+
+def test_a_check_that_finds_all_files_sound_removes_the_mark(cache: Path, tmp_path: Path) -> None:
+    mark_suspect(cache, REPO, COMMIT, "the answer was nonsense")
+    integrity.verify_all(cache, tmp_path / "integrity.json", share=1)
+    assert model_state(cache, REPO, COMMIT)["complete"] is True
+
+    mark_suspect(cache, REPO, COMMIT, "the answer was nonsense")
+    flip(blob(cache, "w.safetensors"))
+    integrity.verify_all(cache, tmp_path / "integrity.json", share=1)
+    assert "w.safetensors" in suspicion(cache, REPO, COMMIT)
+
+
+def test_a_mark_that_is_made_during_a_check_stays(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark_suspect(cache, REPO, COMMIT, "before")
+    verify = integrity.verify_model
+
+    def marked(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        mark_suspect(cache, REPO, COMMIT, "meanwhile")
+        return verify(*args, **kwargs)
+
+    monkeypatch.setattr(integrity, "verify_model", marked)
+    integrity.verify_all(cache, tmp_path / "integrity.json", share=1)
+    assert suspicion(cache, REPO, COMMIT) == "meanwhile"

@@ -1,0 +1,741 @@
+"""The plan against host states, from a bare host to one that needs nothing."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from typing import Any
+
+import pytest
+import yaml
+
+from sparkfleet import SparkfleetError
+from sparkfleet.planning import plan, preflight
+from sparkfleet.planning.preflight import GIB
+from sparkfleet.planning.target import Settings, Target
+
+SERVICE = "vllm-llama31-8b-fp8"
+DIGEST = "sha256:" + "d" * 64
+COMMIT = "c" * 40
+State = dict[str, Any]
+
+
+def target(**settings: Any) -> Target:
+    return Target.of(Settings(**{"model": "llama31-8b-fp8", "operator": "nvidia", **settings}))
+
+
+def bare() -> State:
+    """A fresh host: no Docker, no toolkit, no folders."""
+    return {
+        "os": {"id": "ubuntu", "version": "24.04", "name": "Ubuntu 24.04.3 LTS", "machine": "aarch64"},
+        "gpu": {"name": "NVIDIA GB10", "driver": "580.142", "compute_capability": "12.1"},
+        "clock": {"offset": 0.4},
+        "memory": {
+            "total": 120 * GIB,
+            "available": 116 * GIB,
+            "swap": [],
+            "swap_in_fstab": [],
+            "earlyoom": {"installed": False, "active": False, "enabled": False, "arguments": ""},
+        },
+        "disk": {place: {"free": 900 * GIB, "device": 1} for place in ("cache", "docker", "containerd")},
+        "docker": {"installed": False, "running": False, "compose": None, "reason": "no socket"},
+        "toolkit": {"installed": False, "configured": False, "version": ""},
+        "operator": {"name": "nvidia", "exists": True, "in_docker_group": False},
+        "cache": None,
+        "project_dir": None,
+        "token": {"present": False, "private": False, "current": False},
+        "model": {"commit": None, "complete": False, "bytes": 0},
+        "hub": {"status": 200, "error": ""},
+        "registry": {"host": "nvcr.io", "status": 401, "error": "", "failure": ""},
+        "compose_file": None,
+        "releases": {
+            "current": None,
+            "previous": None,
+            "numbers": [],
+            "newest_compose": None,
+            "switch": None,
+            "switch_active": False,
+            "switch_compose": None,
+        },
+        "host_program": "",
+        "guard": {
+            **dict.fromkeys(("installed", "active", "enabled", "current"), False),
+            **{"program": "", "settings": None, "state": None},
+        },
+        "listener": None,
+        "healthy": False,
+    }
+
+
+def prepared() -> State:
+    """DGX OS after the stage prepare."""
+    state = bare()
+    state["docker"] = {
+        "installed": True,
+        "running": True,
+        "version": "29.2.1",
+        "compose": "2.40.3",
+        "root": "/var/lib/docker",
+        "runtimes": ["nvidia", "runc"],
+        "proxy": "",
+        "no_proxy": "",
+        "proxy_current": True,
+        "image": None,
+        "containers": [],
+    }
+    state["toolkit"] = {"installed": True, "configured": True, "version": "1.19.0"}
+    state["memory"]["earlyoom"] = {"installed": True, "active": True, "enabled": True, "arguments": ""}
+    state["operator"]["in_docker_group"] = True
+    state["cache"] = {"owner": "root", "group": "docker", "mode": "2775", "directory": True}
+    state["guard"].update(installed=True, active=True, enabled=True, current=True)
+    state["guard"]["settings"] = {
+        "project_dir": "/opt/sparkfleet",
+        "cache_dir": "/opt/hf",
+        "listen_address": [""],
+    }
+    state["project_dir"] = {"owner": "root", "group": "root", "mode": "0755", "directory": True}
+    state["token"] = {"present": True, "private": True, "current": True}
+    return state
+
+
+def fetched() -> State:
+    state = prepared()
+    state["docker"]["image"] = {"id": "sha256:1", "digest": DIGEST, "size": 20 * GIB}
+    state["model"] = {"commit": COMMIT, "complete": True, "bytes": 9 * GIB}
+    state["hub"] = state["registry"] = None
+    return state
+
+
+def serving(goal: Target | None = None) -> State:
+    """A Spark that does what ``goal`` says."""
+    goal = goal or target()
+    state = fetched()
+    document = goal.document(state)
+    service = document["services"][goal.card.service]
+    state["compose_file"] = "# a comment\n" + yaml.safe_dump(document)
+    state["releases"].update(current=3, previous=2, numbers=[2, 3], newest_compose=state["compose_file"])
+    state["docker"]["containers"] = [container(goal.card.service, ports=[goal.settings.port])]
+    state["docker"]["containers"][0]["started_with"] = {
+        "image": service["image"],
+        "command": [word.replace("$$", "$") for word in service["command"]],
+        "environment": {
+            name: hashlib.sha256(value.encode()).hexdigest()
+            for name, value in {**service["environment"], "PATH": "/usr/bin"}.items()
+        },
+        "ports": [goal.settings.port],
+        "published": sorted(port.rpartition(":")[0] for port in service["ports"]),
+        "volumes": sorted(f"{volume}:rw" for volume in service["volumes"]),
+        "restart": "unless-stopped",
+    }
+    state["listener"] = {"pid": 7, "process": "docker-proxy"}
+    state["healthy"] = True
+    return state
+
+
+def container(name: str, ours: bool = True, state: str = "running", ports: list[int] | None = None) -> State:
+    return {
+        "name": name,
+        "image": "an-image",
+        "state": state,
+        "ports": ports or [],
+        "ours": ours,
+        "service": name if ours else None,
+    }
+
+
+def ids(goal: Target, state: State) -> list[str]:
+    return [finding["id"] for finding in plan.make(goal, state)["findings"]]
+
+
+def test_nothing_to_do_when_serving() -> None:
+    made = plan.make(target(), serving())
+    assert made["findings"] == []
+    assert not any(made[stage]["needed"] for stage in ("prepare", "fetch", "deploy"))
+
+
+def test_bare_host_needs_everything() -> None:
+    made = plan.make(target(), bare())
+    assert made["findings"] == []
+    assert all(made[stage]["needed"] for stage in ("prepare", "fetch", "deploy"))
+    assert "install Docker" in made["prepare"]["docker"]
+    assert made["prepare"]["install_docker"]
+    assert "install the NVIDIA Container Toolkit" in made["prepare"]["toolkit"]
+    assert "make /opt/hf" in made["prepare"]["cache"]
+    assert made["fetch"]["model"] == ["download nvidia/Llama-3.1-8B-Instruct-FP8 at main (8.46 GiB)"]
+
+
+def test_prepared_host_is_left_alone() -> None:
+    made = plan.make(target(), prepared())
+    assert not made["prepare"]["needed"]
+    assert made["fetch"]["image"] and made["fetch"]["model"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "part", "words"),
+    [
+        (("docker", "version"), "20.10.5", "docker", ""),
+        (("docker", "running"), False, "docker", "start Docker"),
+        (("docker", "runtimes"), ["runc"], "toolkit", "make nvidia a runtime"),
+        (("operator", "in_docker_group"), False, "docker", "put nvidia into the group docker"),
+        (("cache", "mode"), "0755", "cache", "mode 0755 to 2775"),
+        (("token", "current"), False, "cache", "write the Hugging Face token"),
+        (("token", "private"), False, "cache", "readable by root alone"),
+    ],
+)
+def test_differences_of_a_prepared_host(path: tuple[str, str], value: Any, part: str, words: str) -> None:
+    state = prepared()
+    state[path[0]][path[1]] = value
+    reasons = plan.make(target(), state)["prepare"][part]
+    assert (words in "; ".join(reasons)) if words else not reasons
+
+
+def test_pins_are_those_of_what_was_fetched() -> None:
+    made = plan.make(target(), fetched())
+    service = made["compose"]["services"][SERVICE]
+    assert service["image"].endswith("@" + DIGEST)
+    assert COMMIT in service["command"]
+    assert "/var/cache/sparkfleet/dddddddddddd/triton:/root/.triton" in service["volumes"]
+    assert not made["fetch"]["needed"]
+
+
+def test_another_model_is_a_release_that_stops_the_one_that_runs() -> None:
+    state = serving(target(model="qwen3-8b-fp8"))
+    made = plan.make(target(), state)
+    assert made["findings"] == []
+    deployment = made["deploy"]
+    assert deployment["stage"] == ["stage a release after 3"]
+    assert deployment["start"] == ["switch to it, stopping vllm-qwen3-8b-fp8"]
+    # The switch itself stops what runs, so that it can bring it back.
+    assert deployment["stop_services"] == [] and deployment["mode"] == "deploy" and not deployment["wait"]
+
+
+def test_a_changed_argument_is_a_release() -> None:
+    deployment = plan.make(target(arguments={"max_num_seqs": 32}), serving())["deploy"]
+    assert deployment["stage"] and deployment["start"] == ["switch to it"]
+    assert deployment["release"] is None and not deployment["recreate"]
+
+
+def test_a_release_says_what_it_is() -> None:
+    made = plan.make(target(profile="low_latency", port=9000), fetched())["release"]
+    assert (
+        made["lock"].items()
+        >= {
+            "model": "llama31-8b-fp8",
+            "profile": "low_latency",
+            "service": SERVICE,
+            "revision": COMMIT,
+            "image": f"nvcr.io/nvidia/vllm:25.09-py3@{DIGEST}",
+            "port": 9000,
+        }.items()
+    )
+    assert "@" in made["lock"]["controller"]
+    assert made["plan"]["verify"]["expect"] == "Paris" and made["plan"]["memory"]["fits"]
+
+
+def switching(state: State, to: Target) -> State:
+    """The same host while somebody else switches it to ``to``."""
+    journal = {"to": 4, "model": to.card.name, "controller": "bob@laptop", "verb": "upgrade", "phase": "waiting"}
+    text = yaml.safe_dump(to.document(state))
+    state["releases"].update(switch=journal, switch_active=True, switch_compose=text)
+    return state
+
+
+def test_another_run_that_does_something_else_is_named() -> None:
+    state = switching(serving(), target(model="qwen3-8b-fp8"))
+    findings = plan.make(target(arguments={"max_num_seqs": 32}), state)["findings"]
+    assert [finding["id"] for finding in findings] == ["switch-running-other"]
+    assert "bob@laptop is switching this host to release 4 (qwen3-8b-fp8) with upgrade" in findings[0]["message"]
+
+
+def test_another_run_that_does_the_same_is_joined() -> None:
+    wanted = target(arguments={"max_num_seqs": 32})
+    made = plan.make(wanted, switching(serving(), wanted))
+    assert made["findings"] == [] and made["deploy"]["start"]
+
+
+def test_an_image_for_another_processor_never_stops_what_runs() -> None:
+    state = serving()
+    state["docker"]["image"]["architecture"] = "amd64"
+    findings = plan.make(target(arguments={"max_num_seqs": 32}), state)["findings"]
+    assert [finding["id"] for finding in findings] == ["image-platform"]
+    assert "is built for amd64, the host is aarch64" in findings[0]["message"]
+    state["docker"]["image"]["architecture"] = "arm64"
+    assert plan.make(target(), state)["findings"] == []
+
+
+@pytest.mark.parametrize(
+    ("machine", "built", "refused"),
+    [
+        ("aarch64", "arm64", False),
+        ("x86_64", "amd64", False),
+        ("x86_64", "arm64", True),
+        ("aarch64", "amd64", True),
+        ("aarch64", "", False),  # an engine that does not say
+    ],
+)
+def test_an_image_is_for_the_host_s_processor(machine: str, built: str, refused: bool) -> None:
+    state = fetched()
+    state["os"]["machine"] = machine
+    state["docker"]["image"]["architecture"] = built
+    assert ("image-platform" in ids(target(), state)) is refused
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("image", "other"),
+        ("command", ["vllm", "serve", "other"]),
+        ("environment", {}),
+        ("published", ["9000"]),
+        ("published", ["0.0.0.0:8000"]),
+        ("volumes", []),
+        ("restart", "no"),
+    ],
+)
+def test_a_container_that_drifted_is_made_anew(key: str, value: Any) -> None:
+    state = serving()
+    state["docker"]["containers"][0]["started_with"][key] = value
+    deployment = plan.make(target(), state)["deploy"]
+    assert deployment["recreate"] and deployment["start"] and not deployment["stage"]
+    assert deployment["mode"] == "restart" and deployment["release"] == 3
+
+
+def test_a_model_that_is_to_be_hashed_is_still_the_one_that_is_deployed() -> None:
+    state = serving()
+    state["model"] |= {"complete": False, "suspect": "a verification failed", "missing": []}
+    made = plan.make(target(), state)
+    assert made["fetch"]["needed"] and not made["deploy"]["needed"]
+
+
+def test_a_container_with_dollars_in_its_settings_is_as_its_file_says() -> None:
+    """Compose reads `$$` as `$`: what runs is compared with that."""
+    goal = target(arguments={"hf_overrides": {"$defs": "a$b"}}, environment={"A": "${HOME}", "B": "$$"})
+    state = serving(goal)
+    started = state["docker"]["containers"][0]["started_with"]
+    assert '{"$defs": "a$b"}' in started["command"]
+    started["environment"] |= {
+        name: hashlib.sha256(value.encode()).hexdigest() for name, value in {"A": "${HOME}", "B": "$$"}.items()
+    }
+    assert not plan.make(goal, state)["deploy"]["needed"]
+    started["environment"]["A"] = hashlib.sha256(b"/root").hexdigest()
+    assert plan.make(goal, state)["deploy"]["recreate"]
+
+
+def test_a_token_in_the_environment_is_there_but_not_compared() -> None:
+    goal = target(model_source="hub")
+    state = serving(goal)
+    started = state["docker"]["containers"][0]["started_with"]
+    started["environment"] |= {"HF_TOKEN": "", "HUGGING_FACE_HUB_TOKEN": ""}
+    assert not plan.make(goal, state)["deploy"]["needed"]
+    del started["environment"]["HF_TOKEN"]
+    assert plan.make(goal, state)["deploy"]["recreate"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "ports", "guard", "is_open"),
+    [
+        ({}, ["8000:8000"], [""], True),
+        ({"listen": "all"}, ["8000:8000"], [""], True),
+        ({"listen": "loopback"}, ["127.0.0.1:8000:8000"], ["127.0.0.1"], False),
+        ({"listen": "127.0.0.1"}, ["127.0.0.1:8000:8000"], ["127.0.0.1"], False),
+        (
+            {"listen": ["192.0.2.11", "fd00::1"]},
+            ["127.0.0.1:8000:8000", "192.0.2.11:8000:8000", "[fd00::1]:8000:8000"],
+            ["127.0.0.1", "192.0.2.11", "fd00::1"],
+            True,
+        ),
+        ({"keyed": True}, ["8000:8000"], [""], False),
+        ({"gateways": ("gw",)}, ["127.0.0.1:8000:8000", "192.0.2.11:8000:8000"], ["127.0.0.1", "192.0.2.11"], False),
+        (
+            {"gateways": ("gw",), "address": "127.0.0.1", "listen": "loopback"},
+            ["127.0.0.1:8000:8000"],
+            ["127.0.0.1"],
+            False,
+        ),
+    ],
+)
+def test_where_engine_and_guard_listen_and_whether_that_is_said(
+    settings: dict[str, Any], ports: list[str], guard: list[str], is_open: bool
+) -> None:
+    made = plan.make(target(**settings), fetched() | {"reached_at": ["192.0.2.11"], "engine_key": {"current": True}})
+    assert made["compose"]["services"][SERVICE]["ports"] == ports
+    assert made["prepare"]["guard_settings"]["listen_address"] == guard
+    notes = [note for note in made["notes"] if "open to the network" in note]
+    assert len(notes) == is_open and all("sparkfleet_listen: loopback" in note for note in notes)
+
+
+def test_addresses_do_not_follow_the_order_of_a_name_server() -> None:
+    goal = target(gateways=("gw",))
+    assert goal.addresses({"reached_at": ["b", "a"]}) == goal.addresses({"reached_at": ["a", "b"]}) == ["a", "b"]
+
+
+def test_loopback_and_a_gateway_elsewhere_exclude_each_other() -> None:
+    with pytest.raises(SparkfleetError, match=r"no gateway on another host \(192.0.2.4\) reaches the engine"):
+        target(listen="loopback", gateways=("192.0.2.4",), gateways_elsewhere=("192.0.2.4",), address="127.0.0.1")
+    with pytest.raises(SparkfleetError, match=r"set sparkfleet_address: 127\.0\.0\.1 with it"):
+        target(listen="loopback", gateways=("192.0.2.4",), address="192.0.2.4")
+
+
+def test_code_of_a_repository_is_noted() -> None:
+    assert not any("trust-remote-code" in note for note in plan.make(target(), bare())["notes"])
+    assert any("trust-remote-code" in note for note in plan.make(target(model_source="hub"), bare())["notes"])
+
+
+def test_code_of_a_repository_is_fetched_where_the_engine_is_to_run_it() -> None:
+    assert plan.make(target(), bare())["remote_code"] is False
+    assert plan.make(target(arguments={"trust_remote_code": True}), bare())["remote_code"] is True
+
+
+GATEWAYS: dict[str, Any] = {"gateways": ("gateway-1",)}
+
+
+def test_with_gateways_the_engine_listens_where_they_reach_it() -> None:
+    goal = target(**GATEWAYS)
+    state = {**serving(), "reached_at": ["192.0.2.11"]}
+    made = plan.make(goal, state)
+    assert made["compose"]["services"][goal.card.service]["ports"] == ["127.0.0.1:8000:8000", "192.0.2.11:8000:8000"]
+    assert made["deploy"]["stage"]  # it was everywhere
+    again = serving(goal) | {"reached_at": ["192.0.2.11"]}
+    again["compose_file"] = yaml.safe_dump(goal.document(again))
+    again["docker"]["containers"][0]["started_with"]["published"] = ["127.0.0.1:8000", "192.0.2.11:8000"]
+    assert not plan.make(goal, again)["deploy"]["needed"]
+
+
+def test_where_gateways_reach_it_must_be_known() -> None:
+    state = {**serving(), "reached_at": []}
+    assert [item["id"] for item in plan.make(target(**GATEWAYS), state)["findings"]] == ["address-unknown"]
+    for listen in ("all", "192.0.2.11, fd00::11", ["192.0.2.11"]):
+        assert not plan.make(target(**GATEWAYS, listen=listen), state)["findings"]
+    assert target(listen="192.0.2.11, fd00::11").document()["services"]["vllm-llama31-8b-fp8"]["ports"] == [
+        "127.0.0.1:8000:8000",
+        "192.0.2.11:8000:8000",
+        "[fd00::11]:8000:8000",
+    ]
+    with pytest.raises(SparkfleetError, match="sparkfleet_listen: 'spark-1' will not do: write auto"):
+        target(listen="spark-1")
+
+
+def test_another_key_starts_the_engine_anew() -> None:
+    goal = target(keyed=True)
+    state = serving(goal) | {"engine_key": {"present": True, "private": True, "current": True}}
+    assert not plan.make(goal, state)["deploy"]["needed"]
+    state["engine_key"]["current"] = False
+    deployment = plan.make(goal, state)["deploy"]
+    assert deployment["start"] == ["start vllm-llama31-8b-fp8 anew: its key is another"]
+    assert deployment["mode"] == "restart" and deployment["release"] == 3 and not deployment["stage"]
+
+
+def test_an_engine_that_still_starts_is_only_waited_for() -> None:
+    state = serving()
+    state["healthy"] = False
+    deployment = plan.make(target(), state)["deploy"]
+    assert deployment["wait"] and not (deployment["start"] or deployment["stage"] or deployment["stop_services"])
+
+
+def test_a_stopped_container_is_started() -> None:
+    state = serving()
+    state["docker"]["containers"][0]["state"] = "exited"
+    state["healthy"], state["listener"] = False, None
+    assert plan.make(target(), state)["deploy"]["start"] == [f"start {SERVICE} (exited)"]
+
+
+def test_wanted_stopped() -> None:
+    deployment = plan.make(target(service_state="stopped"), serving())["deploy"]
+    assert deployment["stop_services"] == [SERVICE]
+    assert not deployment["start"] and not deployment["wait"]
+
+
+def test_the_program_on_the_host_is_the_one_of_the_controller() -> None:
+    state, wanted = serving(), target(host_program="f" * 64)
+    assert plan.make(wanted, state)["prepare"]["host_program"] == ["copy the program that switches releases"]
+    state["host_program"] = "e" * 64
+    assert plan.make(wanted, state)["prepare"]["host_program"] == ["update the program that switches releases"]
+    state["host_program"] = state["guard"]["program"] = "f" * 64
+    assert not plan.make(wanted, state)["prepare"]["needed"]
+
+
+def test_the_guard_is_installed_changed_and_stopped() -> None:
+    def reasons(state: State, **settings: Any) -> list[str]:
+        made: list[str] = plan.make(target(**settings), state)["prepare"]["guard"]
+        return made
+
+    state = serving()
+    assert reasons(state) == []
+    assert reasons(bare()) == ["install the guard"]
+    assert reasons(state, guard_settings={"wedge_seconds": 60.0}) == ["change the guard's settings"]
+    assert reasons(state, host_program="f" * 64) == ["restart the guard with its new program"]
+    assert reasons(state, guard=False) == ["stop the guard"]
+    # The new program was copied, or the unit written, and the run ended before the guard was restarted.
+    state["host_program"] = "f" * 64
+    assert reasons(state, host_program="f" * 64) == ["restart the guard with its new program"]
+    state["guard"].update(program="f" * 64, current=False)
+    assert reasons(state, host_program="f" * 64) == ["restart the guard: it is older than its unit or settings"]
+    state["guard"].update(program="", active=False)
+    assert reasons(state) == ["start the guard, now and at boot"]
+    state["guard"].update(enabled=False)
+    assert reasons(state, guard=False) == []
+
+
+def test_wanted_stopped_is_staged_once() -> None:
+    state, wanted = fetched(), target(service_state="stopped")
+    first = plan.make(wanted, state)["deploy"]
+    assert first["stage"] and not first["start"] and not first["stop_services"]
+    state["releases"].update(numbers=[1], newest_compose=yaml.safe_dump(wanted.document(state)))
+    assert not plan.make(wanted, state)["deploy"]["needed"]
+    assert plan.make(target(), state)["deploy"]["start"]
+
+
+def test_a_second_service_of_ours_is_stopped_and_the_right_one_left_alone() -> None:
+    state = serving()
+    state["docker"]["containers"].append({**container("vllm-other"), "service": "vllm-other"})
+    deployment = plan.make(target(), state)["deploy"]
+    assert deployment["stop_services"] == ["vllm-other"] and not deployment["start"]
+
+
+def test_an_edited_file_gives_way_to_a_release() -> None:
+    state = serving()
+    state["compose_file"] = state["compose_file"].replace("'64'", "'65'")
+    assert plan.make(target(), state)["deploy"]["stage"]
+    state["compose_file"] = "{ not yaml"
+    assert plan.make(target(), state)["deploy"]["stage"]
+
+
+@pytest.mark.parametrize(
+    ("change", "identifier", "words"),
+    [
+        ({"gpu": None}, "not-a-spark", "nvidia-smi reports nothing"),
+        ({"gpu": {"name": "NVIDIA A100", "driver": "590.1"}}, "not-a-spark", "NVIDIA A100"),
+        ({"gpu": {"name": "NVIDIA GB10", "driver": "570.86"}}, "driver-too-old", "570.86 is older than 580"),
+        ({"clock": {"offset": -259200}}, "clock-wrong", "3.0 days behind"),
+        ({"clock": {"offset": 900}}, "clock-wrong", "15 minutes ahead of"),
+        (
+            {"registry": {"host": "nvcr.io", "status": 0, "error": "refused", "failure": "registry-unreachable"}},
+            "registry-unreachable",
+            "does not reach nvcr.io (refused)",
+        ),
+        (
+            {"registry": {"host": "nvcr.io", "status": 0, "error": "unknown", "failure": "registry-name"}},
+            "registry-name",
+            "nvcr.io (unknown)",
+        ),
+        ({"os": {"id": "fedora", "version": "42", "name": "Fedora 42", "machine": "aarch64"}}, "os-unsupported", "Fed"),
+        (
+            {"os": {"id": "debian", "version": "12", "name": "Debian 12", "machine": "x86_64"}},
+            "os-without-compose",
+            "sparkfleet_docker_source: docker",
+        ),
+        ({"listener": {"pid": 42, "process": "nginx"}}, "port-taken", "nginx (pid 42)"),
+        ({"hub": {"status": 401, "error": "GatedRepo"}}, "hub-token-rejected", "rejects the token"),
+        ({"hub": {"status": 403, "error": "GatedRepo"}}, "hub-no-access", "huggingface.co/nvidia/Llama-3.1"),
+        ({"hub": {"status": 404, "error": "RepoNotFound"}}, "hub-repo-unknown", "llama31-8b-fp8.yml"),
+        ({"hub": {"status": 404, "error": "RevisionNotFound"}}, "hub-revision-unknown", "'main'"),
+        ({"hub": {"status": 0, "error": "Name or service not known"}}, "hub-unreachable", "name server"),
+        ({"hub": {"status": 503, "error": ""}}, "hub-unreachable", "503"),
+        ({"operator": {"exists": False, "in_docker_group": False}}, "operator-unknown", "'nvidia'"),
+        ({"cache": {"owner": "x", "group": "x", "mode": "0644", "directory": False}}, "cache-not-a-folder", "/opt/hf"),
+    ],
+)
+def test_refusals(change: State, identifier: str, words: str) -> None:
+    state = {**bare(), **change}
+    found = plan.make(target(), state)["findings"]
+    assert [finding["id"] for finding in found] == [identifier]
+    assert words in found[0]["message"]
+
+
+def test_missing_token_is_told_from_a_rejected_one() -> None:
+    state = bare()
+    state["hub"], state["token"]["current"] = {"status": 401, "error": "GatedRepo"}, True
+    found = plan.make(target(), state)["findings"]
+    assert found[0]["id"] == "hub-token-missing"
+    assert "sparkfleet_hf_token" in found[0]["message"]
+
+
+def test_port_of_another_container_and_name_taken() -> None:
+    state = prepared()
+    state["docker"]["containers"] = [container("web", ours=False, ports=[8000])]
+    assert ids(target(), state) == ["port-taken"]
+    assert ids(target(port=8001), state) == []
+    state["docker"]["containers"] = [container(SERVICE, ours=False, state="exited")]
+    assert ids(target(), state) == ["name-taken"]
+
+
+def test_port_held_by_ours_is_fine() -> None:
+    assert ids(target(), serving(target(model="qwen3-8b-fp8"))) == []
+
+
+def test_disk_is_summed_on_one_device_and_split_over_two() -> None:
+    state = bare()
+    state["disk"] = {"cache": {"free": 20 * GIB, "device": 1}, "docker": {"free": 20 * GIB, "device": 1}}
+    found = plan.make(target(image_disk_gib=12), state)["findings"]
+    assert [finding["id"] for finding in found] == ["disk-full"]
+    assert "20.0 GiB free, 22.5 GiB needed" in found[0]["message"]
+    state["disk"]["docker"]["device"] = 2
+    assert ids(target(image_disk_gib=12), state) == []
+
+
+def test_disk_counts_what_is_there_already() -> None:
+    state = bare()
+    state["disk"] = {"cache": {"free": 5 * GIB, "device": 1}, "docker": {"free": 99 * GIB, "device": 2}}
+    assert ids(target(), state) == ["disk-full"]
+    state["model"]["bytes"] = 6 * GIB
+    assert ids(target(), state) == []
+
+
+def test_containerd_s_image_store_needs_half_as_much_again_where_it_lies() -> None:
+    """Docker 29: images lie under /var/lib/containerd, each layer compressed and unpacked."""
+    state = prepared()
+    state["docker"] |= {"store": "containerd", "images_at": "/var/lib/containerd"}
+    state["disk"]["docker"] = {"free": 30 * GIB, "device": 2}
+    (finding,) = plan.make(target(image_disk_gib=20), state)["findings"]
+    assert finding["id"] == "disk-full"
+    assert "30.0 GiB free, 32.0 GiB needed (30.0 GiB for the image in /var/lib/containerd" in finding["message"]
+    state["docker"]["store"] = "docker"
+    assert ids(target(image_disk_gib=20), state) == []
+
+
+def test_docker_that_is_still_to_come_keeps_images_where_its_packages_do() -> None:
+    state = bare()
+    state["disk"]["containerd"] = {"free": GIB, "device": 3}
+    assert ids(target(), state) == []
+    made = plan.make(target(docker_source="docker"), state)
+    assert [finding["id"] for finding in made["findings"]] == ["disk-full"]
+    assert "/var/lib/containerd" in made["findings"][0]["message"]
+
+
+def test_not_a_spark_may_be_allowed() -> None:
+    assert ids(target(require_gb10=False), {**bare(), "gpu": None}) == []
+
+
+def test_hub_source_fetches_no_model() -> None:
+    state = prepared()
+    assert plan.make(target(model_source="hub"), state)["fetch"]["model"] == []
+
+
+def test_wrong_argument_names_the_variable() -> None:
+    with pytest.raises(SparkfleetError, match=r"sparkfleet_vllm_max_num_seqs: must be a whole number from 1 to 65536"):
+        target(arguments={"max_num_seqs": "many"})
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "identifier"),
+    [
+        ("docker", "version", "19.03.1", "docker-too-old"),
+        ("docker", "compose", "2.17.0", "compose-too-old"),
+        ("docker", "compose", None, "compose-too-old"),
+        ("toolkit", "version", "1.10.0", "toolkit-too-old"),
+    ],
+)
+def test_what_is_installed_and_too_old_is_not_upgraded_but_named(
+    part: str, key: str, value: str | None, identifier: str
+) -> None:
+    state = prepared()
+    state[part][key] = value
+    made = plan.make(target(), state)
+    assert [finding["id"] for finding in made["findings"]] == [identifier]
+    assert not made["prepare"]["install_docker"]
+
+
+@pytest.mark.parametrize(
+    "image", ["vllm/vllm-openai:latest", "nvcr.io/nvidia/vllm:25.08-py3", "vllm/vllm-openai:v0.9.2"]
+)
+def test_images_that_do_not_run_on_a_gb10(image: str) -> None:
+    assert ids(target(image=image), prepared()) == ["image-unsupported"]
+    assert ids(target(image=image, require_gb10=False), prepared()) == []
+
+
+def test_without_root_nothing_else_is_said() -> None:
+    state = {**prepared(), "user": {"id": 1000, "name": "nvidia"}}
+    state["listener"] = {"pid": 0, "process": ""}
+    (finding,) = plan.make(target(), state)["findings"]
+    assert finding["id"] == "not-root" and finding["message"].startswith("needs root, runs as nvidia. Set become: true")
+    assert "--become" in finding["message"]
+    # What reads only tells what it sees.
+    found = plan.make(target(), state, reads=True)["findings"]
+    assert [finding["id"] for finding in found] == ["port-taken"]
+    assert ids(target(), {**prepared(), "user": {"id": 0, "name": "root"}}) == []
+
+
+def test_every_finding_at_once() -> None:
+    state = prepared()
+    state["gpu"] = {"name": "NVIDIA A100", "driver": "535.1", "compute_capability": "8.0"}
+    state["os"] = {"id": "fedora", "version": "42", "name": "Fedora 42", "machine": "i686"}
+    state["clock"]["offset"] = 1e6
+    state["docker"]["compose"] = "2.10.2"
+    state["toolkit"]["version"] = "1.10.0"
+    state["memory"]["available"] = 30 * GIB
+    state["disk"]["cache"] = {"free": GIB, "device": 2}
+    state["listener"] = {"pid": 1, "process": "x"}
+    state["registry"] = {"host": "nvcr.io", "status": 0, "error": "refused", "failure": "registry-unreachable"}
+    state["hub"] = {"status": 403, "error": "GatedRepo"}
+    found = ids(target(image="vllm/vllm-openai:latest"), state)
+    assert found == [
+        *("not-a-spark", "driver-too-old", "os-unsupported", "machine-unsupported", "clock-wrong", "compose-too-old"),
+        *("toolkit-too-old", "image-unsupported", "memory-short", "disk-full", "port-taken", "registry-unreachable"),
+        "hub-no-access",
+    ]
+
+
+def test_memory_is_compared_with_what_will_be_free() -> None:
+    state = serving()
+    state["memory"]["available"] = 5 * GIB  # the engine holds the rest
+    assert ids(target(), state) == []
+    # another model replaces the one that runs, and may have its memory
+    assert ids(target(model="qwen3-8b-fp8"), state) == []
+    state["docker"]["containers"] = []
+    state["listener"], state["healthy"] = None, False
+    found = plan.make(target(), state)["findings"]
+    assert [finding["id"] for finding in found] == ["memory-short"]
+    assert "would refuse to start" in found[0]["message"]
+    assert ids(target(memory_plan="warn"), state) == []
+    assert ids(target(service_state="stopped"), state) == []
+
+
+def test_memory_guards_are_part_of_prepare() -> None:
+    state = prepared()
+    state["memory"]["earlyoom"] |= {"active": False, "arguments": "-m 5"}
+    state["memory"]["swap"] = [{"path": "/swap.img", "size": GIB}]
+    made = plan.make(target(earlyoom_arguments="-m 3", swap="disabled"), state)["prepare"]
+    assert made["memory"] == ["change the arguments of earlyoom", "start earlyoom, now and at boot", "switch swap off"]
+    assert not plan.make(target(earlyoom=False), state)["prepare"]["memory"]
+
+
+def test_a_proxy_is_given_to_docker() -> None:
+    state = prepared()
+    state["docker"]["proxy_current"] = False
+    made = plan.make(target(proxy="http://me:secret@proxy:3128"), state)["prepare"]
+    assert made["docker"] == ["let Docker use the proxy proxy:3128 and restart it"] and made["restart_docker"]
+    made = plan.make(target(proxy="http://me:secret@proxy:3128"), prepared())["prepare"]
+    assert not made["docker"] and not made["restart_docker"]
+
+
+def test_tool_calls_are_the_cards_and_can_be_left_out() -> None:
+    assert target().arguments["tool_call_parser"] == "llama3_json"
+    assert "tool_call_parser" not in target(tool_calls=False).arguments
+    assert "tool_call_parser" not in target(model_source="hub").arguments
+    assert target(arguments={"tool_call_parser": "mine"}).arguments["tool_call_parser"] == "mine"
+
+
+def test_environment_comes_on_top_of_the_cards() -> None:
+    goal = target(environment={"VLLM_USE_AOT_COMPILE": 0})
+    service = goal.document()["services"][SERVICE]
+    assert service["environment"]["VLLM_USE_AOT_COMPILE"] == "0"
+    assert service["environment"]["HF_HUB_OFFLINE"] == "1"
+    assert plan.make(goal, serving())["deploy"]["start"]
+    with pytest.raises(SparkfleetError, match=r"sparkfleet_environment\.vllm: must be the name of a variable"):
+        target(environment={"vllm": "x"})
+    with pytest.raises(SparkfleetError, match=r"sparkfleet_environment\.A: must be a text or a number, not \['x'\]"):
+        target(environment={"A": ["x"]})
+
+
+def test_plan_does_not_touch_the_state() -> None:
+    state = serving()
+    before = copy.deepcopy(state)
+    plan.make(target(), state)
+    assert state == before
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("29.2.1", (29, 2, 1)), ("v2.26.1-4", (2, 26, 1)), (None, (0,)), ("", (0,))]
+)
+def test_version(text: str | None, numbers: tuple[int, ...]) -> None:
+    assert preflight.version(text) == numbers

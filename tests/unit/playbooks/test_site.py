@@ -1,0 +1,69 @@
+"""site.yml itself, run by ansible-playbook on several Sparks; what acts on a Spark has a stand-in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.unit.playbooks.test_rollout import Fleet
+
+SITE = "site.yml"
+UNREACHABLE, FAILED = 4, 2  # as ansible-playbook ends
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Fleet:
+    return Fleet(tmp_path, 3)
+
+
+def called(fleet: Fleet) -> set[str]:
+    """Actions that were called, the look left out."""
+    return {path.name.rpartition(".")[2] for path in fleet.folder.glob("calls.*")} - {"spark_plan"}
+
+
+@pytest.mark.parametrize(
+    ("fate", "code"), [("unreachable", UNREACHABLE), ("failed", FAILED)], ids=["unreachable", "refused"]
+)
+def test_a_spark_that_is_lost_keeps_no_other_one_from_its_deployment(fleet: Fleet, fate: str, code: int) -> None:
+    """`any_errors_fatal` once was a template, which ansible-core takes for true."""
+    ended, said = fleet.run(playbook=SITE, s2_spark_plan=fate)
+    assert ended == code, said
+    assert fleet.released() == ["s1", "s3"]
+    assert sorted(entry["host"] for entry in fleet.log("vllm_verify")) == ["s1", "s3"]
+
+
+def test_a_rollout_does_not_begin_without_one_of_its_sparks(fleet: Fleet) -> None:
+    code, said = fleet.run(s2_spark_plan="unreachable")
+    assert code == UNREACHABLE, said
+    assert fleet.released() == []
+
+
+@pytest.mark.parametrize(
+    ("tag", "actions"),
+    [
+        ("preflight", set()),
+        ("prepare", set()),
+        ("fetch", set()),
+        ("deploy", {"release_switch"}),
+        ("verify", {"vllm_verify"}),
+        ("gateway", set()),
+        ("preflight,verify", {"vllm_verify"}),
+    ],
+)
+def test_each_stage_by_its_tag(fleet: Fleet, tag: str, actions: set[str]) -> None:
+    code, said = fleet.run("--tags", tag, playbook=SITE)
+    assert code == 0, said
+    assert called(fleet) == actions, said
+    code, said = fleet.run("--skip-tags", tag, playbook=SITE, needed=[])
+    assert code == 0, said
+    assert not called(fleet) & actions, said
+
+
+def test_everything_tagged_from_outside(fleet: Fleet) -> None:
+    (fleet.folder / "own.yml").write_text(
+        f"- import_playbook: {Path(__file__).resolve().parents[2] / SITE}\n  tags: [sparks]\n", encoding="utf-8"
+    )
+    code, said = fleet.run("--tags", "sparks", playbook=str(fleet.folder / "own.yml"))
+    assert code == 0, said
+    assert fleet.released() == ["s1", "s2", "s3"] and "vllm_verify" in called(fleet)

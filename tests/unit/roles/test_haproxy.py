@@ -1,0 +1,457 @@
+"""The gateway as HAProxy runs it: what the role renders for an inventory, talked to over sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import ssl
+import string
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+from sparkfleet_host import names
+
+from sparkfleet import SparkfleetError
+from sparkfleet.fleet import gateway as planned
+from tests.unit.roles.haproxy import LLAMA, OSS, QUICK, Answer, Spark, checked, free_port, open_port, rendered, running
+
+KEY = "a-key-of-a-client"
+ENGINE_KEY = "a-key-of-engines"
+Make = Callable[..., Spark]
+
+
+@pytest.fixture
+def spark() -> Iterator[Make]:
+    made: list[Spark] = []
+
+    def make(name: str, repo: str = LLAMA) -> Spark:
+        made.append(Spark(name, repo))
+        return made[-1]
+
+    yield make
+    for item in made:
+        item.close()
+
+
+def host(spark: Spark, **more: Any) -> dict[str, Any]:
+    """Its variables in an inventory."""
+    place = {"ansible_host": "127.0.0.1", "sparkfleet_port": spark.port, "sparkfleet_guard_port": spark.port}
+    return {
+        **place,
+        "sparkfleet_model": "llama31-8b-fp8",
+        **{f"sparkfleet_{key}": value for key, value in more.items()},
+    }
+
+
+def test_one_model_goes_to_sparks_in_turn(tmp_path: Path, spark: Make) -> None:
+    one, two = spark("spark-1"), spark("spark-2")
+    with running(tmp_path, {"spark-1": host(one), "spark-2": host(two)}) as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="UP", llama31_8b_fp8_spark_2="UP")
+        assert {gateway.ask().spark for _ in range(4)} == {"spark-1", "spark-2"}
+        assert len({gateway.ask(headers={"X-Session-ID": "s"}).spark for _ in range(6)}) == 1
+        assert gateway.ask("/v1/models", "GET").status == gateway.ask("/health", "GET").status == 200
+        assert all(path == f"/ready?model={LLAMA}" for path, _ in one.checked)
+        assert "authorization" not in one.asked[-1][2]
+
+
+@pytest.mark.parametrize(
+    ("status", "method", "path"),
+    [
+        *((404, "POST", path) for path in ("/pause", "/tokenize", "/metrics", "/v1", "/", "/V1/x", "/healthy")),
+        *((400, "POST", f"/v1/{path}") for path in ("../pause", "%2e%2e/pause", "%2E./x", "..%2fx", "a/../../x", "..")),
+        *((400, "POST", path) for path in ("//v1/x", "/v1//x", "/v1/./x", "/v1/x%5c..%5cy", "/v1/..;/pause", "/v1/.")),
+        *((400, "POST", path) for path in ("/v1/%252e%252e/pause", "/v1/x\\..\\pause", "/v1/a%00", "/health/../pause")),
+        *((405, method, "/v1/models") for method in ("PUT", "TRACE", "PATCH", "PROPFIND")),
+        *((200, method, "/v1/responses/r1?x=a%2Fb%2e%2e") for method in ("GET", "POST", "DELETE", "OPTIONS", "HEAD")),
+        *((405, method, "/health") for method in ("POST", "DELETE", "OPTIONS")),
+        (400, "GET", "/v1/%6dodels"),
+        (400, "CONNECT", "/v1/models"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("door")
+def test_what_is_let_through(door: Any, status: int, method: str, path: str) -> None:
+    gateway, engine = door
+    engine.asked.clear()
+    line = f"{method} {path} HTTP/1.1\r\nHost: g\r\nX-Client: t\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    answer = gateway.raw(line.encode())
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode()), answer[:300]
+    assert len(engine.asked) == (1 if status == 200 else 0)
+    if engine.asked:
+        assert engine.asked[0][1] == "/v1/responses/r1?x=a%2Fb%2e%2e"
+
+
+@pytest.fixture(scope="module")
+def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    engine = Spark("spark-1")
+    with running(tmp_path_factory.mktemp("door"), {"spark-1": host(engine)}) as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="UP")
+        yield gateway, engine
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "head", ["Content-Length: 5\r\n\r\nhello", "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"]
+)
+def test_health_takes_no_body(door: Any, head: str) -> None:
+    gateway, engine = door
+    engine.asked.clear()
+    answer = gateway.raw(f"GET /health HTTP/1.1\r\nHost: g\r\nX-Client: t\r\nConnection: close\r\n{head}".encode())
+    assert answer.startswith(b"HTTP/1.1 413 ") and engine.asked == []
+
+
+def test_no_other_protocol_is_spoken_behind_the_door(door: Any) -> None:
+    gateway, engine = door
+    engine.asked.clear()
+    for upgrade in ("h2c", "websocket"):
+        head = f"GET /v1/models HTTP/1.1\r\nHost: g\r\nConnection: Upgrade\r\nUpgrade: {upgrade}\r\n"
+        assert gateway.raw((head + "HTTP2-Settings: AAMAAABk\r\n\r\n").encode(), 2).startswith(b"HTTP/1.1 400 ")
+    # HTTP/2 without TLS and without asking.
+    assert b"200" not in gateway.raw(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0", 1)
+    assert engine.asked == []
+
+
+def test_a_request_is_bounded(tmp_path: Path, spark: Make) -> None:
+    engine = spark("spark-1")
+    with running(tmp_path, {"spark-1": host(engine)}, gateway_body=1000, gateway_answer_timeout="60s") as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="UP")
+        assert gateway.ask(body=b"x" * 1001).status == 413 and gateway.ask(body=b"x" * 1000).status == 200
+        began = time.monotonic()
+        late = gateway.raw(b"POST /v1/x HTTP/1.1\r\nHost: g\r\nX-Client: t\r\nContent-Length: 10\r\n\r\nhal", 8)
+        assert late.startswith(b"HTTP/1.1 408 ") and time.monotonic() - began > 0.5
+        assert gateway.raw(b"GET /v1/models HTTP/1.1\r\nHos", 8).startswith(b"HTTP/1.1 408 ")
+        assert len(engine.asked) == 1
+
+
+def test_one_address_has_so_many_connections(tmp_path: Path, spark: Make) -> None:
+    engine = spark("spark-1")
+    with running(
+        tmp_path, {"spark-1": host(engine)}, gateway_client_connections=3, gateway_request_timeout="30s"
+    ) as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="UP")
+        time.sleep(0.2)
+        held = [socket.create_connection(("127.0.0.1", gateway.port)) for _ in range(3)]
+        end = time.monotonic() + 20
+        while "conn_cur=3" not in gateway.runtime("show table sparkfleet") and time.monotonic() < end:
+            time.sleep(0.05)
+        with pytest.raises((OSError, AssertionError)):
+            assert gateway.raw(b"GET /health HTTP/1.0\r\nX-Client: t\r\n\r\n", 2)
+        for connection in held:
+            connection.close()
+        end, got = time.monotonic() + 20, b""
+        while not got and time.monotonic() < end:
+            with contextlib.suppress(OSError):
+                got = gateway.raw(b"GET /health HTTP/1.0\r\nX-Client: t\r\n\r\n", 5)
+        assert got.startswith(b"HTTP/1.1 200")
+
+
+#: Every character that a key may have.
+CHARACTERS = "".join(sorted(set(string.printable) - set(string.whitespace) - {","}))
+KEYS = [KEY, CHARACTERS.lstrip("#").replace("#", "") + "#", CHARACTERS[::-1], "tail-====", "\\\\%[src]'\"{}"]
+
+
+def test_keys_of_clients(tmp_path: Path, spark: Make) -> None:
+    assert planned.keys(KEYS) == KEYS
+    engine = spark("spark-1")
+    with running(tmp_path, {"spark-1": host(engine)}, gateway_keys=KEYS) as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="UP")
+        for key in KEYS:
+            assert gateway.ask(key=key).status == 200, key
+        refused = gateway.ask()
+        assert refused.status == 401 and refused.headers["www-authenticate"] == "Bearer"
+        for wrong in ("", KEY[:-1], f"{KEY}x", KEY.upper(), f" {KEY}x", "tail-===", "#"):
+            assert gateway.ask(key=wrong).status == 401, wrong
+        assert gateway.ask("/v1/models", "GET").status == 401
+        assert gateway.ask("/health", "GET").status == 200
+        assert gateway.ask("/pause", key=KEY).status == 404
+        assert all("authorization" not in headers for _, _, headers, _ in engine.asked)
+
+
+def test_a_body_without_a_key_is_not_waited_for(tmp_path: Path, spark: Make) -> None:
+    engine = spark("spark-1")
+    with running(tmp_path, {"spark-1": host(engine)}, gateway_keys=[KEY], gateway_request_timeout="60s") as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="UP")
+        began = time.monotonic()
+        said = gateway.raw(b"POST /v1/x HTTP/1.1\r\nHost: g\r\nContent-Length: 250000\r\n\r\n" + b"x" * 1000, 20)
+        assert said.startswith(b"HTTP/1.1 401 ") and time.monotonic() - began < 15
+
+
+def test_the_engines_key_takes_the_place_of_the_clients(tmp_path: Path, spark: Make) -> None:
+    engine, bare = spark("spark-1"), spark("spark-2")
+    engine.key = bare.key = ENGINE_KEY
+    bare.guarded = False
+    hosts = {"spark-1": host(engine, engine_key=ENGINE_KEY), "spark-2": host(bare, engine_key=ENGINE_KEY, guard=False)}
+    with running(tmp_path, hosts, gateway_keys=[KEY]) as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="UP", llama31_8b_fp8_spark_2="UP")
+        assert {gateway.ask(key=KEY).spark for _ in range(4)} == {"spark-1", "spark-2"}
+        for item in (engine, bare):
+            assert {headers["authorization"] for _, _, headers, _ in item.asked} == {f"Bearer {ENGINE_KEY}"}
+    # Where every Spark has a guard, nothing but an engine gets the key.
+    with running(tmp_path / "two", {"spark-1": hosts["spark-1"]}) as gateway:
+        engine.checked.clear()
+        gateway.until(llama31_8b_fp8_spark_1="UP")
+        assert gateway.ask().status == 200
+        assert all("authorization" not in headers for _, headers in engine.checked[2:])
+
+
+def test_before_the_first_byte_another_spark_is_asked_and_never_after_it(tmp_path: Path, spark: Make) -> None:
+    one, two = spark("spark-1"), spark("spark-2")
+    with running(tmp_path, {"spark-1": host(one), "spark-2": host(two)}) as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="UP", llama31_8b_fp8_spark_2="UP")
+        for behaviour in ("hang-up", "503"):
+            one.behaviour, two.behaviour = [behaviour] * 30, []
+            answers = [gateway.ask(body=b'{"prompt": "all of it"}') for _ in range(4)]
+            assert [(answer.status, answer.spark) for answer in answers] == [(200, "spark-2")] * 4
+            assert len(one.behaviour) < 30
+            one.behaviour = []
+            gateway.until(llama31_8b_fp8_spark_1="UP", llama31_8b_fp8_spark_2="UP")
+        assert {body for _, _, _, body in (*one.asked, *two.asked)} == {b'{"prompt": "all of it"}'}
+        before = len(one.asked) + len(two.asked)
+        one.behaviour = two.behaviour = ["half"]
+        said = gateway.raw(b"GET /v1/x HTTP/1.1\r\nHost: g\r\nX-Client: t\r\n\r\n", 5)
+        assert said.endswith(b"half") and len(one.asked) + len(two.asked) == before + 1
+
+
+def test_an_engine_may_be_silent_only_for_so_long(tmp_path: Path, spark: Make) -> None:
+    engine = spark("spark-1")
+    with running(tmp_path, {"spark-1": host(engine)}) as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="UP")
+        engine.behaviour = ["silent"]
+        assert gateway.ask().status == 504
+        assert len(engine.asked) == 1  # what was begun is not begun elsewhere
+
+
+def test_a_drained_spark_ends_what_it_has_and_gets_nothing_new(tmp_path: Path, spark: Make) -> None:
+    one, two = spark("spark-1"), spark("spark-2")
+    with running(tmp_path, {"spark-1": host(one), "spark-2": host(two)}) as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="UP", llama31_8b_fp8_spark_2="UP")
+        session = {"X-Session-ID": "mine"}
+        first = gateway.ask(headers=session).spark
+        victim = one if first == "spark-1" else two
+        victim.behaviour = ["slow"]
+        got: list[Answer] = []
+        thread = threading.Thread(target=lambda: got.append(gateway.ask(headers=session)))
+        thread.start()
+        time.sleep(0.3)
+        gateway.runtime(f"set server llama31-8b-fp8/{first} state maint")
+        before = len(victim.asked)
+        assert all(gateway.ask(headers=session).spark != first for _ in range(4))
+        thread.join()
+        assert got[0].spark == first and len(victim.asked) == before
+        gateway.runtime(f"set server llama31-8b-fp8/{first} state ready")
+        gateway.until(**{f"llama31_8b_fp8_{first.replace('-', '_')}": "UP"})
+
+
+def test_requests_of_a_model_go_where_it_is_served_whatever_the_inventory_says(tmp_path: Path, spark: Make) -> None:
+    """A Spark that was switched or rolled back by itself: no step at the gateway."""
+    one, two = spark("spark-1"), spark("spark-2", OSS)
+    hosts = {"spark-1": host(one), "spark-2": host(two, model="gpt-oss-120b")}
+    with running(tmp_path, hosts) as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="UP", llama31_8b_fp8_spark_2="DOWN", gpt_oss_120b_spark_2="UP")
+        assert {gateway.ask(body=body(LLAMA)).spark for _ in range(4)} == {"spark-1"}
+        assert {gateway.ask(body=body(OSS)).spark for _ in range(4)} == {"spark-2"}
+        two.repo = LLAMA
+        gateway.until(llama31_8b_fp8_spark_2="UP", gpt_oss_120b_spark_2="DOWN")
+        assert {gateway.ask(body=body(LLAMA)).spark for _ in range(6)} == {"spark-1", "spark-2"}
+        assert gateway.ask(body=body(OSS)).status == 503
+        one.repo = OSS
+        gateway.until(gpt_oss_120b_spark_1="UP")
+        assert gateway.ask(body=body(OSS)).spark == "spark-1"
+
+
+def test_the_guard_is_asked_at_its_own_port(tmp_path: Path, spark: Make) -> None:
+    engine, guard = spark("spark-1"), spark("guard")
+    engine.guarded = False
+    with running(tmp_path, {"spark-1": {**host(engine), "sparkfleet_guard_port": guard.port}}) as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="UP")
+        time.sleep(0.5)
+        assert gateway.ask().spark == "spark-1" and guard.checked and not engine.checked and not guard.asked
+
+
+def test_a_spark_without_a_guard_is_asked_for_its_models(tmp_path: Path, spark: Make) -> None:
+    one, two = spark("spark-1"), spark("spark-2")
+    one.guarded = two.guarded = False
+    two.repo = OSS
+    with running(tmp_path, {"spark-1": host(one, guard=False), "spark-2": host(two, guard=False)}) as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="UP", llama31_8b_fp8_spark_2="DOWN")
+        two.repo = LLAMA
+        gateway.until(llama31_8b_fp8_spark_2="UP")
+        two.key = "that the gateway lacks"
+        gateway.until(llama31_8b_fp8_spark_2="DOWN")
+
+
+def body(model: str) -> bytes:
+    return json.dumps({"model": model}).encode()
+
+
+def test_models_by_port_path_name_and_body(tmp_path: Path, spark: Make) -> None:
+    one, two = spark("spark-1"), spark("spark-2", OSS)
+    hosts = {"spark-1": host(one), "spark-2": host(two, model="gpt-oss-120b")}
+    port = free_port()
+    with running(tmp_path, hosts, ports={"gpt-oss-120b": port}, gateway_keys=[KEY]) as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="UP", gpt_oss_120b_spark_2="UP")
+
+        def ask(path: str = "/v1/completions", **more: Any) -> Answer:
+            return gateway.ask(path, key=KEY, **more)
+
+        assert ask(port=port, body=body(LLAMA)).spark == "spark-2"
+        assert ask("/gpt-oss-120b/v1/completions").spark == "spark-2" and two.asked[-1][1] == "/v1/completions"
+        assert ask("/gpt-oss-120b/v1/models", method="GET").spark == "spark-2"
+        assert ask(headers={"Host": "llama31-8b-fp8.lan"}).spark == "spark-1"
+        assert ask(body=body(OSS)).spark == "spark-2" and ask(body=body(LLAMA)).spark == "spark-1"
+        listed = json.loads(ask("/v1/models", method="GET").body)
+        assert [item["id"] for item in listed["data"]] == [LLAMA, OSS]
+        for wrong in (b"{}", b"not json", body("other/model"), body("")):
+            assert ask(body=wrong).status == 404
+        assert ask("/gpt-oss-120b/pause").status == ask("/gpt-oss-120bx/v1/models").status == 404
+        assert ask("/gpt-oss-120b/v1/../pause").status == 400
+        assert gateway.ask(port=port).status == gateway.ask("/gpt-oss-120b/v1/x").status == 401
+        assert gateway.ask("/health", "GET").status == 200
+
+
+def test_a_further_model_has_its_backend(tmp_path: Path, spark: Make) -> None:
+    """A rollback to a model that nobody is to serve any more."""
+    one = spark("spark-1", OSS)
+    with running(tmp_path, {"spark-1": host(one)}, models=["gpt-oss-120b"]) as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="DOWN", gpt_oss_120b_spark_1="UP")
+        assert gateway.ask(body=body(OSS)).spark == "spark-1"
+
+
+def test_tls(tmp_path: Path, spark: Make) -> None:
+    folder = tmp_path / "etc"
+    folder.mkdir()
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=g"]
+    words += ["-addext", "subjectAltName=IP:127.0.0.1", "-out", str(folder / "gateway.pem")]
+    subprocess.run([*words, "-keyout", str(folder / "gateway.pem.key")], check=True, capture_output=True)
+    engine = spark("spark-1")
+    with running(folder, {"spark-1": host(engine)}, gateway_certificate="self-signed", gateway_keys=[KEY]) as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="UP")
+        trusted = ssl.create_default_context(cafile=str(folder / "gateway.pem"))
+        assert gateway.ask(tls=trusted, key=KEY).status == 200 and gateway.ask(tls=trusted).status == 401
+        old = ssl.create_default_context(cafile=str(folder / "gateway.pem"))
+        old.maximum_version = ssl.TLSVersion.TLSv1_1
+        with pytest.raises((ssl.SSLError, OSError)):
+            gateway.ask(tls=old, key=KEY)
+        assert b"200" not in gateway.raw(b"GET /health HTTP/1.0\r\n\r\n", 2)
+
+
+def test_statistics_are_for_loopback_and_who_is_told(tmp_path: Path, spark: Make) -> None:
+    engine = spark("spark-1")
+    with running(tmp_path, {"spark-1": host(engine)}) as gateway:
+        assert open_port(gateway.statistics) and not open_port(gateway.statistics, "127.0.0.2")
+        assert gateway.ask("/ready", "GET", gateway.statistics).status == 200
+        assert "haproxy_process" in gateway.ask("/metrics", "GET", gateway.statistics).body
+    with running(tmp_path, {"spark-1": host(engine)}, gateway_statistics_listen="127.0.0.2") as gateway:
+        assert open_port(gateway.statistics) and open_port(gateway.statistics, "127.0.0.2")
+        assert not open_port(gateway.statistics, "127.0.0.3")
+    with running(tmp_path, {"spark-1": host(engine)}, gateway_statistics_listen="*") as gateway:
+        assert open_port(gateway.statistics) and open_port(gateway.statistics, "127.0.0.3")
+
+
+def test_gateways_share_sessions(tmp_path: Path, spark: Make) -> None:
+    sparks = [spark(f"spark-{number}") for number in range(1, 5)]
+    hosts = {item.name: host(item) for item in sparks}
+    port = free_port()
+    peers = [{"name": f"gateway-{number}", "address": f"127.0.0.{number}"} for number in (1, 2)]
+    more = {"gateway_peers": peers, "gateway_peer_port": port}
+    (tmp_path / "1").mkdir()
+    (tmp_path / "2").mkdir()
+    with (
+        running(tmp_path / "1", hosts, inventory_hostname="gateway-1", **more) as first,
+        running(tmp_path / "2", hosts, inventory_hostname="gateway-2", **more) as second,
+    ):
+        for gateway in (first, second):
+            gateway.until(**{f"llama31_8b_fp8_spark_{number}": "UP" for number in range(1, 5)})
+        sessions = [f"s{number}" for number in range(8)]
+        end = time.monotonic() + 8
+        while "established" not in first.runtime("show peers").lower() and time.monotonic() < end:
+            time.sleep(0.1)
+        where = {name: first.ask(headers={"X-Session-ID": name}).spark for name in sessions}
+        time.sleep(1)
+        # In another order: without a table of its own it would give them to others.
+        assert {name: second.ask(headers={"X-Session-ID": name}).spark for name in reversed(sessions)} == where
+        assert open_port(port, "127.0.0.1") and not open_port(port, "127.0.0.3")
+
+
+def test_a_name_that_stands_for_nothing_joins_when_it_comes_back(tmp_path: Path, spark: Make) -> None:
+    """The configuration is accepted, HAProxy starts, the other Sparks serve."""
+    one, two = spark("spark-1"), spark("spark-2")
+    hosts = {"spark-1": host(one), "spark-2": {**host(two), "ansible_host": "no-such-spark.invalid"}}
+    answers: dict[str, list[str]] = {}
+    with running(tmp_path, hosts) as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="UP", llama31_8b_fp8_spark_2="DOWN")
+        assert [gateway.ask().spark for _ in range(4)] == ["spark-1"] * 4
+        said: list[str] = []
+        keeper = names.Names(str(tmp_path / "admin.sock"), lambda name: answers.get(name, []), said.append)
+        keeper.step()
+        assert said == []
+        answers["no-such-spark.invalid"] = ["127.0.0.1"]
+        keeper.step()
+        time.sleep(0.2)
+        keeper.step()
+        gateway.until(llama31_8b_fp8_spark_2="UP")
+        assert {gateway.ask().spark for _ in range(4)} == {"spark-1", "spark-2"}
+        # A new lease; then the name is lost, and the address stays.
+        answers["no-such-spark.invalid"] = ["127.0.0.3"]
+        for _ in range(3):
+            keeper.step()
+            time.sleep(0.1)
+        gateway.until(llama31_8b_fp8_spark_2="DOWN")
+        answers["no-such-spark.invalid"] = ["127.0.0.1"]
+        for _ in range(3):
+            keeper.step()
+            time.sleep(0.1)
+        answers.clear()
+        keeper.step()
+        gateway.until(llama31_8b_fp8_spark_2="UP")
+        assert len(said) == 3 and "no-such-spark.invalid is 127.0.0.1, was 100::1" in said[0]
+
+
+def test_names_are_resolved_as_the_host_does() -> None:
+    assert names.resolve("127.0.0.1") == ["127.0.0.1"] and names.resolve("no-such-spark.invalid") == []
+    assert names.resolve("localhost")[0] == "127.0.0.1" and names.resolve("x" * 300) == []
+
+
+NAMES = st.text(min_size=1, max_size=20) | st.from_regex(r"spark[-_.@+ ]?[0-9]", fullmatch=True)
+PORTS = st.integers(0, 70000) | st.sampled_from(["8000", "080", "", None, "x", True, 8000.5])
+SECRETS = st.just("") | st.text(max_size=40) | st.from_regex(r"[!-~]{7,12}", fullmatch=True)
+PLACES = st.ip_addresses().map(str) | st.sampled_from(
+    ["a.invalid", "b.local.invalid", "::1%eth0", "a b", "x;y", "", "-a"]
+)
+MODELS = st.sampled_from(["llama31-8b-fp8", "gpt-oss-120b", "gpt-oss-20b", "no-such", "../x"])
+SPARKS = st.fixed_dictionaries(
+    {"ansible_host": PLACES},
+    optional={
+        **{"sparkfleet_model": MODELS, "sparkfleet_port": PORTS, "sparkfleet_guard_port": PORTS},
+        **{"sparkfleet_guard": st.booleans(), "sparkfleet_drained": st.booleans(), "sparkfleet_engine_key": SECRETS},
+    },
+)
+
+
+@hypothesis.settings(max_examples=15, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
+@hypothesis.given(
+    hosts=st.dictionaries(NAMES, SPARKS, min_size=1, max_size=4),
+    keys=st.lists(SECRETS, max_size=3),
+    ports=st.dictionaries(MODELS, PORTS, max_size=2),
+    further=st.lists(MODELS, max_size=2),
+)
+def test_what_renders_is_accepted_and_what_is_not_is_refused_with_one_message(
+    tmp_path_factory: pytest.TempPathFactory, hosts: Any, keys: Any, ports: Any, further: Any
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    try:
+        planned.keys(keys)
+        planned.check_ports({"sparkfleet_gateway_port": 8080, **ports})
+        made = planned.plan(planned.settings(hosts), ports, further)
+    except SparkfleetError as error:
+        assert "\n" not in str(error) and str(error).isprintable()
+        return
+    error = checked(rendered(made, folder, **QUICK, gateway_keys=keys), folder)
+    assert not error, error

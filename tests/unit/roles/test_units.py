@@ -1,0 +1,101 @@
+"""The units of systemd, rendered as the role does it and judged by systemd itself."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import hardening
+
+ROOT = Path(__file__).resolve().parents[2]
+ROLE = ROOT / "roles" / "guard"
+#: What systemd-analyze calls exposure, 0 to 10. The guard is root with Docker's socket, whatever its unit says.
+LIMITS = {"sparkfleet-guard.service": 3.0, "sparkfleet-integrity.service": 2.0}
+
+needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+
+
+@pytest.fixture(scope="module")
+def units(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every unit of the role, written by Ansible."""
+    folder = tmp_path_factory.mktemp("units")
+    names = sorted(path.name.removesuffix(".j2") for path in (ROLE / "templates").glob("*.j2"))
+    tasks = [
+        {
+            "ansible.builtin.template": {
+                "src": f"{ROLE}/templates/{name}.j2",
+                "dest": f"{folder}/{name}",
+                "mode": "0644",
+            },
+            "vars": {"role_path": str(ROLE)},
+        }
+        for name in names
+    ]
+    play = {
+        "hosts": "localhost",
+        "gather_facts": False,
+        "vars_files": [str(ROLE / "defaults" / "main.yml"), str(ROLE / "vars" / "main.yml")],
+        "tasks": tasks,
+    }
+    file = folder / "play.yml"
+    file.write_text(yaml.safe_dump([play]), encoding="utf-8")
+    argv = [
+        "ansible-playbook",
+        "-i",
+        "localhost,",
+        "-c",
+        "local",
+        "-e",
+        f"ansible_python_interpreter={sys.executable}",
+        str(file),
+    ]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def exposure(unit: Path) -> float:
+    argv = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(unit)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+    found = re.search(r"Overall exposure level for \S+: (\d+\.\d+)", done.stdout)
+    assert found, done.stdout + done.stderr
+    print(done.stdout)
+    return float(found[1])
+
+
+@needs_systemd
+@pytest.mark.parametrize("name", LIMITS)
+def test_units_expose_little(units: Path, name: str) -> None:
+    assert exposure(units / name) <= LIMITS[name]
+
+
+@needs_systemd
+@pytest.mark.parametrize(
+    "properties",
+    [hardening.switch("/opt/sparkfleet", "/var/lib/sparkfleet"), hardening.share()],
+    ids=["switch", "share"],
+)
+def test_transient_units_expose_little(tmp_path: Path, properties: list[str]) -> None:
+    unit = tmp_path / "sparkfleet-x.service"
+    unit.write_text("[Service]\nExecStart=/bin/true\n" + "\n".join(properties) + "\n", encoding="utf-8")
+    assert exposure(unit) <= 3.0
+
+
+@needs_systemd
+def test_systemd_understands_every_line(units: Path) -> None:
+    files = [str(path) for path in units.glob("sparkfleet-*")]
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *files], capture_output=True, text=True, check=False, timeout=60
+    )
+    said = [line for line in done.stderr.splitlines() if "sparkfleet" in line]
+    assert [line for line in said if "is not executable" not in line] == []
+
+
+def test_the_role_has_the_same_properties_as_transient_units() -> None:
+    kept = yaml.safe_load((ROLE / "vars" / "main.yml").read_text(encoding="utf-8"))
+    assert kept["guard_hardening"] == list(hardening.COMMON)

@@ -1,0 +1,169 @@
+"""The engine that fails on command: what it logs is what the table knows, what it answers is what is verified."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.http import Client, HttpError
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.switch import verify_params
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.verify import verify
+from simulator import matrix
+from simulator.spark import QUESTION
+
+from sparkfleet.diagnosis import failures
+from sparkfleet.diagnosis.startup_log import Tracker
+
+ROOT = Path(__file__).resolve().parents[2]
+VLLM = ROOT / "simulator" / "fault_engine" / "vllm"
+MODEL = "org/model"
+
+
+class Engine:
+    """One that runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.command = folder / "command"
+        self.process: subprocess.Popen[str] | None = None
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.client = Client(f"http://127.0.0.1:{self.port}", 5)
+
+    def start(self, *words: str, fault: str = "") -> subprocess.Popen[str]:
+        environment = {
+            **os.environ,
+            "SIMULATED_FAULT": fault,
+            "SIMULATED_LOAD_SECONDS": "0",
+            "SIMULATED_PORT": str(self.port),
+            "SIMULATED_COMMAND": str(self.command),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, str(VLLM), "serve", MODEL, *words],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        return self.process
+
+    def ready(self) -> None:
+        for _ in range(100):
+            try:
+                if self.client.get("/health").status == 200:
+                    return
+            except HttpError:
+                time.sleep(0.05)
+        raise AssertionError("it does not get ready")
+
+    def verify(self) -> dict[str, Any]:
+        asked = {"question": QUESTION, "expect": "Paris", "prompt": "The capital of France is"}
+        plan = {"repo": MODEL, "verify": {**asked, "prompt_expect": "Paris"}}
+        result: dict[str, Any] = verify({**verify_params(plan, self.port), "timeout": 5})
+        return result
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    made = Engine(tmp_path)
+    yield made
+    if made.process:
+        made.process.kill()
+        made.process.communicate()
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
+    out, _ = process.communicate(timeout=20)
+    # As a container's: 128 and the signal.
+    return (128 - process.returncode if process.returncode < 0 else process.returncode), out.splitlines()
+
+
+@pytest.mark.parametrize("fault", [name for name in matrix.STARTS if name != "start-timeout"])
+def test_what_it_logs_in_its_end_is_recognised(engine: Engine, fault: str) -> None:
+    code, lines = ended(engine.start("--max-model-len", "32768", fault=fault))
+    assert code in (1, 137)
+    assert [item.failure.id for item in failures.match(lines, exit_code=code)] == [fault]
+
+
+def test_an_argument_that_it_does_not_know(engine: Engine) -> None:
+    code, lines = ended(engine.start("--no-such-thing", "1"))
+    assert code == 2 and [item.failure.id for item in failures.match(lines, exit_code=code)] == ["argument-unknown"]
+
+
+def test_its_phases_are_those_of_vllm(engine: Engine) -> None:
+    process = engine.start(fault="capability-warning")
+    engine.ready()
+    process.terminate()
+    code, lines = ended(process)
+    tracker = Tracker(0.0)
+    steps = tracker.feed(lines, 1.0)
+    assert code == 0
+    assert [item.failure.id for item in failures.match(lines)] == ["capability-warning"]
+    assert [str(step) for step in steps] == [
+        "starting, vLLM 0.10.1.1",
+        "loading weights, done, 8.49 GiB",
+        "profiling memory, KV cache 95.40 GiB, 781,712 tokens, 23.86 requests of 32,768",
+        "capturing graphs",
+        "starting server",
+    ]
+
+
+def test_when_nothing_is_wrong_it_verifies(engine: Engine) -> None:
+    engine.start()
+    engine.ready()
+    assert engine.verify()["verified"] is True
+
+
+@pytest.mark.parametrize("fault", matrix.ANSWERS)
+def test_wrong_answers_are_told_apart(engine: Engine, fault: str) -> None:
+    engine.start(fault=fault)
+    engine.ready()
+    assert engine.verify()["failure"] == matrix.ANSWERS[fault][0]
+
+
+def test_a_wedge_answers_health_and_nothing_else_moves(engine: Engine) -> None:
+    engine.start()
+    engine.ready()
+    engine.command.write_text("engine-wedged once")
+    before = engine.client.get("/metrics").text
+    with pytest.raises(HttpError):
+        Client(engine.client.url, 0.5).post("/v1/completions", {"model": MODEL, "prompt": "1", "max_tokens": 1})
+    assert engine.client.get("/health").status == 200
+    assert engine.client.get("/metrics").text == before
+
+
+def test_once_is_once(engine: Engine) -> None:
+    engine.command.write_text("crash once")
+    engine.start()
+    engine.ready()
+    assert not engine.command.exists()
+
+
+def test_the_page_of_the_matrix_has_its_rows() -> None:
+    page = (ROOT / "docs" / "fault-matrix.md").read_text(encoding="utf-8").splitlines()
+    told = [line.split(" | ")[0].removeprefix("| ") for line in page if line.startswith("| ")][2:]
+    names = [f"{row.name} (new)" if row.new else row.name for row in matrix.rows()]
+    assert told == names
+
+
+def test_a_row_that_did_not_hold_leaves_its_line_on_the_page() -> None:
+    first, second, third = matrix.rows()[:3]
+    page = matrix.markdown([matrix.Outcome(row, "spark-1", 1.0) for row in (first, second)])
+    again = [matrix.Outcome(second, "spark-1", 1.0, problem="no"), matrix.Outcome(third, "spark-1", 1.0, gone=9.0)]
+    lines = matrix.markdown(again, page).splitlines()[-3:]
+    assert [line.split(" | ")[0] for line in lines] == [f"| {row.name}" for row in (first, second, third)]
+    assert lines[:2] == page.splitlines()[-2:] and lines[2].endswith("| 9.0 s |")
+
+
+def test_what_the_matrix_names_is_in_the_table() -> None:
+    for row in matrix.rows():
+        assert not row.diagnosis or row.diagnosis in failures.BY_ID, row.name
+        named = [words.strip("[]") for words in row.sees if words.startswith("[") and words.endswith("]")]
+        assert all(name in failures.BY_ID for name in named), row.name
