@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Action: waits for the background jobs of a host and shows how far they are.
 
-    - fetch_wait:
+    - sparkfleet.dgx.fetch_wait:
         jobs:                       # image_pull and model_download, started with poll: 0 and registered
           - {name: image, job: "{{ fetch_image }}"}
           - {name: model, job: "{{ fetch_model }}"}
@@ -167,7 +167,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         failed = any(state is not None and state["state"] == "failed" for _, state in pairs)
         if queries:
             answer = self._patience.execute(
-                module_name="fetch_status",
+                module_name="sparkfleet.dgx.fetch_status",
                 module_args={"jobs": queries, "slice": 0.0 if failed else SLICE},
                 task_vars=task_vars,
             )

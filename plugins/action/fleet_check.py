@@ -2,10 +2,10 @@
 """Action: refuses what would hurt the fleet as a whole, before anything changes. It runs once for all Sparks of a play
 and contacts nobody.
 
-- fleet_check:
+- sparkfleet.dgx.fleet_check:
     stages: [prepare, deploy]   # of the plans that the action spark_plan has registered as sparkfleet_look
   run_once: true
-- fleet_check:
+- sparkfleet.dgx.fleet_check:
     verb: restart               # stop, restart or rollback, of what the action spark_status has registered as status
   run_once: true
 """

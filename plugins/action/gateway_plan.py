@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Action: works out backends and servers of a gateway from the inventory. It contacts nobody.
 
-- gateway_plan:
+- sparkfleet.dgx.gateway_plan:
     keys: "{{ sparkfleet_gateway_keys }}"
     address: "{{ sparkfleet_gateway_address }}"
     models: "{{ sparkfleet_gateway_ports }}"                                      # {model: port}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Action: what the tag of an image stands for, asked of its registry by the controller, once a run.
 
-- image_digest:
+- sparkfleet.dgx.image_digest:
     image: nvcr.io/nvidia/vllm:25.09-py3
     registries: {nvcr.io: registry.example:5000}   # where the controller asks instead
     proxy: ""

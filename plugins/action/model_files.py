@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Action: what a model's revision stands for, asked of the Hub by the controller, once a run.
 
-- model_files:
+- sparkfleet.dgx.model_files:
     repo: nvidia/Llama-3.1-8B-Instruct-FP8
     revision: main
     endpoint: https://huggingface.co

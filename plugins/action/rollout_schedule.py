@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Action: divides the planned Sparks into the waves of a rollout. It contacts nobody.
 
-- rollout_schedule:
+- sparkfleet.dgx.rollout_schedule:
   register: rollout       # rollout.waves, rollout.labels, rollout.serial, rollout.on_failure
   run_once: true
 """

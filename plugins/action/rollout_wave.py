@@ -5,7 +5,7 @@ nobody.
 ansible-core counts failed hosts alone for `max_fail_percentage`, never those that cannot be reached, and these skip
 `rescue` and `always` as well. So what is counted is what has come to its end.
 
-- rollout_wave:
+- sparkfleet.dgx.rollout_wave:
     schedule: "{{ schedule }}"    # what rollout_schedule returned
   register: wave                  # wave.go, wave.unfinished
 """

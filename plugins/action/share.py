@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Action: what one Spark fetches, others take from it.
 
-- share: {state: schedule}               # who takes from whom; contacts nobody
+- sparkfleet.dgx.share: {state: schedule}               # who takes from whom; contacts nobody
   register: fetch_share_plan             # image_from, model_from, sources (those that this host looks after), takes
-- share: {state: serve, source: "{{ item }}"}   # delegated to the source; a loop registered as fetch_share_served
-- share: {state: connect}                # this host's ways to its sources
+- sparkfleet.dgx.share: {state: serve, source: "{{ item }}"}   # delegated to the source; a loop registered as fetch_share_served
+- sparkfleet.dgx.share: {state: connect}                # this host's ways to its sources
   register: fetch_share_way              # mirror, digest, peer
-- share: {state: absent}
+- sparkfleet.dgx.share: {state: absent}
 
 What does not work is said and gone round: a Spark without a source fetches from the internet. With a `bundle` there is
 none, and what does not work is an error.

@@ -2,7 +2,7 @@
 """Action: finds out what is wrong with a Spark, prints it, and writes a bundle to attach to a report. It fails where
 something is wrong now that a person or the guard has to see to.
 
-- spark_diagnose:
+- sparkfleet.dgx.spark_diagnose:
     report: .sparkfleet/reports/spark-1-diagnose.json       # on the controller
     bundles: .sparkfleet/bundles                            # a folder on the controller
 """
@@ -35,7 +35,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         result: dict[str, Any] = super().run(tmp, task_vars)
         arguments = dict(self._task.args)
         report, bundles = (str(arguments.pop(key, "") or "") for key in ("report", "bundles"))
-        answer = self._execute_module(module_name="spark_diagnose", module_args=arguments, task_vars=task_vars)
+        answer = self._execute_module(module_name="sparkfleet.dgx.spark_diagnose", module_args=arguments, task_vars=task_vars)
         if "facts" not in answer:
             return {**result, **answer}
         host = str(task_vars.get("inventory_hostname", "localhost"))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Action: says how a Spark differs from the inventory, and fails where it does. It changes nothing.
 
-- spark_drift:
+- sparkfleet.dgx.spark_drift:
     look: "{{ sparkfleet_look }}"     # what the action spark_plan returned
     verified: "{{ answer }}"          # result of vllm_verify, if it was asked
 """

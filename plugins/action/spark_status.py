@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Action: looks what a Spark serves, prints it, and finds the release that a verb is about.
 
-- spark_status:
+- sparkfleet.dgx.spark_status:
     show: false
     look: "{{ sparkfleet_look }}"   # what the action spark_plan returned with `status: true`: no second round trip,
                                     # and how the Spark differs from the inventory
     want: previous          # current, previous, or the number of a release; fails with those there are
   register: status          # status.summary, status.release
-- spark_status:
+- sparkfleet.dgx.spark_status:
     problem: "{{ ansible_failed_result.msg }}"    # why the Spark cannot be compared with the inventory
 """
 
@@ -39,7 +39,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         look, problem = arguments.pop("look", None) or {}, str(arguments.pop("problem", "") or "")
         answer = (look.get("state") or {}).get("status")
         if answer is None:
-            answer = self._execute_module(module_name="spark_status", module_args=arguments, task_vars=task_vars)
+            answer = self._execute_module(module_name="sparkfleet.dgx.spark_status", module_args=arguments, task_vars=task_vars)
         if "releases" not in answer:
             return {**result, **answer}
         host = str(task_vars.get("inventory_hostname", "localhost"))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Action: proves that an endpoint answers, shows the checks as a table, saves the result on the controller.
 
-    - vllm_verify:
+    - sparkfleet.dgx.vllm_verify:
         model: nvidia/Llama-3.1-8B-Instruct-FP8
         question: What is the capital of France? Answer in one short sentence.
         expect: Paris
@@ -56,7 +56,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         result: dict[str, Any] = super().run(tmp, task_vars)
         arguments = dict(self._task.args)
         report = str(arguments.pop("report", "") or "")
-        answer = self._execute_module(module_name="vllm_verify", module_args=arguments, task_vars=task_vars)
+        answer = self._execute_module(module_name="sparkfleet.dgx.vllm_verify", module_args=arguments, task_vars=task_vars)
         if "checks" not in answer:
             return {**result, **answer}
         answer.pop("exception", None)  # the module's own account of its failure; the message below says more

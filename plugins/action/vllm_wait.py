@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Action: waits until an engine is ready, shows its phases, and explains a failure.
 
-    - vllm_wait:
+    - sparkfleet.dgx.vllm_wait:
         container: vllm-llama31-8b-fp8
         url: http://127.0.0.1:8000    # as seen from the host
         timeout: 1800                 # seconds
@@ -55,7 +55,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         watch = Watch(host, float(options["slice"]), int(options.pop("download_bytes")))
         while True:
             answer = self._execute_module(
-                module_name="vllm_wait",
+                module_name="sparkfleet.dgx.vllm_wait",
                 module_args={
                     **options,
                     "slice": max(min(options["slice"], options["timeout"] - watch.elapsed()), 0.0),

@@ -22,7 +22,7 @@ author: ["The Sparkfleet developers"]
 EXAMPLES = r"""
 - name: Copy the program
   ansible.builtin.copy:
-    src: "{{ lookup('host_program') }}"
+    src: "{{ lookup('sparkfleet.dgx.host_program') }}"
     dest: /opt/sparkfleet/lib/sparkfleet_host.pyz
     mode: "0644"
 """

@@ -22,7 +22,7 @@ author: ["The Sparkfleet developers"]
 EXAMPLES = r"""
 - name: Copy the Hub's client
   ansible.builtin.copy:
-    src: "{{ lookup('hub_client') }}"
+    src: "{{ lookup('sparkfleet.dgx.hub_client') }}"
     dest: /opt/sparkfleet/lib/hf_client.pyz
     mode: "0644"
 """

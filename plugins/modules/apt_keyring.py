@@ -27,7 +27,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: Fetch the key of Docker's repository
-  apt_keyring:
+  sparkfleet.dgx.apt_keyring:
     url: https://download.docker.com/linux/ubuntu/gpg
     dest: /etc/apt/keyrings/docker.gpg
     fingerprints: ["9DC8 5822 9FC7 DD38 854A E2D8 8D81 803C 0EBF CD88"]

@@ -38,7 +38,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: Collect
-  bundle_collect:
+  sparkfleet.dgx.bundle_collect:
     image: nvcr.io/nvidia/vllm:25.09-py3
     repo: nvidia/Llama-3.1-8B-Instruct-FP8
     packages: [[docker.io, docker-compose-v2], [haproxy]]

@@ -37,7 +37,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: See what is there
-  bundle_receive:
+  sparkfleet.dgx.bundle_receive:
 """
 
 RETURN = r"""

@@ -40,7 +40,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: Look at what runs
-  fetch_status:
+  sparkfleet.dgx.fetch_status:
     slice: 0
     jobs:
       - {name: image, status_file: /run/sparkfleet/fetch/image.json}

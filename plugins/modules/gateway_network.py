@@ -23,7 +23,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: See where it meets the others
-  gateway_network:
+  sparkfleet.dgx.gateway_network:
     name: gateway-1
     gateways: [{name: gateway-1, address: gateway-1.lan}, {name: gateway-2, address: gateway-2.lan}]
     address: 192.0.2.4

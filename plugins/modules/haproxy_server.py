@@ -25,7 +25,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: Let it finish its requests
-  haproxy_server:
+  sparkfleet.dgx.haproxy_server:
     servers: ["{{ inventory_hostname }}"]
     state: drain
   delegate_to: gateway-1

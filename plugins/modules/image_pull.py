@@ -10,7 +10,7 @@ short_description: Pull a container image, with progress in a status file
 description:
   - Pulls through the Docker Engine API. An image that is present is left alone; its tag is not asked for again.
   - Only one pull of this kind runs at a time. A second job for the same image returns at once with attached=true;
-    watch the status file (M(fetch_wait)) for its end.
+    watch the status file (M(sparkfleet.dgx.fetch_wait)) for its end.
   - When the job dies the engine ends the pull; finished layers stay, the next pull starts with the others.
 options:
   image:
@@ -23,7 +23,7 @@ options:
     default: /run/sparkfleet/fetch/image.json
   mirror:
     description: >-
-      HOST:PORT of a registry that is asked first, for O(mirror_digest); see M(share). Where it does not help, the
+      HOST:PORT of a registry that is asked first, for O(mirror_digest); see M(sparkfleet.dgx.share). Where it does not help, the
       image's own registry is asked.
     type: str
     default: ""
@@ -64,7 +64,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: Pull the engine image in the background
-  image_pull:
+  sparkfleet.dgx.image_pull:
     image: nvcr.io/nvidia/vllm:25.09-py3
   async: "{{ ansible_check_mode | ternary(0, 7200) }}"
   poll: 0

@@ -17,7 +17,7 @@ description:
     an answer that made no sense) is hashed first; what is damaged is fetched again, at the commit that is there. A
     branch or tag is resolved on its first download.
   - Only one download runs at a time. A second job for the same model returns at once with attached=true; watch the
-    status file (M(fetch_wait)) for its end.
+    status file (M(sparkfleet.dgx.fetch_wait)) for its end.
 options:
   repo:
     description: Repository on the Hub, ORG/NAME.
@@ -45,7 +45,7 @@ options:
     default: {}
   peer:
     description: >-
-      Address of another Spark's service on the loopback interface that is asked first, see M(share). Where it does not
+      Address of another Spark's service on the loopback interface that is asked first, see M(sparkfleet.dgx.share). Where it does not
       help, the Hub is asked.
     type: str
     default: ""
@@ -110,7 +110,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: Download the model while the image is pulled
-  model_download:
+  sparkfleet.dgx.model_download:
     repo: nvidia/Llama-3.1-8B-Instruct-FP8
     revision: main
   async: "{{ ansible_check_mode | ternary(0, 7200) }}"

@@ -22,7 +22,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: Make nvidia a runtime of Docker
-  nvidia_container_runtime:
+  sparkfleet.dgx.nvidia_container_runtime:
   register: runtime
 
 - name: Restart Docker, which runs without it

@@ -26,7 +26,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: Stage the release
-  release_stage:
+  sparkfleet.dgx.release_stage:
     compose: "{{ lookup('ansible.builtin.template', 'compose.yml.j2') }}"
     plan: "{{ sparkfleet_look.plan.release.plan }}"
     lock: "{{ sparkfleet_look.plan.release.lock }}"

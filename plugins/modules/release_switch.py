@@ -49,12 +49,12 @@ options:
 author: ["The Sparkfleet developers"]
 attributes:
   check_mode: {support: full, description: Checks the release if it is there; says what would be pruned and reclaimed.}
-  diff_mode: {support: none, description: M(release_stage) shows the file.}
+  diff_mode: {support: none, description: M(sparkfleet.dgx.release_stage) shows the file.}
 """
 
 EXAMPLES = r"""
 - name: Switch to the release
-  release_switch:
+  sparkfleet.dgx.release_switch:
     to: "{{ staged.release }}"
     verb: site.yml
 """

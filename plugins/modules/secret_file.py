@@ -22,7 +22,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: Write the Hugging Face token
-  secret_file:
+  sparkfleet.dgx.secret_file:
     path: /etc/sparkfleet/hf_token
     content: "{{ sparkfleet_hf_token }}"
 """

@@ -28,7 +28,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: Serve image and model
-  share:
+  sparkfleet.dgx.share:
     state: serve
 """
 

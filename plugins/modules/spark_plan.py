@@ -7,7 +7,7 @@ DOCUMENTATION = r"""
 module: spark_plan
 short_description: Looks at a Spark once and plans what is to be done there
 description:
-  - Runs the module M(spark_state) on the host, and makes the plan on the controller (C(sparkfleet.planning.plan)).
+  - Runs the module M(sparkfleet.dgx.spark_state) on the host, and makes the plan on the controller (C(sparkfleet.planning.plan)).
   - Fails with every finding at once when the input is wrong or the host cannot serve the model.
   - Arguments of C(vllm serve) are taken from the host's variables C(sparkfleet_vllm_*).
   - The options are the variables C(sparkfleet_*) of the role C(sparkfleet), which documents them.
@@ -56,7 +56,7 @@ options:
   hf_token: {description: Hugging Face token., type: str, required: true}
   hf_token_file: {description: File on the host with the token., type: path, required: true}
   status:
-    description: Look at what is served as well, for M(spark_status), and print nothing.
+    description: Look at what is served as well, for M(sparkfleet.dgx.spark_status), and print nothing.
     type: bool
     default: false
   hub_endpoint: {description: Address of the Hub., type: str, required: true}
@@ -65,7 +65,7 @@ author: ["The Sparkfleet developers"]
 
 EXAMPLES = r"""
 - name: Plan
-  spark_plan:
+  sparkfleet.dgx.spark_plan:
     model: llama31-8b-fp8
     hf_token: "{{ sparkfleet_hf_token }}"
     hf_token_file: /etc/sparkfleet/hf_token
@@ -75,5 +75,5 @@ EXAMPLES = r"""
 
 RETURN = r"""
 plan: {description: What is to be done; see C(sparkfleet.planning.plan.make)., returned: success, type: dict}
-state: {description: What M(spark_state) found., returned: success, type: dict}
+state: {description: What M(sparkfleet.dgx.spark_state) found., returned: success, type: dict}
 """

@@ -31,7 +31,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: See what would go
-  spark_remove:
+  sparkfleet.dgx.spark_remove:
   check_mode: true
 """
 

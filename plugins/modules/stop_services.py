@@ -22,7 +22,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: Stop the model that holds the port
-  stop_services:
+  sparkfleet.dgx.stop_services:
     project: sparkfleet
     services: [vllm-qwen3-8b-fp8]
 """

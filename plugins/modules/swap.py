@@ -23,7 +23,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: No swap
-  swap:
+  sparkfleet.dgx.swap:
     state: disabled
 """
 

@@ -61,7 +61,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: Ask the endpoint
-  vllm_verify:
+  sparkfleet.dgx.vllm_verify:
     model: nvidia/Llama-3.1-8B-Instruct-FP8
     question: What is the capital of France? Answer in one short sentence.
     expect: Paris

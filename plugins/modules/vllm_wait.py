@@ -57,7 +57,7 @@ attributes:
 
 EXAMPLES = r"""
 - name: Wait until the engine is ready
-  vllm_wait:
+  sparkfleet.dgx.vllm_wait:
     container: vllm-llama31-8b-fp8
     url: http://127.0.0.1:8000
     timeout: 1800

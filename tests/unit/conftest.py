@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.unit import ROOT
+
 import os
 import sys
 from pathlib import Path
@@ -9,7 +11,6 @@ from pathlib import Path
 import ansible.module_utils
 import hypothesis
 
-ROOT = Path(__file__).resolve().parents[2]
 ansible.module_utils.__path__.append(str(ROOT / "plugins" / "module_utils"))
 sys.path.insert(0, str(ROOT / "plugins" / "modules"))
 

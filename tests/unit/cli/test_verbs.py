@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.unit import ROOT
+
 import json
 import os
 import shutil
@@ -21,7 +23,6 @@ from sparkfleet.cli import main, runner
 from sparkfleet.reporting import event_log
 from tests.unit.planning import test_plan
 
-ROOT = Path(__file__).resolve().parents[2]
 SSH = """#!{python} -I
 import json, os, sys
 with open({calls!r}, "a", encoding="utf-8") as calls:

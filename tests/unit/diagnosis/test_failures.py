@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.unit import DATA, ROOT
+
 import re
 from pathlib import Path
 
@@ -9,8 +11,6 @@ import pytest
 
 from sparkfleet.diagnosis.failures import BY_ID, TABLE, Failure, markdown, match, relevant
 
-ROOT = Path(__file__).resolve().parents[2]
-DATA = Path(__file__).parent / "data"
 GATED = "https://huggingface.co/nvidia/Llama-3.1-8B-Instruct-FP8/resolve/main/config.json"
 
 

@@ -6,13 +6,14 @@ messages of that version as public issues show them.
 
 from __future__ import annotations
 
+from tests.unit import DATA
+
 from pathlib import Path
 
 import pytest
 
 from sparkfleet.diagnosis.startup_log import Tracker, plain, split_stamp
 
-DATA = Path(__file__).parent / "data"
 
 
 def read(name: str) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.unit import ROOT
+
 import os
 import subprocess
 import sys
@@ -16,7 +18,6 @@ from hypothesis import strategies as st
 from sparkfleet import SparkfleetError
 from sparkfleet.fleet import outage
 
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def look(serves: bool = True, start: bool = True, docker: str = "", machine: str = "") -> dict[str, Any]:

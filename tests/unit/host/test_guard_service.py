@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.unit import ROOT
+
 import contextlib
 import http.client
 import json
@@ -24,7 +26,6 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.rel
 
 from tests.unit.fakes.fake_engine import Engine, Handler, deployed
 
-ROOT = Path(__file__).resolve().parents[2]
 SERVICE = "vllm-m"
 ID = "ab" * 32
 REPO = "org/model"

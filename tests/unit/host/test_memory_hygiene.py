@@ -3,6 +3,8 @@ simulated engine compiles."""
 
 from __future__ import annotations
 
+from tests.unit import ROOT
+
 import json
 import os
 import re
@@ -21,7 +23,6 @@ import yaml
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import memory
 from ansible.module_utils.testing import patch_module_args
 
-ROOT = Path(__file__).resolve().parents[2]
 GIB = 1024**3
 FSTAB = """# /etc/fstab
 UUID=1 / ext4 defaults 0 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.unit import ROOT
+
 import builtins
 import json
 import os
@@ -27,7 +29,6 @@ from sparkfleet.onboarding import discovery, enrol, init, inventory_file, ssh
 from sparkfleet.onboarding.inventory_file import Entry
 from sparkfleet.onboarding.ssh import Place
 
-ROOT = Path(__file__).resolve().parents[2]
 KEY = "AAAAC3NzaC1lZDI1NTE5AAAAIPmCkC5OJufOYDhmaBOZ7crxxgPfpqIp4L0fTXoSVHni"
 FINGERPRINT = "SHA256:+KusbMvXWiet1cCNfMPfWvhrlJ2K2KRHDnlXyJffQC4"
 KIB = 125_513_990  # 119.7 GiB

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.unit import ROOT
+
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import yaml
 from sparkfleet.planning import vllm_versions, memory_plan
 from sparkfleet.planning.catalog import Attention, Card, Licence, Question, Shape, Weights
 
-FILE = Path(__file__).resolve().parents[2] / "docs" / "logged-runs.yml"
+FILE = ROOT / "docs" / "logged-runs.yml"
 
 
 def load() -> dict[str, Any]:

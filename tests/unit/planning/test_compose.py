@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.unit import DATA
+
 import dataclasses
 import json
 import os
@@ -18,7 +20,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.htt
 from sparkfleet.planning import catalog, compose
 from sparkfleet.cli import main
 
-GUIDE = yaml.safe_load((Path(__file__).parent / "data" / "guide-compose.yml").read_text(encoding="utf-8"))
+GUIDE = yaml.safe_load((DATA / "guide-compose.yml").read_text(encoding="utf-8"))
 SERVICE = "vllm-llama31-8b-fp8"
 DOCKER = shutil.which("docker") is not None
 

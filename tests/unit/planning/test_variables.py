@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.unit import ROOT
+
 import os
 import re
 import subprocess
@@ -15,7 +17,6 @@ import yaml
 from sparkfleet import SparkfleetError
 from sparkfleet.planning import target, variables
 
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_each_number_has_a_range_and_its_default_is_in_it() -> None:

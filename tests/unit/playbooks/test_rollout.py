@@ -3,6 +3,8 @@ can be lost or fail on command."""
 
 from __future__ import annotations
 
+from tests.unit import ROOT
+
 import dataclasses
 import json
 import os
@@ -13,7 +15,6 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 #: Takes the place of every action and module that contacts a host; `script` says what becomes of a call.
 STAND_IN = """
 import json, os

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.unit import ROOT
+
 from pathlib import Path
 
 import pytest
@@ -62,7 +64,7 @@ def test_each_stage_by_its_tag(fleet: Fleet, tag: str, actions: set[str]) -> Non
 
 def test_everything_tagged_from_outside(fleet: Fleet) -> None:
     (fleet.folder / "own.yml").write_text(
-        f"- import_playbook: {Path(__file__).resolve().parents[2] / SITE}\n  tags: [sparks]\n", encoding="utf-8"
+        f"- import_playbook: {ROOT / SITE}\n  tags: [sparks]\n", encoding="utf-8"
     )
     code, said = fleet.run("--tags", "sparks", playbook=str(fleet.folder / "own.yml"))
     assert code == 0, said

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.unit import DATA
+
 import base64
 import contextlib
 import json
@@ -19,8 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 #: Two keys (ed25519, made by GnuPG 2.2 with --quick-generate-key), and what `gpg --with-colons` says of them.
-FIRST, SECOND = (Path(__file__).parent / "data" / f"key-{name}.asc" for name in ("first", "second"))
-PRINTS = json.loads((Path(__file__).parent / "data" / "keys.json").read_text(encoding="utf-8"))
+FIRST, SECOND = (DATA / f"key-{name}.asc" for name in ("first", "second"))
+PRINTS = json.loads((DATA / "keys.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.unit import ROOT
+
 import importlib.util
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -9,7 +11,6 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 ENGINE: dict[str, Any] = {
     **{"engine": "serving", "healthy": True, "figures": {}, "guard": None, "gpu": {"temperature": 41.0}},
     **{"tokens_per_second": 0.0, "containers": [], "log": []},

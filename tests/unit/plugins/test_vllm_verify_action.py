@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.unit import ROOT
+
 import json
 import os
 import stat
@@ -14,7 +16,6 @@ from plugins.action.vllm_verify import advice, record, save, table
 
 from tests.unit.fakes.fake_vllm import MODEL, Vllm
 
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_table_is_aligned() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.unit import DATA
+
 import json
 import struct
 import time
@@ -24,7 +26,6 @@ from sparkfleet.diagnosis.startup import Watch, explain
 from tests.unit.fakes.fake_engine import Engine, Handler
 from tests.unit.fakes.fake_vllm import Vllm
 
-DATA = Path(__file__).parent / "data"
 BASE = datetime(2026, 11, 23, 15, 0, 0, tzinfo=timezone.utc).timestamp()
 STARTED = "2026-11-23T15:00:00.5Z"
 Poll = Callable[..., dict[str, Any]]

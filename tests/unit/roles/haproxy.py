@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.unit import ROOT
+
 import contextlib
 import dataclasses
 import http.client
@@ -22,7 +24,6 @@ from ansible.template import Templar, trust_as_template
 
 from sparkfleet.fleet import gateway
 
-ROOT = Path(__file__).resolve().parents[2]
 ROLE = ROOT / "roles" / "gateway"
 LLAMA, OSS = "nvidia/Llama-3.1-8B-Instruct-FP8", "openai/gpt-oss-120b"
 PROGRAM = shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.unit import ROOT
+
 import json
 import re
 import socketserver
@@ -26,7 +28,6 @@ from sparkfleet.fleet import gateway
 from tests.unit.roles.haproxy import rendered
 from tests.unit.plugins.test_fleet_actions import Stage
 
-ROOT = Path(__file__).resolve().parents[2]
 HOSTS: dict[str, dict[str, Any]] = {
     "spark-1": {"ansible_host": "192.0.2.11"},
     "spark-2": {"ansible_host": "192.0.2.12", "sparkfleet_address": "spark-2.lan", "sparkfleet_port": 8001},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.unit import ROOT
+
 import grp
 import importlib
 import os
@@ -15,7 +17,6 @@ from typing import Any
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
 ROLES = sorted(path.name for path in (ROOT / "roles").iterdir())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.unit import ROOT
+
 import re
 import shutil
 import subprocess
@@ -12,7 +14,6 @@ import pytest
 import yaml
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import hardening
 
-ROOT = Path(__file__).resolve().parents[2]
 ROLE = ROOT / "roles" / "guard"
 #: What systemd-analyze calls exposure, 0 to 10. The guard is root with Docker's socket, whatever its unit says.
 LIMITS = {"sparkfleet-guard.service": 3.0, "sparkfleet-integrity.service": 2.0}

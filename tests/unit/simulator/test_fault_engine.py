@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.unit import ROOT
+
 import os
 import socket
 import subprocess
@@ -21,7 +23,6 @@ from simulator.spark import QUESTION
 from sparkfleet.diagnosis import failures
 from sparkfleet.diagnosis.startup_log import Tracker
 
-ROOT = Path(__file__).resolve().parents[2]
 VLLM = ROOT / "simulator" / "fault_engine" / "vllm"
 MODEL = "org/model"
 

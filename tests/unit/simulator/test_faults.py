@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.unit import ROOT
+
 import re
 import subprocess
 import sys
@@ -17,7 +19,6 @@ from simulator.faults import FAULTS
 from simulator.shell import SimulatorError
 from simulator.world import MEMINFO, World
 
-ROOT = Path(__file__).resolve().parents[2]
 ROOTFS = ROOT / "simulator" / "rootfs"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.unit import ROOT
+
 import io
 import json
 import os
@@ -32,7 +34,6 @@ from simulator.world import World
 
 from sparkfleet.planning import variables
 
-ROOT = Path(__file__).resolve().parents[2]
 ROOTFS = ROOT / "simulator" / "rootfs"
 SMI = ROOTFS / "spark/usr/bin/nvidia-smi"
 CTK = ROOTFS / "toolkit/usr/bin/nvidia-ctk"
