@@ -256,7 +256,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         return str(self._connection.get_option("remote_user") or "") if self._connection.transport == "ssh" else ""
 
     def _receive(self, task_vars: dict[str, Any], **arguments: Any) -> dict[str, Any]:
-        answer: dict[str, Any] = self._execute_module("bundle_receive", module_args=arguments, task_vars=task_vars)
+        answer: dict[str, Any] = self._execute_module(
+            module_name="sparkfleet.dgx.bundle_receive", module_args=arguments, task_vars=task_vars
+        )
         if answer.get("failed"):
             failure = {"failure": str(answer.get("failure") or "bundle")}
             raise AnsibleActionFail(f"{self._host}: {answer.get('msg')}", result=failure)

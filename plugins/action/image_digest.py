@@ -25,8 +25,8 @@ from ansible.utils.display import Display
 
 from sparkfleet import SparkfleetError
 from sparkfleet.fleet import image_digest
-from sparkfleet.packaging.bundle import Bundle
 from sparkfleet.fleet.gateway import truth
+from sparkfleet.packaging.bundle import Bundle
 
 display = Display()
 

@@ -41,7 +41,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         follower, patience = Follower(host, float(options["slice"])), Patience(self, host, display.display)
         while not follower.done:
             answer = patience.execute(
-                module_name="sparkfleet.dgx.release_switch", module_args={**options, **follower.asks()}, task_vars=task_vars
+                module_name="sparkfleet.dgx.release_switch",
+                module_args={**options, **follower.asks()},
+                task_vars=task_vars,
             )
             if answer.get("failed") or not answer.get("journal"):
                 for line in foreseen(host, answer.get("would") or {}):

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from sparkfleet_host.bounded import DIGEST, printable
 
-from sparkfleet.fleet import gateway, fetch_schedule
+from sparkfleet.fleet import fetch_schedule, gateway
 
 REGISTRY_PORT, HUB_PORT = 9111, 9112  # as in sparkfleet_host.share
 
@@ -200,7 +200,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
     def _module(self, task_vars: Mapping[str, Any], **arguments: Any) -> dict[str, Any]:
         """Run the module; a host that cannot be reached, or refuses, is a reason."""
         try:
-            answer: dict[str, Any] = self._execute_module("share", module_args=arguments, task_vars=task_vars)
+            answer: dict[str, Any] = self._execute_module(
+                module_name="sparkfleet.dgx.share", module_args=arguments, task_vars=task_vars
+            )
         except AnsibleConnectionFailure as error:
             answer = {"reason": f"not reached: {' '.join(str(error).split())[:120]}"}
         if answer.get("failed") or "reason" not in answer:

@@ -35,7 +35,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         result: dict[str, Any] = super().run(tmp, task_vars)
         arguments = dict(self._task.args)
         report, bundles = (str(arguments.pop(key, "") or "") for key in ("report", "bundles"))
-        answer = self._execute_module(module_name="sparkfleet.dgx.spark_diagnose", module_args=arguments, task_vars=task_vars)
+        answer = self._execute_module(
+            module_name="sparkfleet.dgx.spark_diagnose", module_args=arguments, task_vars=task_vars
+        )
         if "facts" not in answer:
             return {**result, **answer}
         host = str(task_vars.get("inventory_hostname", "localhost"))

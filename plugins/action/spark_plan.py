@@ -6,22 +6,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from pathlib import Path
 from typing import Any
 
 from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 
 from sparkfleet import SparkfleetError
-from sparkfleet.planning import compose, plan, variables
 from sparkfleet.fleet import gateway
 from sparkfleet.packaging import host_program
-from sparkfleet.reporting import report
+from sparkfleet.paths import ROOT
+from sparkfleet.planning import compose, plan, variables
 from sparkfleet.planning.preflight import GIB
 from sparkfleet.planning.target import Settings, Target, listen
 from sparkfleet.planning.variables import ARGUMENT_PREFIX
-
-ROOT = Path(__file__).resolve().parents[2]
+from sparkfleet.reporting import report
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
@@ -82,7 +80,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             "status": status,
         }
         try:
-            answer = self._execute_module("spark_state", module_args=request, task_vars=task_vars)
+            answer = self._execute_module(
+                module_name="sparkfleet.dgx.spark_state", module_args=request, task_vars=task_vars
+            )
         except AnsibleConnectionFailure as error:
             raise AnsibleConnectionFailure(_unreachable(host, task_vars, str(error))) from None
         if answer.get("failed"):

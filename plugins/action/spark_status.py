@@ -39,7 +39,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         look, problem = arguments.pop("look", None) or {}, str(arguments.pop("problem", "") or "")
         answer = (look.get("state") or {}).get("status")
         if answer is None:
-            answer = self._execute_module(module_name="sparkfleet.dgx.spark_status", module_args=arguments, task_vars=task_vars)
+            answer = self._execute_module(
+                module_name="sparkfleet.dgx.spark_status", module_args=arguments, task_vars=task_vars
+            )
         if "releases" not in answer:
             return {**result, **answer}
         host = str(task_vars.get("inventory_hostname", "localhost"))

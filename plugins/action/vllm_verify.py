@@ -56,7 +56,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         result: dict[str, Any] = super().run(tmp, task_vars)
         arguments = dict(self._task.args)
         report = str(arguments.pop("report", "") or "")
-        answer = self._execute_module(module_name="sparkfleet.dgx.vllm_verify", module_args=arguments, task_vars=task_vars)
+        answer = self._execute_module(
+            module_name="sparkfleet.dgx.vllm_verify", module_args=arguments, task_vars=task_vars
+        )
         if "checks" not in answer:
             return {**result, **answer}
         answer.pop("exception", None)  # the module's own account of its failure; the message below says more

@@ -8,9 +8,9 @@ from typing import Any
 from ansible import constants as C
 from ansible.plugins.callback.default import CallbackModule as Default
 
-import sparkfleet.plan  # noqa: F401 - once for all workers, which are forked from this process
-from sparkfleet.reporting import report
+import sparkfleet.planning.plan  # noqa: F401 - once for all workers, which are forked from this process
 from sparkfleet.diagnosis.ansible_errors import bare, explained
+from sparkfleet.reporting import report
 
 DOCUMENTATION = r"""
 name: sparkfleet
@@ -25,27 +25,19 @@ requirements: ["ansible-core 2.19 or newer"]
 author: ["The Sparkfleet developers"]
 """
 
-#: Actions whose messages are written for the operator.
-OWN = frozenset(
-    {
-        *("fetch_wait", "image_pull", "model_download", "nvidia_container_runtime", "release_stage", "release_switch"),
-        *("fleet_check", "spark_diagnose", "spark_remove", "spark_status"),
-        *("secret_file", "spark_plan", "stop_services", "swap", "vllm_verify", "vllm_wait"),
-        *("ansible.builtin.assert", "ansible.builtin.fail", "ansible.builtin.validate_argument_spec"),
-        *("bundle", "bundle_collect", "share"),
-        *("gateway_plan", "haproxy_server", "rollout_schedule", "rollout_wave", "spark_drift"),
-    }
-)
+#: Of these, and of all of our own, the messages are written for the operator.
+FOR_OPERATORS = ("ansible.builtin.assert", "ansible.builtin.fail", "ansible.builtin.validate_argument_spec")
 
 
 class CallbackModule(Default):  # type: ignore[misc]
-    """Prints as the default does, failures of OWN actions apart."""
+    """Prints as the default does, failures that explain themselves apart."""
 
-    CALLBACK_NAME = "sparkfleet"
+    CALLBACK_NAME = "sparkfleet.dgx.sparkfleet"
 
     def _is_plain(self, result: Any) -> bool:
         message = str(result.result.get("msg") or "")
-        own = str(result.task.action) in OWN or explained(message) != bare(message)
+        action = str(result.task.resolved_action or result.task.action)
+        own = action.startswith("sparkfleet.dgx.") or action in FOR_OPERATORS or explained(message) != bare(message)
         return own and bool(message) and "results" not in result.result and self._display.verbosity == 0
 
     def _print_message(self, result: Any, word: str) -> None:

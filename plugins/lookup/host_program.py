@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ansible.plugins.lookup import LookupBase
 
+from sparkfleet import paths
 from sparkfleet.packaging import host_program
 
 DOCUMENTATION = r"""
@@ -37,4 +37,4 @@ class LookupModule(LookupBase):  # type: ignore[misc]
 
     def run(self, terms: list[str], variables: dict[str, Any] | None = None, **kwargs: Any) -> list[str]:
         """Return one path."""
-        return [str(host_program.build(Path(__file__).resolve().parents[2] / ".sparkfleet" / "cache"))]
+        return [str(host_program.build(paths.CACHE))]

@@ -47,7 +47,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import KIB, BoundsError, printable, read_all, read_file
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import (
+    KIB,
+    BoundsError,
+    printable,
+    read_all,
+    read_file,
+)
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import write_bytes
 
 SECONDS = 30

@@ -60,10 +60,21 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import BoundsError
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import CODE, manifest_path, model_state, read_manifest, repo_folder
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import (
+    CODE,
+    manifest_path,
+    model_state,
+    read_manifest,
+    repo_folder,
+)
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.job import Job, JobError
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.registry import Layout, Registry, credentials, reference
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.registry import (
+    Layout,
+    Registry,
+    credentials,
+    reference,
+)
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.share import BUNDLE
 
 

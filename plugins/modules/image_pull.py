@@ -125,7 +125,11 @@ from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import DIGEST, printable
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerError, DockerUnavailable
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import (
+    Docker,
+    DockerError,
+    DockerUnavailable,
+)
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.job import Job, JobError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.reclaim import images_before, note_image
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.registry import (

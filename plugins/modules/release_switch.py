@@ -96,7 +96,11 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import hardening, reclaim
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerError, DockerUnavailable
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import (
+    Docker,
+    DockerError,
+    DockerUnavailable,
+)
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.engine import just_before, look, new_lines
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.precheck import precheck
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import (

@@ -50,8 +50,16 @@ from urllib.parse import quote
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import bounded, engine
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import BoundsError
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import FOLDER, MANIFEST_BYTES, was_downloaded
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerError, DockerUnavailable
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import (
+    FOLDER,
+    MANIFEST_BYTES,
+    was_downloaded,
+)
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import (
+    Docker,
+    DockerError,
+    DockerUnavailable,
+)
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.http import KEY_FILE
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import STATE_DIR, Store, read_json
 

@@ -101,7 +101,11 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.htt
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.job import JobError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.memory import memory_state, unit_state
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.network import reached_at
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.registry import Registry, bypasses, reference
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.registry import (
+    Registry,
+    bypasses,
+    reference,
+)
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import STATE_DIR, Store, read_json
 
 #: Names of variables whose values nothing is reported of.

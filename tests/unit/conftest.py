@@ -1,17 +1,15 @@
-"""Makes plugins/module_utils importable as `ansible.module_utils.NAME`, as Ansible does on a host."""
+"""Makes the collection importable as `ansible_collections.sparkfleet.dgx`, as Ansible does."""
 
 from __future__ import annotations
 
-from tests.unit import ROOT
-
 import os
 import sys
-from pathlib import Path
 
-import ansible.module_utils
 import hypothesis
 
-ansible.module_utils.__path__.append(str(ROOT / "plugins" / "module_utils"))
+from tests.unit import ROOT
+
+sys.path.insert(0, str(ROOT / "collections"))
 sys.path.insert(0, str(ROOT / "plugins" / "modules"))
 
 # Of generated input: `quick` with every run, `long` by hand or at night (SPARKFLEET_HYPOTHESIS=long).

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests.unit import ROOT
-
 import configparser
 import importlib.machinery
 import importlib.util
@@ -18,6 +16,8 @@ from typing import Any
 import pytest
 import yaml
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
+
+from tests.unit import ROOT
 
 SCRIPT = ROOT / "scripts" / "docs"
 

@@ -50,6 +50,7 @@ from huggingface_hub.utils._fixes import WeakFileLock
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import hf_request_event_hook
 from huggingface_hub.utils._paths import filter_repo_objects
+
 from sparkfleet_host import bounded
 from sparkfleet_host.bounded import COMMIT, SHA256
 from sparkfleet_host.cache import CODE, FOLDER, MANIFEST_BYTES, MOST_FILES, check_listing, difference, repo_folder

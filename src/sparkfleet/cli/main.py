@@ -21,29 +21,32 @@ from sparkfleet_host.bounded import printable
 from sparkfleet import (
     SparkfleetError,
     __version__,
-)
-from sparkfleet.planning import (
-    catalog,
-    vllm_versions,
-    memory_plan,
+    paths,
 )
 from sparkfleet.cli import summary
+from sparkfleet.cli.runner import Collector, Host, default_inventory, run
+from sparkfleet.documents import yaml_text
+from sparkfleet.exit_codes import DOWN, INTERRUPTED, OK
 from sparkfleet.fleet import (
     dry_run,
     outage,
 )
+from sparkfleet.onboarding import init
+from sparkfleet.onboarding.prompts import tell
+from sparkfleet.paths import ROOT
+from sparkfleet.planning import (
+    catalog,
+    memory_plan,
+    vllm_versions,
+)
+from sparkfleet.planning.target import Settings, Target
 from sparkfleet.reporting import (
     event_log,
     report,
     status_page,
 )
-from sparkfleet.onboarding import init
-from sparkfleet.documents import yaml_text
 from sparkfleet.reporting.live import Live, Page, columns, terminal
-from sparkfleet.onboarding.prompts import tell
 from sparkfleet.reporting.progress import Board
-from sparkfleet.cli.runner import DOWN, INTERRUPTED, OK, ROOT, Collector, Host, default_inventory, run
-from sparkfleet.planning.target import Settings, Target
 
 #: Exit codes: bad input, as argparse has it; a plan that does not fit.
 BAD_INPUT = 2
@@ -265,7 +268,9 @@ def _dry(options: argparse.Namespace) -> int:
 
     limit = None if options.limit is None else ",".join(inventory.matching(options.inventory, options.limit))
     paper = dry_run.make(inventory.variables(options.inventory, limit, options.extra_vars))
-    print(json.dumps(paper.as_dict(), indent=2) if options.json else dry_run.page(paper), end="\n" if options.json else "")
+    print(
+        json.dumps(paper.as_dict(), indent=2) if options.json else dry_run.page(paper), end="\n" if options.json else ""
+    )
     return 0 if paper.fits else DOES_NOT_FIT
 
 
@@ -307,7 +312,7 @@ def _agrees(question: str) -> bool:
 def _run(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[Host], Board, dict[str, Any]]:
     """Run the playbook of a verb, shown and logged: its hosts, the board, and the result as plain data."""
     about = {"inventory": options.inventory, "limit": options.limit}
-    with event_log.keep(ROOT, options.verb, options.check, options.extra_vars, **about) as log:
+    with event_log.keep(paths.STATE, options.verb, options.check, options.extra_vars, **about) as log:
         board = Board(log)
         with Live(None if options.json or options.verb in SILENT else terminal(), board, options.verb) as live:
             collector = Collector(live.show, log, board)
@@ -477,7 +482,9 @@ def _plan(options: argparse.Namespace) -> int:
         target.card,
         target.arguments,
         profile=options.profile,
-        version=vllm_versions.Engine(vllm_versions.parse_version(options.engine)) if options.engine is not None else target.engine,
+        version=vllm_versions.Engine(vllm_versions.parse_version(options.engine))
+        if options.engine is not None
+        else target.engine,
         memory=memory_plan.Memory(total, available, options.reserve_gib),
         others=_cards,
     ).as_dict()

@@ -24,26 +24,16 @@ import ansible_runner
 
 from sparkfleet import SparkfleetError
 from sparkfleet.diagnosis.ansible_errors import explained
+from sparkfleet.exit_codes import (
+    BAD_INPUT,
+    CODES,
+    OK,
+)
+from sparkfleet.paths import ROOT
 from sparkfleet.reporting.progress import Board, phase_of
 
-ROOT = Path(__file__).resolve().parents[2]
 #: Name of the only run in a folder of ansible-runner.
 IDENT = "run"
-#: Exit codes, the gravest that any host has; 1 and 2 as everywhere.
-OK, INTERNAL, BAD_INPUT, REFUSED, DRIFT, RESTORED, DOWN, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 7, 130
-#: Result of a host -> exit code.
-CODES = {
-    "ok": OK,
-    "changed": OK,
-    "untouched": OK,  # by a rollout that stopped before it
-    "refused": REFUSED,
-    "drift": DRIFT,
-    "faulty": DRIFT,  # it serves, and something is wrong with it
-    "restored": RESTORED,
-    "failed": DOWN,
-    "down": DOWN,
-    "unreachable": UNREACHABLE,
-}
 #: Failures that end a run before anything has changed: on one host, and on all hosts of the play.
 OF_ALL = frozenset(("all-at-once", "same-host"))
 REFUSALS = OF_ALL | {"switch-running-other", "bad-input"}
@@ -107,7 +97,7 @@ class Collector:
             self.board.task(host, data)
         elif kind == "runner_on_skipped" and not of_controller:
             self.board.skip(host)
-        elif kind == "runner_on_ok" and data.get("task_action") == "rollout_schedule":
+        elif kind == "runner_on_ok" and data.get("task_action") == "sparkfleet.dgx.rollout_schedule":
             self.board.schedule(data.get("res") or {})
         elif kind in ("runner_on_ok", "runner_on_failed", "runner_on_unreachable") and not of_controller:
             self._result(kind, self._host(host), data)
@@ -159,7 +149,7 @@ class Collector:
             if isinstance(res.get(key), dict):
                 self.board.model(host.name, res[key].get("model"))
         self.board.result(host.name, host.result, host.message)
-        if kind == "runner_on_ok" and data.get("task_action") == "vllm_verify":
+        if kind == "runner_on_ok" and data.get("task_action") == "sparkfleet.dgx.vllm_verify":
             self.board.proved(host.name, proof(host))
         if host.result != before:
             what = {"result": host.result, "failure": host.failure, "message": host.message}
@@ -228,7 +218,7 @@ def message(res: Mapping[str, Any]) -> str:
 
 def playbook(verb: str) -> Path:
     """The file of a verb."""
-    return ROOT / "site.yml" if verb in ("deploy", "preflight") else ROOT / "playbooks" / f"{verb}.yml"
+    return ROOT / "playbooks" / f"{'site' if verb in ('deploy', 'preflight') else verb}.yml"
 
 
 @functools.cache
@@ -243,7 +233,7 @@ def become_password() -> str:
 def run(verb: str, inventory: str, arguments: Sequence[str], collector: Collector) -> int:
     """Run a verb; the exit code. `arguments` are ansible-playbook's own. Raises SparkfleetError."""
     if not playbook(verb).exists():
-        raise SparkfleetError(f"{playbook(verb)} is missing; run sparkfleet from its repository (scripts/setup)")
+        raise SparkfleetError(f"{playbook(verb)} is missing; install sparkfleet again")
     place = Path(inventory)
     with contextlib.suppress(OSError, RuntimeError):  # a name that is too long, a loop of links
         place = place.resolve(strict=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sparkfleet.reporting import report
+from sparkfleet.cli.runner import Host
+from sparkfleet.exit_codes import CODES, OK
 from sparkfleet.fleet import rollout
+from sparkfleet.reporting import report
 from sparkfleet.reporting.progress import WARN, Board
-from sparkfleet.cli.runner import CODES, OK, Host
 
 
 def page(hosts: Sequence[Host], board: Board) -> str:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from sparkfleet.documents import yaml_text
 from sparkfleet.planning import compose
 from sparkfleet.reporting import status_page
-from sparkfleet.documents import yaml_text
 
 #: Reasons that say nothing that the differences of the file do not say better.
 _STAGE = ("stage", "switch to")

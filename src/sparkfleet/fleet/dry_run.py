@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparkfleet import SparkfleetError
-from sparkfleet.planning import memory_plan, target, variables
-from sparkfleet.reporting import report
-from sparkfleet.fleet import rollout
 from sparkfleet.documents import schema
+from sparkfleet.fleet import rollout
+from sparkfleet.planning import memory_plan, target, variables
 from sparkfleet.planning.target import Settings, Target
+from sparkfleet.reporting import report
 
 #: Settings that Target and memory plan depend on.
 FIELDS = (

@@ -24,14 +24,14 @@ from sparkfleet_host import bounded, cache
 from sparkfleet_host.bounded import COMMIT, BoundsError
 
 from sparkfleet import SparkfleetError
-from sparkfleet.packaging import hub_client
 from sparkfleet.documents import run_cache
+from sparkfleet.packaging import hub_client
 from sparkfleet.packaging.bundle import Bundle
+from sparkfleet.paths import CACHE
 
 #: A controller without a way to the Hub keeps a run waiting no longer than this.
 SECONDS = 10.0
 LIMIT = 32 << 20  # bytes of a list
-CACHE = Path(__file__).resolve().parents[2] / ".sparkfleet" / "cache"  # where the lookup hub_client has it as well
 
 
 @dataclasses.dataclass(frozen=True)

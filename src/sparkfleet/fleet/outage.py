@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparkfleet import SparkfleetError
-from sparkfleet.reporting import report
 from sparkfleet.fleet import rollout
+from sparkfleet.reporting import report
 
 VARIABLE = "sparkfleet_all_at_once"
 #: Verbs of a release that is there already: they know no plan, only what is served (the module spark_status).

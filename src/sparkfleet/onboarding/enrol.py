@@ -9,12 +9,12 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from sparkfleet.planning import memory_plan
-from sparkfleet.reporting import report
 from sparkfleet.onboarding import ssh
 from sparkfleet.onboarding.prompts import Person, tell
-from sparkfleet.planning.preflight import version
 from sparkfleet.onboarding.ssh import GIB, Facts, HostKey, Look, Place
+from sparkfleet.planning import memory_plan
+from sparkfleet.planning.preflight import version
+from sparkfleet.reporting import report
 
 S = TypeVar("S")
 T = TypeVar("T")

@@ -21,16 +21,17 @@ from typing import Any
 
 from sparkfleet_host.bounded import printable
 
-from sparkfleet import SparkfleetError
-from sparkfleet.planning import catalog, memory_plan, target
-from sparkfleet.onboarding import model_choice, enrol, inventory_file, ssh
-from sparkfleet.onboarding.model_choice import Choice
-from sparkfleet.onboarding.enrol import Host
+from sparkfleet import SparkfleetError, paths
+from sparkfleet.exit_codes import CODES, INTERRUPTED, OK, REFUSED
 from sparkfleet.fleet.gateway import truth
+from sparkfleet.onboarding import enrol, inventory_file, model_choice, ssh
+from sparkfleet.onboarding.enrol import Host
 from sparkfleet.onboarding.inventory_file import Entry
+from sparkfleet.onboarding.model_choice import Choice
 from sparkfleet.onboarding.prompts import Person, tell
-from sparkfleet.cli.runner import CODES, INTERRUPTED, OK, REFUSED, ROOT
 from sparkfleet.onboarding.ssh import GIB, Place
+from sparkfleet.paths import ROOT
+from sparkfleet.planning import catalog, memory_plan, target
 
 TOKENS = "https://huggingface.co/settings/tokens"
 #: What may lie in the folder of an inventory and is none of its sources.
@@ -64,7 +65,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--ssh-common-args", metavar="ARGS", default="", help="further arguments of ssh; the inventory has them"
     )
     parser.add_argument("--model", default="", help="a name of the catalogue, or a card's path (default: asked)")
-    parser.add_argument("--profile", default="", help=f"profile of the card (default: asked, else {model_choice.PROFILE})")
+    parser.add_argument(
+        "--profile", default="", help=f"profile of the card (default: asked, else {model_choice.PROFILE})"
+    )
     parser.add_argument("--gateway", metavar="SPARK", default="", help="Spark that is the gateway too (default: none)")
     parser.add_argument("--accept-host-keys", action="store_true", help="accept host keys that are not known yet")
     parser.add_argument("--force", action="store_true", help="take a model whose plan does not fit")
@@ -141,7 +144,7 @@ def words(given: Sequence[str]) -> tuple[Path, list[Place]]:
     folders = [word for word in given if "/" in word or word in (".", "..") or os.path.isdir(word)]  # noqa: PTH112
     if len(folders) > 1:
         raise SparkfleetError(f"{' and '.join(folders)} are two folders; an inventory is one")
-    folder = _path("FOLDER", folders[0]) if folders else ROOT / "inventory" / "mine"
+    folder = _path("FOLDER", folders[0]) if folders else paths.INVENTORY
     if folder.exists() and not folder.is_dir():
         raise SparkfleetError(f"{folder} is a file: name the folder of the inventory")
     return folder, list(dict.fromkeys(ssh.parse(word) for word in given if word not in folders))

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sparkfleet import SparkfleetError
-from sparkfleet.planning import catalog, memory_plan, target
-from sparkfleet.reporting import report
-from sparkfleet.planning.catalog import Card
 from sparkfleet.onboarding.prompts import Person, tell
+from sparkfleet.planning import catalog, memory_plan, target
+from sparkfleet.planning.catalog import Card
+from sparkfleet.reporting import report
 
 PROFILE = "throughput"
 

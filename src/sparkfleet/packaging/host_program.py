@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 from sparkfleet.packaging import archive
+from sparkfleet.paths import ROOT
 
 NAME = "sparkfleet_host.pyz"
 PACKAGE = "sparkfleet_host"
-SOURCE = Path(__file__).resolve().parents[2] / "plugins" / "module_utils" / PACKAGE
-ROLE = Path(__file__).resolve().parents[2] / "roles" / "guard"
+SOURCE = ROOT / "plugins" / "module_utils" / PACKAGE
+ROLE = ROOT / "roles" / "guard"
 MAIN = f"import sys\n\nfrom {PACKAGE}.__main__ import main\n\nsys.exit(main())\n"
 
 

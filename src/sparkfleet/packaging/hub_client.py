@@ -62,7 +62,6 @@ def build(folder: Path) -> Path:
         return target
     content = {name: path.read_bytes() for part in parts for name, path in _files(part)}
     content["__main__.py"] = MAIN.encode()
-    content["sparkfleet/__init__.py"] = b""
     content.update(_ours())
     return archive.write(target, content, key)
 
@@ -82,8 +81,8 @@ def _files(part: metadata.Distribution) -> Iterator[tuple[str, Path]]:
 
 def _ours() -> dict[str, bytes]:
     """What the download needs of this project, by its name in the archive."""
-    content = {f"{PACKAGE}/{name}": (SOURCE / name).read_bytes() for name in ("__init__.py", "bounded.py", "cache.py")}
-    return {"sparkfleet/fetch_model.py": Path(__file__).with_name("fetch_model.py").read_bytes(), **content}
+    names = ("__init__.py", "bounded.py", "cache.py", "fetch_model.py")
+    return {f"{PACKAGE}/{name}": (SOURCE / name).read_bytes() for name in names}
 
 
 def _key(parts: list[metadata.Distribution]) -> str:

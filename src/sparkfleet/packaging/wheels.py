@@ -18,8 +18,8 @@ from sparkfleet_host.bounded import BoundsError, printable
 
 from sparkfleet import SparkfleetError
 from sparkfleet.packaging.bundle import Bundle
+from sparkfleet.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 #: What a Spark's own system has, in case it is to be the controller: DGX OS 7 and Debian 13.
 SPARK_PYTHONS = ("3.12", "3.13")
 

@@ -21,6 +21,7 @@ from sparkfleet_host.bounded import printable, read_file
 from sparkfleet import SparkfleetError
 from sparkfleet.documents import yaml_text
 from sparkfleet.documents.schema import MOST, Document, joined, problems
+from sparkfleet.paths import ROOT
 
 #: A card's file, bytes.
 LARGEST = 256 << 10
@@ -153,7 +154,7 @@ class Card:
 
 def catalogue_folder() -> Path:
     """The folder ``models/`` of the checkout this package is installed from (``pip install -e``)."""
-    return Path(__file__).resolve().parents[2] / "models"
+    return ROOT / "models"
 
 
 @functools.cache

@@ -12,9 +12,9 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from sparkfleet.planning import compose, preflight
 from sparkfleet import operator_name
 from sparkfleet.documents import yaml_text
+from sparkfleet.planning import compose, preflight
 from sparkfleet.planning.target import State, Target
 
 

@@ -11,9 +11,9 @@ import re
 from typing import Any
 
 from sparkfleet import SparkfleetError
-from sparkfleet.planning import catalog, vllm_versions, memory_plan
-from sparkfleet.documents import yaml_text
 from sparkfleet.diagnosis.failures import BY_ID
+from sparkfleet.documents import yaml_text
+from sparkfleet.planning import catalog, memory_plan, vllm_versions
 from sparkfleet.planning.target import State, Target, listen
 
 GIB = 1024**3

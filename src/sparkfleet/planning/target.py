@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 from sparkfleet_host.bounded import printable
 
 from sparkfleet import SparkfleetError
-from sparkfleet.planning import catalog, compose, vllm_versions
 from sparkfleet.packaging.bundle import Bundle
+from sparkfleet.paths import ROOT
+from sparkfleet.planning import catalog, compose, vllm_versions
 from sparkfleet.planning.catalog import Arguments, Card
-from sparkfleet.planning.vllm_versions import Engine
 from sparkfleet.planning.variables import ARGUMENT_PREFIX
+from sparkfleet.planning.vllm_versions import Engine
 
 State = Mapping[str, Any]
-DEFAULTS = Path(__file__).resolve().parents[2] / "roles" / "sparkfleet" / "defaults" / "main.yml"
+DEFAULTS = ROOT / "roles" / "sparkfleet" / "defaults" / "main.yml"
 
 
 def defaults() -> dict[str, Any]:

@@ -12,20 +12,20 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 from sparkfleet_host.bounded import printable
 
 from sparkfleet import SparkfleetError
-from sparkfleet.planning import catalog
 from sparkfleet.documents import schema, yaml_text
+from sparkfleet.paths import ROOT
+from sparkfleet.planning import catalog
 
 PREFIX = "sparkfleet_"
 #: What the variables of vLLM's arguments begin with; Ansible's own precedence merges them.
 ARGUMENT_PREFIX = "sparkfleet_vllm_"
-SPECS = Path(__file__).resolve().parents[2] / "roles" / "sparkfleet" / "meta" / "argument_specs.yml"
+SPECS = ROOT / "roles" / "sparkfleet" / "meta" / "argument_specs.yml"
 
 _DAY = 86400
 #: Of each number the least and the most it may be.
@@ -107,7 +107,7 @@ def options() -> dict[str, dict[str, Any]]:
 @functools.cache
 def internal() -> frozenset[str]:
     """Names that playbooks and roles keep for themselves: all that stand in them."""
-    root = SPECS.parents[3]
+    root = ROOT
     files = [*(root / "playbooks").rglob("*.yml"), *(root / "roles").glob("*/tasks/*.yml")]
     found = (re.findall(rf"\b{PREFIX}\w+", file.read_text(encoding="utf-8")) for file in files)
     return frozenset(name for names in found for name in names)

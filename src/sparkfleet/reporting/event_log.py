@@ -22,7 +22,7 @@ from sparkfleet.documents import yaml_text
 MUTATING = frozenset(
     ("deploy", "switch", "upgrade", "rollout", "rollback", "start", "stop", "restart", "remove", "bundle"),
 )
-FOLDER = Path(".sparkfleet") / "events"
+FOLDER = "events"
 _SECRET_NAME = re.compile(r"token|key|passw|secret", re.IGNORECASE)
 _SECRETS = (
     re.compile(r"()\b(?:hf|nvapi|sk|ghp|glpat)[_-][A-Za-z0-9_-]{8,}"),
@@ -68,7 +68,7 @@ class EventLog:
 
 @contextlib.contextmanager
 def keep(root: Path, verb: str, check: bool, extra: Sequence[str], **about: Any) -> Iterator[EventLog]:
-    """The log of a run: `root`/.sparkfleet/events/TIME-VERB.jsonl, 0600, for a verb that changes something.
+    """The log of a run: `root`/events/TIME-VERB.jsonl, 0600, for a verb that changes something.
 
     `extra` are the variables given as `-e`: their names are written down, never their values. `about` becomes part
     of the first line. Raises SparkfleetError where the file cannot be made.

@@ -31,6 +31,8 @@ DOING = {
     "gateway": "in the gateway",
     "remove": "removing",
 }
+#: Before the names of the collection's own actions and roles.
+NAMESPACE = "sparkfleet.dgx."
 _ACTIONS = {
     **{"spark_plan": "plan", "spark_status": "plan", "spark_diagnose": "look", "spark_drift": "plan"},
     **{"stop_services": "stop", "release_switch": "start", "vllm_wait": "wait", "vllm_verify": "verify"},
@@ -46,7 +48,12 @@ _FILES = {"drain": "drain", "undrain": "return"}
 _SILENT = ("validate_argument_spec", "include_tasks", "import_tasks", "assert", "meta", "set_fact")
 _SWITCH = {"stopping": "stop", "starting": "start", "verifying": "verify", "committing": "verify", "restoring": RESTORE}
 _WORDS = [
-    (re.compile(re.escape(switch_progress.WORDS[key]).replace(r"\{to\}", r"release \d+.*").replace(r"\{before\}", ".*")), phase)
+    (
+        re.compile(
+            re.escape(switch_progress.WORDS[key]).replace(r"\{to\}", r"release \d+.*").replace(r"\{before\}", ".*")
+        ),
+        phase,
+    )
     for key, phase in _SWITCH.items()
 ]
 _LOG = (
@@ -149,7 +156,7 @@ class Board:
     def task(self, host: str, data: Mapping[str, Any]) -> None:
         """A task begins on a host; `data` are ansible-runner's."""
         new = host not in self.rows
-        action = str(data.get("task_action") or "")
+        action = str(data.get("task_action") or "").removeprefix(NAMESPACE)
         found = phase_of(data)
         row = self.row(host)
         if new:
@@ -243,7 +250,11 @@ def phase_of(data: Mapping[str, Any]) -> str:
     """The phase that a task belongs to; "" for one that belongs to none."""
     action = str(data.get("task_action") or "")
     file = Path(str(data.get("task_path") or "").rpartition(":")[0]).stem
-    return _FILES.get(file) or _ACTIONS.get(action) or _ROLES.get(str(data.get("role") or ""), "")
+    return (
+        _FILES.get(file)
+        or _ACTIONS.get(action.removeprefix(NAMESPACE))
+        or _ROLES.get(str(data.get("role") or "").removeprefix(NAMESPACE), "")
+    )
 
 
 def said_in(text: str) -> str:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from sparkfleet_host.bounded import printable
 
-from sparkfleet.reporting import report
 from sparkfleet.fleet import rollout
+from sparkfleet.reporting import report
 
 if TYPE_CHECKING:
     from sparkfleet.cli.runner import Host

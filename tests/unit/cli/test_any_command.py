@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from sparkfleet.cli import main
 from sparkfleet.onboarding import discovery
-from sparkfleet.reporting import event_log
 from sparkfleet.onboarding.ssh import Look
+from sparkfleet.reporting import event_log
 
 CODES = {0, 2, 3, 4, 5, 6, 7, 130}
 ODD = st.one_of(

@@ -18,23 +18,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparkfleet import SparkfleetError
-from sparkfleet.planning import (
-    catalog,
-    compose,
-    vllm_versions,
-    preflight,
-    variables,
-)
 from sparkfleet.cli import main
+from sparkfleet.diagnosis import (
+    startup,
+    startup_log,
+)
+from sparkfleet.documents import yaml_text
 from sparkfleet.fleet import (
     drift,
     dry_run,
 )
-from sparkfleet.diagnosis import (
-    startup_log,
-    startup,
+from sparkfleet.planning import (
+    catalog,
+    compose,
+    preflight,
+    variables,
+    vllm_versions,
 )
-from sparkfleet.documents import yaml_text
 from sparkfleet.planning.memory_plan import requested_gib
 
 #: What people, editors and attackers write in place of a value.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sparkfleet.planning import catalog
 from sparkfleet.cli import main
+from sparkfleet.planning import catalog
 
 KEYS = {
     *("model", "profile", "weights_gib", "kv_bytes_per_token", "kv_cache_gib", "kv_cache_tokens", "max_concurrency"),

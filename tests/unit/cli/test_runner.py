@@ -16,8 +16,8 @@ import yaml
 
 from sparkfleet import SparkfleetError
 from sparkfleet.cli import main, runner
-from sparkfleet.reporting import event_log, status_page
 from sparkfleet.cli.runner import BAD_INPUT, DOWN, INTERRUPTED, OK, REFUSED, RESTORED, UNREACHABLE, Collector, Host
+from sparkfleet.reporting import event_log, status_page
 
 
 def event(kind: str, host: str = "spark-1", **res: Any) -> dict[str, Any]:
@@ -200,7 +200,10 @@ def test_the_row_of_a_host() -> None:
 
 
 def test_a_host_that_cannot_be_reached_is_a_row() -> None:
-    rows = [status_page.summary("spark-1", FOUND), status_page.absent("spark-2", "unreachable", "spark-2: No route to host")]
+    rows = [
+        status_page.summary("spark-1", FOUND),
+        status_page.absent("spark-2", "unreachable", "spark-2: No route to host"),
+    ]
     text = status_page.page(rows)
     assert re.search(r"spark-2 +unreachable +- .* \?$", text, re.MULTILINE) and "\nspark-2: No route to host\n" in text
     assert text.endswith("\n2 Sparks: 1 serving, 1 unreachable; 2 running, 1 waiting requests, 431 tokens/s\n")

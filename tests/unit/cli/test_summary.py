@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from sparkfleet.cli import summary
-from sparkfleet.reporting.progress import Board
 from sparkfleet.cli.runner import Host
+from sparkfleet.reporting.progress import Board
 
 RELEASE = {"number": 3, "model": "llama31-8b-fp8"}
 BAD = Host("spark-2", "restored", "spark-2: release 3 does not serve", "memory-refused", seconds=20)

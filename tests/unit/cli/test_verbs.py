@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests.unit import ROOT
-
 import json
 import os
 import shutil
@@ -21,6 +19,7 @@ import yaml
 
 from sparkfleet.cli import main, runner
 from sparkfleet.reporting import event_log
+from tests.unit import ROOT
 from tests.unit.planning import test_plan
 
 SSH = """#!{python} -I

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from tests.unit import DATA, ROOT
-
 import re
-from pathlib import Path
 
 import pytest
 
 from sparkfleet.diagnosis.failures import BY_ID, TABLE, Failure, markdown, match, relevant
+from tests.unit import DATA, ROOT
 
 GATED = "https://huggingface.co/nvidia/Llama-3.1-8B-Instruct-FP8/resolve/main/config.json"
 

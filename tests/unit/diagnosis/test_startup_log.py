@@ -6,14 +6,10 @@ messages of that version as public issues show them.
 
 from __future__ import annotations
 
-from tests.unit import DATA
-
-from pathlib import Path
-
 import pytest
 
 from sparkfleet.diagnosis.startup_log import Tracker, plain, split_stamp
-
+from tests.unit import DATA
 
 
 def read(name: str) -> list[str]:

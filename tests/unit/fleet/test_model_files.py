@@ -18,10 +18,10 @@ from plugins.action import model_files as action
 from plugins.modules import bundle_collect, model_download
 
 from sparkfleet import SparkfleetError
-from sparkfleet.packaging import hub_client
 from sparkfleet.fleet import model_files
-from sparkfleet.packaging.bundle import Bundle, Entry
 from sparkfleet.fleet.model_files import Answer, Way
+from sparkfleet.packaging import hub_client
+from sparkfleet.packaging.bundle import Bundle, Entry
 from tests.unit.fakes.fake_hub import Hub, serve
 from tests.unit.host.test_fetch_model import fetch
 

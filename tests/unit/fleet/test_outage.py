@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests.unit import ROOT
-
 import os
 import subprocess
 import sys
@@ -17,7 +15,7 @@ from hypothesis import strategies as st
 
 from sparkfleet import SparkfleetError
 from sparkfleet.fleet import outage
-
+from tests.unit import ROOT
 
 
 def look(serves: bool = True, start: bool = True, docker: str = "", machine: str = "") -> dict[str, Any]:

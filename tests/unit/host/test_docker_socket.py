@@ -8,7 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerError, DockerUnavailable
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import (
+    Docker,
+    DockerError,
+    DockerUnavailable,
+)
 
 from tests.unit.fakes.fake_engine import Engine, Handler
 

@@ -14,9 +14,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import manifest_path, mark_suspect, model_state
-
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import (
+    manifest_path,
+    mark_suspect,
+    model_state,
+)
 from sparkfleet_host import fetch_model
+
 from sparkfleet.packaging import hub_client
 from tests.unit.fakes.fake_hub import Hub, serve
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests.unit import ROOT
-
 import contextlib
 import http.client
 import json
@@ -24,6 +22,7 @@ from typing import Any
 import pytest
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store
 
+from tests.unit import ROOT
 from tests.unit.fakes.fake_engine import Engine, Handler, deployed
 
 SERVICE = "vllm-m"

@@ -16,7 +16,11 @@ from typing import Any
 import pytest
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import guard as module
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import releases
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerError, DockerUnavailable
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import (
+    Docker,
+    DockerError,
+    DockerUnavailable,
+)
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.guard import (
     Action,
     Canary,

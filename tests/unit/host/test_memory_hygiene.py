@@ -3,8 +3,6 @@ simulated engine compiles."""
 
 from __future__ import annotations
 
-from tests.unit import ROOT
-
 import json
 import os
 import re
@@ -20,8 +18,10 @@ from typing import Any
 import pytest
 import swap
 import yaml
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import memory
 from ansible.module_utils.testing import patch_module_args
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import memory
+
+from tests.unit import ROOT
 
 GIB = 1024**3
 FSTAB = """# /etc/fstab

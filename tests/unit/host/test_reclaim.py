@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import bounded, job, reclaim
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.reclaim import COMPILED, IMAGE, MODEL, Part, Reclaim
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.reclaim import (
+    COMPILED,
+    IMAGE,
+    MODEL,
+    Part,
+    Reclaim,
+)
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store, check_journal
 
 from tests.unit.fakes.fake_engine import Engine, Handler

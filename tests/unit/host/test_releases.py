@@ -16,7 +16,11 @@ import pytest
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import bounded, releases, switch
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import BoundsError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import ReleaseError, Store, check_journal
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import (
+    ReleaseError,
+    Store,
+    check_journal,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 

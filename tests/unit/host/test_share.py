@@ -20,9 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible.module_utils.testing import patch_module_args
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import share as host_share
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.job import JobError
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.registry import Layout, Registry, reference, resolve
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.registry import (
+    Layout,
+    Registry,
+    reference,
+    resolve,
+)
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.share import (
     Activity,
     Model,
@@ -35,7 +41,6 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.sha
     part,
     server_context,
 )
-from ansible.module_utils.testing import patch_module_args
 from hypothesis import given
 from hypothesis import strategies as st
 from plugins.action.share import key_pair, understood

@@ -10,12 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import engine, http, memory, releases, switch
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import (
+    engine,
+    http,
+    memory,
+    releases,
+    switch,
+)
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.engine import EngineError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.precheck import Problem
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import ReleaseError, Store
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.switch import FailedError, Switch, interrupted, recover
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.switch import (
+    FailedError,
+    Switch,
+    interrupted,
+    recover,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

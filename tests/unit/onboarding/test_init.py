@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests.unit import ROOT
-
 import builtins
 import json
 import os
@@ -28,6 +26,7 @@ from sparkfleet.cli import main
 from sparkfleet.onboarding import discovery, enrol, init, inventory_file, ssh
 from sparkfleet.onboarding.inventory_file import Entry
 from sparkfleet.onboarding.ssh import Place
+from tests.unit import ROOT
 
 KEY = "AAAAC3NzaC1lZDI1NTE5AAAAIPmCkC5OJufOYDhmaBOZ7crxxgPfpqIp4L0fTXoSVHni"
 FINGERPRINT = "SHA256:+KusbMvXWiet1cCNfMPfWvhrlJ2K2KRHDnlXyJffQC4"

@@ -18,11 +18,11 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.sha
 from plugins.modules import bundle_collect, bundle_receive, spark_state
 
 from sparkfleet import SparkfleetError
-from sparkfleet.planning import plan
 from sparkfleet.fleet import fetch_schedule
+from sparkfleet.fleet.fetch_schedule import Lack
 from sparkfleet.packaging import wheels
 from sparkfleet.packaging.bundle import Bundle, Collected
-from sparkfleet.fleet.fetch_schedule import Lack
+from sparkfleet.planning import plan
 from sparkfleet.planning.target import Target
 from tests.unit.planning.test_plan import bare, fetched, target
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from tests.unit import ROOT
-
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sparkfleet.planning import vllm_versions, memory_plan
+from sparkfleet.planning import memory_plan, vllm_versions
 from sparkfleet.planning.catalog import Attention, Card, Licence, Question, Shape, Weights
+from tests.unit import ROOT
 
 FILE = ROOT / "docs" / "logged-runs.yml"
 

@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 
 from sparkfleet import SparkfleetError
-from sparkfleet.planning import catalog, vllm_versions, memory_plan
+from sparkfleet.planning import catalog, memory_plan, vllm_versions
 
 CARD = (catalog.catalogue_folder() / "llama31-8b-fp8.yml").read_text(encoding="utf-8")
 

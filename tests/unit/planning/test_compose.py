@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests.unit import DATA
-
 import dataclasses
 import json
 import os
@@ -17,8 +15,9 @@ import pytest
 import yaml
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.http import KEY_FILE
 
-from sparkfleet.planning import catalog, compose
 from sparkfleet.cli import main
+from sparkfleet.planning import catalog, compose
+from tests.unit import DATA
 
 GUIDE = yaml.safe_load((DATA / "guide-compose.yml").read_text(encoding="utf-8"))
 SERVICE = "vllm-llama31-8b-fp8"

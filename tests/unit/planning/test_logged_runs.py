@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.unit.planning import logged_runs
 from sparkfleet.planning import memory_plan
 from sparkfleet.planning.catalog import load
+from tests.unit.planning import logged_runs
 
 RUNS = logged_runs.load()
 

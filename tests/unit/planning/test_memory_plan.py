@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from sparkfleet import SparkfleetError
-from sparkfleet.planning import catalog, vllm_versions, memory_plan
+from sparkfleet.planning import catalog, memory_plan, vllm_versions
 from sparkfleet.planning.catalog import Attention, Card
-from sparkfleet.planning.vllm_versions import Engine
 from sparkfleet.planning.memory_plan import GIB, Memory
+from sparkfleet.planning.vllm_versions import Engine
 
 V010 = Engine((0, 10, 1, 1))
 V031 = Engine((0, 31, 0))
@@ -153,7 +153,15 @@ def test_fewer_sequences_are_proposed_only_where_they_are_fewer() -> None:
     for sequences, expected in ((64, 32), (32, 16), (16, 8), (8, None)):
         asked = plan("llama31-8b-fp8", max_num_seqs=sequences, max_num_batched_tokens=64)
         room = memory_plan.activation_gib(catalog.load("llama31-8b-fp8"), 64, (expected or 4))
-        cache = asked.available_gib - 4 - memory_plan.BEYOND_BUDGET_GIB - asked.weights_gib - asked.runtime_gib - room - 1e-4
+        cache = (
+            asked.available_gib
+            - 4
+            - memory_plan.BEYOND_BUDGET_GIB
+            - asked.weights_gib
+            - asked.runtime_gib
+            - room
+            - 1e-4
+        )
         tight = plan(
             "llama31-8b-fp8",
             max_num_seqs=sequences,
@@ -327,7 +335,9 @@ def test_sliding_windows_cost_little_and_stay_bounded() -> None:
 
 
 def test_mla_keeps_one_vector() -> None:
-    assert memory_plan.layout(layers(Attention("mla", 61, rank=512, rope_dim=64)), "bf16").bytes_per_token == 61 * 576 * 2
+    assert (
+        memory_plan.layout(layers(Attention("mla", 61, rank=512, rope_dim=64)), "bf16").bytes_per_token == 61 * 576 * 2
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests.unit import ROOT
-
 import os
 import re
 import subprocess
@@ -16,7 +14,7 @@ import yaml
 
 from sparkfleet import SparkfleetError
 from sparkfleet.planning import target, variables
-
+from tests.unit import ROOT
 
 
 def test_each_number_has_a_range_and_its_default_is_in_it() -> None:

@@ -3,8 +3,6 @@ can be lost or fail on command."""
 
 from __future__ import annotations
 
-from tests.unit import ROOT
-
 import dataclasses
 import json
 import os
@@ -14,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.unit import ROOT
 
 #: Takes the place of every action and module that contacts a host; `script` says what becomes of a call.
 STAND_IN = """

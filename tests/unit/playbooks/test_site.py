@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from tests.unit import ROOT
-
 from pathlib import Path
 
 import pytest
 
+from tests.unit import ROOT
 from tests.unit.playbooks.test_rollout import Fleet
 
 SITE = "site.yml"
@@ -63,9 +62,7 @@ def test_each_stage_by_its_tag(fleet: Fleet, tag: str, actions: set[str]) -> Non
 
 
 def test_everything_tagged_from_outside(fleet: Fleet) -> None:
-    (fleet.folder / "own.yml").write_text(
-        f"- import_playbook: {ROOT / SITE}\n  tags: [sparks]\n", encoding="utf-8"
-    )
+    (fleet.folder / "own.yml").write_text(f"- import_playbook: {ROOT / SITE}\n  tags: [sparks]\n", encoding="utf-8")
     code, said = fleet.run("--tags", "sparks", playbook=str(fleet.folder / "own.yml"))
     assert code == 0, said
     assert fleet.released() == ["s1", "s2", "s3"] and "vllm_verify" in called(fleet)

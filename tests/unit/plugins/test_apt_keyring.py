@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests.unit import DATA
-
 import base64
 import contextlib
 import json
@@ -15,10 +13,12 @@ from typing import Any
 
 import apt_keyring
 import pytest
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import BoundsError
 from ansible.module_utils.testing import patch_module_args
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import BoundsError
 from hypothesis import given
 from hypothesis import strategies as st
+
+from tests.unit import DATA
 
 #: Two keys (ed25519, made by GnuPG 2.2 with --quick-generate-key), and what `gpg --with-colons` says of them.
 FIRST, SECOND = (DATA / f"key-{name}.asc" for name in ("first", "second"))

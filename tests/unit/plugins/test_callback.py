@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from tests.unit import ROOT
-
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.unit import ROOT
 
 PLAYBOOK = """
 - hosts: localhost

@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 import spark_diagnose
 from ansible.errors import AnsibleActionFail
+from ansible.module_utils.testing import patch_module_args
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import guard
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store
-from ansible.module_utils.testing import patch_module_args
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparkfleet.cli.runner import DOWN, DRIFT, OK, Collector
 from sparkfleet.diagnosis import diagnose
 from sparkfleet.fleet import drift
-from sparkfleet.cli.runner import DOWN, DRIFT, OK, Collector
-from tests.unit.fakes.fake_engine import Engine
 from tests.unit.diagnosis.test_diagnose import HEALTHY, ids
+from tests.unit.fakes.fake_engine import Engine
 from tests.unit.plugins.test_fleet_actions import load
 
 UNIT = {"installed": True, "enabled": True, "active": True, "state": "active"}

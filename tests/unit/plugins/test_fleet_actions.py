@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from tests.unit import ROOT
-
 import importlib.util
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+
+from tests.unit import ROOT
 
 ENGINE: dict[str, Any] = {
     **{"engine": "serving", "healthy": True, "figures": {}, "guard": None, "gpu": {"temperature": 41.0}},

@@ -17,9 +17,9 @@ import pytest
 import release_stage
 import secret_file
 import stop_services
+from ansible.module_utils.testing import patch_module_args
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store
-from ansible.module_utils.testing import patch_module_args
 
 from tests.unit.fakes.fake_engine import Engine
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible.module_utils.testing import patch_module_args
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.job import Job, JobError, read_status
-from ansible.module_utils.testing import patch_module_args
 from plugins.modules import image_pull
 from plugins.modules.image_pull import Progress, credentials, explain, reference
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import release_switch
+from ansible.module_utils.testing import patch_module_args
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import reclaim
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store
-from ansible.module_utils.testing import patch_module_args
 
 from tests.unit.fakes.fake_engine import Engine
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import spark_remove
+from ansible.module_utils.testing import patch_module_args
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import status
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store, write_json
-from ansible.module_utils.testing import patch_module_args
 
 from tests.unit.fakes.fake_engine import Engine
 from tests.unit.fakes.fake_vllm import Vllm

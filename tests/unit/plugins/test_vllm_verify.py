@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible.module_utils.testing import patch_module_args
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import http
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import verify as verification
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.http import Answer, Client, HttpError
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.verify import CheckError, StreamReader, counters, judge
-from ansible.module_utils.testing import patch_module_args
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.verify import (
+    CheckError,
+    StreamReader,
+    counters,
+    judge,
+)
 from plugins.modules import vllm_verify
 
 from sparkfleet.diagnosis.failures import BY_ID

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests.unit import ROOT
-
 import json
 import os
 import stat
@@ -14,8 +12,8 @@ from pathlib import Path
 import pytest
 from plugins.action.vllm_verify import advice, record, save, table
 
+from tests.unit import ROOT
 from tests.unit.fakes.fake_vllm import MODEL, Vllm
-
 
 
 def test_table_is_aligned() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests.unit import DATA
-
 import json
 import struct
 import time
@@ -14,15 +12,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.engine import HEAD, LINE, TAIL, instant, redact, wait
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.http import Client
 from ansible.module_utils.testing import patch_module_args
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.engine import (
+    HEAD,
+    LINE,
+    TAIL,
+    instant,
+    redact,
+    wait,
+)
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.http import Client
 from plugins.action import vllm_wait as action
 from plugins.modules import vllm_wait
 
 from sparkfleet.diagnosis.failures import BY_ID
 from sparkfleet.diagnosis.startup import Watch, explain
+from tests.unit import DATA
 from tests.unit.fakes.fake_engine import Engine, Handler
 from tests.unit.fakes.fake_vllm import Vllm
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests.unit import ROOT
-
 import contextlib
 import dataclasses
 import http.client
@@ -23,6 +21,7 @@ from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar, trust_as_template
 
 from sparkfleet.fleet import gateway
+from tests.unit import ROOT
 
 ROLE = ROOT / "roles" / "gateway"
 LLAMA, OSS = "nvidia/Llama-3.1-8B-Instruct-FP8", "openai/gpt-oss-120b"

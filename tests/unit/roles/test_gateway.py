@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests.unit import ROOT
-
 import json
 import re
 import socketserver
@@ -20,13 +18,14 @@ import pytest
 import yaml
 from ansible.errors import AnsibleActionFail
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import network
 from ansible.module_utils.testing import patch_module_args
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import network
 
 from sparkfleet import SparkfleetError
 from sparkfleet.fleet import gateway
-from tests.unit.roles.haproxy import rendered
+from tests.unit import ROOT
 from tests.unit.plugins.test_fleet_actions import Stage
+from tests.unit.roles.haproxy import rendered
 
 HOSTS: dict[str, dict[str, Any]] = {
     "spark-1": {"ansible_host": "192.0.2.11"},

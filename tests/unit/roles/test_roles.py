@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests.unit import ROOT
-
 import grp
 import importlib
 import os
@@ -16,6 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from tests.unit import ROOT
 
 ROLES = sorted(path.name for path in (ROOT / "roles").iterdir())
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests.unit import ROOT
-
 import re
 import shutil
 import subprocess
@@ -13,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import hardening
+
+from tests.unit import ROOT
 
 ROLE = ROOT / "roles" / "guard"
 #: What systemd-analyze calls exposure, 0 to 10. The guard is root with Docker's socket, whatever its unit says.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests.unit import ROOT
-
 import os
 import socket
 import subprocess
@@ -22,6 +20,7 @@ from simulator.spark import QUESTION
 
 from sparkfleet.diagnosis import failures
 from sparkfleet.diagnosis.startup_log import Tracker
+from tests.unit import ROOT
 
 VLLM = ROOT / "simulator" / "fault_engine" / "vllm"
 MODEL = "org/model"

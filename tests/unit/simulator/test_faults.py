@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests.unit import ROOT
-
 import re
 import subprocess
 import sys
@@ -18,6 +16,8 @@ from simulator import faults
 from simulator.faults import FAULTS
 from simulator.shell import SimulatorError
 from simulator.world import MEMINFO, World
+
+from tests.unit import ROOT
 
 ROOTFS = ROOT / "simulator" / "rootfs"
 

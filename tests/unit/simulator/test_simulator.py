@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests.unit import ROOT
-
 import io
 import json
 import os
@@ -33,6 +31,7 @@ from simulator import docker_host, images, keys, matrix, shell, world
 from simulator.world import World
 
 from sparkfleet.planning import variables
+from tests.unit import ROOT
 
 ROOTFS = ROOT / "simulator" / "rootfs"
 SMI = ROOTFS / "spark/usr/bin/nvidia-smi"

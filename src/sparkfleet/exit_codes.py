@@ -1,0 +1,18 @@
+"""Exit codes of the command; 1 and 2 as everywhere. Of several hosts the most severe counts."""
+
+from __future__ import annotations
+
+OK, INTERNAL, BAD_INPUT, REFUSED, DRIFT, RESTORED, DOWN, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 7, 130
+#: Result of a host -> exit code.
+CODES = {
+    "ok": OK,
+    "changed": OK,
+    "untouched": OK,  # by a rollout that stopped before it
+    "refused": REFUSED,
+    "drift": DRIFT,
+    "faulty": DRIFT,  # it serves, and something is wrong with it
+    "restored": RESTORED,
+    "failed": DOWN,
+    "down": DOWN,
+    "unreachable": UNREACHABLE,
+}
