@@ -11,10 +11,9 @@ from typing import Any
 from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 
-from sparkfleet import SparkfleetError
+from sparkfleet import SparkfleetError, paths
 from sparkfleet.fleet import gateway
 from sparkfleet.packaging import host_program
-from sparkfleet.paths import ROOT
 from sparkfleet.planning import compose, plan, variables
 from sparkfleet.planning.preflight import GIB
 from sparkfleet.planning.target import Settings, Target, listen
@@ -46,9 +45,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         except SparkfleetError as error:
             raise _bad_input(f"{host}: {error}") from None
         arguments["arguments"] = self._vllm_arguments(task_vars)
-        arguments["host_program"] = hashlib.sha256(
-            host_program.build(ROOT / ".sparkfleet" / "cache").read_bytes()
-        ).hexdigest()
+        arguments["host_program"] = hashlib.sha256(host_program.build(paths.CACHE).read_bytes()).hexdigest()
         try:
             gateway.check_key("sparkfleet_engine_key", engine_key)
             target = Target.of(_settings(arguments))

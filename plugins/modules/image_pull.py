@@ -23,8 +23,8 @@ options:
     default: /run/sparkfleet/fetch/image.json
   mirror:
     description: >-
-      HOST:PORT of a registry that is asked first, for O(mirror_digest); see M(sparkfleet.dgx.share). Where it does not help, the
-      image's own registry is asked.
+      HOST:PORT of a registry that is asked first, for O(mirror_digest); see M(sparkfleet.dgx.share). Where it does not
+      help, the image's own registry is asked.
     type: str
     default: ""
   digest:

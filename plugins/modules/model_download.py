@@ -45,8 +45,8 @@ options:
     default: {}
   peer:
     description: >-
-      Address of another Spark's service on the loopback interface that is asked first, see M(sparkfleet.dgx.share). Where it does not
-      help, the Hub is asked.
+      Address of another Spark's service on the loopback interface that is asked first, see M(sparkfleet.dgx.share).
+      Where it does not help, the Hub is asked.
     type: str
     default: ""
   expected:

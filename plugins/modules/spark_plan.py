@@ -7,7 +7,8 @@ DOCUMENTATION = r"""
 module: spark_plan
 short_description: Looks at a Spark once and plans what is to be done there
 description:
-  - Runs the module M(sparkfleet.dgx.spark_state) on the host, and makes the plan on the controller (C(sparkfleet.planning.plan)).
+  - Runs the module M(sparkfleet.dgx.spark_state) on the host, and makes the plan on the controller
+    (C(sparkfleet.planning.plan)).
   - Fails with every finding at once when the input is wrong or the host cannot serve the model.
   - Arguments of C(vllm serve) are taken from the host's variables C(sparkfleet_vllm_*).
   - The options are the variables C(sparkfleet_*) of the role C(sparkfleet), which documents them.

@@ -37,7 +37,10 @@ options:
   hub_endpoint: {description: Address of the Hub., type: str, default: "https://huggingface.co"}
   proxy: {description: Proxy between the host and the internet., type: str, default: ""}
   no_proxy: {description: Names that are reached without it separated by commas., type: str, default: ""}
-  status: {description: Look at what is served as well, as the module M(sparkfleet.dgx.spark_status) does., type: bool, default: false}
+  status:
+    description: Look at what is served as well, as the module M(sparkfleet.dgx.spark_status) does.
+    type: bool
+    default: false
   now:
     description: The controller's time in seconds since 1970, to compare the host's with; 0 for no comparison.
     type: float

@@ -15,7 +15,8 @@ options:
   state_dir: {description: Folder of journal and guard., type: path, default: /var/lib/sparkfleet}
   log_lines: {description: Lines of the engine's log to bring along., type: int, default: 0}
   look:
-    description: By the action; what M(sparkfleet.dgx.spark_plan) returned with C(status=true), to compare with the inventory.
+    description: >-
+      By the action; what M(sparkfleet.dgx.spark_plan) returned with C(status=true), to compare with the inventory.
     type: dict
   problem: {description: By the action; why it cannot be compared., type: str, default: ""}
   show: {description: By the action; print the status., type: bool, default: true}

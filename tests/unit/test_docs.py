@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
 import importlib.machinery
 import importlib.util
 import os
@@ -73,7 +72,11 @@ def test_every_row_of_every_role_has_four_cells(docs: ModuleType) -> None:
 
 
 ROLES_PAGE = (ROOT / "docs" / "roles.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"^```yaml\n(.*?)^```$", ROLES_PAGE, re.MULTILINE | re.DOTALL)
+EXAMPLES = [
+    text
+    for text in re.findall(r"^```yaml\n(.*?)^```$", ROLES_PAGE, re.MULTILINE | re.DOTALL)
+    if not text.startswith("collections:")
+]
 PLAYS = [text for text in EXAMPLES if text.startswith("- name:")]
 (CONFIGURATION,) = re.findall(r"^```ini\n(.*?)^```$", ROLES_PAGE, re.MULTILINE | re.DOTALL)
 
@@ -87,24 +90,14 @@ def used(play: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found | {task["ansible.builtin.import_role"]["name"]: task["vars"] for task in imported}
 
 
-def test_an_ansible_cfg_of_ones_own_names_each_of_our_folders() -> None:
-    ours, theirs = configparser.ConfigParser(), configparser.ConfigParser()
-    ours.read(ROOT / "ansible.cfg", encoding="utf-8")
-    theirs.read_string(CONFIGURATION)
-    folders = {
-        key: value for key, value in ours["defaults"].items() if value == "roles" or value.startswith("plugins/")
-    }
-    assert len(folders) == 6
-    assert all(theirs["defaults"][key].split(":")[-1] == f"sparkfleet/{value}" for key, value in folders.items())
-
-
 def test_each_example_names_variables_of_its_role_and_all_that_are_required() -> None:
     roles = [item for text in PLAYS for play in yaml.safe_load(text) for item in used(play).items()]
-    assert {name for name, _ in roles} == {
+    assert {name.removeprefix("sparkfleet.dgx.") for name, _ in roles} == {
         *("docker", "hf_cache", "memory", "nvidia_container_toolkit", "fetch", "gateway", "endpoint")
     }
     for name, given in roles:
-        spec = yaml.safe_load((ROOT / "roles" / name / "meta" / "argument_specs.yml").read_text(encoding="utf-8"))
+        folder = name.removeprefix("sparkfleet.dgx.")
+        spec = yaml.safe_load((ROOT / "roles" / folder / "meta" / "argument_specs.yml").read_text(encoding="utf-8"))
         options = spec["argument_specs"]["main"]["options"]
         assert set(given) <= set(options), name
         for key, option in options.items():
@@ -115,8 +108,8 @@ def test_each_example_names_variables_of_its_role_and_all_that_are_required() ->
 
 
 def test_the_examples_are_playbooks(tmp_path: Path) -> None:
-    """In a project of its own with a clone beside it."""
-    (tmp_path / "sparkfleet").symlink_to(ROOT)
+    """In a project of its own with the collection in it."""
+    (tmp_path / "collections").symlink_to(ROOT / "collections")
     (tmp_path / "ansible.cfg").write_text(CONFIGURATION, encoding="utf-8")
     (inventory,) = (text for text in EXAMPLES if text not in PLAYS)
     group = "gateways: {hosts: {gateway-1: }}\nyour_group: {hosts: {spark-1: }}\n"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one table of failures: how each shows itself, why it happens, what to do.
 
-Preflight, fetch, the wait for readiness, verification and the docs read it. `python -m sparkfleet.diagnosis.failures` prints
-it as Markdown. Order matters: of two entries that fit the same log, the one further up is told first.
+Preflight, fetch, the wait for readiness, verification and the docs read it. `python -m sparkfleet.diagnosis.failures`
+prints it as Markdown. Order matters: of two entries that fit the same log, the one further up is told first.
 """
 
 from __future__ import annotations

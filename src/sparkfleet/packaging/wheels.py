@@ -1,7 +1,7 @@
 """Wheels for `scripts/setup` on a controller without internet.
 
-`python -m sparkfleet.packaging.wheels FOLDER [DIGEST]` checks those of a bundle before pip is given them, with nothing but the
-standard library: there is no environment yet.
+`python -m sparkfleet.packaging.wheels FOLDER [DIGEST]` checks those of a bundle before pip is given them, with nothing
+but the standard library: there is no environment yet.
 """
 
 from __future__ import annotations

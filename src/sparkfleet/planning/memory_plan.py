@@ -306,8 +306,8 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
             notes.append(f"vLLM {version.text} {counts} the page cache as used: it is dropped just before the start")
         if card.shape.kv_cache_dtype == "fp8" and dtype == "bf16":
             notes.append(
-                f"the checkpoint asks for an FP8 KV cache, vLLM {version.text} keeps it in bf16; "
-                f"from {'.'.join(map(str, vllm_versions.KV_FOLLOWS_CHECKPOINT))} on it follows, and twice as many tokens fit"
+                f"the checkpoint asks for an FP8 KV cache, vLLM {version.text} keeps it in bf16; from "
+                f"{'.'.join(map(str, vllm_versions.KV_FOLLOWS_CHECKPOINT))} on it follows, and twice as many tokens fit"
             )
     return Plan(
         model=card.name,

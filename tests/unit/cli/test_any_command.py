@@ -64,7 +64,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr("time.sleep", stop)
         patch.setattr(discovery, "look", lambda *_: [])
         patch.setattr("sparkfleet.onboarding.ssh.look", lambda place: Look(None, "unreachable", "no route"))
-        patch.setattr("sparkfleet.onboarding.init.ROOT", folder)
+        patch.setattr("sparkfleet.paths.INVENTORY", folder / "inventory" / "mine")
         patch.setattr(sys, "stdin", io.StringIO(""))
         patch.chdir(folder)
         yield folder

@@ -36,6 +36,7 @@ from sparkfleet.planning import (
     vllm_versions,
 )
 from sparkfleet.planning.memory_plan import requested_gib
+from tests.unit import ROOT
 
 #: What people, editors and attackers write in place of a value.
 NASTY = [
@@ -254,7 +255,7 @@ def test_variables(hosts: dict[str, dict[str, Any]]) -> None:
 @settings(max_examples=max(settings().max_examples // 8, 5))  # Ansible's own reading is slow
 @given(st.one_of(st.lists(st.one_of(words, st.sampled_from(["{", ": ", "- ", "\n"])), max_size=8).map(" ".join), words))
 def test_inventories_and_extra_variables(text: str) -> None:
-    os.environ.setdefault("ANSIBLE_CONFIG", str(main.ROOT / "ansible.cfg"))
+    os.environ.setdefault("ANSIBLE_CONFIG", str(ROOT / "ansible.cfg"))
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "hosts.yml").write_text("sparks: {hosts: {spark-1: {}}}\n", encoding="utf-8")
         proper(["rollout", "--dry", "-i", folder, "-e", text], quiet=False)

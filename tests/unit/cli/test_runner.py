@@ -16,7 +16,8 @@ import yaml
 
 from sparkfleet import SparkfleetError
 from sparkfleet.cli import main, runner
-from sparkfleet.cli.runner import BAD_INPUT, DOWN, INTERRUPTED, OK, REFUSED, RESTORED, UNREACHABLE, Collector, Host
+from sparkfleet.cli.runner import Collector, Host
+from sparkfleet.exit_codes import BAD_INPUT, DOWN, INTERRUPTED, OK, REFUSED, RESTORED, UNREACHABLE
 from sparkfleet.reporting import event_log, status_page
 
 
@@ -108,7 +109,7 @@ END = {"event": "playbook_on_stats", "event_data": {"processed": {"localhost": 1
 
 
 def scheduled(**res: Any) -> dict[str, Any]:
-    data = {"host": "spark-1", "task_action": "rollout_schedule", "res": {**WAVES, **res}}
+    data = {"host": "spark-1", "task_action": "sparkfleet.dgx.rollout_schedule", "res": {**WAVES, **res}}
     return {"event": "runner_on_ok", "event_data": data}
 
 
@@ -137,7 +138,7 @@ def test_a_status_after_a_plan_that_failed_is_a_status() -> None:
 def test_everything_is_logged() -> None:
     log: list[dict[str, Any]] = []
     collector = Collector(lambda host, line: None, log.append)
-    task = {"task": "Switch to the release", "task_action": "release_switch"}
+    task = {"task": "Switch to the release", "task_action": "sparkfleet.dgx.release_switch"}
     for item in (
         {"event": "playbook_on_play_start", "event_data": {"play": "Roll out"}},
         scheduled(),

@@ -17,9 +17,11 @@ import pexpect
 import pytest
 import yaml
 
+from sparkfleet import exit_codes
 from sparkfleet.cli import main, runner
 from sparkfleet.reporting import event_log
 from tests.unit import ROOT
+from tests.unit.collection import overlay
 from tests.unit.planning import test_plan
 
 SSH = """#!{python} -I
@@ -71,7 +73,7 @@ def test_host_keys_are_checked(
 ) -> None:
     """ansible-runner switches that off by itself; an environment that says so is not followed either."""
     monkeypatch.setenv("ANSIBLE_HOST_KEY_CHECKING", "False")
-    assert main.main([verb, *WORDS.get(verb, ()), "-i", str(inventory)]) == runner.UNREACHABLE, capsys.readouterr()
+    assert main.main([verb, *WORDS.get(verb, ()), "-i", str(inventory)]) == exit_codes.UNREACHABLE, capsys.readouterr()
     given = [json.loads(line) for line in calls.read_text(encoding="utf-8").splitlines()]
     assert given
     for argv in given:
@@ -167,7 +169,7 @@ def found(secrets: dict[str, str], folders: Iterable[Path]) -> list[str]:
 def test_without_an_activated_environment(inventory: Path, calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ansible-playbook is found beside the Python that runs sparkfleet."""
     monkeypatch.setenv("PATH", f"{calls.parent / 'bin'}:/usr/bin:/bin")
-    assert main.main(["stop", "-i", str(inventory), "--json"]) == runner.UNREACHABLE
+    assert main.main(["stop", "-i", str(inventory), "--json"]) == exit_codes.UNREACHABLE
     assert calls.exists()
 
 
@@ -198,8 +200,7 @@ SERVED: dict[str, Any] = {
 @pytest.fixture
 def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """Two Sparks that serve, by what stands in for the modules; the inventory, and a file with the modules that ran."""
-    library, ran = tmp_path / "library", tmp_path / "ran"
-    library.mkdir()
+    ran = tmp_path / "ran"
     state = test_plan.serving()
     state["os"] |= {"boot_id": "", "machine_id": ""}
     state["guard"]["settings"] = None  # something to prepare, so that more than one stage would run
@@ -209,10 +210,10 @@ def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
         "release_switch": {"changed": True},
         "stop_services": {"changed": True},
     }
-    for name, answer in answers.items():
-        text = MODULE.format(path=str(ran), name=name, answer=answer)
-        (library / f"{name}.py").write_text(text, encoding="utf-8")
-    monkeypatch.setenv("ANSIBLE_LIBRARY", f"{library}:{ROOT / 'plugins' / 'modules'}")
+    modules = {
+        f"modules/{name}.py": MODULE.format(path=str(ran), name=name, answer=answer) for name, answer in answers.items()
+    }
+    monkeypatch.setenv("ANSIBLE_COLLECTIONS_PATH", str(overlay(tmp_path, modules)))
     local = {"ansible_connection": "local", "ansible_become": False, "ansible_python_interpreter": sys.executable}
     hosts = {f"spark-{number}": {"sparkfleet_operator": "nvidia", **local} for number in (1, 2)}
     inventory = tmp_path / "fleet.yml"
@@ -227,7 +228,7 @@ def test_several_sparks_are_not_stopped_at_once(
     inventory, ran = fleet
     change = ("-e", "sparkfleet_vllm_max_num_seqs=7") if verb == "deploy" else ()
     words = (verb, *WORDS.get(verb, ()), "-i", str(inventory), "--json", *change)
-    assert main.main(words) == runner.REFUSED
+    assert main.main(words) == exit_codes.REFUSED
     made = json.loads(capsys.readouterr().out)
     assert {host["name"]: host["result"] for host in made["hosts"]} == {"spark-1": "refused", "spark-2": "refused"}
     assert made["hosts"][0]["failure"] == "all-at-once" and "spark-1, spark-2" in made["hosts"][0]["message"]
@@ -244,7 +245,7 @@ def test_several_sparks_are_not_stopped_at_once(
 def test_without_root(verb: str, fleet: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     """What changes a Spark is refused with what to do; what reads only goes on."""
     inventory, ran = fleet
-    module = inventory.parent / "library" / "spark_state.py"
+    module = inventory.parent / "ansible_collections/sparkfleet/dgx/plugins/modules/spark_state.py"
     text = module.read_text(encoding="utf-8").replace("'os': {", "'user': {'id': 1000, 'name': 'nvidia'}, 'os': {", 1)
     module.write_text(text, encoding="utf-8")
     main.main((verb, "-i", str(inventory), "-l", "spark-1", "--json"))
@@ -271,7 +272,7 @@ def test_limits(words: tuple[str, ...], names: set[str], calls: Path, tmp_path: 
     hosts = {f"spark-{number}": {"ansible_host": f"192.0.2.{number}"} for number in (1, 2, 3)}
     group = {"hosts": hosts, "children": {"rack1": {"hosts": {"spark-2": {}}}}}
     path.write_text(yaml.safe_dump({"sparks": group}), encoding="utf-8")
-    assert main.main([*words, "-i", str(path)]) == runner.UNREACHABLE
+    assert main.main([*words, "-i", str(path)]) == exit_codes.UNREACHABLE
     given = [json.loads(line) for line in calls.read_text(encoding="utf-8").splitlines()]
     assert {word for argv in given for word in argv if word.startswith("192.")} == names
 
@@ -281,7 +282,7 @@ def test_limits(words: tuple[str, ...], names: set[str], calls: Path, tmp_path: 
 )
 def test_limits_that_are_none(limit: str, inventory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An empty one is not all hosts; one that excludes nothing is a slip."""
-    assert main.main(["stop", "-l", limit, "-i", str(inventory)]) == runner.BAD_INPUT
+    assert main.main(["stop", "-l", limit, "-i", str(inventory)]) == exit_codes.BAD_INPUT
     said = capsys.readouterr().err
     assert said.startswith("sparkfleet: --limit ") and said.count("\n") == 1
 

@@ -42,7 +42,7 @@ def play(
 ) -> subprocess.CompletedProcess[str]:
     """A play of the one task over these hosts, and of one after it that would change something."""
     tasks = [
-        {"fleet_check": arguments, "run_once": True},
+        {"sparkfleet.dgx.fleet_check": arguments, "run_once": True},
         {"ansible.builtin.debug": {"msg": "it goes on"}},
     ]
     playbook, inventory = tmp_path / "playbook.yml", tmp_path / "hosts.yml"

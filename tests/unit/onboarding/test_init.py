@@ -68,7 +68,7 @@ def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Network:
     programs.mkdir()
     for name in ("ssh", "ssh-keyscan", "ssh-copy-id"):
         script = programs / name
-        body = (ROOT / "tests" / "unit" / "fake_ssh.py").read_text(encoding="utf-8").partition("\n")[2]
+        body = (ROOT / "tests" / "unit" / "fakes" / "fake_ssh.py").read_text(encoding="utf-8").partition("\n")[2]
         script.write_text(f"#!{sys.executable} -I\n{body}", encoding="utf-8")
         script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")

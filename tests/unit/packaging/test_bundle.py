@@ -24,6 +24,7 @@ from sparkfleet.packaging import wheels
 from sparkfleet.packaging.bundle import Bundle, Collected
 from sparkfleet.planning import plan
 from sparkfleet.planning.target import Target
+from tests.unit import ROOT
 from tests.unit.planning.test_plan import bare, fetched, target
 
 IMAGE = "nvcr.io/nvidia/vllm:25.09-py3"
@@ -371,9 +372,9 @@ def test_a_folder_of_wheels_that_is_not_as_listed(tmp_path: Path, change: Any, n
 
 def test_setup_refuses_an_altered_wheel_before_pip(tmp_path: Path) -> None:
     """The script itself, in a copy of the repository without an environment; its Python has no packages."""
-    root = Path(wheels.__file__).parents[2]
+    root = ROOT
     without = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in ("scripts", "src", "plugins/module_utils"):
+    for name in ("meta", "scripts", "src", "plugins/module_utils"):
         shutil.copytree(root / name, tmp_path / "copy" / name, ignore=without)
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(root / name, tmp_path / "copy" / name)

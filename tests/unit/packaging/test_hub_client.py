@@ -46,7 +46,7 @@ def test_changed_or_damaged_is_made_anew(client: Path, tmp_path: Path, monkeypat
 def test_pure_python_and_small(client: Path) -> None:
     names = zipfile.ZipFile(client).namelist()
     assert not [name for name in names if name.endswith((".so", ".pyd", ".pyc", ".pyi"))]
-    assert {name.split("/")[0] for name in names} >= {"__main__.py", "huggingface_hub", "httpx2", "sparkfleet"}
+    assert {name.split("/")[0] for name in names} >= {"__main__.py", "huggingface_hub", "httpx2", "sparkfleet_host"}
     assert not [name for name in names if name.startswith(("hf_xet", "click"))]
     assert [name for name in names if "licenses/LICENSE" in name]
     assert client.stat().st_size < 3_000_000

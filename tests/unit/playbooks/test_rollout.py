@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.unit import ROOT
+from tests.unit.collection import overlay
 
 #: Takes the place of every action and module that contacts a host; `script` says what becomes of a call.
 STAND_IN = """
@@ -75,9 +76,7 @@ class Fleet:
     count: int = 5
 
     def __post_init__(self) -> None:
-        (self.folder / "actions").mkdir()
-        for name in (*ACTIONS, "gateway_plan"):
-            (self.folder / "actions" / f"{name}.py").write_text(STAND_IN, encoding="utf-8")
+        overlay(self.folder, {f"action/{name}.py": STAND_IN for name in (*ACTIONS, "gateway_plan")})
         self.names = [f"s{number}" for number in range(1, self.count + 1)]
         self.inventory()
 
@@ -110,7 +109,7 @@ class Fleet:
         environment = {
             **os.environ,
             "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
-            "ANSIBLE_ACTION_PLUGINS": f"{self.folder / 'actions'}:{ROOT / 'plugins' / 'action'}",
+            "ANSIBLE_COLLECTIONS_PATH": str(self.folder),
             "STAND_IN": str(self.folder),
             "ANSIBLE_FORKS": "5",
         }

@@ -9,7 +9,7 @@ import pytest
 from tests.unit import ROOT
 from tests.unit.playbooks.test_rollout import Fleet
 
-SITE = "site.yml"
+SITE = "playbooks/site.yml"
 UNREACHABLE, FAILED = 4, 2  # as ansible-playbook ends
 
 

@@ -19,8 +19,9 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.rel
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparkfleet.cli.runner import DOWN, DRIFT, OK, Collector
+from sparkfleet.cli.runner import Collector
 from sparkfleet.diagnosis import diagnose
+from sparkfleet.exit_codes import DOWN, DRIFT, OK
 from sparkfleet.fleet import drift
 from tests.unit.diagnosis.test_diagnose import HEALTHY, ids
 from tests.unit.fakes.fake_engine import Engine

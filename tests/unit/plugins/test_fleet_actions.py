@@ -130,5 +130,5 @@ def test_status_of_a_spark_that_cannot_be_compared(monkeypatch: pytest.MonkeyPat
     stage = Stage(monkeypatch, "spark_status")
     problem = "Task failed: Action failed: s1: unknown model 'nope'"
     row = stage.run({"inventory_hostname": "s1"}, ENGINE, problem=problem)["summary"]
-    assert stage.asked == ["spark_status"] and row["drift"] is None and row["state"] == "serving"
+    assert stage.asked == ["sparkfleet.dgx.spark_status"] and row["drift"] is None and row["state"] == "serving"
     assert "s1: not compared with the inventory: unknown model 'nope'" in stage.printed[0]

@@ -56,7 +56,7 @@ def test_through_ansible_playbook(vllm: Vllm, tmp_path: Path, good: bool, check:
     if not good:
         vllm.answer = "Berlin."
     report = tmp_path / "out" / "spark-1.json"
-    task = {"vllm_verify": {"url": vllm.url, "model": MODEL, "report": str(report)}}
+    task = {"sparkfleet.dgx.vllm_verify": {"url": vllm.url, "model": MODEL, "report": str(report)}}
     play = {"hosts": "all", "gather_facts": False, "connection": "local", "tasks": [task]}
     play["vars"] = {"ansible_python_interpreter": sys.executable}
     book = tmp_path / "play.json"

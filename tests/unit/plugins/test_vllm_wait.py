@@ -266,7 +266,7 @@ class Stage:
         self.plugin._execute_module = self.execute
 
     def execute(self, module_name: str, module_args: dict[str, Any], task_vars: dict[str, Any]) -> dict[str, Any]:
-        assert module_name == "vllm_wait"
+        assert module_name == "sparkfleet.dgx.vllm_wait"
         self.asked.append(module_args)
         found = self.answers.pop(0)
         if "now" in found:

@@ -17,7 +17,7 @@ from sparkfleet.reporting.live import Live, Page, frame
 from sparkfleet.reporting.progress import Board
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-SWITCH = {"task_action": "release_switch", "task": "Switch to the release"}
+SWITCH = {"task_action": "sparkfleet.dgx.release_switch", "task": "Switch to the release"}
 
 
 class Screen:

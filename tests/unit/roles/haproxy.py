@@ -128,7 +128,7 @@ def rendered(made: dict[str, Any], folder: Path, template: str = "haproxy.cfg.j2
     files = {}
     lookup = "{{{{ lookup('template', '{}') }}}}"
     for task in loader.load_from_file(str(ROLE / "tasks" / "main.yml"), trusted_as_template=True):
-        for action, key in (("secret_file", "path"), ("ansible.builtin.copy", "dest")):
+        for action, key in (("sparkfleet.dgx.secret_file", "path"), ("ansible.builtin.copy", "dest")):
             if action in task:
                 for item in made["backends"] if "loop" in task else [None]:
                     templar = Templar(loader, variables={**values, "item": item})

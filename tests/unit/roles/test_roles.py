@@ -55,7 +55,7 @@ def test_the_cache_has_no_mode_that_was_not_written(tmp_path: Path, mode: str, t
     """Unquoted octal digits are another number."""
     me = {"owner": pwd.getpwuid(os.getuid()).pw_name, "group": grp.getgrgid(os.getgid()).gr_name}
     (tmp_path / "play.yml").write_text(
-        "- hosts: localhost\n  gather_facts: false\n  roles:\n    - role: hf_cache\n"
+        "- hosts: localhost\n  gather_facts: false\n  roles:\n    - role: sparkfleet.dgx.hf_cache\n"
         f"      hf_cache_dir: {tmp_path}/cache\n      hf_cache_owner: {me['owner']}\n"
         f"      hf_cache_group: {me['group']}\n      hf_cache_mode: {mode}\n",
         encoding="utf-8",
