@@ -3,7 +3,7 @@
 
 - sparkfleet.dgx.share: {state: schedule}               # who takes from whom; contacts nobody
   register: fetch_share_plan             # image_from, model_from, sources (those that this host looks after), takes
-- sparkfleet.dgx.share: {state: serve, source: "{{ item }}"}   # delegated to it; a loop registered as fetch_share_served
+- sparkfleet.dgx.share: {state: serve, source: "{{ item }}"}   # delegated; a loop registered as fetch_share_served
 - sparkfleet.dgx.share: {state: connect}                # this host's ways to its sources
   register: fetch_share_way              # mirror, digest, peer
 - sparkfleet.dgx.share: {state: absent}

@@ -9,8 +9,8 @@ module: spark_diagnose
 short_description: Collects what tells why a Spark does not serve
 description:
   - What M(sparkfleet.dgx.spark_status) sees; the engine's log and those that failed releases left; the journal of the
-    last switch and of the guard; the questions of the verification, asked; memory, disks, GPU, port, units, the kernel's messages,
-    the model cache and what was found damaged.
+    last switch and of the guard; the questions of the verification, asked; memory, disks, GPU, port, units, the
+    kernel's messages, the model cache and what was found damaged.
   - Each part is bounded in time and size, and one that fails does not hinder the others. Tokens and keys are removed on
     the host. Changes nothing.
 options:
