@@ -44,8 +44,12 @@ setup() {
     done
     [[ -n $python ]] || die "no Python 3.11 or newer: install one (Debian, Ubuntu: apt-get install python3 python3-venv)"
     if [[ -n ${bundle:-} ]]; then
-        PYTHONPATH=src:plugins/module_utils "$python" -B -m sparkfleet.packaging.wheels "$bundle" "${bundle_digest:-}" || exit
-        from=(--no-index --find-links "$bundle/python")
+        # Copies of what was hashed: who can write to the bundle cannot change what pip reads.
+        wheels=$(mktemp -d)
+        trap 'rm -rf "$wheels"' EXIT
+        PYTHONPATH=src:plugins/module_utils "$python" -B -m sparkfleet.packaging.wheels "$bundle" "${bundle_digest:-}" "$wheels" ||
+            exit
+        from=(--no-index --find-links "$wheels")
     fi
     if [[ ! -x .venv/bin/python ]]; then
         "$python" -m venv .venv || die "cannot make .venv: apt-get install python3-venv"
@@ -53,6 +57,10 @@ setup() {
     during "Installing Ansible and what else Sparkfleet needs into .venv" \
         .venv/bin/pip install --disable-pip-version-check "${from[@]}" --constraint constraints.txt \
         --editable ".${extras:+[$extras]}"
+    if [[ -n ${bundle:-} ]]; then
+        rm -rf "$wheels"
+        trap - EXIT
+    fi
     # A later setup without extras must not undo one with them.
     printf '%s \n%s %s\n' "$wanted" "$wanted" "$extras" >"$stamp"
 }

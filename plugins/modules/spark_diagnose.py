@@ -225,7 +225,7 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
     lock = part(lambda: store.lock(current)) if current else {}
     state, problem = guard.read_state(store.state_dir)
     aside = optional(lambda: damaged(store, Path(params["project_dir"]))) or []
-    bad_models = optional(lambda: integrity.damaged(integrity.read_result(store.state_dir / "integrity.json"))) or []
+    models = optional(lambda: integrity.read_result(store.state_dir / "integrity.json")) or {}
     facts: dict[str, Any] = {
         "status": status,
         "switch": store.switch(),
@@ -236,7 +236,11 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
         "guard_unit": optional(guard_unit),
         "settings_error": settings_error(),
         "damaged_state": [*([problem] if problem else []), *aside],
-        "damaged_models": [{"repo": repo, "commit": commit, "names": names} for repo, commit, names in bad_models],
+        "damaged_models": [
+            {"repo": repo, "commit": commit, "names": names, "more": more}
+            for repo, commit, names, more in integrity.damaged(models)
+        ],
+        "unchecked_models": models.get("left_out", 0),
         "cache": optional(lambda: cache(params["cache_dir"])),
         "image": None,
         "name_holder": None,

@@ -236,6 +236,17 @@ def limited_lines(parts: Iterable[bytes], what: str, line_limit: int, limit: int
         yield rest
 
 
+def fitting(items: Iterable[str], most: int, limit: int) -> list[str]:
+    """The first of `items` that are to be written: at most `most` of them, and at most `limit` bytes in JSON."""
+    kept: list[str] = []
+    for item in items:
+        limit -= len(json.dumps(item, ensure_ascii=False).encode("utf-8", "backslashreplace"))
+        if limit < 0 or len(kept) == most:
+            break
+        kept.append(item)
+    return kept
+
+
 # -- names -----------------------------------------------------------------------------------------------------------
 
 #: What may be between a name from outside and a path, a URL or a command line. Used with fullmatch (`$` matches before

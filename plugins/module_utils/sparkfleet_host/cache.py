@@ -25,6 +25,7 @@ from .bounded import COMMIT, REPO, REVISION, SHA256, BoundsError
 FOLDER = ".sparkfleet"
 MANIFEST_BYTES = 16 << 20
 MOST_FILES = 20_000
+MARK_BYTES = bounded.STATE_FILE // 4  # of names in a mark, so that it can be read again however JSON escapes them
 CODE = ".py"  # what vLLM runs of a model with trust_remote_code alone
 
 
@@ -141,11 +142,21 @@ def was_downloaded(listing: Mapping[str, Any]) -> bool:
 
 
 def finished(cache_dir: str | Path) -> Iterator[tuple[str, str]]:
-    """(repo, commit) of each manifest in a cache, damaged ones included, in order of their names."""
-    for path in sorted(Path(cache_dir, FOLDER).glob("models--*/*.json")):
-        repo, commit = repo_of(path.parent.name), path.name.removesuffix(".json")
-        if repo and COMMIT.fullmatch(commit):
-            yield repo, commit
+    """(repo, commit) of each manifest in a cache, damaged ones included, in no order. Others may write to the cache:
+    there may be any number of them."""
+    for folder in _names(Path(cache_dir, FOLDER)):
+        repo = repo_of(folder)
+        for name in _names(Path(cache_dir, FOLDER, folder)) if repo else ():
+            commit = name.removesuffix(".json")
+            if repo and commit != name and COMMIT.fullmatch(commit):
+                yield repo, commit
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """What is in a folder, one at a time."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            yield entry.name
 
 
 # -- suspicion -------------------------------------------------------------------------------------------------------
@@ -159,7 +170,7 @@ def mark_suspect(cache_dir: str | Path, repo: str, commit: str, reason: str, fil
     path = suspect_path(cache_dir, repo, commit)
     note = {
         "reason": reason[:400],
-        "files": list(files)[:1000] or damaged_files(cache_dir, repo, commit),
+        "files": bounded.fitting(list(files) or damaged_files(cache_dir, repo, commit), 1000, MARK_BYTES),
         "at": int(time.time()),
     }
     scratch = f".{path.name}.{os.getpid()}"

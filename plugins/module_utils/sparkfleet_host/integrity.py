@@ -5,8 +5,12 @@
 disk's speed, and writes what it found to /var/lib/sparkfleet/integrity.json:
 
     {"version": 1, "cache_dir", "began", "updated", "finished": bool,          Unix times
+     "left_out",                                                               models that no check looks at
      "models": {"ORG/NAME@COMMIT": {"repo", "commit", "checked", "files", "bytes", "seconds", "damaged": [name],
-                                    "missing": [name], "error": ""}}}
+                                    "missing": [name], "more", "error": ""}}}  more: names left out
+
+Others may write to the cache. However many models and files it has, what is written can be read again: names, messages
+and models are limited (MOST_…), and what was left out is counted.
 
 A model with damaged files is marked suspect (see `cache.mark_suspect`), so that the next fetch replaces them; a mark
 from before the check is removed when all files are sound.
@@ -18,11 +22,13 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import heapq
+import itertools
 import os
 import stat
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +57,13 @@ NONSENSE = ("answer-wrong", "answer-degenerate")
 CHUNK = 4 << 20
 #: Of the time that passes; the rest is left to others.
 SHARE = 0.25
+#: Models that are looked at, the first by name; a cache has a handful.
+MOST_MODELS = 256
+#: In the result, of a model: names of damaged files and names of missing ones, the bytes of either, characters of the
+#: error. With MOST_MODELS of them it stays within bounded.STATE_FILE.
+MOST_NAMES, NAMES_BYTES, ERROR = 20, 4096, 400
+#: Between two results while a check goes on, seconds: each is written whole.
+WRITE_SECONDS = 30.0
 LIST = "the manifest is damaged"
 SOUND, DAMAGED, USAGE, BUSY = 0, 1, 2, 3
 
@@ -210,20 +223,25 @@ def verify_all(
     rate: float = 0.0,
     say: Callable[[str], Any] = print,
 ) -> dict[str, Any]:
-    """Hash the models of a cache (`wanted`: some of them, as (repo, commit)), write `result` after each, and mark those
-    with damage. What `result` says of models that are still there and were not hashed this time is kept. Raises OSError
-    where the result cannot be written."""
-    present = list(finished(cache_dir))
-    chosen = present if wanted is None else list(wanted)
-    old = read_result(result).get("models", {})
+    """Hash the models of a cache (`wanted`: some of them, as (repo, commit)), write `result` meanwhile and at the end,
+    and mark those with damage. What `result` says of models that are still there and were not hashed this time is kept.
+    Raises OSError where the result cannot be written."""
+    present, left_out = _first(finished(cache_dir))
+    chosen = present if wanted is None else list(wanted)[:MOST_MODELS]
+    known = read_result(result).get("models", {})
+    old = {key: entry for key, entry in known.items() if _is_there(cache_dir, key, entry)}
+    keys = {f"{repo}@{commit}" for repo, commit in chosen}
+    others = sorted(old.keys() - keys, key=lambda key: (not _names(old[key]), key))[: MOST_MODELS - len(keys)]
     told: dict[str, Any] = {
         "version": VERSION,
         "cache_dir": str(cache_dir),
         "began": int(time.time()),
         "updated": int(time.time()),
         "finished": False,
-        "models": {key: old[key] for key in (f"{repo}@{commit}" for repo, commit in present) if key in old},
+        "left_out": left_out,
+        "models": {key: _brief(old[key]) for key in (*(old.keys() & keys), *others)},
     }
+    written = time.monotonic()
     for repo, commit in chosen:
         mark = _mark(cache_dir, repo, commit)
         found = verify_model(cache_dir, repo, commit, share, rate)
@@ -234,14 +252,38 @@ def verify_all(
         elif mark and not found["error"] and _mark(cache_dir, repo, commit) == mark:
             with contextlib.suppress(OSError):  # the next fetch hashes it then
                 clear_suspicion(cache_dir, repo, commit)
-        told["models"][f"{repo}@{commit}"] = found
+        told["models"][f"{repo}@{commit}"] = _brief(found)
         told["updated"] = int(time.time())
-        write_json(result, told)
+        if time.monotonic() - written >= WRITE_SECONDS:
+            write_json(result, told)
+            written = time.monotonic()
         state = found["error"] or (f"damaged or missing: {', '.join(wrong[:5])}" if wrong else "sound")
         say(f"{repo}@{commit[:12]}: {found['files']} files, {found['bytes'] / 1e9:.2f} GB: {state}")
     told["finished"] = True
     write_json(result, told)
     return told
+
+
+def _first(models: Iterable[tuple[str, str]]) -> tuple[list[tuple[str, str]], int]:
+    """The first MOST_MODELS by name, and how many more there are."""
+    number = itertools.count()
+    first = heapq.nsmallest(MOST_MODELS, (model for model, _ in zip(models, number, strict=False)))
+    return first, next(number) - len(first)
+
+
+def _is_there(cache_dir: str | Path, key: str, entry: Mapping[str, Any]) -> bool:
+    """Whether the model of an entry of a result is still in the cache."""
+    repo, commit = entry["repo"], entry["commit"]
+    named = f"{repo}@{commit}" == key and valid_repo(repo) and bounded.COMMIT.fullmatch(commit)
+    return bool(named) and os.path.lexists(manifest_path(cache_dir, repo, commit))
+
+
+def _brief(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What is written of a model."""
+    names = {kind: bounded.fitting(found[kind], MOST_NAMES, NAMES_BYTES) for kind in ("damaged", "missing")}
+    more = found.get("more", 0) + sum(len(found[kind]) - len(names[kind]) for kind in names)
+    kept = {key: found.get(key, 0) for key in ("repo", "commit", "checked", "files", "bytes", "seconds")}
+    return {**kept, **names, "more": more, "error": bounded.printable(found["error"], ERROR)}
 
 
 def read_result(path: str | Path = RESULT) -> dict[str, Any]:
@@ -261,6 +303,10 @@ def read_result(path: str | Path = RESULT) -> dict[str, Any]:
             for name in ("repo", "commit", "error"):
                 bounded.as_str(found.get(name), f"{place}: {name}")
             bounded.as_int(found.get("checked"), f"{place}: checked")
+            for name in ("files", "bytes", "more"):
+                bounded.as_int(found.get(name, 0), f"{place}: {name}")
+            bounded.as_number(found.get("seconds", 0), f"{place}: seconds")
+        bounded.as_int(value.get("left_out", 0), f"{place}: left_out")
     except OSError:
         return {}
     except BoundsError:
@@ -269,14 +315,18 @@ def read_result(path: str | Path = RESULT) -> dict[str, Any]:
     return value
 
 
-def damaged(result: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
-    """(repo, commit, names) of each model with damaged or missing files in what `read_result` returns."""
+def damaged(result: Mapping[str, Any]) -> list[tuple[str, str, list[str], int]]:
+    """(repo, commit, names, how many more) of each model with damaged or missing files in a result that was read."""
     found = []
     for entry in (result.get("models") or {}).values():
-        names = [*entry["damaged"], *entry["missing"], *(["its manifest"] if entry["error"].startswith(LIST) else [])]
-        if names:
-            found.append((str(entry["repo"]), str(entry["commit"]), names))
+        names, more = _names(entry), entry.get("more", 0)
+        if names or more:
+            found.append((str(entry["repo"]), str(entry["commit"]), names, more))
     return found
+
+
+def _names(entry: Mapping[str, Any]) -> list[str]:
+    return [*entry["damaged"], *entry["missing"], *(["its manifest"] if entry["error"].startswith(LIST) else [])]
 
 
 def mark_served(docker: Docker, reason: str) -> list[str]:
@@ -292,16 +342,17 @@ def mark_served(docker: Docker, reason: str) -> list[str]:
             for mount in container.get("Mounts") or []:
                 if not Path(str(mount["Source"]), FOLDER).is_dir():
                     continue
-                for repo, commit in finished(str(mount["Source"])):
-                    # The command names the commit, or the path of its snapshot.
-                    if any(commit in word for word in words) and mark_suspect(mount["Source"], repo, commit, reason):
+                # The command names the commit, or the path of its snapshot.
+                served = (item for item in finished(str(mount["Source"])) if any(item[1] in word for word in words))
+                for repo, commit in _first(served)[0]:
+                    if mark_suspect(mount["Source"], repo, commit, reason):
                         marked.append(f"{repo}@{commit}")
     return marked
 
 
 def main(argv: Sequence[str]) -> int:
     """`integrity [--cache-dir D] [--model ORG/NAME@COMMIT]… [--share F] [--rate BYTES] [--result FILE]`. The exit code:
-    0 sound, 1 something is damaged, 2 usage, 3 another one runs."""
+    0 sound, 1 something is damaged or was not looked at, 2 usage, 3 another one runs."""
     parser = argparse.ArgumentParser(prog="sparkfleet_host.pyz integrity")
     parser.add_argument("--cache-dir", default="/opt/hf")
     parser.add_argument("--model", action="append", default=None, metavar="ORG/NAME@COMMIT")
@@ -316,6 +367,16 @@ def main(argv: Sequence[str]) -> int:
             if not valid_repo(repo) or not bounded.COMMIT.fullmatch(commit):
                 print(f"{bounded.printable(name, 80)!r} is not ORG/NAME@COMMIT", file=sys.stderr)
                 return USAGE
+        if len(wanted) > MOST_MODELS:
+            print(f"{len(wanted)} models; {MOST_MODELS} are looked at in one go", file=sys.stderr)
+            return USAGE
+    if not Path(given.cache_dir).is_dir():
+        print(
+            f"{given.cache_dir}: no folder that the check can see; of one that is a link into /root or the like "
+            "sparkfleet_cache_dir must name the folder itself",
+            file=sys.stderr,
+        )
+        return USAGE
     if not 0 < given.share <= 1 or not 0 <= given.rate < float("inf"):
         print("--share is above 0 and up to 1, --rate 0 or more", file=sys.stderr)
         return USAGE
@@ -332,4 +393,6 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         print(f"{result}: {error}", file=sys.stderr)
         return USAGE
-    return DAMAGED if damaged(told) else SOUND
+    if told["left_out"]:
+        print(f"{told['left_out']} models were not looked at: the first {MOST_MODELS} are", file=sys.stderr)
+    return DAMAGED if damaged(told) or told["left_out"] else SOUND

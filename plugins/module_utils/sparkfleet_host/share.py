@@ -13,6 +13,7 @@ has asked for anything for `idle` seconds.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -50,7 +51,13 @@ LISTING_BYTES = 32 << 20  # of a model's list of files
 WAIT = 100.0  # seconds that a model's list of files may take to appear
 CONNECT_SECONDS = 5.0
 QUIET_SECONDS = 600.0  # without a byte either way, after which a connection through the tunnel ends
-CONNECTIONS = 200  # at a time; each has a thread
+FIRST_BYTE_SECONDS = 10.0  # that a new connection may take to its first byte
+BETWEEN_SECONDS = 60.0  # that a connection may be kept without a request
+CONNECTIONS = 256  # at a time; each has a thread
+CONNECTIONS_OF_ONE = 40  # of them from one address
+#: Through a tunnel at a time. A Spark has two to the same source, and fetches need fewer than ten connections each:
+#: whatever runs on it, it stays below what the source lets one address have.
+CONNECTIONS_OF_TUNNEL = 16
 
 
 @dataclasses.dataclass
@@ -233,15 +240,24 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version = "sparkfleet-share"
     server: Server
-    timeout = 300
+    timeout = 300  # in the course of an answer
 
     def handle(self) -> None:
         """Docker with containerd's image store tries TLS first, and HTTP only where an answer begins like one."""
-        with contextlib.suppress(OSError):
-            if self.rfile.peek(1)[:1] == TLS_HANDSHAKE:  # type: ignore[attr-defined]  # a BufferedReader
+        self.connection.settimeout(FIRST_BYTE_SECONDS)
+        try:
+            first = self.rfile.peek(1)[:1]  # type: ignore[attr-defined]  # a BufferedReader
+            if first == TLS_HANDSHAKE:
                 self.wfile.write(b"HTTP/1.0 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
-                return
-        super().handle()
+        except OSError:
+            return
+        if first and first != TLS_HANDSHAKE:
+            super().handle()
+
+    def handle_one_request(self) -> None:
+        """A place is for whoever asks."""
+        self.connection.settimeout(BETWEEN_SECONDS)
+        super().handle_one_request()
 
     def log_message(self, format: str, *args: Any) -> None:
         """One line a request, for the journal."""
@@ -256,6 +272,7 @@ class Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
+        self.connection.settimeout(self.timeout)
         with self.server.busy():
             try:
                 self._route(_path(self.path))
@@ -409,28 +426,47 @@ class Activity:
 
 
 class Limited(socketserver.ThreadingMixIn):
-    """At most CONNECTIONS at a time; more are closed at once."""
+    """At most `most` connections at a time, and `most_of_one` from one address; more are closed at once."""
 
     daemon_threads = True
     request_queue_size = 128
+    most, most_of_one = CONNECTIONS, CONNECTIONS_OF_ONE
 
     def __init__(self, *args: Any) -> None:
-        self._places = threading.BoundedSemaphore(CONNECTIONS)
+        self._mutex = threading.Lock()
+        self._held: collections.Counter[str] = collections.Counter()
         super().__init__(*args)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """A thread a connection, if there is a place."""
-        if self._places.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
+        if not self._enter(client_address[0]):
             self.shutdown_request(request)  # type: ignore[attr-defined]
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread to be had: nobody else gives the place back
+            self._leave(client_address[0])
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """The connection's own thread."""
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._places.release()
+            self._leave(client_address[0])
+
+    def _enter(self, peer: str) -> bool:
+        with self._mutex:
+            if self._held.total() >= self.most or self._held[peer] >= self.most_of_one:
+                return False
+            self._held[peer] += 1
+            return True
+
+    def _leave(self, peer: str) -> None:
+        with self._mutex:
+            self._held[peer] -= 1
+            if not self._held[peer]:
+                del self._held[peer]
 
 
 class Server(Limited, HTTPServer):
@@ -468,9 +504,11 @@ class Server(Limited, HTTPServer):
 
 
 class Tunnel(Limited, socketserver.TCPServer):
-    """A port of the loopback interface that leads to a source, over TLS."""
+    """A port of the loopback interface that leads to a source, over TLS. The source has a place for those alone who say
+    something."""
 
     allow_reuse_address = True
+    most = most_of_one = CONNECTIONS_OF_TUNNEL
 
     def __init__(self, port: int, target: tuple[str, int], context: ssl.SSLContext, activity: Activity) -> None:
         self._target, self._context, self._activity = target, context, activity
@@ -489,6 +527,12 @@ class Tunnel(Limited, socketserver.TCPServer):
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Carry bytes both ways until either side has done."""
+        try:
+            request.settimeout(FIRST_BYTE_SECONDS)
+            if not request.recv(1, socket.MSG_PEEK):
+                return
+        except OSError:
+            return
         with self._activity:
             try:
                 with self.connect() as far:

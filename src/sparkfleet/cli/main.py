@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -47,6 +46,7 @@ from sparkfleet.reporting import (
 )
 from sparkfleet.reporting.live import Live, Page, columns, terminal
 from sparkfleet.reporting.progress import Board
+from sparkfleet.user_paths import expanded
 
 #: Exit codes: bad input, as argparse has it; a plan that does not fit.
 BAD_INPUT = 2
@@ -226,13 +226,14 @@ def _arguments(options: argparse.Namespace) -> list[str]:
     words += _limit(options)
     words += ["--check", "--diff"] if options.check else []
     words += ["--ask-become-pass"] if options.ask_become_pass else []
+    folder = str(expanded("FOLDER", options.folder).absolute()) if options.verb == "bundle" else None
     given = {
         "sparkfleet_model": getattr(options, "model", None),
         "sparkfleet_profile": getattr(options, "profile", None),
         "sparkfleet_image": getattr(options, "image", None),
         "sparkfleet_release": getattr(options, "release", None),
         "sparkfleet_logs_lines": getattr(options, "lines", None),
-        "sparkfleet_bundle_folder": str(Path(options.folder).resolve()) if options.verb == "bundle" else None,
+        "sparkfleet_bundle_folder": folder,
         **{f"sparkfleet_remove_{name}": getattr(options, name, None) or None for name in ("models", "images", "token")},
     }
     for name, value in given.items():

@@ -73,7 +73,13 @@ def findings(facts: Mapping[str, Any]) -> list[Finding]:
         for name in ("engine-died", "internal"):
             seen.pop(name, None)
     ordered = sorted(seen.values(), key=lambda item: (BY_ID[item.id].harmless, not item.now, item.id in CONSEQUENCES))
-    return ordered
+    return [*ordered, *_unchecked(facts)]
+
+
+def _unchecked(facts: Mapping[str, Any]) -> list[Finding]:
+    """Explains nothing of the rest."""
+    left_out = facts.get("unchecked_models")
+    return [Finding("models-unchecked", (f"{left_out} models were not looked at",))] if left_out else []
 
 
 CONSEQUENCES = (
@@ -141,7 +147,9 @@ def _files(facts: Mapping[str, Any]) -> list[Finding]:
         mount = f"; {cache['fstab']} of /etc/fstab is not mounted" if cache.get("fstab") else "; not mounted?"
         found.append(Finding("cache-not-mounted", (f"{cache['path']} is empty{mount}",)))
     for item in facts.get("damaged_models") or []:
-        names = ", ".join(item["names"][:3]) + (f" and {len(item['names']) - 3} more" if len(item["names"]) > 3 else "")
+        shown = item["names"][:3]
+        more = len(item["names"]) - len(shown) + item.get("more", 0)
+        names = ", ".join(shown) + (f" and {more} more" if more else "") if shown else f"{more} files"
         found.append(Finding("download-incomplete", (f"{item['repo']}: the hash of {names} is wrong",)))
     for item in facts.get("damaged_state") or []:
         found.append(Finding("state-damaged", (str(item),), False))

@@ -251,6 +251,13 @@ TABLE: tuple[Failure, ...] = (
         heals="playbooks/fetch.yml checks every file and fetches the damaged anew",
     ),
     Failure(
+        "models-unchecked",
+        "the files of some models in the cache are not checked",
+        "a check looks at 256 models, and the cache has manifests of more; whoever may write to it can add any number",
+        "Remove from /opt/hf/.sparkfleet the folders of models that you know nothing of; `systemctl start "
+        "sparkfleet-integrity` on the host checks again.",
+    ),
+    Failure(
         "model-not-in-cache",
         "the model is not in the cache",
         "the engine runs offline from fetched files and some of them are not there at this revision",

@@ -50,9 +50,12 @@ def resolve(
         "HttpsProxy": found.get("https") or proxy,
         "NoProxy": ",".join(filter(None, (found.get("no"), no_proxy))),
     }
-    auth = credentials(Path(config).expanduser(), host or ref.registry)
     try:
-        return Answer(digest_of(Registry(ref, ways, auth, SECONDS, host), ref.tag))
+        login = credentials(Path(config).expanduser(), host or ref.registry)
+    except RuntimeError:
+        login = None  # a user without a home has no logins
+    try:
+        return Answer(digest_of(Registry(ref, ways, login, SECONDS, host), ref.tag))
     except OSError as error:
         return Answer(reason=bounded.printable(f"{host or ref.registry}: {error}", 200))
 

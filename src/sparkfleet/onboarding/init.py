@@ -32,6 +32,7 @@ from sparkfleet.onboarding.prompts import Person, tell
 from sparkfleet.onboarding.ssh import GIB, Place
 from sparkfleet.paths import ROOT
 from sparkfleet.planning import catalog, memory_plan, target
+from sparkfleet.user_paths import expanded
 
 TOKENS = "https://huggingface.co/settings/tokens"
 #: What may lie in the folder of an inventory and is none of its sources.
@@ -144,7 +145,7 @@ def words(given: Sequence[str]) -> tuple[Path, list[Place]]:
     folders = [word for word in given if "/" in word or word in (".", "..") or os.path.isdir(word)]  # noqa: PTH112
     if len(folders) > 1:
         raise SparkfleetError(f"{' and '.join(folders)} are two folders; an inventory is one")
-    folder = _path("FOLDER", folders[0]) if folders else paths.INVENTORY
+    folder = expanded("FOLDER", folders[0]) if folders else paths.INVENTORY
     if folder.exists() and not folder.is_dir():
         raise SparkfleetError(f"{folder} is a file: name the folder of the inventory")
     return folder, list(dict.fromkeys(ssh.parse(word) for word in given if word not in folders))
@@ -154,7 +155,7 @@ def _check_options(options: argparse.Namespace) -> None:
     """What can be told before anybody is contacted."""
     if options.user:
         ssh.parse(f"{options.user}@host")
-    if options.private_key and not _path("--private-key", options.private_key).is_file():
+    if options.private_key and not expanded("--private-key", options.private_key).is_file():
         raise SparkfleetError(f"--private-key {options.private_key}: there is no such file")
     if options.private_key or options.ssh_common_args:
         ssh.settings(Place("host", "", 0, _key(options), options.ssh_common_args))
@@ -163,18 +164,7 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _key(options: argparse.Namespace) -> str:
-    return str(_path("--private-key", options.private_key).absolute()) if options.private_key else ""
-
-
-def _path(what: str, text: str) -> Path:
-    """A path as it is typed. Raises SparkfleetError for what cannot be one."""
-    try:
-        path = Path(text).expanduser()
-        path.exists()
-        os.fsencode(path)
-    except (OSError, ValueError, RuntimeError) as error:  # too long, with a NUL, ~ of a user that is not there
-        raise SparkfleetError(f"{what} {printable(text, 200)!r}: {error}") from None
-    return path
+    return str(expanded("--private-key", options.private_key).absolute()) if options.private_key else ""
 
 
 def read(folder: Path) -> Inventory:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from sparkfleet import SparkfleetError
@@ -12,6 +11,7 @@ from sparkfleet.onboarding.prompts import Person, tell
 from sparkfleet.planning import catalog, memory_plan, target
 from sparkfleet.planning.catalog import Card
 from sparkfleet.reporting import report
+from sparkfleet.user_paths import expanded
 
 PROFILE = "throughput"
 
@@ -98,7 +98,7 @@ def offer(model: str, profile: str, room: memory_plan.Memory) -> Choice:
     """A model with its plan on a Spark with this memory. Raises SparkfleetError for one that there is not."""
     card = catalog.load(model)
     path = "/" in model or model.endswith((".yml", ".yaml"))
-    name = str(Path(model).expanduser().absolute()) if path else model
+    name = str(expanded("model card", model).absolute()) if path else model
     arguments = card.with_profile(profile)
     try:
         plan = memory_plan.make(card, arguments, profile=profile, memory=room, others=_catalogue)

@@ -25,6 +25,7 @@ from pathlib import Path
 from sparkfleet_host.bounded import HOST, MIB, BoundsError, printable
 
 from sparkfleet import SparkfleetError
+from sparkfleet.user_paths import expanded
 
 #: Seconds for the connection, and for all of a look.
 CONNECT_SECONDS = 8
@@ -338,14 +339,14 @@ def host_key(place: Place, known: Mapping[str, str]) -> HostKey | None:
 
 
 def known_hosts(place: Place, known: Mapping[str, str]) -> tuple[Path, str]:
-    """The file that a new host key goes to, and the name under which ssh looks for it there."""
-    file = Path(known["userknownhostsfile"].split()[0]).expanduser()
+    """The file that a new host key goes to, and the name under which ssh looks for it there. Raises SparkfleetError."""
+    file = expanded("UserKnownHostsFile", known["userknownhostsfile"].split()[0])
     host = known.get("hostkeyalias") or known["hostname"]
     return file, host if known["port"] == str(PORT) or "hostkeyalias" in known else f"[{host}]:{known['port']}"
 
 
 def trust(place: Place, key: HostKey, known: Mapping[str, str]) -> Path:
-    """Write a host key into the user's known_hosts, as ssh itself does; returns the file."""
+    """Write a host key into the user's known_hosts, as ssh itself does; returns the file. Raises SparkfleetError."""
     file, name = known_hosts(place, known)
     if known.get("hashknownhosts") == "yes":
         salt = secrets.token_bytes(20)
@@ -359,10 +360,10 @@ def trust(place: Place, key: HostKey, known: Mapping[str, str]) -> Path:
 
 
 def own_key(place: Place, known: Mapping[str, str]) -> Path | None:
-    """The public key that ssh would log in with, or None when there is none."""
+    """The public key that ssh would log in with, or None when there is none. Raises SparkfleetError."""
     named = [place.private_key] if place.private_key else known.get("identityfile", "").splitlines()
     for name in named:
-        public = Path(f"{name}.pub").expanduser()
+        public = expanded("IdentityFile", f"{name}.pub")
         if public.is_file():
             return public
     return None
@@ -371,7 +372,7 @@ def own_key(place: Place, known: Mapping[str, str]) -> Path | None:
 def make_key(place: Place, known: Mapping[str, str]) -> Path:
     """Make a key pair (ed25519, no passphrase) where ssh looks for one; the public key. Raises SparkfleetError."""
     places = [name for name in known.get("identityfile", "").splitlines() if name.endswith("id_ed25519")]
-    private = Path(place.private_key or (places or ["~/.ssh/id_ed25519"])[0]).expanduser()
+    private = expanded("IdentityFile", place.private_key or (places or ["~/.ssh/id_ed25519"])[0])
     private.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     comment = f"{getpass.getuser()}@{os.uname().nodename}"
     done = _run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(private)], CONNECT_SECONDS)

@@ -23,16 +23,17 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sparkfleet_host import bounded, cache
 from sparkfleet_host.bounded import COMMIT, DIGEST, SHA256, BoundsError
 
 from sparkfleet import SparkfleetError
+from sparkfleet.user_paths import expanded
 
 NAME = "bundle.json"
 VERSION = 2
-LIMIT = 64 << 20  # of bundle.json, bytes
+LIMIT = 4 << 20  # of bundle.json, bytes; a file takes some 300 there
 CHUNK = 4 << 20
 IMAGE = re.compile(r"[a-zA-Z0-9][\w.:/@-]{0,511}", re.ASCII)
 MEDIA_TYPE = re.compile(r"[\w.+/-]{1,200}", re.ASCII)
@@ -73,7 +74,7 @@ class Bundle:
     def read(cls, folder: str | Path, digest: str = "") -> Bundle:
         """The bundle of a folder; `digest`: sha256 that its bundle.json must have, with or without `sha256:`. Raises
         SparkfleetError for a folder that is not a bundle, or one that is of another form or digest."""
-        place = Path(folder).expanduser()
+        place = expanded("sparkfleet_bundle", folder)
         try:
             with os.fdopen(bounded.open_beneath(place, NAME), "rb") as file:
                 data = file.read(LIMIT + 1)
@@ -106,7 +107,7 @@ class Bundle:
     def open(cls, folder: str | Path) -> Bundle:
         """The bundle of a folder to add to, or a new one where there is none. One of an older version is begun again;
         files that are there already are kept where they are what they should be."""
-        place = Path(folder).expanduser()
+        place = expanded("the bundle's folder", folder)
         if not (place / NAME).exists():
             return cls(place)
         with contextlib.suppress(OSError, ValueError):
@@ -115,13 +116,19 @@ class Bundle:
         return cls.read(place)
 
     def write(self) -> str:
-        """Write `bundle.json` and the lists that readers of the parts expect; the sha256 of bundle.json."""
-        self._text("image/index.json", self.index(sorted(self.images)))
-        self._text("image/oci-layout", LAYOUT)
+        """Write `bundle.json` and the lists that readers of the parts expect; the sha256 of bundle.json. Raises
+        SparkfleetError for one of more files than can be read again."""
         known: dict[str, Any] = {"version": VERSION}
         known |= {name: getattr(self, name) for name in ("system", "images", "models", "packages")}
         known["files"] = {name: dataclasses.asdict(entry) for name, entry in sorted(self.files.items())}
         text = _json(known)
+        if len(text) > LIMIT:
+            raise SparkfleetError(
+                f"the bundle {self.folder}: {len(self.files)} files are more than its {NAME} has room for: put the "
+                "next model into another folder"
+            )
+        self._text("image/index.json", self.index(sorted(self.images)))
+        self._text("image/oci-layout", LAYOUT)
         self._text(NAME, text)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -188,6 +195,8 @@ class Bundle:
 
     def text(self, name: str) -> str:
         """The content of a small file, which must be what bundle.json says. Raises SparkfleetError."""
+        if self.files[name].size > cache.MANIFEST_BYTES:
+            raise SparkfleetError(f"the bundle {self.folder}: {name} is larger than {cache.MANIFEST_BYTES} bytes")
         try:
             with os.fdopen(bounded.open_beneath(self.folder, name), "rb") as file:
                 data = file.read(self.files[name].size + 1)
@@ -197,9 +206,12 @@ class Bundle:
             raise SparkfleetError(f"the bundle {self.folder}: {name} was changed since the bundle was made")
         return data.decode("utf-8", "replace")
 
-    def entry_of(self, name: str, digest: str = "sha256", limit: int | None = None) -> tuple[Entry, str]:
+    def entry_of(
+        self, name: str, digest: str = "sha256", limit: int | None = None, into: BinaryIO | None = None
+    ) -> tuple[Entry, str]:
         """Size and sha256 of a file that is there, and its digest as the Hub names it (sha256, or sha1 as Git counts
-        it), read once. Raises OSError and BoundsError, also for more than `limit` bytes."""
+        it), read once; what was hashed is written to `into`. Raises OSError and BoundsError, also for more than `limit`
+        bytes."""
         with os.fdopen(bounded.open_beneath(self.folder, name), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if limit is not None and size > limit:
@@ -210,6 +222,8 @@ class Bundle:
                 sha.update(chunk)
                 if digest == "sha1":
                     git.update(chunk)
+                if into is not None:
+                    into.write(chunk)
                 read += len(chunk)
         return Entry(read, sha.hexdigest()), (git if digest == "sha1" else sha).hexdigest()
 
@@ -265,8 +279,6 @@ def _checked(place: Path, known: Mapping[str, Any]) -> Bundle:
         bounded.matched(PACKAGE, one, "packages") for one in bounded.as_list(known.get("packages"), "packages")
     ]
     files = bounded.as_dict(known.get("files"), "files")
-    if len(files) > 200_000:
-        raise BoundsError("files: more than 200000")
     for name, value in files.items():
         entry = bounded.as_dict(value, f"files: {name[:200]}")
         size = bounded.as_int(entry.get("size"), f"{name}: size")

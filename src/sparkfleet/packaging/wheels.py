@@ -1,17 +1,20 @@
 """Wheels for `scripts/setup` on a controller without internet.
 
-`python -m sparkfleet.packaging.wheels FOLDER [DIGEST]` checks those of a bundle before pip is given them, with nothing
-but the standard library: there is no environment yet.
+`python -m sparkfleet.packaging.wheels FOLDER DIGEST PRIVATE` checks those of a bundle before pip is given them, with
+nothing but the standard library: there is no environment yet. pip reads its files again; what it gets are the copies in
+PRIVATE, made of the very bytes that were hashed.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import tomllib
 from sparkfleet_host.bounded import BoundsError, printable
@@ -42,9 +45,10 @@ def download(folder: Path, machines: Iterable[str], say: Callable[[str], object]
     return sorted(path.name for path in folder.iterdir())
 
 
-def check(folder: str | Path, digest: str = "") -> int:
-    """See that the folder python of a bundle has the files that bundle.json lists and no others (pip takes whatever
-    fits from it); their number. `digest`: what bundle.json must have. Raises SparkfleetError, which names the file."""
+def take(folder: str | Path, digest: str, private: str | Path) -> int:
+    """Copy the wheels of a bundle to `private`, an empty folder that only this user may enter; their number. They must
+    be the files that bundle.json lists, and no others be beside them. `digest`: what bundle.json must have, "" for any.
+    Raises SparkfleetError, which names the file."""
     bundle = Bundle.read(folder, digest)
     listed = sorted(name for name in bundle.files if name.startswith("python/"))
     if not listed:
@@ -53,7 +57,8 @@ def check(folder: str | Path, digest: str = "") -> int:
     for name in listed:
         wanted = bundle.files[name]
         try:
-            found = bundle.entry_of(name, limit=wanted.size)[0]
+            with _new(Path(private, name.removeprefix("python/"))) as copy:
+                found = bundle.entry_of(name, limit=wanted.size, into=copy)[0]
         except (OSError, BoundsError) as error:
             raise SparkfleetError(f"{bundle.folder / name}: {error}; {again}") from None
         if found != wanted:
@@ -62,6 +67,10 @@ def check(folder: str | Path, digest: str = "") -> int:
     if unlisted:
         raise SparkfleetError(f"{bundle.folder}/{printable(unlisted[0], 200)} is not listed in bundle.json; {again}")
     return len(listed)
+
+
+def _new(path: Path) -> BinaryIO:
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb")
 
 
 def _platform(machine: str, version: str) -> list[str]:
@@ -93,9 +102,10 @@ def _pip(folder: Path, foreign: list[str]) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`FOLDER [DIGEST]`; exit code 2 for wheels that are not to be installed."""
+    """`FOLDER DIGEST PRIVATE`; exit code 2 for wheels that are not to be installed."""
+    folder, digest, private = argv
     try:
-        check(*argv)
+        take(folder, digest, private)
     except SparkfleetError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

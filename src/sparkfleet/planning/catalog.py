@@ -22,6 +22,7 @@ from sparkfleet import SparkfleetError
 from sparkfleet.documents import yaml_text
 from sparkfleet.documents.schema import MOST, Document, joined, problems
 from sparkfleet.paths import ROOT
+from sparkfleet.user_paths import expanded
 
 #: A card's file, bytes.
 LARGEST = 256 << 10
@@ -173,12 +174,8 @@ def load(model: str, folder: Path | None = None) -> Card:
     """The card of ``model``: a name of the catalogue, or the path of a card of the user's own."""
     folder = folder or catalogue_folder()
     if model.endswith((".yml", ".yaml")) or "/" in model:
-        try:
-            path = Path(model).expanduser()
-            there = path.is_file()
-        except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, ~nobody
-            raise SparkfleetError(f"model card {printable(model, 200)}: {error}") from None
-        if not there:
+        path = expanded("model card", model)
+        if not path.is_file():
             raise SparkfleetError(
                 f"model card {printable(str(path.absolute()), 400)} does not exist: give the path of a YAML file (of "
                 "one beside the inventory: sparkfleet_model: '{{ inventory_dir }}/cards/mine.yml'), or one of the "

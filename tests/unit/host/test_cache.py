@@ -148,6 +148,15 @@ def test_no_content_of_a_file_that_is_no_manifest_is_shown(cache: Path, tmp_path
     assert "hf_Secret" not in str(broken.value)
 
 
+@pytest.mark.parametrize("letter", ["\u00e9", "\u56fe", "\U0001f600", '"'])
+def test_a_mark_with_many_long_names_can_be_read_again(cache: Path, letter: str) -> None:
+    part = letter * (240 // len(letter.encode()))
+    names = ["/".join([f"{index:04}{part}"] * (1024 // (len(part) + 5))) for index in range(1000)]
+    assert bounded.is_repository_path(names[-1]) and mark_suspect(cache, REPO, COMMIT, "why", names)
+    found = damaged_files(cache, REPO, COMMIT)
+    assert len(found) > 100 and found == names[: len(found)] and suspicion(cache, REPO, COMMIT) == "why"
+
+
 def test_a_mark_is_written_and_removed_in_the_cache_alone(cache: Path, tmp_path: Path) -> None:
     assert mark_suspect(cache, REPO, COMMIT, "why", ["one"]) and suspicion(cache, REPO, COMMIT) == "why"
     clear_suspicion(cache, REPO, COMMIT)

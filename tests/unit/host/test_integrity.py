@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import integrity
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import bounded, integrity
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import (
     clear_suspicion,
     finished,
@@ -129,7 +129,7 @@ def test_a_damaged_manifest_is_said(cache: Path, text: str, tmp_path: Path) -> N
     assert model_state(cache, REPO, COMMIT)["complete"] is False
     result = tmp_path / "integrity.json"
     assert integrity.main(["--cache-dir", str(cache), "--result", str(result), "--share", "1"]) == integrity.DAMAGED
-    assert integrity.damaged(integrity.read_result(result)) == [(REPO, COMMIT, ["its manifest"])]
+    assert integrity.damaged(integrity.read_result(result)) == [(REPO, COMMIT, ["its manifest"], 0)]
 
 
 def test_a_fetch_that_ends_meanwhile_makes_no_false_alarm(cache: Path) -> None:
@@ -173,7 +173,7 @@ def test_the_verb_writes_what_it_found_and_marks_the_model(cache: Path, tmp_path
     assert run(cache, result, "--model", f"{REPO}@{COMMIT}") == integrity.DAMAGED
     told = integrity.read_result(result)
     assert told["finished"] is True
-    assert integrity.damaged(told) == [(REPO, COMMIT, ["w.safetensors"])]
+    assert integrity.damaged(told) == [(REPO, COMMIT, ["w.safetensors"], 0)]
     state = model_state(cache, REPO, COMMIT)
     assert state["complete"] is False and "w.safetensors" in state["suspect"]
 
@@ -192,7 +192,16 @@ def test_what_was_found_before_of_another_model_stays(cache: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "words", [["--model", "x"], ["--model", f"../x@{COMMIT}"], ["--share", "0"], ["--share", "nan"], ["--rate", "-1"]]
+    "words",
+    [
+        ["--model", "x"],
+        ["--model", f"../x@{COMMIT}"],
+        ["--model", f"a/b@{COMMIT}"] * 257,
+        ["--share", "0"],
+        ["--share", "nan"],
+        ["--rate", "-1"],
+        ["--cache-dir", "/nowhere"],
+    ],
 )
 def test_bad_words_are_refused(cache: Path, tmp_path: Path, words: list[str]) -> None:
     assert run(cache, tmp_path / "r.json", *words) == integrity.USAGE
@@ -203,6 +212,71 @@ def test_one_check_at_a_time(cache: Path, tmp_path: Path) -> None:
     with (tmp_path / "r.json.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert run(cache, tmp_path / "r.json") == integrity.BUSY
+
+
+def add(cache: Path, repo: str, names: list[str]) -> None:
+    """A manifest of files that are not there."""
+    place = manifest_path(cache, repo, COMMIT)
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps({"files": {name: {"size": 1} for name in names}}))
+
+
+def test_whatever_is_found_can_be_read_again(cache: Path, tmp_path: Path) -> None:
+    """Whoever writes to the cache cannot make the result so large that it is set aside, and its findings with it."""
+    letters, number = ("\U0001f600" * 60, '"' * 240, "x" * 240), integrity.MOST_MODELS + 10
+    names = ["/".join([f"{index:02}{letters[index % 3]}"] * 4) for index in range(40)]
+    for index in range(number - 1):
+        add(cache, f"a{index:03}{'o' * 90}/{'m' * 96}", names)
+    result = tmp_path / "integrity.json"
+    assert run(cache, result) == integrity.DAMAGED
+    told = integrity.read_result(result)
+    assert told["finished"] and told["left_out"] == 10 and len(told["models"]) == integrity.MOST_MODELS
+    assert result.stat().st_size <= bounded.STATE_FILE
+    for _, _, shown, more in integrity.damaged(told):
+        assert 0 < len(shown) <= 20 and len(shown) + more == 40
+    last, commit = f"{REPO}", COMMIT  # behind them by name
+    assert f"{last}@{commit}" not in told["models"]
+    assert run(cache, result, "--model", f"{last}@{commit}") == integrity.DAMAGED
+    told = integrity.read_result(result)
+    assert f"{last}@{commit}" in told["models"] and len(told["models"]) == integrity.MOST_MODELS
+    assert integrity.damaged(told)[0][3] > 20  # what was left out before is still counted
+
+
+def test_the_largest_result_fits(tmp_path: Path) -> None:
+    entry = {"checked": 1 << 62, "files": 1 << 62, "bytes": 1 << 62, "seconds": 1e300, "more": 1 << 61}
+    names = ["\U0001f600" * 50 for _ in range(100)]
+    for name in (names, ['"' * 97] * 100, ["\x01" * 33] * 100):
+        models = {}
+        for index in range(integrity.MOST_MODELS):
+            repo = f"{index:03}{'o' * 93}/{'m' * 96}"
+            found = {
+                **entry,
+                "repo": repo,
+                "commit": COMMIT,
+                "damaged": name,
+                "missing": name,
+                "error": "\u56fe" * 9999,
+            }
+            models[f"{repo}@{COMMIT}"] = integrity._brief(found)
+        told = {"version": 1, "cache_dir": "x" * 4096, "began": 1, "updated": 1, "finished": True, "left_out": 1 << 62}
+        place = tmp_path / "integrity.json"
+        integrity.write_json(place, {**told, "models": models})
+        assert place.stat().st_size <= bounded.STATE_FILE * 3 // 4
+        assert len(integrity.damaged(integrity.read_result(place))) == integrity.MOST_MODELS
+
+
+@pytest.mark.parametrize(("seconds", "writes"), [(30.0, 1), (0.0, 42)])
+def test_the_result_is_written_now_and_then(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, writes: int
+) -> None:
+    """All of it each time: after each model the cost would grow with the square of their number."""
+    written: list[int] = []
+    monkeypatch.setattr(integrity, "WRITE_SECONDS", seconds)
+    monkeypatch.setattr(integrity, "write_json", lambda path, told: written.append(len(told["models"])))
+    for index in range(40):
+        add(cache, f"a/m{index}", [])
+    integrity.verify_all(cache, tmp_path / "integrity.json", share=1)
+    assert len(written) == writes and written[-1] == 41
 
 
 @given(st.recursive(st.none() | st.integers() | st.text(), lambda one: st.lists(one) | st.dictionaries(st.text(), one)))
@@ -266,6 +340,21 @@ def test_only_what_a_running_engine_serves_is_marked(cache: Path, state: str, wo
     found = integrity.mark_served(docker, "an odd answer")
     assert found == ([f"{REPO}@{COMMIT}"] if marked else [])
     assert model_state(cache, REPO, COMMIT)["complete"] is not marked
+
+
+def test_no_more_models_are_marked_than_are_looked_at(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Docker:
+        def containers(self, **_: Any) -> list[dict[str, Any]]:
+            return [{"Id": "1", "State": "running"}]
+
+        def container(self, name: str) -> dict[str, Any]:
+            return {"Config": {"Cmd": [COMMIT]}, "Mounts": [{"Source": str(cache)}]}
+
+    docker: Any = Docker()
+    monkeypatch.setattr(integrity, "MOST_MODELS", 3)
+    for index in range(9):
+        add(cache, f"a/m{index}", [])
+    assert integrity.mark_served(docker, "an odd answer") == [f"a/m{index}@{COMMIT}" for index in range(3)]
 
 
 def test_a_check_that_finds_all_files_sound_removes_the_mark(cache: Path, tmp_path: Path) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import socket
+import socketserver
 import ssl
 import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -594,21 +596,119 @@ def test_a_slow_client_is_served_through_the_tunnel(way: str) -> None:
         assert connection.recv(12) == b"HTTP/1.1 200"
 
 
-def test_connections_are_counted(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_share, "CONNECTIONS", 2)
-    server = Server(("127.0.0.1", 0), Source(Settings(), object()), Activity(), None)  # type: ignore[arg-type]
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    address = server.server_address[:2]
-    held = [socket.create_connection(address, timeout=5) for _ in range(2)]
-    time.sleep(0.2)
-    with socket.create_connection(address, timeout=5) as third:
-        assert third.recv(1) == b""
-    for connection in held:
-        connection.close()
-    time.sleep(0.2)
-    assert get(f"http://127.0.0.1:{address[1]}/v2/")[0] == 200
-    server.shutdown()
-    server.server_close()
+@contextlib.contextmanager
+def running(*servers: socketserver.BaseServer) -> Iterator[None]:
+    for each in servers:
+        threading.Thread(target=each.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield
+    finally:
+        for each in servers:
+            each.shutdown()
+            each.server_close()
+
+
+def server(context: ssl.SSLContext | None = None) -> Server:
+    """One that shares nothing; it answers /v2/."""
+    return Server(("127.0.0.1", 0), Source(Settings(), object()), Activity(), context)  # type: ignore[arg-type]
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_open(connection: socket.socket) -> bool:
+    connection.settimeout(0.3)
+    try:
+        return connection.recv(1) != b""
+    except TimeoutError:
+        return True
+    except ConnectionResetError:
+        return False
+
+
+def test_connections_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Server, "most", 2)
+    with running(source := server()):
+        address = source.server_address[:2]
+        held = [socket.create_connection(address, timeout=5) for _ in range(2)]
+        until(lambda: source._held.total() == 2)
+        with socket.create_connection(address, timeout=5) as third:
+            assert not is_open(third)
+        for connection in held:
+            connection.close()
+        until(lambda: not source._held)
+        assert get(f"http://127.0.0.1:{address[1]}/v2/")[0] == 200
+
+
+def test_one_that_takes_leaves_places_for_the_others(pair: Path) -> None:
+    """A Spark whose local users fill its tunnels, and one that goes round its tunnels with the run's key pair."""
+    source, context = server(server_context(pair)), client_context(pair)
+    tunnels = [Tunnel(0, source.server_address[:2], context, Activity()) for _ in range(2)]
+    with running(source, *tunnels), contextlib.ExitStack() as held:
+        for tunnel in tunnels:
+            for _ in range(Server.most):
+                local = held.enter_context(socket.create_connection(tunnel.server_address[:2], timeout=5))
+                with contextlib.suppress(OSError):  # closed: no place in the tunnel
+                    local.sendall(b"G")
+        until(lambda: source._held["127.0.0.1"] == sum(tunnel.most for tunnel in tunnels))
+        for _ in range(Server.most):
+            held.enter_context(socket.create_connection(source.server_address[:2], timeout=5))
+        until(lambda: source._held["127.0.0.1"] == Server.most_of_one)
+        assert sum(tunnel.most for tunnel in tunnels) < Server.most_of_one <= Server.most // 6
+        other = socket.create_connection(source.server_address[:2], timeout=5, source_address=("127.0.0.2", 0))
+        with context.wrap_socket(other) as wrapped:
+            wrapped.sendall(b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert wrapped.recv(12) == b"HTTP/1.1 200"
+
+
+def test_local_connections_that_say_nothing_reach_no_source_and_end(
+    pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_share, "FIRST_BYTE_SECONDS", 1.0)
+    source, activity = server(server_context(pair)), Activity()
+    asked: list[int] = []
+    monkeypatch.setattr(source, "verify_request", lambda *_: asked.append(1) or True)
+    tunnel = Tunnel(0, source.server_address[:2], client_context(pair), activity)
+    with running(source, tunnel):
+        held = [socket.create_connection(tunnel.server_address[:2], timeout=5) for _ in range(tunnel.most)]
+        until(lambda: tunnel._held.total() == tunnel.most)
+        assert activity.idle() > 0  # they keep no program running
+        with socket.create_connection(tunnel.server_address[:2], timeout=5) as more:
+            assert not is_open(more)
+        until(lambda: not tunnel._held)
+        assert [is_open(connection) for connection in held] == [False] * tunnel.most and not asked
+        assert get(f"http://127.0.0.1:{tunnel.server_address[1]}/v2/")[0] == 200 and asked == [1]
+
+
+def test_a_connection_without_a_request_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_share, "FIRST_BYTE_SECONDS", 0.2)
+    monkeypatch.setattr(host_share, "BETWEEN_SECONDS", 0.2)
+    with running(source := server()):
+        for text, answer in (
+            (b"", b""),
+            (b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n", b"HTTP/1.1 200"),
+            (b"GET /v2/", b""),
+        ):
+            with socket.create_connection(source.server_address[:2], timeout=5) as connection:
+                connection.sendall(text)
+                whole = b"".join(iter(lambda: connection.recv(4096), b""))
+                assert whole[:12] == answer
+        until(lambda: not source._held)
+
+
+def test_a_place_comes_back_where_there_is_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched, running(source := server()):
+        patched.setattr(socketserver.ThreadingMixIn, "process_request", none)
+        with socket.create_connection(source.server_address[:2], timeout=5) as connection:
+            assert not is_open(connection)
+        until(lambda: not source._held)
 
 
 # -- who takes from whom -----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -341,9 +342,14 @@ def with_wheels(folder: Path) -> Bundle:
 def test_wheels_are_checked_before_anything_is_installed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "carry"
     digest = with_wheels(folder).write()
-    assert wheels.main([str(folder), f"sha256:{digest}"]) == 0 and capsys.readouterr().err == ""
+    (private := tmp_path / "private").mkdir()
+    assert wheels.main([str(folder), f"sha256:{digest}", str(private)]) == 0 and capsys.readouterr().err == ""
+    assert {path.name: path.read_bytes() for path in private.iterdir()} == {
+        path.name: path.read_bytes() for path in (folder / "python").iterdir()
+    }
     (folder / "python" / "b-1-py3-none-any.whl").write_bytes(b"Wheel b-1-py3-none-any.whl")  # of the same size
-    assert wheels.main([str(folder)]) == 2
+    (other := tmp_path / "other").mkdir()
+    assert wheels.main([str(folder), "", str(other)]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {folder}/python/b-1-py3-none-any.whl does not have the sha256") and said[-1] == "\n"
     assert said.count("\n") == 1 and "nothing was installed" in said
@@ -364,13 +370,24 @@ def test_a_folder_of_wheels_that_is_not_as_listed(tmp_path: Path, change: Any, n
     with_wheels(tmp_path / "carry")
     change(tmp_path / "carry" / "python")
     with pytest.raises(SparkfleetError) as caught:
-        wheels.check(tmp_path / "carry")
+        wheels.take(tmp_path / "carry", "", tmp_path)
     assert named in str(caught.value)
     with pytest.raises(SparkfleetError, match="was changed since"):
-        wheels.check(with_wheels(tmp_path / "second").folder, "sha256:" + "0" * 64)
+        wheels.take(with_wheels(tmp_path / "second").folder, "sha256:" + "0" * 64, tmp_path)
 
 
-def test_setup_refuses_an_altered_wheel_before_pip(tmp_path: Path) -> None:
+@pytest.mark.parametrize("there", ["file", "link"])
+def test_a_copy_of_a_wheel_is_a_new_file(tmp_path: Path, there: str) -> None:
+    with_wheels(tmp_path / "carry")
+    place, outside = tmp_path / "b-1-py3-none-any.whl", tmp_path / "outside"
+    place.touch() if there == "file" else place.symlink_to(outside)
+    with pytest.raises(SparkfleetError, match="File exists"):
+        wheels.take(tmp_path / "carry", "", tmp_path)
+    assert not outside.exists()
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Callable[[], subprocess.CompletedProcess[str]]:
     """The script itself, in a copy of the repository without an environment; its Python has no packages."""
     root = ROOT
     without = shutil.ignore_patterns("__pycache__", "*.egg-info")
@@ -379,18 +396,54 @@ def test_setup_refuses_an_altered_wheel_before_pip(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(root / name, tmp_path / "copy" / name)
     with_wheels(tmp_path / "carry")
+    (tmp_path / "tmp").mkdir()
+    environment = {"PATH": os.environ["PATH"], "PYTHONNOUSERSITE": "1", "TMPDIR": str(tmp_path / "tmp")}
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", "scripts/setup", str(tmp_path / "carry")],
+            cwd=tmp_path / "copy",
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+def test_setup_refuses_an_altered_wheel_before_pip(
+    tmp_path: Path, setup: Callable[[], subprocess.CompletedProcess[str]]
+) -> None:
     (tmp_path / "carry" / "python" / "a-1-py3-none-any.whl").write_bytes(b"other")
-    environment = {"PATH": os.environ["PATH"], "PYTHONNOUSERSITE": "1"}
-    done = subprocess.run(
-        ["bash", "scripts/setup", str(tmp_path / "carry")],
-        cwd=tmp_path / "copy",
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = setup()
     assert done.returncode == 2 and f"{tmp_path}/carry/python/a-1-py3-none-any.whl" in done.stderr
     assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "copy" / ".venv").exists()
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_pip_reads_what_was_hashed_though_the_bundle_changes_meanwhile(
+    tmp_path: Path, setup: Callable[[], subprocess.CompletedProcess[str]], code: int
+) -> None:
+    tools = tmp_path / "copy" / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    pip = f"""#!/usr/bin/env bash
+for wheel in {tmp_path}/carry/python/*; do echo evil >"$wheel"; done
+while [[ $1 != --find-links ]]; do shift; done
+stat -c %a "$2" >{tmp_path}/mode
+cp -r "$2" {tmp_path}/seen
+exit {code}
+"""
+    for name, text in (("python", "#!/bin/sh\n"), ("pip", pip)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    done = setup()
+    assert done.returncode == code, done.stderr
+    seen = {path.name: path.read_text() for path in (tmp_path / "seen").iterdir()}
+    assert seen == {name: f"wheel {name}" for name in ("a-1-py3-none-any.whl", "b-1-py3-none-any.whl")}
+    assert (tmp_path / "mode").read_text() == "700\n"
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 # -- the plan ----------------------------------------------------------------------------------------------

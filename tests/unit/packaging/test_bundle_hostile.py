@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from sparkfleet_host import bounded
 from sparkfleet_host.bounded import BoundsError
 
 from sparkfleet import SparkfleetError
-from sparkfleet.packaging.bundle import Bundle, Collected
+from sparkfleet.packaging.bundle import Bundle, Collected, Entry
 from tests.unit.packaging.test_bundle import BLOB, CONTENT, IMAGE, REPO, SHA, SYSTEM, WEIGHTS, collected, fill, params
 from tests.unit.plugins.test_fleet_actions import Stage
 
@@ -247,6 +248,42 @@ def test_names_and_types_of_bundle_json_are_checked(run: Runs, tmp_path: Path, l
     with pytest.raises(AnsibleActionFail):
         run("push", folder=str(made.folder), packages=True)
     assert run.wire.sent == []
+
+
+def test_a_large_bundle_json_is_not_parsed(tmp_path: Path) -> None:
+    (tmp_path / "bundle.json").write_bytes(b'{"version": 2, "files": [' + b"{}," * (32 << 20 >> 1) + b"0]}")
+    tracemalloc.start()
+    try:
+        with pytest.raises(SparkfleetError, match=r"bundle\.json: more than 4194304 bytes"):
+            Bundle.read(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_bundle_of_more_files_than_can_be_read_again_is_not_written(tmp_path: Path) -> None:
+    """A thousand files to a model are many; a bundle has room for ten such models."""
+    made = fill(Bundle.open(tmp_path))
+    blobs = [f"{index:064x}" for index in range(10_000)]
+    made.models[MODEL]["files"] = blobs
+    made.files |= {f"hub/models--{REPO.replace('/', '--')}/blobs/{name}": Entry(1 << 40, name) for name in blobs}
+    made.write()
+    before = (tmp_path / "bundle.json").read_bytes()
+    assert len(Bundle.read(tmp_path).files) > 10_000
+    made.files |= {f"python/{index}.whl": Entry(1 << 40, "0" * 64) for index in range(30_000)}
+    with pytest.raises(SparkfleetError, match=r"files are more than its bundle\.json has room for"):
+        made.write()
+    assert (tmp_path / "bundle.json").read_bytes() == before
+
+
+def test_a_list_that_claims_to_be_endless_is_not_read(tmp_path: Path) -> None:
+    made = fill(Bundle.open(tmp_path))
+    name = "hub/.sparkfleet/models--org--model/fetching.json"
+    made.files[name] = Entry(1 << 40, "0" * 64)
+    with (tmp_path / name).open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(SparkfleetError, match=r"fetching\.json is larger than 16777216 bytes"):
+        made.text(name)
 
 
 def test_a_file_that_is_a_link_is_not_sent(run: Runs, tmp_path: Path) -> None:

@@ -177,6 +177,7 @@ def test_an_inventory_without_the_group(tmp_path: Path) -> None:
         ("sparkfleet_port", "0", "sparkfleet_port: must be a whole number from 1 to 65535, not '0'"),
         ("sparkfleet_port", "80; touch /tmp/x", "sparkfleet_port"),  # Ansible's own check of types
         ("sparkfleet_image", "x y", "sparkfleet_image: must be the reference of an image"),
+        ("sparkfleet_bundle", "~nobody-is-called-so/x", "sparkfleet_bundle '~nobody-is-called-so/x': there is no home"),
     ],
 )
 def test_bad_input_of_a_verb_is_exit_code_2(tmp_path: Path, name: str, value: str, message: str) -> None:

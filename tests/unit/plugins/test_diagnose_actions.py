@@ -139,6 +139,12 @@ BRIDGE = "failed to create endpoint m on network n: adding interface veth6 to br
         ({"status": {"releases": {**GONE, "outcomes": {"1": {"state": "failed"}}}}}, ["nothing-deployed"]),
         ({"cache": {"path": "/opt/hf", "empty": True, "fstab": "/opt/hf"}}, ["cache-not-mounted"]),
         ({"damaged_models": [{"repo": "a/b", "commit": "c", "names": ["m.safetensors"]}]}, ["download-incomplete"]),
+        ({"damaged_models": [{"repo": "a/b", "commit": "c", "names": [], "more": 2}]}, ["download-incomplete"]),
+        ({"unchecked_models": 3}, ["models-unchecked"]),
+        (
+            {"status": DOWN_STATUS, "asked": None, "engine": {**STOPPED, "exit_code": 77}, "unchecked_models": 3},
+            ["engine-died", "models-unchecked"],
+        ),
         ({"guard_unit": {**UNIT, "active": False, "state": "failed"}}, ["guard-down"]),
         (
             {"guard_unit": UNIT, "guard": {"boot_id": "b", "clock": 10.0}, "boot_id": "b", "clock": 500.0},
@@ -287,6 +293,29 @@ def test_damaged_files_are_named(host: SimpleNamespace, text: str) -> None:
     assert found["guard"] is None and len(found["damaged_state"]) == 2
     assert "guard-state.json: " in found["damaged_state"][0] and f"damaged-{now}" in found["damaged_state"][1]
     assert "guard.json: interval: not a number" in found["settings_error"]
+
+
+def test_what_the_check_of_the_models_found_is_named(host: SimpleNamespace) -> None:
+    host.state_dir.mkdir()
+    entry = {"repo": "a/b", "commit": "c" * 40, "checked": 1, "damaged": ["m"], "missing": [], "more": 2, "error": ""}
+    told = {"version": 1, "models": {f"a/b@{'c' * 40}": entry}, "left_out": 3}
+    (host.state_dir / "integrity.json").write_text(json.dumps(told))
+    found = host.run()
+    assert found["damaged_models"] == [{"repo": "a/b", "commit": "c" * 40, "names": ["m"], "more": 2}]
+    assert found["unchecked_models"] == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "more", "said"),
+    [
+        (["a"], 0, "the hash of a is wrong"),
+        (["a", "b", "c", "d"], 5, "the hash of a, b, c and 6 more is wrong"),
+        ([], 2, "the hash of 2 files is wrong"),
+    ],
+)
+def test_damaged_files_are_counted(names: list[str], more: int, said: str) -> None:
+    damaged = [{"repo": "o/m", "commit": "c", "names": names, "more": more}]
+    assert diagnose.findings({**HEALTHY, "damaged_models": damaged})[0].evidence == (f"o/m: {said}",)
 
 
 def test_a_mount_that_is_missing_is_named(host: SimpleNamespace) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import hardening
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import hardening, http
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import MANIFEST_BYTES, manifest_path
 
 from tests.unit import ROOT
 
@@ -24,7 +25,10 @@ needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reas
 @pytest.fixture(scope="module")
 def units(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every unit of the role, written by Ansible."""
-    folder = tmp_path_factory.mktemp("units")
+    return render(tmp_path_factory.mktemp("units"))
+
+
+def render(folder: Path, **variables: str) -> Path:
     names = sorted(path.name.removesuffix(".j2") for path in (ROLE / "templates").glob("*.j2"))
     tasks = [
         {
@@ -33,7 +37,7 @@ def units(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "dest": f"{folder}/{name}",
                 "mode": "0644",
             },
-            "vars": {"role_path": str(ROLE)},
+            "vars": {"role_path": str(ROLE), **variables},
         }
         for name in names
     ]
@@ -67,6 +71,42 @@ def exposure(unit: Path) -> float:
     assert found, done.stdout + done.stderr
     print(done.stdout)
     return float(found[1])
+
+
+def values(unit: Path, name: str) -> list[str]:
+    return re.findall(rf"^{name}=(.*)$", unit.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_the_check_of_model_files_sees_no_secrets(units: Path, tmp_path: Path) -> None:
+    hidden = values(units / "sparkfleet-integrity.service", "InaccessiblePaths")
+    for path in ("/root", "/etc/sparkfleet", "/etc/sparkfleet/hf_token", "/opt/sparkfleet/.env", "/run/docker.sock"):
+        assert f"-{path}" in hidden
+    assert str(Path(http.KEY_FILE).parent) == "/etc/sparkfleet"
+    # What it needs itself stays in sight, wherever it is.
+    elsewhere = {"guard_cache_dir": "/root/hf", "guard_project_dir": "/srv/x", "guard_token_file": "/srv/x/lib/token"}
+    unit = render(tmp_path, **elsewhere) / "sparkfleet-integrity.service"
+    assert {"-/srv/x/.env", "-/srv/x/releases", "-/srv/x/lib/token"} <= set(values(unit, "InaccessiblePaths"))
+    assert "-/root" not in values(unit, "InaccessiblePaths") and values(unit, "ReadWritePaths") == ["/root/hf"]
+
+
+def test_no_manifest_takes_more_memory_than_the_check_may_use(units: Path, tmp_path: Path) -> None:
+    """Or the kernel ends it, and what it found is lost."""
+    place = manifest_path(tmp_path, "a/b", "c" * 40)
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b'{"files":[' + b"{}," * ((MANIFEST_BYTES - 15) // 3) + b"0]}")
+    code = f"""if True:
+        import resource, sys
+        from sparkfleet_host import integrity
+        code = integrity.main(["--cache-dir", {str(tmp_path)!r}, "--result", {str(tmp_path / "result")!r}])
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        sys.exit(code)"""
+    environment = {"PYTHONPATH": str(ROOT / "plugins" / "module_utils")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120, env=environment
+    )
+    assert done.returncode == 1 and "the manifest is damaged" in done.stdout, done.stdout + done.stderr
+    [limit] = values(units / "sparkfleet-integrity.service", "MemoryMax")
+    assert int(done.stdout.split()[-1]) < int(limit.removesuffix("M")) * 1024 * 0.9
 
 
 @needs_systemd
