@@ -21,14 +21,17 @@ from sparkfleet_host.bounded import BoundsError, printable
 
 from sparkfleet import SparkfleetError
 from sparkfleet.packaging.bundle import Bundle
-from sparkfleet.paths import ROOT
+from sparkfleet.paths import CHECKOUT, ROOT
 
 #: What a Spark's own system has, in case it is to be the controller: DGX OS 7 and Debian 13.
 SPARK_PYTHONS = ("3.12", "3.13")
 
 
 def requirements() -> list[str]:
-    """What pyproject.toml names, for the program and for building it."""
+    """What pyproject.toml names, for the program and for building it. Raises SparkfleetError where there is no clone to
+    install from."""
+    if not CHECKOUT:
+        raise SparkfleetError(f"{ROOT} is not a clone: wheels for scripts/setup are put together from one")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     return [*project["project"]["dependencies"], *project["build-system"]["requires"]]
 

@@ -324,7 +324,7 @@ def test_a_model_that_is_not_complete_is_not_collected(tmp_path: Path) -> None:
 
 def test_wheels_are_for_the_program_and_its_build() -> None:
     names = [name.partition(">")[0] for name in wheels.requirements()]
-    assert {"ansible-core", "huggingface_hub", "setuptools"} <= set(names)
+    assert {"ansible-core", "huggingface_hub", "hatchling"} <= set(names)
     assert "--python-version" in wheels._platform("aarch64", "3.12")
     assert "manylinux_2_17_aarch64" in wheels._platform("aarch64", "3.12")
 
