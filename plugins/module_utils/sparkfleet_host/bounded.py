@@ -16,10 +16,13 @@ import os
 import re
 import shutil
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
+
+Result = TypeVar("Result")
 
 KIB, MIB = 1 << 10, 1 << 20
 DEPTH = 64  # of nested arrays and objects
@@ -245,6 +248,32 @@ def fitting(items: Iterable[str], most: int, limit: int) -> list[str]:
             break
         kept.append(item)
     return kept
+
+
+# -- time ------------------------------------------------------------------------------------------------------------
+
+
+def in_time(work: Callable[[], Result], seconds: float) -> Result:
+    """What `work` gives, whatever it waits for: a name server, one address after the other, an answer without end. Work
+    that lasts longer is left alone, in a thread that does not keep the process. Raises TimeoutError, and what the work
+    raises."""
+    given: list[Result] = []
+    failed: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            given.append(work())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failed:
+        raise failed[0]
+    if not given:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return given[0]
 
 
 # -- names -----------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ With --expected, what is offered must be the commit and the files of that list, 
 
 The client (2.x) throws a partial file away when it is interrupted, and takes as many bytes as it is sent. Files are
 therefore fetched here, with the client's own `http_get`, locks, names and links, into `blobs/HASH.incomplete`, hashed
-on the way and never longer than the Hub's list says. What the Hub says is checked before it touches a path, answers are
-limited in size, and the token goes to the Hub's own host over TLS alone.
+on the way and never longer than the Hub's list says. What the Hub says is checked before it touches a path, its answers
+are limited in size, number and time, and the token goes to the Hub's own host over TLS alone.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
@@ -45,10 +46,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import http_get
-from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils._fixes import WeakFileLock
 from huggingface_hub.utils._headers import build_hf_headers
-from huggingface_hub.utils._http import hf_request_event_hook
+from huggingface_hub.utils._http import hf_raise_for_status, hf_request_event_hook, http_backoff
 from huggingface_hub.utils._paths import filter_repo_objects
 
 from sparkfleet_host import bounded
@@ -62,7 +62,11 @@ IGNORE = (
     *("original/*", "metal/*", "onnx/*", "openvino/*", "consolidated*"),
 )
 CHUNK = 4 << 20
-ANSWER = 64 << 20  # bytes of an answer of the Hub's API
+ANSWER = MANIFEST_BYTES  # of the Hub's API; a peer gives its whole list in one, 7 MB with MOST_FILES files
+REFUSAL = 1 << 20  # bytes of an error or of a redirect; the client keeps up to 20 of these until it has its answer
+VALUES = 400_000  # arrays, objects and commas in an answer; that list has 200,000
+MOST_PAGES = 400  # of a list; the Hub's have 1,000 entries
+SECONDS = 600.0  # for commit and list; a rate limit of the Hub is over after 300
 MOST_BYTES = 1 << 43  # of a file
 
 # The client writes 10 MB at a time; smaller steps lose less when interrupted and show progress on slow lines.
@@ -105,6 +109,7 @@ class Request:
     remote_code: bool = False  # the engine may run the repository's code
     workers: int = 4
     expected: dict[str, Any] | None = None  # {"commit", "files"} as the controller had it of the Hub
+    seconds: float = SECONDS  # for commit and list
 
     @property
     def folder(self) -> Path:
@@ -118,21 +123,29 @@ def say(**value: Any) -> None:
 
 
 class Limited(httpx2.SyncByteStream):
-    """The body of an answer, which ends with an error after `limit` bytes."""
+    """The body of an answer that is kept in memory: an error once it has more than `limit` bytes, or more than VALUES
+    values of JSON, of which three bytes can become an object of 80. In one piece, whatever pieces it comes in."""
 
     def __init__(self, stream: httpx2.SyncByteStream, url: str, limit: int) -> None:
         self._stream, self._url, self._limit = stream, url, limit
 
     def __iter__(self) -> Iterator[bytes]:
-        size = 0
+        body, values = bytearray(), 0
         for part in self._stream:
-            size += len(part)
-            if size > self._limit:
+            body += part
+            values += sum(part.count(mark) for mark in b"[{,")
+            if len(body) > self._limit:
                 raise FetchError("hub-answer-odd", f"{self._url} answers with more than {self._limit} bytes")
-            yield part
+            if values > VALUES:
+                raise FetchError("hub-answer-odd", f"{self._url} answers with more than {VALUES} values")
+        yield bytes(body)
 
     def close(self) -> None:
         self._stream.close()
+
+
+#: Set by who asks for a file, whose content goes to `Hashed` piece by piece, which knows its size.
+_asks_for_file: ContextVar[bool] = ContextVar("asks_for_file", default=False)
 
 
 def keep_token_home(request: httpx2.Request) -> None:
@@ -142,19 +155,25 @@ def keep_token_home(request: httpx2.Request) -> None:
         request.headers.pop("Authorization", None)
 
 
+def ask_plainly(request: httpx2.Request) -> None:
+    """Asks for every answer as it is, uncompressed: its size is then what is read of it."""
+    request.headers["Accept-Encoding"] = "identity"
+
+
 def limit_answer(response: httpx2.Response) -> None:
-    """Bounds what is read of an answer of the Hub's API; files have their own size."""
-    if "/resolve/" not in response.request.url.path and isinstance(response.stream, httpx2.SyncByteStream):
-        if response.headers.get("Content-Encoding", "identity") != "identity":  # it was asked for as it is
-            raise FetchError("hub-answer-odd", f"{response.request.url} answers compressed")
-        response.stream = Limited(response.stream, str(response.request.url), ANSWER)
+    """Bounds what is read of an answer into memory: all but the content of a file that was asked for. Where a request
+    was redirected to does not matter; a redirect and an error have no content of a file."""
+    url = str(response.request.url)
+    if response.headers.get("Content-Encoding", "").strip().lower() not in ("", "identity"):
+        raise FetchError("hub-answer-odd", f"{url} answers compressed, which was not asked for")
+    if not (_asks_for_file.get() and response.is_success) and isinstance(response.stream, httpx2.SyncByteStream):
+        response.stream = Limited(response.stream, url, ANSWER if response.is_success else REFUSAL)
 
 
 def make_client() -> httpx2.Client:
     """The client that huggingface_hub uses for everything."""
     return httpx2.Client(
-        event_hooks={"request": [hf_request_event_hook, keep_token_home], "response": [limit_answer]},
-        headers={"Accept-Encoding": "identity"},
+        event_hooks={"request": [hf_request_event_hook, keep_token_home, ask_plainly], "response": [limit_answer]},
         follow_redirects=True,
         timeout=None,
     )
@@ -233,7 +252,7 @@ class Fetch:
     def run(self) -> dict[str, Any]:
         """Everything; the result for the last line. Raises FetchError and what `explain` understands."""
         say(progress={"phase": "resolving", "done": 0, "total": 0})
-        self.resolve()
+        self.in_time(self.resolve)
         self._write(self._listing(), "fetching")
         before = self._on_disk()
         self._check_space(before)
@@ -256,6 +275,17 @@ class Fetch:
         }
 
     # -- what there is -------------------------------------------------------------------------------------
+
+    def in_time(self, look: Callable[[], None]) -> None:
+        """Does `resolve` or `look_up` within the time of the request. What lasts longer ends with the process (`run`).
+        Raises FetchError, and what they raise."""
+        try:
+            bounded.in_time(look, self.request.seconds)
+        except TimeoutError:
+            raise FetchError(
+                "hub-unreachable",
+                f"{constants.ENDPOINT} has not said within {self.request.seconds:g} s which files there are",
+            ) from None
 
     def resolve(self) -> None:
         """Commit and files; the first file is asked for, since a gated repository shows its list to anyone. Raises
@@ -281,16 +311,15 @@ class Fetch:
         if self.request.expected is not None:
             revision = self.request.expected["commit"]  # the branch may have moved on
         check_endpoint()
-        api = HfApi()
-        info = api.model_info(repo, revision=revision)
+        info = HfApi().model_info(repo, revision=revision)
         if not info.sha or not COMMIT.fullmatch(info.sha):
             raise FetchError("hub-revision-unknown", f"the Hub named no commit for {repo} at {revision}")
         self.commit = info.sha
         found = []
-        for place, entry in enumerate(api.list_repo_tree(repo, recursive=True, revision=self.commit)):
+        for place, entry in enumerate(itertools.chain.from_iterable(self._pages())):
             if place >= MOST_FILES:
                 raise FetchError("hub-answer-odd", f"the Hub lists more than {MOST_FILES} files of {repo}")
-            if isinstance(entry, RepoFile):
+            if entry["type"] == "file":
                 found.append(_remote_file(repo, entry))
         wanted = set(self._chosen([file.name for file in found]))
         self.files = sorted({file for file in found if file.name in wanted}, key=lambda file: file.name)
@@ -299,6 +328,22 @@ class Fetch:
             raise FetchError("hub-answer-odd", f"the Hub lists {twice[0]} of {repo} twice, with different content")
         if not self.files:
             raise FetchError("hub-revision-unknown", f"{repo} at {self.commit} has no file that is asked for")
+
+    def _pages(self) -> Iterator[list[Any]]:
+        """The list of files as `HfApi.list_repo_tree` asks for it, which follows any number of pages."""
+        url = f"{constants.ENDPOINT}/api/models/{self.request.repo}/tree/{self.commit}"
+        query: dict[str, Any] | None = {"recursive": True, "expand": False}
+        what, headers = f"the list of {self.request.repo}", build_hf_headers()
+        for _ in range(MOST_PAGES):
+            response = http_backoff("GET", url, params=query, headers=headers)
+            hf_raise_for_status(response)
+            yield bounded.as_list(bounded.parse_json(response.content, what, ANSWER), what)
+            if not (url := response.links.get("next", {}).get("url", "")):
+                return
+            query = None  # it is in the URL
+        raise FetchError(
+            "hub-answer-odd", f"the Hub lists the files of {self.request.repo} on more than {MOST_PAGES} pages"
+        )
 
     def _compare(self, expected: dict[str, Any]) -> None:
         wanted = set(self._chosen(list(expected["files"])))
@@ -380,13 +425,15 @@ class Fetch:
                 partial.unlink()
             with partial.open("r+b" if partial.exists() else "w+b") as raw:
                 sink = Hashed(raw, file)
-                http_get(
-                    hf_hub_url(self.request.repo, file.name, revision=self.commit),
-                    cast(BinaryIO, sink),
-                    resume_size=sink.tell(),
-                    headers=build_hf_headers(),
-                    expected_size=file.size,
-                )
+                url = hf_hub_url(self.request.repo, file.name, revision=self.commit)
+                headers = build_hf_headers()  # may ask the Hub's API something
+                asks = _asks_for_file.set(True)
+                try:
+                    http_get(
+                        url, cast(BinaryIO, sink), resume_size=sink.tell(), headers=headers, expected_size=file.size
+                    )
+                finally:
+                    _asks_for_file.reset(asks)
                 raw.flush()
                 os.fsync(raw.fileno())  # the manifest must not outlive a power cut that the data does not
             partial.chmod(0o644)
@@ -503,17 +550,18 @@ class Fetch:
             thread.join()
 
 
-def _remote_file(repo: str, entry: RepoFile) -> RemoteFile:
-    """A file of the Hub's list. Raises FetchError for a name, size or hash that it cannot have."""
-    name = entry.path
+def _remote_file(repo: str, entry: dict[str, Any]) -> RemoteFile:
+    """A file of the Hub's list. Raises FetchError for a name, size or hash that it cannot have, and what any other form
+    raises."""
+    name, lfs = entry["path"], entry.get("lfs")
     if not bounded.is_repository_path(name):
         shown = bounded.printable(repr(name), 120)
         raise FetchError("hub-answer-odd", f"the Hub lists a file {shown} of {repo}: that cannot be a file's name")
-    size, hash, lfs = (entry.lfs.size, entry.lfs.sha256, True) if entry.lfs else (entry.size, entry.blob_id, False)
+    size, hash = (lfs["size"], lfs["oid"]) if lfs else (entry["size"], entry["oid"])
     good = isinstance(hash, str) and (SHA256 if lfs else COMMIT).fullmatch(hash)
     if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= MOST_BYTES or not good:
         raise FetchError("hub-answer-odd", f"the Hub lists {name} of {repo} with an odd size or hash")
-    return RemoteFile(name, size, hash, lfs)
+    return RemoteFile(name, size, hash, bool(lfs))
 
 
 def _size(path: Path) -> int:
@@ -625,6 +673,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ignore-nothing", action="store_true")
     parser.add_argument("--remote-code", action="store_true", help="the repository's code too")
     parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for commit and list of files")
     parser.add_argument("--expected", type=Path, metavar="FILE", help="list that what is offered must be")
     parser.add_argument("--list", action="store_true", help="say what the Hub has, and download nothing")
     given = parser.parse_args(argv)
@@ -636,6 +685,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ignore=[] if given.ignore_nothing else given.ignore,
         remote_code=given.remote_code,
         workers=given.workers,
+        seconds=given.seconds,
     )
     set_client_factory(make_client)
     try:
@@ -643,7 +693,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             request.expected = check_listing(bounded.read_json(given.expected, MANIFEST_BYTES), "expected")
         fetch = Fetch(request)
         if given.list:
-            fetch.look_up()
+            fetch.in_time(fetch.look_up)
             say(listing=fetch.listing())
         else:
             say(result=fetch.run())

@@ -105,12 +105,12 @@ class Client:
         self, method: str, path: str, body: Any, timeout: float | None, headers: dict[str, str] | None
     ) -> tuple[http.client.HTTPResponse, str]:
         seconds = self.timeout if timeout is None else timeout
-        deadline = time.monotonic() + seconds
+        deadline = Deadline(seconds)
         where = f"{self.url}{path}"
         connection = http.client.HTTPConnection(self.host, self.port, timeout=seconds)
         # The deadline is that of the whole exchange: a head or a body of one byte a second does not stretch it.
         connection.response_class = lambda sock, **more: http.client.HTTPResponse(  # type: ignore[assignment]
-            _Timed(sock, deadline),  # type: ignore[arg-type]
+            Timed(sock, deadline),  # type: ignore[arg-type]
             **more,
         )
         sent = {"Accept": "*/*", "Connection": "close", **self.headers, **(headers or {})}
@@ -126,30 +126,52 @@ class Client:
             raise explain(error, where, seconds) from error
 
 
-class _Timed:
-    """Stands for a socket whose answer must have been read by a deadline (monotonic)."""
+class Deadline:
+    """When something must have come; it can be set anew on the way."""
 
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
+    def __init__(self, seconds: float) -> None:
+        self.renew(seconds)
+
+    def renew(self, seconds: float) -> None:
+        """From now on there are so many seconds."""
+        self._seconds, self._at = seconds, time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds until then. Raises TimeoutError once there are none."""
+        left = self._at - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"not there within {self._seconds:g} s")
+        return left
+
+
+class Timed:
+    """Stands for a socket whose answer must have come by a deadline, whatever pieces it comes in: status, headers,
+    sizes of chunks, content and trailers alike. The timeout of the socket bounds silence meanwhile."""
+
+    def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
         self._sock, self._deadline = sock, deadline
 
     def makefile(self, _mode: str) -> io.BufferedReader:
+        """As HTTPResponse calls it."""
         return io.BufferedReader(_TimedReader(self._sock, self._deadline), 64 << 10)
 
 
 class _TimedReader(io.RawIOBase):
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
-        self._sock, self._deadline = sock, deadline
+    def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
+        self._sock, self._deadline, self._silence = sock, deadline, sock.gettimeout()
         self._raw = sock.makefile("rb", buffering=0)  # keeps the socket when the connection drops it
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self._sock.settimeout(left)
-        return self._raw.readinto(buffer)
+        left = self._deadline.left()
+        self._sock.settimeout(left if self._silence is None else min(left, self._silence))
+        try:
+            return self._raw.readinto(buffer)
+        except TimeoutError:
+            self._deadline.left()
+            raise
 
     def close(self) -> None:
         self._raw.close()

@@ -36,6 +36,7 @@ from typing import Any, BinaryIO
 
 from . import bounded
 from .bounded import DIGEST, BoundsError, printable
+from .http import Deadline, Timed
 from .job import JobError
 
 INDEXES = (
@@ -57,7 +58,7 @@ ENTRIES = 1000  # of an index, layers of an image
 BLOB_BYTES = 1 << 40
 TAG = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
 PATH = re.compile(r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*)*")
-ANSWER_SECONDS = 60.0  # for a whole manifest or token, and for the head of any answer
+ANSWER_SECONDS = 60.0  # for a whole manifest or token, and for the head of any answer; the timeout bounds silence
 SILENCE = 120.0  # seconds without a byte after which a transfer counts as broken
 SLOWEST = 10_000  # bytes a second, over SILENCE, below which it does as well
 TRIES = 3
@@ -249,23 +250,18 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return made
 
 
+class Answer(http.client.HTTPResponse):
+    """An answer that must have come within ANSWER_SECONDS, head and body, unless its reader renews the `deadline`."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **more: Any) -> None:
+        self.deadline = Deadline(ANSWER_SECONDS)
+        super().__init__(Timed(sock, self.deadline), *args, **more)  # type: ignore[arg-type]
+
+
 class _InTime(http.client.HTTPConnection):
-    """Gives up a connection whose server spreads the head of its answer over more than ANSWER_SECONDS; the timeout of
-    the socket bounds silence alone."""
+    """Its answers, that of a proxy to CONNECT among them, come in time or not at all."""
 
-    def getresponse(self) -> http.client.HTTPResponse:
-        timer = threading.Timer(ANSWER_SECONDS, self._give_up, (self.sock,))
-        timer.daemon = True
-        timer.start()
-        try:
-            return super().getresponse()
-        finally:
-            timer.cancel()
-
-    @staticmethod
-    def _give_up(sock: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+    response_class = Answer
 
 
 class _InTimeTls(_InTime, http.client.HTTPSConnection):
@@ -342,7 +338,7 @@ class Registry:
             media_type = answer.headers.get_content_type()
         return body, media_type if media_type in MANIFESTS else _media_type(body)
 
-    def blob(self, digest: str, start: int = 0) -> http.client.HTTPResponse:
+    def blob(self, digest: str, start: int = 0) -> Answer:
         """A blob from a byte on, as a stream; status 206 where `start` was heeded."""
         if not DIGEST.fullmatch(digest):
             raise RegistryError(f"{printable(digest, 80)!r} is not a digest")
@@ -358,7 +354,7 @@ class Registry:
                 return error.status
             raise
 
-    def _ask(self, what: str, headers: dict[str, str], authorize: bool = True) -> http.client.HTTPResponse:
+    def _ask(self, what: str, headers: dict[str, str], authorize: bool = True) -> Answer:
         path = f"{self.ref.path}/{what}" if what else ""
         while True:
             try:
@@ -379,7 +375,7 @@ class Registry:
                     raise
                 self._schemes.pop(0)
 
-    def _send(self, url: str, headers: dict[str, str], authorize: bool) -> http.client.HTTPResponse:
+    def _send(self, url: str, headers: dict[str, str], authorize: bool) -> Answer:
         try:
             answer = self._open(url, headers, self._authorization)
             self._schemes = self._schemes[:1]  # one that answers over TLS is not asked without
@@ -433,12 +429,12 @@ class Registry:
             raise RegistryError(f"{host} gave a token that no header can carry")
         return token
 
-    def _open(self, url: str, headers: dict[str, str], authorization: str) -> http.client.HTTPResponse:
+    def _open(self, url: str, headers: dict[str, str], authorization: str) -> Answer:
         try:
             request = urllib.request.Request(url, headers=headers)  # noqa: S310  https or http by its makers
             if authorization:  # blobs are redirected to a store that knows nothing of it
                 request.add_unredirected_header("Authorization", authorization)
-            answer: http.client.HTTPResponse = self._opener.open(request, timeout=self.timeout)
+            answer: Answer = self._opener.open(request, timeout=self.timeout)
         except urllib.error.HTTPError:
             raise
         except urllib.error.URLError as error:
@@ -447,9 +443,11 @@ class Registry:
             raise RegistryError(f"{self.host}: {type(error).__name__}: {printable(str(error), 120)}") from None
         return answer
 
-    def _whole(self, answer: http.client.HTTPResponse, what: str, limit: int) -> bytes:
+    def _whole(self, answer: Answer, what: str, limit: int) -> bytes:
         try:
-            body = bounded.read_all(answer.read1, what, limit, time.monotonic() + ANSWER_SECONDS)
+            body = bounded.read_all(answer.read1, what, limit)
+        except TimeoutError:
+            raise TimeoutError(f"{self.host}: {what}: not read to its end in time") from None
         except (http.client.HTTPException, ValueError) as error:
             raise RegistryError(f"{self.host}: {printable(str(error), 120)}") from None
         if answer.length:
@@ -816,10 +814,15 @@ def _continues(answer: http.client.HTTPResponse, start: int, size: int) -> bool:
     return True
 
 
-def _steadily(answer: http.client.HTTPResponse, size: int) -> Iterator[bytes]:
-    """At most `size` bytes of an answer. Raises TimeoutError where they come slower than SLOWEST."""
+def _steadily(answer: Answer, size: int) -> Iterator[bytes]:
+    """At most `size` bytes of an answer. Raises TimeoutError where they come slower than SLOWEST, or none for SILENCE,
+    whatever else comes (sizes of chunks that have no end)."""
     began, came = time.monotonic(), 0
-    while size > 0 and (chunk := answer.read1(min(CHUNK, size))):
+    while size > 0:
+        answer.deadline.renew(SILENCE)
+        chunk = answer.read1(min(CHUNK, size))
+        if not chunk:
+            return
         size -= len(chunk)
         came += len(chunk)
         yield chunk

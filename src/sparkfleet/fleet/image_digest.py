@@ -14,8 +14,9 @@ from sparkfleet_host.registry import Registry, credentials, digest_of, reference
 from sparkfleet import SparkfleetError
 from sparkfleet.documents import run_cache
 
-#: A controller without a way to the registry keeps a run waiting no longer than this for each connection.
+#: A controller without a way to the registry keeps a run waiting no longer than this for each silence, and in all.
 SECONDS = 5.0
+IN_ALL = 20.0
 DOCKER_CONFIG = "~/.docker/config.json"
 
 
@@ -28,11 +29,17 @@ class Answer:
 
 
 def resolve(
-    image: str, registries: Mapping[str, str], proxy: str = "", no_proxy: str = "", config: str = DOCKER_CONFIG
+    image: str,
+    registries: Mapping[str, str],
+    proxy: str = "",
+    no_proxy: str = "",
+    config: str = DOCKER_CONFIG,
+    seconds: float = IN_ALL,
 ) -> Answer:
     """Ask the registry; an image with a digest is that digest. `registries` says where to ask instead: host of a
-    registry -> HOST[:PORT] with the same repositories. The proxy of the environment comes before `proxy`. Raises
-    SparkfleetError for what is not the name of an image or of a registry."""
+    registry -> HOST[:PORT] with the same repositories. The proxy of the environment comes before `proxy`. `seconds` is
+    for all of it: names, login, redirects. Raises SparkfleetError for what is not the name of an image or of a
+    registry."""
     try:
         ref = reference(image)
     except JobError as error:
@@ -55,7 +62,8 @@ def resolve(
     except RuntimeError:
         login = None  # a user without a home has no logins
     try:
-        return Answer(digest_of(Registry(ref, ways, login, SECONDS, host), ref.tag))
+        registry = Registry(ref, ways, login, SECONDS, host)
+        return Answer(bounded.in_time(lambda: digest_of(registry, ref.tag), seconds))
     except OSError as error:
         return Answer(reason=bounded.printable(f"{host or ref.registry}: {error}", 200))
 

@@ -33,6 +33,10 @@ class Hub:
     elsewhere: str = ""  # where large files are: a URL that the file's own path is added to
     longer: dict[str, bytes] = field(default_factory=dict)  # name: sent after the content
     answer: dict[str, bytes] = field(default_factory=dict)  # revision, tree: sent instead
+    redirect: dict[str, str] = field(default_factory=dict)  # revision, tree, a file's name: path it is redirected to
+    redirect_body: bytes = b""
+    encoding: dict[str, str] = field(default_factory=dict)  # revision, tree, a file's name: Content-Encoding
+    pause: float = 0  # seconds between the bytes of a list
     url: str = ""
     tokens_seen: list[tuple[str, str]] = field(default_factory=list)  # path, Authorization
     asked: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
@@ -69,6 +73,7 @@ def serve(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # head and body are two packets
 
         def log_message(self, *args: Any) -> None:
             pass
@@ -88,6 +93,8 @@ def serve(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
                 if not path.startswith(api):
                     return self.refuse(404, "RepoNotFound")
                 verb, _, revision = path[len(api) :].partition("/")
+                if verb in hub.redirect:
+                    return self.send_elsewhere(hub.url + hub.redirect[verb])
                 if revision not in (hub.branch, hub.commit):
                     return self.refuse(404, "RevisionNotFound")
                 tree = hub.tree()
@@ -104,13 +111,19 @@ def serve(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
                     return self.refuse(401, "GatedRepo")
                 if not hub.tokens[token]:
                     return self.refuse(403, "GatedRepo")
+            if name in hub.redirect and not head:
+                return self.send_elsewhere(hub.url + hub.redirect[name])
             if hub.elsewhere and name in hub.large:
-                self.send_response(302)
-                self.send_header("Location", hub.elsewhere + path)
-                self.send_header("X-Repo-Commit", hub.commit)
-                self.send_header("Content-Length", "0")
-                return self.end_headers()
+                return self.send_elsewhere(hub.elsewhere + path)
             self.send_file(name, head)
+
+        def send_elsewhere(self, url: str) -> None:
+            self.send_response(302)
+            self.send_header("Location", url)
+            self.send_header("X-Repo-Commit", hub.commit)
+            self.send_header("Content-Length", str(len(hub.redirect_body)))
+            self.end_headers()
+            self.wfile.write(hub.redirect_body)
 
         def send_file(self, name: str, head: bool) -> None:
             content = hub.files[name]
@@ -124,6 +137,8 @@ def serve(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
             self.send_header("ETag", f'"{hub.hash(name)}"')
             self.send_header("X-Repo-Commit", hub.commit)
             self.send_header("Accept-Ranges", "bytes")
+            if name in hub.encoding:
+                self.send_header("Content-Encoding", hub.encoding[name])
             more = hub.longer.get(name, b"")
             if more:  # until the connection closes
                 self.close_connection = True
@@ -155,9 +170,14 @@ def serve(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
             self.send_header("Content-Type", "application/json")
             if verb == "tree" and hub.next_page:
                 self.send_header("Link", f'<{hub.next_page}>; rel="next"')
+            if verb in hub.encoding:
+                self.send_header("Content-Encoding", hub.encoding[verb])
             self.send_header("Content-Length", str(len(raw)))
             self.end_headers()
-            self.wfile.write(raw)
+            step = 1 if verb == "tree" and hub.pause else len(raw) or 1
+            for at in range(0, len(raw), step):
+                self.wfile.write(raw[at : at + step])
+                time.sleep(hub.pause)
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True

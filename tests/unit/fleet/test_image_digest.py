@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+import socket
+import threading
+import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 
 from sparkfleet import SparkfleetError
 from sparkfleet.fleet import image_digest
-from tests.unit.fakes.fake_registry import FakeRegistry, digest, serving
+from tests.unit.fakes.fake_registry import FakeRegistry, digest, reply, serving
 
 IMAGE = "nvcr.io/nvidia/vllm:1"
 
@@ -47,6 +52,37 @@ def test_a_registry_that_is_not_reached_is_a_reason(upstream: FakeRegistry) -> N
     found = image_digest.resolve(IMAGE, {"nvcr.io": "127.0.0.1:9"})
     assert found.digest == "" and "127.0.0.1:9" in found.reason
     assert "404" in image_digest.resolve(f"{upstream.address}/other:2", {}).reason
+
+
+def test_a_registry_that_has_always_something_to_say_is_not_listened_to(upstream: FakeRegistry) -> None:
+    """Each answer is in time, and there are too many of them; or one has no end."""
+
+    def another(handler: BaseHTTPRequestHandler) -> None:
+        time.sleep(0.3)
+        reply(handler, b"", 307, {"Location": f"{handler.path}x"})
+
+    def endless(handler: BaseHTTPRequestHandler) -> None:
+        with contextlib.suppress(OSError):
+            for byte in b"HTTP/1.1 200 OK\r\n" + b"X-A: 1\r\n" * 20:
+                handler.wfile.write(bytes([byte]))
+                time.sleep(0.05)
+
+    path = "/v2/nvidia/vllm/manifests/1"
+    upstream.answers = {path + "x" * n: another for n in range(5)}
+    for _ in range(2):
+        began = time.monotonic()
+        found = image_digest.resolve(f"{upstream.address}/nvidia/vllm:1", {}, seconds=0.4)
+        assert (found.digest, "no answer within 0.4 s" in found.reason) == ("", True)
+        assert time.monotonic() - began < 2
+        upstream.answers = {path: endless}
+
+
+def test_a_name_server_without_an_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: over.wait(10) and [])
+    found = image_digest.resolve("registry.example/a:1", {}, seconds=0.2)
+    assert "no answer within 0.2 s" in found.reason
+    over.set()
 
 
 @pytest.mark.parametrize("host", ["http://x", "x/y", "a b", "x:99999999", "x:y"])

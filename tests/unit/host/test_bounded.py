@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from sparkfleet_host.bounded import (
     BoundsError,
     as_int,
     as_number,
+    in_time,
     is_relative_path,
     limited_lines,
     parse_json,
@@ -113,6 +116,19 @@ def test_a_stream_is_read_up_to_its_limit_and_deadline() -> None:
     assert sum(asked) == 100_001
     with pytest.raises(TimeoutError):
         read_all(endless, "it", 100_000, deadline=0.0)
+
+
+def test_what_lasts_too_long_is_left_alone() -> None:
+    assert in_time(lambda: None, 5) is None
+    with pytest.raises(KeyError, match="mine"):
+        in_time(lambda: {}["mine"], 5)
+    over, others = threading.Event(), set(threading.enumerate())
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"no answer within 0\.1 s"):
+        in_time(over.wait, 0.1)
+    assert time.monotonic() - began < 2
+    assert [thread.daemon for thread in threading.enumerate() if thread not in others] == [True]
+    over.set()
 
 
 def test_long_lines_are_cut_and_long_streams_refused() -> None:

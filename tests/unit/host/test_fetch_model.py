@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import random
 import subprocess
@@ -14,7 +15,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import share
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import (
+    MOST_FILES,
     manifest_path,
     mark_suspect,
     model_state,
@@ -49,7 +52,7 @@ def start(client: Path, hub: Hub, cache: Path, *more: str, token: Path | None = 
     environment = {"HF_ENDPOINT": hub.url, "HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
     environment["HF_TOKEN_PATH"] = str(token or cache / "none")
     given = {"--repo": hub.repo, "--revision": "main", "--cache-dir": str(cache)}
-    code = [word for word in more if word == "--remote-code"]  # the one without a value
+    code = [word for word in more if word in ("--remote-code", "--list")]  # those without a value
     more = tuple(word for word in more if word not in code)
     given.update(zip(more[::2], more[1::2], strict=True))
     argv = [sys.executable, "-I", "-B", "-S", str(client), *(word for pair in given.items() for word in pair), *code]
@@ -248,9 +251,58 @@ def test_an_odd_answer_is_one_failure(client: Path, hub: Hub, tmp_path: Path, ve
 
 
 def test_an_answer_without_end_is_not_read_to_its_end(client: Path, hub: Hub, tmp_path: Path) -> None:
-    hub.answer["tree"] = b" " * (65 << 20)
+    hub.answer["tree"] = b" " * (17 << 20)
     error = fetch(client, hub, tmp_path)[-1]["error"]
-    assert (error["id"], "more than" in error["message"]) == ("hub-answer-odd", True)
+    assert (error["id"], "more than 16777216 bytes" in error["message"]) == ("hub-answer-odd", True)
+
+
+@pytest.mark.parametrize("verb", ["revision", "tree"])
+@pytest.mark.parametrize("kind", [" ", "[],"])
+def test_an_answer_is_bounded_wherever_it_was_redirected_to(
+    client: Path, hub: Hub, tmp_path: Path, verb: str, kind: str
+) -> None:
+    body = {"revision": {"id": hub.repo, "sha": hub.commit}, "tree": hub.tree()}[verb]
+    filler = 17 << 20 if kind == " " else 1 << 20
+    hub.files["list"] = f"[{kind * filler}{json.dumps(body)}]".encode()
+    hub.redirect[verb] = f"/{hub.repo}/resolve/{hub.commit}/list"
+    error = fetch(client, hub, tmp_path, "--list")[-1]["error"]
+    what = "more than 16777216 bytes" if kind == " " else "more than 400000 values"
+    assert error["id"] == "hub-answer-odd" and what in error["message"], error
+    assert hub.gets("list") == [""]
+
+
+@pytest.mark.parametrize("name", ["model-1.safetensors", "sub/notes.txt"])
+def test_the_body_of_a_files_redirect_is_no_file(client: Path, hub: Hub, tmp_path: Path, name: str) -> None:
+    hub.redirect[name] = f"/{hub.repo}/resolve/{hub.commit}/config.json"
+    hub.redirect_body = bytes(2 << 20)
+    error = fetch(client, hub, tmp_path)[-1]["error"]
+    assert error["id"] == "hub-answer-odd" and "more than 1048576 bytes" in error["message"], error
+
+
+def test_a_file_is_not_bounded_as_an_answer_is(client: Path, hub: Hub, tmp_path: Path) -> None:
+    hub.files["tokenizer.json"] = b"[0" + b",0" * (9 << 20) + b"]"
+    assert len(hub.files["tokenizer.json"]) > fetch_model.ANSWER
+    result = fetch(client, hub, tmp_path)[-1]["result"]
+    assert (Path(result["path"]) / "tokenizer.json").read_bytes() == hub.files["tokenizer.json"]
+
+
+@pytest.mark.parametrize("name", ["revision", "tree", "model-1.safetensors", "config.json"])
+def test_nothing_compressed_is_read(client: Path, hub: Hub, tmp_path: Path, name: str) -> None:
+    """Whether or not it would be what it should be once it is unpacked."""
+    hub.encoding[name] = "gzip"
+    if name == "tree":
+        hub.answer["tree"] = gzip.compress(json.dumps(hub.tree()).encode())
+    error = fetch(client, hub, tmp_path)[-1]["error"]
+    assert error["id"] == "hub-answer-odd" and "compressed" in error["message"], error
+    assert name not in hub.files or not (tmp_path / "models--acme--tiny/blobs" / hub.hash(name)).exists()
+
+
+def test_the_longest_list_of_a_peer_is_within_the_limits() -> None:
+    hash = "1" * 64
+    files = {f"folder/model-{n:05}-of-20000.safetensors": {"size": 1 << 33, "sha256": hash} for n in range(MOST_FILES)}
+    body = json.dumps(share.tree({"commit": "0" * 40, "files": files})).encode()
+    assert len(body) < fetch_model.ANSWER / 2
+    assert sum(body.count(mark) for mark in b"[{,") < fetch_model.VALUES * 0.6
 
 
 def test_a_list_without_end_is_not_followed(client: Path, hub: Hub, tmp_path: Path) -> None:
@@ -258,6 +310,25 @@ def test_a_list_without_end_is_not_followed(client: Path, hub: Hub, tmp_path: Pa
     hub.next_page = f"{hub.url}/api/models/{hub.repo}/tree/{hub.commit}"
     error = fetch(client, hub, tmp_path)[-1]["error"]
     assert error["id"] == "hub-answer-odd" and "more than 20000 files" in error["message"]
+
+
+def test_empty_pages_without_end_are_not_followed(client: Path, hub: Hub, tmp_path: Path) -> None:
+    hub.files = {"config.json": b"{}"}
+    hub.answer["tree"] = b"[]"
+    hub.next_page = f"{hub.url}/api/models/{hub.repo}/tree/{hub.commit}"
+    error = fetch(client, hub, tmp_path)[-1]["error"]
+    assert error["id"] == "hub-answer-odd" and "more than 400 pages" in error["message"]
+    assert len([path for _, path, _ in hub.asked if "/tree/" in path]) == 400
+
+
+@pytest.mark.parametrize("more", [("--list",), ()])
+def test_a_list_that_comes_byte_by_byte_is_given_up(
+    client: Path, hub: Hub, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    hub.pause = 0.2  # minutes for the whole list
+    error = fetch(client, hub, tmp_path, *more, "--seconds", "0.7")[-1]["error"]
+    assert error["id"] == "hub-unreachable" and "within 0.7 s" in error["message"]
+    assert not list((tmp_path / "models--acme--tiny").rglob("*"))
 
 
 @pytest.mark.parametrize("name", ["model-1.safetensors", "config.json"])

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import socket
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -639,6 +640,114 @@ def test_a_manifest_that_comes_byte_by_byte_is_given_up(
     with pytest.raises(OSError, match="not read to its end in time"):
         digest_of(client(upstream), "1")
     assert time.monotonic() - began < 5
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+ENDLESS = {
+    "headers": b"HTTP/1.1 200 OK\r\n" + b"X-A: 1\r\n" * 90,
+    "interim answers": b"HTTP/1.1 100 Continue\r\n\r\n" * 40,
+    "size of a chunk": CHUNKED + b"0" * 400,
+    "extension of a chunk": CHUNKED + b"1;" + b"x" * 400,
+    "small chunks": CHUNKED + b"1\r\n \r\n" * 100,
+    "trailers": CHUNKED + b"2\r\n{}\r\n0\r\n" + b"X-A: 1\r\n" * 90,
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_no_part_of_an_answer_is_waited_for_longer(
+    upstream: FakeRegistry, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registries, "ANSWER_SECONDS", 0.4)
+    head, text = (CHUNKED, ENDLESS[kind][len(CHUNKED) :]) if ENDLESS[kind].startswith(CHUNKED) else (b"", ENDLESS[kind])
+
+    def slow(handler: Handler) -> None:
+        handler.wfile.write(head)
+        drip(handler, text)
+
+    upstream.answers["/v2/nvidia/vllm/manifests/1"] = slow
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        digest_of(client(upstream), "1")
+    assert time.monotonic() - began < 2
+
+
+def test_over_tls_as_well(names: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registries, "ANSWER_SECONDS", 0.4)
+    pair = certificate(tmp_path, "reg.test")
+    monkeypatch.setenv("SSL_CERT_FILE", str(pair))
+    with serving(FakeRegistry(), pair) as upstream:
+        upstream.answers["/v2/nvidia/vllm/manifests/1"] = lambda handler: drip(handler, ENDLESS["headers"])
+        began = time.monotonic()
+        with pytest.raises(TimeoutError):
+            digest_of(secure(upstream.port), "1")
+        assert time.monotonic() - began < 2
+        upstream.answers.clear()
+        assert digest_of(secure(upstream.port), "1") == digest(upstream.index)
+
+
+def test_the_answer_of_a_proxy_to_connect_is_not_waited_for_longer(
+    upstream: FakeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registries, "ANSWER_SECONDS", 0.4)
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                connection = proxy.accept()[0]
+                for byte in b"HTTP/1.1 200 OK\r\n" + b"X-A: 1\r\n" * 90:
+                    connection.sendall(bytes([byte]))
+                    time.sleep(0.05)
+
+        threading.Thread(target=serve, daemon=True).start()
+        info = {"HttpsProxy": f"http://127.0.0.1:{proxy.getsockname()[1]}"}
+        began = time.monotonic()
+        with pytest.raises(TimeoutError):
+            digest_of(Registry(reference("reg.test/nvidia/vllm:1"), info, None, timeout=5), "1")
+        assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("kind", ["size of a chunk", "extension of a chunk"])
+def test_a_blob_whose_chunks_have_no_end_is_given_up(
+    upstream: FakeRegistry, layout: Layout, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registries, "SILENCE", 0.4)
+    blob = digest(upstream.layers[0])
+
+    def slow(handler: Handler) -> None:
+        handler.wfile.write(CHUNKED + b"5\r\naaaaa\r\n")
+        drip(handler, ENDLESS[kind][len(CHUNKED) :])
+
+    upstream.answers[blob_path(blob)] = slow
+    began = time.monotonic()
+    with pytest.raises(OSError, match=r"not there within 0\.4 s"):
+        layout.fetch([blob], lambda done: None)
+    assert time.monotonic() - began < 4  # one second of which is the pause before another try
+
+
+def test_a_blob_may_take_longer_than_an_answer(
+    upstream: FakeRegistry, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registries, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(registries, "SLOWEST", 1000)
+    blob, body = digest(upstream.layers[1]), upstream.layers[1]
+
+    def slow(handler: Handler) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body))
+        for at in range(0, len(body), 500):
+            handler.wfile.write(body[at : at + 500])
+            time.sleep(0.08)
+
+    upstream.answers[blob_path(blob)] = slow
+    layout.fetch([blob], lambda done: None)
+    assert layout.path(blob).read_bytes() == body
+
+
+def test_silence_ends_an_answer_before_its_time(upstream: FakeRegistry) -> None:
+    upstream.answers["/v2/nvidia/vllm/manifests/1"] = lambda handler: time.sleep(3)
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        digest_of(Registry(reference(f"{upstream.address}/nvidia/vllm:1"), {}, None, timeout=0.2), "1")
+    assert time.monotonic() - began < 2
 
 
 def test_a_blob_that_comes_too_slowly_is_given_up(
