@@ -1,16 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Action: a bundle, from a Spark with internet to the controller, and from there to Sparks without.
-
-- sparkfleet.dgx.bundle: {state: schedule}                # collects: whether this host puts a part of it together
-- sparkfleet.dgx.bundle: {state: fetch, folder: DIR, collected: RESULT}     # takes what bundle_collect put together
-- sparkfleet.dgx.bundle: {state: python, folder: DIR}     # wheels for a controller without internet
-- sparkfleet.dgx.bundle: {state: push, folder: DIR, images: [...], models: [{repo, revision}], packages: false}
-- sparkfleet.dgx.bundle: {state: absent}                  # takes off the host what was pushed
-
-A file that is there as it should be does not travel again. What a Spark says it has collected is checked before any of
-it touches a path here (`Collected.of`), each file by size and hash once it has come; a host checks each file that it is
-given against bundle.json's sha256 before it uses it.
-"""
+"""Action: a bundle, from a Spark with internet to the controller, and from there to Sparks without."""
 
 from __future__ import annotations
 
@@ -25,6 +14,7 @@ from typing import Any
 from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 from sparkfleet_host import bounded
 from sparkfleet_host.bounded import BoundsError
 

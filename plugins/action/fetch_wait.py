@@ -1,16 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Action: waits for the background jobs of a host and shows how far they are.
-
-    - sparkfleet.dgx.fetch_wait:
-        jobs:                       # image_pull and model_download, started with poll: 0 and registered
-          - {name: image, job: "{{ fetch_image }}"}
-          - {name: model, job: "{{ fetch_model }}"}
-        timeout: 7200               # seconds; the jobs themselves go on
-      register: fetched             # fetched.image.digest, fetched.model.commit, ...seconds, ...changed
-
-A registered result may also be a finished one (check mode, no async) or a skipped one. `status_file` of a job
-defaults to /run/sparkfleet/fetch/NAME.json. Jobs live on the host: Ctrl-C here leaves them running.
-"""
+"""Action: waits for the background jobs of a host and shows how far they are."""
 
 from __future__ import annotations
 
@@ -21,6 +10,7 @@ from typing import Any
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 from sparkfleet_host.bounded import printable
 
 from sparkfleet.fleet.reconnect import Patience

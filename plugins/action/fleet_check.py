@@ -1,14 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Action: refuses what would hurt the fleet as a whole, before anything changes. It runs once for all Sparks of a play
-and contacts nobody.
-
-- sparkfleet.dgx.fleet_check:
-    stages: [prepare, deploy]   # of the plans that the action spark_plan has registered as sparkfleet_look
-  run_once: true
-- sparkfleet.dgx.fleet_check:
-    verb: restart               # stop, restart or rollback, of what the action spark_status has registered as status
-  run_once: true
-"""
+and contacts nobody."""
 
 from __future__ import annotations
 
@@ -16,6 +8,7 @@ from typing import Any
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
+from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 
 from sparkfleet import SparkfleetError
 from sparkfleet.fleet import gateway, outage

@@ -1,14 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Action: works out backends and servers of a gateway from the inventory. It contacts nobody.
-
-- sparkfleet.dgx.gateway_plan:
-    keys: "{{ sparkfleet_gateway_keys }}"
-    address: "{{ sparkfleet_gateway_address }}"
-    models: "{{ sparkfleet_gateway_ports }}"                                      # {model: port}
-    further: "{{ sparkfleet_gateway_models }}"         # models that have a place though no Spark is to serve them
-    ports: {sparkfleet_gateway_port: "{{ sparkfleet_gateway_port }}"}             # that must differ
-  register: gateway       # gateway.backends, gateway.models, gateway.engine_keys, gateway.gateways
-"""
+"""Action: works out backends and servers of a gateway from the inventory. It contacts nobody."""
 
 from __future__ import annotations
 
@@ -18,6 +9,7 @@ from typing import Any
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 
 from sparkfleet import SparkfleetError
 from sparkfleet.fleet import gateway

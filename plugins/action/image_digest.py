@@ -1,17 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Action: what the tag of an image stands for, asked of its registry by the controller, once a run.
-
-- sparkfleet.dgx.image_digest:
-    image: nvcr.io/nvidia/vllm:25.09-py3
-    registries: {nvcr.io: registry.example:5000}   # where the controller asks instead
-    proxy: ""
-    no_proxy: ""
-    required: false                                 # fail where the registry cannot be asked
-    bundle: ""                                      # folder that stands for the internet: what its bundle.json says
-  register: fetch_image_digest                      # digest, or "" and reason
-
-Contacts no host. Where the controller cannot ask, it says so; hosts then ask for themselves (see image_pull).
-"""
+"""Action: what the tag of an image stands for, asked of its registry by the controller, once a run."""
 
 from __future__ import annotations
 
@@ -22,6 +10,7 @@ from ansible import constants
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 
 from sparkfleet import SparkfleetError
 from sparkfleet.fleet import image_digest

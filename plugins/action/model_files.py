@@ -1,21 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Action: what a model's revision stands for, asked of the Hub by the controller, once a run.
-
-- sparkfleet.dgx.model_files:
-    repo: nvidia/Llama-3.1-8B-Instruct-FP8
-    revision: main
-    endpoint: https://huggingface.co
-    token: "{{ sparkfleet_hf_token }}"
-    proxy: ""
-    no_proxy: ""
-    bundle: ""           # folder that stands for the internet: what the list in it says
-    remote_code: false   # the files of code as well, which the engine runs with trust_remote_code
-    required: false      # fail where the Hub cannot be asked
-    listing: {}          # what a host has of it: refused where it is something else
-  register: fetch_model_files                       # expected ({} or commit and files) and reason
-
-Contacts no host. Where the controller cannot ask, it says so; what one Spark gives to others is then its word.
-"""
+"""Action: what a model's revision stands for, asked of the Hub by the controller, once a run."""
 
 from __future__ import annotations
 
@@ -26,6 +10,7 @@ from ansible import constants
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 
 from sparkfleet import SparkfleetError
 from sparkfleet.fleet import model_files

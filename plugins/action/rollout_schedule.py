@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Action: divides the planned Sparks into the waves of a rollout. It contacts nobody.
-
-- sparkfleet.dgx.rollout_schedule:
-  register: rollout       # rollout.waves, rollout.labels, rollout.serial, rollout.on_failure
-  run_once: true
-"""
+"""Action: divides the planned Sparks into the waves of a rollout. It contacts nobody."""
 
 from __future__ import annotations
 
@@ -14,6 +9,7 @@ from typing import Any
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 
 from sparkfleet import SparkfleetError
 from sparkfleet.fleet import gateway, rollout

@@ -1,14 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Action: whether the next wave of a rollout may begin: whether every Spark of the waves before it serves. It contacts
-nobody.
-
-ansible-core counts failed hosts alone for `max_fail_percentage`, never those that cannot be reached, and these skip
-`rescue` and `always` as well. So what is counted is what has come to its end.
-
-- sparkfleet.dgx.rollout_wave:
-    schedule: "{{ schedule }}"    # what rollout_schedule returned
-  register: wave                  # wave.go, wave.unfinished
-"""
+nobody."""
 
 from __future__ import annotations
 
@@ -16,6 +8,7 @@ from typing import Any
 
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 
 from sparkfleet.fleet import rollout
 

@@ -1,16 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Action: what one Spark fetches, others take from it.
-
-- sparkfleet.dgx.share: {state: schedule}               # who takes from whom; contacts nobody
-  register: fetch_share_plan             # image_from, model_from, sources (those that this host looks after), takes
-- sparkfleet.dgx.share: {state: serve, source: "{{ item }}"}   # delegated; a loop registered as fetch_share_served
-- sparkfleet.dgx.share: {state: connect}                # this host's ways to its sources
-  register: fetch_share_way              # mirror, digest, peer
-- sparkfleet.dgx.share: {state: absent}
-
-What does not work is said and gone round: a Spark without a source fetches from the internet. With a `bundle` there is
-none, and what does not work is an error.
-"""
+"""Action: what one Spark fetches, others take from it."""
 
 from __future__ import annotations
 
@@ -22,6 +11,7 @@ from typing import Any
 from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -201,7 +191,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         """Run the module; a host that cannot be reached, or refuses, is a reason."""
         try:
             answer: dict[str, Any] = self._execute_module(
-                module_name="sparkfleet.dgx.share", module_args=arguments, task_vars=task_vars
+                module_name="sparkfleet.dgx.share_service", module_args=arguments, task_vars=task_vars
             )
         except AnsibleConnectionFailure as error:
             answer = {"reason": f"not reached: {' '.join(str(error).split())[:120]}"}

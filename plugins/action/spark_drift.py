@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Action: says how a Spark differs from the inventory, and fails where it does. It changes nothing.
-
-- sparkfleet.dgx.spark_drift:
-    look: "{{ sparkfleet_look }}"     # what the action spark_plan returned
-    verified: "{{ answer }}"          # result of vllm_verify, if it was asked
-"""
+"""Action: says how a Spark differs from the inventory, and fails where it does. It changes nothing."""
 
 from __future__ import annotations
 
@@ -12,6 +7,7 @@ from typing import Any
 
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 
 from sparkfleet.fleet import drift
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ansible import constants as C
 from ansible.plugins.callback.default import CallbackModule as Default
+from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 
 import sparkfleet.planning.plan  # noqa: F401 - once for all workers, which are forked from this process
 from sparkfleet.diagnosis.ansible_errors import bare, explained

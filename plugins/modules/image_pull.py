@@ -60,6 +60,7 @@ author: ["The Sparkfleet developers"]
 attributes:
   check_mode:
     support: full
+    description: Says whether it would pull.
 """
 
 EXAMPLES = r"""

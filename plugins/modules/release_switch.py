@@ -64,7 +64,7 @@ id: {description: Of the job., returned: always, type: str}
 joined: {description: Whether the job was begun by another run., returned: always, type: bool}
 already: {description: Whether the release runs already; there was nothing to do., returned: always, type: bool}
 done: {description: Whether the job has ended., returned: always, type: bool}
-cut: {description: Whether the job was killed, and is now being ended., returned: always, type: bool}
+cut: {description: "Whether the job was killed, and is now being ended.", returned: always, type: bool}
 journal: {description: Its journal., returned: always, type: dict}
 state: {description: State of the container now waited for; missing for none., returned: always, type: str}
 restart_count: {description: How often Docker restarted it., returned: always, type: int}

@@ -46,7 +46,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.sha
 from hypothesis import given
 from hypothesis import strategies as st
 from plugins.action.share import key_pair, understood
-from plugins.modules import share as share_module
+from plugins.modules import share_service as share_module
 
 from sparkfleet.fleet import fetch_schedule
 from sparkfleet.fleet.fetch_schedule import Lack

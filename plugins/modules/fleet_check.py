@@ -1,0 +1,43 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
+"""Documentation of the action of the same name, which runs on the controller."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: fleet_check
+short_description: Refuses what would stop several Sparks at once
+version_added: 0.2.0
+description:
+  - Looks at the plans or the states of all hosts of a play, and fails before anything changes where more than one
+    Spark that serves would stop, unless C(sparkfleet_all_at_once) is true; and where two names of the inventory are
+    one machine.
+  - Runs once for all hosts, and contacts nobody.
+  - This is an action, which runs on the controller.
+options:
+  stages:
+    description: Stages of the plans that M(sparkfleet.dgx.spark_plan) registered as C(sparkfleet_look).
+    type: list
+    elements: str
+    choices: [prepare, deploy]
+    default: []
+  verb:
+    description: >-
+      In place of O(stages), what is to be done with what M(sparkfleet.dgx.spark_status) registered as C(status).
+    type: str
+    choices: [stop, restart, rollback]
+author: ["The Sparkfleet developers"]
+attributes:
+  check_mode: {support: full, description: Refuses nothing there.}
+  diff_mode: {support: none, description: There is nothing to show.}
+"""
+
+EXAMPLES = r"""
+- name: See what would stop
+  sparkfleet.dgx.fleet_check:
+    stages: [deploy]
+  run_once: true
+"""
+
+RETURN = r"""
+"""

@@ -1,0 +1,46 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
+"""Documentation of the action of the same name, which runs on the controller."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: gateway_plan
+short_description: Works out backends and servers of a gateway from the inventory
+version_added: 0.2.0
+description:
+  - A backend a model, a server a Spark of the group C(sparks). Contacts nobody.
+  - This is an action, which runs on the controller.
+options:
+  keys: {description: Keys of clients., type: list, elements: str, default: []}
+  address: {description: "Floating address, with or without a prefix length.", type: str, default: ""}
+  models: {description: Port of its own for a model., type: dict, default: {}}
+  further:
+    description: Models that have a place though no Spark is to serve them.
+    type: list
+    elements: str
+    default: []
+  ports: {description: Names and numbers of further ports that must differ., type: dict, default: {}}
+author: ["The Sparkfleet developers"]
+attributes:
+  check_mode: {support: full, description: Changes nothing.}
+  diff_mode: {support: none, description: There is nothing to show.}
+"""
+
+EXAMPLES = r"""
+- name: Work out backends and servers
+  sparkfleet.dgx.gateway_plan:
+    models: {qwen3-8b-fp8: 8081}
+  register: gateway
+"""
+
+RETURN = r"""
+backends: {description: As the role gateway takes them., returned: success, type: list, elements: dict}
+models: {description: Answer of C(/v1/models)., returned: success, type: str}
+engine_keys: {description: Key of the engines of a backend., returned: success, type: dict}
+names: {description: Servers whose names are resolved on the gateway., returned: success, type: list, elements: dict}
+gateways: {description: Name and address of each gateway., returned: success, type: list, elements: dict}
+drained: {description: Sparks that are left out., returned: success, type: list, elements: str}
+certificate_names: {description: Names of a self-signed certificate., returned: success, type: list, elements: str}
+certificate_shown: {description: The same as OpenSSL shows them., returned: success, type: str}
+"""

@@ -1,0 +1,50 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
+"""Documentation of the action of the same name, which runs on the controller."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: model_files
+short_description: What a model's revision stands for, asked of the Hub by the controller
+version_added: 0.2.0
+description:
+  - Commit, files, sizes and hashes, asked once a run for all its hosts, so that no host is believed about what
+    others load. Contacts no host.
+  - Where the controller cannot ask, it says so; what one host gives to others is then its word.
+  - This is an action, which runs on the controller.
+options:
+  repo: {description: Name on the Hub., type: str, required: true}
+  revision: {description: "Branch, tag or commit.", type: str, required: true}
+  endpoint: {description: URL of the Hub., type: str, required: true}
+  token: {description: The Hub's token., type: str, default: ""}
+  proxy: {description: Proxy between controller and Hub., type: str, default: ""}
+  no_proxy: {description: Names that are reached without it., type: str, default: ""}
+  bundle: {description: Folder whose list is asked in place of the Hub., type: path}
+  remote_code:
+    description: The files of code as well, which the engine runs with C(trust_remote_code).
+    type: bool
+    default: false
+  required: {description: Fail where the Hub cannot be asked., type: bool, default: false}
+  listing: {description: "What a host has of it; refused where it is something else.", type: dict, default: {}}
+author: ["The Sparkfleet developers"]
+attributes:
+  check_mode: {support: full, description: Changes nothing.}
+  diff_mode: {support: none, description: There is nothing to show.}
+"""
+
+EXAMPLES = r"""
+- name: Ask what the revision stands for
+  sparkfleet.dgx.model_files:
+    repo: nvidia/Llama-3.1-8B-Instruct-FP8
+    revision: main
+    endpoint: https://huggingface.co
+    token: "{{ lookup('ansible.builtin.env', 'HF_TOKEN') }}"
+  no_log: true
+  register: answer
+"""
+
+RETURN = r"""
+expected: {description: "Commit and files, or empty.", returned: success, type: dict}
+reason: {description: "Why it could not be asked, or empty.", returned: success, type: str}
+"""
