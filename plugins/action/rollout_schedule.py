@@ -13,6 +13,7 @@ from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # n
 
 from sparkfleet import SparkfleetError
 from sparkfleet.fleet import gateway, rollout
+from sparkfleet.reporting import report
 
 display = Display()
 
@@ -33,7 +34,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         planned = [name for name in looked if "plan" in hostvars[name]["sparkfleet_look"]]
         lost = [name for name in looked if name not in planned and name not in drained]
         if lost:
-            display.display(f"rollout  no wave begins: {rollout.names(lost)} cannot be planned")
+            display.display(f"rollout  no wave begins: {report.names(lost)} cannot be planned")
             planned = []
         hosts = [_host(name, hostvars[name]) for name in planned if name not in drained]
         try:

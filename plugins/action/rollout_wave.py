@@ -11,6 +11,7 @@ from ansible.utils.display import Display
 from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 
 from sparkfleet.fleet import rollout
+from sparkfleet.reporting import report
 
 display = Display()
 
@@ -34,7 +35,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         if not go:
             left = [name for wave in waves[number - 1 :] for name in wave]
             display.display(
-                f"rollout  stops before wave {number} of {len(waves)}: {rollout.names(unfinished)} did not get there; "
-                f"untouched: {rollout.names(left)}"
+                f"rollout  stops before wave {number} of {len(waves)}: {report.names(unfinished)} did not get there; "
+                f"untouched: {report.names(left)}"
             )
         return {**result, "changed": False, "go": go, "unfinished": unfinished}

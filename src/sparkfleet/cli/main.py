@@ -23,7 +23,7 @@ from sparkfleet import (
     paths,
 )
 from sparkfleet.cli import summary
-from sparkfleet.cli.runner import Collector, Host, default_inventory, run
+from sparkfleet.cli.runner import Collector, default_inventory, run
 from sparkfleet.documents import yaml_text
 from sparkfleet.exit_codes import DOWN, INTERRUPTED, OK
 from sparkfleet.fleet import (
@@ -44,6 +44,7 @@ from sparkfleet.reporting import (
     report,
     status_page,
 )
+from sparkfleet.reporting.host_result import HostResult
 from sparkfleet.reporting.live import Live, Page, columns, terminal
 from sparkfleet.reporting.progress import Board
 from sparkfleet.user_paths import expanded
@@ -257,7 +258,7 @@ def _limit(options: argparse.Namespace) -> list[str]:
         return []
     if not _SIMPLE.fullmatch(limit):
         os.environ.setdefault("ANSIBLE_CONFIG", str(ROOT / "ansible.cfg"))
-        from sparkfleet import inventory  # noqa: PLC0415 - Ansible reads its configuration as it is imported
+        from sparkfleet.documents import inventory  # noqa: PLC0415 - Ansible reads its configuration as it is imported
 
         limit = ",".join(inventory.matching(options.inventory, limit))
     return ["--limit", f"{limit},localhost"]
@@ -265,7 +266,7 @@ def _limit(options: argparse.Namespace) -> list[str]:
 
 def _dry(options: argparse.Namespace) -> int:
     os.environ.setdefault("ANSIBLE_CONFIG", str(ROOT / "ansible.cfg"))
-    from sparkfleet import inventory  # noqa: PLC0415 - Ansible reads its configuration as it is imported
+    from sparkfleet.documents import inventory  # noqa: PLC0415 - Ansible reads its configuration as it is imported
 
     limit = None if options.limit is None else ",".join(inventory.matching(options.inventory, options.limit))
     paper = dry_run.make(inventory.variables(options.inventory, limit, options.extra_vars))
@@ -310,7 +311,7 @@ def _agrees(question: str) -> bool:
         raise SparkfleetError(f"nobody can answer '{question}' here: use --yes; nothing was changed") from None
 
 
-def _run(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[Host], Board, dict[str, Any]]:
+def _run(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[HostResult], Board, dict[str, Any]]:
     """Run the playbook of a verb, shown and logged: its hosts, the board, and the result as plain data."""
     about = {"inventory": options.inventory, "limit": options.limit}
     with event_log.keep(paths.STATE, options.verb, options.check, options.extra_vars, **about) as log:
@@ -336,11 +337,11 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[Host],
     return hosts, board, made
 
 
-def _sorted(collector: Collector) -> list[Host]:
+def _sorted(collector: Collector) -> list[HostResult]:
     return [collector.hosts[name] for name in sorted(collector.hosts, key=report.natural)]
 
 
-def _show(options: argparse.Namespace, hosts: list[Host], board: Board, made: dict[str, Any]) -> int:
+def _show(options: argparse.Namespace, hosts: list[HostResult], board: Board, made: dict[str, Any]) -> int:
     """The result of a verb, for people or for programs; the exit code."""
     if options.json:
         now = {"now": _now(options)} if "rollout" in made else {}
@@ -366,7 +367,7 @@ def _now(options: argparse.Namespace) -> list[dict[str, Any]]:
     return status_page.rows(_looked(options.inventory, words)[0])
 
 
-def _looked(inventory: str, words: Sequence[str]) -> tuple[list[Host], int]:
+def _looked(inventory: str, words: Sequence[str]) -> tuple[list[HostResult], int]:
     """What `status` finds: its hosts and its exit code. Raises SparkfleetError."""
     collector = Collector(lambda host, line: None)
     code = run("status", inventory, words, collector)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import getpass
 import json
@@ -30,6 +29,7 @@ from sparkfleet.exit_codes import (
     OK,
 )
 from sparkfleet.paths import ROOT
+from sparkfleet.reporting.host_result import HostResult
 from sparkfleet.reporting.progress import Board, phase_of
 
 #: Name of the only run in a folder of ansible-runner.
@@ -41,29 +41,6 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _FAILURE = re.compile(r"\[([a-z][a-z0-9-]+)\]")
 #: What a host said last is a line of its own: "HOST  12 s  loading weights".
 _LINE = re.compile(r"^(?P<host>\S+)  (?P<text>.*)")
-
-
-@dataclasses.dataclass
-class Host:
-    """What became of a host in a run; `result` is a key of CODES."""
-
-    name: str
-    result: str = "ok"
-    message: str = ""
-    failure: str = ""
-    findings: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    release: dict[str, Any] | None = None
-    out_of_service_s: float | None = None
-    summary: dict[str, Any] | None = None
-    log: list[str] = dataclasses.field(default_factory=list)
-    removed: list[str] | None = None
-    drift: list[str] = dataclasses.field(default_factory=list)
-    seconds: float = 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON: what is empty is left out."""
-        data = dataclasses.asdict(self)
-        return {key: value for key, value in data.items() if key in ("name", "result") or value not in ("", [], None)}
 
 
 class Collector:
@@ -80,7 +57,7 @@ class Collector:
         board: Board | None = None,
     ) -> None:
         self.show, self.log, self.board = show, log or (lambda item: None), board or Board(log)
-        self.hosts: dict[str, Host] = {}
+        self.hosts: dict[str, HostResult] = {}
         self.error = ""  # of the run itself, such as an inventory that cannot be read
         self._began = time.monotonic()
         self._said: list[str] = []
@@ -122,8 +99,8 @@ class Collector:
                 host.result, host.message = "untouched", ""
         self.board.end()
 
-    def _host(self, name: str) -> Host:
-        return self.hosts.setdefault(name, Host(name))
+    def _host(self, name: str) -> HostResult:
+        return self.hosts.setdefault(name, HostResult(name))
 
     def _lines(self, text: str) -> None:
         lines = [line for line in text.splitlines() if line.strip()]
@@ -140,7 +117,7 @@ class Collector:
             self.log({"event": "line", **({"host": host} if host else {}), "text": text})
             self.show(host if len(lines) == 1 else "", line)
 
-    def _result(self, kind: str, host: Host, data: Mapping[str, Any]) -> None:
+    def _result(self, kind: str, host: HostResult, data: Mapping[str, Any]) -> None:
         res, before = data.get("res") or {}, host.result
         self._note(kind, host, res, bool(data.get("ignore_errors")))
         if phase_of(data):  # a last word to all is no work of each
@@ -155,7 +132,7 @@ class Collector:
             what = {"result": host.result, "failure": host.failure, "message": host.message}
             self.log({"event": "result", "host": host.name, **{key: value for key, value in what.items() if value}})
 
-    def _note(self, kind: str, host: Host, res: Mapping[str, Any], ignored: bool) -> None:
+    def _note(self, kind: str, host: HostResult, res: Mapping[str, Any], ignored: bool) -> None:
         for key in ("summary", "log", "removed"):
             if res.get(key):
                 setattr(host, key, res[key])
@@ -200,11 +177,11 @@ class Collector:
         return code
 
 
-def _code(host: Host) -> int:
+def _code(host: HostResult) -> int:
     return BAD_INPUT if (host.result, host.failure) == ("refused", "bad-input") else CODES[host.result]
 
 
-def proof(host: Host) -> str:
+def proof(host: HostResult) -> str:
     """That a host is verified, in words."""
     number = f"release {host.release['number']} " if host.release else ""
     gone = f", {host.out_of_service_s:.0f} s without service" if host.out_of_service_s is not None else ""

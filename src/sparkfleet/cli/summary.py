@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sparkfleet.cli.runner import Host
 from sparkfleet.exit_codes import CODES, OK
-from sparkfleet.fleet import rollout
 from sparkfleet.reporting import report
+from sparkfleet.reporting.host_result import HostResult
 from sparkfleet.reporting.progress import WARN, Board
 
 
-def page(hosts: Sequence[Host], board: Board) -> str:
+def page(hosts: Sequence[HostResult], board: Board) -> str:
     """The table at the end, and the whole message of each host that failed."""
     head = ("host", "result", "release", "seconds", "without service")
     rows = [(*head[:1], "wave", *head[1:]) if board.waves else head]
@@ -30,7 +29,7 @@ def page(hosts: Sequence[Host], board: Board) -> str:
     return report.clean(text)
 
 
-def of_rollout(hosts: Sequence[Host], board: Board) -> dict[str, Any]:
+def of_rollout(hosts: Sequence[HostResult], board: Board) -> dict[str, Any]:
     """What became of a rollout, as plain data. `waves` with their Sparks, `reached` of them; Sparks that were rolled
     out, skipped (with why), rolled back or failed (with the failure), and those that it did not get to."""
     bad = {host.name: host.failure or host.result for host in hosts if CODES[host.result] != OK}
@@ -64,10 +63,10 @@ def words(found: dict[str, Any], log: str) -> str:
         if found[key]:
             lines.append(f"{title:<14}{', '.join(f'{name} ({why})' for name, why in found[key].items())}")
     if found["untouched"]:
-        lines.append(f"{'untouched':<14}{rollout.names(found['untouched'])}")
+        lines.append(f"{'untouched':<14}{report.names(found['untouched'])}")
     for why in dict.fromkeys(found["skipped"].values()):
         names = [name for name, reason in found["skipped"].items() if reason == why]
-        lines.append(f"{'skipped':<14}{rollout.names(names)}: {why}")
+        lines.append(f"{'skipped':<14}{report.names(names)}: {why}")
     lines.append(f"{'took':<14}{found['seconds']:.0f} s")
     if log:
         lines.append(f"{'events':<14}{log}")

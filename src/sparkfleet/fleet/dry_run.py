@@ -96,7 +96,7 @@ def _settled(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
             for line in str(error).splitlines():
                 problems.setdefault(line, []).append(name)
     if problems:
-        raise SparkfleetError(schema.joined([f"{rollout.names(who)}: {line}" for line, who in problems.items()]))
+        raise SparkfleetError(schema.joined([f"{report.names(who)}: {line}" for line, who in problems.items()]))
     return settled
 
 
@@ -104,7 +104,7 @@ def _kind(names: list[str], wanted: Mapping[str, Any]) -> Kind:
     try:
         wished = Target.of(Settings(**{key: value for key, value in wanted.items() if key != "memory_reserve_gib"}))
     except SparkfleetError as error:
-        raise SparkfleetError(f"{rollout.names(names)}: {error}") from None
+        raise SparkfleetError(f"{report.names(names)}: {error}") from None
     total = memory_plan.USUAL_TOTAL_GIB
     try:
         plan = memory_plan.make(
@@ -123,7 +123,7 @@ def page(paper: Paper) -> str:
     """The paper for people."""
     lines = []
     for kind in paper.kinds:
-        lines.append(f"{rollout.names(kind.hosts)}: {kind.model} ({kind.profile}), {kind.image or 'no image'}")
+        lines.append(f"{report.names(kind.hosts)}: {kind.model} ({kind.profile}), {kind.image or 'no image'}")
         if kind.plan is None:
             lines.append(f"  NO  {kind.problem}")
             continue

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparkfleet import SparkfleetError
-from sparkfleet.fleet import rollout
 from sparkfleet.reporting import report
 
 VARIABLE = "sparkfleet_all_at_once"
@@ -43,7 +42,7 @@ def check(stopping: Sequence[str], allowed: bool, waves: bool) -> None:
         ways.insert(0, "in waves with `sparkfleet rollout`, which takes the same -e")
     raise SparkfleetError(
         f"{report.count(len(stopping), 'Spark')} that serve now would stop at the same time: "
-        f"{rollout.names(list(stopping))}. Nothing was changed. Do it {', or '.join(ways)} [all-at-once]"
+        f"{report.names(list(stopping))}. Nothing was changed. Do it {', or '.join(ways)} [all-at-once]"
     )
 
 

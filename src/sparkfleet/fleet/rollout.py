@@ -11,6 +11,7 @@ from sparkfleet_host.bounded import printable
 
 from sparkfleet import SparkfleetError
 from sparkfleet.planning import target
+from sparkfleet.reporting import report
 
 WAVES = "sparkfleet_rollout_waves"
 CANARY = "sparkfleet_rollout_canary"
@@ -76,7 +77,7 @@ def number(waves: Sequence[Sequence[str]], batch: Sequence[str]) -> int:
     """Which wave a batch of Ansible is, from 1: the earliest that one of its hosts is in. Raises SparkfleetError."""
     found = next((place for place, wave in enumerate(waves, 1) if set(wave) & set(batch)), 0)
     if not found:
-        raise SparkfleetError(f"{names(batch)}: in no wave of the schedule")
+        raise SparkfleetError(f"{report.names(batch)}: in no wave of the schedule")
     return found
 
 
@@ -97,18 +98,13 @@ def lines(waves: Sequence[Sequence[str]], hosts: Sequence[Mapping[str, Any]], dr
     said = []
     for number, wave in enumerate(waves, 1):
         kinds = ", ".join(dict.fromkeys(models[name] for name in wave))
-        said.append(f"rollout  wave {number} of {len(waves)}: {names(wave)} ({kinds})")
+        said.append(f"rollout  wave {number} of {len(waves)}: {report.names(wave)} ({kinds})")
     done = [str(host["name"]) for host in hosts if not host["needed"]]
     if done:
-        said.append(f"rollout  has it already: {names(done)}")
+        said.append(f"rollout  has it already: {report.names(done)}")
     if drained:
-        said.append(f"rollout  drained, left out: {names(drained)}")
+        said.append(f"rollout  drained, left out: {report.names(drained)}")
     return said or ["rollout  there is nothing to do"]
-
-
-def names(hosts: Sequence[str]) -> str:
-    """Names of hosts, shortened where there are many."""
-    return ", ".join(hosts) if len(hosts) <= 8 else f"{', '.join(hosts[:3])} … {hosts[-1]} ({len(hosts)} Sparks)"
 
 
 def shared(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def read(folder: Path) -> Inventory:
     if not [path for path in sources if not path.name.startswith(".")]:
         return Inventory([], {}, False)
     os.environ.setdefault("ANSIBLE_CONFIG", str(ROOT / "ansible.cfg"))
-    from sparkfleet import inventory  # noqa: PLC0415 - Ansible reads its configuration as it is imported
+    from sparkfleet.documents import inventory  # noqa: PLC0415 - Ansible reads its configuration as it is imported
 
     known, shared = inventory.reach(str(folder))
     hosts = [

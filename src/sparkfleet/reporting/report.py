@@ -130,3 +130,8 @@ def count(number: int, what: str) -> str:
 def colour_wanted() -> bool:
     """Colours only on a terminal."""
     return sys.stdout.isatty()
+
+
+def names(hosts: Sequence[str]) -> str:
+    """Names of hosts, shortened where there are many."""
+    return ", ".join(hosts) if len(hosts) <= 8 else f"{', '.join(hosts[:3])} … {hosts[-1]} ({len(hosts)} Sparks)"

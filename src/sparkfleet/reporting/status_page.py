@@ -5,15 +5,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparkfleet_host.bounded import printable
 
-from sparkfleet.fleet import rollout
 from sparkfleet.reporting import report
-
-if TYPE_CHECKING:
-    from sparkfleet.cli.runner import Host
+from sparkfleet.reporting.host_result import HostResult
 
 COLUMNS = (
     *("host", "state", "model", "profile", "release", "digest", "run+wait", "KV", "tok/s", "GPU", "restarts", "drift"),
@@ -84,7 +81,7 @@ def absent(host: str, state: str, message: str) -> dict[str, Any]:
     return {"host": host, "state": state, **empty, "slow": False, "drained": False, "message": message}
 
 
-def rows(hosts: Sequence[Host]) -> list[dict[str, Any]]:
+def rows(hosts: Sequence[HostResult]) -> list[dict[str, Any]]:
     """The rows of all hosts of a run of `status`, those that were not reached as well."""
     return [host.summary or absent(host.name, host.result, host.message) for host in hosts]
 
@@ -156,7 +153,7 @@ def table(rows: Sequence[Mapping[str, Any]], width: int = 0) -> str:
     for row in rows:
         for note in _notes(row, len(rows) == 1):
             notes.setdefault(note, []).append(row["host"])
-    lines = "".join(f"{rollout.names(hosts)}: {printable(note)}\n" for note, hosts in notes.items())
+    lines = "".join(f"{report.names(hosts)}: {printable(note)}\n" for note, hosts in notes.items())
     return report.clean(report.table(cut) + lines)
 
 

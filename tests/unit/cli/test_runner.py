@@ -16,9 +16,10 @@ import yaml
 
 from sparkfleet import SparkfleetError
 from sparkfleet.cli import main, runner
-from sparkfleet.cli.runner import Collector, Host
+from sparkfleet.cli.runner import Collector
 from sparkfleet.exit_codes import BAD_INPUT, DOWN, INTERRUPTED, OK, REFUSED, RESTORED, UNREACHABLE
 from sparkfleet.reporting import event_log, status_page
+from sparkfleet.reporting.host_result import HostResult
 
 
 def event(kind: str, host: str = "spark-1", **res: Any) -> dict[str, Any]:
@@ -253,7 +254,7 @@ def test_a_switch_that_runs_is_said() -> None:
 class Calls:
     """Stands in for `run`."""
 
-    def __init__(self, *hosts: Host, code: int = 0) -> None:
+    def __init__(self, *hosts: HostResult, code: int = 0) -> None:
         self.hosts, self.code = hosts, code
         self.made: list[tuple[str, list[str]]] = []
 
@@ -283,7 +284,7 @@ def extra(words: Sequence[str]) -> dict[str, Any]:
 
 
 def test_words_become_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = Calls(Host("spark-1"))
+    calls = Calls(HostResult("spark-1"))
     assert command(monkeypatch, calls, "switch", "gpt-oss-120b", "--profile", "low_latency", "-l", "spark-1") == 0
     ((verb, words),) = calls.made
     assert verb == "switch" and words[:2] == ["--limit", "spark-1,localhost"]
@@ -296,7 +297,7 @@ def test_words_become_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_status_of_a_fleet_that_does_not_serve(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calls = Calls(Host("spark-1", summary=status_page.summary("spark-1", {**FOUND, "engine": "stopped"})))
+    calls = Calls(HostResult("spark-1", summary=status_page.summary("spark-1", {**FOUND, "engine": "stopped"})))
     assert command(monkeypatch, calls, "status", "--json") == DOWN
     made = json.loads(capsys.readouterr().out)
     assert made["exit_code"] == DOWN and made["hosts"][0]["summary"]["state"] == "stopped"
@@ -305,8 +306,10 @@ def test_status_of_a_fleet_that_does_not_serve(
 def test_an_unreachable_spark_is_a_row_and_exit_code_7(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good = Host("spark-1", summary=status_page.summary("spark-1", FOUND, []))
-    calls = Calls(good, Host("spark-10", "unreachable", "no"), Host("spark-9", "unreachable", "no"), code=UNREACHABLE)
+    good = HostResult("spark-1", summary=status_page.summary("spark-1", FOUND, []))
+    calls = Calls(
+        good, HostResult("spark-10", "unreachable", "no"), HostResult("spark-9", "unreachable", "no"), code=UNREACHABLE
+    )
     assert command(monkeypatch, calls, "status") == UNREACHABLE
     rows = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in rows[:4]] == ["host", "spark-1", "spark-9", "spark-10"]
@@ -314,7 +317,7 @@ def test_an_unreachable_spark_is_a_row_and_exit_code_7(
 
 
 def test_a_status_is_watched_until_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    calls = Calls(Host("spark-1", summary=status_page.summary("spark-1", FOUND, [])))
+    calls = Calls(HostResult("spark-1", summary=status_page.summary("spark-1", FOUND, [])))
     pauses: list[float] = []
 
     def pause(seconds: float) -> None:
@@ -334,7 +337,7 @@ def test_a_rollout_ends_with_what_runs_where(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = status_page.summary("spark-1", FOUND, [])
-    calls = Calls(Host("spark-1", "changed", release=RELEASE, summary=row))
+    calls = Calls(HostResult("spark-1", "changed", release=RELEASE, summary=row))
     words = ("rollout", "-l", "spark-1", "-e", "sparkfleet_image=i:2")
     assert command(monkeypatch, calls, *words) == OK
     said = capsys.readouterr().out
@@ -359,7 +362,7 @@ def test_an_interrupted_run_says_so_in_its_log(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_remove_shows_first_and_asks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    calls = Calls(Host("spark-1", removed=["container vllm-m", "/opt/sparkfleet/"]))
+    calls = Calls(HostResult("spark-1", removed=["container vllm-m", "/opt/sparkfleet/"]))
     monkeypatch.setattr("builtins.input", lambda prompt: "no")
     assert command(monkeypatch, calls, "remove") == BAD_INPUT
     said = capsys.readouterr()
@@ -435,7 +438,7 @@ def test_nothing_that_is_shown_moves_the_terminal(
 ) -> None:
     """Names, messages, models and lines of logs come from hosts and engines."""
     row = {**status_page.summary("spark-1", FOUND, [f"image: {EVIL}"]), "model": f"m{EVIL}", "switch": f"1 {EVIL}"}
-    host = Host("spark-1", "failed", f"no {EVIL}", log=[f"\x1b[36m(EngineCore)\x1b[0m up {EVIL}"], removed=[EVIL])
+    host = HostResult("spark-1", "failed", f"no {EVIL}", log=[f"\x1b[36m(EngineCore)\x1b[0m up {EVIL}"], removed=[EVIL])
     host.summary = row if verb == "status" else None
     monkeypatch.setattr("builtins.input", lambda prompt: "no")
     command(monkeypatch, Calls(host, code=DOWN), verb)

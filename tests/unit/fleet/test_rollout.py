@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from sparkfleet import SparkfleetError
-from sparkfleet.fleet.rollout import agreed, canaries, labels, lines, names, number, schedule, shared, unfinished
+from sparkfleet.fleet.rollout import agreed, canaries, labels, lines, number, schedule, shared, unfinished
+from sparkfleet.reporting.report import names
 
 
 def fleet(count: int, model: str = "m", first: int = 1, needed: bool = True) -> list[dict[str, Any]]:

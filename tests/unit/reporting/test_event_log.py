@@ -62,7 +62,7 @@ def test_no_secret_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / ".sparkfleet").write_text("a file")
+    (tmp_path / "events").write_text("a file")
     with pytest.raises(SparkfleetError, match="make it writable"), event_log.keep(tmp_path, "deploy", False, []):
         pass
 

@@ -1,0 +1,29 @@
+"""What became of a host in a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass
+class HostResult:
+    """`result` is a key of exit_codes.CODES; times are seconds."""
+
+    name: str
+    result: str = "ok"
+    message: str = ""
+    failure: str = ""
+    findings: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    release: dict[str, Any] | None = None
+    out_of_service_s: float | None = None
+    summary: dict[str, Any] | None = None
+    log: list[str] = dataclasses.field(default_factory=list)
+    removed: list[str] | None = None
+    drift: list[str] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: what is empty is left out."""
+        data = dataclasses.asdict(self)
+        return {key: value for key, value in data.items() if key in ("name", "result") or value not in ("", [], None)}
