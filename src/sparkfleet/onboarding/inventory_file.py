@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
-import tempfile
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from sparkfleet_host import releases
 
 from sparkfleet import SparkfleetError
 
@@ -259,16 +258,6 @@ def read(path: Path) -> str:
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all. Raises SparkfleetError."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="") as stream:
-                stream.write(text)
-            Path(name).chmod(mode)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        releases.write_bytes(path, text.encode(), path.stat().st_mode & 0o777 if path.exists() else 0o644)
     except OSError as error:
         raise SparkfleetError(f"{path} cannot be written: {error.strerror or error}") from None
