@@ -12,10 +12,6 @@ All other options are those of the module of the same name.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,6 +20,7 @@ from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
+from sparkfleet_host import releases
 from sparkfleet_host.bounded import printable
 
 from sparkfleet.diagnosis import failures
@@ -116,16 +113,7 @@ def record(host: str, answer: dict[str, Any]) -> dict[str, Any]:
 
 def save(path: Path, data: dict[str, Any]) -> None:
     """Write JSON as a whole or not at all, mode 0644; folders are made. Raises AnsibleActionFail."""
-    scratch, text = "", json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-        Path(scratch).chmod(0o644)
-        Path(scratch).replace(path)
+        releases.write_json(path, data)
     except OSError as error:
-        if scratch:
-            with contextlib.suppress(OSError):
-                Path(scratch).unlink()
         raise AnsibleActionFail(f"report {path} on this machine: {error.strerror}; set another path") from None

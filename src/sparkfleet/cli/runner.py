@@ -9,6 +9,7 @@ import json
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import sys
@@ -231,7 +232,7 @@ def run(verb: str, inventory: str, arguments: Sequence[str], collector: Collecto
                 project_dir=str(ROOT),
                 playbook=str(playbook(verb)),
                 inventory=str(place),
-                cmdline=" ".join(_quoted(word) for word in arguments) or None,
+                cmdline=shlex.join(arguments) or None,
                 passwords=passwords,
                 envvars=_environment(),
                 suppress_env_files=True,
@@ -322,10 +323,6 @@ def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def _quoted(word: str) -> str:
-    return "'" + word.replace("'", "'\\''") + "'"
 
 
 def default_inventory() -> str:

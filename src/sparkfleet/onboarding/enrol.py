@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import re
 import shlex
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -126,7 +127,8 @@ def _accepted(hosts: Sequence[Host], person: Person, accept: bool) -> list[Host]
     if not offered:
         return []
     rows = [(host.label, key.kind.removeprefix("ssh-"), key.fingerprint) for host, _, key in offered if key]
-    tell("Host keys that are not known yet:\n" + _indented(report.table([("host", "kind", "fingerprint"), *rows])))
+    table = report.table([("host", "kind", "fingerprint"), *rows])
+    tell("Host keys that are not known yet:\n" + textwrap.indent(table.rstrip(), "  "))
     if not accept:
         tell("The same is shown on each Spark by: ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub")
         accept = person.agrees("Are these yours?", False)
@@ -249,7 +251,3 @@ def _result(host: Host) -> str:
     if host.result != "ok":
         return host.result
     return "ok" if host.known else "ok, new"
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.splitlines())

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -399,16 +400,12 @@ def _write(files: Mapping[Path, tuple[str, str]], options: argparse.Namespace, p
     for path, (before, after) in files.items():
         if not options.json:
             name = _shown(path)
-            text = inventory_file.diff(before, after, name) if before else f"{name}\n{_indented(after)}"
+            text = inventory_file.diff(before, after, name) if before else f"{name}\n{textwrap.indent(after, '  ')}"
             print(f"\n{text}", end="")
     if not person.agrees("\nWrite this?", True):
         raise SparkfleetError("nothing was written")
     for path, (_, after) in files.items():
         inventory_file.write(path, after)
-
-
-def _indented(text: str) -> str:
-    return "".join(f"  {line}\n" for line in text.splitlines())
 
 
 def _shown(path: Path) -> str:

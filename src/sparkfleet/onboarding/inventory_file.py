@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
-import tempfile
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from sparkfleet_host import releases
 
 from sparkfleet import SparkfleetError
 
@@ -26,10 +26,22 @@ class Entry:
     variables: Mapping[str, Any]
 
 
-def scalar(value: Any) -> str:
-    """A value as YAML, in quotes only where it needs them."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...").rstrip()
+def _dump(data: Mapping[str, Any], column: int = 0, step: int = STEP, flow: bool = False) -> list[str]:
+    """Lines of YAML that begin at a column, in quotes only what needs them."""
+    text = yaml.safe_dump(
+        dict(data), default_flow_style=flow, sort_keys=False, indent=step, width=float("inf"), allow_unicode=True
+    )
+    return textwrap.indent(text, " " * column).splitlines() if data else []
+
+
+def _block(entries: Iterable[Entry], column: int, step: int = STEP) -> list[str]:
+    """Hosts below one another."""
+    return _dump({entry.name: dict(entry.variables) for entry in entries}, column, step)
+
+
+def _flow(entry: Entry) -> str:
+    """A host as it stands between braces."""
+    return _dump({entry.name: dict(entry.variables)}, flow=True)[0][1:-1]
 
 
 def hosts(entries: Sequence[Entry], shared: Mapping[str, Any], gateway: str = "") -> str:
@@ -39,11 +51,10 @@ def hosts(entries: Sequence[Entry], shared: Mapping[str, Any], gateway: str = ""
         "# Made by `sparkfleet init`, yours to edit (docs/inventory.md); `sparkfleet init` adds Sparks to it.",
         f"{GROUP}:",
         "  hosts:",
+        *_block(entries, 4),
     ]
-    for entry in entries:
-        lines += _block(entry, 4)
     if shared:
-        lines += ["  vars:", *(f"    {name}: {scalar(value)}" for name, value in shared.items())]
+        lines += _dump({"vars": dict(shared)}, 2)
     if gateway:
         lines += ["# One address for all Sparks (docs/gateway.md).", "gateways:", "  hosts:", f"    {gateway}: {{}}"]
     elif len(entries) > 1:
@@ -60,31 +71,13 @@ def hosts(entries: Sequence[Entry], shared: Mapping[str, Any], gateway: str = ""
 def settings(values: Mapping[str, Any], gated: bool) -> str:
     """A new group_vars/sparks.yml: what differs from the defaults, and where a token goes."""
     lines = ["---", "# Every variable has a default; docs/inventory.md lists them all."]
-    lines += [f"{name}: {scalar(value)}" for name, value in values.items()]
+    lines += _dump(values)
     if gated:
         lines += [
             "# A token is read from HF_TOKEN in your environment, or better from a vault:",
             '# sparkfleet_hf_token: "{{ vault_hf_token }}"',
         ]
     return "\n".join(lines) + "\n"
-
-
-def _block(entry: Entry, indent: int, step: int = STEP) -> list[str]:
-    space = " " * indent
-    if not entry.variables:
-        return [f"{space}{entry.name}: {{}}"]
-    inner = [f"{space}{' ' * step}{name}: {scalar(value)}" for name, value in entry.variables.items()]
-    return [f"{space}{entry.name}:", *inner]
-
-
-def _flow(entry: Entry) -> str:
-    inner = ", ".join(f"{name}: {_in_flow(value)}" for name, value in entry.variables.items())
-    return f"{entry.name}: {{{inner}}}"
-
-
-def _in_flow(value: Any) -> str:
-    """A value between braces, where a comma would end it."""
-    return scalar([value])[1:-1]
 
 
 def group_file(folder: Path) -> Path:
@@ -115,11 +108,12 @@ def _added(text: str, key: yaml.Node, group: yaml.Node, entries: Sequence[Entry]
     end = "\r\n" if lines and lines[0].endswith("\r\n") else "\n"
     found = _entry(group, "hosts")
     if found is None:  # a group with no hosts of its own, or none at all
-        below = _block_lines("hosts", entries, key.start_mark.column + STEP)
+        column = key.start_mark.column + STEP
+        below = [f"{' ' * column}hosts:", *_block(entries, column + STEP)]
         return _after(lines, key.start_mark.line, below, end) if not _is_flow(group) else text
     name, known = found
     if not isinstance(known, yaml.MappingNode) or not known.value:
-        inner = [line for entry in entries for line in _block(entry, name.start_mark.column + STEP)]
+        inner = _block(entries, name.start_mark.column + STEP)
         return (
             _after(lines, name.start_mark.line, inner, end) if known.end_mark.index == known.start_mark.index else text
         )
@@ -134,13 +128,8 @@ def _added(text: str, key: yaml.Node, group: yaml.Node, entries: Sequence[Entry]
     else:
         block = isinstance(last[1], yaml.MappingNode) and last[1].value and not _is_flow(last[1])
         step = last[1].value[0][0].start_mark.column - column if block else STEP
-        inner = [line for entry in entries for line in _block(entry, column, step)]
+        inner = _block(entries, column, step)
     return _after(lines, _last_line(last), inner, end)
-
-
-def _block_lines(title: str, entries: Iterable[Entry], column: int) -> list[str]:
-    inner = [line for entry in entries for line in _block(entry, column + STEP)]
-    return [f"{' ' * column}{title}:", *inner]
 
 
 def _after(lines: list[str], line: int, new: Sequence[str], end: str) -> str:
@@ -208,7 +197,7 @@ def _check(path: Path, before: str, after: str, entries: Sequence[Entry]) -> Non
     except (yaml.YAMLError, AttributeError, TypeError):
         old, new, found = None, "", {}
     if found != wanted or _plain(old) != _plain(new):
-        lines = "\n".join(line for entry in entries for line in _block(entry, 4))
+        lines = "\n".join(_block(entries, 4))
         raise SparkfleetError(f"{path} is written in a way that cannot be added to; add by hand:\n{lines}")
 
 
@@ -269,16 +258,6 @@ def read(path: Path) -> str:
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all. Raises SparkfleetError."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="") as stream:
-                stream.write(text)
-            Path(name).chmod(mode)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        releases.write_bytes(path, text.encode(), path.stat().st_mode & 0o777 if path.exists() else 0o644)
     except OSError as error:
         raise SparkfleetError(f"{path} cannot be written: {error.strerror or error}") from None

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from sparkfleet import SparkfleetError
 from sparkfleet.packaging import archive
@@ -39,7 +40,7 @@ def distributions(root: str = ROOT) -> list[metadata.Distribution]:
     found: dict[str, metadata.Distribution] = {}
     waiting = [root]
     while waiting:
-        name = _normal(waiting.pop())
+        name = canonicalize_name(waiting.pop())
         if name in found or name in LEFT_OUT:
             continue
         try:
@@ -90,12 +91,8 @@ def _key(parts: list[metadata.Distribution]) -> str:
     for name, data in sorted(_ours().items()):
         key.update(f"{name}\0{len(data)}\0".encode() + data)
     for part in parts:
-        key.update(f"{_normal(part.metadata['Name'])}=={part.version}\n".encode())
+        key.update(f"{canonicalize_name(part.metadata['Name'])}=={part.version}\n".encode())
     return key.hexdigest()
-
-
-def _normal(name: str) -> str:
-    return name.lower().replace("_", "-").replace(".", "-")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shlex
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -389,8 +390,17 @@ def test_every_verb_has_its_playbook(verb: str) -> None:
     )
 
 
-def test_a_word_with_quotes_stays_one() -> None:
-    assert runner._quoted("it's") == "'it'\\''s'"
+def test_words_reach_ansible_as_they_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[str] = []
+
+    def ran(cmdline: str, **_: Any) -> SimpleNamespace:
+        runs.append(cmdline)
+        return SimpleNamespace(status="successful", rc=0)
+
+    monkeypatch.setattr("ansible_runner.interface.run", ran)
+    words = ["-e", 'motd=it\'s "ours" $HOME', "", "-l", "spark-1,!spark-2", "\\", "a\nb", "ü"]
+    runner.run("status", "inventory/local", words, Collector(lambda host, line: None))
+    assert shlex.split(runs[0])[-len(words) :] == words
 
 
 def test_the_default_inventory(monkeypatch: pytest.MonkeyPatch) -> None:

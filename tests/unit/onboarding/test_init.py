@@ -713,6 +713,8 @@ def test_values_that_need_quotes() -> None:
     group = yaml.safe_load(made)["sparks"]
     assert group["hosts"]["a"] == {"ansible_user": "yes", "x": "a: b #c", "n": 5} and group["vars"] == {"p": "{{ x }}"}
     assert "gateways" not in made  # one Spark needs none
+    on = inventory_file.hosts([Entry("on", {}), Entry("1e3", {"x": [1, "yes"]})], {})
+    assert yaml.safe_load(on)["sparks"]["hosts"] == {"on": {}, "1e3": {"x": [1, "yes"]}}
 
 
 BANNERS = [
