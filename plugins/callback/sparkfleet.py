@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The default output, with one message for a failure that explains itself."""
+"""What a person wants to read of a run: changes, failures, and what actions say of their progress."""
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 from ansible import constants as C
+from ansible.playbook.task_include import TaskInclude
 from ansible.plugins.callback.default import CallbackModule as Default
 from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 
@@ -16,24 +19,142 @@ from sparkfleet.reporting import report
 DOCUMENTATION = r"""
 name: sparkfleet
 type: stdout
-short_description: The default output, with short errors
+short_description: Changes and failures, and nothing that was right already
+version_added: 0.2.0
 description:
-  - As P(ansible.builtin.default#callback), but a failure of a task whose message says value, place and remedy is
-    printed once, as that message. Since 2.19 Ansible prints it twice, with the source and all results of the task.
-  - With C(-v) everything is printed as the default does.
+  - A line for each change, the whole of each failure, warnings, what M(ansible.builtin.debug) shows, and what actions
+    say of their progress. Plays and tasks that change nothing are passed over.
+  - A failure of a task whose message says value, place and remedy is printed once, as that message.
+  - A task that lasts says so.
+  - With C(-v) everything is printed, as P(ansible.builtin.default#callback) does.
+options:
+  quiet_seconds:
+    description: After so long without a word the name of the task that runs is printed, and again each time.
+    type: float
+    default: 8
+    env: [{name: SPARKFLEET_QUIET_SECONDS}]
+    ini: [{section: callback_sparkfleet, key: quiet_seconds}]
 extends_documentation_fragment: [default_callback, result_format_callback]
 requirements: ["ansible-core 2.19 or newer"]
 author: ["The Sparkfleet developers"]
 """
 
+#: Actions that tell of their progress themselves.
+PROGRESS = frozenset(f"sparkfleet.dgx.{name}" for name in ("bundle", "fetch_wait", "release_switch", "vllm_wait"))
+#: Strategies under which no task is the current one.
+FREE = ("free", "host_pinned", "ansible.builtin.free", "ansible.builtin.host_pinned")
 #: Of these, and of all of our own, the messages are written for the operator.
 FOR_OPERATORS = ("ansible.builtin.assert", "ansible.builtin.fail", "ansible.builtin.validate_argument_spec")
 
 
+class Silence(threading.Thread):
+    """Says every `seconds` which task runs, while nothing else is said. Display may be called from any thread of the
+    controller's process, as the one that takes the workers' results does."""
+
+    def __init__(self, display: Any, seconds: float) -> None:
+        super().__init__(name="sparkfleet-silence", daemon=True)
+        self._display, self._seconds = display, max(seconds, 0.1)
+        self._over = threading.Event()
+        self._task, self._began, self._next = "", 0.0, 0.0
+
+    def now(self, task: str) -> None:
+        """A task begins; "" for one that speaks for itself."""
+        self._began = time.monotonic()
+        self._task, self._next = task, self._began + self._seconds
+
+    def end(self) -> None:
+        """The run is over."""
+        self._over.set()
+
+    def run(self) -> None:
+        """Look four times in each interval."""
+        while not self._over.wait(self._seconds / 4):
+            task, now = self._task, time.monotonic()
+            if task and now >= self._next:
+                self._next = now + self._seconds
+                self._display.display(f"{task} ({now - self._began:.0f} s)", color=C.COLOR_VERBOSE)
+
+
 class CallbackModule(Default):  # type: ignore[misc]
-    """Prints as the default does, failures that explain themselves apart."""
+    """With -v the default's own output; without, one line a change."""
 
     CALLBACK_NAME = "sparkfleet.dgx.sparkfleet"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._silence: Silence | None = None
+
+    @property
+    def _quiet(self) -> bool:
+        return bool(self._display.verbosity == 0)
+
+    # -- what is passed over -------------------------------------------------------------------------------
+
+    def v2_playbook_on_play_start(self, play: Any) -> None:
+        """Print no banner; changes name their role and task."""
+        if not self._quiet:
+            super().v2_playbook_on_play_start(play)
+            return
+        self._play = play
+        if self._silence is None:
+            self._silence = Silence(self._display, float(self.get_option("quiet_seconds")))
+            self._silence.start()
+
+    def _task_start(self, task: Any, prefix: str | None = None) -> None:
+        if not self._quiet:
+            super()._task_start(task, prefix=prefix)
+            return
+        if prefix is not None:
+            self._task_type_cache[task._uuid] = prefix
+        self._last_task_name = None if self._play.strategy in FREE else task.get_name().strip()
+        if self._silence:
+            self._silence.now("" if task.resolved_action in PROGRESS else self._name(task))
+
+    def v2_runner_on_ok(self, result: Any) -> None:
+        """Print a change as one line."""
+        if not self._quiet or result.task.loop or self._run_is_verbose(result):
+            super().v2_runner_on_ok(result)
+            return
+        if isinstance(result.task, TaskInclude):
+            return
+        self._handle_warnings_and_exception(result)
+        if result.result.get("changed", False):
+            self._display.display(f"{self.host_label(result)}  {self._name(result.task)}", color=C.COLOR_CHANGED)
+
+    def v2_runner_item_on_ok(self, result: Any) -> None:
+        """Print a change of one item."""
+        if not self._quiet or self._run_is_verbose(result):
+            super().v2_runner_item_on_ok(result)
+        elif result.result.get("changed", False):
+            self._handle_warnings_and_exception(result)
+            line = f"{self.host_label(result)}  {self._name(result.task)}: {self._get_item_label(result.result)}"
+            self._display.display(line, color=C.COLOR_CHANGED)
+
+    def v2_runner_on_skipped(self, result: Any) -> None:
+        """Print nothing."""
+        if not self._quiet:
+            super().v2_runner_on_skipped(result)
+
+    def v2_runner_item_on_skipped(self, result: Any) -> None:
+        """Print nothing."""
+        if not self._quiet:
+            super().v2_runner_item_on_skipped(result)
+
+    def v2_playbook_on_include(self, included_file: Any) -> None:
+        """Print nothing."""
+        if not self._quiet:
+            super().v2_playbook_on_include(included_file)
+
+    def v2_playbook_on_stats(self, stats: Any) -> None:
+        """Print the recap."""
+        if self._silence:
+            self._silence.end()
+        super().v2_playbook_on_stats(stats)
+
+    def _name(self, task: Any) -> str:
+        return report.clean(str(self._last_task_name or task.get_name()).strip().removeprefix("sparkfleet.dgx."))
+
+    # -- failures ------------------------------------------------------------------------------------------
 
     def _is_plain(self, result: Any) -> bool:
         message = str(result.result.get("msg") or "")
@@ -42,8 +163,6 @@ class CallbackModule(Default):  # type: ignore[misc]
         return own and bool(message) and "results" not in result.result and self._display.verbosity == 0
 
     def _print_message(self, result: Any, word: str) -> None:
-        if self._last_task_banner != result.task._uuid:
-            self._print_task_banner(result.task)
         message = report.clean(explained(str(result.result["msg"])))
         self._display.display(f"{word}: [{self.host_label(result)}]: {message}", color=C.COLOR_ERROR)
 

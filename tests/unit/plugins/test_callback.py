@@ -42,3 +42,62 @@ def test_everything_else_as_ansible_prints_it(tmp_path: Path, action: str, words
     arguments = "{that: false, fail_msg: why}" if action == "assert" else "{src: /nowhere/why}"
     output = run(tmp_path, action, arguments, *words)
     assert "FAILED! =>" in output and "why" in output
+
+
+QUIET = """
+- name: Some play
+  hosts: localhost
+  connection: local
+  gather_facts: false
+  tasks:
+    - name: Right already
+      ansible.builtin.command: /bin/true
+      changed_when: false
+    - name: Not for this host
+      ansible.builtin.command: /bin/true
+      when: false
+    - name: Something new
+      ansible.builtin.command: /bin/true
+      changed_when: true
+    - name: Each of them
+      ansible.builtin.command: /bin/true
+      changed_when: item == 'second'
+      loop: [first, second]
+    - name: What was asked for
+      ansible.builtin.debug:
+        msg: shown all the same
+"""
+
+
+def lines(tmp_path: Path, text: str, *words: str, **environment: str) -> list[str]:
+    """Lines of a playbook that ends well, above the recap."""
+    playbook = tmp_path / "playbook.yml"
+    playbook.write_text(text, encoding="utf-8")
+    command = [Path(sys.executable).with_name("ansible-playbook"), "-i", "localhost,", playbook, *words]
+    command += ["-e", f"ansible_python_interpreter={sys.executable}"]
+    settings = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1", **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=settings, check=True)
+    return [line for line in done.stdout.partition("PLAY RECAP")[0].splitlines() if line.strip()]
+
+
+def test_changes_alone_are_shown(tmp_path: Path) -> None:
+    said = lines(tmp_path, QUIET)
+    assert said[:2] == ["localhost  Something new", "localhost  Each of them: second"]
+    assert "shown all the same" in "".join(said[2:])
+    assert not [line for line in said if "PLAY" in line or "Right already" in line or "Not for this host" in line]
+
+
+def test_with_v_nothing_is_hidden(tmp_path: Path) -> None:
+    said = "\n".join(lines(tmp_path, QUIET, "-v"))
+    for name in ("PLAY [Some play]", "TASK [Right already]", "TASK [Not for this host]", "TASK [Something new]"):
+        assert name in said
+    assert "(item=first)" in said and "skipping: [localhost]" in said
+
+
+def test_a_task_that_lasts_says_so(tmp_path: Path) -> None:
+    text = "- hosts: localhost\n  connection: local\n  gather_facts: false\n  tasks:\n" + (
+        "    - {name: Wait for it, ansible.builtin.command: sleep 2, changed_when: false}\n"
+    )
+    said = lines(tmp_path, text, SPARKFLEET_QUIET_SECONDS="0.5")
+    assert len(said) >= 2 and all(line.startswith("Wait for it (") for line in said)
+    assert lines(tmp_path, text, SPARKFLEET_QUIET_SECONDS="60") == []
