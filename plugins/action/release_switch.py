@@ -22,6 +22,7 @@ from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # n
 
 from sparkfleet import operator_name
 from sparkfleet.fleet.reconnect import Patience
+from sparkfleet.reporting import report
 from sparkfleet.reporting.switch_progress import Follower, foreseen
 
 display = Display()
@@ -59,4 +60,4 @@ def refused(host: str, answer: dict[str, Any]) -> dict[str, Any]:
     """The message of an answer that is no journal: check mode, or a refusal before anything has changed."""
     if not answer.get("failed") or not answer.get("failure"):
         return {}
-    return {"msg": f"{host}: {answer['msg']} [{answer['failure']}]"}
+    return {"msg": report.clean(f"{host}: {str(answer.get('msg') or '')[:4000]} [{str(answer['failure'])[:100]}]")}

@@ -125,7 +125,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import DIGEST, printable
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import (
+    DIGEST,
+    BoundsError,
+    printable,
+)
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import (
     Docker,
     DockerError,
@@ -314,11 +318,15 @@ def pull(docker: Docker, ref: Reference, config: Path, job: Job) -> dict[str, An
 
 
 def bring(docker: Docker, ref: Reference, params: dict[str, Any], job: Job) -> dict[str, Any]:
-    """`get`, and a note that the image was not here before. Without the note it is never removed."""
-    before = images_before(docker)
+    """`get`, and a note that the image was not here before. Without the note it is never removed: where Docker does not
+    say in an orderly way what was here, nothing is noted."""
+    before: dict[str, set[str]] | None = None
+    with contextlib.suppress(DockerError, BoundsError):
+        before = images_before(docker)
     result = get(docker, ref, params, job)
-    with contextlib.suppress(DockerError, OSError):
-        note_image(params["state_dir"], docker.image(ref.local) or {}, before)
+    if before is not None:
+        with contextlib.suppress(DockerError, OSError, BoundsError):
+            note_image(params["state_dir"], docker.image(ref.local) or {}, before)
     return result
 
 

@@ -80,6 +80,7 @@ out_of_service_s: {description: By the action; seconds without an answer., retur
 reclaimed: {description: By the action; kind name and bytes of what was removed., returned: action, type: list}
 reclaimed_bytes: {description: By the action; their sum., returned: action, type: int}
 left: {description: By the action; what no release needs and stays and why., returned: action, type: list}
+troubles: {description: By the action; what could not be written or removed on the way., returned: action, type: list}
 seconds: {description: By the action; of the whole., returned: action, type: float}
 verification: {description: By the action; result of the verification., returned: action, type: dict}
 failure: {description: By the action; entry in the table of failures., returned: failure, type: str}

@@ -138,7 +138,10 @@ def as_number(value: Any, what: str, least: float = 0.0, most: float = 1e300) ->
 
 
 def _shown(value: Any) -> str:
-    return printable(repr(value), 80)
+    try:
+        return printable(repr(value), 80)
+    except (ValueError, RecursionError):  # thousands of digits, or of arrays in each other
+        return f"({type(value).__name__})"
 
 
 # -- bytes -----------------------------------------------------------------------------------------------------------

@@ -15,9 +15,13 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from .bounded import BoundsError, parse_json, printable
+
 SOCKET = "/var/run/docker.sock"
 LIMIT = 64 << 20  # bytes of an answer
 LINE = 1 << 20  # bytes of a line of a stream or a log; longer ones come in pieces
+MOST = 10_000  # containers, images
+MESSAGE = 4000  # characters of an error
 
 
 class DockerError(Exception):
@@ -102,7 +106,7 @@ class Docker:
                     text = text[end:].lstrip()
                     if isinstance(value, dict):
                         yield value
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DockerError(f"the engine sent broken JSON for {path.partition('?')[0]}: {error}") from error
         finally:
             connection.close()
@@ -138,18 +142,23 @@ class Docker:
         finally:
             connection.close()
 
-    # -- things the engine knows ---------------------------------------------------------------------------
+    # -- things the engine knows (each raises DockerError for an answer of another form) ----------------------
 
     def container(self, name: str) -> dict[str, Any] | None:
         """What `docker inspect NAME` says of a container, or None."""
         return self._inspect(f"/containers/{quote(name, safe='')}/json")
 
     def containers(self, all: bool = True, filters: dict[str, list[str]] | None = None) -> list[dict[str, Any]]:
-        """Containers as `docker ps` lists them; `filters` as the API has them, e.g. {"label": ["a=b"]}."""
+        """Containers as `docker ps` lists them, each with an `Id`; `filters` as the API has them, e.g.
+        {"label": ["a=b"]}."""
         query = {"all": "1" if all else "0"}
         if filters:
             query["filters"] = json.dumps(filters)
-        return list(self.call("GET", f"/containers/json?{urlencode(query)}"))
+        return _listed(self.call("GET", f"/containers/json?{urlencode(query)}"), "/containers/json")
+
+    def images(self) -> list[dict[str, Any]]:
+        """Images as `docker images` lists them, each with an `Id`."""
+        return _listed(self.call("GET", "/images/json"), "/images/json")
 
     def logs(self, name: str, since: float = 0.0, tail: int | None = 200, timestamps: bool = True) -> list[str]:
         """The last `tail` log lines (None: all) since a Unix time, oldest first; [] for no such container.
@@ -166,7 +175,8 @@ class Docker:
                 "timestamps": int(timestamps),
             }
         )
-        tty = bool((found.get("Config") or {}).get("Tty"))
+        config = found.get("Config")
+        tty = bool(isinstance(config, dict) and config.get("Tty"))
         return list(self.frames(f"/containers/{quote(name, safe='')}/logs?{query}", tty, self.timeout))
 
     def image(self, ref: str) -> dict[str, Any] | None:
@@ -179,11 +189,11 @@ class Docker:
 
     def info(self) -> dict[str, Any]:
         """`docker info` as the API has it."""
-        return dict(self.call("GET", "/info"))
+        return _object(self.call("GET", "/info"), "/info")
 
     def version(self) -> dict[str, Any]:
         """`docker version`, server side."""
-        return dict(self.call("GET", "/version"))
+        return _object(self.call("GET", "/version"), "/version")
 
     # -- inside --------------------------------------------------------------------------------------------
 
@@ -193,7 +203,7 @@ class Docker:
             return None
         if status >= 400:
             raise DockerError(_message(answer), status)
-        return dict(answer)
+        return _object(answer, path)
 
     def _open(
         self, method: str, path: str, body: Any, headers: dict[str, str] | None, timeout: float | None
@@ -250,12 +260,27 @@ class Docker:
 def _decode(raw: bytes) -> Any:
     text = raw.decode("utf-8", "replace").strip()
     try:
-        return json.loads(text) if text else None
-    except ValueError:
+        return parse_json(text, "the engine's answer", LIMIT) if text else None
+    except BoundsError:
         return text
 
 
+def _object(answer: Any, path: str) -> dict[str, Any]:
+    if not isinstance(answer, dict):
+        raise DockerError(f"the engine's answer for {printable(path, 200)} is no object")
+    return answer
+
+
+def _listed(answer: Any, path: str) -> list[dict[str, Any]]:
+    """The items of a list, each with its id; Docker writes null for none. Raises DockerError."""
+    items = [] if answer is None else answer
+    if not isinstance(items, list) or not all(isinstance(_object(item, path).get("Id"), str) for item in items):
+        raise DockerError(f"the engine's answer for {path} is no list of things with an id")
+    if len(items) > MOST:
+        raise DockerError(f"the engine's answer for {path} has more than {MOST} items")
+    return items
+
+
 def _message(answer: Any) -> str:
-    if isinstance(answer, dict) and "message" in answer:
-        return str(answer["message"]).strip()
-    return str(answer or "no message").strip()
+    said = answer.get("message") if isinstance(answer, dict) and "message" in answer else answer or "no message"
+    return printable(str(said)[: 2 * MESSAGE].strip(), MESSAGE)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from .bounded import BoundsError, as_dict, parse_json
+from .bounded import BoundsError, as_dict, parse_json, printable
 from .docker import Docker
 from .http import Client, HttpError
 from .redaction import redact
@@ -30,10 +30,13 @@ LINE = 4000  # characters of a line that are kept; the dump of vLLM's configurat
 
 def instant(stamp: str) -> tuple[int, int]:
     """Unix seconds and nanoseconds of an RFC 3339 time in UTC, as Docker writes it; (0, 0) if it is none."""
-    found = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z", stamp)
+    found = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z", stamp, re.ASCII)
     if not found or stamp.startswith("0001-"):
         return 0, 0
-    seconds = calendar.timegm(time.strptime(found[1], "%Y-%m-%dT%H:%M:%S"))
+    try:
+        seconds = calendar.timegm(time.strptime(found[1], "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:  # the 99th of a month
+        return 0, 0
     return seconds, int((found[2] or "0").ljust(9, "0"))
 
 
@@ -54,15 +57,46 @@ def ours(docker: Docker, project: str = PROJECT) -> list[dict[str, Any]]:
 
 def service_of(item: dict[str, Any]) -> str:
     """The service that a listed container belongs to."""
-    return str((item.get("Labels") or {}).get(SERVICE_LABEL, ""))
+    return _text(labels(item).get(SERVICE_LABEL))
+
+
+def labels(item: Mapping[str, Any]) -> dict[str, Any]:
+    """The labels of a listed container."""
+    return _dict(item.get("Labels"))
+
+
+def name_of(item: Mapping[str, Any]) -> str:
+    """The name of a listed container, for a message."""
+    names = item.get("Names")
+    return printable(str(names[0] if isinstance(names, list) and names else item.get("Id")).lstrip("/"), 200)
+
+
+# What Docker says is of the form that the API has, or counts as not said.
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _text(value: Any) -> str:
+    return value[:LINE] if isinstance(value, str) else ""
+
+
+def _int(value: Any) -> int:
+    return value if isinstance(value, int) and abs(value) < 1 << 31 else 0
 
 
 def identity(docker: Docker, service: str, project: str = PROJECT) -> str | None:
     """The id of a service's container by its labels, or None; a container of that name alone is somebody else's. Of
     several, the one that runs, then the youngest. The id of one of ours stands for itself. Raises DockerError."""
     found = [item for item in ours(docker, project) if service in (item["Id"], service_of(item))]
-    best = max(found, key=lambda item: (item.get("State") == "running", item.get("Created") or 0), default=None)
+    best = max(found, key=lambda item: (item.get("State") == "running", _created(item)), default=None)
     return str(best["Id"]) if best else None
+
+
+def _created(item: Mapping[str, Any]) -> int:
+    made = item.get("Created")  # Unix time
+    return made if isinstance(made, int) else 0
 
 
 def look(docker: Docker, service: str) -> dict[str, Any]:
@@ -80,7 +114,7 @@ def look(docker: Docker, service: str) -> dict[str, Any]:
             "started_at": "",
             "tty": False,
         }
-    state = found.get("State") or {}
+    state = _dict(found.get("State"))
     if state.get("Restarting"):
         word = "restarting"
     elif state.get("Paused"):  # Docker says of it that it is running, too
@@ -89,17 +123,18 @@ def look(docker: Docker, service: str) -> dict[str, Any]:
         word = "running"
     else:
         word = "exited"  # created, exited, dead
-    restarts, code = int(found.get("RestartCount") or 0), int(state.get("ExitCode") or 0)
+    restarts, code = max(_int(found.get("RestartCount")), 0), _int(state.get("ExitCode"))
+    name = _text(found.get("Id")) or str(known)
     return {
-        "id": str(found["Id"]),
+        "id": name,
         "state": word,
         # Of a container that Docker has started again `docker inspect` does not tell how it ended before.
-        "exit_code": _last_exit(docker, str(found["Id"])) if word == "running" and restarts else code,
+        "exit_code": _last_exit(docker, name) if word == "running" and restarts else code,
         "restart_count": restarts,
         "oom_killed": bool(state.get("OOMKilled")),
-        "error": str(state.get("Error") or ""),
-        "started_at": str(state.get("StartedAt") or ""),
-        "tty": bool((found.get("Config") or {}).get("Tty")),
+        "error": _text(state.get("Error")),
+        "started_at": _text(state.get("StartedAt"))[:100],
+        "tty": bool(_dict(found.get("Config")).get("Tty")),
     }
 
 
@@ -110,7 +145,7 @@ def _last_exit(docker: Docker, identity: str) -> int:
     code = 0
     for event in docker.stream("GET", f"/events?{query}", timeout=docker.timeout):
         with contextlib.suppress(ValueError):
-            code = int(((event.get("Actor") or {}).get("Attributes") or {}).get("exitCode") or 0)
+            code = _int(int(_text(_dict(_dict(event.get("Actor")).get("Attributes")).get("exitCode")) or 0))
     return code
 
 
@@ -264,7 +299,8 @@ def resolved(project_dir: str, file: str) -> dict[str, Any]:
 
 
 def _said(answer: Any) -> str:
-    return redact(str(answer.get("message") if isinstance(answer, dict) else answer).strip())
+    said = str(answer.get("message") if isinstance(answer, dict) else answer)
+    return redact(said[: 2 * LINE].strip())[:LINE]
 
 
 def complaint(project_dir: str, file: Path) -> str:

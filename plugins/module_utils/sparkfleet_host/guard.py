@@ -55,6 +55,7 @@ FRESH_SECONDS = 60.0  # an observation may take as long as Docker needs to stop 
 WINDOW_SECONDS = 60.0  # between two tries to listen
 REPEAT_SECONDS = 600.0  # after which the same complaint is written to the journal again
 RECOVER_SECONDS = 3 * 3600  # for the end of a switch that was cut: two starts of an engine and their verification
+RECOVER_PAUSE = 60.0  # between two tries to end it, where the first one could not
 LOG_SECONDS = 600.0  # a start without a word for so long hangs
 LOG_LINES = 150  # of an engine that was given up
 KEPT_RESTARTS = 50
@@ -652,6 +653,8 @@ class Watcher:
         self._name = ""
         self._complaints: dict[str, tuple[str, float]] = {}
         self._listening: set[str] = set()
+        self._recover_at = -math.inf  # not before
+        self._ended: tuple[Any, ...] | None = None  # which switch was ended though its journal does not say so
         self.guard = self._load()
         self.page = metrics(self.guard.data(time.time()))
 
@@ -684,7 +687,7 @@ class Watcher:
         known: dict[str, Any] = {"now": time.time(), "clock": clock(), "boot_id": self.boot_id}
         if not locked and self.store.switch_active():
             return Observation(**known, switching=True)
-        known.update(interrupted=not locked and switch.interrupted(self.store), release=self.store.current())
+        known.update(interrupted=not locked and self._interrupted(), release=self.store.current())
         try:
             known.update(self._engine(known["release"]))
         except (DockerUnavailable, DockerError):
@@ -693,6 +696,15 @@ class Watcher:
             return Observation(**known)
         canary, self._canary = self._canary, None
         return Observation(**known, canary=canary)
+
+    def _interrupted(self) -> bool:
+        """Whether there is a switch to be ended. One that was ended is not ended again because nothing can be written
+        of it, neither on the disk nor in memory."""
+        return switch.interrupted(self.store) and self._which() != self._ended
+
+    def _which(self) -> tuple[Any, ...]:
+        journal = self.store.switch() or {}
+        return tuple(journal.get(key) for key in ("id", "to", "began"))
 
     def _engine(self, release: int | None) -> dict[str, Any]:
         """The container of the release, its log while it loads, its metrics when it is ready."""
@@ -741,17 +753,14 @@ class Watcher:
         }
 
     def act(self, action: Action, seen: Observation) -> None:
-        """Do it; what fails is said, and tried again after the next observation."""
+        """Do it; what fails is said, and tried again after the next observation, or after a pause."""
         try:
             if action.do == "canary":
                 self._ask(
                     int(self.store.lock(seen.release or 0)["port"]), str(self.store.plan(seen.release or 0)["repo"])
                 )
             elif action.do == "recover":
-                self.say("a switch was cut; ending it")
-                with self.notify.patiently(RECOVER_SECONDS):
-                    ended = switch.recover(self.store, self.docker)
-                self.say(f"the switch ended: {ended['outcome'] if ended else 'by another'}")
+                self._recover()
             elif action.do == "adopt":
                 self.say(f"{self._name}: {action.reason}: {action.detail}; Docker restarts it")
                 drop_page_cache()  # before the engine measures what is free, some seconds after its start
@@ -759,6 +768,26 @@ class Watcher:
                 self._locked(action, seen)
         except (DockerError, EngineError, ReleaseError, HttpError, OSError) as error:
             self.say(f"{action.do}: {error}")
+        except Exception as error:
+            self.say(f"{action.do}: {type(error).__name__}: {error}")
+
+    def _recover(self) -> None:
+        """End a switch that was cut; again after a pause where that fails, and never again because its journal cannot
+        be written."""
+        if clock() < self._recover_at:
+            return
+        self._recover_at = clock() + RECOVER_PAUSE
+        self.say("a switch was cut; ending it")
+        with self.notify.patiently(RECOVER_SECONDS):
+            ended = switch.recover(self.store, self.docker)
+        self.say(f"the switch ended: {ended['outcome'] if ended else 'by another'}")
+        if ended is None:
+            return
+        for trouble in ended.get("troubles") or []:
+            self.say(f"  {trouble}")
+        self._recover_at = -math.inf
+        if switch.interrupted(self.store):
+            self._ended = self._which()
 
     def _locked(self, action: Action, seen: Observation) -> None:
         """What stops or starts, under the lock of switches: no switch begins meanwhile, and none is interfered with."""
@@ -837,15 +866,16 @@ class Watcher:
     def save(self) -> None:
         """Write state and metrics, when something has changed or it is time."""
         data = {**self.guard.data(time.time()), "clock": clock()}
-        text = json.dumps({key: value for key, value in data.items() if key not in ("at", "clock")}, sort_keys=True)
-        self.page = metrics(data)
-        if text == self._saved and clock() - self._saved_at < SAVE_SECONDS:
-            return
         try:
+            text = json.dumps({key: value for key, value in data.items() if key not in ("at", "clock")}, sort_keys=True)
+            self.page = metrics(data)
+            if text == self._saved and clock() - self._saved_at < SAVE_SECONDS:
+                return
             write_json(self.store.state_dir / STATE_FILE, data)
             write_text(self.store.state_dir / METRICS_FILE, self.page)
-        except OSError as error:
-            self.complain("the state cannot be written", str(error))
+        except Exception as error:  # what is about to be done matters more than its record
+            known = isinstance(error, OSError) and error.strerror
+            self.complain("the state cannot be written", str(known or f"{type(error).__name__}: {error}"))
             return
         self._saved, self._saved_at = text, clock()
 
@@ -922,11 +952,7 @@ def drop_page_cache() -> None:
 def foreign(docker: Docker) -> tuple[str, ...]:
     """Names of the running containers that are not of ours. Raises DockerError."""
     own = {item["Id"] for item in engine.ours(docker)}
-    return tuple(
-        str((item.get("Names") or [item["Id"]])[0]).lstrip("/")
-        for item in docker.containers(all=False)
-        if item["Id"] not in own
-    )
+    return tuple(engine.name_of(item) for item in docker.containers(all=False) if item["Id"] not in own)
 
 
 def restart_docker(pid_file: str = DOCKER_PID) -> None:

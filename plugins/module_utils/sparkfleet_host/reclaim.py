@@ -29,6 +29,7 @@ from . import bounded, engine, integrity, job
 from .bounded import COMMIT, DIGEST, BoundsError, printable
 from .cache import FOLDER, MANIFEST_BYTES, MOST_FILES, check_listing, repo_folder, valid_repo, was_downloaded
 from .docker import Docker, DockerError
+from .registry import valid_image
 from .releases import ReleaseError, Store, write_json
 
 UNNEEDED, IMAGES = "unneeded.json", "images"
@@ -36,9 +37,14 @@ IMAGE, MODEL, COMPILED = "image", "model", "compile cache"
 CACHE_DIR, COMPILE_CACHE_DIR = "/opt/hf", "/var/cache/sparkfleet"  # of releases that do not say
 SHARED = "/run/sparkfleet/share/serve/settings.json"
 MOST_PARTS = 1000
+MOST_NAMES = 1000  # of an image
+OURS = 100  # names of an image that is noted
+MOST_BYTES = 1 << 62
+DEPTH = 64  # of folders in each other that are open at the same time
+LOOKS = 1000  # at a folder that is emptied, MOST_FILES of its files at a time
 DELETE_SECONDS = 300.0  # that Docker has for an image
 ACTIVE = ("running", "paused", "restarting")
-_PLACE = re.compile(r"/[^\s:]+")
+_PLACE = re.compile(r"/[^\s:\x00-\x1f\x7f\ud800-\udfff]{1,4095}")
 _COMPILED = re.compile(r"[0-9a-f]{12}")
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -81,12 +87,21 @@ def _place(lock: Mapping[str, Any], key: str, default: str) -> str:
 
 
 def unneeded(store: Store) -> list[Part]:
-    """The parts that are noted; [] where the note cannot be understood."""
+    """The parts that are noted, those left out that cannot be understood; [] where the whole note cannot be."""
     try:
-        data = bounded.read_json(store.state_dir / UNNEEDED)
-        return [_part(entry) for entry in bounded.as_list(data.get("parts"), UNNEEDED, MOST_PARTS)]
+        return _noted(store)
     except (OSError, BoundsError):
         return []
+
+
+def _noted(store: Store) -> list[Part]:
+    """The same. Raises BoundsError, OSError."""
+    noted: list[Part] = []
+    data = bounded.read_json(store.state_dir / UNNEEDED)
+    for entry in bounded.as_list(data.get("parts"), UNNEEDED, MOST_PARTS):
+        with contextlib.suppress(BoundsError):
+            noted.append(_part(entry))
+    return noted
 
 
 def _part(entry: Any) -> Part:
@@ -94,7 +109,7 @@ def _part(entry: Any) -> Part:
     part = Part(*(bounded.as_str(made.get(key), f"{UNNEEDED}: {key}", 4096) for key in ("kind", "name", "place")))
     repo, _, commit = part.name.partition("@")
     good = {
-        IMAGE: not part.place,
+        IMAGE: valid_image(part.name) and not part.place,
         MODEL: bool(valid_repo(repo) and COMMIT.fullmatch(commit) and _PLACE.fullmatch(part.place)),
         COMPILED: bool(_COMPILED.fullmatch(part.name) and _PLACE.fullmatch(part.place)),
     }
@@ -106,14 +121,21 @@ def _part(entry: Any) -> Part:
 def note(store: Store, numbers: Iterable[int]) -> None:
     """Note what releases need that are about to be pruned. Raises OSError."""
     new = {part for number in numbers for part in _parts_of(store, number)}
-    noted = unneeded(store)
+    try:
+        noted = _noted(store)
+    except FileNotFoundError:
+        noted = []
+    except BoundsError:
+        bounded.set_aside(store.state_dir / UNNEEDED)
+        noted = []
     if new - set(noted):
         _write(store, [*noted, *sorted(new - set(noted))])
 
 
 def _parts_of(store: Store, number: int) -> list[Part]:
+    """What may go with a release; an image whose name can be no pull's is not ours."""
     with contextlib.suppress(ReleaseError):
-        return parts(store.lock(number))
+        return [part for part in parts(store.lock(number)) if part.kind != IMAGE or valid_image(part.name)]
     return []
 
 
@@ -128,20 +150,26 @@ def places(store: Store) -> list[str]:
 
 
 def image_names(image: Mapping[str, Any]) -> set[str]:
-    """The names of an image, tags and digests, as Docker lists or inspects it."""
-    names = [*(image.get("RepoTags") or []), *(image.get("RepoDigests") or [])]
-    return {str(name) for name in names if not str(name).startswith("<none>")}
+    """The names of an image, tags and digests, as Docker lists or inspects it. Raises BoundsError."""
+    names: list[str] = []
+    for key in ("RepoTags", "RepoDigests"):
+        listed = [] if image.get(key) is None else bounded.as_list(image[key], key, MOST_NAMES)
+        names += [bounded.as_str(name, key, 4096) for name in listed]
+    return {name for name in names if not name.startswith("<none>")}
 
 
 def images_before(docker: Docker) -> dict[str, set[str]]:
-    """The images on the host, id to names. Raises DockerError."""
-    return {str(item.get("Id")): image_names(item) for item in docker.call("GET", "/images/json") or []}
+    """The images on the host, id to names. Raises DockerError, BoundsError."""
+    return {item["Id"]: image_names(item) for item in docker.images()}
 
 
 def note_image(state_dir: str | Path, image: Mapping[str, Any], before: Mapping[str, set[str]]) -> None:
     """Note that a pull brought an image, or gave a name to one that an earlier pull had brought. One that was there
-    without Sparkfleet is somebody's own. `before`: `images_before` the pull. Raises OSError."""
-    names = image_names(image)
+    without Sparkfleet is somebody's own. `before`: `images_before` the pull. A name that can be no pull's is not noted,
+    so that it counts as somebody's. Raises OSError, BoundsError."""
+    names = {name for name in image_names(image) if valid_image(name)}
+    if len(names) > OURS:
+        raise BoundsError(f"an image with more than {OURS} names")
     digests = {name.partition("@")[2] for name in names if "@" in name}
     same = [
         known
@@ -151,8 +179,9 @@ def note_image(state_dir: str | Path, image: Mapping[str, Any], before: Mapping[
     known = set().union(*same) if same else None
     for path in _records(state_dir, names):
         noted = _noted_names(path)
-        if known is None or noted:
-            write_json(path, {"names": sorted(noted | (names - (known or set())))})
+        ours = noted | (names - (known or set()))
+        if (known is None or noted) and ours != noted and len(ours) <= MOST_NAMES:
+            write_json(path, {"names": sorted(ours)})
 
 
 def _records(state_dir: str | Path, names: Iterable[str]) -> list[Path]:
@@ -162,10 +191,10 @@ def _records(state_dir: str | Path, names: Iterable[str]) -> list[Path]:
 
 def _noted_names(path: Path) -> set[str]:
     try:
-        names = bounded.as_list(bounded.read_json(path).get("names"), str(path), 1000)
+        names = bounded.as_list(bounded.read_json(path).get("names"), str(path), MOST_NAMES)
     except (OSError, BoundsError):
         return set()
-    return {name for name in names if isinstance(name, str)}
+    return {name for name in names if isinstance(name, str) and valid_image(name)}
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------
@@ -202,7 +231,7 @@ class Reclaim:
             except Exception as error:  # a switch that was verified must not fail for this
                 expected = isinstance(error, LeftError | OSError | DockerError | BoundsError)
                 reason = str(error) if expected else f"{type(error).__name__}: {error}"
-                self.left.append(f"{part}: {printable(reason, 300)}")
+                self.left.append(f"{printable(str(part), 600)}: {printable(reason, 300)}")
                 again.append(part)
                 continue
             if size is not None:
@@ -250,16 +279,16 @@ class Reclaim:
                 return None
             others = sorted(names - set().union(*map(_noted_names, records)))
             if others:
-                raise LeftError(f"somebody named it {others[0]}")
+                raise LeftError(f"somebody named it {printable(others[0], 200)}")
             for item in self.docker.containers():
-                if item.get("ImageID") == identity or item.get("Image") in names:
-                    raise LeftError(f"the container {_name(item)} uses it")
+                if identity == item.get("ImageID") or any(name == item.get("Image") for name in names):
+                    raise LeftError(f"the container {engine.name_of(item)} uses it")
             if not self.dry:
                 self._remove_image(identity, names)
                 for path in records:
                     path.unlink()
             size = found.get("Size")
-            return size if isinstance(size, int) else 0
+            return size if isinstance(size, int) and 0 <= size <= MOST_BYTES else 0
 
     def _images(self) -> list[str]:
         return [name for kind, name in sorted(self._needed) if kind == IMAGE]
@@ -284,18 +313,19 @@ class Reclaim:
             raise LeftError("a kept release uses whatever commit the cache has")
         with self._idle("model"), self._unchecked():
             self._check_unused(repo, part.place)
-            try:
-                with ModelFiles(part.place, repo, commit) as files:
-                    return files.remove(self.dry)
-            except FileNotFoundError:
-                return None
+            with contextlib.ExitStack() as opened:
+                try:
+                    files = opened.enter_context(ModelFiles(part.place, repo, commit))
+                except FileNotFoundError:
+                    return None
+                return files.remove(self.dry)
 
     def _check_unused(self, repo: str, cache_dir: str) -> None:
         """Raises LeftError where others may read the cache: any model may be the one that they serve."""
         for item in self.docker.containers():
-            ours = (item.get("Labels") or {}).get(engine.PROJECT_LABEL) == engine.PROJECT
+            ours = engine.labels(item).get(engine.PROJECT_LABEL) == engine.PROJECT
             if not ours and item.get("State") in ACTIVE and _mounts(item, cache_dir):
-                raise LeftError(f"the container {_name(item)} has {cache_dir} mounted")
+                raise LeftError(f"the container {engine.name_of(item)} has {cache_dir} mounted")
         with contextlib.suppress(OSError, BoundsError):
             given = bounded.as_list(bounded.read_json(SHARED).get("models") or [], SHARED)
             if any(isinstance(model, dict) and model.get("repo") == repo for model in given):
@@ -307,7 +337,7 @@ class Reclaim:
         folder = f"{part.place}/{part.name}"
         for item in self.docker.containers():
             if _mounts(item, folder):
-                raise LeftError(f"the container {_name(item)} has it mounted")
+                raise LeftError(f"the container {engine.name_of(item)} has it mounted")
         try:
             top = os.open(part.place, _DIRECTORY)
         except FileNotFoundError:
@@ -315,19 +345,25 @@ class Reclaim:
         aside = f".{part.name}.unneeded"
         try:
             there = [name for name in (aside, part.name) if _is_folder(name, top)]
-            size = sum(_tree_bytes(name, top) for name in there)
-            if not self.dry:
-                for name in there:  # a folder that is cut half way through must not be taken for a compile cache
-                    if name == part.name:
+            size = 0
+            for name in there:
+                if self.dry:
+                    size += _tree_bytes(name, top)
+                    continue
+                if name == part.name:  # cut half way through it must not be taken for a compile cache
+                    try:
                         os.rename(name, aside, src_dir_fd=top, dst_dir_fd=top)
-                    _remove_tree(aside, top)
+                    except NotADirectoryError:
+                        os.unlink(aside, dir_fd=top)
+                        os.rename(name, aside, src_dir_fd=top, dst_dir_fd=top)
+                size += _remove_tree(aside, top)
             return size if there else None
         finally:
             os.close(top)
 
 
 def after_switch(store: Store, docker: Docker) -> tuple[list[dict[str, Any]], list[str]]:
-    """Remove what the releases that are kept do not need: `Reclaim.reclaimed` and `Reclaim.left`. Raises OSError."""
+    """Remove what the releases that are kept do not need: `Reclaim.reclaimed` and `Reclaim.left`."""
     noted = unneeded(store)
     if not noted:
         return [], []
@@ -338,7 +374,10 @@ def after_switch(store: Store, docker: Docker) -> tuple[list[dict[str, Any]], li
     work = Reclaim(docker, kept, store.state_dir)
     again = work.run(noted)
     if again != noted:
-        _write(store, again)
+        try:
+            _write(store, again)
+        except OSError as error:  # what is gone is looked for once more, and not found
+            work.left.append(f"{UNNEEDED} cannot be written: {error.strerror}")
     return work.reclaimed, work.left
 
 
@@ -359,15 +398,16 @@ def foresee(
     return surplus, work.reclaimed, work.left
 
 
-def _name(item: Mapping[str, Any]) -> str:
-    return str((item.get("Names") or [item.get("Id")])[0]).lstrip("/")
-
-
 def _mounts(item: Mapping[str, Any], folder: str) -> bool:
-    """Whether a container sees files of a folder. One that sees the whole host (a monitor) does not count."""
-    wanted = Path(os.path.realpath(folder))
-    for mount in item.get("Mounts") or []:
-        source = Path(os.path.realpath(str(mount.get("Source") or "/")))
+    """Whether a container sees files of a folder. One that sees the whole host (a monitor) does not count. Raises
+    BoundsError where Docker does not say what it sees."""
+    wanted, what = Path(os.path.realpath(folder)), f"the mounts of the container {engine.name_of(item)}"
+    for mount in bounded.as_list([] if item.get("Mounts") is None else item["Mounts"], what):
+        path = bounded.as_str(bounded.as_dict(mount, what).get("Source") or "/", what)
+        try:
+            source = Path(os.path.realpath(path))
+        except ValueError:
+            raise BoundsError(f"{what}: {printable(path, 80)!r} cannot be a path") from None
         if source != Path("/") and (source.is_relative_to(wanted) or wanted.is_relative_to(source)):
             return True
     return False
@@ -405,9 +445,12 @@ class ModelFiles:
 
     def remove(self, dry: bool = False) -> int | None:
         """Remove refs, snapshot, blobs that no other commit has, and the manifest last: until then it is the record
-        that Sparkfleet downloaded them. Bytes; None where Sparkfleet did not. Raises LeftError, BoundsError, OSError.
-        """
-        listing = self._listing(f"{self.commit}.json")
+        that Sparkfleet downloaded them, and it stays where any of them cannot be removed. Bytes; None where Sparkfleet
+        did not. Raises LeftError, BoundsError, OSError."""
+        try:
+            listing = self._listing(f"{self.commit}.json")
+        except FileNotFoundError:
+            return None
         if not was_downloaded(listing):
             return None
         self._check_locks()
@@ -416,18 +459,24 @@ class ModelFiles:
         snapshots = self._child("snapshots")
         sizes = {name: size for name in doomed if blobs is not None and (size := _file_bytes(name, blobs)) is not None}
         total = sum(sizes.values())
-        if snapshots is not None and _is_folder(self.commit, snapshots):
-            total += _tree_bytes(self.commit, snapshots)
+        there = snapshots is not None and _is_folder(self.commit, snapshots)
         if dry:
-            return total
-        self._remove_refs()
-        if snapshots is not None and _is_folder(self.commit, snapshots):
-            _remove_tree(self.commit, snapshots)
+            return total + (_tree_bytes(self.commit, snapshots) if there else 0)
+        errors: list[Exception] = []
+        with _noted_in(errors):
+            self._remove_refs(errors)
+        if snapshots is not None and there:
+            with _noted_in(errors):
+                total += _remove_tree(self.commit, snapshots)
         for name in sizes:
-            os.unlink(name, dir_fd=blobs)
-        for name in (f"{self.commit}.suspect.json", f"{self.commit}.json"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=self._lists)
+            with _noted_in(errors):
+                os.unlink(name, dir_fd=blobs)
+        with _noted_in(errors):
+            _remove(f"{self.commit}.suspect.json", self._lists)
+        if errors:
+            raise errors[0]
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self.commit}.json", dir_fd=self._lists)
         for name in ("blobs", "snapshots", "refs"):
             self._remove_empty(name, self._model)
         self._remove_empty(self._name, self._top)
@@ -447,10 +496,8 @@ class ModelFiles:
             return None
 
     def _listing(self, name: str) -> dict[str, Any]:
-        handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._lists)
-        with os.fdopen(handle, "rb") as file:
-            data = file.read(MANIFEST_BYTES + 1)
-        return check_listing(bounded.parse_json(data, name, MANIFEST_BYTES), name)
+        data = _read(name, self._lists, MANIFEST_BYTES)
+        return check_listing(bounded.parse_json(data, name, MANIFEST_BYTES, quote=False), name)
 
     def _check_locks(self) -> None:
         """Raises LeftError where a client of the Hub is downloading the model."""
@@ -481,16 +528,16 @@ class ModelFiles:
                 used |= {Path(target).name for target in _links(name, snapshots)}
         return used
 
-    def _remove_refs(self) -> None:
+    def _remove_refs(self, errors: list[Exception]) -> None:
         if not _is_folder("refs", self._model):
             return
-        for _, _, names, at in os.fwalk("refs", dir_fd=self._model, follow_symlinks=False):
+        for folder, names in _walk("refs", self._model):
             for name in names:
-                handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=at)
-                with os.fdopen(handle, "rb") as file:
-                    points_here = file.read(100).strip() == self.commit.encode()
-                if points_here:
-                    os.unlink(name, dir_fd=at)
+                with _noted_in(errors):
+                    if _file_bytes(name, folder) is None:
+                        continue  # a link, and the like: no ref
+                    if _read(name, folder, 100)[:100].strip() == self.commit.encode():
+                        os.unlink(name, dir_fd=folder)
 
 
 def _hashes(listing: Mapping[str, Any]) -> set[str]:
@@ -524,26 +571,137 @@ def _file_bytes(name: str, at: int) -> int | None:
     return about.st_size if about.st_nlink == 1 else 0
 
 
-def _tree_bytes(name: str, at: int) -> int:
-    walk = os.fwalk(name, dir_fd=at, follow_symlinks=False)
-    return sum(_file_bytes(file, folder) or 0 for _, _, files, folder in walk for file in files)
+def _read(name: str, at: int, limit: int) -> bytes:
+    """The first bytes of a regular file, one more than `limit` at most. Raises BoundsError, OSError."""
+    handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=at)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise BoundsError(f"{printable(name, 200)}: not a regular file")
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            return file.read(limit + 1)
+    finally:
+        os.close(handle)
+
+
+def _content(folder: int) -> tuple[list[str], list[str], bool]:
+    """Names of the folders in an open one, and of all else (links, to folders as well); at most MOST_FILES of them, and
+    whether there may be more."""
+    folders: list[str] = []
+    others: list[str] = []
+    with os.scandir(folder) as entries:
+        for entry in itertools.islice(entries, MOST_FILES):
+            (folders if entry.is_dir(follow_symlinks=False) else others).append(entry.name)
+    return folders, others, len(folders) + len(others) == MOST_FILES
+
+
+def _walk(name: str, at: int, strict: bool = True) -> Iterator[tuple[int, list[str]]]:
+    """Each folder of a tree, opened, with the names of what in it is no folder. No link is followed. Raises LeftError
+    for a tree that is too large or too deep (not `strict` passes over the rest of it), OSError."""
+    path: list[tuple[int, list[str]]] = []  # from the topmost on, with the folders that are still to come
+    inner, parent = name, at
+    try:
+        while True:
+            folder = os.open(inner, _DIRECTORY, dir_fd=parent)
+            path.append((folder, []))
+            folders, others, more = _content(folder)
+            if strict and (more or (folders and len(path) == DEPTH)):
+                raise LeftError(f"{printable(name, 80)} is too large or too deep to be looked through")
+            path[-1][1].extend(folders if len(path) < DEPTH else ())
+            yield folder, others
+            while path and not path[-1][1]:
+                os.close(path.pop()[0])
+            if not path:
+                return
+            parent, inner = path[-1][0], path[-1][1].pop()
+    finally:
+        for folder, _ in path:
+            os.close(folder)
+
+
+def _tree_bytes(name: str, at: int | None) -> int:
+    """Bytes of a tree's files; of one that is too deep those of its upper part."""
+    assert at is not None
+    return sum(_file_bytes(file, folder) or 0 for folder, files in _walk(name, at, strict=False) for file in files)
 
 
 def _links(name: str, at: int | None) -> Iterator[str]:
-    for _, folders, files, folder in os.fwalk(name, dir_fd=at, follow_symlinks=False):
-        for item in (*folders, *files):
+    assert at is not None
+    for folder, names in _walk(name, at):
+        for item in names:
             with contextlib.suppress(OSError):  # not a link
                 yield os.readlink(item, dir_fd=folder)
 
 
-def _remove_tree(name: str, at: int) -> None:
-    """As shutil.rmtree does, relative to an open folder (which Python 3.10 cannot). Raises OSError."""
-    for _, folders, files, folder in os.fwalk(name, topdown=False, dir_fd=at, follow_symlinks=False):
-        for item in files:
-            os.unlink(item, dir_fd=folder)
-        for item in folders:
-            if _is_folder(item, folder):
-                os.rmdir(item, dir_fd=folder)
+@contextlib.contextmanager
+def _noted_in(errors: list[Exception]) -> Iterator[None]:
+    """What cannot be removed is noted, and the rest goes all the same. What is gone already is no error."""
+    try:
+        yield
+    except FileNotFoundError:
+        pass
+    except (OSError, BoundsError, LeftError) as error:
+        errors.append(error)
+
+
+@dataclasses.dataclass
+class _Emptied:
+    """A folder that is being emptied: its name in the one before, and its folders that are still to come."""
+
+    name: str
+    folder: int
+    below: list[str] = dataclasses.field(default_factory=list)
+    more: bool = True
+    looks: int = 0
+
+
+def _remove(name: str, at: int) -> None:
+    """Remove whatever has a name. Raises OSError."""
+    if _is_folder(name, at):
+        _remove_tree(name, at)
+    else:
+        os.unlink(name, dir_fd=at)
+
+
+def _remove_tree(name: str, at: int) -> int:
+    """Remove a tree, relative to an open folder; no link is followed. Bytes of its files. All that can be removed is,
+    and OSError raised in the end for the first that cannot.
+
+    Neither the stack nor the open folders grow with the depth: what lies deeper than DEPTH is moved up to the topmost
+    folder, and is removed from there."""
+    errors: list[Exception] = []
+    freed = moved = 0
+    path = [_Emptied(name, os.open(name, _DIRECTORY, dir_fd=at))]
+    try:
+        while path:
+            last = path[-1]
+            if last.below:
+                inner = last.below.pop()
+                with _noted_in(errors):
+                    if len(path) < DEPTH:
+                        path.append(_Emptied(inner, os.open(inner, _DIRECTORY, dir_fd=last.folder)))
+                    else:
+                        moved += 1
+                        above = f".unneeded-{os.getpid()}-{moved}"
+                        os.rename(inner, above, src_dir_fd=last.folder, dst_dir_fd=path[0].folder)
+                        path[0].below.append(above)
+            elif last.more and last.looks < LOOKS and not (errors and last.looks):
+                last.looks += 1
+                others: list[str] = []
+                last.more = False
+                with _noted_in(errors):
+                    last.below, others, last.more = _content(last.folder)
+                for item in others:
+                    with _noted_in(errors):
+                        size = _file_bytes(item, last.folder) or 0
+                        os.unlink(item, dir_fd=last.folder)
+                        freed += size
             else:
-                os.unlink(item, dir_fd=folder)
-    os.rmdir(name, dir_fd=at)
+                os.close(path.pop().folder)
+                with _noted_in(errors):
+                    os.rmdir(last.name, dir_fd=path[-1].folder if path else at)
+    finally:
+        for left in path:
+            os.close(left.folder)
+    if errors:
+        raise errors[0]
+    return freed

@@ -131,6 +131,15 @@ def reference(image: str) -> Reference:
     return Reference(name, tag, digest, registry, path)
 
 
+def valid_image(name: str) -> bool:
+    """Whether a name can be that of an image, with its tag or digest."""
+    try:
+        reference(name)
+    except JobError:
+        return False
+    return True
+
+
 def credentials(config: Path, registry: str) -> dict[str, str] | None:
     """User and password that `docker login` left for a registry; None where there are none."""
     keys = [registry, f"https://{registry}", f"https://{registry}/v1/", f"https://{registry}/v2/"]

@@ -5,13 +5,16 @@
     /opt/sparkfleet/current -> releases/N
     /opt/sparkfleet/compose.yml -> current/compose.yml
     /var/lib/sparkfleet/{switch.json,last-release}
-    /run/sparkfleet/switch.lock
+    /run/sparkfleet/{switch.lock,switch-spare.json}
 
 Every file is written as a whole or not at all, and links are replaced atomically, so a power cut leaves either the
 old or the new. A release that was staged never changes; only its outcome is written again. Its files are read-only,
 their hashes are in the lock, and `.sealed.json` has a copy of each: a file that was edited or damaged is set aside
 beside it and written again, and a release that cannot be repaired is set aside as a whole. A number is never used
 twice, whatever was removed.
+
+A journal that cannot be written where it belongs (a full disk) is kept beside the lock, in memory, so that a switch
+that has ended is not ended once more.
 """
 
 from __future__ import annotations
@@ -20,11 +23,12 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +40,13 @@ STATE_DIR = "/var/lib/sparkfleet"
 RUN_DIR = "/run/sparkfleet"
 LOCK_FILE = f"{RUN_DIR}/switch.lock"
 COMPOSE, PLAN, LOCK, OUTCOME, SEALED = "compose.yml", "plan.json", "lock.json", "outcome.json", ".sealed.json"
-SWITCH, LAST = "switch.json", "last-release"
+HASHED = (COMPOSE, PLAN)  # whose hashes the lock has
+SWITCH, LAST, SPARE = "switch.json", "last-release", "switch-spare.json"
 VERIFIED, FAILED = "verified", "failed"
 DONE = "done"
 NUMBERS = 10**9  # more than that is no release
 LOG_LIMIT = 4 * bounded.MIB  # of the log that a failed release keeps
+LOG_LINES = 400  # of a failed start, kept in the journal
 HELD_BY_SWITCH = "switch"
 HELD_BY_GUARD = "guard"
 GUARD_PATIENCE = 120.0  # seconds that a switch waits for what the guard does
@@ -145,6 +151,8 @@ def check_lock(data: Any) -> dict[str, Any]:
             as_str(lock[key], key, 4096)
     if "sha256" in lock:
         for name, value in as_dict(lock["sha256"], "sha256").items():
+            if name not in HASHED:
+                raise BoundsError(f"sha256: {bounded.printable(repr(name), 80)} is none of {', '.join(HASHED)}")
             bounded.matched(bounded.SHA256, value, f"sha256 of {name}")
     return lock
 
@@ -225,8 +233,14 @@ _JOURNAL: dict[str, tuple[Callable[[Any, str], Any], Any]] = {
     **dict.fromkeys(("error", "restore_error"), (_optional(_error), None)),
     "verification": (_optional(as_dict), None),
     "reclaimed": (_reclaimed, []),
-    "left": (_sentences, []),
+    **dict.fromkeys(("left", "repaired", "troubles"), (_sentences, [])),
 }
+#: What a recovery needs of the journal, and what says how the switch ended.
+_NEEDED = (
+    *("id", "to", "from", "mode", "controller", "verb", "model", "from_model", "pid", "boot_id", "keep"),
+    *("start_timeout", "began", "ended", "phase", "steps", "container", "container_id", "outcome", "error"),
+    *("restore_error", "stopped_at", "answering_at", "out_of_service_s"),
+)
 
 
 def check_journal(data: Any) -> dict[str, Any]:
@@ -237,6 +251,51 @@ def check_journal(data: Any) -> dict[str, Any]:
     for key, (check, absent) in _JOURNAL.items():
         checked[key] = check(journal[key], key) if key in journal else absent
     return {**journal, **checked}
+
+
+def storable(journal: Mapping[str, Any]) -> dict[str, Any]:
+    """A journal as it is written: plain data that `check_journal` takes when it is read back, since a recovery depends
+    on it. What is of another form or too long is cut or left out, and of one that is too large as a whole all that a
+    recovery does not need."""
+    kept = _fitting(journal, 64 * bounded.KIB)
+    if len(_json(kept).encode("utf-8", "backslashreplace")) > bounded.STATE_FILE:
+        kept = _fitting({key: journal[key] for key in _NEEDED if key in journal}, 200)
+    return kept
+
+
+def _fitting(journal: Mapping[str, Any], longest: int) -> dict[str, Any]:
+    kept: dict[str, Any] = _plain(journal, longest, 24)
+    for key in ("error", "restore_error"):
+        if isinstance(kept.get(key), dict) and isinstance(kept[key].get("log"), list):
+            kept[key]["log"] = kept[key]["log"][-LOG_LINES:]
+    for key, (check, absent) in _JOURNAL.items():
+        try:
+            check(kept.get(key, absent), key)
+        except BoundsError:
+            kept[key] = absent
+            if key in ("error", "restore_error") and journal.get(key):  # that there was one counts
+                given = journal[key] if isinstance(journal[key], Mapping) else {}
+                kept[key] = {
+                    name: bounded.printable(str(given.get(name) or ""), 200) for name in ("message", "failure")
+                }
+    return kept
+
+
+def _plain(value: Any, longest: int, depth: int) -> Any:
+    """Data that JSON can hold, texts cut; None for what it cannot hold."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return value[:longest]
+    if isinstance(value, int):
+        return value if abs(value) < 1 << 62 else None
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if depth and isinstance(value, Mapping):
+        return {key[:longest]: _plain(item, longest, depth - 1) for key, item in value.items() if isinstance(key, str)}
+    if depth and isinstance(value, list | tuple):
+        return [_plain(item, longest, depth - 1) for item in value]
+    return None
 
 
 class Store:
@@ -536,18 +595,22 @@ class Store:
 
     def commit(self, number: int, at: float, container_id: str = "") -> None:
         """The release is verified and now the current one; `container_id`: of the container that answered. Raises
-        OSError."""
+        OSError where it is not: it becomes so in the last step."""
         if not self.folder(number).is_dir():
             raise FileNotFoundError(2, "the release was removed", str(self.folder(number)))
         data = {"state": VERIFIED, "at": at, "verified_at": at, "container_id": container_id}
         write_json(self.folder(number) / OUTCOME, data)
-        link(self.project_dir / "current", f"releases/{number}")
         if (self.project_dir / COMPOSE).is_symlink() or not (self.project_dir / COMPOSE).is_dir():
             self._keep_edited()
             link(self.project_dir / COMPOSE, f"current/{COMPOSE}")
+        self.point(number)
         with contextlib.suppress(OSError, ReleaseError):
             self._note_number(number)
             self.seal(number)
+
+    def point(self, number: int) -> None:
+        """Make a release the current one, whatever is noted of it. Raises OSError."""
+        link(self.project_dir / "current", f"releases/{number}")
 
     def _keep_edited(self) -> None:
         """A file that somebody put in the place of the link is kept beside it."""
@@ -597,6 +660,9 @@ class Store:
     def switch(self) -> dict[str, Any] | None:
         """The journal of the switch that runs or ran last, with all its fields; None for none, and for one that cannot
         be understood (`switch_damage` says why)."""
+        spare = self._spare()
+        if spare is not None:
+            return spare
         try:
             return check_journal(bounded.read_json(self.state_dir / SWITCH))
         except (OSError, BoundsError):
@@ -605,6 +671,8 @@ class Store:
     def switch_damage(self) -> str:
         """Why the journal cannot be understood, with its name; "" where it can, and where there is none."""
         path = self.state_dir / SWITCH
+        if self._spare() is not None:
+            return ""
         try:
             check_journal(bounded.read_json(path))
         except FileNotFoundError:
@@ -621,8 +689,33 @@ class Store:
         return bounded.set_aside(self.state_dir / SWITCH) if self.switch_damage() else None
 
     def write_switch(self, journal: dict[str, Any]) -> None:
-        """Write the journal. Raises OSError."""
-        write_json(self.state_dir / SWITCH, journal)
+        """Write the journal, see `storable`. Raises OSError."""
+        write_json(self.state_dir / SWITCH, storable(journal))
+        with contextlib.suppress(OSError):
+            self._spare_file().unlink(missing_ok=True)
+
+    def spare_switch(self, journal: dict[str, Any]) -> None:
+        """Keep a journal that cannot be written beside the lock. It counts until the next one is written, and until the
+        host is restarted. Raises OSError."""
+        write_json(self._spare_file(), {"instead_of": self._written(), "journal": storable(journal)}, 0o600)
+
+    def _spare_file(self) -> Path:
+        return self.lock_file.with_name(SPARE)
+
+    def _spare(self) -> dict[str, Any] | None:
+        try:
+            data = bounded.read_json(self._spare_file(), 2 * bounded.STATE_FILE, follow=False)
+            return check_journal(data.get("journal")) if data.get("instead_of") == self._written() else None
+        except (OSError, BoundsError):
+            return None
+
+    def _written(self) -> list[int]:
+        """Which journal is on the disk."""
+        try:
+            about = (self.state_dir / SWITCH).lstat()
+        except OSError:
+            return []
+        return [about.st_ino, about.st_mtime_ns]
 
     # -- the lock of what acts on the engine -------------------------------------------------------------------
 
@@ -682,12 +775,14 @@ class Store:
             if not _locked(handle, limit):
                 yield False
                 return
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps({"holder": holder, "pid": os.getpid()}).encode(), 0)
+            with contextlib.suppress(OSError):  # the name is for others to see; the lock is held without it
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, json.dumps({"holder": holder, "pid": os.getpid()}).encode(), 0)
             try:
                 yield True
             finally:
-                os.ftruncate(file.fileno(), 0)
+                with contextlib.suppress(OSError):
+                    os.ftruncate(file.fileno(), 0)
 
 
 def _release(name: str) -> int:
@@ -702,7 +797,7 @@ def _sha256(text: str) -> str:
 def _sha256_of(path: Path) -> str:
     try:
         return hashlib.sha256(bounded.read_file(path)).hexdigest()
-    except (OSError, BoundsError):
+    except (OSError, ValueError):
         return ""
 
 

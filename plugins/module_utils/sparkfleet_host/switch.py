@@ -7,16 +7,18 @@
 
 It runs on the host as the transient unit `sparkfleet-switch.service`, so that a controller may vanish half way. Each
 step is in the journal (/var/lib/sparkfleet/switch.json) before it begins; `recover` ends a switch that a power cut
-or a kill interrupted.
+or a kill interrupted. Once the old engine has stopped, nothing that cannot be written or removed keeps the switch from
+its end: it is among the `troubles` of the journal.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +29,19 @@ from .engine import EngineError
 from .http import Client, HttpError, engine_client
 from .precheck import Problem, precheck
 from .redaction import redact
-from .releases import DONE, PROJECT_DIR, STATE_DIR, ReleaseError, Store
+from .releases import DONE, LOG_LINES, PROJECT_DIR, STATE_DIR, ReleaseError, Store
 from .verify import verify
 
 DEPLOY, ROLLBACK, RESTART = "deploy", "rollback", "restart"
 VERIFIED, RESTORED, REMOVED, FAILED, REFUSED = "verified", "restored", "removed", "failed", "refused"
 CHECKING = "checking"  # the phase in which nothing has changed yet
+FORWARD = ("stopping", "starting", "waiting", "verifying", "committing")
+TROUBLES = 50  # that are kept
 BUSY = 75  # exit code where another switch runs (EX_TEMPFAIL)
 START_SECONDS = 1800.0
 VERIFY_SECONDS = 120.0
 KEEP = 5
 FAILED_STOP_SECONDS = 5  # until an engine that did not work is killed
-LOG_LINES = 400  # of a failed start, kept in the journal
 PATIENCE = 120.0  # seconds that Docker may be away: systemd brings it back
 SETTLE = 20.0  # seconds after its return in which containers come back
 
@@ -87,6 +90,7 @@ class Switch:
         self.store, self.docker, self.request, self.now, self.pause = store, docker, request, now, pause
         self.start_timeout = float(request.get("start_timeout") or START_SECONDS)
         self.journal: dict[str, Any] = {}
+        self.recovering = False  # an engine has stopped already
 
     # -- the whole -------------------------------------------------------------------------------------------
 
@@ -120,7 +124,7 @@ class Switch:
             **{"pid": os.getpid(), "boot_id": boot_id(), "began": self.now(), "ended": None, **kept},
             **{"phase": "", "steps": [], "container": "", "outcome": None, "error": None, "restore_error": None},
             **{"stopped_at": None, "answering_at": None, "out_of_service_s": None, "verification": None},
-            **{"container_id": "", "repaired": [], "reclaimed": [], "left": []},
+            **{"container_id": "", "repaired": [], "reclaimed": [], "left": [], "troubles": []},
         }
         self.phase(phase)
 
@@ -147,6 +151,8 @@ class Switch:
             self.patiently(look)
         except FailedError as error:
             return [Problem("docker", str(error))]
+        except Exception as error:
+            return [Problem("internal", _reason(error))]
         return found
 
     def go(self) -> dict[str, Any]:
@@ -154,83 +160,105 @@ class Switch:
         to = self.journal["to"]
         try:
             self.phase("stopping")
-        except OSError as error:  # a journal that cannot be written could not be recovered from
+        except Exception as error:  # a journal that cannot be written could not be recovered from
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             self.journal["error"] = {
-                **{"message": f"the journal cannot be written: {error.strerror}", "failure": "disk-full", "state": ""}
+                "message": f"the journal cannot be written: {_reason(error)}",
+                "failure": "disk-full" if full else "internal",
+                "state": "",
             }
             key.forget_staged()
             self.end(REFUSED)
             return self.journal
         try:
-            self.activate(to, ("stopping", "starting", "waiting", "verifying"), bool(self.request.get("recreate")))
-        except FailedError as error:
-            self.journal["error"] = {"message": str(error), **error.facts}
+            self.activate(to, FORWARD[:4], bool(self.request.get("recreate")))
+        except Exception as error:
+            self.journal["error"] = _failure(error)
             self.restore()
-        else:
-            try:
-                self.commit(to)
-            except OSError as error:
-                self.journal["error"] = {
-                    "message": f"the release could not be made current: {error}",
-                    "state": "running",
-                }
+            return self.journal
+        try:
+            self.commit(to)
+        except Exception as error:
+            if not self._stays(to, error):
+                message = f"the release could not be made current: {_reason(error)}"
+                self.journal["error"] = {"message": message, "state": "running"}
                 self.restore()
+                return self.journal
+        self.finish(to)
         return self.journal
 
+    def _stays(self, to: int, error: Exception) -> bool:
+        """Whether a release stays that works and of which it could not be noted: there is none to go back to, and it is
+        the current one already, or can be made so."""
+        if self.journal["from"] not in (None, to):
+            return False
+        self._trouble(f"release {to} could not be noted as verified", error)
+        with self._regardless(f"release {to} could not be made current"):
+            if self.store.current() != to:
+                self.store.point(to)
+        return self.store.current() == to
+
     def commit(self, to: int) -> None:
-        """The new release works: make it the current one, and remove what the old one left."""
+        """The new release works: make it the current one. Raises what `Store.commit` raises."""
         self.phase("committing")
         self.store.commit(to, self.now(), self.journal["container_id"])
+
+    def finish(self, to: int) -> None:
+        """The new release is the current one, which nothing undoes: remove what the old one left."""
         self.tidy(to)
         if self.request.get("reclaim", True):
-            with contextlib.suppress(OSError):  # it stays noted
+            with self._regardless("what no release needs could not be removed"):  # it stays noted
                 self.journal["reclaimed"], self.journal["left"] = reclaim.after_switch(self.store, self.docker)
         self.end(VERIFIED)
 
     def tidy(self, to: int) -> None:
         """What is left to do once a release is the current one."""
-        with contextlib.suppress(OSError):
+        with self._regardless("the key of before could not be removed"):
             key.keep()
         self._remove_others(to)
-        keep = int(self.journal.get("keep") or KEEP)
-        with contextlib.suppress(OSError):  # a release that goes without a note would leave for ever what it needed
+        # A release that goes without a note would leave for ever what it needed.
+        with self._regardless("old releases could not be removed"):
+            keep = int(self.journal.get("keep") or KEEP)
             reclaim.note(self.store, self.store.surplus(keep))
             self.store.prune(keep)
-        self.journal.setdefault("repaired", []).extend(self.store.repair_all())
+        with self._regardless("the files of the releases could not be checked"):
+            self.journal.setdefault("repaired", []).extend(self.store.repair_all())
 
     def restore(self) -> None:
         """The new release does not work: back to what was there before."""
         to, before = self.journal["to"], self.journal["from"]
         error = self.journal["error"]
         self.phase("restoring")
-        with contextlib.suppress(OSError):  # a full disk must not keep the old release from coming back
+        with self._regardless(f"the failure of release {to} could not be noted"):
             self.store.note_failure(to, self.now(), error.get("failure", ""), error["message"], error.get("log", []))
-        with contextlib.suppress(OSError):
+        with self._regardless("the key of before could not be brought back"):
             key.give_back()
         if before is None or before == to:
             # Nothing to go back to. A first deployment leaves no container; what served before stays to be looked at.
             self._clear(remove=before is None)
             self.end(REMOVED if before is None else FAILED)
             return
+        with self._regardless(f"release {before} could not be repaired"), contextlib.suppress(ReleaseError):
+            self.store.repair(before, discard=False)  # where it cannot be, `activate` says so
         try:
-            with contextlib.suppress(ReleaseError):  # `activate` says so
-                self.store.repair(before, discard=False)
             self.activate(before, ("restoring", "restoring", "restore-waiting", "restore-verifying"), False)
-        except FailedError as again:
-            self.journal["restore_error"] = self._explained(before, again)
-            if again.facts.get("state") != "running":
+        except Exception as again:
+            self.journal["restore_error"] = found = self._explained(before, _failure(again))
+            if found.get("state") != "running":
                 self._clear(remove=False)  # or Docker starts it again for ever
             self.end(FAILED)
             return
-        with contextlib.suppress(OSError):
+        with self._regardless(f"release {before} could not be noted as verified"):
             self.store.commit(before, self.now(), self.journal["container_id"])
+        with self._regardless(f"release {before} could not be made current again"):
+            if self.store.current() != before:
+                self.store.point(before)
         self._remove_others(before)
         self.end(RESTORED)
 
-    def _explained(self, number: int, error: FailedError) -> dict[str, Any]:
+    def _explained(self, number: int, facts: dict[str, Any]) -> dict[str, Any]:
         """The failure of a release that was not checked before its start, with what the check would have said."""
-        facts = {"message": str(error), **error.facts}
-        with contextlib.suppress(DockerError):
+        with contextlib.suppress(Exception):
             problems = [] if facts.get("failure") else precheck(self.store, self.docker, number)
             for problem in problems[:1]:
                 facts.update(message=f"{facts['message']}: {problem.message}", failure=problem.failure)
@@ -335,37 +363,55 @@ class Switch:
     # -- parts -----------------------------------------------------------------------------------------------
 
     def phase(self, name: str, container: str = "") -> None:
-        """Note what is done next, before it is done. Raises OSError as long as nothing has changed."""
+        """Note what is done next, before it is done. Raises OSError as long as nothing has changed; later on the way
+        matters more than its record."""
         before, steps = self.journal["phase"], list(self.journal["steps"])
         if name != before:
             self.journal["steps"].append({"phase": name, "at": self.now()})
         self.journal.update(phase=name, container=container)
         try:
             self.store.write_switch(self.journal)
-        except OSError:
-            if before in ("", CHECKING) and name != DONE:  # later on the way matters more than its record
+        except Exception as error:
+            if before in ("", CHECKING) and name != DONE and not self.recovering:
                 self.journal.update(phase=before, steps=steps)
                 raise
+            self._trouble("the journal could not be written", error)
+            with self._regardless("nor could it be kept in memory"):
+                self.store.spare_switch(self.journal)
 
     def end(self, outcome: str) -> None:
         """Note how it ended."""
         stopped, answering = self.journal["stopped_at"], self.journal["answering_at"]
         served = outcome in (VERIFIED, RESTORED)
         if outcome != VERIFIED:
-            with contextlib.suppress(OSError):
+            with self._regardless("releases that never served could not be removed"):
                 unused = self.store.never_verified(int(self.journal.get("keep") or KEEP))
                 unused = [number for number in unused if number != self.journal["to"]]
                 reclaim.note(self.store, unused)
                 self.store.remove(unused)
-        self.journal["out_of_service_s"] = round(answering - stopped, 1) if stopped and served else None
+        self.journal["out_of_service_s"] = round(answering - stopped, 1) if stopped and answering and served else None
         self.journal.update(outcome=outcome, ended=self.now())
         self.phase(DONE)
+
+    @contextlib.contextmanager
+    def _regardless(self, what: str) -> Iterator[None]:
+        """What fails here is noted and ends nothing: that an engine serves matters more."""
+        try:
+            yield
+        except Exception as error:
+            self._trouble(what, error)
+
+    def _trouble(self, what: str, error: Exception) -> None:
+        line = f"{what}: {_reason(error)}"
+        troubles = self.journal.setdefault("troubles", [])
+        if line not in troubles and len(troubles) < TROUBLES:
+            troubles.append(line)
 
     def facts(self, service: str, found: dict[str, Any]) -> dict[str, Any]:
         """How a container stands, with what it logged last; what is known already (`found`) counts first."""
         state: dict[str, Any] = {}
         log: list[str] = []
-        with contextlib.suppress(DockerError):
+        with contextlib.suppress(Exception):  # of a failure that is known already
             state = engine.look(self.docker, service)
             log = engine.read_log(self.docker, service, engine.just_before(state["started_at"]), state["tty"])
             if len(log) < 5 or (state["state"] == "running" and state["restart_count"]):  # why is in the run before
@@ -407,7 +453,7 @@ class Switch:
             return
         for item in self._ours():
             if engine.service_of(item) != service:
-                with contextlib.suppress(EngineError, DockerError):
+                with self._regardless(f"the container {engine.name_of(item)} could not be removed"):
                     engine.remove(self.docker, item["Id"])
 
     def _url_before(self) -> str:
@@ -418,14 +464,14 @@ class Switch:
         return ""
 
     def _ours(self) -> list[dict[str, Any]]:
-        with contextlib.suppress(DockerError):
+        with self._regardless("the containers could not be listed"):
             return engine.ours(self.docker)
         return []
 
     def _clear(self, remove: bool) -> None:
         """Stop, or remove, the containers of ours."""
         for item in self._ours():
-            with contextlib.suppress(EngineError, DockerError):
+            with self._regardless(f"the container {engine.name_of(item)} could not be stopped"):
                 engine.stop(self.docker, item["Id"])
                 if remove:
                     engine.remove(self.docker, item["Id"])
@@ -437,6 +483,21 @@ class Switch:
             return str(self.store.plan(number)["model"])
         except (ReleaseError, KeyError):
             return None
+
+
+def _reason(error: Exception) -> str:
+    """Why something failed, for a message."""
+    known = isinstance(error, FailedError | ReleaseError | EngineError | DockerError)
+    if isinstance(error, OSError) and error.strerror:
+        return printable(error.strerror, 400)
+    return printable(str(error) if known else f"{type(error).__name__}: {error}", 400)
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    """How a release failed, for the journal. What is no FailedError is a mistake of ours."""
+    if isinstance(error, FailedError):
+        return {"message": str(error), **error.facts}
+    return {"message": _reason(error), "failure": "internal"}
 
 
 def interrupted(store: Store) -> bool:
@@ -451,7 +512,7 @@ def interrupted(store: Store) -> bool:
 
 def recover(store: Store | None = None, docker: Docker | None = None) -> dict[str, Any] | None:
     """End a switch that was interrupted: what was current is started and verified again. The journal, or None where
-    there was nothing to do. Raises OSError."""
+    there was nothing to do. Raises OSError where the lock cannot be had."""
     store = store or Store()
     with store.exclusive() as mine:
         if not mine:
@@ -464,10 +525,11 @@ def recover(store: Store | None = None, docker: Docker | None = None) -> dict[st
         # Recovery is to be short: what no release needs waits for the next switch.
         request = {**{key: journal.get(key) for key in kept}, "reclaim": False}
         switch = Switch(store, docker or Docker(), request)
-        switch.journal = journal
-        if journal["phase"] == "committing" and store.current() == journal["to"]:
-            switch.tidy(journal["to"])
-            switch.end(VERIFIED)
+        switch.journal, switch.recovering = journal, True
+        # It becomes the current one when it is verified. The journal of then may not have been written.
+        another = journal["to"] != journal["from"] and journal["phase"] in FORWARD
+        if (journal["phase"] == "committing" or another) and store.current() == journal["to"]:
+            switch.finish(journal["to"])
             return journal
         why = "the host was restarted" if journal["boot_id"] != boot_id() else "its process was killed"
         if journal["error"] is None:
@@ -479,7 +541,7 @@ def recover(store: Store | None = None, docker: Docker | None = None) -> dict[st
             return journal
         if journal["to"] == journal["from"] and journal["to"] in store.numbers():
             # Nothing else to go back to: begin again. What was stopped is not kept down by a check.
-            with contextlib.suppress(ReleaseError):
+            with contextlib.suppress(Exception):  # where it cannot be, its start says so
                 store.repair(journal["to"])
             switch.request["new_key"] = True  # if one is staged still
             switch.begin(journal["to"], "stopping")
@@ -508,6 +570,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     store = Store(options.project_dir, options.state_dir)
     if options.recover:
         ended = recover(store)
+        _say_troubles(ended)
         return 0 if ended is None or ended["outcome"] in (VERIFIED, RESTORED, REMOVED) else 1
     if options.to is None:
         parser.error("one of --to and --recover is needed")
@@ -520,4 +583,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ReleaseError, OSError) as error:
             print(error, flush=True)
             return 1
+    _say_troubles(journal)
     return 0 if journal["outcome"] == VERIFIED else 1
+
+
+def _say_troubles(journal: dict[str, Any] | None) -> None:
+    """For journalctl: the journal of the switch may be what cannot be written."""
+    for line in (journal or {}).get("troubles") or []:
+        print(line, flush=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
-from sparkfleet_host.bounded import printable
+from sparkfleet_host.bounded import BoundsError, as_int, as_number, as_str, printable
+from sparkfleet_host.releases import NUMBERS, check_journal, storable
 
-from sparkfleet.diagnosis import failures
+from sparkfleet.diagnosis import failures, startup_log
 from sparkfleet.diagnosis.startup import Watch, explain
+from sparkfleet.reporting import report
 
 VERIFIED, RESTORED, REMOVED, REFUSED = "verified", "restored", "removed", "refused"
 #: Phases of the journal in words; those that wait for an engine are told by its log.
@@ -20,6 +23,11 @@ WORDS = {
     "restoring": "{to} failed; bringing back {before}",
     "restore-verifying": "asking it",
 }
+LATEST = 1e11  # Unix time, and seconds, beyond which a clock is none
+MOST = 1000  # parts that were reclaimed, sentences
+LOG_LINES = 2000  # of an answer
+TEXT, NAME = 1000, 300  # characters that are printed of a sentence, of a name
+_TIMES = ("ended", "stopped_at", "answering_at", "out_of_service_s")
 _WAITING = ("waiting", "restore-waiting")
 _ANSWERS = ("verifying", "restore-verifying")
 
@@ -43,10 +51,13 @@ class Follower:
         return {"id": self._id, "recover": not self._cut, "container": self._cursor[0], "cursor": self._cursor[1]}
 
     def take(self, answer: Mapping[str, Any]) -> list[str]:
-        """Note an answer; the lines to print."""
-        journal = self._journal = dict(answer["journal"])
+        """Note an answer; the lines to print. It comes from the Spark: see `understood`."""
+        return [printable(line) for line in self._take(understood(answer))]
+
+    def _take(self, answer: dict[str, Any]) -> list[str]:
+        journal = self._journal = answer["journal"]
         lines: list[str] = []
-        if not self._id and answer.get("already"):
+        if not self._id and answer["already"]:
             self.already = True
             lines.append(
                 f"{self.host}  {self._name('to')} runs already, verified; {journal['controller'] or 'another run'} "
@@ -55,17 +66,18 @@ class Follower:
         if not self._id and answer["joined"]:
             self.joined = True
             lines.append(
-                f"{self.host}  joined: {journal['controller']} began it with {journal['verb'] or 'Sparkfleet'}"
+                f"{self.host}  joined: {journal['controller'] or 'another run'} began it with "
+                f"{journal['verb'] or 'Sparkfleet'}"
             )
         if answer["cut"]:
             self._cut = True
             lines.append(f"{self.host}  the job was killed in the phase {journal['phase']}; it is being ended")
-        self._id, self.done = str(answer["id"]), bool(answer["done"])
+        self._id, self.done = answer["id"], answer["done"]
         if self.already:
             return lines
         news = journal["steps"][self._steps :]
-        self._steps = len(journal["steps"])
-        self._cursor = (str(journal["container"]), str(answer["cursor"]))
+        self._steps = max(self._steps, len(journal["steps"]))
+        self._cursor = (journal["container"], answer["cursor"])
         # What the log tells belongs between the steps before and after the wait.
         after = next((place for place, step in enumerate(news) if step["phase"] in _ANSWERS), len(news))
         for step in news[:after]:
@@ -77,6 +89,7 @@ class Follower:
         for step in news[after:]:
             lines += self._said(step)
         if self.done:
+            lines += [f"{self.host}  {trouble}" for trouble in journal["troubles"][:20]]
             lines += _reclaimed(self.host, "reclaimed", journal)
         return lines
 
@@ -118,20 +131,22 @@ class Follower:
             "out_of_service_s": journal["out_of_service_s"],
             "seconds": round((journal["ended"] or 0) - journal["began"], 1),
             "verification": journal["verification"],
-            "reclaimed": journal.get("reclaimed") or [],
+            "reclaimed": journal["reclaimed"],
             "reclaimed_bytes": _bytes(journal),
-            "left": journal.get("left") or [],
+            "left": journal["left"],
+            "troubles": journal["troubles"],
         }
         watch = self._watches.get("there")
         if watch:
             result.update(kv_cache=watch.tracker.kv, weights_gib=watch.tracker.weights_gib, phases=watch.phases())
         if outcome == VERIFIED:
             return result
-        why = self._why(journal["error"], watch)
+        why = self._why(journal["error"] or {"message": "the Spark gives no reason", "failure": "internal"}, watch)
         head, _, log = why["msg"].partition("\n")
         what = "is not switched to" if outcome == REFUSED else "does not serve"
         message = f"{self.host}: {self._name('to')} {what}: {head}{self._became()}"
-        return {**result, "failed": True, "failure": why["failure"], "msg": message + (f"\n{log}" if log else "")}
+        message = report.clean(message + (f"\n{log}" if log else ""))
+        return {**result, "failed": True, "failure": why["failure"], "msg": message}
 
     def _release(self, which: str) -> dict[str, Any] | None:
         number = self._journal[which]
@@ -178,7 +193,8 @@ class Follower:
         }
         if answer["error"] and answer["state"] == "missing":
             answer["state"] = "exited"  # it never came to a container
-        return explain(service, answer, watch, again=False, elapsed=self._lasted(error is self._journal["error"]))
+        first = error is not self._journal["restore_error"]
+        return explain(service, answer, watch, again=False, elapsed=self._lasted(first))
 
     def _lasted(self, first: bool) -> float:
         """Seconds from the start of an engine to its failure; of the first leg, or of the way back."""
@@ -187,18 +203,109 @@ class Follower:
         return max(at.get(ends, 0.0) - at.get(begins, 0.0), 0.0)
 
 
-def foreseen(host: str, would: Mapping[str, Any]) -> list[str]:
-    """What a switch would remove, in check mode, as lines to print."""
-    pruned = ", ".join(map(str, would.get("pruned") or []))
-    return [*([f"{host}  would prune release {pruned}"] if pruned else []), *_reclaimed(host, "would reclaim", would)]
+def foreseen(host: str, would: Any) -> list[str]:
+    """What a switch would remove, in check mode, as lines to print. `would` comes from the Spark."""
+    given = would if isinstance(would, Mapping) else {}
+    pruned = ", ".join(str(number) for number in _each(given.get("pruned"), _release))
+    found = {"reclaimed": _each(given.get("reclaimed"), _part), "left": _each(given.get("left"), _sentence)}
+    return [*([f"{host}  would prune release {pruned}"] if pruned else []), *_reclaimed(host, "would reclaim", found)]
 
 
 def _bytes(found: Mapping[str, Any]) -> int:
-    return sum(int(item["bytes"]) for item in found.get("reclaimed") or [])
+    return sum(item["bytes"] for item in found["reclaimed"])
 
 
 def _reclaimed(host: str, verb: str, found: Mapping[str, Any]) -> list[str]:
-    items = [f"{item['kind']} {item['name']} ({item['bytes'] / 1e9:.2f} GB)" for item in found.get("reclaimed") or []]
+    items = [f"{item['kind']} {item['name']} ({item['bytes'] / 1e9:.2f} GB)" for item in found["reclaimed"]]
     lines = [f"{host}  {verb} {_bytes(found) / 1e9:.2f} GB that no kept release needs: {', '.join(items)}"]
-    left = [f"{host}  not reclaimed: {reason}" for reason in found.get("left") or []]
+    left = [f"{host}  not reclaimed: {reason}" for reason in found["left"]]
     return [printable(line) for line in [*(lines if items else []), *left]]
+
+
+# -- what a Spark says -----------------------------------------------------------------------------------------------
+
+
+def understood(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """What the module release_switch gives, of the form that it must have, though a Spark may send anything: what is of
+    another form counts as not said, and every text but the lines of the engine's log can be printed."""
+    return {
+        "journal": _journal(answer.get("journal")),
+        **{key: answer.get(key) is True for key in ("done", "joined", "already", "cut")},
+        **{key: _text(answer.get(key)) for key in ("id", "state", "started_at", "cursor")},
+        "restart_count": _checked(as_int, answer.get("restart_count"), 0),
+        "now": _time(answer.get("now")),
+        "log_lines": _log(answer.get("log_lines"), LOG_LINES),
+    }
+
+
+def _journal(value: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {**value} if isinstance(value, Mapping) else {}
+    for key, read in (("reclaimed", _part), ("left", _sentence), ("troubles", _sentence), ("repaired", _sentence)):
+        given[key] = _each(given.get(key), read)
+    given["to"] = _checked(_release, given.get("to"), 0)
+    checked = check_journal(storable(given))
+    logs = {key: _log(checked[key].pop("log", []), LOG_LINES) for key in ("error", "restore_error") if checked[key]}
+    journal: dict[str, Any] = _shown(checked)
+    for key, log in logs.items():
+        journal[key]["log"] = log
+    journal["began"] = _time(journal["began"])
+    journal.update({key: None if journal[key] is None else _time(journal[key]) for key in _TIMES})
+    journal["steps"] = [{"phase": step["phase"], "at": _time(step["at"])} for step in journal["steps"]]
+    for key in ("controller", "verb", "model", "from_model", "container", "phase"):
+        journal[key] = None if journal[key] is None else _text(journal[key])
+    return journal
+
+
+def _shown(value: Any) -> Any:
+    """Data in which every text can be printed."""
+    if isinstance(value, str):
+        return printable(value, TEXT)
+    if isinstance(value, dict):
+        return {printable(key, NAME): _shown(item) for key, item in value.items()}
+    return [_shown(item) for item in value] if isinstance(value, list) else value
+
+
+def _checked(read: Any, value: Any, absent: Any) -> Any:
+    try:
+        return read(value, "")
+    except BoundsError:
+        return absent
+
+
+def _each(value: Any, read: Any) -> list[Any]:
+    """The items of a list that are of their form."""
+    found = []
+    for item in value[:MOST] if isinstance(value, list) else ():
+        with contextlib.suppress(BoundsError):
+            found.append(read(item, ""))
+    return found
+
+
+def _release(value: Any, what: str) -> int:
+    return as_int(value, what, 0, NUMBERS)
+
+
+def _sentence(value: Any, what: str) -> str:
+    return printable(as_str(value, what), TEXT)
+
+
+def _part(value: Any, what: str) -> dict[str, Any]:
+    given = value if isinstance(value, Mapping) else {}
+    names = {key: printable(as_str(given.get(key), what), NAME) for key in ("kind", "name")}
+    return {**names, "bytes": as_int(given.get("bytes"), what)}
+
+
+def _text(value: Any) -> str:
+    return printable(value, NAME) if isinstance(value, str) else ""
+
+
+def _time(value: Any) -> float:
+    number: float = _checked(as_number, value, 0.0)
+    return number if number <= LATEST else 0.0
+
+
+def _log(value: Any, most: int) -> list[str]:
+    """Lines of a log, which are cleaned of what moves a cursor once they are understood."""
+    return [
+        line[: startup_log.LINE] for line in (value[-most:] if isinstance(value, list) else ()) if isinstance(line, str)
+    ]

@@ -88,6 +88,18 @@ def test_numbers(value: Any) -> None:
         as_number(value, "it")
 
 
+def test_what_cannot_be_shown_is_one_error_all_the_same() -> None:
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+    for value in (10**5000, [10**5000], deep):
+        for check in (as_int, as_number):
+            with pytest.raises(BoundsError, match=r"x: .*\((int|list)\)"):
+                check(value, "x")
+    while deep:
+        deep = deep.pop()
+
+
 def test_a_file_is_read_up_to_its_limit_and_no_link_is_followed(tmp_path: Path) -> None:
     file, link = tmp_path / "file", tmp_path / "link"
     file.write_bytes(b'{"a": 1}')

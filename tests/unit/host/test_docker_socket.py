@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import struct
 import threading
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import (
@@ -120,3 +122,54 @@ def test_silent_engine_times_out(engine: Engine) -> None:
     with pytest.raises(DockerUnavailable, match="no answer in time"):
         Docker(str(engine.server_address), timeout=0.1).info()
     done.set()
+
+
+ODD = [None, 5, "text", [5], [{"Id": 5}], [{}], {"Id": []}, [None]]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_list_of_another_form_is_one_typed_error(engine: Engine, docker: Docker, odd: Any) -> None:
+    for path, ask in (("/containers/json", docker.containers), ("/images/json", docker.images)):
+        engine.routes["GET", path] = lambda handler: handler.answer(200, odd)
+        if odd is None:
+            assert ask() == []
+        else:
+            with pytest.raises(DockerError, match=path):
+                ask()
+
+
+@pytest.mark.parametrize("odd", [None, 5, "text", [["a", "b"]]])
+def test_what_is_no_object_is_one_typed_error(engine: Engine, docker: Docker, odd: Any) -> None:
+    for path in ("/info", "/version", "/containers/c/json", "/images/i:1/json", "/networks/n"):
+        engine.routes["GET", path] = lambda handler: handler.answer(200, odd)
+    named = ((docker.container, "c"), (docker.image, "i:1"), (docker.network, "n"))
+    for ask in (docker.info, docker.version, *(partial(inspect, name) for inspect, name in named)):
+        with pytest.raises(DockerError, match="no object"):
+            ask()
+
+
+def test_an_answer_is_bounded(engine: Engine, docker: Docker) -> None:
+    engine.routes["GET", "/images/json"] = [{"Id": str(number)} for number in range(10_001)]
+    with pytest.raises(DockerError, match="more than 10000"):
+        docker.images()
+    engine.routes["POST", "/x"] = lambda handler: handler.answer(500, {"message": "\x1b[31m" + "x" * 100_000})
+    with pytest.raises(DockerError) as caught:
+        docker.call("POST", "/x")
+    assert len(str(caught.value)) == 4000 and "\x1b" not in str(caught.value)
+    deep = b"[" * 100_000
+    engine.routes["POST", "/images/create"] = lambda handler: handler.chunks(b'{"a":' + deep + b"\n")
+    with pytest.raises(DockerError, match="broken JSON"):
+        list(docker.stream("POST", "/images/create"))
+
+
+def test_an_answer_that_is_nested_too_deep_is_no_json(engine: Engine, docker: Docker) -> None:
+    def deep(handler: Handler) -> None:
+        raw = b"[" * 100_000 + b"]" * 100_000
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(raw)))
+        handler.end_headers()
+        handler.wfile.write(raw)
+
+    engine.routes["GET", "/info"] = deep
+    with pytest.raises(DockerError, match="no object"):
+        docker.info()

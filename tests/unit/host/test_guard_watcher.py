@@ -568,6 +568,101 @@ def test_a_switch_that_was_cut_is_ended_while_systemd_waits(world: World, monkey
         assert world.said[-2:] == ["a switch was cut; ending it", f"the switch ended: {said}"]
 
 
+def cut(store: Store) -> None:
+    store.write_switch({"id": "abc", "to": 1, "from": None, "phase": "waiting", "began": 5.0})
+
+
+def test_a_switch_that_was_ended_is_not_ended_again_though_nothing_can_be_written(
+    world: World, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut(store)
+    ends: list[int] = []
+
+    def recover(store: Store, docker: Docker) -> dict[str, Any]:
+        ends.append(1)
+        return {"outcome": "restored", "troubles": ["the journal could not be written: \x1b[2J"]}
+
+    monkeypatch.setattr(module.switch, "recover", recover)
+    assert world.watcher.step().do == "recover"
+    assert world.said[-1] == "  the journal could not be written: \ufffd[2J"
+    for _ in range(3):
+        world.now += 100
+        assert world.watcher.step().do in ("nothing", "canary")
+    assert ends == [1] and world.watcher.guard.engine == "serving"
+    store.write_switch({"id": "def", "to": 1, "from": None, "phase": "waiting", "began": 6.0})
+    assert world.watcher.step().do == "recover" and ends == [1, 1]  # that is another one
+
+
+def test_a_switch_that_cannot_be_ended_is_tried_again_after_a_minute(
+    world: World, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut(store)
+    tries: list[float] = []
+    outcomes: list[Any] = [OSError(28, "No space left on device"), KeyError("odd"), None, {"outcome": "restored"}]
+
+    def recover(store: Store, docker: Docker) -> Any:
+        tries.append(world.now)
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(module.switch, "recover", recover)
+    for _ in range(100):
+        world.watcher.step()
+        world.now += 2
+    assert tries == [10_000.0, 10_060.0, 10_120.0, 10_180.0]
+    assert [line for line in world.said if line.startswith("recover")] == [
+        *("recover: [Errno 28] No space left on device", "recover: KeyError: 'odd'"),
+    ]
+
+
+def test_a_switch_that_was_cut_is_ended_once_on_a_full_disk(
+    world: World, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the real `recover`: of the journal nothing can be written."""
+    store.write_switch({"id": "abc", "to": 1, "from": 1, "phase": "checking", "began": 5.0})
+
+    def full(path: Path, *_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(releases, "write_text", full)
+    assert [world.watcher.step().do for _ in range(4)] == ["recover", "nothing", "nothing", "nothing"]
+    assert "the switch ended: refused" in world.said
+    assert "  the journal could not be written: No space left on device" in world.said
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("odd"), RecursionError("deep")])
+def test_a_state_that_cannot_be_written_keeps_no_engine_down(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(module, "write_json", broken)
+    world.watcher.act(*world.wedge())
+    assert world.calls == ["stop, None is kept", "drop", "start"]
+    said = "No space left on device" if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    assert world.said.count(f"the state cannot be written: {said}") == 1
+
+
+def test_a_state_that_cannot_be_encoded_keeps_no_engine_down(world: World) -> None:
+    action, seen = world.wedge()
+    world.watcher.guard.known["odd"] = {5}
+    world.watcher.act(action, seen)
+    assert world.calls[1:] == ["drop", "start"] and "set is not JSON serializable" in world.said[-1]
+
+
+def test_a_mistake_of_ours_is_said_and_the_state_is_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd(*_: Any) -> None:
+        raise AttributeError("'int' object has no attribute 'get'")
+
+    monkeypatch.setattr(module.engine, "stop", odd)
+    world.watcher.act(*world.wedge())
+    assert world.said[-1] == "restart: AttributeError: 'int' object has no attribute 'get'"
+    assert store_state(world.store)["healing"]
+
+
 def test_what_fails_is_said_and_the_guard_goes_on(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     action, seen = world.wedge()
 

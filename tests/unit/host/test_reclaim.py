@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -362,7 +365,7 @@ def test_an_error_leaves_the_rest_to_go(host: Host, monkeypatch: pytest.MonkeyPa
     def broken(*_: Any) -> int:
         raise RecursionError("too deep")
 
-    monkeypatch.setattr(reclaim, "_tree_bytes", broken)
+    monkeypatch.setattr(reclaim, "_remove_tree", broken)
     host.image()
     found = host.run()
     assert [item["kind"] for item in found.reclaimed] == [IMAGE]
@@ -377,6 +380,129 @@ def test_a_removal_that_is_cut_is_ended_by_the_next(host: Host, monkeypatch: pyt
     assert not folder.exists()  # no engine takes what is left of it for a compile cache
     assert [item["bytes"] for item in host.run().reclaimed] == [100, len("old")]
     assert not list(host.compiled.iterdir()) and not (host.model / "snapshots" / OLD).exists()
+
+
+def deep(folder: Path, levels: int) -> None:
+    """A tree of many levels, with a file of a byte in each: deeper than a path or the stack goes."""
+    at = os.open(folder, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir("deeper", dir_fd=at)
+        below = os.open("deeper", os.O_RDONLY, dir_fd=at)
+        os.close(at)
+        at = below
+        os.close(os.open("file", os.O_WRONLY | os.O_CREAT, dir_fd=at))
+        os.truncate(f"/proc/self/fd/{at}/file", 1)
+    os.close(at)
+
+
+@pytest.fixture(scope="module")
+def open_files() -> Iterator[None]:
+    """As few as a service may have open."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_tree_of_any_depth_goes(host: Host, open_files: None) -> None:
+    folder = host.compile()
+    deep(folder, 3000)
+    deep(host.model / "snapshots" / OLD, 3000)
+    found = host.run()
+    assert (found.left, host.again) == ([], [])
+    assert [item["bytes"] for item in found.reclaimed] == [100 + 3000, len("old") + 3000]
+    assert not list(host.compiled.iterdir()) and not (host.model / "snapshots" / OLD).exists()
+    assert not (host.cache / ".sparkfleet" / "models--org--m" / f"{OLD}.json").exists()
+
+
+def test_a_folder_of_any_size_goes(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = host.compile()
+    for number in range(50):
+        (folder / f"folder-{number}").mkdir()
+        (folder / f"folder-{number}" / "file").write_text("x")
+    monkeypatch.setattr(reclaim, "MOST_FILES", 7)
+    assert host.run().reclaimed[0] == {"kind": COMPILED, "name": "1" * 12, "bytes": 150}
+    assert not list(host.compiled.iterdir())
+
+
+def test_a_snapshot_that_is_too_deep_to_look_at_keeps_its_model(host: Host, open_files: None) -> None:
+    """Its links may be to files of the one that goes."""
+    deep(host.model / "snapshots" / NEW, 100)
+    found = host.run()
+    assert found.left[0].startswith(f"model org/m@{OLD}: ") and f"{NEW} is too large or too deep" in found.left[0]
+    assert len(host.again) == 1 and (host.model / "snapshots" / OLD / "config.json").read_text() == "old"
+
+
+def test_a_folder_in_the_place_of_a_mark_goes_with_the_model(host: Host) -> None:
+    mark = host.cache / ".sparkfleet" / "models--org--m" / f"{OLD}.suspect.json"
+    (mark / "folder").mkdir(parents=True)
+    (mark / "folder" / "file").write_text("x")
+    host.compile()
+    found = host.run()
+    assert (found.left, host.again) == ([], []) and len(found.reclaimed) == 2
+    assert [path.name for path in mark.parent.iterdir()] == [f"{NEW}.json"]
+
+
+def descriptors() -> list[str]:
+    return sorted(path.name for path in Path("/proc/self/fd").iterdir())
+
+
+@pytest.mark.parametrize("place", [f"{OLD}.json", "other.json"])
+def test_a_folder_in_the_place_of_a_list_keeps_the_model_and_nothing_else(host: Host, place: str) -> None:
+    path = host.cache / ".sparkfleet" / "models--org--m" / place
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    host.compile()
+    opened = descriptors()
+    with pytest.raises(bounded.BoundsError), reclaim.ModelFiles(str(host.cache), "org/m", OLD) as files:
+        files.remove()
+    assert descriptors() == opened
+    found = host.run()
+    assert found.left == [f"model org/m@{OLD}: {place}: not a regular file"]
+    assert host.again == [Part(MODEL, f"org/m@{OLD}", str(host.cache))]
+    assert [item["kind"] for item in found.reclaimed] == [COMPILED]
+
+
+def test_what_can_go_of_a_model_goes_and_the_rest_stays_on_record(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The snapshot cannot be removed: its blobs go, and the manifest stays, so that the next switch tries again."""
+    (host.model / "snapshots" / OLD / "folder").mkdir()
+    (host.model / "refs" / "old").write_text(OLD)
+    (host.model / "refs" / "link").symlink_to("old")
+    (host.model / "refs" / "folder").mkdir()
+    rmdir = os.rmdir
+
+    def busy(name: str, *, dir_fd: int) -> None:
+        if name == "folder":
+            raise OSError(16, "Device or resource busy")
+        rmdir(name, dir_fd=dir_fd)
+
+    blob = host.model / "blobs" / b"old".hex().ljust(64, "0")
+    manifest = host.cache / ".sparkfleet" / "models--org--m" / f"{OLD}.json"
+    with monkeypatch.context() as until:
+        until.setattr(reclaim.os, "rmdir", busy)
+        found = host.run()
+    assert found.left == [f"model org/m@{OLD}: [Errno 16] Device or resource busy"] and len(host.again) == 1
+    assert not blob.exists() and not (host.model / "refs" / "old").exists() and manifest.exists()
+    assert (host.model / "refs" / "main").read_text() == NEW
+    found = host.run()
+    assert (found.left, host.again) == ([], []) and not manifest.exists()
+
+
+def test_what_vanishes_meanwhile_does_not_take_the_record_along(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(self: Any, name: str) -> dict[str, Any]:
+        if not name.startswith(OLD):
+            raise FileNotFoundError(2, "No such file or directory", name)
+        return listing(self, name)
+
+    listing = reclaim.ModelFiles._listing
+    monkeypatch.setattr(reclaim.ModelFiles, "_listing", gone)
+    assert "No such file" in host.run().left[0] and len(host.again) == 1
+
+
+def test_a_file_in_the_place_of_what_is_left_of_a_compile_cache_is_no_obstacle(host: Host) -> None:
+    host.compile()
+    (host.compiled / f".{'1' * 12}.unneeded").write_text("x")
+    assert host.run().reclaimed[0]["bytes"] == 100 and not list(host.compiled.iterdir())
 
 
 # -- with the releases -----------------------------------------------------------------------------------------------
@@ -428,6 +554,136 @@ def test_a_note_of_another_form_counts_for_nothing(host: Host, part: dict[str, s
     host.store.state_dir.mkdir()
     (host.store.state_dir / reclaim.UNNEEDED).write_text(json.dumps({"parts": [part]}))
     assert reclaim.unneeded(host.store) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "vllm", "x:\x1b[2J", "a b:1", "../x:1", "x:1\n", "x@sha256:1", "x:\ud800", "x:\0", f"{'x' * 600}:1", "-x:1"],
+)
+def test_a_name_that_is_none_of_an_image_counts_for_nothing(host: Host, name: str) -> None:
+    """Of a note that somebody changed the rest counts; of a release such a name is not noted."""
+    host.store.state_dir.mkdir()
+    good = {"kind": "image", "name": NAME, "place": ""}
+    parts = [{**good, "name": name}, good, 5, {**good, "place": "/x"}]
+    (host.store.state_dir / reclaim.UNNEEDED).write_text(json.dumps({"parts": parts}))
+    assert reclaim.unneeded(host.store) == [Part(IMAGE, NAME)]
+    number = host.stage(host.lock(image=name))
+    reclaim.note(host.store, [number])
+    assert reclaim.unneeded(host.store) == [Part(IMAGE, NAME), Part(MODEL, f"org/m@{OLD}", str(host.cache))]
+
+
+def test_a_note_that_is_damaged_as_a_whole_is_set_aside(host: Host) -> None:
+    host.store.state_dir.mkdir()
+    path = host.store.state_dir / reclaim.UNNEEDED
+    path.write_text("{")
+    assert reclaim.unneeded(host.store) == []
+    reclaim.note(host.store, [host.stage(host.lock())])
+    assert len(reclaim.unneeded(host.store)) == 3 and len(list(path.parent.glob(f"{path.name}.damaged-*"))) == 1
+
+
+def test_what_is_left_is_said_without_control_characters(host: Host) -> None:
+    work = Reclaim(host.docker, [], host.store.state_dir, jobs=str(host.jobs))
+    image = {"Id": "id-11", "RepoTags": [TAG, "x\x1b[31m:1"], "RepoDigests": [NAME]}
+    host.image()
+    host.engine.routes["GET", f"/images/{NAME}/json"] = image
+    work.run([Part(IMAGE, NAME), Part(COMPILED, "\x1b[2J" + "x" * 5000, "/nowhere\0")])
+    assert work.left[0] == f"image {NAME}: somebody named it x\ufffd[31m:1"
+    assert work.left[1].startswith("compile cache \ufffd[2Jxxx") and len(work.left[1]) < 1000
+
+
+def test_a_note_that_cannot_be_written_is_said(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "FOLDER", str(host.jobs))
+    reclaim.note(host.store, [host.stage(host.lock(image=""))])
+    host.store.remove([1])
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(reclaim, "write_json", full)
+    done, left = reclaim.after_switch(host.store, host.docker)
+    assert [item["kind"] for item in done] == [MODEL]
+    assert left == ["unneeded.json cannot be written: No space left on device"]
+    assert len(reclaim.unneeded(host.store)) == 1
+
+
+@pytest.mark.parametrize("place", ["/opt/\0hf", "/opt/\x1b", "/opt/\ud800", "opt", f"/{'x' * 5000}"])
+def test_a_place_that_can_be_no_folder_is_not_one(host: Host, place: str) -> None:
+    assert reclaim.parts(host.lock(cache_dir=place))[-1].place == "/opt/hf"
+
+
+# -- what Docker says ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("odd", [5, "x:1", {}, [5], [None], ["x" * 5000], [["x"]], ["x:1"] * 1001, True])
+@pytest.mark.parametrize("key", ["RepoTags", "RepoDigests"])
+def test_names_of_another_form_are_one_typed_error(host: Host, odd: Any, key: str) -> None:
+    with pytest.raises(bounded.BoundsError, match=key):
+        reclaim.image_names({"Id": "i", key: odd})
+    host.engine.routes["GET", "/images/json"] = [{"Id": "i", key: odd}]
+    with pytest.raises(bounded.BoundsError, match=key):
+        reclaim.images_before(host.docker)
+    with pytest.raises(bounded.BoundsError, match=key):
+        reclaim.note_image(host.store.state_dir, {"Id": "i", "RepoDigests": [NAME], key: odd}, {})
+    host.image()
+    image = {"Id": "id-11", "RepoTags": [TAG], "RepoDigests": [NAME]}
+    host.engine.routes["GET", f"/images/{NAME}/json"] = {**image, key: odd}
+    assert host.run().left[0].startswith(f"image {NAME}: {key}") and host.deleted() == []
+
+
+def test_images_before_a_pull(host: Host) -> None:
+    host.engine.routes["GET", "/images/json"] = [
+        {"Id": "a", "RepoTags": ["<none>:<none>"]},
+        {"Id": "b", "RepoTags": [TAG]},
+    ]
+    assert reclaim.images_before(host.docker) == {"a": set(), "b": {TAG}}
+    host.engine.routes["GET", "/images/json"] = lambda handler: handler.answer(200, None)
+    assert reclaim.images_before(host.docker) == {}
+
+
+def test_a_name_that_can_be_no_pull_s_is_not_noted_and_keeps_its_image(host: Host) -> None:
+    odd = "../containers/x?force=1:1"
+    image = {"Id": "id-11", "RepoTags": [TAG, odd], "RepoDigests": [NAME]}
+    reclaim.note_image(host.store.state_dir, image, {})
+    (record,) = (host.store.state_dir / "images").iterdir()
+    assert json.loads(record.read_text()) == {"names": [TAG, NAME]}
+    record.write_text(json.dumps({"names": [TAG, NAME, odd, 5]}))
+    host.engine.routes["GET", f"/images/{NAME}/json"] = image
+    assert host.run().left == [f"image {NAME}: somebody named it {odd}"] and host.deleted() == []
+
+
+def test_the_names_of_an_image_that_are_noted_are_few(host: Host) -> None:
+    image = {"Id": "i", "RepoTags": [f"x:{number}" for number in range(100)], "RepoDigests": [NAME]}
+    with pytest.raises(bounded.BoundsError, match="more than 100"):
+        reclaim.note_image(host.store.state_dir, image, {})
+    for begin in range(0, 2000, 90):
+        image = {"Id": "i", "RepoTags": [f"x:{number}" for number in range(begin, begin + 90)], "RepoDigests": [NAME]}
+        reclaim.note_image(host.store.state_dir, image, {})
+    (record,) = (host.store.state_dir / "images").iterdir()
+    assert 900 < len(json.loads(record.read_text())["names"]) <= 1000
+
+
+@pytest.mark.parametrize("odd", [5, "x", [5], [None], [{"Source": 5}], [{"Source": "/\0"}], [{"Source": "/\ud800"}]])
+def test_where_docker_does_not_say_what_a_container_sees_nothing_goes(host: Host, odd: Any) -> None:
+    folder = host.compile()
+    host.containers = [{"Id": "x", "Names": odd, "State": "running", "Labels": odd, "Mounts": odd}]
+    found = host.run()
+    assert (
+        found.reclaimed == []
+        and len(found.left) == 2
+        and all("the mounts of the container" in line for line in found.left)
+    )
+    assert folder.exists() and (host.model / "snapshots" / OLD).exists()
+
+
+@pytest.mark.parametrize("size", [-1, 1 << 80, "5", None, 1.5, [5]])
+def test_a_size_of_another_form_counts_for_nothing(host: Host, size: Any) -> None:
+    host.image()
+    image = {"Id": "id-11", "RepoTags": [TAG], "RepoDigests": [NAME], "Size": size}
+    host.engine.routes["GET", f"/images/{NAME}/json"] = image
+    host.containers = [{"Id": "x", "Image": ["odd"], "ImageID": {}}]
+    found = host.run()
+    assert found.reclaimed[0] == {"kind": IMAGE, "name": NAME, "bytes": 0}
+    assert check_journal({"to": 1, "reclaimed": found.reclaimed})["reclaimed"] == found.reclaimed
 
 
 def test_places_are_those_of_releases_and_notes(host: Host) -> None:

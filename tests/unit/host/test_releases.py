@@ -523,6 +523,7 @@ def test_the_form_of_a_plan(path: str, good: list[Any], bad: list[Any]) -> None:
         *((key, [None, "x" * 4096], ["x" * 4097, 5]) for key in ("model", "profile", "repo", "revision", "image")),
         ("controller", [None, "alice@laptop"], [5]),
         ("sha256", [{}, {"plan.json": "a" * 64}], [None, {"plan.json": "x"}]),
+        ("sha256", [], [{name: "a" * 64} for name in ("", "a\0b", "\ud800", "../x", "lock.json", "x" * 100_000)]),
     ],
 )
 def test_the_form_of_a_lock(path: str, good: list[Any], bad: list[Any]) -> None:
@@ -553,6 +554,63 @@ def test_the_form_of_an_outcome(path: str, good: list[Any], bad: list[Any]) -> N
 
 ERROR = {"message": "vllm ended"}
 STEP = {"phase": "p", "at": 1.0}
+
+
+ANY = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(), max_size=10)
+    | st.sampled_from([b"bytes", {1, 2}, 10**400, "\ud800", "x" * 70_000, float("nan"), object()]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    odd=st.dictionaries(st.sampled_from(sorted(releases._JOURNAL)), ANY, max_size=5),
+    error=st.dictionaries(st.sampled_from(["failure", "log", "state", "exit_code", "checks", "message"]), ANY),
+)
+def test_whatever_is_in_a_journal_it_is_written_and_understood(
+    odd: dict[str, Any], error: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("store")
+    store = Store(folder / "project", folder / "state", str(folder / "lock"))
+    journal = {**OLD_JOURNAL, "error": {"message": "vllm ended", **error}, **odd, "phase": "waiting"}
+    for write in (store.write_switch, store.spare_switch):
+        write(journal)
+        read = store.switch()
+        assert read and (read["to"], read["phase"]) == (OLD_JOURNAL["to"], "waiting") and not store.switch_damage()
+        if "error" not in odd:
+            assert read["error"] and isinstance(read["error"]["message"], str)
+        written = [path for path in (folder / "state" / "switch.json", folder / "switch-spare.json") if path.exists()]
+        assert all(path.stat().st_size < 9 * bounded.MIB for path in written)
+
+
+@pytest.mark.parametrize("character", ["x", "\x00", "\ud800", "\u20ac", "\U0001f600"])
+def test_a_journal_with_long_logs_is_understood(store: Store, character: str) -> None:
+    """A switch that was cut is ended only if its journal is."""
+    error = {"message": character * 1_000_000, "failure": "start-timeout", "log": [character * 4000] * 10_500}
+    journal = {**OLD_JOURNAL, "error": error, "restore_error": error, "verification": {"answer": character * 10**7}}
+    journal["left"] = [character * 5000]
+    store.write_switch({**journal, "phase": "restoring"})
+    read = store.switch()
+    assert read and read["phase"] == "restoring" and read["error"]["failure"] == "start-timeout"
+    assert read["error"]["message"].startswith(character) and len(read["error"]["log"]) == 400
+    assert (store.state_dir / "switch.json").stat().st_size <= bounded.STATE_FILE
+
+
+def test_a_journal_that_nests_without_end_is_written(store: Store) -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    circle: dict[str, Any] = {}
+    circle["circle"] = circle
+    store.write_switch({**OLD_JOURNAL, "verification": circle, "more": deep})
+    assert (store.switch() or {})["phase"] == OLD_JOURNAL["phase"]
+    while deep:
+        deep = deep.pop()
 
 
 @pytest.mark.parametrize(
@@ -592,7 +650,7 @@ def test_what_a_journal_lacks() -> None:
     nothing = ("from", "from_model", "outcome", "ended", "stopped_at", "answering_at", "out_of_service_s", "error")
     assert check_journal({"to": 3, "more": 5}) == {
         **{"to": 3, "more": 5, "pid": 0, "keep": 0, "start_timeout": 0.0, "began": 0.0, "steps": []},
-        **{"left": [], "reclaimed": []},
+        **{"left": [], "reclaimed": [], "repaired": [], "troubles": []},
         **dict.fromkeys(texts, ""),
         **dict.fromkeys((*nothing, "restore_error", "verification"), None),
     }
@@ -685,6 +743,24 @@ def test_what_is_wrong_with_a_release(store: Store) -> None:
     ]
     (folder / "compose.yml").write_bytes(b"\xff")
     assert f"{folder / 'compose.yml'} is missing or damaged" in store.damage(number)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "../../../etc/shadow", "x" * 5000])
+def test_a_lock_with_the_hash_of_another_name_is_damaged(store: Store, name: str) -> None:
+    """Whoever edited the lock may have removed the copies as well."""
+    number = stage(store)
+    path = store.folder(number) / "lock.json"
+    path.chmod(0o644)
+    lock = json.loads(path.read_text())
+    path.write_text(json.dumps({**lock, "sha256": {**lock["sha256"], name: "a" * 64}}))
+    (store.folder(number) / ".sealed.json").unlink()
+    (reason,) = store.damage(number)
+    assert reason.startswith(f"{path} is missing or damaged (sha256: ") and reason.isprintable() and len(reason) < 400
+    with pytest.raises(ReleaseError, match=r"lock\.json is missing or damaged"):
+        store.lock(number)
+    with pytest.raises(ReleaseError, match="is damaged"):
+        store.repair(number)
+    assert store.summary()["numbers"] == []
 
 
 def test_an_outcome_alone_is_set_aside(store: Store) -> None:
@@ -947,6 +1023,17 @@ def test_the_lock_names_its_process_and_is_empty_afterwards(store: Store) -> Non
     store.lock_file.write_text("x" * 500)
     with store.exclusive():
         assert json.loads(store.lock_file.read_text())["holder"] == "switch"
+
+
+def test_the_lock_is_held_though_nothing_can_be_written_in_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(releases.os, "pwrite", full)
+    with store.exclusive() as mine:
+        assert mine
+        with Store(store.project_dir, store.state_dir, str(store.lock_file)).exclusive(patience=0.0) as another:
+            assert not another
 
 
 def test_a_name_in_the_lock_that_is_not_its_holder_s_is_not_believed(store: Store) -> None:

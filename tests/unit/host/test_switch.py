@@ -447,6 +447,8 @@ def test_a_journal_that_cannot_be_written_stops_nothing(
     journal = run(store, number)
     assert journal["outcome"] == "refused" and journal["error"]["failure"] == "disk-full" and world.did == []
     monkeypatch.setattr(store, "write_switch", write)
+    assert not interrupted(store)  # the end is kept beside the lock
+    (store.lock_file.parent / "switch-spare.json").unlink()  # the host was restarted
     ended = recover(store, Docker("/nowhere"))  # on the disk it is still checking
     assert ended and ended["outcome"] == "refused" and world.did == [] and world.containers == {OLD: "running"}
 
@@ -675,6 +677,7 @@ def test_a_journal_as_it_begins(store: Store, world: World, deployed: int) -> No
             "repaired": [],
             "reclaimed": [],
             "left": [],
+            "troubles": [],
         },
     }
     begun.phase("checking")  # again is no other step
@@ -1210,6 +1213,273 @@ def test_whatever_is_cut_either_release_serves_verified_with_its_key(
         if not bad.get(OLD) and to == "new":
             assert outcome in ("verified", "restored", "refused")  # the old one works: something serves
         assert not path.with_name("engine_key.previous").exists()
+
+
+# -- what cannot be written ------------------------------------------------------------------------------------------
+
+ERRORS = [
+    OSError(28, "No space left on device"),
+    OSError(30, "Read-only file system"),
+    UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"),
+    TypeError("Object of type set is not JSON serializable"),
+    RecursionError("maximum recursion depth exceeded"),
+]
+
+
+class Disk:
+    """Fails each write from the n-th on, those to memory (the spare journal) as well if so wished."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, after: int, error: Exception, memory: bool) -> None:
+        self.left, self.error, self.memory, self.works = after, error, memory, False
+        for name in ("write_text", "link"):
+            done = getattr(releases, name)
+
+            def write(path: Path, *args: Any, _done: Callable[..., Any] = done, **more: Any) -> None:
+                self.left -= 1
+                if self.left < 0 and not self.works and (path.name != releases.SPARE or not self.memory):
+                    raise self.error
+                _done(path, *args, **more)
+
+            monkeypatch.setattr(releases, name, write)
+
+
+@given(
+    bad=st.dictionaries(st.sampled_from([OLD, NEW]), st.sampled_from(["crash", "wrong", "port"]), max_size=1),
+    after=st.integers(0, 25),
+    error=st.sampled_from(ERRORS),
+    memory=st.booleans(),
+    to=st.sampled_from(["new", "restart", "first"]),
+    cut=st.none() | st.integers(0, 12),
+)
+@settings(max_examples=max(settings.default.max_examples, 150))
+def test_whatever_cannot_be_written_an_engine_serves(
+    bad: dict[str, str],
+    after: int,
+    error: Exception,
+    memory: bool,
+    to: str,
+    cut: int | None,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """From the n-th write on nothing can be written any more; perhaps the job is killed, and ended by the guard. In the
+    end an engine that works serves, `current` says which, and nobody ends the switch again; nor does it end otherwise
+    when the host is started anew with an empty disk."""
+    folder = tmp_path_factory.mktemp("world")
+    store = Store(folder / "project", folder / "state", str(folder / "lock"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        world = World(monkeypatch, store)
+        if to != "first":
+            assert run(store, stage(store, OLD))["outcome"] == "verified"
+        number = 1 if to == "restart" else stage(store, NEW)
+        disk = Disk(monkeypatch, after, error, memory)
+        world.bad, left = dict(bad), [cut if cut is not None else 1000]
+        world.did.clear()
+
+        def tick(_what: str) -> None:
+            left[0] -= 1
+            if left[0] == -1:
+                raise PowerCut
+
+        world.step = tick
+        ended: dict[str, Any] | None = None
+        try:
+            ended = run(store, number)
+        except PowerCut:
+            if interrupted(store):
+                ended = recover(store, Docker("/nowhere"))
+        except Exception as caught:
+            assert caught is error and world.did == []  # nothing had changed
+
+        def check(ended: dict[str, Any]) -> None:
+            running = [name for name, state in world.containers.items() if state == "running"]
+            if ended["outcome"] in ("verified", "restored"):
+                assert running == [OLD if ended["outcome"] == "restored" or to == "restart" else NEW]
+                assert store.plan(store.current() or 0)["service"] == running[0]
+            else:
+                assert ended["outcome"] in ("refused", "removed", "failed")
+            if not bad and to != "first":
+                assert ended["outcome"] in ("verified", "restored", "refused") and len(running) == 1
+
+        if ended:
+            check(ended)
+            assert not memory or not interrupted(store)
+        disk.works, left[0] = True, 1000
+        (folder / "switch-spare.json").unlink(missing_ok=True)
+        if interrupted(store):
+            again = recover(store, Docker("/nowhere"))
+            assert again and not interrupted(store)
+            check(again)
+            if ended and ended["outcome"] == "verified" and to == "new":
+                assert again["outcome"] in ("verified", "refused")
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("bad", ["", "crash"])
+def test_what_could_not_be_written_is_said_and_kept_in_memory(
+    store: Store, world: World, deployed: int, monkeypatch: pytest.MonkeyPatch, bad: str, error: Exception
+) -> None:
+    number = stage(store, NEW)
+    world.bad[NEW] = bad
+    write = store.write_switch
+
+    def broken(journal: dict[str, Any]) -> None:
+        if journal["phase"] not in ("checking", "stopping"):
+            raise error
+        write(journal)
+
+    monkeypatch.setattr(store, "write_switch", broken)
+    with monkeypatch.context() as until:
+        until.setattr(store, "note_failure", lambda *_: broken({"phase": "x"}))
+        ended = run(store, number)
+    assert ended["outcome"] == ("restored" if bad else "verified")
+    assert world.containers == {OLD if bad else NEW: "running"}
+    line = ended["troubles"][0]
+    assert line.startswith("the journal could not be written: ") and str(error).rpartition("] ")[2] in line
+    assert len(ended["troubles"]) == 1 + bool(bad)  # each once
+    assert (store.switch() or {})["outcome"] == ended["outcome"] and not interrupted(store)
+    assert (store.lock_file.parent / "switch-spare.json").stat().st_mode & 0o777 == 0o600
+    monkeypatch.setattr(store, "write_switch", write)
+    assert run(store, number)["troubles"] == [] and not (store.lock_file.parent / "switch-spare.json").exists()
+
+
+def test_a_journal_in_memory_counts_only_instead_of_the_one_that_it_was_kept_for(
+    store: Store, world: World, deployed: int
+) -> None:
+    before = store.switch()
+    assert before
+    store.spare_switch({**before, "phase": "done", "outcome": "failed"})
+    assert (store.switch() or {})["outcome"] == "failed"
+    write = (store.state_dir / "switch.json").read_text()
+    (store.state_dir / "switch.json").unlink()
+    assert store.switch() is None
+    (store.state_dir / "switch.json").write_text(write)
+    assert (store.switch() or {})["outcome"] == "verified"
+    (store.state_dir / "switch.json").write_text("{")
+    store.spare_switch({**before, "outcome": "restored"})
+    assert (store.switch() or {})["outcome"] == "restored" and store.switch_damage() == ""
+    (store.lock_file.parent / "switch-spare.json").write_text("{")
+    assert store.switch() is None and "switch.json" in store.switch_damage()
+
+
+def test_a_restart_that_was_cut_begins_again_on_a_full_disk(
+    store: Store, world: World, deployed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.cut = "starting"
+    with pytest.raises(PowerCut):
+        run(store, deployed, "restart")
+    world.cut = None
+    assert world.containers == {OLD: "exited"}
+    Disk(monkeypatch, 0, ERRORS[0], memory=False)
+    ended = recover(store, Docker("/nowhere"))
+    assert ended and world.containers == {OLD: "running"} and store.current() == deployed
+    assert "the journal could not be written: No space left on device" in ended["troubles"]
+
+
+@pytest.mark.parametrize("phase", ["stopping", "starting", "waiting", "verifying"])
+def test_a_release_that_became_current_stays_though_the_journal_does_not_know(
+    store: Store, world: World, deployed: int, phase: str
+) -> None:
+    journal = run(store, stage(store, NEW))
+    world.did.clear()
+    store.write_switch({**journal, "phase": phase, "outcome": None, "answering_at": None, "stopped_at": 5.0})
+    ended = recover(store, Docker("/nowhere"))
+    assert ended and ended["outcome"] == "verified" and ended["out_of_service_s"] is None
+    assert world.containers == {NEW: "running"} and world.did == [] and store.current() == 2
+
+
+def test_a_link_that_is_made_and_reported_as_failed_is_taken_back(
+    store: Store, world: World, deployed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder cannot be synced after the rename, nor the outcome of the old release be written."""
+    number, link, write = stage(store, NEW), releases.link, releases.write_json
+    full = OSError(5, "Input/output error")
+
+    def made(path: Path, target: str) -> None:
+        link(path, target)
+        if target == f"releases/{number}":
+            raise full
+
+    def unwritten(path: Path, data: Any, mode: int = 0o644) -> None:
+        if path.name == "outcome.json" and path.parent.name == str(deployed):
+            raise full
+        write(path, data, mode)
+
+    monkeypatch.setattr(releases, "link", made)
+    monkeypatch.setattr(releases, "write_json", unwritten)
+    journal = run(store, number)
+    assert journal["outcome"] == "restored" and world.containers == {OLD: "running"} and store.current() == deployed
+    assert journal["troubles"] == ["release 1 could not be noted as verified: Input/output error"]
+
+
+@pytest.mark.parametrize("error", [*ERRORS, KeyError("surprise")])
+def test_nothing_that_fails_after_the_commit_undoes_it(
+    store: Store, world: World, deployed: int, reclaims: Reclaims, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(switch.reclaim, "after_switch", broken)
+    monkeypatch.setattr(switch.reclaim, "note", broken)
+    monkeypatch.setattr(switch.key, "keep", broken)
+    monkeypatch.setattr(store, "repair_all", broken)
+    monkeypatch.setattr(engine, "remove", broken)
+    journal = run(store, stage(store, NEW))
+    assert journal["outcome"] == "verified" and store.current() == 2 and world.containers[NEW] == "running"
+    assert [line.partition(": ")[0] for line in journal["troubles"]] == [
+        *("the key of before could not be removed", "the container vllm-old could not be removed"),
+        *("old releases could not be removed", "the files of the releases could not be checked"),
+        "what no release needs could not be removed",
+    ]
+    assert store.switch() == json.loads(json.dumps(journal))
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_nothing_that_fails_on_the_way_back_keeps_the_old_one_down(
+    store: Store, world: World, deployed: int, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise error
+
+    world.bad[NEW] = "crash"
+    for name in ("note_failure", "never_verified", "commit"):
+        monkeypatch.setattr(store, name, broken)
+    monkeypatch.setattr(switch.key, "give_back", broken)
+    monkeypatch.setattr(engine, "read_log", broken)
+    journal = run(store, stage(store, NEW))
+    assert journal["outcome"] == "restored" and world.containers == {OLD: "running"} and store.current() == deployed
+    assert len(journal["troubles"]) == 4 and journal["error"]["message"] == "vllm-new ended"
+
+
+def test_docker_s_odd_answers_are_a_failure_like_any_other(
+    store: Store, world: World, deployed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number, look = stage(store, NEW), world.look
+
+    def odd(docker: Docker, name: str) -> dict[str, Any]:
+        if name == NEW:
+            raise TypeError("'int' object is not subscriptable")
+        return look(docker, name)
+
+    monkeypatch.setattr(engine, "look", odd)
+    journal = run(store, number)
+    assert journal["outcome"] == "restored" and journal["error"]["failure"] == "internal"
+    assert world.containers == {OLD: "running"}
+    monkeypatch.setattr(switch, "precheck", lambda *_: odd(Docker("/nowhere"), NEW))
+    journal = run(store, number)
+    assert journal["outcome"] == "refused" and journal["error"]["failure"] == "internal"
+
+
+def test_troubles_are_said_by_the_job(
+    store: Store, world: World, deployed: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = Job(monkeypatch, store)
+    number = stage(store, NEW)
+    world.bad[NEW] = "crash"
+    monkeypatch.setattr(store, "note_failure", lambda *_: (_ for _ in ()).throw(ValueError("odd\x1b[2J")))
+    assert job.main(f"--to={number}") == 1
+    assert capsys.readouterr().out == "the failure of release 2 could not be noted: ValueError: odd\ufffd[2J\n"
+    monkeypatch.setattr(switch, "recover", lambda store: {"outcome": "restored", "troubles": ["one"]})
+    assert job.main("--recover") == 0 and capsys.readouterr().out == "one\n"
 
 
 def test_a_lock_that_is_given_back_while_its_holder_is_looked_up_is_taken(

@@ -327,11 +327,15 @@ def test_check_mode_before_docker_is_installed(tmp_path: Path, capsys: pytest.Ca
     assert result["changed"] and result["msg"] == "would pull nvcr.io/nvidia/vllm:25.09-py3"
 
 
-@pytest.mark.parametrize("before", [[], [{"Id": "sha256:id", "RepoTags": ["mine:1"]}]])
+@pytest.mark.parametrize(
+    "before",
+    [[], [{"Id": "sha256:id", "RepoTags": ["mine:1"]}], [{"Id": "other", "RepoTags": 5}], [{"Id": 5}], "odd"],
+)
 def test_an_image_that_was_brought_is_noted(
-    ready: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str], before: list[dict[str, Any]]
+    ready: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str], before: Any
 ) -> None:
-    """With its last release it may go; one that was here under another name may not."""
+    """With its last release it may go; one that was here under another name may not, nor any where Docker does not say
+    what was here."""
 
     def create(handler: Handler) -> None:
         image = {**INSPECT, "RepoTags": [REF], "RepoDigests": [OWN]}

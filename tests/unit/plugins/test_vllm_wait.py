@@ -19,6 +19,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.eng
     LINE,
     TAIL,
     instant,
+    look,
     redact,
     wait,
 )
@@ -214,6 +215,32 @@ def test_instant() -> None:
     assert instant("1970-01-01T00:00:01.25Z") == (1, 250000000)
     assert instant("1970-01-01T00:00:01Z") == (1, 0)
     assert instant("0001-01-01T00:00:00Z") == instant("") == instant("12:00") == (0, 0)
+    assert instant("2026-99-99T99:99:99Z") == instant("0000-01-01T00:00:00Z") == (0, 0)
+    assert instant("\u0662026-01-01T00:00:00Z") == (0, 0)
+
+
+@pytest.mark.parametrize("odd", [None, 5, -1, "x", "x" * 100_000, [5], {"a": []}, 1 << 80, True])
+def test_whatever_docker_says_of_a_container_is_understood_or_left_out(
+    engine: Engine, container: Container, docker: Docker, odd: Any
+) -> None:
+    labels = {"com.docker.compose.service": "vllm"}
+    known = dict.fromkeys(("State", "Created", "Names"), odd)
+    engine.routes["GET", "/containers/json"] = [
+        {"Id": "abc", "Labels": labels, **known},
+        {"Id": "def", "Labels": labels, "Created": 5},
+        {"Id": "ghi", **known, "Labels": odd},
+    ]
+    states = ({"State": odd}, {"State": dict.fromkeys(("ExitCode", "Error", "StartedAt", "OOMKilled"), odd)})
+    container.deaths = [10**400]
+    for state in states:
+        for name in ("abc", "def"):
+            found = {"Id": odd, "Config": odd, "RestartCount": odd, **state}
+            engine.routes["GET", f"/containers/{name}/json"] = found
+        seen = look(docker, "vllm")
+        assert isinstance(seen["id"], str) and seen["id"]
+        assert len(seen["error"]) <= LINE and len(seen["started_at"]) <= 100
+        assert -(1 << 31) < seen["exit_code"] < 1 << 31 and 0 <= seen["restart_count"] < 1 << 31
+        assert instant(seen["started_at"]) == (0, 0)
 
 
 def test_health_is_not_asked_of_a_container_that_does_not_run(container: Container, docker: Docker, vllm: Vllm) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plugins.action.release_switch import refused
 
 from sparkfleet.diagnosis.failures import BY_ID
 from sparkfleet.reporting.switch_progress import Follower, foreseen
@@ -169,3 +173,118 @@ def test_what_was_reclaimed_is_printed_and_counted() -> None:
         *("spark-1  would prune release 1, 2", lines[0].replace("reclaimed", "would reclaim")),
     ]
     assert foreseen("spark-1", {"pruned": []}) == []
+
+
+# -- a Spark that says anything --------------------------------------------------------------------------------------
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\r\n\u202egnp"
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]")
+PHASES = ("stopping", "starting", "waiting", "verifying", "restoring", "restore-waiting", "restore-verifying", "done")
+
+
+def harmless(lines: list[str]) -> None:
+    for line in lines:
+        assert not CONTROL.search(line) and len(line) <= 4000 and line.startswith("spark-1  "), line
+
+
+@pytest.mark.parametrize("text", [EVIL, EVIL * 100_000, "\ud800"])
+@pytest.mark.parametrize("outcome", ["verified", "restored", "failed", "removed", "refused", None])
+def test_what_a_spark_says_does_nothing_to_the_terminal(text: str, outcome: str | None) -> None:
+    names = dict.fromkeys(("controller", "verb", "model", "from_model", "container"), text)
+    told = error(message=text, docker_error=text, container=text, log=[text, f"ValueError: {text}"])
+    known = {"error": told, "restore_error": told, "left": [text], "troubles": [text], "outcome": outcome}
+    reclaimed = [{"kind": text[:4000], "name": text[:4000], "bytes": 5}]
+    for more in ({"already": True, "done": True}, {"joined": True}, {"cut": True}, {}):
+        follower = Follower("spark-1", 3)
+        first = journal("stopping", "starting", "waiting", **names)
+        lines = follower.take(answer(first, [text, f"2026-11-23T10:00:04Z INFO Fetching 5 files: {text} 1/2"], **more))
+        harmless(lines)
+        asked = follower.asks()
+        assert all(len(str(value)) <= 300 for value in asked.values())
+        ended = journal(*PHASES, **names, **known, reclaimed=reclaimed, ended=BEGAN + 60)
+        harmless(follower.take(answer(ended, [text])))
+        message = follower.result().get("msg", "")
+        assert not CONTROL.search(message.replace("\n", "")) and len(message) < 20_000
+    harmless(foreseen("spark-1", {"pruned": [1], "reclaimed": reclaimed, "left": [text]}))
+    said = refused("spark-1", {"failed": True, "failure": text, "msg": text})["msg"]
+    assert not CONTROL.search(said.replace("\n", "")) and len(said) < 5000
+    assert refused("spark-1", {"failed": True, "failure": ["x"]})["msg"] == "spark-1:  [['x']]"
+
+
+def test_troubles_of_a_switch_are_printed() -> None:
+    follower = Follower("spark-1", 3)
+    trouble = "the journal could not be written: No space left on device"
+    lines = follower.take(answer(journal("done", outcome="verified", ended=BEGAN + 1, troubles=[trouble] * 50)))
+    assert lines == [f"spark-1  {trouble}"] * 20 and follower.result()["troubles"] == [trouble] * 50
+
+
+HUGE, NAN, INFINITY = 10**400, float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        *(5, "x", {}, [5], [None], [{}], [[]], True, NAN, {"bytes": 5}),
+        *([{"kind": "image", "name": "x", "bytes": size}] for size in (NAN, INFINITY, HUGE, -1, "5", None, True, [5])),
+        *([{"kind": kind, "name": "x", "bytes": 5}] for kind in (5, None, [], {}, "x" * 100_000)),
+    ],
+)
+def test_what_was_reclaimed_of_another_form_is_left_out(odd: Any) -> None:
+    good = {"kind": "image", "name": "nvcr.io/x:1", "bytes": 2_000_000_000}
+    for kept, value in enumerate((odd, [good, *odd] if isinstance(odd, list) else [good, odd])):
+        follower = Follower("spark-1", 3)
+        ended = journal("done", outcome="verified", ended=BEGAN + 1, reclaimed=value, left=value)
+        lines = follower.take(answer(ended))
+        result = follower.result()
+        assert result["reclaimed"] == ([good] if kept else []) and result["reclaimed_bytes"] == 2_000_000_000 * kept
+        assert len(lines) == kept + isinstance(odd, str) * kept
+        assert len(foreseen("spark-1", {"reclaimed": value, "left": []})) == kept
+    assert foreseen("spark-1", odd) == []
+    assert foreseen("spark-1", {"pruned": [3, NAN, -1, "x", HUGE, True]}) == ["spark-1  would prune release 3"]
+
+
+def test_times_that_are_none_are_not_printed() -> None:
+    follower = Follower("spark-1", 3)
+    first = journal("stopping", "starting", began=1e300)
+    first["steps"] = [{"phase": "stopping", "at": 1e300}, {"phase": "starting", "at": 0}]
+    assert max(map(len, follower.take(answer(first)))) < 100
+    for value in (1e300, NAN, INFINITY, HUGE, -1, "x"):
+        more = dict.fromkeys(("ended", "out_of_service_s", "stopped_at", "answering_at", "began"), value)
+        ended = journal(*PHASES, error=error(), outcome="restored", **more)
+        harmless(follower.take(answer(ended, now=value)))
+        result = follower.result()
+        assert len(result["msg"]) < 1000 and abs(result["seconds"]) <= 1e11
+
+
+def test_steps_are_told_once_however_often_they_are_sent() -> None:
+    follower, seen = Follower("spark-1", 3), []
+    for count in (1, 3, 1, 3, 2, 3):
+        seen += follower.take(answer(journal(*("stopping", "starting", "committing")[:count])))
+    assert len(seen) == 3
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from([HUGE, EVIL])
+ANY = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+)
+FIELDS = {*answer(journal("done")), "already"} - {"journal"}
+ANSWER = st.fixed_dictionaries({}, optional=dict.fromkeys(sorted(FIELDS), ANY))
+JOURNAL = st.fixed_dictionaries({}, optional=dict.fromkeys([*journal("done"), "reclaimed", "left", "troubles"], ANY))
+FACTS = st.fixed_dictionaries({}, optional=dict.fromkeys(error(), ANY))
+
+
+@given(
+    told=ANSWER,
+    inner=ANY | JOURNAL,
+    facts=st.none() | ANY | FACTS,
+    phases=st.lists(st.sampled_from(PHASES), min_size=1),
+)
+def test_nothing_that_a_spark_says_is_an_error_of_ours(told: Any, inner: Any, facts: Any, phases: list[str]) -> None:
+    follower = Follower("spark-1", 3)
+    whole = journal(*phases)
+    if isinstance(inner, dict):
+        inner = {**whole, "error": {**error(), **facts} if isinstance(facts, dict) else facts, **inner}
+    for sent in (answer(whole), {**answer(whole), **told, "journal": inner}, {"journal": inner}):
+        harmless(follower.take(sent))
+        message = follower.result().get("msg", "")
+        assert not CONTROL.search(message.replace("\n", ""))
