@@ -14,7 +14,7 @@ description:
     group is resolved for itself, since packages of two groups may conflict (Docker's own and the distribution's).
 options:
   image: {description: Reference of the image., type: str, required: true}
-  digest: {description: Its digest, where the controller knows it., type: str, default: ""}
+  digest: {description: "Its digest, where the controller knows it.", type: str, default: ""}
   repo: {description: Model on the Hub; empty for none., type: str, default: ""}
   revision: {description: Its revision., type: str, default: main}
   cache_dir: {description: Folder of the model cache., type: path, default: /opt/hf}

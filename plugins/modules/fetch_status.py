@@ -36,6 +36,7 @@ author: ["The Sparkfleet developers"]
 attributes:
   check_mode:
     support: full
+    description: Reads only.
 """
 
 EXAMPLES = r"""

@@ -12,7 +12,11 @@ description:
   - keepalived takes addresses only, no names. Reads only.
 options:
   name: {description: This gateway's name., type: str, required: true}
-  gateways: {description: All of them, each with C(name) and C(address)., type: list, elements: dict, required: true}
+  gateways:
+    description: All of them, each with C(name) and C(address).
+    type: list
+    elements: dict
+    required: true
   address: {description: Floating IPv4 address with or without prefix; empty for none., type: str, default: ""}
   interface: {description: Interface of the floating address; found unless told., type: str, default: ""}
 author: ["The Sparkfleet developers"]

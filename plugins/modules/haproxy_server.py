@@ -10,7 +10,7 @@ short_description: Drain a server of HAProxy, or put it back
 description:
   - Speaks to HAProxy's runtime socket. A drained server (HAProxy calls it in maintenance) gets no new requests, not of
     its sessions either; with O(timeout) the module waits until those that run have ended.
-  - Several servers are one call: what is right already is left alone.
+  - Several servers are one call; what is right already is left alone.
   - A server that no backend has is no error, so that a Spark which is not in the gateway yet can be rolled out.
 options:
   servers: {description: Names of the servers in their backends., type: list, elements: str, required: true}

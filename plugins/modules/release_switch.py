@@ -64,7 +64,7 @@ id: {description: Of the job., returned: always, type: str}
 joined: {description: Whether the job was begun by another run., returned: always, type: bool}
 already: {description: Whether the release runs already; there was nothing to do., returned: always, type: bool}
 done: {description: Whether the job has ended., returned: always, type: bool}
-cut: {description: Whether the job was killed, and is now being ended., returned: always, type: bool}
+cut: {description: "Whether the job was killed, and is now being ended.", returned: always, type: bool}
 journal: {description: Its journal., returned: always, type: dict}
 state: {description: State of the container now waited for; missing for none., returned: always, type: str}
 restart_count: {description: How often Docker restarted it., returned: always, type: int}
@@ -75,7 +75,7 @@ would: {description: Releases that would be pruned and what would be reclaimed.,
 now: {description: Unix time of the host., returned: always, type: float}
 release: {description: By the action; number and model that serve now., returned: action, type: dict}
 previous: {description: By the action; number and model that served before., returned: action, type: dict}
-outcome: {description: By the action; verified restored removed refused or failed., returned: action, type: str}
+outcome: {description: "By the action; verified, restored, removed, refused or failed.", returned: action, type: str}
 out_of_service_s: {description: By the action; seconds without an answer., returned: action, type: float}
 reclaimed: {description: By the action; kind name and bytes of what was removed., returned: action, type: list}
 reclaimed_bytes: {description: By the action; their sum., returned: action, type: int}

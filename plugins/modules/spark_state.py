@@ -16,7 +16,7 @@ description:
   - Changes nothing. A part that cannot be read is reported as absent, with the reason where there is one.
 options:
   repo: {description: Model on the Hub (ORG/NAME)., type: str, required: true}
-  revision: {description: Branch, tag or commit of the model., type: str, required: true}
+  revision: {description: "Branch, tag or commit of the model.", type: str, required: true}
   image: {description: Reference of the engine's image., type: str, required: true}
   project: {description: Name of the compose project that is ours., type: str, required: true}
   project_dir: {description: Folder of the compose file., type: path, required: true}

@@ -75,7 +75,10 @@ checks:
   returned: always
   type: list
   elements: dict
-asked: {description: url, model, question, expect, prompt and prompt_expect as used., returned: always, type: dict}
+asked:
+  description: url, model, question, expect, prompt and prompt_expect as used.
+  returned: always
+  type: dict
 answer: {description: The chat answer., returned: always, type: str}
 completion: {description: The completion., returned: always, type: str}
 ttft_ms: {description: ms to the first streamed text with three requests at once., returned: success, type: float}

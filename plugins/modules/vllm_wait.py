@@ -80,7 +80,10 @@ downloaded: {description: Bytes in O(download_dir); 0 without it., returned: alw
 now: {description: Unix time of the host., returned: always, type: float}
 seconds: {description: By the action; how long it waited., returned: action, type: float}
 phases: {description: By the action; phase and seconds of each., returned: action, type: list, elements: dict}
-kv_cache: {description: By the action; gib, tokens, max_concurrency and context of it., returned: action, type: dict}
+kv_cache:
+  description: By the action; gib, tokens, max_concurrency and context of it.
+  returned: action
+  type: dict
 weights_gib: {description: By the action; size of the loaded weights., returned: action, type: float}
 failure: {description: By the action; entry in the table of failures., returned: failure, type: str}
 """
