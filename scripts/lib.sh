@@ -31,10 +31,12 @@ during() {
     say "  done in $((SECONDS - start)) s"
 }
 
-# setup [test]: make .venv, unless it already is what pyproject.toml and constraints.txt say.
+# setup [test]: make .venv, unless it already is what pyproject.toml and constraints.txt say. SPARKFLEET_ANSIBLE_CORE is
+# another series of ansible-core than the pinned one (2.21), for tests.
 setup() {
-    local extras=${1:-} python wanted stamp=.venv/.sparkfleet-setup from=()
-    wanted=$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
+    local extras=${1:-} core=${SPARKFLEET_ANSIBLE_CORE:-} python wanted stamp=.venv/.sparkfleet-setup from=() pins
+    [[ $core =~ ^([0-9]+\.[0-9]+)?$ ]] || die "SPARKFLEET_ANSIBLE_CORE is a series of ansible-core, such as 2.21"
+    wanted=$(cat pyproject.toml constraints.txt - <<<"$core" | sha256sum | cut -c1-16)
     if [[ -x .venv/bin/sparkfleet ]] && grep -qx "$wanted $extras" "$stamp" 2>/dev/null; then return; fi
     for python in python3 python3.14 python3.13 python3.12 python3.11; do
         if command -v "$python" >/dev/null && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
@@ -54,8 +56,13 @@ setup() {
     if [[ ! -x .venv/bin/python ]]; then
         "$python" -m venv .venv || die "cannot make .venv: apt-get install python3-venv"
     fi
+    pins=constraints.txt
+    if [[ -n $core ]]; then
+        pins=.venv/.sparkfleet-constraints
+        sed "s/^ansible-core==.*/ansible-core==$core.*/" constraints.txt >"$pins"
+    fi
     during "Installing Ansible and what else Sparkfleet needs into .venv" \
-        .venv/bin/pip install --disable-pip-version-check "${from[@]}" --constraint constraints.txt \
+        .venv/bin/pip install --disable-pip-version-check "${from[@]}" --constraint "$pins" \
         --editable ".${extras:+[$extras]}"
     if [[ -n ${bundle:-} ]]; then
         rm -rf "$wheels"

@@ -10,7 +10,7 @@ short_description: Pull a container image, with progress in a status file
 description:
   - Pulls through the Docker Engine API. An image that is present is left alone; its tag is not asked for again.
   - Only one pull of this kind runs at a time. A second job for the same image returns at once with attached=true;
-    watch the status file (M(sparkfleet.dgx.fetch_wait)) for its end.
+    watch the status file (the action C(sparkfleet.dgx.fetch_wait)) for its end.
   - When the job dies the engine ends the pull; finished layers stay, the next pull starts with the others.
 options:
   image:

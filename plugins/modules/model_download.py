@@ -17,7 +17,7 @@ description:
     an answer that made no sense) is hashed first; what is damaged is fetched again, at the commit that is there. A
     branch or tag is resolved on its first download.
   - Only one download runs at a time. A second job for the same model returns at once with attached=true; watch the
-    status file (M(sparkfleet.dgx.fetch_wait)) for its end.
+    status file (the action C(sparkfleet.dgx.fetch_wait)) for its end.
 options:
   repo:
     description: Repository on the Hub, ORG/NAME.

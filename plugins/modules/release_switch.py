@@ -75,7 +75,7 @@ would: {description: Releases that would be pruned and what would be reclaimed.,
 now: {description: Unix time of the host., returned: always, type: float}
 release: {description: By the action; number and model that serve now., returned: action, type: dict}
 previous: {description: By the action; number and model that served before., returned: action, type: dict}
-outcome: {description: By the action; verified restored removed refused or failed., returned: action, type: str}
+outcome: {description: "By the action; verified, restored, removed, refused or failed.", returned: action, type: str}
 out_of_service_s: {description: By the action; seconds without an answer., returned: action, type: float}
 reclaimed: {description: By the action; kind name and bytes of what was removed., returned: action, type: list}
 reclaimed_bytes: {description: By the action; their sum., returned: action, type: int}
