@@ -15,7 +15,7 @@ options:
   state: {description: What to do., type: str, choices: [serve, connect, absent], required: true}
   address: {description: Name or address under which the others reach this host., type: str, default: ""}
   takers: {description: Names or addresses of the others; with C(serve)., type: list, elements: str, default: []}
-  settings: {description: What to serve or where to lead to, by the action., type: dict, default: {}}
+  settings: {description: "What to serve or where to lead to, by the action.", type: dict, default: {}}
   pairs: {description: Key and certificate of each source in PEM., type: dict, default: {}}
   clean: {description: With C(absent) remove what was kept for others as well., type: bool, default: true}
   program: {description: The packed program., type: path, default: /opt/sparkfleet/lib/sparkfleet_host.pyz}
