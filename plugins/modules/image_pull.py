@@ -147,6 +147,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.reg
 )
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import STATE_DIR
 
+MOST_LAYERS = 1000  # of an image
 SILENCE = 1800.0  # seconds without a word from the engine; a huge layer may unpack for long
 
 
@@ -166,6 +167,11 @@ class Layer:
         return self.size or 0
 
 
+def _bytes(value: Any) -> int:
+    """An amount as Docker counts it; 0 for anything else."""
+    return value if isinstance(value, int) and 0 < value < 1 << 62 else 0
+
+
 @dataclass
 class Progress:
     """Adds up the engine's progress messages over all layers."""
@@ -176,11 +182,12 @@ class Progress:
     def feed(self, event: dict[str, Any]) -> None:
         """One message of the stream: {"status", "id", "progressDetail": {"current", "total"}}."""
         status, id = str(event.get("status", "")), str(event.get("id", ""))
-        detail = event.get("progressDetail") or {}
-        if not id or not re.fullmatch(r"[0-9a-f]{12}", id):
+        detail = event.get("progressDetail")
+        detail = detail if isinstance(detail, dict) else {}
+        if not re.fullmatch(r"[0-9a-f]{12}", id) or (id not in self.layers and len(self.layers) == MOST_LAYERS):
             return
         layer = self.layers.setdefault(id, Layer())
-        current, total = int(detail.get("current") or 0), int(detail.get("total") or 0)
+        current, total = _bytes(detail.get("current")), _bytes(detail.get("total"))
         if detail.get("units"):  # the containerd store reports unpacking in seconds
             current = total = 0
         if total and status == "Downloading":

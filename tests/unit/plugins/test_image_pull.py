@@ -80,6 +80,18 @@ def test_unpacking_follows() -> None:
     assert progress.state() == ("extracting", 100, 400)
 
 
+@pytest.mark.parametrize("odd", ["x", [5], [None], True, -5, 1.5, 1 << 80, {"a": 5}])
+def test_progress_of_another_form_counts_for_nothing(odd: Any) -> None:
+    progress = Progress()
+    for detail in (odd, {"current": odd, "total": odd}):
+        for status in ("Downloading", "Extracting", odd):
+            progress.feed({"status": status, "id": "a" * 12, "progressDetail": detail})
+            progress.feed({"status": status, "id": odd, "progressDetail": detail})
+    for number in range(2000):
+        progress.feed({"status": "Downloading", "id": f"{number:012x}"})
+    assert len(progress.layers) == 1000 and progress.state()[1] <= 1
+
+
 def test_layer_that_starts_again_does_not_go_back() -> None:
     progress = Progress()
     progress.feed(event(A, "Downloading", 80, 100))
