@@ -12,6 +12,7 @@ import pytest
 import tomllib
 import yaml
 
+import sparkfleet
 from tests.unit import ROOT, pages
 
 FOLDER = ROOT / ".github"
@@ -159,6 +160,7 @@ def versions() -> dict[str, str]:
     changelog = yaml.safe_load((ROOT / "changelogs" / "changelog.yaml").read_text(encoding="utf-8"))["releases"]
     newest = max(changelog, key=lambda version: [int(part) for part in version.split(".")])
     return {
+        "the package": sparkfleet.__version__,
         "galaxy.yml": yaml.safe_load((ROOT / "galaxy.yml").read_text(encoding="utf-8"))["version"],
         "pyproject.toml": tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"],
         "changelog.yaml": newest,
