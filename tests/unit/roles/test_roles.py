@@ -20,25 +20,20 @@ from tests.unit import ROOT
 ROLES = sorted(path.name for path in (ROOT / "roles").iterdir())
 
 
+def entry_points(role: str) -> dict[str, Any]:
+    text = (ROOT / "roles" / role / "meta" / "argument_specs.yml").read_text(encoding="utf-8")
+    found: dict[str, Any] = yaml.safe_load(text)["argument_specs"]
+    return found
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_defaults_and_specs_name_the_same_variables(role: str) -> None:
-    folder = ROOT / "roles" / role
-    defaults = yaml.safe_load((folder / "defaults" / "main.yml").read_text(encoding="utf-8"))
-    spec = yaml.safe_load((folder / "meta" / "argument_specs.yml").read_text(encoding="utf-8"))
-    options = spec["argument_specs"]["main"]["options"]
+    defaults = yaml.safe_load((ROOT / "roles" / role / "defaults" / "main.yml").read_text(encoding="utf-8")) or {}
+    options = {name: option for entry in entry_points(role).values() for name, option in entry["options"].items()}
     assert set(defaults) == {name for name, option in options.items() if not option.get("required")}
     for name, option in options.items():
         if "default" in option:
             assert option["default"] == defaults[name], name
-
-
-def test_earlyoom_has_the_same_arguments_in_both_roles() -> None:
-    """The plan compares what is on the host with the variable of the role sparkfleet."""
-    found = set()
-    for role in ("sparkfleet", "memory"):
-        text = (ROOT / "roles" / role / "defaults" / "main.yml").read_text(encoding="utf-8")
-        found.add(yaml.safe_load(text)[f"{role}_earlyoom_arguments"])
-    assert len(found) == 1
 
 
 def test_generated_pages_are_current() -> None:
@@ -56,8 +51,8 @@ def test_the_cache_has_no_mode_that_was_not_written(tmp_path: Path, mode: str, t
     me = {"owner": pwd.getpwuid(os.getuid()).pw_name, "group": grp.getgrgid(os.getgid()).gr_name}
     (tmp_path / "play.yml").write_text(
         "- hosts: localhost\n  gather_facts: false\n  roles:\n    - role: sparkfleet.dgx.hf_cache\n"
-        f"      hf_cache_dir: {tmp_path}/cache\n      hf_cache_owner: {me['owner']}\n"
-        f"      hf_cache_group: {me['group']}\n      hf_cache_mode: {mode}\n",
+        f"      sparkfleet_cache_dir: {tmp_path}/cache\n      sparkfleet_cache_owner: {me['owner']}\n"
+        f"      sparkfleet_cache_group: {me['group']}\n      sparkfleet_cache_mode: {mode}\n",
         encoding="utf-8",
     )
     command = [Path(sys.executable).with_name("ansible-playbook"), "-i", "localhost,", "-c", "local"]
@@ -68,7 +63,7 @@ def test_the_cache_has_no_mode_that_was_not_written(tmp_path: Path, mode: str, t
     )
     said = " ".join((done.stdout + done.stderr).split())
     assert (done.returncode == 0) == taken == (tmp_path / "cache").exists(), said
-    assert taken or "hf_cache_mode: must be octal digits as text, not " in said
+    assert taken or "sparkfleet_cache_mode: must be octal digits as text, not " in said
     if taken:
         assert f"{(tmp_path / 'cache').stat().st_mode & 0o7777:04o}" == mode.strip('"')
 
@@ -86,7 +81,7 @@ def test_check_mode_installs_what_is_not_there(tasks: str, packages: list[str], 
     file = ROOT / "roles" / tasks
     cut = yaml.safe_load(file.read_text(encoding="utf-8"))[:2]  # the look, and what it says
     (tmp_path / "cut.yml").write_text(yaml.safe_dump(cut), encoding="utf-8")
-    variables = {"docker_source": "distribution", "docker_os": {"id": "debian"}, "memory_earlyoom_installed": False}
+    variables = {"sparkfleet_docker_source": "distribution", "docker_os": {"id": "debian"}, "memory_earlyoom_installed": False}
     known = ROOT / "roles" / "docker" / "vars" / "main.yml"
     play = {"hosts": "localhost", "gather_facts": False, "vars": variables, "vars_files": [str(known)]}
     path = tmp_path / "play.yml"
