@@ -25,7 +25,18 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
     TRANSFERS_FILES = False
     _supports_check_mode = True
     _VALID_ARGS = frozenset(
-        ("repo", "revision", "endpoint", "token", "proxy", "no_proxy", "bundle", "remote_code", "controller_verifies", "listing")
+        (
+            "repo",
+            "revision",
+            "endpoint",
+            "token",
+            "proxy",
+            "no_proxy",
+            "bundle",
+            "remote_code",
+            "controller_verifies",
+            "listing",
+        )
     )
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:

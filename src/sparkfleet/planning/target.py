@@ -55,7 +55,7 @@ class Settings:
     ca_file: str = ""  # certificate authorities of the host, for an engine that downloads by itself
     operator: str = "root"
     hf_token: str = dataclasses.field(default="", repr=False)
-    hf_token_file: str = "/etc/sparkfleet/hf_token"
+    hf_token_file: str = "/etc/sparkfleet/hf_token"  # noqa: S105 - a path
     hub_endpoint: str = "https://huggingface.co"
     docker_source: str = "distribution"
     require_gb10: bool = True

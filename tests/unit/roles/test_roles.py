@@ -6,6 +6,7 @@ import grp
 import importlib
 import os
 import pwd
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,14 +27,32 @@ def entry_points(role: str) -> dict[str, Any]:
     return found
 
 
+SETTINGS = entry_points("sparkfleet")["main"]["options"]
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_defaults_and_specs_name_the_same_variables(role: str) -> None:
-    defaults = yaml.safe_load((ROOT / "roles" / role / "defaults" / "main.yml").read_text(encoding="utf-8")) or {}
+    """Of settings of the inventory the role sparkfleet has the defaults."""
+    file = ROOT / "roles" / role / "defaults" / "main.yml"
+    defaults = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
     options = {name: option for entry in entry_points(role).values() for name, option in entry["options"].items()}
-    assert set(defaults) == {name for name, option in options.items() if not option.get("required")}
-    for name, option in options.items():
+    own = {name: option for name, option in options.items() if role == "sparkfleet" or name not in SETTINGS}
+    assert set(defaults) == {name for name, option in own.items() if not option.get("required")}
+    for name, option in own.items():
         if "default" in option:
             assert option["default"] == defaults[name], name
+
+
+@pytest.mark.parametrize("role", [role for role in ROLES if role != "sparkfleet"])
+def test_a_role_specifies_the_settings_that_it_reads_as_the_inventory_has_them(role: str) -> None:
+    folder = ROOT / "roles" / role
+    files = [file for part in ("tasks", "templates", "vars", "handlers") for file in (folder / part).glob("*")]
+    words = {word for file in files for word in re.findall(r"\bsparkfleet_\w+", file.read_text(encoding="utf-8"))}
+    specified = {name: option for name, option in entry_points(role)["main"]["options"].items() if name in SETTINGS}
+    assert set(specified) == words & set(SETTINGS)
+    assert specified == {name: SETTINGS[name] for name in specified}
+    meta = yaml.safe_load((folder / "meta" / "main.yml").read_text(encoding="utf-8"))
+    assert meta["dependencies"] == ([{"role": "sparkfleet.dgx.sparkfleet"}] if specified else [])
 
 
 def test_generated_pages_are_current() -> None:
@@ -81,7 +100,11 @@ def test_check_mode_installs_what_is_not_there(tasks: str, packages: list[str], 
     file = ROOT / "roles" / tasks
     cut = yaml.safe_load(file.read_text(encoding="utf-8"))[:2]  # the look, and what it says
     (tmp_path / "cut.yml").write_text(yaml.safe_dump(cut), encoding="utf-8")
-    variables = {"sparkfleet_docker_source": "distribution", "docker_os": {"id": "debian"}, "memory_earlyoom_installed": False}
+    variables = {
+        "sparkfleet_docker_source": "distribution",
+        "docker_os": {"id": "debian"},
+        "memory_earlyoom_installed": False,
+    }
     known = ROOT / "roles" / "docker" / "vars" / "main.yml"
     play = {"hosts": "localhost", "gather_facts": False, "vars": variables, "vars_files": [str(known)]}
     path = tmp_path / "play.yml"
