@@ -156,3 +156,63 @@ def test_roles_and_playbooks_give_actions_what_they_take(name: str) -> None:
             given = task.get(name)
             if takes and isinstance(given, dict):
                 assert set(given) <= set(takes), f"{file}: {task.get('name')}"
+
+
+#: A value that is a setting and nothing else, whatever its type is made.
+PASSED_ON = re.compile(r"\{\{\s*sparkfleet_(\w+)\s*(\|\s*(bool|int|float|default\((?:[^()]|\([^()]*\))*\))\s*)*\}\}")
+
+
+def mappings(found: Any, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every mapping of a YAML document with the key that it stands under."""
+    if isinstance(found, dict):
+        yield key, found
+    for name, item in found.items() if isinstance(found, dict) else enumerate(found) if isinstance(found, list) else ():
+        yield from mappings(item, name if isinstance(name, str) else key)
+
+
+def passed_on(document: Any) -> Iterator[tuple[str, str]]:
+    """Setting and the name under which a role, a play or an action or module of ours gets it. The module secret_file
+    knows no settings: as Ansible's copy it writes any content into any file."""
+    for key, found in mappings(document):
+        ours = key.startswith("sparkfleet.dgx.") and key != "sparkfleet.dgx.secret_file"
+        if ours or key in ("vars", "roles"):
+            for name, value in found.items():
+                if setting := PASSED_ON.fullmatch(str(value).strip()):
+                    yield setting[1], name
+
+
+def renamed(setting: str, name: str, roles: tuple[str, ...] = tuple(ROLES)) -> bool:
+    """Whether a name is neither the setting's nor, behind a role's prefix or none, its end."""
+    own = [name, *(name.removeprefix(f"{role}_") for role in roles)]
+    return not any(setting == word or setting.endswith(f"_{word}") for word in own)
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("vars: {vllm_wait_seconds: '{{ sparkfleet_start_timeout }}'}", True),
+        ("vars: {vllm_wait_seconds: '{{ sparkfleet_start_timeout | default(1800) | int }}'}", True),
+        ("sparkfleet.dgx.release_switch: {keep: '{{ sparkfleet_keep_releases }}'}", True),
+        ("vars: {gateway_port: '{{ sparkfleet_gateway_port | default(8080) }}'}", False),
+        ("sparkfleet.dgx.vllm_wait: {timeout: '{{ sparkfleet_start_timeout | int }}'}", False),
+    ],
+)
+def test_a_setting_under_another_name_is_found(line: str, wrong: bool) -> None:
+    ((setting, name),) = passed_on([{"name": "x", "block": [yaml.safe_load(line)]}])
+    assert renamed(setting, name) is wrong
+
+
+def test_a_setting_has_one_name_from_the_inventory_to_its_use() -> None:
+    files = [*ROOT.glob("roles/*/tasks/*.yml"), *ROOT.glob("playbooks/**/*.yml"), ROOT / "site.yml"]
+    found = [(*item, file) for file in files for item in passed_on(yaml.safe_load(file.read_text(encoding="utf-8")))]
+    known = [item for item in found if f"sparkfleet_{item[0]}" in SETTINGS]
+    names = {setting: {name for other, name, _ in known if other == setting} for setting, _, _ in known}
+    print(f"{len(SETTINGS)} settings, {len(names)} of them passed on, {len(known)} times")
+    assert len(known) > 20
+    assert not [
+        f"{file.relative_to(ROOT)}: {name}: sparkfleet_{setting}"
+        for setting, name, file in known
+        if renamed(setting, name)
+    ]
+    variables = [(setting, name) for setting, name, _ in known if any(name.startswith(f"{role}_") for role in ROLES)]
+    assert len({setting for setting, _ in variables}) == len(variables), "a setting is given to one role, once"
