@@ -72,7 +72,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 
     TRANSFERS_FILES = False
     _supports_check_mode = True
-    _VALID_ARGS = frozenset(("state", "folder", "collected", "images", "models", "packages"))
+    _VALID_ARGS = frozenset(("state", "bundle", "collected", "images", "models", "packages"))
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """What the state asks for; raises AnsibleActionFail with one sentence."""
@@ -106,7 +106,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                 wants = (plan["image"], plan["repo"], plan["revision"], system["codename"], system["machine"])
                 first.setdefault(wants, name)
                 mine = wants if name == self._host else mine
-        have = Bundle.open(self._task.args["folder"]).complete() if self._task.args.get("folder") else []
+        have = Bundle.open(self._task.args["bundle"]).complete() if self._task.args.get("bundle") else []
         return {"collects": mine is not None and first[mine] == self._host, "have": have}
 
     def _fetch(self, task_vars: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,7 +185,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         return {"changed": before != bundle.files, "digest": f"sha256:{digest}"}
 
     def _open(self) -> Bundle:
-        folder = str(self._task.args.get("folder") or "")
+        folder = str(self._task.args.get("bundle") or "")
         if not folder:
             raise SparkfleetError("say where to: sparkfleet bundle FOLDER, or -e sparkfleet_bundle_folder=FOLDER")
         return Bundle.open(folder)
@@ -194,7 +194,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 
     def _push(self, task_vars: dict[str, Any]) -> dict[str, Any]:
         digest = str(self._templar.template(task_vars.get("sparkfleet_bundle_digest") or ""))
-        bundle, arguments = Bundle.read(self._task.args["folder"], digest), self._task.args
+        bundle, arguments = Bundle.read(self._task.args["bundle"], digest), self._task.args
         images = list(arguments.get("images") or [])
         models = [f"{model['repo']}@{model['revision']}" for model in arguments.get("models") or []]
         fetched = bundle.of_fetch(images, models)

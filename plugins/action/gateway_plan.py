@@ -15,6 +15,7 @@ from sparkfleet import SparkfleetError
 from sparkfleet.fleet import gateway
 
 display = Display()
+PORTS = {"port": 8080, "statistics_port": 8404, "peer_port": 8405}
 
 
 def unfinished(names: Sequence[str], known: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -31,7 +32,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
     """Reads the variables of the groups sparks and gateways."""
 
     TRANSFERS_FILES = False
-    _VALID_ARGS = frozenset(("keys", "address", "models", "further", "ports"))
+    _VALID_ARGS = frozenset(("keys", "address", "port", "statistics_port", "peer_port", "ports", "models"))
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the plan; raise one error that names a bad value."""
@@ -39,20 +40,20 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         result: dict[str, Any] = super().run(tmp, task_vars)
         groups, known = task_vars["groups"], task_vars["hostvars"]
         arguments = self._task.args
-        models = arguments.get("models") or {}
+        ports = arguments.get("ports") or {}
         try:
             gateway.keys(arguments.get("keys") or [])
             gateway.check_ports(
                 {
-                    **(arguments.get("ports") or {}),
-                    **{f"sparkfleet_gateway_ports.{model}": port for model, port in models.items()},
+                    **{f"sparkfleet_gateway_{name}": arguments.get(name, port) for name, port in PORTS.items()},
+                    **{f"sparkfleet_gateway_ports.{model}": port for model, port in ports.items()},
                 }
             )
             if arguments.get("address"):
                 gateway.floating(str(arguments["address"]))
             sparks = gateway.settings({name: known[name] for name in groups.get("sparks", ())})
-            further = [*(arguments.get("further") or []), *unfinished(groups.get("sparkfleet_rollout", ()), known)]
-            made = gateway.plan(sparks, models, further)
+            further = [*(arguments.get("models") or []), *unfinished(groups.get("sparkfleet_rollout", ()), known)]
+            made = gateway.plan(sparks, ports, further)
             gateways = [
                 {"name": name, "address": gateway.address(name, known[name])} for name in groups.get("gateways", ())
             ]

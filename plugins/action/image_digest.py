@@ -25,7 +25,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 
     TRANSFERS_FILES = False
     _supports_check_mode = True
-    _VALID_ARGS = frozenset(("image", "registries", "proxy", "no_proxy", "bundle", "required"))
+    _VALID_ARGS = frozenset(("image", "registries", "proxy", "no_proxy", "bundle", "controller_verifies"))
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """{"digest", "reason"}; raises AnsibleActionFail for what is not an image."""
@@ -44,7 +44,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         except SparkfleetError as error:
             host = variables.get("inventory_hostname")
             raise AnsibleActionFail(f"{host}: {error}", result={"failure": "bad-input"}) from None
-        if answer.reason and truth(arguments.get("required", False)):
+        if answer.reason and truth(arguments.get("controller_verifies", False)):
             raise AnsibleActionFail(
                 f"{variables.get('inventory_hostname')}: this controller cannot ask what {image} stands for, and "
                 f"sparkfleet_controller_verifies is true: {answer.reason}",

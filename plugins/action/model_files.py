@@ -25,7 +25,18 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
     TRANSFERS_FILES = False
     _supports_check_mode = True
     _VALID_ARGS = frozenset(
-        ("repo", "revision", "endpoint", "token", "proxy", "no_proxy", "bundle", "remote_code", "required", "listing")
+        (
+            "repo",
+            "revision",
+            "endpoint",
+            "token",
+            "proxy",
+            "no_proxy",
+            "bundle",
+            "remote_code",
+            "controller_verifies",
+            "listing",
+        )
     )
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -54,7 +65,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                 model_files.refuse(answer.expected, arguments["listing"], host, f"{repo}@{revision}")
         except SparkfleetError as error:
             raise AnsibleActionFail(f"{host}: {error}", result={"failure": failure}) from None
-        if answer.reason and truth(arguments.get("required", False)):
+        if answer.reason and truth(arguments.get("controller_verifies", False)):
             raise AnsibleActionFail(
                 f"{host}: this controller cannot ask the Hub what {repo}@{revision} is, and "
                 f"sparkfleet_controller_verifies is true: {answer.reason}",

@@ -69,7 +69,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 
     TRANSFERS_FILES = False
     _supports_check_mode = True
-    _VALID_ARGS = frozenset(("state", "enabled", "bundle", "port", "room", "cache_dir", "source", "digest", "clean"))
+    _VALID_ARGS = frozenset(("state", "share", "bundle", "port", "room", "cache_dir", "source", "digest", "clean"))
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """What the state asks for; never fails for want of a source."""
@@ -89,7 +89,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             if look.get("plan") and (bundle or gateway.truth(known.get("sparkfleet_share", True))):
                 drained = gateway.truth(known.get("sparkfleet_drained", False))
                 lacks.append(fetch_schedule.lack(name, look, serves=not drained))
-        enabled = bool(self._task.args.get("enabled", True))
+        enabled = bool(self._task.args.get("share", True))
         some = (enabled or bundle) and not self._task.check_mode
         made = fetch_schedule.schedule(lacks if some else [], bundle=bundle, alone=not enabled)
         for line in made.summary(host):

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Look at a Spark, plan on the controller, refuse what cannot work."""
+"""Look at a Spark, plan on the controller, refuse what cannot work. The settings are the host's variables."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import time
 from typing import Any
@@ -26,30 +25,16 @@ class ActionModule(ActionBase):  # type: ignore[misc]
     """Runs the module spark_state on the host and makes the plan from what it found."""
 
     TRANSFERS_FILES = False
+    _VALID_ARGS = frozenset(("status",))
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return ``plan``; raise one error with every finding when the host or the input is not fit."""
         task_vars = task_vars or {}
         result: dict[str, Any] = super().run(tmp, task_vars)
         host = task_vars["inventory_hostname"]
-        arguments = dict(self._task.args)
-        token, token_file, hub_endpoint = (arguments.pop(key) for key in ("hf_token", "hf_token_file", "hub_endpoint"))
-        token = (token or "").strip()
-        status = bool(arguments.pop("status", False))
-        engine_key, address = (str(arguments.pop(key, "") or "").strip() for key in ("engine_key", "address"))
-        arguments["keyed"] = bool(engine_key)
-        arguments["gateways"] = gateways(task_vars)
-        arguments["gateways_elsewhere"] = gateways(task_vars, but=host)
-        arguments["address"] = address or str(task_vars.get("ansible_host") or host)
+        status = bool(self._task.args.get("status", False))
         try:
-            self._check(task_vars)
-        except SparkfleetError as error:
-            raise _bad_input(f"{host}: {error}") from None
-        arguments["arguments"] = self._vllm_arguments(task_vars)
-        arguments["host_program"] = hashlib.sha256(host_program.build(paths.CACHE).read_bytes()).hexdigest()
-        try:
-            gateway.check_key("sparkfleet_engine_key", engine_key)
-            target = Target.of(_settings(arguments))
+            target = Target.of(self._settings(task_vars))
         except SparkfleetError as error:
             raise _bad_input(f"{host}: {error}") from None
 
@@ -64,12 +49,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             "project_dir": settings.project_dir,
             "cache_dir": settings.cache_dir,
             "port": settings.port,
-            "token": token,
-            "token_file": token_file,
-            "engine_key": engine_key,
+            "token": settings.hf_token,
+            "token_file": settings.hf_token_file,
+            "engine_key": settings.engine_key,
             "address": settings.address,
             "gateways": list(settings.gateways) if listen(settings.listen) == "auto" else [],
-            "hub_endpoint": hub_endpoint,
+            "hub_endpoint": settings.hub_endpoint,
             "proxy": settings.proxy,
             "no_proxy": settings.no_proxy,
             "now": time.time(),
@@ -104,24 +89,39 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         result.update(changed=False, plan=made, state=answer["state"])
         return result
 
-    def _vllm_arguments(self, task_vars: dict[str, Any]) -> dict[str, Any]:
-        """The variables ``sparkfleet_vllm_*``: one an argument, so that Ansible's own precedence merges them."""
-        names = [name for name in task_vars if name.startswith(ARGUMENT_PREFIX)]
-        return variables.arguments({name: self._templar.template(task_vars[name]) for name in names})
+    def _settings(self, task_vars: dict[str, Any]) -> Settings:
+        """The settings of this host, out of its variables. Raises SparkfleetError with each problem."""
+        host = task_vars["inventory_hostname"]
+        settled = variables.settle(self._values(task_vars))
+        _check_gateways(task_vars)
+        settings = Settings.of(
+            settled,
+            address=settled.get("sparkfleet_address") or str(task_vars.get("ansible_host") or host),
+            gateways=gateways(task_vars),
+            gateways_elsewhere=gateways(task_vars, but=host),
+            host_program=hashlib.sha256(host_program.build(paths.CACHE).read_bytes()).hexdigest(),
+        )
+        gateway.check_key("sparkfleet_engine_key", settings.engine_key)
+        return settings
 
-    def _check(self, task_vars: dict[str, Any]) -> None:
-        """Check the variables of this host and the gateways' own. Raises SparkfleetError with each problem."""
+    def _values(self, task_vars: dict[str, Any]) -> dict[str, Any]:
+        """The host's variables `sparkfleet_*`, templates resolved. What is none of ours has its name alone: it may be
+        of Ansible's own making, or what is registered."""
         ours = [name for name in task_vars if name.startswith(variables.PREFIX)]
-        known = [name for name in ours if name in variables.options()]
-        variables.settle({**dict.fromkeys(ours), **{name: self._templar.template(task_vars[name]) for name in known}})
-        for gate in task_vars.get("groups", {}).get("gateways", ()):
-            values = task_vars["hostvars"][gate]
-            names = [name for name in values if name.startswith(variables.PREFIX)]
-            own = {name: values[name] for name in names if name.startswith("sparkfleet_gateway_")}
-            try:
-                variables.settle({**dict.fromkeys(name for name in names if name not in variables.options()), **own})
-            except SparkfleetError as error:
-                raise SparkfleetError(f"{gate}: {error}") from None
+        known = [name for name in ours if name in variables.options() or name.startswith(ARGUMENT_PREFIX)]
+        return {**dict.fromkeys(ours), **{name: self._templar.template(task_vars[name]) for name in known}}
+
+
+def _check_gateways(task_vars: dict[str, Any]) -> None:
+    """Check the gateways' own variables. Raises SparkfleetError with each problem."""
+    for gate in task_vars.get("groups", {}).get("gateways", ()):
+        values = task_vars["hostvars"][gate]
+        names = [name for name in values if name.startswith(variables.PREFIX)]
+        own = {name: values[name] for name in names if name.startswith("sparkfleet_gateway_")}
+        try:
+            variables.settle({**dict.fromkeys(name for name in names if name not in variables.options()), **own})
+        except SparkfleetError as error:
+            raise SparkfleetError(f"{gate}: {error}") from None
 
 
 def gateways(task_vars: dict[str, Any], but: str = "") -> tuple[str, ...]:
@@ -132,14 +132,6 @@ def gateways(task_vars: dict[str, Any], but: str = "") -> tuple[str, ...]:
 
 def _bad_input(message: str) -> AnsibleActionFail:
     return AnsibleActionFail(message, result={"failure": "bad-input"})
-
-
-def _settings(arguments: dict[str, Any]) -> Settings:
-    known = {field.name for field in dataclasses.fields(Settings)}
-    unknown = sorted(set(arguments) - known)
-    if unknown:
-        raise SparkfleetError(f"spark_plan has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    return Settings(**arguments)
 
 
 def _unreachable(host: str, task_vars: dict[str, Any], reason: str) -> str:

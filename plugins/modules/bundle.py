@@ -23,7 +23,7 @@ options:
     type: str
     choices: [schedule, fetch, python, push, absent]
     required: true
-  folder: {description: The bundle's folder on the controller., type: path}
+  bundle: {description: The bundle's folder on the controller., type: path}
   collected: {description: "With O(state=fetch), the result of M(sparkfleet.dgx.bundle_collect).", type: dict}
   images: {description: "With O(state=push), images that the host needs.", type: list, elements: str, default: []}
   models:
@@ -45,7 +45,7 @@ EXAMPLES = r"""
 - name: Packages out of the bundle
   sparkfleet.dgx.bundle:
     state: push
-    folder: /media/stick/bundle
+    bundle: /media/stick/bundle
     packages: true
 """
 

@@ -14,13 +14,15 @@ description:
 options:
   keys: {description: Keys of clients., type: list, elements: str, default: []}
   address: {description: "Floating address, with or without a prefix length.", type: str, default: ""}
-  models: {description: Port of its own for a model., type: dict, default: {}}
-  further:
+  port: {description: TCP port of clients., type: int, default: 8080}
+  statistics_port: {description: TCP port of statistics and metrics., type: int, default: 8404}
+  peer_port: {description: TCP port on which gateways tell each other of sessions., type: int, default: 8405}
+  ports: {description: Port of its own for a model., type: dict, default: {}}
+  models:
     description: Models that have a place though no Spark is to serve them.
     type: list
     elements: str
     default: []
-  ports: {description: Names and numbers of further ports that must differ., type: dict, default: {}}
 author: ["The Sparkfleet developers"]
 attributes:
   check_mode: {support: full, description: Changes nothing.}
@@ -30,7 +32,7 @@ attributes:
 EXAMPLES = r"""
 - name: Work out backends and servers
   sparkfleet.dgx.gateway_plan:
-    models: {qwen3-8b-fp8: 8081}
+    ports: {qwen3-8b-fp8: 8081}
   register: gateway
 """
 

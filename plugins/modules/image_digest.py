@@ -18,7 +18,7 @@ options:
   proxy: {description: Proxy between controller and registry., type: str, default: ""}
   no_proxy: {description: Names that are reached without it., type: str, default: ""}
   bundle: {description: Folder whose bundle.json is asked in place of the registry., type: path}
-  required: {description: Fail where the registry cannot be asked., type: bool, default: false}
+  controller_verifies: {description: Fail where the registry cannot be asked., type: bool, default: false}
 author: ["The Sparkfleet developers"]
 attributes:
   check_mode: {support: full, description: Changes nothing.}

@@ -25,7 +25,7 @@ options:
     description: The files of code as well, which the engine runs with C(trust_remote_code).
     type: bool
     default: false
-  required: {description: Fail where the Hub cannot be asked., type: bool, default: false}
+  controller_verifies: {description: Fail where the Hub cannot be asked., type: bool, default: false}
   listing: {description: "What a host has of it; refused where it is something else.", type: dict, default: {}}
 author: ["The Sparkfleet developers"]
 attributes:

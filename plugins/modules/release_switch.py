@@ -25,7 +25,7 @@ options:
   verb: {description: What was called., type: str, default: ""}
   controller: {description: Who; USER@HOST. The action knows., type: str, default: ""}
   start_timeout: {description: Seconds that an engine has until it is ready., type: float, default: 1800}
-  keep: {description: Number of releases that are kept., type: int, default: 5}
+  keep_releases: {description: Number of releases that are kept., type: int, default: 5}
   reclaim:
     description:
       - Once the release is verified, remove what no kept release needs of what Sparkfleet brought - images that it
@@ -204,8 +204,8 @@ def begin(module: AnsibleModule, store: Store) -> tuple[str, str]:
     # nothing: files and containers are changed by hand.
     if verified and ended and runs(store, Docker(), params["to"]):
         return str(ended["id"]), "already"
-    words = [f"--{key}={params[key]}" for key in ("to", "mode", "controller", "verb", "keep")]
-    words += [f"--id={id_}", f"--start-timeout={params['start_timeout']}"]
+    words = [f"--{key}={params[key]}" for key in ("to", "mode", "controller", "verb")]
+    words += [f"--keep={params['keep_releases']}", f"--id={id_}", f"--start-timeout={params['start_timeout']}"]
     words += [] if params["reclaim"] else ["--no-reclaim"]
     words += [*(["--recreate"] if params["recreate"] else []), *(["--new-key"] if params["new_key"] else [])]
     spawn(module, store, words)
@@ -226,7 +226,7 @@ def begin(module: AnsibleModule, store: Store) -> tuple[str, str]:
 
 def foresee(params: dict[str, Any], store: Store) -> dict[str, Any]:
     """What the switch would remove: {"pruned": [number], "reclaimed": […], "left": […]}."""
-    pruned, reclaimed, left = reclaim.foresee(store, Docker(), params["keep"], params["to"], params["lock"])
+    pruned, reclaimed, left = reclaim.foresee(store, Docker(), params["keep_releases"], params["to"], params["lock"])
     return {"pruned": pruned, **({"reclaimed": reclaimed, "left": left} if params["reclaim"] else {})}
 
 
@@ -277,7 +277,7 @@ def main() -> None:
             "mode": {"type": "str", "choices": ["deploy", "rollback", "restart"], "default": "deploy"},
             **dict.fromkeys(("verb", "controller", "begin", "id", "container", "cursor"), text),
             "start_timeout": {"type": "float", "default": 1800.0},
-            "keep": {"type": "int", "default": 5},
+            "keep_releases": {"type": "int", "default": 5},
             "reclaim": {"type": "bool", "default": True},
             "lock": {"type": "dict", "default": {}},
             "recreate": {"type": "bool", "default": False},

@@ -22,7 +22,7 @@ options:
     type: str
     choices: [schedule, serve, connect, absent]
     required: true
-  enabled: {description: Whether Sparks take from each other at all., type: bool, default: true}
+  share: {description: Whether Sparks take from each other at all., type: bool, default: true}
   bundle: {description: Folder of the controller that the first Spark serves in place of the internet., type: path}
   source: {description: "With O(state=serve), a source that O(state=schedule) returned.", type: dict}
   port: {description: "With O(state=serve), TCP port that others reach.", type: int}

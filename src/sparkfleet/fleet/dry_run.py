@@ -13,14 +13,14 @@ from typing import Any
 from sparkfleet import SparkfleetError
 from sparkfleet.documents import schema
 from sparkfleet.fleet import rollout
-from sparkfleet.planning import memory_plan, target, variables
+from sparkfleet.planning import memory_plan, variables
 from sparkfleet.planning.target import Settings, Target
 from sparkfleet.reporting import report
 
 #: Settings that Target and memory plan depend on.
 FIELDS = (
-    *("model", "profile", "model_source", "environment", "tool_calls", "image", "revision", "port", "listen"),
-    *("memory_plan", "memory_reserve_gib"),
+    *("model", "profile", "model_source", "arguments", "environment", "tool_calls", "image", "revision", "port"),
+    *("listen", "memory_plan", "memory_reserve_gib"),
 )
 
 
@@ -57,19 +57,18 @@ class Paper:
 def make(hosts: Mapping[str, Mapping[str, Any]]) -> Paper:
     """Plan and schedule of hosts with their variables. Raises SparkfleetError with what is wrong in them, and for
     settings that a rollout has once."""
-    defaults = target.defaults()
     hosts = _settled(hosts)
     drained = [name for name, values in hosts.items() if values.get("sparkfleet_drained", False)]
     same: dict[str, list[str]] = {}
-    settings: dict[str, dict[str, Any]] = {}
+    settings: dict[str, Settings] = {}
     for name, values in hosts.items():
         if name in drained:
             continue
-        wanted = {field: values.get(f"sparkfleet_{field}", defaults[f"sparkfleet_{field}"]) for field in FIELDS}
-        wanted["arguments"] = variables.arguments(values)
+        of_host = Settings.of(values)
+        wanted = {field: getattr(of_host, field) for field in FIELDS}
         key = repr(sorted(wanted.items(), key=str))
         same.setdefault(key, []).append(name)
-        settings[key] = wanted
+        settings[key] = Settings(**wanted)
     kinds, problems = [], []
     for key, names in same.items():
         try:
@@ -100,9 +99,9 @@ def _settled(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
     return settled
 
 
-def _kind(names: list[str], wanted: Mapping[str, Any]) -> Kind:
+def _kind(names: list[str], settings: Settings) -> Kind:
     try:
-        wished = Target.of(Settings(**{key: value for key, value in wanted.items() if key != "memory_reserve_gib"}))
+        wished = Target.of(settings)
     except SparkfleetError as error:
         raise SparkfleetError(f"{report.names(names)}: {error}") from None
     total = memory_plan.USUAL_TOTAL_GIB
@@ -112,7 +111,7 @@ def _kind(names: list[str], wanted: Mapping[str, Any]) -> Kind:
             wished.arguments,
             profile=wished.settings.profile,
             version=wished.engine,
-            memory=memory_plan.Memory(total, total - memory_plan.USUAL_HOST_GIB, float(wanted["memory_reserve_gib"])),
+            memory=memory_plan.Memory(total, total - memory_plan.USUAL_HOST_GIB, settings.memory_reserve_gib),
         ).as_dict()
     except SparkfleetError as error:  # a layout that is not known
         return Kind(names, wished.card.name, wished.settings.profile, wished.image, None, str(error))

@@ -175,13 +175,20 @@ def packages(target: Target, state: State) -> list[str]:
 
 def guard_settings(target: Target, state: State) -> dict[str, Any]:
     """The content of the guard's file of settings. Its own port is open where the engine's is."""
-    addresses = target.addresses(state)
+    settings, addresses = target.settings, target.addresses(state)
     where = list(dict.fromkeys((compose.LOOPBACK, *addresses))) if addresses else [""]
     return {
-        **target.settings.guard_settings,
-        "project_dir": target.settings.project_dir,
-        "cache_dir": target.settings.cache_dir,
+        "interval": settings.guard_interval,
+        "wedge_seconds": settings.guard_wedge_seconds,
+        "canary_interval": settings.guard_canary_interval,
+        "canary_timeout": settings.guard_canary_timeout,
+        "max_restarts": settings.guard_max_restarts,
+        "restart_window": settings.guard_restart_window,
+        "start_timeout": float(settings.start_timeout),
+        "listen_port": settings.guard_port,
         "listen_address": where,
+        "project_dir": settings.project_dir,
+        "cache_dir": settings.cache_dir,
     }
 
 
@@ -248,6 +255,7 @@ def deploy(target: Target, state: State, document: compose.Document) -> dict[str
     deployed = releases["current"] is not None and yaml_text.compose_file(state["compose_file"]) == document
     staged = deployed or yaml_text.compose_file(releases["newest_compose"]) == document
 
+    new_key = settings.keyed and not state["engine_key"]["current"]
     stage, start, stop, wait = Work(), Work(), Work(), Work()
     drifted = running and deployed and not _matches(current, document["services"][service])
     if settings.service_state == "started":
@@ -257,7 +265,6 @@ def deploy(target: Target, state: State, document: compose.Document) -> dict[str
         start.add(deployed and current is None, f"create and start {service}")
         start.add(deployed and current is not None and not running, f"start {service} ({current and current['state']})")
         start.add(drifted, f"start {service} anew: it runs with other settings than its file")
-        new_key = target.settings.keyed and not state["engine_key"]["current"]
         start.add(deployed and running and not drifted and new_key, f"start {service} anew: its key is another")
         stop.add(others and not start.reasons, f"stop {', '.join(others)}")
         wait.add(not start.reasons and not state["healthy"], f"wait for {service}")
@@ -275,6 +282,7 @@ def deploy(target: Target, state: State, document: compose.Document) -> dict[str
         "mode": "restart" if deployed else "deploy",
         "release": releases["current"] if deployed else None,
         "recreate": drifted,
+        "new_key": new_key,
         "wait": wait.reasons,
     }
 

@@ -13,9 +13,9 @@ from sparkfleet_host.bounded import printable
 from sparkfleet import SparkfleetError
 from sparkfleet.packaging.bundle import Bundle
 from sparkfleet.paths import ROOT
-from sparkfleet.planning import catalog, compose, vllm_versions
+from sparkfleet.planning import catalog, compose, variables, vllm_versions
 from sparkfleet.planning.catalog import Arguments, Card
-from sparkfleet.planning.variables import ARGUMENT_PREFIX
+from sparkfleet.planning.variables import ARGUMENT_PREFIX, PREFIX
 from sparkfleet.planning.vllm_versions import Engine
 
 State = Mapping[str, Any]
@@ -30,25 +30,22 @@ def defaults() -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the inventory says of one host; the fields are the variables ``sparkfleet_<field>``.
+    """What the inventory says of one host; the fields are the variables ``sparkfleet_<field>``, with their defaults.
 
-    ``arguments`` are those variables that begin with ``sparkfleet_vllm_``, without that beginning.
+    Fields below ``arguments`` are no variables.
     """
 
     model: str
     profile: str = "throughput"
     model_source: str = "local"
-    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tool_calls: bool = True
     image: str = ""
     revision: str = ""
     port: int = 8000
     listen: Any = "auto"
-    gateways: tuple[str, ...] = ()  # names or addresses of the inventory's gateways
-    gateways_elsewhere: tuple[str, ...] = ()  # those on other hosts
     address: str = ""  # where gateways reach the host
-    keyed: bool = False  # there is a sparkfleet_engine_key
+    engine_key: str = dataclasses.field(default="", repr=False)
     project_dir: str = "/opt/sparkfleet"
     cache_dir: str = "/opt/hf"
     cache_owner: str = "root"
@@ -57,6 +54,9 @@ class Settings:
     compile_cache_dir: str = "/var/cache/sparkfleet"
     ca_file: str = ""  # certificate authorities of the host, for an engine that downloads by itself
     operator: str = "root"
+    hf_token: str = dataclasses.field(default="", repr=False)
+    hf_token_file: str = "/etc/sparkfleet/hf_token"  # noqa: S105 - a path
+    hub_endpoint: str = "https://huggingface.co"
     docker_source: str = "distribution"
     require_gb10: bool = True
     image_disk_gib: float = 25.0
@@ -65,14 +65,42 @@ class Settings:
     proxy: str = ""
     no_proxy: str = ""
     earlyoom: bool = True
-    earlyoom_arguments: str = ""
+    earlyoom_arguments: str = dataclasses.field(
+        default_factory=lambda: str(variables.options()["sparkfleet_earlyoom_arguments"]["default"])
+    )
     swap: str = "keep"
     service_state: str = "started"
+    start_timeout: int = 1800
     guard: bool = True
-    guard_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    guard_interval: float = 2.0
+    guard_wedge_seconds: float = 180.0
+    guard_canary_interval: float = 60.0
+    guard_canary_timeout: float = 60.0
+    guard_max_restarts: int = 3
+    guard_restart_window: float = 3600.0
+    guard_port: int = 9109
     bundle: str = ""  # folder on the controller that stands for the internet
     bundle_digest: str = ""  # what its bundle.json must have; empty: not checked
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # sparkfleet_vllm_<name>
+    gateways: tuple[str, ...] = ()  # names or addresses of the inventory's gateways
+    gateways_elsewhere: tuple[str, ...] = ()  # those on other hosts
     host_program: str = ""  # sha256 of the program that is to be on the host; empty: not looked at
+
+    @classmethod
+    def of(cls, settled: Mapping[str, Any], **known: Any) -> Settings:
+        """From a host's variables as `variables.settle` returns them; `known` are fields that others know better.
+        What is not set has its default."""
+        names = {PREFIX + field.name: field.name for field in dataclasses.fields(cls)}
+        found = {names[name]: value for name, value in settled.items() if name in names and name in variables.options()}
+        found.setdefault("model", variables.options()["sparkfleet_model"]["default"])
+        for secret in ("engine_key", "hf_token"):
+            found[secret] = found.get(secret, "").strip()
+        return cls(**{**found, "arguments": variables.arguments(settled), **known})
+
+    @property
+    def keyed(self) -> bool:
+        """Whether the engine asks for a key."""
+        return bool(self.engine_key)
 
 
 def listen(value: Any) -> str | list[str]:

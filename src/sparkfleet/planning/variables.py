@@ -140,8 +140,8 @@ def _arguments() -> tuple[str, ...]:
 
 def settle(values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `values` (of one host, templates resolved) that are variables of Sparkfleet, each of the type that its
-    spec names: what is written `"8000"` is 8000. Raises SparkfleetError with each problem: unknown names, wrong types,
-    values out of range or of another form."""
+    spec names (what is written `"8000"` is 8000), and the arguments of vllm serve. Raises SparkfleetError with each
+    problem: unknown names, wrong types, values out of range or of another form."""
     found, made = unknown(values), {}
     for name, value in values.items():
         try:
@@ -149,6 +149,7 @@ def settle(values: Mapping[str, Any]) -> dict[str, Any]:
                 made[name] = _value(name, value, option)
             elif name.startswith(ARGUMENT_PREFIX):
                 yaml_text.check(value, name)
+                made[name] = value
         except SparkfleetError as error:
             found.append(str(error))
     used: dict[int, str] = {}

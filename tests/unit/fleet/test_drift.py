@@ -53,7 +53,7 @@ def test_what_is_deployed_is_compared_line_by_line() -> None:
 
 def test_a_key_is_told_as_a_secret() -> None:
     made = plan(deploy={"stage": ["stage a release after 1"], "start": ["switch to it"]})
-    made["compose"] = Target.of(Settings(model="llama31-8b-fp8", keyed=True)).document()
+    made["compose"] = Target.of(Settings(model="llama31-8b-fp8", engine_key="k" * 8)).document()
     assert drift.reasons(made, STATE) == ["secrets: none → engine_key"]
 
 

@@ -387,14 +387,14 @@ def test_what_was_not_verified_is_said_once_a_run(monkeypatch: pytest.MonkeyPatc
     assert (again["expected"], more) == ({}, [])
     assert TOKEN not in f"{result} {said}"
     with pytest.raises(AnsibleActionFail, match="sparkfleet_controller_verifies") as refused:
-        act(monkeypatch, tmp_path, **away, required=True)
+        act(monkeypatch, tmp_path, **away, controller_verifies=True)
     assert refused.value.result["failure"] == "hub-unreachable"
 
 
 def test_the_action_gives_the_list_and_refuses_another(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    result, said = act(monkeypatch, tmp_path, endpoint=hub.url, required=True)
+    result, said = act(monkeypatch, tmp_path, endpoint=hub.url, controller_verifies=True)
     assert (result["expected"], said) == ({"commit": hub.commit, "files": has(hub)}, [])
     with pytest.raises(AnsibleActionFail, match="spark-1 has another acme/tiny@main") as refused:
         act(monkeypatch, tmp_path, endpoint=hub.url, listing=LISTING)

@@ -88,14 +88,14 @@ def test_template_writes_what_is_read_back() -> None:
 
     template = (ROOT / "roles/memory/templates/earlyoom.j2").read_text(encoding="utf-8")
     for arguments in (default_arguments(), "--prefer \"^x\" --avoid 'a b'", "--prefer a\\.b"):
-        values = {"ansible_managed": "x", "memory_earlyoom_arguments": arguments}
+        values = {"ansible_managed": "x", "sparkfleet_earlyoom_arguments": arguments}
         text = Templar(variables=values).template(trust_as_template(template), escape_backslashes=False)
         assert memory.earlyoom_arguments(text) == arguments
 
 
 def default_arguments() -> str:
-    defaults = yaml.safe_load((ROOT / "roles/memory/defaults/main.yml").read_text(encoding="utf-8"))
-    arguments: str = defaults["memory_earlyoom_arguments"]
+    defaults = yaml.safe_load((ROOT / "roles/sparkfleet/defaults/main.yml").read_text(encoding="utf-8"))
+    arguments: str = defaults["sparkfleet_earlyoom_arguments"]
     return arguments
 
 

@@ -104,18 +104,18 @@ def files(folder: Path) -> list[str]:
 
 def test_a_bundle_is_made_kept_and_carried_in(run: Runs, tmp_path: Path) -> None:
     carry, spark = tmp_path / "carry", collected(tmp_path / "spark")
-    assert run("fetch", folder=str(carry), collected=spark)["changed"] is True
+    assert run("fetch", bundle=str(carry), collected=spark)["changed"] is True
     assert len(run.wire.fetched) == len(CONTENT)
-    assert run("fetch", folder=str(carry), collected=spark)["changed"] is False
+    assert run("fetch", bundle=str(carry), collected=spark)["changed"] is False
     (carry / "bundle.json").unlink()  # cut before it was noted
-    assert run("fetch", folder=str(carry), collected=spark)["changed"] is True
+    assert run("fetch", bundle=str(carry), collected=spark)["changed"] is True
     assert len(run.wire.fetched) == len(CONTENT)  # nothing travelled again
     assert [name for name in files(carry) if "incomplete" in name] == []
-    run("push", folder=str(carry), images=[IMAGE], models=[{"repo": REPO, "revision": "main"}], packages=True)
+    run("push", bundle=str(carry), images=[IMAGE], models=[{"repo": REPO, "revision": "main"}], packages=True)
     assert (run.host / BLOB).read_bytes() == WEIGHTS
     assert json.loads((run.host / "hub/.sparkfleet/models--org--model/fetching.json").read_text())["repo"] == REPO
     sent = len(run.wire.sent)
-    run("push", folder=str(carry), images=[IMAGE], models=[{"repo": REPO, "revision": "main"}], packages=True)
+    run("push", bundle=str(carry), images=[IMAGE], models=[{"repo": REPO, "revision": "main"}], packages=True)
     assert len(run.wire.sent) == sent == len(CONTENT)
 
 
@@ -179,7 +179,7 @@ def test_what_a_spark_says_is_checked_before_anything_is_written(
     given_back = collected(tmp_path / "spark")
     lie(given_back)
     with pytest.raises(AnsibleActionFail, match="s1: refused what this host says"):
-        run("fetch", folder=str(tmp_path / "a" / "carry"), collected=given_back)
+        run("fetch", bundle=str(tmp_path / "a" / "carry"), collected=given_back)
     assert run.wire.fetched == [] and not (tmp_path / "a").exists()
 
 
@@ -188,7 +188,7 @@ def test_content_other_than_its_hash_gets_no_name(run: Runs, tmp_path: Path, bod
     spark = collected(tmp_path / "spark")
     (tmp_path / "spark" / "packages" / "a_1_arm64.deb").write_bytes(body)
     with pytest.raises(AnsibleActionFail, match="did not arrive as it is on the host"):
-        run("fetch", folder=str(tmp_path / "carry"), collected=spark)
+        run("fetch", bundle=str(tmp_path / "carry"), collected=spark)
     assert [name for name in files(tmp_path / "carry") if "a_1" in name] == []
 
 
@@ -196,7 +196,7 @@ def test_a_spark_that_sends_without_end_does_not_fill_the_disk(run: Runs, tmp_pa
     spark = collected(tmp_path / "spark")
     run.wire.endless = spark["files"][0]["path"]
     with pytest.raises(AnsibleActionFail, match="did not arrive"):
-        run("fetch", folder=str(tmp_path / "carry"), collected=spark)
+        run("fetch", bundle=str(tmp_path / "carry"), collected=spark)
     assert sum(path.stat().st_size for path in (tmp_path / "carry").rglob("*")) < 1 << 20
     (tmp_path / "after").write_bytes(bytes(80 << 20))  # the limit is gone again
 
@@ -207,7 +207,7 @@ def test_a_link_in_the_folder_is_not_written_through(run: Runs, tmp_path: Path) 
     carry.mkdir()
     (carry / "packages").symlink_to(outside)
     with pytest.raises(AnsibleActionFail, match="symbolic link"):
-        run("fetch", folder=str(carry), collected=collected(tmp_path / "spark"))
+        run("fetch", bundle=str(carry), collected=collected(tmp_path / "spark"))
     assert list(outside.iterdir()) == []
 
 
@@ -246,7 +246,7 @@ def test_names_and_types_of_bundle_json_are_checked(run: Runs, tmp_path: Path, l
     with pytest.raises(SparkfleetError, match=r"^sparkfleet_bundle .*sparkfleet bundle FOLDER"):
         Bundle.read(made.folder)
     with pytest.raises(AnsibleActionFail):
-        run("push", folder=str(made.folder), packages=True)
+        run("push", bundle=str(made.folder), packages=True)
     assert run.wire.sent == []
 
 
@@ -294,7 +294,7 @@ def test_a_file_that_is_a_link_is_not_sent(run: Runs, tmp_path: Path) -> None:
         shutil.rmtree(link) if link.is_dir() else link.unlink()
         link.symlink_to(secret if link.suffix else tmp_path)
         with pytest.raises(AnsibleActionFail, match="lacks packages/"):
-            run("push", folder=str(made.folder), packages=True)
+            run("push", bundle=str(made.folder), packages=True)
     assert run.wire.sent == []
 
 
@@ -304,17 +304,17 @@ def test_a_file_that_was_changed_on_the_stick_is_refused_by_the_host(run: Runs, 
     for transport in ("ssh", "local"):
         run.wire.transport = transport
         with pytest.raises(AnsibleActionFail, match=r"a_1_arm64\.deb is not what bundle\.json says"):
-            run("push", folder=str(made.folder), packages=True)
+            run("push", bundle=str(made.folder), packages=True)
         assert not (run.host / "packages" / "a_1_arm64.deb").exists()
     (made.folder / "hub/.sparkfleet/models--org--model/fetching.json").write_text("{}")
     with pytest.raises(AnsibleActionFail, match=r"fetching\.json was changed since the bundle was made"):
-        run("push", folder=str(made.folder), models=[{"repo": REPO, "revision": "main"}])
+        run("push", bundle=str(made.folder), models=[{"repo": REPO, "revision": "main"}])
 
 
 def test_where_it_lies_is_read_on_a_spark_that_is_its_own_controller(run: Runs, tmp_path: Path) -> None:
     made = fill(Bundle.open(tmp_path / "carry"))
     run.wire.transport = "local"
-    run("push", folder=str(made.folder), images=[IMAGE], models=[{"repo": REPO, "revision": "main"}], packages=True)
+    run("push", bundle=str(made.folder), images=[IMAGE], models=[{"repo": REPO, "revision": "main"}], packages=True)
     assert run.wire.sent == []
     assert (run.host / BLOB).read_bytes() == WEIGHTS and (run.host / BLOB).parent.is_symlink()
     assert not (run.host / "packages").is_symlink()
@@ -332,7 +332,7 @@ def test_a_digest_that_was_carried_apart_is_checked(run: Runs, tmp_path: Path) -
     with pytest.raises(SparkfleetError, match=r"sparkfleet_bundle_digest says .*was changed since"):
         Bundle.read(made.folder, digest)
     with pytest.raises(AnsibleActionFail, match="sparkfleet_bundle_digest"):
-        run("push", digest=digest, folder=str(made.folder), packages=True)
+        run("push", digest=digest, bundle=str(made.folder), packages=True)
     assert run.wire.sent == []
 
 
@@ -342,7 +342,7 @@ def test_a_bundle_without_hashes_is_refused_and_can_be_made_again(run: Runs, tmp
     edit(made.folder, lambda known: (known.pop("version"), known.update(files=sizes)))  # type: ignore[arg-type]
     with pytest.raises(SparkfleetError, match=r"without the hashes .*run `sparkfleet bundle .*carry` again"):
         Bundle.read(made.folder)
-    assert run("fetch", folder=str(made.folder), collected=collected(tmp_path / "spark"))["changed"] is True
+    assert run("fetch", bundle=str(made.folder), collected=collected(tmp_path / "spark"))["changed"] is True
     assert run.wire.fetched == [] and Bundle.read(made.folder).files == made.files
 
 

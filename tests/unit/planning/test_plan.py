@@ -10,13 +10,14 @@ import pytest
 import yaml
 
 from sparkfleet import SparkfleetError
-from sparkfleet.planning import plan, preflight
+from sparkfleet.planning import plan, preflight, variables
 from sparkfleet.planning.preflight import GIB
 from sparkfleet.planning.target import Settings, Target
 
 SERVICE = "vllm-llama31-8b-fp8"
 DIGEST = "sha256:" + "d" * 64
 COMMIT = "c" * 40
+EARLYOOM = str(variables.options()["sparkfleet_earlyoom_arguments"]["default"])
 State = dict[str, Any]
 
 
@@ -84,11 +85,13 @@ def prepared() -> State:
         "containers": [],
     }
     state["toolkit"] = {"installed": True, "configured": True, "version": "1.19.0"}
-    state["memory"]["earlyoom"] = {"installed": True, "active": True, "enabled": True, "arguments": ""}
+    state["memory"]["earlyoom"] = {"installed": True, "active": True, "enabled": True, "arguments": EARLYOOM}
     state["operator"]["in_docker_group"] = True
     state["cache"] = {"owner": "root", "group": "docker", "mode": "2775", "directory": True}
     state["guard"].update(installed=True, active=True, enabled=True, current=True)
     state["guard"]["settings"] = {
+        **{"interval": 2, "wedge_seconds": 180, "canary_interval": 60, "canary_timeout": 60},
+        **{"max_restarts": 3, "restart_window": 3600, "start_timeout": 1800, "listen_port": 9109},
         "project_dir": "/opt/sparkfleet",
         "cache_dir": "/opt/hf",
         "listen_address": [""],
@@ -344,7 +347,7 @@ def test_a_token_in_the_environment_is_there_but_not_compared() -> None:
             ["127.0.0.1", "192.0.2.11", "fd00::1"],
             True,
         ),
-        ({"keyed": True}, ["8000:8000"], [""], False),
+        ({"engine_key": "k" * 8}, ["8000:8000"], [""], False),
         ({"gateways": ("gw",)}, ["127.0.0.1:8000:8000", "192.0.2.11:8000:8000"], ["127.0.0.1", "192.0.2.11"], False),
         (
             {"gateways": ("gw",), "address": "127.0.0.1", "listen": "loopback"},
@@ -416,7 +419,7 @@ def test_where_gateways_reach_it_must_be_known() -> None:
 
 
 def test_another_key_starts_the_engine_anew() -> None:
-    goal = target(keyed=True)
+    goal = target(engine_key="k" * 8)
     state = serving(goal) | {"engine_key": {"present": True, "private": True, "current": True}}
     assert not plan.make(goal, state)["deploy"]["needed"]
     state["engine_key"]["current"] = False
@@ -462,7 +465,7 @@ def test_the_guard_is_installed_changed_and_stopped() -> None:
     state = serving()
     assert reasons(state) == []
     assert reasons(bare()) == ["install the guard"]
-    assert reasons(state, guard_settings={"wedge_seconds": 60.0}) == ["change the guard's settings"]
+    assert reasons(state, guard_wedge_seconds=60.0) == ["change the guard's settings"]
     assert reasons(state, host_program="f" * 64) == ["restart the guard with its new program"]
     assert reasons(state, guard=False) == ["stop the guard"]
     # The new program was copied, or the unit written, and the run ended before the guard was restarted.

@@ -15,6 +15,7 @@ from plugins.action.spark_plan import ActionModule
 
 from sparkfleet import SparkfleetError
 from sparkfleet.planning.target import Settings, Target
+from sparkfleet.planning.variables import settle
 
 #: max_num_seqs of the model llama31-8b-fp8, of its profile low_latency, and what the others say.
 MODEL, PROFILE, GROUP, HOST, COMMAND = 64, 16, 40, 41, 42
@@ -38,8 +39,8 @@ def merged(
         SimpleNamespace(args={}, async_val=0, action="spark_plan"),
         *(None, None, loader, Templar(loader, variables=variables), None),
     )
-    arguments = action._vllm_arguments(variables)
-    return dict(Target.of(Settings("llama31-8b-fp8", profile, arguments=arguments)).arguments)
+    values = {**action._values(variables), "sparkfleet_profile": profile}
+    return dict(Target.of(Settings.of(settle(values))).arguments)
 
 
 def line(value: object, name: str = "max_num_seqs") -> str:

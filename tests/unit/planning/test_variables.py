@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -24,8 +25,30 @@ def test_each_number_has_a_range_and_its_default_is_in_it() -> None:
 
 
 def test_the_defaults_are_what_they_may_be() -> None:
-    plain = {name: value for name, value in target.defaults().items() if "{{" not in str(value)}
+    known = {name: value for name, value in target.defaults().items() if name in variables.options()}
+    plain = {name: value for name, value in known.items() if "{{" not in str(value)}
     assert variables.settle(plain) == plain
+
+
+def test_settings_have_the_names_and_the_defaults_of_the_inventory() -> None:
+    settings, own = target.Settings.of({}), {"arguments", "gateways", "gateways_elsewhere", "host_program"}
+    names = {field.name for field in dataclasses.fields(settings)} - own
+    assert names <= {name.removeprefix("sparkfleet_") for name in variables.options()}
+    for name in names:
+        option = variables.options()[f"sparkfleet_{name}"]
+        assert "default" not in option or getattr(settings, name) == option["default"], name
+
+
+def test_settings_of_variables_as_they_are_written() -> None:
+    values = {
+        **{"sparkfleet_start_timeout": "900", "sparkfleet_guard": "no", "sparkfleet_vllm_max_num_seqs": "7"},
+        **{"sparkfleet_hf_token": " hf_secret\n", "sparkfleet_engine_key": "key-of-the-engine"},
+        "sparkfleet_fetch_timeout": 60,  # of others than the plan
+    }
+    settings = target.Settings.of(variables.settle(values), address="192.0.2.1")
+    assert (settings.start_timeout, settings.guard, settings.address) == (900, False, "192.0.2.1")
+    assert settings.arguments == {"max_num_seqs": 7} and settings.hf_token == "hf_secret" and settings.keyed
+    assert "secret" not in repr(settings) and "key-of-the-engine" not in repr(settings)
 
 
 def _defined(data: Any) -> set[str]:

@@ -52,7 +52,7 @@ class ActionModule(ActionBase):
 
 def plan(needed):
     deploy = {"needed": needed, "stage": [], "start": ["x"], "stop": [], "wait": [], "release": 2, "mode": "deploy",
-              "recreate": False, "stop_services": []}
+              "recreate": False, "new_key": False, "stop_services": []}
     verify = {"question": "q", "expect": "e", "prompt": "p", "prompt_expect": "e"}
     return {"model": "m", "repo": "o/m", "compose": {}, "release": {"plan": {}, "lock": {}}, "service": "vllm-m",
             "prepare": {"needed": False}, "fetch": {"needed": False}, "deploy": deploy, "verify": verify}

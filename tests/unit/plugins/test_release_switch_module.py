@@ -280,13 +280,13 @@ def test_check_mode_says_what_would_be_pruned_and_reclaimed(run: Run, store: Sto
     engine.routes["GET", "/images/reg/x:2/json"] = image
     reclaim.note_image(store.state_dir, image, {})
     engine.routes["GET", "/containers/json"] = []
-    said = run(check=True, to=5, keep=2, lock={**lock, "image": "reg/x:5"})
+    said = run(check=True, to=5, keep_releases=2, lock={**lock, "image": "reg/x:5"})
     assert said["would"] == {
         **{"pruned": [1, 2, 3], "left": []},
         "reclaimed": [{"kind": "image", "name": "reg/x:2", "bytes": 7}],
     }
-    assert run(check=True, to=5, keep=2, lock={**lock, "image": "reg/x:2"})["would"]["reclaimed"] == []
-    assert run(check=True, to=5, keep=2, reclaim=False)["would"] == {"pruned": [1, 2, 3]}
+    assert run(check=True, to=5, keep_releases=2, lock={**lock, "image": "reg/x:2"})["would"]["reclaimed"] == []
+    assert run(check=True, to=5, keep_releases=2, reclaim=False)["would"] == {"pruned": [1, 2, 3]}
     assert store.numbers() == [1, 2, 3, 4] and not (store.state_dir / "unneeded.json").exists()
 
 

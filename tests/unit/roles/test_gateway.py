@@ -202,7 +202,7 @@ def inventory() -> dict[str, Any]:
 
 def test_the_plan_of_a_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(monkeypatch, "gateway_plan")
-    given = {"keys": ["a-key-of-a-client"], "ports": {"sparkfleet_gateway_port": 8080}}
+    given = {"keys": ["a-key-of-a-client"], "port": 8080}
     made = stage.run(inventory(), address="192.0.2.4", **given)
     assert made["_ansible_no_log"] is True and made["changed"] is False
     assert made["gateways"] == [{"name": "gateway-1", "address": "192.0.2.5"}]
@@ -231,10 +231,10 @@ def test_models_of_a_rollout_that_did_not_come_to_its_end_keep_their_place(monke
         ({"keys": [12345678]}, "sparkfleet_gateway_keys: entry 1 must be text, not a number: write the key in quotes"),
         ({"keys": ["one,two,three"]}, "sparkfleet_gateway_keys: entry 1"),
         ({"address": "fd00::4"}, "sparkfleet_gateway_address"),
-        ({"models": {"gpt-oss-20b": 8081}}, "no Spark serves 'gpt-oss-20b'"),
-        ({"further": ["no-such"]}, "sparkfleet_gateway_models: "),
-        ({"ports": {"a": 8080}, "models": {"gpt-oss-120b": 8080}}, "is the port of a already"),
-        ({"ports": {"sparkfleet_gateway_port": 0}}, "sparkfleet_gateway_port: 0 is not a TCP port"),
+        ({"ports": {"gpt-oss-20b": 8081}}, "no Spark serves 'gpt-oss-20b'"),
+        ({"models": ["no-such"]}, "sparkfleet_gateway_models: "),
+        ({"port": 8082, "ports": {"gpt-oss-120b": 8082}}, "is the port of sparkfleet_gateway_port already"),
+        ({"port": 0}, "sparkfleet_gateway_port: 0 is not a TCP port"),
     ],
 )
 def test_the_plan_of_a_gateway_that_will_not_do(

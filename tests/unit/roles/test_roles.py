@@ -6,6 +6,7 @@ import grp
 import importlib
 import os
 import pwd
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,25 +21,38 @@ from tests.unit import ROOT
 ROLES = sorted(path.name for path in (ROOT / "roles").iterdir())
 
 
+def entry_points(role: str) -> dict[str, Any]:
+    text = (ROOT / "roles" / role / "meta" / "argument_specs.yml").read_text(encoding="utf-8")
+    found: dict[str, Any] = yaml.safe_load(text)["argument_specs"]
+    return found
+
+
+SETTINGS = entry_points("sparkfleet")["main"]["options"]
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_defaults_and_specs_name_the_same_variables(role: str) -> None:
-    folder = ROOT / "roles" / role
-    defaults = yaml.safe_load((folder / "defaults" / "main.yml").read_text(encoding="utf-8"))
-    spec = yaml.safe_load((folder / "meta" / "argument_specs.yml").read_text(encoding="utf-8"))
-    options = spec["argument_specs"]["main"]["options"]
-    assert set(defaults) == {name for name, option in options.items() if not option.get("required")}
-    for name, option in options.items():
+    """Of settings of the inventory the role sparkfleet has the defaults."""
+    file = ROOT / "roles" / role / "defaults" / "main.yml"
+    defaults = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+    options = {name: option for entry in entry_points(role).values() for name, option in entry["options"].items()}
+    own = {name: option for name, option in options.items() if role == "sparkfleet" or name not in SETTINGS}
+    assert set(defaults) == {name for name, option in own.items() if not option.get("required")}
+    for name, option in own.items():
         if "default" in option:
             assert option["default"] == defaults[name], name
 
 
-def test_earlyoom_has_the_same_arguments_in_both_roles() -> None:
-    """The plan compares what is on the host with the variable of the role sparkfleet."""
-    found = set()
-    for role in ("sparkfleet", "memory"):
-        text = (ROOT / "roles" / role / "defaults" / "main.yml").read_text(encoding="utf-8")
-        found.add(yaml.safe_load(text)[f"{role}_earlyoom_arguments"])
-    assert len(found) == 1
+@pytest.mark.parametrize("role", [role for role in ROLES if role != "sparkfleet"])
+def test_a_role_specifies_the_settings_that_it_reads_as_the_inventory_has_them(role: str) -> None:
+    folder = ROOT / "roles" / role
+    files = [file for part in ("tasks", "templates", "vars", "handlers") for file in (folder / part).glob("*")]
+    words = {word for file in files for word in re.findall(r"\bsparkfleet_\w+", file.read_text(encoding="utf-8"))}
+    specified = {name: option for name, option in entry_points(role)["main"]["options"].items() if name in SETTINGS}
+    assert set(specified) == words & set(SETTINGS)
+    assert specified == {name: SETTINGS[name] for name in specified}
+    meta = yaml.safe_load((folder / "meta" / "main.yml").read_text(encoding="utf-8"))
+    assert meta["dependencies"] == ([{"role": "sparkfleet.dgx.sparkfleet"}] if specified else [])
 
 
 def test_generated_pages_are_current() -> None:
@@ -56,8 +70,8 @@ def test_the_cache_has_no_mode_that_was_not_written(tmp_path: Path, mode: str, t
     me = {"owner": pwd.getpwuid(os.getuid()).pw_name, "group": grp.getgrgid(os.getgid()).gr_name}
     (tmp_path / "play.yml").write_text(
         "- hosts: localhost\n  gather_facts: false\n  roles:\n    - role: sparkfleet.dgx.hf_cache\n"
-        f"      hf_cache_dir: {tmp_path}/cache\n      hf_cache_owner: {me['owner']}\n"
-        f"      hf_cache_group: {me['group']}\n      hf_cache_mode: {mode}\n",
+        f"      sparkfleet_cache_dir: {tmp_path}/cache\n      sparkfleet_cache_owner: {me['owner']}\n"
+        f"      sparkfleet_cache_group: {me['group']}\n      sparkfleet_cache_mode: {mode}\n",
         encoding="utf-8",
     )
     command = [Path(sys.executable).with_name("ansible-playbook"), "-i", "localhost,", "-c", "local"]
@@ -68,7 +82,7 @@ def test_the_cache_has_no_mode_that_was_not_written(tmp_path: Path, mode: str, t
     )
     said = " ".join((done.stdout + done.stderr).split())
     assert (done.returncode == 0) == taken == (tmp_path / "cache").exists(), said
-    assert taken or "hf_cache_mode: must be octal digits as text, not " in said
+    assert taken or "sparkfleet_cache_mode: must be octal digits as text, not " in said
     if taken:
         assert f"{(tmp_path / 'cache').stat().st_mode & 0o7777:04o}" == mode.strip('"')
 
@@ -86,7 +100,11 @@ def test_check_mode_installs_what_is_not_there(tasks: str, packages: list[str], 
     file = ROOT / "roles" / tasks
     cut = yaml.safe_load(file.read_text(encoding="utf-8"))[:2]  # the look, and what it says
     (tmp_path / "cut.yml").write_text(yaml.safe_dump(cut), encoding="utf-8")
-    variables = {"docker_source": "distribution", "docker_os": {"id": "debian"}, "memory_earlyoom_installed": False}
+    variables = {
+        "sparkfleet_docker_source": "distribution",
+        "docker_os": {"id": "debian"},
+        "memory_earlyoom_installed": False,
+    }
     known = ROOT / "roles" / "docker" / "vars" / "main.yml"
     play = {"hosts": "localhost", "gather_facts": False, "vars": variables, "vars_files": [str(known)]}
     path = tmp_path / "play.yml"
@@ -138,3 +156,63 @@ def test_roles_and_playbooks_give_actions_what_they_take(name: str) -> None:
             given = task.get(name)
             if takes and isinstance(given, dict):
                 assert set(given) <= set(takes), f"{file}: {task.get('name')}"
+
+
+#: A value that is a setting and nothing else, whatever its type is made.
+PASSED_ON = re.compile(r"\{\{\s*sparkfleet_(\w+)\s*(\|\s*(bool|int|float|default\((?:[^()]|\([^()]*\))*\))\s*)*\}\}")
+
+
+def mappings(found: Any, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every mapping of a YAML document with the key that it stands under."""
+    if isinstance(found, dict):
+        yield key, found
+    for name, item in found.items() if isinstance(found, dict) else enumerate(found) if isinstance(found, list) else ():
+        yield from mappings(item, name if isinstance(name, str) else key)
+
+
+def passed_on(document: Any) -> Iterator[tuple[str, str]]:
+    """Setting and the name under which a role, a play or an action or module of ours gets it. The module secret_file
+    knows no settings: as Ansible's copy it writes any content into any file."""
+    for key, found in mappings(document):
+        ours = key.startswith("sparkfleet.dgx.") and key != "sparkfleet.dgx.secret_file"
+        if ours or key in ("vars", "roles"):
+            for name, value in found.items():
+                if setting := PASSED_ON.fullmatch(str(value).strip()):
+                    yield setting[1], name
+
+
+def renamed(setting: str, name: str, roles: tuple[str, ...] = tuple(ROLES)) -> bool:
+    """Whether a name is neither the setting's nor, behind a role's prefix or none, its end."""
+    own = [name, *(name.removeprefix(f"{role}_") for role in roles)]
+    return not any(setting == word or setting.endswith(f"_{word}") for word in own)
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("vars: {vllm_wait_seconds: '{{ sparkfleet_start_timeout }}'}", True),
+        ("vars: {vllm_wait_seconds: '{{ sparkfleet_start_timeout | default(1800) | int }}'}", True),
+        ("sparkfleet.dgx.release_switch: {keep: '{{ sparkfleet_keep_releases }}'}", True),
+        ("vars: {gateway_port: '{{ sparkfleet_gateway_port | default(8080) }}'}", False),
+        ("sparkfleet.dgx.vllm_wait: {timeout: '{{ sparkfleet_start_timeout | int }}'}", False),
+    ],
+)
+def test_a_setting_under_another_name_is_found(line: str, wrong: bool) -> None:
+    ((setting, name),) = passed_on([{"name": "x", "block": [yaml.safe_load(line)]}])
+    assert renamed(setting, name) is wrong
+
+
+def test_a_setting_has_one_name_from_the_inventory_to_its_use() -> None:
+    files = [*ROOT.glob("roles/*/tasks/*.yml"), *ROOT.glob("playbooks/**/*.yml"), ROOT / "site.yml"]
+    found = [(*item, file) for file in files for item in passed_on(yaml.safe_load(file.read_text(encoding="utf-8")))]
+    known = [item for item in found if f"sparkfleet_{item[0]}" in SETTINGS]
+    names = {setting: {name for other, name, _ in known if other == setting} for setting, _, _ in known}
+    print(f"{len(SETTINGS)} settings, {len(names)} of them passed on, {len(known)} times")
+    assert len(known) > 20
+    assert not [
+        f"{file.relative_to(ROOT)}: {name}: sparkfleet_{setting}"
+        for setting, name, file in known
+        if renamed(setting, name)
+    ]
+    variables = [(setting, name) for setting, name, _ in known if any(name.startswith(f"{role}_") for role in ROLES)]
+    assert len({setting for setting, _ in variables}) == len(variables), "a setting is given to one role, once"

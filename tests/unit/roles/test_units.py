@@ -44,7 +44,10 @@ def render(folder: Path, **variables: str) -> Path:
     play = {
         "hosts": "localhost",
         "gather_facts": False,
-        "vars_files": [str(ROLE / "defaults" / "main.yml"), str(ROLE / "vars" / "main.yml")],
+        "vars_files": [
+            str(ROOT / "roles" / "sparkfleet" / "defaults" / "main.yml"),
+            *(str(ROLE / part / "main.yml") for part in ("defaults", "vars")),
+        ],
         "tasks": tasks,
     }
     file = folder / "play.yml"
@@ -83,7 +86,11 @@ def test_the_check_of_model_files_sees_no_secrets(units: Path, tmp_path: Path) -
         assert f"-{path}" in hidden
     assert str(Path(http.KEY_FILE).parent) == "/etc/sparkfleet"
     # What it needs itself stays in sight, wherever it is.
-    elsewhere = {"guard_cache_dir": "/root/hf", "guard_project_dir": "/srv/x", "guard_token_file": "/srv/x/lib/token"}
+    elsewhere = {
+        "sparkfleet_cache_dir": "/root/hf",
+        "sparkfleet_project_dir": "/srv/x",
+        "sparkfleet_hf_token_file": "/srv/x/lib/token",
+    }
     unit = render(tmp_path, **elsewhere) / "sparkfleet-integrity.service"
     assert {"-/srv/x/.env", "-/srv/x/releases", "-/srv/x/lib/token"} <= set(values(unit, "InaccessiblePaths"))
     assert "-/root" not in values(unit, "InaccessiblePaths") and values(unit, "ReadWritePaths") == ["/root/hf"]
