@@ -39,6 +39,8 @@ OURS = re.compile(r"https://github\.com/sparkfleet/sparkfleet/(?:blob|tree)/main
 FOREIGN = frozenset(
     [
         ".",
+        "ansible-builder",
+        "ansible-navigator",
         "antsibull-changelog",
         "cd",
         "docker",
