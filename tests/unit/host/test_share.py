@@ -393,6 +393,9 @@ def test_idle_time_counts_from_the_end_of_the_last_request() -> None:
 def test_verb_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
     assert host_share.main(["give"]) == 2
     assert "serve|connect" in capsys.readouterr().err
+    assert host_share.main(["--help"]) == 0
+    said = capsys.readouterr()
+    assert "serve|connect" in said.out and not said.err
 
 
 # -- what the engine's container may have put into the cache ---------------------------------------------------------
