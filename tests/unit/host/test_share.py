@@ -170,7 +170,7 @@ def test_a_blob_that_is_cut_is_resumed(layout: Layout, upstream: Upstream) -> No
 def test_a_blob_with_another_content_is_never_kept(
     layout: Layout, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ansible.module_utils.sparkfleet_host.registry.TRIES", 1)
+    monkeypatch.setattr(f"{Layout.__module__}.TRIES", 1)
     upstream.spoil = True
     with pytest.raises(OSError, match="another content"):
         layout.fetch([digest(upstream.layers[1])], lambda done: None)
