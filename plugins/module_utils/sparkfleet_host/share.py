@@ -658,7 +658,11 @@ def _clean(source: Source) -> None:
 def main(argv: Sequence[str]) -> int:
     """`serve FILE` or `connect FILE`; the exit code."""
     verbs = {"serve": serve, "connect": connect}
+    usage = "usage: sparkfleet_host.pyz share serve|connect FILE"
+    if list(argv) in (["-h"], ["--help"]):
+        print(usage)
+        return 0
     if len(argv) != 2 or argv[0] not in verbs:
-        print("usage: sparkfleet_host.pyz share serve|connect FILE", file=sys.stderr)
+        print(usage, file=sys.stderr)
         return 2
     return verbs[argv[0]](Path(argv[1]))

@@ -100,7 +100,7 @@ def certificate(folder: Path, *names: str) -> Path:
     """Key and self-signed certificate in one file, for host names or addresses."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0])])
-    now = datetime.datetime.now(datetime.UTC)
+    now = datetime.datetime.now(datetime.timezone.utc)
     alternatives: list[x509.GeneralName] = [
         x509.IPAddress(ipaddress.ip_address(item)) if item[0].isdigit() else x509.DNSName(item) for item in names
     ]

@@ -134,7 +134,7 @@ class Process:
     def __enter__(self) -> Process:
         self.log = (self.folder / "log").open("w", encoding="utf-8")
         self.process = subprocess.Popen(self.argv, stdout=self.log, stderr=self.log, env=self.environment)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 90  # an emulated Python starts slowly
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 self.get("/metrics")

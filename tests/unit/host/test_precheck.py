@@ -300,7 +300,7 @@ def test_look_stop_and_start_go_by_label(engine: Engine, docker: Docker) -> None
 
 
 def test_a_log_line_without_an_end_is_cut(engine: Engine, docker: Docker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ansible.module_utils.sparkfleet_host.docker.LINE", 100)
+    monkeypatch.setattr(f"{Docker.__module__}.LINE", 100)
 
     def endless(handler: Handler) -> None:
         handler.chunks(b"\1\0\0\0\0\0\x03\xe8" + b"x" * 1000)

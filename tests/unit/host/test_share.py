@@ -170,7 +170,7 @@ def test_a_blob_that_is_cut_is_resumed(layout: Layout, upstream: Upstream) -> No
 def test_a_blob_with_another_content_is_never_kept(
     layout: Layout, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ansible.module_utils.sparkfleet_host.registry.TRIES", 1)
+    monkeypatch.setattr(f"{Layout.__module__}.TRIES", 1)
     upstream.spoil = True
     with pytest.raises(OSError, match="another content"):
         layout.fetch([digest(upstream.layers[1])], lambda done: None)
@@ -393,6 +393,9 @@ def test_idle_time_counts_from_the_end_of_the_last_request() -> None:
 def test_verb_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
     assert host_share.main(["give"]) == 2
     assert "serve|connect" in capsys.readouterr().err
+    assert host_share.main(["--help"]) == 0
+    said = capsys.readouterr()
+    assert "serve|connect" in said.out and not said.err
 
 
 # -- what the engine's container may have put into the cache ---------------------------------------------------------

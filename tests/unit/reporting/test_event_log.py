@@ -128,6 +128,6 @@ def test_any_text_and_any_variables(text: str, extra: list[str]) -> None:
 def test_redaction_takes_time_in_proportion() -> None:
     log = event_log.EventLog()
     for text in ("a" * 300_000, "x://" * 80_000, "x://u:" + "p" * 300_000, "bearer " * 50_000, "x://u:p@" * 40_000):
-        began = time.monotonic()
+        began = time.process_time()  # not of the clock: other programs take time as well
         log.redacted(text)
-        assert time.monotonic() - began < 2, text[:20]
+        assert time.process_time() - began < 2, text[:20]
