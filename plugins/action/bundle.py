@@ -19,14 +19,13 @@ from sparkfleet_host import bounded
 from sparkfleet_host.bounded import BoundsError
 
 from sparkfleet import SparkfleetError
+from sparkfleet.diagnosis.startup import AT_LEAST
 from sparkfleet.packaging import wheels
 from sparkfleet.packaging.bundle import LAYOUT, Bundle, Collected, Entry, Item, total
 
 display = Display()
 #: Files that travel before the host is told to put them where they belong, bytes.
 BATCH = 256 << 20
-#: A line of progress at least so often, seconds.
-AT_LEAST = 10.0
 #: What this process may write to other files while one comes from a Spark, bytes.
 SLACK = 64 << 20
 

@@ -12,13 +12,12 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 from sparkfleet_host.bounded import printable
+from sparkfleet_host.job import FOLDER, TRANSFER
 
+from sparkfleet.diagnosis.startup import AT_LEAST
 from sparkfleet.fleet.reconnect import Patience
 
-FOLDER = "/run/sparkfleet/fetch"
 SLICE = 3.0  # seconds of one long poll; also the shortest time between two lines
-AT_LEAST = 10.0  # seconds after which a line is printed though nothing moved
-TRANSFER = ("pulling", "downloading")
 ENDED = ("absent", "done", "failed", "died", "skipped")
 
 display = Display()

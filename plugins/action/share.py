@@ -17,12 +17,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from sparkfleet_host.bounded import DIGEST, printable
+from sparkfleet_host.share import BUNDLE
 
 from sparkfleet.fleet import fetch_schedule, gateway
 
 REGISTRY_PORT, HUB_PORT = 9111, 9112  # as in sparkfleet_host.share
 
-BUNDLE = "/var/lib/sparkfleet/bundle"  # as in sparkfleet_host.share
 #: Characters of a key and its certificate; ours has fewer than 2,000.
 MOST_OF_A_PAIR = 65536
 

@@ -10,12 +10,13 @@ from typing import Any
 from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
+from sparkfleet_host.bounded import GIB
+from sparkfleet_host.engine import PROJECT
 
 from sparkfleet import SparkfleetError, paths
 from sparkfleet.fleet import gateway
 from sparkfleet.packaging import host_program
-from sparkfleet.planning import compose, plan, variables
-from sparkfleet.planning.preflight import GIB
+from sparkfleet.planning import plan, variables
 from sparkfleet.planning.target import Settings, Target, listen
 from sparkfleet.planning.variables import ARGUMENT_PREFIX
 from sparkfleet.reporting import report
@@ -44,7 +45,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             "revision": target.revision,
             "remote_code": target.remote_code,
             "image": target.image,
-            "project": compose.PROJECT,
+            "project": PROJECT,
             "operator": settings.operator,
             "project_dir": settings.project_dir,
             "cache_dir": settings.cache_dir,

@@ -103,6 +103,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.doc
     DockerUnavailable,
 )
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.engine import just_before, look, new_lines
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.guard import SETTINGS_FILE
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.precheck import precheck
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import (
     DONE,
@@ -116,7 +117,6 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.rel
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.switch import VERIFIED
 
 UNIT = "sparkfleet-switch"
-GUARD_SETTINGS = "/etc/sparkfleet/guard.json"
 PROGRAM = "lib/sparkfleet_host.pyz"
 POLL = 0.25
 BEGIN_SECONDS = 20.0  # until the job has written its first line
@@ -138,7 +138,7 @@ def who(store: Store, journal: dict[str, Any] | None, holder: dict[str, Any] | N
 
 def cache_dir() -> str:
     """The model cache, as the guard's settings have it."""
-    found = (read_json(Path(GUARD_SETTINGS)) or {}).get("cache_dir")
+    found = (read_json(Path(SETTINGS_FILE)) or {}).get("cache_dir")
     return found if isinstance(found, str) and re.fullmatch(r"/[^\s:]+", found) else "/opt/hf"
 
 

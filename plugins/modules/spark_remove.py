@@ -60,13 +60,13 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.doc
     DockerError,
     DockerUnavailable,
 )
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.guard import SETTINGS_FILE
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.http import KEY_FILE
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import STATE_DIR, Store, read_json
 
 UNIT = Path("/etc/systemd/system/sparkfleet-guard.service")
 #: Those that are enabled, and the service that they start.
 CHECKS = [UNIT.with_name(f"sparkfleet-integrity.{kind}") for kind in ("timer", "path", "service")]
-SETTINGS = Path("/etc/sparkfleet/guard.json")
 HOST_PYTHON = "sparkfleet/host-python:1"
 Item = tuple[str, Callable[[], None]]
 
@@ -96,7 +96,7 @@ def plan(params: dict[str, Any], store: Store, docker: Docker) -> list[Item]:
     here = (folder for folder in folders if folder.is_dir() and not folder.is_symlink())
     items += [(f"{folder}/", remove_folder(folder)) for folder in here]
     keys = [Path(f"{KEY_FILE}{end}") for end in ("", ".next", ".previous")]
-    files = [SETTINGS, *keys, *([Path(params["token_file"])] if params["token"] else [])]
+    files = [Path(SETTINGS_FILE), *keys, *([Path(params["token_file"])] if params["token"] else [])]
     items += [(str(file), file.unlink) for file in files if file.exists()]
     return items
 

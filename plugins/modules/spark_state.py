@@ -334,9 +334,6 @@ def registry_access(
         return {**found, "error": str(error), "failure": failure}
 
 
-PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
-
-
 def service_environment(unit: str, names: Sequence[str]) -> tuple[str, ...]:
     """Variables of the environment that the main process of a unit was started with; "" for what it lacks, or does not
     run. Read from the process, since a unit's files may be newer than it."""

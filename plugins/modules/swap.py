@@ -36,10 +36,10 @@ import tempfile
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import GIB
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.memory import memory_state, swap_in_fstab
 
 MARK = "# swap off: "
-GIB = 1024**3
 #: Left to the host when swap has come back into memory; the plan's own floor.
 RESERVE = 4 * GIB
 

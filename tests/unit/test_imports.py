@@ -77,3 +77,23 @@ def test_nothing_outside_the_simulator_needs_it() -> None:
     assert not [
         path for path in ours if any(name.split(".")[0] in ("simulator", "tests") for name in imported(path, ""))
     ]
+
+
+def constants(path: Path) -> Iterator[tuple[str, str]]:
+    """Name and value of what a module sets once to a text, a number of bytes, or a tuple or set of such."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            told = isinstance(node.value, ast.Constant | ast.Tuple | ast.Set | ast.Dict)
+            if told and name.isupper() and name not in ("DOCUMENTATION", "EXAMPLES", "RETURN"):
+                yield name, ast.unparse(node.value)
+
+
+def test_no_constant_is_defined_twice() -> None:
+    """Of the same name and value. Numbers of seconds are nobody's but their module's."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for path in (*MODULES.values(), *(ROOT / "plugins").rglob("*.py")):
+        for name, value in constants(path):
+            if not value.replace(".", "").isdigit():
+                found.setdefault((name, value), []).append(str(path.relative_to(ROOT)))
+    assert {key: paths for key, paths in found.items() if len(paths) > 1} == {}

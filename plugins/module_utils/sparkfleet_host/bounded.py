@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, TypeVar
 
 Result = TypeVar("Result")
 
-KIB, MIB = 1 << 10, 1 << 20
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 DEPTH = 64  # of nested arrays and objects
 NUMBER = 400  # characters of a number
 STATE_FILE = 4 * MIB

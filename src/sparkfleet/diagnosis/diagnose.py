@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparkfleet_host.bounded import GIB
+
 from sparkfleet.diagnosis import failures
 from sparkfleet.diagnosis.failures import BY_ID
 
-GIB = 1024**3
 #: Seconds since the guard's last sign of life; it writes its state twice a minute.
 STUCK = 120.0
 #: Free space below which writes begin to fail, bytes.

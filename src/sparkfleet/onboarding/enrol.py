@@ -10,9 +10,11 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from sparkfleet_host.bounded import GIB
+
 from sparkfleet.onboarding import ssh
 from sparkfleet.onboarding.prompts import Person, tell
-from sparkfleet.onboarding.ssh import GIB, Facts, HostKey, Look, Place
+from sparkfleet.onboarding.ssh import Facts, HostKey, Look, Place
 from sparkfleet.planning import memory_plan
 from sparkfleet.planning.preflight import version
 from sparkfleet.reporting import report

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparkfleet_host.bounded import printable
+from sparkfleet_host.bounded import GIB, printable
 
 from sparkfleet import SparkfleetError, paths
 from sparkfleet.exit_codes import CODES, INTERRUPTED, OK, REFUSED
@@ -30,7 +30,7 @@ from sparkfleet.onboarding.enrol import Host
 from sparkfleet.onboarding.inventory_file import Entry
 from sparkfleet.onboarding.model_choice import Choice
 from sparkfleet.onboarding.prompts import Person, tell
-from sparkfleet.onboarding.ssh import GIB, Place
+from sparkfleet.onboarding.ssh import Place
 from sparkfleet.paths import ROOT
 from sparkfleet.planning import catalog, memory_plan, target
 from sparkfleet.user_paths import expanded

@@ -33,7 +33,6 @@ LOOK_SECONDS = 40
 PORT = 22
 #: Kinds of host keys, the best first.
 KEYS = ("ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521", "ssh-rsa")
-GIB = 1024**3
 #: Bytes of output of a command that are read; a look is some hundred.
 OUTPUT = MIB
 _BASE64 = re.compile(r"(?:[A-Za-z0-9+/]{4}){4,1000}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")

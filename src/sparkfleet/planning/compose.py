@@ -15,10 +15,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from sparkfleet_host.engine import PROJECT
+from sparkfleet_host.http import KEY_FILE
+
 from sparkfleet.planning.catalog import Arguments, ArgumentValue, Card
 from sparkfleet.planning.vllm_versions import starts_with_serve
 
-PROJECT = "sparkfleet"
 CACHE_IN_CONTAINER = "/root/.cache/huggingface"
 CA_IN_CONTAINER = "/etc/ssl/certs/sparkfleet-ca.pem"
 #: What Python's HTTP clients take their certificate authorities from: httpx and ssl, requests.
@@ -26,7 +28,7 @@ CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 ENGINE_PORT = 8000
 LOOPBACK = "127.0.0.1"
 #: On the host, 0600; in the container Docker mounts it under the name of the secret.
-KEY_FILE, KEY_NAME = "/etc/sparkfleet/engine_key", "engine_key"
+KEY_NAME = "engine_key"
 #: vLLM reads its key from the environment. What Compose puts there `docker inspect` shows, so this does. (`$$` is
 #: Compose's way to write `$`.)
 KEYED = ["sh", "-c", f'VLLM_API_KEY=$$(cat /run/secrets/{KEY_NAME}) && export VLLM_API_KEY && exec "$$@"', "sh"]

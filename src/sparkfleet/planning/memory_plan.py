@@ -14,12 +14,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from sparkfleet_host.bounded import GIB
+
 from sparkfleet import SparkfleetError
 from sparkfleet.planning import vllm_versions
 from sparkfleet.planning.catalog import Arguments, Attention, Card
 from sparkfleet.planning.vllm_versions import Engine
 
-GIB = 1024**3
 #: Memory bandwidth of a GB10, GB/s (NVIDIA's data sheet).
 BANDWIDTH_GB_S = 273.0
 #: CUDA's total with older drivers, the smaller of the two that are seen (newer: 121.6); and what an idle DGX OS takes.

@@ -10,13 +10,14 @@ import dataclasses
 import re
 from typing import Any
 
+from sparkfleet_host.bounded import GIB
+
 from sparkfleet import SparkfleetError
 from sparkfleet.diagnosis.failures import BY_ID
 from sparkfleet.documents import yaml_text
 from sparkfleet.planning import catalog, memory_plan, vllm_versions
 from sparkfleet.planning.target import State, Target, listen
 
-GIB = 1024**3
 #: (ID, VERSION_ID) of /etc/os-release -> where its own packages suffice for Docker with Compose v2.
 SUPPORTED_OS = {("ubuntu", "24.04"): True, ("debian", "13"): True, ("debian", "12"): False}
 SUPPORTED_MACHINES = ("aarch64", "x86_64")

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+from sparkfleet_host.bounded import GIB
 
 from sparkfleet.planning import memory_plan
 from sparkfleet.planning.catalog import load
@@ -27,7 +28,7 @@ def test_tokens_follow_exactly_from_the_logged_gib(run: dict[str, Any]) -> None:
     logged = run["logged"]
     if "kv_cache_tokens" not in logged:
         pytest.skip("its layout is not one the planner knows")
-    plan = logged_runs.plan(run, kv_cache_memory_bytes=int(logged["kv_cache_gib"] * memory_plan.GIB))
+    plan = logged_runs.plan(run, kv_cache_memory_bytes=int(logged["kv_cache_gib"] * GIB))
     assert plan.kv_cache_tokens == pytest.approx(logged["kv_cache_tokens"], rel=0.002)
     if "max_concurrency" in logged:
         assert plan.max_concurrency == pytest.approx(logged["max_concurrency"], rel=0.002)

@@ -6,11 +6,12 @@ import dataclasses
 from typing import Any
 
 import pytest
+from sparkfleet_host.bounded import GIB
 
 from sparkfleet import SparkfleetError
 from sparkfleet.planning import catalog, memory_plan, vllm_versions
 from sparkfleet.planning.catalog import Attention, Card
-from sparkfleet.planning.memory_plan import GIB, Memory
+from sparkfleet.planning.memory_plan import Memory
 from sparkfleet.planning.vllm_versions import Engine
 
 V010 = Engine((0, 10, 1, 1))

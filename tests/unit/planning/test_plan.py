@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
+from sparkfleet_host.bounded import GIB
 
 from sparkfleet import SparkfleetError
 from sparkfleet.planning import plan, preflight, variables
-from sparkfleet.planning.preflight import GIB
 from sparkfleet.planning.target import Settings, Target
 
 SERVICE = "vllm-llama31-8b-fp8"

@@ -126,7 +126,7 @@ def remove(
     }
     monkeypatch.setattr(spark_remove, "UNIT", tmp_path / "unit")
     monkeypatch.setattr(spark_remove, "CHECKS", [])
-    monkeypatch.setattr(spark_remove, "SETTINGS", tmp_path / "guard.json")
+    monkeypatch.setattr(spark_remove, "SETTINGS_FILE", str(tmp_path / "guard.json"))
     monkeypatch.setattr(spark_remove, "STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setattr(spark_remove, "remove_unit", (tmp_path / "unit").unlink)
     monkeypatch.setattr(spark_remove, "Docker", lambda timeout: Docker(str(engine.server_address), timeout))
