@@ -193,7 +193,7 @@ def test_check_mode_says_what_keeps_a_release_from_running(run: Run, job: Job, s
 
 def test_a_job_is_begun_that_needs_no_connection(run: Run, job: Job, store: Store) -> None:
     job.writes = {"phase": "done", "outcome": "verified"}
-    result = run(controller="alice@laptop", verb="site.yml", start_timeout=600, keep=4, recreate=True)
+    result = run(controller="alice@laptop", verb="site.yml", start_timeout=600, keep_releases=4, recreate=True)
     assert result["done"] and not result["joined"] and result["journal"]["id"] == result["id"]
     (argv,) = job.started
     assert argv[0] == "systemd-run" and "--unit=sparkfleet-switch" in argv
