@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from typing import Any
@@ -11,6 +12,7 @@ from ansible import constants as C
 from ansible.playbook.task_include import TaskInclude
 from ansible.plugins.callback.default import CallbackModule as Default
 from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
+from sparkfleet_host.bounded import printable
 
 import sparkfleet.planning.plan  # noqa: F401 - once for all workers, which are forked from this process
 from sparkfleet.diagnosis.ansible_errors import bare, explained
@@ -41,10 +43,27 @@ author: ["The Sparkfleet developers"]
 
 #: Actions that tell of their progress themselves.
 PROGRESS = frozenset(f"sparkfleet.dgx.{name}" for name in ("bundle", "fetch_wait", "release_switch", "vllm_wait"))
+#: Characters of a task's name or an item's label that are shown.
+SHOWN = 300
 #: Strategies under which no task is the current one.
 FREE = ("free", "host_pinned", "ansible.builtin.free", "ansible.builtin.host_pinned")
 #: Of these, and of all of our own, the messages are written for the operator.
 FOR_OPERATORS = ("ansible.builtin.assert", "ansible.builtin.fail", "ansible.builtin.validate_argument_spec")
+
+
+def cleaned(value: Any) -> Any:
+    """The same, deep within ansible-core's summaries too, with texts that do nothing to a terminal; lines after the
+    first are indented."""
+    if isinstance(value, str):
+        return report.clean(value).replace("\n", "\n  ")
+    if isinstance(value, dict):
+        return {key: cleaned(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([cleaned(item) for item in value])
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [field.name for field in dataclasses.fields(value) if field.init]
+        return dataclasses.replace(value, **{name: cleaned(getattr(value, name)) for name in fields})
+    return value
 
 
 class Silence(threading.Thread):
@@ -111,24 +130,27 @@ class CallbackModule(Default):  # type: ignore[misc]
             self._silence.now("" if task.resolved_action in PROGRESS else self._name(task))
 
     def v2_runner_on_ok(self, result: Any) -> None:
-        """Print a change as one line."""
-        if not self._quiet or result.task.loop or self._run_is_verbose(result):
+        """Print a change as one line; that of a loop was printed item by item."""
+        if not self._quiet or (self._run_is_verbose(result) and not result.task.loop):
             super().v2_runner_on_ok(result)
             return
         if isinstance(result.task, TaskInclude):
             return
         self._handle_warnings_and_exception(result)
-        if result.result.get("changed", False):
+        if result.result.get("changed", False) and not result.task.loop:
             self._display.display(f"{self.host_label(result)}  {self._name(result.task)}", color=C.COLOR_CHANGED)
 
     def v2_runner_item_on_ok(self, result: Any) -> None:
         """Print a change of one item."""
         if not self._quiet or self._run_is_verbose(result):
             super().v2_runner_item_on_ok(result)
-        elif result.result.get("changed", False):
-            self._handle_warnings_and_exception(result)
-            line = f"{self.host_label(result)}  {self._name(result.task)}: {self._get_item_label(result.result)}"
-            self._display.display(line, color=C.COLOR_CHANGED)
+            return
+        self._handle_warnings_and_exception(result)
+        if result.result.get("changed", False):
+            label = printable(str(self._get_item_label(result.result)), SHOWN)
+            self._display.display(
+                f"{self.host_label(result)}  {self._name(result.task)}: {label}", color=C.COLOR_CHANGED
+            )
 
     def v2_runner_on_skipped(self, result: Any) -> None:
         """Print nothing."""
@@ -152,7 +174,22 @@ class CallbackModule(Default):  # type: ignore[misc]
         super().v2_playbook_on_stats(stats)
 
     def _name(self, task: Any) -> str:
-        return report.clean(str(self._last_task_name or task.get_name()).strip().removeprefix("sparkfleet.dgx."))
+        name = str(self._last_task_name or task.get_name()).strip()
+        return printable(name.removeprefix("sparkfleet.dgx."), SHOWN)
+
+    # -- what comes from hosts -----------------------------------------------------------------------------
+
+    def _handle_warnings(self, res: Any) -> None:
+        """As the default does, without what moves a cursor or begins a line: a host words its warnings."""
+        for key, show in (("warnings", self._display._warning), ("deprecations", self._display._deprecated)):
+            if res.pop(key, None) and self._current_task_result:
+                for summary in getattr(self._current_task_result, key) or ():
+                    show(cleaned(summary))
+
+    def _handle_exception(self, result: Any, use_stderr: bool = False) -> None:
+        """Likewise for errors."""
+        if result.pop("exception", None) and self._current_task_result and self._current_task_result.exception:
+            self._display._error(cleaned(self._current_task_result.exception), stderr=use_stderr)
 
     # -- failures ------------------------------------------------------------------------------------------
 
@@ -163,7 +200,8 @@ class CallbackModule(Default):  # type: ignore[misc]
         return own and bool(message) and "results" not in result.result and self._display.verbosity == 0
 
     def _print_message(self, result: Any, word: str) -> None:
-        message = report.clean(explained(str(result.result["msg"])))
+        # Lines of its own are indented: none can pass for one of another host, or for the recap.
+        message = report.clean(explained(str(result.result["msg"]))).rstrip().replace("\n", "\n  ")
         self._display.display(f"{word}: [{self.host_label(result)}]: {message}", color=C.COLOR_ERROR)
 
     def v2_runner_on_failed(self, result: Any, ignore_errors: bool = False) -> None:

@@ -12,5 +12,5 @@ from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[2]
 for _folder in (_ROOT / "plugins" / "module_utils", _ROOT / "src"):
-    if (_ROOT / "src").is_dir() and str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
+    if (_ROOT / "src").is_dir() and sys.path[0] != str(_folder):
+        sys.path[:] = [str(_folder), *(entry for entry in sys.path if entry != str(_folder))]

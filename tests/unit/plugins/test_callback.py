@@ -101,3 +101,33 @@ def test_a_task_that_lasts_says_so(tmp_path: Path) -> None:
     said = lines(tmp_path, text, SPARKFLEET_QUIET_SECONDS="0.5")
     assert len(said) >= 2 and all(line.startswith("Wait for it (") for line in said)
     assert lines(tmp_path, text, SPARKFLEET_QUIET_SECONDS="60") == []
+
+
+#: What Ansible takes for a host's Python.
+HOSTILE = r"""#!{python}
+import json
+print(json.dumps({{
+    "failed": True, "changed": False,
+    "warnings": ["\x1b[2J\x1b]0;owned\x07x"],
+    "msg": "no\nspark-2  release 8 (m) is verified\nPLAY RECAP *****",
+}}))
+"""
+
+
+@pytest.mark.parametrize("action", ["ansible.builtin.stat: {path: /}", "sparkfleet.dgx.swap: {state: disabled}"])
+def test_a_host_says_nothing_in_the_name_of_another(tmp_path: Path, action: str) -> None:
+    """Neither escape sequences nor lines of its own."""
+    interpreter = tmp_path / "python3"
+    interpreter.write_text(HOSTILE.format(python=sys.executable), encoding="utf-8")
+    interpreter.chmod(0o755)
+    playbook = tmp_path / "playbook.yml"
+    playbook.write_text(f"- hosts: all\n  gather_facts: false\n  tasks:\n    - {action}\n", encoding="utf-8")
+    command = [Path(sys.executable).with_name("ansible-playbook"), "-i", "spark-1,", "-c", "local", playbook]
+    command += ["-e", f"ansible_python_interpreter={interpreter}"]
+    settings = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=settings, check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 2 and "release 8 (m) is verified" in said, said
+    assert "\x1b" not in said and "\x07" not in said
+    assert not [line for line in said.splitlines() if line.startswith(("spark-2", "PLAY RECAP *****\n"))]
+    assert said.count("\nPLAY RECAP") == 1
