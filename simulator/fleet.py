@@ -422,7 +422,7 @@ def drained(fleet: Fleet) -> dict[str, Any]:
     holder = fleet.holder()
     time.sleep(1)  # it is on its way
     victim = stuck(holder, "drained") or in_flight(holder)
-    words = ("gateways", "--become", "--module-name", "haproxy_server", "--args")
+    words = ("gateways", "--become", "--module-name", "sparkfleet.dgx.haproxy_server", "--args")
     began = time.monotonic()
     draining = fleet.start("ansible", *words, json.dumps({"servers": [victim], "state": "drain", "timeout": 30}))
     holder.until("it is drained", lambda: statistics(holder, victim)["status"].startswith(("MAINT", "DRAIN")))
