@@ -25,6 +25,7 @@ from .bounded import COMMIT, REPO, REVISION, SHA256, BoundsError
 FOLDER = ".sparkfleet"
 MANIFEST_BYTES = 16 << 20
 MOST_FILES = 20_000
+FILE_BYTES = 2 << 40  # of a file of a model: more than any has
 MARK_BYTES = bounded.STATE_FILE // 4  # of names in a mark, so that it can be read again however JSON escapes them
 CODE = ".py"  # what vLLM runs of a model with trust_remote_code alone
 
@@ -80,7 +81,7 @@ def check_listing(value: Any, what: str) -> dict[str, Any]:
         if not bounded.is_repository_path(name):
             raise BoundsError(f"{what}: {bounded.printable(repr(name), 120)} cannot be a file's name")
         entry = bounded.as_dict(item, f"{what}: {name}")
-        bounded.as_int(entry.get("size"), f"{what}: size of {name}")
+        bounded.as_int(entry.get("size"), f"{what}: size of {name}", 0, FILE_BYTES)
         if "sha256" in entry:
             bounded.matched(SHA256, entry["sha256"], f"{what}: sha256 of {name}")
         elif "sha1" in entry:

@@ -8,7 +8,8 @@ switch tries again. Below /var/lib/sparkfleet:
     unneeded.json     parts that pruned releases needed: {"parts": [{"kind", "name", "place"}]}
     images/HEX.json   an image that `image_pull` brought, by its digest: {"names": [its names then]}
 
-Others may write to the model cache: no link is followed in it, and each removal is relative to an open folder.
+Others may write to the model cache, also while it is looked through: no link is followed in it, each removal is
+relative to an open folder, and all of it together has SECONDS, since a switch holds its lock meanwhile.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import itertools
 import os
 import re
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,15 +44,32 @@ OURS = 100  # names of an image that is noted
 MOST_BYTES = 1 << 62
 DEPTH = 64  # of folders in each other that are open at the same time
 LOOKS = 1000  # at a folder that is emptied, MOST_FILES of its files at a time
+SECONDS = 120.0  # for all parts of a switch
 DELETE_SECONDS = 300.0  # that Docker has for an image
 ACTIVE = ("running", "paused", "restarting")
 _PLACE = re.compile(r"/[^\s:\x00-\x1f\x7f\ud800-\udfff]{1,4095}")
+_LIST = re.compile(r"[0-9a-f]{40}\.json|fetching\.json")
 _COMPILED = re.compile(r"[0-9a-f]{12}")
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class LeftError(Exception):
     """A part stays; the message is the reason."""
+
+
+class LateError(LeftError):
+    """The time was over before a part was gone."""
+
+
+class Deadline:
+    """Until when work may go on. `check` raises LateError from then on."""
+
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self._end = time.monotonic() + seconds
+
+    def check(self) -> None:
+        if time.monotonic() >= self._end:
+            raise LateError("not done in time; the next switch goes on")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -202,7 +221,8 @@ def _noted_names(path: Path) -> set[str]:
 
 class Reclaim:
     """Removes parts that are not needed. `kept`: the locks of the releases that are kept; `dry`: only finds out what
-    would go. `reclaimed` are {"kind", "name", "bytes"}, `left` sentences that say what stays and why."""
+    would go; `seconds`: for a run. `reclaimed` are {"kind", "name", "bytes"}, `left` sentences that say what stays and
+    why."""
 
     def __init__(
         self,
@@ -211,8 +231,10 @@ class Reclaim:
         state_dir: str | Path,
         dry: bool = False,
         jobs: str = job.FOLDER,
+        seconds: float = SECONDS,
     ) -> None:
         self.docker, self.state_dir, self.dry, self.jobs = docker, Path(state_dir), dry, jobs
+        self.seconds, self._deadline = seconds, Deadline(seconds)
         self.reclaimed: list[dict[str, Any]] = []
         self.left: list[str] = []
         self._needed = {(part.kind, part.name) for lock in kept for part in parts(lock)}
@@ -220,23 +242,29 @@ class Reclaim:
         self._repos = {str(lock.get("repo")) for lock in kept if not COMMIT.fullmatch(str(lock.get("revision") or ""))}
 
     def run(self, noted: Iterable[Part]) -> list[Part]:
-        """Remove what may go; the parts that are to be tried again."""
-        again = []
+        """Remove what may go; the parts that are to be tried again, last the one that took too long: the others' turn
+        comes first then."""
+        again: list[Part] = []
+        late: list[Part] = []
+        self._deadline = Deadline(self.seconds)
         work = {IMAGE: self._image, MODEL: self._model, COMPILED: self._compiled}
         for part in noted:
             if (part.kind, part.name) in self._needed:
                 continue  # noted again when the release that needs it is pruned
+            begun = False
             try:
+                self._deadline.check()
+                begun = True
                 size = work[part.kind](part)
             except Exception as error:  # a switch that was verified must not fail for this
                 expected = isinstance(error, LeftError | OSError | DockerError | BoundsError)
                 reason = str(error) if expected else f"{type(error).__name__}: {error}"
                 self.left.append(f"{printable(str(part), 600)}: {printable(reason, 300)}")
-                again.append(part)
+                (late if begun and isinstance(error, LateError) else again).append(part)
                 continue
             if size is not None:
                 self.reclaimed.append({"kind": part.kind, "name": part.name, "bytes": size})
-        return again
+        return again + late
 
     @contextlib.contextmanager
     def _idle(self, kind: str) -> Iterator[None]:
@@ -315,7 +343,7 @@ class Reclaim:
             self._check_unused(repo, part.place)
             with contextlib.ExitStack() as opened:
                 try:
-                    files = opened.enter_context(ModelFiles(part.place, repo, commit))
+                    files = opened.enter_context(ModelFiles(part.place, repo, commit, self._deadline))
                 except FileNotFoundError:
                     return None
                 return files.remove(self.dry)
@@ -348,7 +376,7 @@ class Reclaim:
             size = 0
             for name in there:
                 if self.dry:
-                    size += _tree_bytes(name, top)
+                    size += _tree_bytes(name, top, self._deadline)
                     continue
                 if name == part.name:  # cut half way through it must not be taken for a compile cache
                     try:
@@ -356,7 +384,7 @@ class Reclaim:
                     except NotADirectoryError:
                         os.unlink(aside, dir_fd=top)
                         os.rename(name, aside, src_dir_fd=top, dst_dir_fd=top)
-                size += _remove_tree(aside, top)
+                size += _remove_tree(aside, top, self._deadline)
             return size if there else None
         finally:
             os.close(top)
@@ -419,7 +447,8 @@ def _mounts(item: Mapping[str, Any], folder: str) -> bool:
 class ModelFiles:
     """The files of one commit of a model in a cache. Raises FileNotFoundError where the cache does not have it."""
 
-    def __init__(self, cache_dir: str, repo: str, commit: str) -> None:
+    def __init__(self, cache_dir: str, repo: str, commit: str, deadline: Deadline | None = None) -> None:
+        self._deadline = deadline or Deadline()
         self.cache_dir, self.commit, self._name = cache_dir, commit, repo_folder(repo)
         self._open: list[int] = []
 
@@ -461,18 +490,19 @@ class ModelFiles:
         total = sum(sizes.values())
         there = snapshots is not None and _is_folder(self.commit, snapshots)
         if dry:
-            return total + (_tree_bytes(self.commit, snapshots) if there else 0)
+            return total + (_tree_bytes(self.commit, snapshots, self._deadline) if there else 0)
         errors: list[Exception] = []
         with _noted_in(errors):
             self._remove_refs(errors)
         if snapshots is not None and there:
             with _noted_in(errors):
-                total += _remove_tree(self.commit, snapshots)
+                total += _remove_tree(self.commit, snapshots, self._deadline)
         for name in sizes:
+            self._deadline.check()
             with _noted_in(errors):
                 os.unlink(name, dir_fd=blobs)
         with _noted_in(errors):
-            _remove(f"{self.commit}.suspect.json", self._lists)
+            _remove(f"{self.commit}.suspect.json", self._lists, self._deadline)
         if errors:
             raise errors[0]
         with contextlib.suppress(FileNotFoundError):
@@ -520,18 +550,19 @@ class ModelFiles:
         """Blobs that another list or another snapshot has."""
         used: set[str] = set()
         for name in _names(self._lists):
-            if name.endswith(".json") and not name.endswith(".suspect.json") and name != f"{self.commit}.json":
+            if name != f"{self.commit}.json" and _LIST.fullmatch(name):
+                self._deadline.check()
                 used |= _hashes(self._listing(name))
         snapshots = self._child("snapshots")
         for name in _names(snapshots) if snapshots is not None else ():
             if name != self.commit and _is_folder(name, snapshots):
-                used |= {Path(target).name for target in _links(name, snapshots)}
+                used |= {Path(target).name for target in _links(name, snapshots, self._deadline)}
         return used
 
     def _remove_refs(self, errors: list[Exception]) -> None:
         if not _is_folder("refs", self._model):
             return
-        for folder, names in _walk("refs", self._model):
+        for folder, names in _walk("refs", self._model, self._deadline):
             for name in names:
                 with _noted_in(errors):
                     if _file_bytes(name, folder) is None:
@@ -594,13 +625,14 @@ def _content(folder: int) -> tuple[list[str], list[str], bool]:
     return folders, others, len(folders) + len(others) == MOST_FILES
 
 
-def _walk(name: str, at: int, strict: bool = True) -> Iterator[tuple[int, list[str]]]:
+def _walk(name: str, at: int, deadline: Deadline, strict: bool = True) -> Iterator[tuple[int, list[str]]]:
     """Each folder of a tree, opened, with the names of what in it is no folder. No link is followed. Raises LeftError
     for a tree that is too large or too deep (not `strict` passes over the rest of it), OSError."""
     path: list[tuple[int, list[str]]] = []  # from the topmost on, with the folders that are still to come
     inner, parent = name, at
     try:
         while True:
+            deadline.check()
             folder = os.open(inner, _DIRECTORY, dir_fd=parent)
             path.append((folder, []))
             folders, others, more = _content(folder)
@@ -618,15 +650,17 @@ def _walk(name: str, at: int, strict: bool = True) -> Iterator[tuple[int, list[s
             os.close(folder)
 
 
-def _tree_bytes(name: str, at: int | None) -> int:
+def _tree_bytes(name: str, at: int | None, deadline: Deadline) -> int:
     """Bytes of a tree's files; of one that is too deep those of its upper part."""
     assert at is not None
-    return sum(_file_bytes(file, folder) or 0 for folder, files in _walk(name, at, strict=False) for file in files)
+    return sum(
+        _file_bytes(file, folder) or 0 for folder, files in _walk(name, at, deadline, strict=False) for file in files
+    )
 
 
-def _links(name: str, at: int | None) -> Iterator[str]:
+def _links(name: str, at: int | None, deadline: Deadline) -> Iterator[str]:
     assert at is not None
-    for folder, names in _walk(name, at):
+    for folder, names in _walk(name, at, deadline):
         for item in names:
             with contextlib.suppress(OSError):  # not a link
                 yield os.readlink(item, dir_fd=folder)
@@ -634,9 +668,12 @@ def _links(name: str, at: int | None) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _noted_in(errors: list[Exception]) -> Iterator[None]:
-    """What cannot be removed is noted, and the rest goes all the same. What is gone already is no error."""
+    """What cannot be removed is noted, and the rest goes all the same. What is gone already is no error. Raises
+    LateError."""
     try:
         yield
+    except LateError:
+        raise
     except FileNotFoundError:
         pass
     except (OSError, BoundsError, LeftError) as error:
@@ -654,25 +691,26 @@ class _Emptied:
     looks: int = 0
 
 
-def _remove(name: str, at: int) -> None:
-    """Remove whatever has a name. Raises OSError."""
+def _remove(name: str, at: int, deadline: Deadline) -> None:
+    """Remove whatever has a name. Raises LateError, OSError."""
     if _is_folder(name, at):
-        _remove_tree(name, at)
+        _remove_tree(name, at, deadline)
     else:
         os.unlink(name, dir_fd=at)
 
 
-def _remove_tree(name: str, at: int) -> int:
+def _remove_tree(name: str, at: int, deadline: Deadline) -> int:
     """Remove a tree, relative to an open folder; no link is followed. Bytes of its files. All that can be removed is,
-    and OSError raised in the end for the first that cannot.
+    and OSError raised in the end for the first that cannot. Raises LateError: somebody may add to it all the time.
 
     Neither the stack nor the open folders grow with the depth: what lies deeper than DEPTH is moved up to the topmost
     folder, and is removed from there."""
     errors: list[Exception] = []
-    freed = moved = 0
+    freed = 0
     path = [_Emptied(name, os.open(name, _DIRECTORY, dir_fd=at))]
     try:
         while path:
+            deadline.check()
             last = path[-1]
             if last.below:
                 inner = last.below.pop()
@@ -680,8 +718,8 @@ def _remove_tree(name: str, at: int) -> int:
                     if len(path) < DEPTH:
                         path.append(_Emptied(inner, os.open(inner, _DIRECTORY, dir_fd=last.folder)))
                     else:
-                        moved += 1
-                        above = f".unneeded-{os.getpid()}-{moved}"
+                        # One that an earlier removal left here, cut half way, has another name.
+                        above = f".unneeded-{os.getpid()}-{time.monotonic_ns()}"
                         os.rename(inner, above, src_dir_fd=last.folder, dst_dir_fd=path[0].folder)
                         path[0].below.append(above)
             elif last.more and last.looks < LOOKS and not (errors and last.looks):
@@ -691,6 +729,7 @@ def _remove_tree(name: str, at: int) -> int:
                 with _noted_in(errors):
                     last.below, others, last.more = _content(last.folder)
                 for item in others:
+                    deadline.check()
                     with _noted_in(errors):
                         size = _file_bytes(item, last.folder) or 0
                         os.unlink(item, dir_fd=last.folder)

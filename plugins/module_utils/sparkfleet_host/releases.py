@@ -664,7 +664,7 @@ class Store:
         if spare is not None:
             return spare
         try:
-            return check_journal(bounded.read_json(self.state_dir / SWITCH))
+            return self._written()
         except (OSError, BoundsError):
             return None
 
@@ -674,7 +674,7 @@ class Store:
         if self._spare() is not None:
             return ""
         try:
-            check_journal(bounded.read_json(path))
+            self._written()
         except FileNotFoundError:
             return ""
         except BoundsError as error:
@@ -697,7 +697,10 @@ class Store:
     def spare_switch(self, journal: dict[str, Any]) -> None:
         """Keep a journal that cannot be written beside the lock. It counts until the next one is written, and until the
         host is restarted. Raises OSError."""
-        write_json(self._spare_file(), {"instead_of": self._written(), "journal": storable(journal)}, 0o600)
+        instead_of = None
+        with contextlib.suppress(OSError, BoundsError):
+            instead_of = _identity(self._written())
+        write_json(self._spare_file(), {"instead_of": instead_of, "journal": storable(journal)}, 0o600)
 
     def _spare_file(self) -> Path:
         return self.lock_file.with_name(SPARE)
@@ -705,17 +708,24 @@ class Store:
     def _spare(self) -> dict[str, Any] | None:
         try:
             data = bounded.read_json(self._spare_file(), 2 * bounded.STATE_FILE, follow=False)
-            return check_journal(data.get("journal")) if data.get("instead_of") == self._written() else None
+            spare = check_journal(data.get("journal"))
         except (OSError, BoundsError):
             return None
-
-    def _written(self) -> list[int]:
-        """Which journal is on the disk."""
         try:
-            about = (self.state_dir / SWITCH).lstat()
-        except OSError:
-            return []
-        return [about.st_ino, about.st_mtime_ns]
+            written = self._written()
+        except FileNotFoundError:
+            return spare if data.get("instead_of") is None else None
+        except (OSError, BoundsError):
+            return spare
+        if data.get("instead_of") != _identity(written):
+            return None
+        # The same switch could write again, and was cut before it removed what it had kept.
+        outrun = _identity(spare) == _identity(written) and len(spare["steps"]) < len(written["steps"])
+        return None if outrun else spare
+
+    def _written(self) -> dict[str, Any]:
+        """The journal that is on the disk. Raises OSError, BoundsError."""
+        return check_journal(bounded.read_json(self.state_dir / SWITCH))
 
     # -- the lock of what acts on the engine -------------------------------------------------------------------
 
@@ -783,6 +793,11 @@ class Store:
             finally:
                 with contextlib.suppress(OSError):
                     os.ftruncate(file.fileno(), 0)
+
+
+def _identity(journal: Mapping[str, Any]) -> list[Any]:
+    """Which switch a journal is of."""
+    return [journal["id"], journal["began"]]
 
 
 def _release(name: str) -> int:

@@ -120,6 +120,7 @@ def test_a_pipe_in_place_of_a_file_does_not_hold_it_up(cache: Path) -> None:
         '{"files": {"a": {"size": -1}}}',
         '{"files": {"a": {"size": 1, "sha256": "x"}}}',
         '{"files": {"a": {"size": 1e400}}}',
+        '{"files": {"a": {"size": 2199023255553}}}',
         "[" * 100_000,
     ],
 )
@@ -143,6 +144,55 @@ def test_a_fetch_that_ends_meanwhile_makes_no_false_alarm(cache: Path) -> None:
 
     found = verify(cache, tick=fetched)
     assert found["damaged"] == [] and "was replaced" in found["error"]
+
+
+def test_a_file_of_holes_is_damage_and_is_not_read(cache: Path) -> None:
+    size, ticks = 1 << 40, []
+    with blob(cache, "w.safetensors").open("r+b") as file:
+        file.truncate(size)
+    place = manifest_path(cache, REPO, COMMIT)
+    manifest = json.loads(place.read_text())
+    manifest["files"]["w.safetensors"]["size"] = size
+    place.write_text(json.dumps(manifest))
+
+    def tick(read: int) -> None:
+        ticks.append(read)
+        if sum(ticks) > len(SMALL):
+            raise AssertionError("it is read")
+
+    assert verify(cache, tick=tick)["damaged"] == ["w.safetensors"]
+
+
+@pytest.mark.parametrize(("size", "end"), [(1 << 20, 0), (32 << 20, 4096)])
+def test_a_sound_file_with_holes_is_sound(cache: Path, size: int, end: int) -> None:
+    """As a copy that leaves out zeros makes it."""
+    content = bytes(size - end) + b"x" * end
+    with blob(cache, "w.safetensors").open("wb") as file:
+        file.truncate(size - end)
+        file.seek(size - end)
+        file.write(b"x" * end)
+    place = manifest_path(cache, REPO, COMMIT)
+    manifest = json.loads(place.read_text())
+    manifest["files"]["w.safetensors"] = {"size": size, "sha256": hashlib.sha256(content).hexdigest()}
+    place.write_text(json.dumps(manifest))
+    assert verify(cache)["damaged"] == []
+
+
+def test_a_file_with_many_names_is_read_once(cache: Path) -> None:
+    folder, place = cache / repo_folder(REPO) / "snapshots" / COMMIT, manifest_path(cache, REPO, COMMIT)
+    manifest = json.loads(place.read_text())
+    entry = manifest["files"]["w.safetensors"]
+    for number in range(50):
+        os.link(blob(cache, "w.safetensors"), folder / f"link-{number}")
+        (folder / f"symlink-{number}").symlink_to("w.safetensors")
+        manifest["files"] |= {f"link-{number}": entry, f"symlink-{number}": entry}
+    manifest["files"]["wrong"] = {**entry, "sha256": "0" * 64}
+    os.link(blob(cache, "w.safetensors"), folder / "wrong")
+    place.write_text(json.dumps(manifest))
+    found = verify(cache)
+    assert (found["files"], found["bytes"]) == (103, 2 * len(BIG) + len(SMALL)) and found["damaged"] == ["wrong"]
+    flip(blob(cache, "w.safetensors"))
+    assert len(verify(cache)["damaged"]) == 102
 
 
 def test_reading_takes_its_share_of_the_time(cache: Path) -> None:

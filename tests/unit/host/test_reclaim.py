@@ -6,8 +6,10 @@ import fcntl
 import json
 import os
 import resource
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -447,7 +449,7 @@ def descriptors() -> list[str]:
     return sorted(path.name for path in Path("/proc/self/fd").iterdir())
 
 
-@pytest.mark.parametrize("place", [f"{OLD}.json", "other.json"])
+@pytest.mark.parametrize("place", [f"{OLD}.json", f"{NEW}.json", "fetching.json"])
 def test_a_folder_in_the_place_of_a_list_keeps_the_model_and_nothing_else(host: Host, place: str) -> None:
     path = host.cache / ".sparkfleet" / "models--org--m" / place
     path.unlink(missing_ok=True)
@@ -503,6 +505,120 @@ def test_a_file_in_the_place_of_what_is_left_of_a_compile_cache_is_no_obstacle(h
     host.compile()
     (host.compiled / f".{'1' * 12}.unneeded").write_text("x")
     assert host.run().reclaimed[0]["bytes"] == 100 and not list(host.compiled.iterdir())
+
+
+# -- time ------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Goes on by a second whenever it is looked at."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(reclaim, "time", SimpleNamespace(monotonic=self, monotonic_ns=time.monotonic_ns))
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
+
+
+LATE = "not done in time; the next switch goes on"
+
+
+def limited(host: Host, seconds: float, *noted: Part, dry: bool = False) -> Reclaim:
+    work = Reclaim(host.docker, [host.lock(NEW, OTHER)], host.store.state_dir, dry, str(host.jobs), seconds)
+    host.again = work.run(noted or reclaim.parts(host.lock()))
+    return work
+
+
+def test_a_tree_that_grows_faster_than_it_goes_does_not_hold_the_switch_up(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.compile()
+    Clock(monkeypatch)
+    content, looks = reclaim._content, 0
+
+    def growing(folder: int) -> tuple[list[str], list[str], bool]:
+        nonlocal looks
+        looks += 1
+        if looks > 1000:
+            raise ValueError("without end")
+        os.mkdir(f"folder-{looks}", dir_fd=folder)
+        return content(folder)
+
+    with monkeypatch.context() as until:
+        until.setattr(reclaim, "_content", growing)
+        found = limited(host, 100)
+    assert found.left == [f"compile cache {'1' * 12}: {LATE}", f"model org/m@{OLD}: {LATE}"] and 0 < looks <= 100
+    compiled, model = Part(COMPILED, "1" * 12, str(host.compiled)), Part(MODEL, f"org/m@{OLD}", str(host.cache))
+    assert host.again == [model, compiled]  # the one that took too long waits for the others
+    found = limited(host, 10_000, *host.again)
+    assert (found.left, host.again, len(found.reclaimed)) == ([], [], 2) and not list(host.compiled.iterdir())
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_a_tree_of_very_many_folders_is_not_looked_through_for_ever(
+    host: Host, monkeypatch: pytest.MonkeyPatch, dry: bool
+) -> None:
+    looks = []
+    content = reclaim._content
+    monkeypatch.setattr(reclaim, "_content", lambda folder: looks.append(1) or content(folder))
+    for place in (host.compile(), host.model / "snapshots" / NEW, host.model / "refs"):
+        for number in range(100):
+            (place / f"folder-{number}").mkdir()
+    Clock(monkeypatch)
+    for part in (MODEL, COMPILED):
+        looks.clear()
+        found = limited(host, 30, *(one for one in reclaim.parts(host.lock()) if one.kind == part), dry=dry)
+        assert found.left[0].endswith(LATE) and len(host.again) == 1 and len(looks) <= 30
+
+
+def test_very_many_lists_do_not_hold_the_switch_up(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    lists = host.cache / ".sparkfleet" / "models--org--m"
+    for number in range(100):
+        os.link(lists / f"{NEW}.json", lists / f"{number:040x}.json")
+    read, listing = [], reclaim.ModelFiles._listing
+
+    def counted(self: Any, name: str) -> dict[str, Any]:
+        read.append(name)
+        return listing(self, name)
+
+    monkeypatch.setattr(reclaim.ModelFiles, "_listing", counted)
+    with monkeypatch.context() as until:
+        Clock(until)
+        assert limited(host, 30).left == [f"model org/m@{OLD}: {LATE}"] and len(read) <= 30
+    assert (lists / f"{OLD}.json").exists() and (host.model / "snapshots" / OLD / "config.json").exists()
+    assert limited(host, 1000).left == [] and not (lists / f"{OLD}.json").exists()
+
+
+def test_lists_of_other_names_are_none(host: Host) -> None:
+    hash = b"old".hex().ljust(64, "0")
+    listing = {"files": {"config.json": {"size": 3, "sha256": hash}}}
+    for name in ("x.json", f"{'A' * 40}.json", f"{'c' * 40}.json.json", f"{'c' * 40}.suspect.json"):
+        host.list(name, listing)
+    assert host.run().reclaimed == [{"kind": MODEL, "name": f"org/m@{OLD}", "bytes": 3}]
+
+
+def test_whenever_the_time_is_over_the_next_switch_goes_on(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.compile()
+    deep(host.compiled / ("1" * 12), 150)
+    for place in (host.model / "snapshots" / OLD, host.model / "refs"):
+        for number in range(5):
+            (place / f"folder-{number}").mkdir()
+            (place / f"folder-{number}" / "file").write_text("x")
+    manifest = host.cache / ".sparkfleet" / "models--org--m" / f"{OLD}.json"
+    noted = [part for part in reclaim.parts(host.lock()) if part.kind != IMAGE]
+    Clock(monkeypatch)
+    for seconds in range(1, 300):
+        found = limited(host, seconds, *noted)
+        assert all(line.endswith(LATE) for line in found.left) and len(found.left) == len(host.again)
+        assert manifest.exists() is any(part.kind == MODEL for part in host.again)
+        noted = host.again
+        if not noted:
+            break
+    assert not noted and seconds > 10 and not list(host.compiled.iterdir())
+    assert not (host.model / "snapshots" / OLD).exists()
+    assert {path.read_text() for path in (host.model / "snapshots" / NEW).iterdir()} == {"newer", "shared"}
 
 
 # -- with the releases -----------------------------------------------------------------------------------------------

@@ -1352,13 +1352,46 @@ def test_a_journal_in_memory_counts_only_instead_of_the_one_that_it_was_kept_for
     write = (store.state_dir / "switch.json").read_text()
     (store.state_dir / "switch.json").unlink()
     assert store.switch() is None
-    (store.state_dir / "switch.json").write_text(write)
-    assert (store.switch() or {})["outcome"] == "verified"
-    (store.state_dir / "switch.json").write_text("{")
+    path = store.state_dir / "switch.json"
+    for text, outcome in (
+        (write, "failed"),  # a backup of the same one
+        ("{", "failed"),
+        (json.dumps({**before, "id": "another"}), "verified"),
+        (json.dumps({**before, "began": 1.0}), "verified"),
+        (json.dumps({**before, "steps": [*before["steps"], before["steps"][-1]]}), "verified"),  # it went on
+    ):
+        path.unlink(missing_ok=True)
+        path.write_text(text)
+        assert (store.switch() or {})["outcome"] == outcome and store.switch_damage() == ""
+    path.write_text("{")
     store.spare_switch({**before, "outcome": "restored"})
     assert (store.switch() or {})["outcome"] == "restored" and store.switch_damage() == ""
     (store.lock_file.parent / "switch-spare.json").write_text("{")
     assert store.switch() is None and "switch.json" in store.switch_damage()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_switch_that_ended_is_not_interrupted_again_by_a_touch(store: Store, damaged: bool) -> None:
+    began = {"to": 1, "id": "a", "began": 5.0, "steps": [{"phase": "stopping", "at": 5.0}]}
+    store.lock_file.parent.mkdir(exist_ok=True)
+    store.write_switch({**began, "phase": "stopping"})
+    store.spare_switch({**began, "phase": "done", "outcome": "restored"})
+    if damaged:
+        (store.state_dir / "switch.json").write_text("{bad")
+    else:
+        os.utime(store.state_dir / "switch.json", (1, 1))
+    assert (store.switch() or {})["phase"] == "done" and not interrupted(store) and store.switch_damage() == ""
+
+
+def test_a_journal_in_memory_that_stayed_behind_does_not_undo_the_end(store: Store) -> None:
+    steps = [{"phase": "stopping", "at": 5.0}, {"phase": "waiting", "at": 6.0}, {"phase": "done", "at": 7.0}]
+    store.lock_file.parent.mkdir(exist_ok=True)
+    store.write_switch({"to": 1, "id": "a", "began": 5.0, "phase": "stopping", "steps": steps[:1]})
+    store.spare_switch({"to": 1, "id": "a", "began": 5.0, "phase": "waiting", "steps": steps[:2]})
+    spare = (store.lock_file.parent / "switch-spare.json").read_text()
+    store.write_switch({"to": 1, "id": "a", "began": 5.0, "phase": "done", "steps": steps})
+    (store.lock_file.parent / "switch-spare.json").write_text(spare)  # it was killed before it removed it
+    assert (store.switch() or {})["phase"] == "done" and not interrupted(store)
 
 
 def test_a_restart_that_was_cut_begins_again_on_a_full_disk(

@@ -116,6 +116,11 @@ def test_no_manifest_takes_more_memory_than_the_check_may_use(units: Path, tmp_p
     assert int(done.stdout.split()[-1]) < int(limit.removesuffix("M")) * 1024 * 0.9
 
 
+def test_the_check_of_model_files_ends(units: Path) -> None:
+    """A oneshot has no limit of its own."""
+    assert values(units / "sparkfleet-integrity.service", "TimeoutStartSec") == ["12h"]
+
+
 @needs_systemd
 @pytest.mark.parametrize("name", LIMITS)
 def test_units_expose_little(units: Path, name: str) -> None:
