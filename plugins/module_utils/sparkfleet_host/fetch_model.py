@@ -24,6 +24,7 @@ import hashlib
 import itertools
 import json
 import os
+import queue
 import re
 import shutil
 import ssl
@@ -31,7 +32,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +69,10 @@ VALUES = 400_000  # arrays, objects and commas in an answer; that list has 200,0
 MOST_PAGES = 400  # of a list; the Hub's have 1,000 entries
 SECONDS = 600.0  # for commit and list; a rate limit of the Hub is over after 300
 MOST_BYTES = 1 << 43  # of a file
+SLOWEST = 10_000  # bytes a second, over WINDOW, below which an answer with a file counts as broken, as in registry.py
+WINDOW = 120.0
+SLOW_ANSWERS = 3  # for one file, after which it is given up
+LONGEST = 900.0  # seconds over which a file must come as fast, with all waits; silent peers are asked for 726
 
 # The client writes 10 MB at a time; smaller steps lose less when interrupted and show progress on slow lines.
 constants.DOWNLOAD_CHUNK_SIZE = 1 << 20
@@ -144,8 +149,66 @@ class Limited(httpx2.SyncByteStream):
         self._stream.close()
 
 
+class Pace:
+    """How fast a file comes, over all the answers that it takes."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.bytes = self.slow_answers = 0
+        self._since, self._before = time.monotonic(), 0
+
+    def check(self) -> None:
+        """Raises FetchError if too little came over LONGEST; asked by another thread than the one that reads."""
+        spent = time.monotonic() - self._since
+        if spent > LONGEST:
+            came = self.bytes - self._before
+            if came < SLOWEST * spent:
+                raise self.too_slow(came, spent)
+            self._since, self._before = time.monotonic(), self.bytes
+
+    def too_slow(self, came: int, spent: float) -> FetchError:
+        return FetchError(
+            "hub-unreachable",
+            f"{constants.ENDPOINT} gives {self.name} too slowly ({came} bytes in {spent:.0f} s); check it, network and "
+            "proxy of this host, then run again, which goes on where this ended",
+        )
+
+
+class Paced(httpx2.SyncByteStream):
+    """The body of an answer to who asks for a file: an error where it is waited for longer than `window` and less than
+    SLOWEST comes. The client asks anew then, from there on; the last of SLOW_ANSWERS is a FetchError."""
+
+    def __init__(self, stream: httpx2.SyncByteStream, pace: Pace, window: float | None = None) -> None:
+        self._stream, self._pace, self._window = stream, pace, WINDOW if window is None else window
+
+    def __iter__(self) -> Iterator[bytes]:
+        parts, came, waited = iter(self._stream), 0, 0.0
+        while True:
+            began = time.monotonic()
+            part = next(parts, None)
+            waited += time.monotonic() - began  # not what the disk takes
+            if part is None:
+                return
+            came += len(part)
+            self._pace.bytes += len(part)
+            yield part
+            if waited > self._window:
+                if came < SLOWEST * waited:
+                    self._give_up(came, waited)
+                came, waited = 0, 0.0
+
+    def _give_up(self, came: int, waited: float) -> NoReturn:
+        self._pace.slow_answers += 1
+        if self._pace.slow_answers >= SLOW_ANSWERS:
+            raise self._pace.too_slow(came, waited)
+        raise httpx2.ReadTimeout(f"{came} bytes in {waited:.0f} s, which is too slow")
+
+    def close(self) -> None:
+        self._stream.close()
+
+
 #: Set by who asks for a file, whose content goes to `Hashed` piece by piece, which knows its size.
-_asks_for_file: ContextVar[bool] = ContextVar("asks_for_file", default=False)
+_asks_for_file: ContextVar[Pace | None] = ContextVar("asks_for_file", default=None)
 
 
 def keep_token_home(request: httpx2.Request) -> None:
@@ -162,12 +225,19 @@ def ask_plainly(request: httpx2.Request) -> None:
 
 def limit_answer(response: httpx2.Response) -> None:
     """Bounds what is read of an answer into memory: all but the content of a file that was asked for. Where a request
-    was redirected to does not matter; a redirect and an error have no content of a file."""
+    was redirected to does not matter; a redirect and an error have no content of a file. Whatever answers who asks for
+    a file comes in good time."""
     url = str(response.request.url)
     if response.headers.get("Content-Encoding", "").strip().lower() not in ("", "identity"):
         raise FetchError("hub-answer-odd", f"{url} answers compressed, which was not asked for")
-    if not (_asks_for_file.get() and response.is_success) and isinstance(response.stream, httpx2.SyncByteStream):
-        response.stream = Limited(response.stream, url, ANSWER if response.is_success else REFUSAL)
+    stream, pace = response.stream, _asks_for_file.get()
+    if not isinstance(stream, httpx2.SyncByteStream):
+        return
+    if pace:
+        stream = Paced(stream, pace)
+    if not (pace and response.is_success):
+        stream = Limited(stream, url, ANSWER if response.is_success else REFUSAL)
+    response.stream = stream
 
 
 def make_client() -> httpx2.Client:
@@ -239,6 +309,7 @@ class Fetch:
         self.downloaded = 0
         self._known: dict[str, str] = {}  # blob -> hash computed while it was written
         self._checked = 0
+        self._paces: dict[str, Pace] = {}  # blob -> that of the file that comes
         self._lock = threading.Lock()
 
     @property
@@ -427,13 +498,15 @@ class Fetch:
                 sink = Hashed(raw, file)
                 url = hf_hub_url(self.request.repo, file.name, revision=self.commit)
                 headers = build_hf_headers()  # may ask the Hub's API something
-                asks = _asks_for_file.set(True)
+                pace = self._paces[file.hash] = Pace(file.name)
+                asks = _asks_for_file.set(pace)
                 try:
                     http_get(
                         url, cast(BinaryIO, sink), resume_size=sink.tell(), headers=headers, expected_size=file.size
                     )
                 finally:
                     _asks_for_file.reset(asks)
+                    self._paces.pop(file.hash, None)
                 raw.flush()
                 os.fsync(raw.fileno())  # the manifest must not outlive a power cut that the data does not
             partial.chmod(0o644)
@@ -442,15 +515,27 @@ class Fetch:
             self._known[file.hash] = sink.sha.hexdigest()
 
     def _in_threads(self, work: Callable[[RemoteFile], Any], files: Sequence[RemoteFile]) -> list[Any]:
-        """Runs `work` on each file; the first failure ends the waiting ones and is raised."""
+        """Runs `work` on each file; the first failure ends the waiting ones and is raised, as is a file that comes too
+        slowly, whose thread ends with the process (`run`)."""
+        done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
         pool = ThreadPoolExecutor(self.request.workers)
         try:
             futures = [pool.submit(work, file) for file in files]
-            for future in as_completed(futures):
-                future.result()
+            for future in futures:
+                future.add_done_callback(done.put)
+            for _ in futures:
+                self._next(done).result()
             return [future.result() for future in futures]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def _next(self, done: queue.SimpleQueue[Future[Any]]) -> Future[Any]:
+        """The next of the futures, while the pace of the files is looked at. Raises FetchError."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return done.get(timeout=1)
+            for pace in list(self._paces.values()):
+                pace.check()
 
     # -- check ---------------------------------------------------------------------------------------------
 

@@ -55,6 +55,7 @@ CHUNK = 1 << 20
 MANIFEST_BYTES = 4 << 20  # what registries take at most; the specification asks for no more
 TOKEN_BYTES = 1 << 20
 ENTRIES = 1000  # of an index, layers of an image
+VALUES = 400_000  # arrays, objects and commas of a manifest; one with 1000 layers and annotations has 20,000
 BLOB_BYTES = 1 << 40
 TAG = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
 PATH = re.compile(r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*)*")
@@ -470,7 +471,7 @@ class Registry:
 @dataclass(frozen=True)
 class Manifest:
     """An index or a manifest as far as it matters here: `children` (digest, "OS/ARCHITECTURE") of an index; `blobs`
-    (digest, size in bytes) of a manifest, the configuration first."""
+    (digest, size in bytes) of a manifest, the configuration first. No child is there twice."""
 
     media_type: str
     children: tuple[tuple[str, str], ...] = ()
@@ -480,7 +481,7 @@ class Manifest:
 def parse_manifest(body: bytes, what: str = "manifest") -> Manifest:
     """Raises BoundsError for what is neither an index nor a manifest of an image, or names something by anything but a
     digest."""
-    known = bounded.as_dict(bounded.parse_json(body, what, MANIFEST_BYTES), what)
+    known = _parse(body, what)
     if "manifests" in known:
         children = []
         for item in bounded.as_list(known["manifests"], f"{what}: manifests", ENTRIES):
@@ -488,40 +489,51 @@ def parse_manifest(body: bytes, what: str = "manifest") -> Manifest:
             platform = _dict(entry.get("platform"))
             name = f"{platform.get('os')}/{platform.get('architecture')}"
             children.append((bounded.matched(DIGEST, entry.get("digest"), f"{what}: digest"), name))
-        return Manifest(_media_type(body), children=tuple(children))
+        return Manifest(_kind(known), children=tuple(dict.fromkeys(children)))
     blobs = []
     layers = bounded.as_list(known.get("layers"), f"{what}: layers", ENTRIES)
     for item in [known.get("config"), *layers]:
         entry = bounded.as_dict(item, f"{what}: config or layer")
         digest = bounded.matched(DIGEST, entry.get("digest"), f"{what}: digest")
         blobs.append((digest, bounded.as_int(entry.get("size"), f"{what}: size", 0, BLOB_BYTES)))
-    return Manifest(_media_type(body), blobs=tuple(blobs))
+    return Manifest(_kind(known), blobs=tuple(blobs))
+
+
+def _parse(body: bytes, what: str) -> dict[str, Any]:
+    """Three bytes of JSON can become an object of 80: values are counted before there are any."""
+    if len(body) <= MANIFEST_BYTES and sum(body.count(mark) for mark in b"[{,") > VALUES:
+        raise BoundsError(f"{what}: more than {VALUES} values")
+    return bounded.as_dict(bounded.parse_json(body, what, MANIFEST_BYTES), what)
 
 
 def _media_type(body: bytes) -> str:
     try:
-        known = bounded.as_dict(bounded.parse_json(body, "manifest", MANIFEST_BYTES), "manifest")
+        return _kind(_parse(body, "manifest"))
     except BoundsError:
         return "application/octet-stream"
+
+
+def _kind(known: dict[str, Any]) -> str:
     named = known.get("mediaType")
     return named if named in MANIFESTS else INDEXES[0] if "manifests" in known else MANIFESTS[2]
 
 
 def resolve(registry: Registry, wanted: str, arch: str) -> list[tuple[str, str, bytes]]:
     """What `wanted` stands for: (digest, media type, bytes) of its index, if it is one, and of the manifest for
-    `arch` (Go's name, as `docker version` has it). Raises OSError."""
+    `arch` (Go's name, as `docker version` has it): the first that the index names. Raises OSError."""
     body, media_type = registry.manifest(wanted)
     found = [(_digest(body, wanted), media_type, body)]
     try:
         top = parse_manifest(body, f"manifest {wanted} of {registry.ref.path}")
         if top.blobs:
             return found
-        for digest, platform in top.children:
-            if platform == f"linux/{arch}":
-                body, media_type = registry.manifest(digest)
-                _digest(body, digest)
-                if parse_manifest(body, f"manifest {digest}").blobs:
-                    return [*found, (digest, media_type, body)]
+        child = next((digest for digest, platform in top.children if platform == f"linux/{arch}"), "")
+        if child:
+            body, media_type = registry.manifest(child)
+            _digest(body, child)
+            if not parse_manifest(body, f"manifest {child}").blobs:
+                raise BoundsError(f"{child}, named for linux/{arch}, is an index again")
+            return [*found, (child, media_type, body)]
     except BoundsError as error:
         raise RegistryError(f"{registry.host}: {error}") from None
     raise RegistryError(f"{registry.host} has {registry.ref.path} {wanted}, but not for linux/{arch}", "image-platform")
@@ -681,19 +693,20 @@ class Layout:
         return body
 
     def know(self, digest: str) -> list[str]:
-        """Note the blobs that a manifest or index in the folder names; what is there of them, by digest. Raises
-        OSError and BoundsError."""
+        """Note the blobs that a manifest or index in the folder names, each once; what is there of them, by digest. An
+        index in an index is not looked into. Raises OSError and BoundsError."""
+        top = self._note(digest)
+        found = dict.fromkeys([digest, *(blob for blob, _ in top.blobs)])
+        for child in dict.fromkeys(child for child, _ in top.children):
+            if self.path(child).is_file():
+                found.update(dict.fromkeys([child, *(blob for blob, _ in self._note(child).blobs)]))
+        return list(found)
+
+    def _note(self, digest: str) -> Manifest:
         body = self.body(digest)
         known = parse_manifest(body, str(self.path(digest)))
-        self.sizes[digest] = len(body)
-        found = [digest]
-        for child, _ in known.children:
-            if self.path(child).is_file():
-                found += self.know(child)
-        for blob, size in known.blobs:
-            self.sizes[blob] = size
-            found.append(blob)
-        return found
+        self.sizes.update({digest: len(body), **dict(known.blobs)})
+        return known
 
     # -- fetching ------------------------------------------------------------------------------------------
 

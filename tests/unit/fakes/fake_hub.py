@@ -37,6 +37,8 @@ class Hub:
     redirect_body: bytes = b""
     encoding: dict[str, str] = field(default_factory=dict)  # revision, tree, a file's name: Content-Encoding
     pause: float = 0  # seconds between the bytes of a list
+    drip: dict[str, str] = field(default_factory=dict)  # a file's name: head, redirect or rest comes byte by byte
+    drips: int = 1_000  # how many times
     url: str = ""
     tokens_seen: list[tuple[str, str]] = field(default_factory=list)  # path, Authorization
     asked: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
@@ -111,6 +113,8 @@ def serve(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
                     return self.refuse(401, "GatedRepo")
                 if not hub.tokens[token]:
                     return self.refuse(403, "GatedRepo")
+            if not head and hub.drip.get(name) in ("head", "redirect"):
+                return self.send_drops(hub.drip[name])
             if name in hub.redirect and not head:
                 return self.send_elsewhere(hub.url + hub.redirect[name])
             if hub.elsewhere and name in hub.large:
@@ -124,6 +128,13 @@ def serve(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
             self.send_header("Content-Length", str(len(hub.redirect_body)))
             self.end_headers()
             self.wfile.write(hub.redirect_body)
+
+        def send_drops(self, part: str) -> None:
+            self.wfile.write(b"HTTP/1.1 302 Found\r\nLocation: /x\r\nContent-Length: 9999\r\n")
+            self.wfile.write(b"X-More: " if part == "head" else b"\r\n")
+            while True:
+                self.wfile.write(b"x")
+                time.sleep(0.02)
 
         def send_file(self, name: str, head: bool) -> None:
             content = hub.files[name]
@@ -150,6 +161,12 @@ def serve(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
             if head:
                 return
             stop = hub.cut_at.pop(name, size)
+            if hub.drip.get(name) == "rest" and hub.drips:
+                hub.drips -= 1
+                self.wfile.write(content[start : start + (size - start) * 3 // 4])
+                for at in range(start + (size - start) * 3 // 4, size):
+                    self.wfile.write(content[at : at + 1])
+                    time.sleep(0.02)
             for at in range(start, stop, 65536):
                 self.wfile.write(content[at : min(stop, at + 65536)])
                 if hub.rate:

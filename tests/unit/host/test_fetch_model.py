@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx2
 import pytest
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import share
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import (
@@ -48,19 +49,31 @@ def hub() -> Iterator[Hub]:
         yield served
 
 
-def start(client: Path, hub: Hub, cache: Path, *more: str, token: Path | None = None) -> subprocess.Popen[str]:
+def start(
+    client: Path, hub: Hub, cache: Path, *more: str, token: Path | None = None, **constants: float
+) -> subprocess.Popen[str]:
+    """The client; with `constants`, other ones of the module."""
     environment = {"HF_ENDPOINT": hub.url, "HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
     environment["HF_TOKEN_PATH"] = str(token or cache / "none")
     given = {"--repo": hub.repo, "--revision": "main", "--cache-dir": str(cache)}
     code = [word for word in more if word in ("--remote-code", "--list")]  # those without a value
     more = tuple(word for word in more if word not in code)
     given.update(zip(more[::2], more[1::2], strict=True))
-    argv = [sys.executable, "-I", "-B", "-S", str(client), *(word for pair in given.items() for word in pair), *code]
+    program = [str(client)]
+    if constants:
+        lines = ["import sys", f"sys.path.insert(0, {str(client)!r})", "from sparkfleet_host import fetch_model as it"]
+        program = [
+            "-c",
+            "\n".join([*lines, *(f"it.{name} = {value}" for name, value in constants.items()), "it.run()"]),
+        ]
+    argv = [sys.executable, "-I", "-B", "-S", *program, *(word for pair in given.items() for word in pair), *code]
     return subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def fetch(client: Path, hub: Hub, cache: Path, *more: str, token: Path | None = None) -> list[dict[str, Any]]:
-    process = start(client, hub, cache, *more, token=token)
+def fetch(
+    client: Path, hub: Hub, cache: Path, *more: str, token: Path | None = None, **constants: float
+) -> list[dict[str, Any]]:
+    process = start(client, hub, cache, *more, token=token, **constants)
     out, err = process.communicate(timeout=60)
     lines = [json.loads(line) for line in out.splitlines()]
     assert lines, err
@@ -331,6 +344,36 @@ def test_a_list_that_comes_byte_by_byte_is_given_up(
     assert not list((tmp_path / "models--acme--tiny").rglob("*"))
 
 
+@pytest.mark.parametrize("part", ["rest", "redirect"])
+def test_a_file_that_comes_byte_by_byte_is_given_up(client: Path, hub: Hub, tmp_path: Path, part: str) -> None:
+    hub.drip["model-1.safetensors"] = part
+    error = fetch(client, hub, tmp_path, WINDOW=0.5)[-1]["error"]
+    assert error["id"] == "hub-unreachable" and "gives model-1.safetensors too slowly" in error["message"], error
+    assert len(hub.gets("model-1.safetensors")) == fetch_model.SLOW_ANSWERS
+    if part == "rest":  # and what had come is there to go on with
+        partial = tmp_path / "models--acme--tiny/blobs" / f"{hub.hash('model-1.safetensors')}.incomplete"
+        assert partial.stat().st_size >= 2 << 20
+
+
+def test_a_file_whose_head_comes_byte_by_byte_is_given_up(client: Path, hub: Hub, tmp_path: Path) -> None:
+    hub.drip["model-1.safetensors"] = "head"
+    error = fetch(client, hub, tmp_path, LONGEST=0.5)[-1]["error"]
+    assert error["id"] == "hub-unreachable" and "gives model-1.safetensors too slowly" in error["message"], error
+
+
+def test_a_file_that_becomes_slow_is_asked_for_anew(client: Path, hub: Hub, tmp_path: Path) -> None:
+    hub.drip["model-1.safetensors"], hub.drips = "rest", 1
+    result = fetch(client, hub, tmp_path, WINDOW=0.5)[-1]["result"]
+    assert hub.gets("model-1.safetensors") == ["", f"bytes={2 << 20}-"]
+    assert (Path(result["path"]) / "model-1.safetensors").read_bytes() == SHARD
+
+
+def test_a_file_may_take_long_as_long_as_it_comes(client: Path, hub: Hub, tmp_path: Path) -> None:
+    hub.rate = 2_000_000
+    assert "result" in fetch(client, hub, tmp_path, WINDOW=0.2, LONGEST=0.5)[-1]
+    assert hub.gets("model-1.safetensors") == [""]
+
+
 @pytest.mark.parametrize("name", ["model-1.safetensors", "config.json"])
 def test_a_file_is_never_longer_than_its_list_says(client: Path, hub: Hub, tmp_path: Path, name: str) -> None:
     hub.longer[name] = bytes(8 << 20)
@@ -451,6 +494,24 @@ def test_space_is_the_sum_of_what_is_missing(tmp_path: Path, monkeypatch: pytest
     (blobs / f"{1:064x}.incomplete").write_bytes(b"x" * 30)
     (blobs / f"{2:064x}").write_bytes(b"x" * 40)
     assert download._on_disk() == 70
+
+
+def test_what_the_disk_takes_does_not_count_as_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream(httpx2.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            for _ in range(4):
+                now[0] += 50
+                yield b"x" * 600_000
+
+    now = [0.0]
+    monkeypatch.setattr(fetch_model.time, "monotonic", lambda: now[0])
+    pace = fetch_model.Pace("f")
+    for _ in fetch_model.Paced(Stream(), pace):
+        now[0] += 1000  # it is written
+    assert (pace.bytes, pace.slow_answers) == (2_400_000, 0)
+    monkeypatch.setattr(fetch_model, "SLOWEST", 12_001)
+    with pytest.raises(httpx2.ReadTimeout, match="1800000 bytes in 150 s"):
+        list(fetch_model.Paced(Stream(), pace))
 
 
 def test_a_cache_that_is_read_only_is_named(tmp_path: Path) -> None:

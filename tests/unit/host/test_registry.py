@@ -492,6 +492,43 @@ def test_of_an_index_the_manifest_of_this_architecture(upstream: FakeRegistry) -
     assert failed.value.id == "image-platform"
 
 
+def index(*children: str, **more: Any) -> bytes:
+    platform = {"os": "linux", "architecture": "arm64"}
+    return json.dumps({"manifests": [{"digest": name, "platform": platform} for name in children], **more}).encode()
+
+
+def test_of_an_index_the_first_of_a_platform_alone_is_asked_for(upstream: FakeRegistry) -> None:
+    inner = [index(number=number) for number in range(20)]
+    upstream.things.update({digest(body): body for body in inner})
+    upstream.serve_tag(index(*map(digest, inner), digest(upstream.manifest)))
+    with pytest.raises(RegistryError, match="is an index again"):
+        resolve(client(upstream), "1", "arm64")
+    assert upstream.paths() == [f"/v2/nvidia/vllm/manifests/{name}" for name in ("1", digest(inner[0]))]
+    upstream.serve_tag(index(digest(upstream.manifest), *map(digest, inner)))
+    assert resolve(client(upstream), "1", "arm64")[-1][2] == upstream.manifest
+
+
+def test_a_child_that_is_named_often_is_one() -> None:
+    assert parse_manifest(index(*[digest(b"x")] * 1000)).children == ((digest(b"x"), "linux/arm64"),)
+
+
+def test_a_manifest_of_too_many_values_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = image_manifest([b"a"], filler=[[]] * 400_001)
+    assert len(body) < registries.MANIFEST_BYTES
+    monkeypatch.setattr(json, "loads", None)
+    with pytest.raises(BoundsError, match="more than 400000 values"):
+        parse_manifest(body)
+
+
+def test_a_manifest_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed, parse = [], registries.bounded.parse_json
+    monkeypatch.setattr(
+        registries.bounded, "parse_json", lambda body, *more, **named: parsed.append(body) or parse(body, *more)
+    )
+    assert parse_manifest(image_manifest([b"a"])).media_type == registries.MANIFESTS[2]
+    assert len(parsed) == 1
+
+
 def test_a_manifest_without_an_index(upstream: FakeRegistry) -> None:
     upstream.serve_tag(upstream.manifest)
     assert [name for name, *_ in resolve(client(upstream), "1", "any")] == [digest(upstream.manifest)]
@@ -1007,6 +1044,35 @@ def test_a_manifest_that_was_changed_in_the_folder_is_refused(upstream: FakeRegi
 def test_of_an_index_only_what_is_there_is_known(upstream: FakeRegistry, layout: Layout) -> None:
     layout.path(digest(upstream.manifest)).unlink()
     assert layout.know(digest(upstream.index)) == [digest(upstream.index)]
+
+
+def put(layout: Layout, body: bytes) -> str:
+    layout.path(digest(body)).write_bytes(body)
+    return digest(body)
+
+
+def test_a_manifest_that_an_index_names_often_is_read_once(
+    upstream: FakeRegistry, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child, read, body = digest(upstream.manifest), [], layout.body
+    platforms = [{"digest": child, "platform": {"os": "linux", "architecture": str(n)}} for n in range(500)]
+    top = put(layout, json.dumps({"manifests": [*platforms, *platforms]}).encode())
+    monkeypatch.setattr(layout, "body", lambda name: read.append(name) or body(name))
+    assert layout.know(top) == [top, child, *[name for name, _ in parse_manifest(upstream.manifest).blobs]]
+    assert read == [top, child]
+
+
+def test_a_chain_of_indexes_is_followed_one_level_deep(upstream: FakeRegistry, layout: Layout) -> None:
+    chain = [digest(upstream.manifest)]
+    for _ in range(1100):
+        chain.append(put(layout, index(chain[-1])))
+    assert layout.know(chain[-1]) == [chain[-1], chain[-2]]
+    assert layout.sizes[chain[-2]] == len(index(chain[-3]))
+
+
+def test_a_layer_that_is_there_twice_is_one_blob(upstream: FakeRegistry, layout: Layout) -> None:
+    name = put(layout, image_manifest([b"a", b"a"]))
+    assert layout.know(name)[-1] == digest(b"a") and len(layout.know(name)) == 3
 
 
 def test_prune_knows_partial_blobs(layout: Layout) -> None:
