@@ -20,6 +20,7 @@ that has ended is not ended once more.
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import json
@@ -249,7 +250,7 @@ def check_journal(data: Any) -> dict[str, Any]:
     journal = as_dict(data, "the journal")
     checked: dict[str, Any] = {"to": _number(journal.get("to"), "to")}
     for key, (check, absent) in _JOURNAL.items():
-        checked[key] = check(journal[key], key) if key in journal else absent
+        checked[key] = check(journal[key], key) if key in journal else copy.copy(absent)
     return {**journal, **checked}
 
 
@@ -272,7 +273,7 @@ def _fitting(journal: Mapping[str, Any], longest: int) -> dict[str, Any]:
         try:
             check(kept.get(key, absent), key)
         except BoundsError:
-            kept[key] = absent
+            kept[key] = copy.copy(absent)
             if key in ("error", "restore_error") and journal.get(key):  # that there was one counts
                 given = journal[key] if isinstance(journal[key], Mapping) else {}
                 kept[key] = {

@@ -20,6 +20,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.rel
     ReleaseError,
     Store,
     check_journal,
+    storable,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -643,6 +644,13 @@ def test_the_form_of_a_journal(key: str, good: list[Any], bad: list[Any]) -> Non
     for value in bad:
         with pytest.raises(BoundsError, match=key):
             check_journal({**OLD_JOURNAL, key: value})
+
+
+def test_what_a_journal_lacks_is_its_own() -> None:
+    """A guard reads many in its life."""
+    check_journal({"to": 3})["troubles"].append("the disk is full")
+    storable({"to": 3, "troubles": 5})["troubles"].append("the disk is full")
+    assert check_journal({"to": 3})["troubles"] == []
 
 
 def test_what_a_journal_lacks() -> None:
