@@ -120,9 +120,9 @@ def walk(world: str, folder: Path) -> int:
     two.run("python", "-m", "pip", "install", "--no-deps", "--target", str(target), str(wheel))
     _both(two, spark)
     inventory = ("-i", str(ROOT / "inventory" / "simulated"))
-    rows = json.loads(two.run("python", "-m", "sparkfleet", "status", "--json", *inventory))
-    if [row["state"] for row in rows["fleet"]["hosts"]] != ["serving"]:
-        raise SimulatorError(f"sparkfleet status of the wheel: {rows}")
+    shown = json.loads(two.run("python", "-m", "sparkfleet", "status", "--json", *inventory))
+    if shown["fleet"]["states"] != {"serving": 1}:
+        raise SimulatorError(f"sparkfleet status of the wheel: {shown}")
     two.run("python", "-m", "sparkfleet", "deploy", *inventory)
     if not list((two.state / "sparkfleet" / "events").glob("*-deploy.jsonl")):
         raise SimulatorError(f"sparkfleet deploy of the wheel left no event log in {two.state}")
