@@ -210,7 +210,9 @@ def test_a_release_of_another_version_is_refused(tmp_path: Path) -> None:
 )
 def test_scripts_test_says_what_it_takes(words: list[str]) -> None:
     done = subprocess.run([ROOT / "scripts" / "test", *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "usage: scripts/test [all | fast | lint | unit | versions | molecule [" in done.stderr
+    assert (
+        done.returncode == 1 and "usage: scripts/test [all | fast | lint | unit | versions | molecule [" in done.stderr
+    )
     assert "|".join(pages.scenarios()) in done.stderr
     assert not pages.accepted_by_test(words)
 
