@@ -1,7 +1,7 @@
 """What can be wrong with a simulated Spark, and how it is put right again.
 
 A fault is a pair of scripts that run inside the host as root, and may run again. What they leave lies in /run, is a
-mount or stands in /etc/hosts, which Docker writes anew: a reboot mends too. To add a fault, add an entry to FAULTS.
+mount or stands in /etc/hosts, which Docker rewrites: a reboot mends too. To add a fault, add an entry to FAULTS.
 """
 
 from __future__ import annotations

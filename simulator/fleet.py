@@ -104,7 +104,7 @@ class Fleet:
         return self.run("sparkfleet", *words, **variables)
 
     def gateway(self, **variables: Any) -> str:
-        """Deploy the gateways anew; what was printed. Raises SimulatorError."""
+        """Redeploy the gateways; what was printed. Raises SimulatorError."""
         code, said, _ = self.run("ansible-playbook", "playbooks/gateway.yml", **variables)
         expect(code == 0, "playbooks/gateway.yml failed", said)
         return said
@@ -366,7 +366,7 @@ def gateway_gone(fleet: Fleet) -> dict[str, Any]:
 
 
 def haproxy_gone(fleet: Fleet) -> dict[str, Any]:
-    """HAProxy alone dies (systemd starts it anew), and is stopped for good (the address moves)."""
+    """HAProxy alone dies (systemd restarts it), and is stopped for good (the address moves)."""
     first = fleet.holder()
 
     def scene(script: str) -> None:

@@ -84,7 +84,7 @@ GUARD_SAYS = "journalctl --unit=sparkfleet-guard --output=cat --lines=12"
 
 
 def healed(harm: Callable[[Spark], None]) -> Callable[[Spark], str]:
-    """Harm an engine that serves, and wait until the guard has started it anew; what it said in the journal."""
+    """Harm an engine that serves, and wait until the guard has restarted it; what it said in the journal."""
 
     def act(spark: Spark) -> str:
         known = len(spark.guard()["restarts"])

@@ -31,7 +31,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Wait for both
+- name: Fetch image and model
   sparkfleet.dgx.fetch_wait:
     jobs:
       - name: image

@@ -14,7 +14,7 @@ options:
   name: {description: This gateway's name., type: str, required: true}
   gateways: {description: "All of them, each with C(name) and C(address).", type: list, elements: dict, required: true}
   address: {description: Floating IPv4 address with or without prefix; empty for none., type: str, default: ""}
-  interface: {description: Interface of the floating address; found unless told., type: str, default: ""}
+  interface: {description: Interface of the floating address; found by default., type: str, default: ""}
 author: ["The Sparkfleet developers"]
 attributes:
   check_mode: {support: full, description: Reads only.}

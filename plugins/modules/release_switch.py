@@ -33,7 +33,7 @@ options:
     type: bool
     default: true
   lock: {description: In check mode what the release is pinned to where it is not staged., type: dict, default: {}}
-  recreate: {description: Make the container anew though its file has not changed., type: bool, default: false}
+  recreate: {description: Recreate the container though its file has not changed., type: bool, default: false}
   new_key:
     description: Take the key that is staged in C(/etc/sparkfleet/engine_key.next); a switch that fails gives it back.
     type: bool

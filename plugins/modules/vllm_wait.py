@@ -8,7 +8,7 @@ DOCUMENTATION = r"""
 module: vllm_wait
 short_description: Looks at an engine that starts, waiting a little for a change
 description:
-  - Polls the container's state and C(/health) until the engine is ready, the container has ended or started anew, or
+  - Polls the container's state and C(/health) until the engine is ready, the container has ended or restarted, or
     the slice is over; then returns, with what the log says since the cursor. Changes nothing.
   - The action of the same name repeats it until the engine is ready, has failed or O(timeout) is over, showing phases
     with their figures, and explains a failure. The module alone ignores O(timeout).

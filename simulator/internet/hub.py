@@ -2,7 +2,7 @@
 """Stand-in for huggingface.co: as much of the Hub's protocol as the real client uses. Standard library only.
 
 Repositories lie in ROOT/ORG/NAME/{repo.json,files/*}; repo.json is {"gated": bool}. TOKENS is a JSON file
-{token: {"name": str, "accepted": [repository, ...]}}, read anew for each request. Messages are the real Hub's.
+{token: {"name": str, "accepted": [repository, ...]}}, read for each request. Messages are the real Hub's.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ def _collection() -> Path:
 
 
 ROOT = _collection()
+#: The collections path that leads to it under its own name.
+COLLECTIONS = ROOT / "collections" if (ROOT / "collections").is_dir() else ROOT.parents[2]
 #: Whether this is a checkout, which keeps everything of a run within itself.
 CHECKOUT = (ROOT / "pyproject.toml").is_file()
 

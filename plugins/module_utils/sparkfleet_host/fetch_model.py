@@ -176,7 +176,7 @@ class Pace:
 
 class Paced(httpx2.SyncByteStream):
     """The body of an answer to who asks for a file: an error where it is waited for longer than `window` and less than
-    SLOWEST comes. The client asks anew then, from there on; the last of SLOW_ANSWERS is a FetchError."""
+    SLOWEST comes. The client then resumes from there; the last of SLOW_ANSWERS is a FetchError."""
 
     def __init__(self, stream: httpx2.SyncByteStream, pace: Pace, window: float | None = None) -> None:
         self._stream, self._pace, self._window = stream, pace, WINDOW if window is None else window

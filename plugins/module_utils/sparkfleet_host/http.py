@@ -127,7 +127,7 @@ class Client:
 
 
 class Deadline:
-    """When something must have come; it can be set anew on the way."""
+    """When something must have come; it can be moved on the way."""
 
     def __init__(self, seconds: float) -> None:
         self.renew(seconds)

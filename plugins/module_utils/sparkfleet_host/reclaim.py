@@ -668,7 +668,7 @@ def _links(name: str, at: int | None, deadline: Deadline) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _noted_in(errors: list[Exception]) -> Iterator[None]:
-    """What cannot be removed is noted, and the rest goes all the same. What is gone already is no error. Raises
+    """What cannot be removed is noted, and the rest still goes. What is gone already is no error. Raises
     LateError."""
     try:
         yield

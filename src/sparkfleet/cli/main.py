@@ -155,7 +155,7 @@ PLAYBOOKS = {
     "rollback": "back to the release before, or to one by its number",
     "start": "start what is deployed",
     "stop": "stop it; it stays stopped over a restart of the host",
-    "restart": "start it anew, and verify it",
+    "restart": "restart the engine, and verify it",
     "status": "what each host serves, and how",
     "logs": "the engine's last lines",
     "drift": "what differs from the inventory; exit code 4 if anything does",

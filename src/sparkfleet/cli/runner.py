@@ -29,10 +29,12 @@ from sparkfleet.exit_codes import (
     CODES,
     OK,
 )
-from sparkfleet.paths import ROOT
+from sparkfleet.paths import COLLECTIONS, ROOT
 from sparkfleet.reporting.host_result import HostResult
 from sparkfleet.reporting.progress import Board, phase_of
 
+#: Where ansible-core looks by default; an inventory plugin may be there.
+FURTHER_COLLECTIONS = ("~/.ansible/collections", "/usr/share/ansible/collections")
 #: Name of the only run in a folder of ansible-runner.
 IDENT = "run"
 #: Failures that end a run before anything has changed: on one host, and on all hosts of the play.
@@ -256,9 +258,14 @@ def _environment() -> dict[str, str]:
     the environment says: a connection stays open for the runs after it (ControlPersist), which must be able to trust
     that its host was verified. Programs beside our Python are found without an activated environment.
     """
+    # Roles and plugins must be those of the playbooks: another copy of the collection may be installed for the user. A
+    # path that the operator has set stays first, and ansible.cfg is overridden by it.
+    named = os.environ.get("ANSIBLE_COLLECTIONS_PATH", "")
+    collections = [named, str(COLLECTIONS)] if named else [str(COLLECTIONS), *FURTHER_COLLECTIONS]
     programs = Path(sys.executable).parent
     path = os.environ.get("PATH", os.defpath)
     return {
+        "ANSIBLE_COLLECTIONS_PATH": os.pathsep.join(collections),
         "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
         "ANSIBLE_FORCE_COLOR": "0",
         "ANSIBLE_HOST_KEY_CHECKING": "True",

@@ -2,7 +2,7 @@
 """The one table of failures: how each shows itself, why it happens, what to do.
 
 Preflight, fetch, the wait for readiness, verification and the docs read it. `python -m sparkfleet.diagnosis.failures`
-prints it as Markdown. Order matters: of two entries that fit the same log, the one further up is told first.
+prints it as Markdown. Order matters: of two entries that fit the same log, the one further up is reported first.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ TABLE: tuple[Failure, ...] = (
             r"weights were not initialized from checkpoint",
         ),
         chapter=INCOMPLETE,
-        heals="playbooks/fetch.yml checks every file and fetches the damaged anew",
+        heals="playbooks/fetch.yml checks every file and fetches the damaged ones again",
     ),
     Failure(
         "models-unchecked",
@@ -577,9 +577,9 @@ TABLE: tuple[Failure, ...] = (
         "checksum",
         "a downloaded file is not what the Hub says it is",
         "the transfer damaged it, or something in between changed it",
-        "Run again: the file is fetched anew. If it stays so, look for a proxy that alters downloads.",
+        "Run again: the file is fetched again. If that does not help, look for a proxy that alters downloads.",
         chapter=INCOMPLETE,
-        heals="the next run fetches the file anew",
+        heals="the next run fetches the file again",
     ),
     Failure(
         "docker",
@@ -829,7 +829,7 @@ TABLE: tuple[Failure, ...] = (
         "the engine is alive but produces nothing",
         "/health says 200 while requests get no token (vLLM issues 39863 and 40926)",
         "Restart the service: `docker compose restart` in /opt/sparkfleet.",
-        heals="the guard sees that no token moves, and starts it anew",
+        heals="the guard sees that no token moves, and restarts it",
     ),
     Failure(
         "model-not-served",

@@ -59,7 +59,7 @@ class Watch:
         return [f"{self.host}  {max(step.at - self._offset, 0):.0f} s  {step}" for step in steps]
 
     def crashed(self, answer: dict[str, Any]) -> bool:
-        """Whether the container has ended, or was started anew by Docker since the first look."""
+        """Whether the container has ended, or was restarted by Docker since the first look."""
         return bool(answer["state"] != "running" or answer["restart_count"] > self.restarts)
 
     def phases(self) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ class Found:
 def look(seconds: float = SECONDS, interfaces: Sequence[str] | None = None) -> list[Found]:
     """Hosts that announce ssh within the time, without this one, in the order of their names; none without a network.
 
-    `interfaces` are own addresses to ask on; all unless told.
+    `interfaces` are own addresses to ask on; all by default.
     """
     logging.getLogger("zeroconf").setLevel(logging.CRITICAL)  # an interface without multicast is no news
     names: dict[str, str] = {}  # service -> its type

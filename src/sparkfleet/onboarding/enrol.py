@@ -200,7 +200,7 @@ def _remedy(host: Host) -> str:
     if look.problem == "key-changed":
         _, name = ssh.known_hosts(place, ssh.settings(place))
         return (
-            f"{look.message}. If the host was set up anew, `ssh-keygen -R {shlex.quote(name)}`, and run this again; if "
+            f"{look.message}. If the host was reinstalled, `ssh-keygen -R {shlex.quote(name)}`, and run this again; if "
             "not, somebody else may be answering"
         )
     if look.problem == "answer":

@@ -245,7 +245,7 @@ def _look_around(options: argparse.Namespace, person: Person) -> list[Place]:
     found = [] if options.no_discover else discovery.look()
     places = [Place()] if here and "GB10" in here.gpu else []
     rows = [("this machine", here.gpu)] if here and places else []
-    likely = len(places)  # chosen unless told otherwise; they come first
+    likely = len(places)  # chosen by default; they come first
     found.sort(key=lambda item: not item.likely)
     for item in found:
         rows.append((item.name, ", ".join(item.addresses)))

@@ -17,7 +17,7 @@ MAIN = f"import sys\n\nfrom {PACKAGE}.__main__ import main\n\nsys.exit(main())\n
 
 
 def build(folder: Path) -> Path:
-    """`folder`/sparkfleet_host.pyz, made anew only when a source changed; equal sources give equal bytes."""
+    """`folder`/sparkfleet_host.pyz, rebuilt only when a source changed; equal sources give equal bytes."""
     content = {f"{PACKAGE}/{path.name}": path.read_bytes() for path in sorted(SOURCE.glob("*.py"))}
     content["__main__.py"] = MAIN.encode()
     # Not read there: a changed unit is a changed program, so that hosts get both.

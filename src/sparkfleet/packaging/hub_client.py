@@ -55,7 +55,7 @@ def distributions(root: str = ROOT) -> list[metadata.Distribution]:
 
 
 def build(folder: Path) -> Path:
-    """`folder`/hf_client.pyz, made anew only when an input changed; equal inputs give equal bytes."""
+    """`folder`/hf_client.pyz, rebuilt only when an input changed; equal inputs give equal bytes."""
     target = folder / NAME
     parts = distributions()
     key = _key(parts)

@@ -32,7 +32,7 @@ KEY_NAME = "engine_key"
 #: vLLM reads its key from the environment. What Compose puts there `docker inspect` shows, so this does. (`$$` is
 #: Compose's way to write `$`.)
 KEYED = ["sh", "-c", f'VLLM_API_KEY=$$(cat /run/secrets/{KEY_NAME}) && export VLLM_API_KEY && exec "$$@"', "sh"]
-#: Where vLLM, Triton, FlashInfer, the CUDA driver and torch keep what they compile, unless told otherwise.
+#: Where vLLM, Triton, FlashInfer, the CUDA driver and torch keep what they compile, by default.
 COMPILE_CACHES = {
     "vllm": "/root/.cache/vllm",
     "triton": "/root/.triton",

@@ -245,7 +245,7 @@ def _after(flag: str, command: list[str]) -> list[str]:
 
 
 def deploy(target: Target, state: State, document: compose.Document) -> dict[str, Any]:
-    """What the deploy stage has to do: stage a release, switch to it, start the current one anew, or only wait."""
+    """What the deploy stage has to do: stage a release, switch to it, restart the current one, or only wait."""
     service, settings = target.card.service, target.settings
     ours = [item for item in state["docker"].get("containers", []) if item["ours"]]
     current = next((item for item in ours if item["service"] == service), None)
@@ -264,8 +264,8 @@ def deploy(target: Target, state: State, document: compose.Document) -> dict[str
         start.add(not deployed, f"switch to it{', stopping ' + ', '.join(others) if others else ''}")
         start.add(deployed and current is None, f"create and start {service}")
         start.add(deployed and current is not None and not running, f"start {service} ({current and current['state']})")
-        start.add(drifted, f"start {service} anew: it runs with other settings than its file")
-        start.add(deployed and running and not drifted and new_key, f"start {service} anew: its key is another")
+        start.add(drifted, f"restart {service}: it runs with other settings than its file")
+        start.add(deployed and running and not drifted and new_key, f"restart {service}: its key has changed")
         stop.add(others and not start.reasons, f"stop {', '.join(others)}")
         wait.add(not start.reasons and not state["healthy"], f"wait for {service}")
     else:

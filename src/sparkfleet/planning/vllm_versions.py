@@ -31,7 +31,7 @@ NGC_VERSIONS = {
 FIRST_NGC = "25.09"
 FIRST_UPSTREAM: Version = (0, 18)
 
-#: From here on vLLM takes an FP8 KV cache for a checkpoint that asks for one, unless told (vllm pull 30785).
+#: From here on vLLM takes an FP8 KV cache for a checkpoint that asks for one, by default (vllm pull 30785).
 KV_FOLLOWS_CHECKPOINT: Version = (0, 14)
 #: V1 has no FP8 KV cache on compute capability 12.1 before (spark-facts; vLLM 0.10.1.1).
 FP8_KV: Version = (0, 11)

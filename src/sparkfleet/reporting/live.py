@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: one table, drawn anew in place on a terminal; elsewhere plain lines."""
+"""What a run shows while it goes on: one table, redrawn in place on a terminal; elsewhere plain lines."""
 
 from __future__ import annotations
 

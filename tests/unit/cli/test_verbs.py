@@ -166,6 +166,23 @@ def found(secrets: dict[str, str], folders: Iterable[Path]) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("where", ["home", "named"])
+def test_roles_are_those_of_the_playbooks(
+    where: str, inventory: Path, calls: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever else is installed for the user: another version of the collection, or a path that lacks ours."""
+    if where == "home":
+        other = tmp_path / ".ansible" / "collections" / "ansible_collections" / "sparkfleet" / "dgx"
+        (other / "roles" / "sparkfleet" / "tasks").mkdir(parents=True)
+        (other / "roles" / "sparkfleet" / "tasks" / "plan.yml").write_text("- ansible.builtin.no_such_module:\n")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.delenv("ANSIBLE_COLLECTIONS_PATH", raising=False)
+    else:
+        monkeypatch.setenv("ANSIBLE_COLLECTIONS_PATH", str(tmp_path / "elsewhere"))
+    assert main.main(("preflight", "-i", str(inventory))) == exit_codes.UNREACHABLE
+    assert calls.read_text(encoding="utf-8")
+
+
 def test_without_an_activated_environment(inventory: Path, calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ansible-playbook is found beside the Python that runs sparkfleet."""
     monkeypatch.setenv("PATH", f"{calls.parent / 'bin'}:/usr/bin:/bin")

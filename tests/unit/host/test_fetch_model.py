@@ -361,7 +361,7 @@ def test_a_file_whose_head_comes_byte_by_byte_is_given_up(client: Path, hub: Hub
     assert error["id"] == "hub-unreachable" and "gives model-1.safetensors too slowly" in error["message"], error
 
 
-def test_a_file_that_becomes_slow_is_asked_for_anew(client: Path, hub: Hub, tmp_path: Path) -> None:
+def test_a_file_that_becomes_slow_is_resumed(client: Path, hub: Hub, tmp_path: Path) -> None:
     hub.drip["model-1.safetensors"], hub.drips = "rest", 1
     result = fetch(client, hub, tmp_path, WINDOW=0.5)[-1]["result"]
     assert hub.gets("model-1.safetensors") == ["", f"bytes={2 << 20}-"]

@@ -223,7 +223,7 @@ def test_a_first_load_of_50_minutes_with_a_moving_log(host: Host) -> None:
     assert host.run(60) == [] and host.guard.engine == "serving"
 
 
-def test_a_load_that_hangs_is_started_anew(host: Host) -> None:
+def test_a_load_that_hangs_is_restarted(host: Host) -> None:
     host.load_seconds = 1e9
     host.more = {"release": 2}
     host.start()
@@ -796,7 +796,7 @@ def test_a_start_hangs_after_its_time_and_ten_minutes_of_silence(
     assert action.detail == f"not ready after {patience} s, nothing in its log for {silent} s"
 
 
-def test_a_load_is_timed_anew_by_the_clock_of_another_boot() -> None:
+def test_a_load_is_timed_by_the_clock_of_another_boot() -> None:
     watched = Watched()
     watched.more["healthy"] = False
     watched.see(0)
@@ -1037,7 +1037,7 @@ def test_the_rate_of_one_stream_is_measured_over_half_a_minute() -> None:
     assert not watched.guard.slow  # a quarter of the limit is not below it
     assert rate(91, 1067) == 9.9 and watched.guard.slow and watched.guard.data(START)["slow"]
     assert rate(121, 1067) == 0.0 and not watched.guard.slow  # a prefill
-    assert rate(130, 1100, running=2.0) == 0.0  # two share the bandwidth: measured anew
+    assert rate(130, 1100, running=2.0) == 0.0  # two share the bandwidth: measured again
     assert rate(140, 2000) == rate(169, 2100) == 0.0 and rate(170, 2150) == 5.0
     assert rate(180, 10) == rate(209, 100) == 5.0 and rate(210, 100) == 3.0  # counters from nought
 
@@ -1064,7 +1064,7 @@ def test_another_release_begins_with_a_clean_slate() -> None:
     assert not watched.guard.stalls  # by one late answer
 
 
-def test_after_a_switch_that_changed_nothing_silence_counts_anew() -> None:
+def test_after_a_switch_that_changed_nothing_silence_counts_from_the_start() -> None:
     watched = Watched()
     watched.see(0)
     watched.see(60)

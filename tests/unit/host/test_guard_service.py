@@ -248,7 +248,7 @@ def test_a_ready_guard_says_so_to_systemd_and_lives(store: Store, engine: Engine
 @pytest.mark.parametrize(
     "text", ["{", '{"restarts": 7}', "[]", '{"known": {"release": "x"}}', "\x00" * 100, "{" * 10**5]
 )
-def test_a_damaged_state_is_set_aside_and_begun_anew(store: Store, engine: Engine, tmp_path: Path, text: str) -> None:
+def test_a_damaged_state_is_set_aside_and_replaced(store: Store, engine: Engine, tmp_path: Path, text: str) -> None:
     routes(engine)
     path = store.state_dir / "guard-state.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1124,7 +1124,7 @@ def test_the_end_of_a_switch_that_was_cut_has_an_exit_code(
     assert job.main("--recover") == code
 
 
-def test_a_container_is_made_anew_where_that_is_asked_for(store: Store, world: World, deployed: int) -> None:
+def test_a_container_is_recreated_where_that_is_asked_for(store: Store, world: World, deployed: int) -> None:
     request = {"id": "abc", "to": deployed, "mode": "restart", "keep": 3}
     before = world.ids[OLD]
     assert Switch(store, Docker("/nowhere"), request).run()["container_id"] == before
@@ -1263,7 +1263,7 @@ def test_whatever_cannot_be_written_an_engine_serves(
 ) -> None:
     """From the n-th write on nothing can be written any more; perhaps the job is killed, and ended by the guard. In the
     end an engine that works serves, `current` says which, and nobody ends the switch again; nor does it end otherwise
-    when the host is started anew with an empty disk."""
+    when the host restarts with an empty disk."""
     folder = tmp_path_factory.mktemp("world")
     store = Store(folder / "project", folder / "state", str(folder / "lock"))
     with pytest.MonkeyPatch.context() as monkeypatch:

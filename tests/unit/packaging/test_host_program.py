@@ -28,7 +28,7 @@ def test_same_bytes_every_time_and_made_once(program: Path, tmp_path: Path) -> N
     assert program.stat().st_mtime_ns == before
 
 
-def test_a_damaged_one_is_made_anew(program: Path, tmp_path: Path) -> None:
+def test_a_damaged_one_is_recreated(program: Path, tmp_path: Path) -> None:
     (tmp_path / host_program.NAME).write_bytes(b"half")
     assert host_program.build(tmp_path).read_bytes() == program.read_bytes()
 

@@ -34,7 +34,7 @@ def test_up_to_date_is_left_alone_and_fast(client: Path) -> None:
     assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
 
 
-def test_changed_or_damaged_is_made_anew(client: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_or_damaged_is_recreated(client: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / hub_client.NAME
     target.write_bytes(b"damaged")
     assert hub_client.build(tmp_path).read_bytes() == client.read_bytes()

@@ -295,7 +295,7 @@ def test_an_image_is_for_the_host_s_processor(machine: str, built: str, refused:
         ("restart", "no"),
     ],
 )
-def test_a_container_that_drifted_is_made_anew(key: str, value: Any) -> None:
+def test_a_container_that_drifted_is_recreated(key: str, value: Any) -> None:
     state = serving()
     state["docker"]["containers"][0]["started_with"][key] = value
     deployment = plan.make(target(), state)["deploy"]
@@ -418,13 +418,13 @@ def test_where_gateways_reach_it_must_be_known() -> None:
         target(listen="spark-1")
 
 
-def test_another_key_starts_the_engine_anew() -> None:
+def test_another_key_restarts_the_engine() -> None:
     goal = target(engine_key="k" * 8)
     state = serving(goal) | {"engine_key": {"present": True, "private": True, "current": True}}
     assert not plan.make(goal, state)["deploy"]["needed"]
     state["engine_key"]["current"] = False
     deployment = plan.make(goal, state)["deploy"]
-    assert deployment["start"] == ["start vllm-llama31-8b-fp8 anew: its key is another"]
+    assert deployment["start"] == ["restart vllm-llama31-8b-fp8: its key has changed"]
     assert deployment["mode"] == "restart" and deployment["release"] == 3 and not deployment["stage"]
 
 

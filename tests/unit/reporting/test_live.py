@@ -125,7 +125,7 @@ def test_what_a_host_says_cannot_drive_the_terminal() -> None:
     assert "\x1b[2J" not in line and "\x07" not in line and "[2Jloading weights" in line
 
 
-def test_the_table_is_drawn_anew_in_its_place() -> None:
+def test_the_table_is_redrawn_in_its_place() -> None:
     stream, screen, made = io.StringIO(), Screen(100), board()
     with Live(stream, made, "deploy", terminal=True) as shown:
         shown.draw()

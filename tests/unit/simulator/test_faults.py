@@ -76,7 +76,7 @@ def test_a_fault_is_complete(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_what_a_fault_leaves_does_not_survive_a_reboot(name: str) -> None:
-    """Written are files in /run, and /etc/hosts, which Docker writes anew; the rest are mounts and units."""
+    """Written are files in /run, and /etc/hosts, which Docker rewrites; the rest are mounts and units."""
     written = re.findall(r">{1,2}\s*(/[^\s;]+)", re.sub(r"'[^']*'", "", FAULTS[name].break_))
     assert all(path.startswith(("/run/", "/etc/hosts")) for path in written), written
 
