@@ -30,7 +30,7 @@ BATCH = 256 << 20
 SLACK = 64 << 20
 
 
-class Travel:
+class TransferProgress:
     """Files on their way, with a line now and then; `total` in bytes."""
 
     def __init__(self, host: str, what: str, count: int, total: int) -> None:
@@ -99,7 +99,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         """Of Sparks that want the same on the same system, the first collects."""
         mine, first = None, dict[tuple[str, ...], str]()
         for name in task_vars["ansible_play_hosts_all"]:
-            look = task_vars["hostvars"][name].get("sparkfleet_look") or {}
+            look = task_vars["hostvars"][name].get("sparkfleet_inspection") or {}
             if look.get("plan"):
                 plan, system = look["plan"], look["state"]["os"]
                 wants = (plan["image"], plan["repo"], plan["revision"], system["codename"], system["machine"])
@@ -109,22 +109,22 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         return {"collects": mine is not None and first[mine] == self._host, "have": have}
 
     def _fetch(self, task_vars: Mapping[str, Any]) -> dict[str, Any]:
-        bundle, look = self._open(), task_vars["sparkfleet_look"]
+        bundle, look = self._open(), task_vars["sparkfleet_inspection"]
         known = look["state"]["os"]
         system = {key: str(known[key]) for key in ("id", "codename", "machine")}
         bundle.check_system(system)
         collected = self._collected(look["plan"])
         entries = {item.name: entry for item in collected.items if (entry := _is_here(bundle, item)) is not None}
         waiting = [item for item in collected.items if item.name not in entries]
-        travel = Travel(self._host, "to the controller:", len(waiting), sum(item.size for item in waiting))
+        progress = TransferProgress(self._host, "to the controller:", len(waiting), sum(item.size for item in waiting))
         began = time.monotonic()
         for item in waiting:
 
             def come(item: Item = item) -> None:
                 entries[item.name] = self._fetch_file(bundle, item)
 
-            travel.carry(come, item.size)
-        travel.end(began)
+            progress.carry(come, item.size)
+        progress.end(began)
         before = [*bundle.images, *bundle.models, *bundle.packages]
         bundle.add(collected, system, entries)
         bundle.write()
@@ -220,23 +220,23 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             task_vars, user=want["user"], needed=sum(sizes.values()), largest=max(sizes.values(), default=0)
         )
         waiting = [name for name in names if there["files"].get(name) != bundle.files[name].sha256]
-        travel = Travel(self._host, "bundle:", len(waiting), sum(sizes[name] for name in waiting))
+        progress = TransferProgress(self._host, "bundle:", len(waiting), sum(sizes[name] for name in waiting))
         began, moves, size = time.monotonic(), {}, 0
         for place, name in enumerate(waiting):
-            self._put(travel, bundle, name, f"{there['incoming']}/{place}")
+            self._put(progress, bundle, name, f"{there['incoming']}/{place}")
             moves[str(place)] = _entry(name, bundle.files[name])
             size += sizes[name]
             if size >= BATCH:  # what was interrupted goes on from here
                 self._receive(task_vars, user=want["user"], moves=moves)
                 moves, size = {}, 0
         self._receive(task_vars, **want, moves=moves)
-        travel.end(began)
+        progress.end(began)
         return {}
 
-    def _put(self, travel: Travel, bundle: Bundle, name: str, incoming: str) -> None:
+    def _put(self, progress: TransferProgress, bundle: Bundle, name: str, incoming: str) -> None:
         size = bundle.files[name].size
         try:
-            travel.carry(lambda: self._connection.put_file(str(bundle.folder / name), incoming), size)
+            progress.carry(lambda: self._connection.put_file(str(bundle.folder / name), incoming), size)
         except AnsibleError as error:
             reason = " ".join(str(error).split())[-200:]
             raise SparkfleetError(f"{name} of the bundle did not arrive: {reason}. Run again: it resumes") from None

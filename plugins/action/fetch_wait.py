@@ -15,7 +15,7 @@ from sparkfleet_host.bounded import printable
 from sparkfleet_host.job import FOLDER, TRANSFER
 
 from sparkfleet.diagnosis.startup import AT_LEAST
-from sparkfleet.fleet.reconnect import Patience
+from sparkfleet.fleet.reconnect import ReconnectingExecutor
 
 SLICE = 3.0  # seconds of one long poll; also the shortest time between two lines
 ENDED = ("absent", "done", "failed", "died", "skipped")
@@ -112,7 +112,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             raise AnsibleActionFail("fetch_wait: jobs must be a list of {name, job}")
         pairs = [entry(given) for given in wanted]
         host = str(task_vars.get("inventory_hostname", "localhost"))
-        self._patience = Patience(self, host, display.display)
+        self._executor = ReconnectingExecutor(self, host, display.display)
         began = shown_at = time.monotonic()
         shown = ""
         while True:
@@ -155,7 +155,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         # With one job known to have failed there is nothing to wait for; still say how the others are.
         failed = any(state is not None and state["state"] == "failed" for _, state in pairs)
         if queries:
-            answer = self._patience.execute(
+            answer = self._executor.execute(
                 module_name="sparkfleet.dgx.fetch_status",
                 module_args={"jobs": queries, "slice": 0.0 if failed else SLICE},
                 task_vars=task_vars,

@@ -30,7 +30,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         stopping: list[str] = []
         machines: dict[str, tuple[str, str]] = {}
         for name, variables in known.items():
-            look, status = variables.get("sparkfleet_look") or {}, variables.get("status") or {}
+            look, status = variables.get("sparkfleet_inspection") or {}, variables.get("status") or {}
             if verb:
                 stops = "releases" in status and outage.stopped_by(verb, status)
             else:

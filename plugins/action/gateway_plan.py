@@ -23,7 +23,7 @@ def unfinished(names: Sequence[str], known: Mapping[str, Mapping[str, Any]]) -> 
     found = []
     for name in names:
         if "sparkfleet_rollout_done" not in known[name]:
-            releases = (known[name].get("sparkfleet_look") or {}).get("state", {}).get("releases") or {}
+            releases = (known[name].get("sparkfleet_inspection") or {}).get("state", {}).get("releases") or {}
             found.append(str(releases.get("locks", {}).get(str(releases.get("current")), {}).get("model") or ""))
     return list(dict.fromkeys(filter(None, found)))
 

@@ -21,7 +21,7 @@ from ansible.utils.display import Display
 from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 
 from sparkfleet import operator_name
-from sparkfleet.fleet.reconnect import Patience
+from sparkfleet.fleet.reconnect import ReconnectingExecutor
 from sparkfleet.reporting import report
 from sparkfleet.reporting.switch_progress import Follower, foreseen
 
@@ -40,9 +40,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         host = str(task_vars.get("inventory_hostname", "localhost"))
         # With its name given here, a job that was begun by a call whose answer got lost is not begun twice.
         options = {"controller": operator_name.name(), "slice": 3.0, "begin": secrets.token_hex(6), **self._task.args}
-        follower, patience = Follower(host, float(options["slice"])), Patience(self, host, display.display)
+        follower, executor = Follower(host, float(options["slice"])), ReconnectingExecutor(self, host, display.display)
         while not follower.done:
-            answer = patience.execute(
+            answer = executor.execute(
                 module_name="sparkfleet.dgx.release_switch",
                 module_args={**options, **follower.asks()},
                 task_vars=task_vars,

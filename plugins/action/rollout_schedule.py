@@ -30,8 +30,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         result: dict[str, Any] = super().run(tmp, task_vars)
         hostvars, names = task_vars["hostvars"], list(task_vars["groups"].get("sparks", ()))
         drained = [name for name in names if gateway.truth(hostvars[name].get("sparkfleet_drained", False))]
-        looked = [name for name in names if "sparkfleet_look" in hostvars[name]]
-        planned = [name for name in looked if "plan" in hostvars[name]["sparkfleet_look"]]
+        looked = [name for name in names if "sparkfleet_inspection" in hostvars[name]]
+        planned = [name for name in looked if "plan" in hostvars[name]["sparkfleet_inspection"]]
         lost = [name for name in looked if name not in planned and name not in drained]
         if lost:
             display.display(f"rollout  no wave begins: {report.names(lost)} cannot be planned")
@@ -58,5 +58,5 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 
 
 def _host(name: str, variables: Mapping[str, Any]) -> dict[str, Any]:
-    plan = variables["sparkfleet_look"]["plan"]
+    plan = variables["sparkfleet_inspection"]["plan"]
     return {"name": name, "model": plan["model"], "needed": bool(plan["deploy"]["needed"])}

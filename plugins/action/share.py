@@ -82,16 +82,16 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 
     def _schedule(self, task_vars: Mapping[str, Any]) -> dict[str, Any]:
         """{"sources": those that this host looks after, "image_from", "model_from": hosts, or empty}."""
-        host, lacks, bundle = task_vars["inventory_hostname"], [], bool(self._task.args.get("bundle"))
+        host, wants, bundle = task_vars["inventory_hostname"], [], bool(self._task.args.get("bundle"))
         for name in task_vars["ansible_play_hosts_all"]:
             known = task_vars["hostvars"][name]
-            look = known.get("sparkfleet_look") or {}
+            look = known.get("sparkfleet_inspection") or {}
             if look.get("plan") and (bundle or gateway.truth(known.get("sparkfleet_share", True))):
                 drained = gateway.truth(known.get("sparkfleet_drained", False))
-                lacks.append(fetch_schedule.lack(name, look, serves=not drained))
+                wants.append(fetch_schedule.of_host(name, look, serves=not drained))
         enabled = bool(self._task.args.get("share", True))
         some = (enabled or bundle) and not self._task.check_mode
-        made = fetch_schedule.schedule(lacks if some else [], bundle=bundle, alone=not enabled)
+        made = fetch_schedule.schedule(wants if some else [], bundle=bundle, alone=not enabled)
         for line in made.summary(host):
             display.display(line)
         takes = host in made.image_from or host in made.model_from
@@ -135,7 +135,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
     def _connect(self, task_vars: Mapping[str, Any]) -> dict[str, Any]:
         """{"mirror": registry to pull from, "digest", "peer": address of a Hub}, empty where there is none."""
         host = task_vars["inventory_hostname"]
-        plan, image = task_vars["fetch_share_plan"], task_vars["sparkfleet_look"]["plan"]["image"]
+        plan, image = task_vars["fetch_share_plan"], task_vars["sparkfleet_inspection"]["plan"]["image"]
         served = {name: self._served(task_vars, plan, name) for name in {plan["image_from"], plan["model_from"]} - {""}}
         tunnels, pairs = [], {}
         for listen, name in ((REGISTRY_PORT, plan["image_from"]), (HUB_PORT, plan["model_from"])):
@@ -175,7 +175,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         found = {}
         for name in task_vars["ansible_play_hosts_all"]:
             known = task_vars["hostvars"][name]
-            image = ((known.get("sparkfleet_look") or {}).get("plan") or {}).get("image")
+            image = ((known.get("sparkfleet_inspection") or {}).get("plan") or {}).get("image")
             digest = (known.get("fetch_image_digest") or {}).get("digest")
             if image and digest:
                 found[str(image)] = str(digest)

@@ -72,19 +72,19 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         if answer.get("failed"):
             raise AnsibleActionFail(f"{host}: cannot look at the host: {_first_line(answer)}")
 
-        made = plan.make(target, answer["state"], reads=status or bool(task_vars.get("sparkfleet_look_reads")))
+        made = plan.make(target, answer["state"], reads=status or bool(task_vars.get("sparkfleet_inspection_reads")))
         if "preflight" in task_vars.get("ansible_run_tags", ()):
             for line in _table(made):
                 self._display.display(report.clean(f"{host}  {line}"))
         if made["findings"]:
             lines = [f"  {finding['message']} [{finding['id']}]" for finding in made["findings"]]
             # A later look of the same run comes after changes.
-            untouched = "" if "sparkfleet_look" in task_vars else "; nothing was changed on it"
+            untouched = "" if "sparkfleet_inspection" in task_vars else "; nothing was changed on it"
             message = f"{host} cannot serve {made['model']} as it is{untouched}:\n" + "\n".join(lines)
             raise AnsibleActionFail(
                 message, result={"findings": made["findings"], "failure": made["findings"][0]["id"]}
             )
-        lines = _summary(made, answer["state"], settings, first="sparkfleet_look" not in task_vars)
+        lines = _summary(made, answer["state"], settings, first="sparkfleet_inspection" not in task_vars)
         for line in [] if status else lines:
             self._display.display(report.clean(f"{host}  {line}"))
         result.update(changed=False, plan=made, state=answer["state"])

@@ -3,8 +3,8 @@
 
 - sparkfleet.dgx.spark_status:
     show: false
-    look: "{{ sparkfleet_look }}"   # what the action spark_plan returned with `status: true`: no second round trip,
-                                    # and how the Spark differs from the inventory
+    look: "{{ sparkfleet_inspection }}"
+    # What the action spark_plan returned with `status: true`: no second round trip, and the drift from the inventory.
     want: previous          # current, previous, or the number of a release; fails with those there are
   register: status          # status.summary, status.release
 - sparkfleet.dgx.spark_status:

@@ -16,7 +16,7 @@ description:
   - This is an action, which runs on the controller.
 options:
   stages:
-    description: Stages of the plans that M(sparkfleet.dgx.spark_plan) registered as C(sparkfleet_look).
+    description: Stages of the plans that M(sparkfleet.dgx.spark_plan) registered as C(sparkfleet_inspection).
     type: list
     elements: str
     choices: [prepare, deploy]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: gateway_network
-short_description: Look where a gateway meets the others, and on which interface a floating address belongs
+short_description: Find where a gateway meets the others, and on which interface a floating address belongs
 description:
   - Resolves the gateways' names as this host does, and finds the own address that faces them with its interface.
   - keepalived takes addresses only, no names. Reads only.

@@ -28,8 +28,8 @@ EXAMPLES = r"""
 - name: Stage the release
   sparkfleet.dgx.release_stage:
     compose: "{{ lookup('ansible.builtin.template', 'compose.yml.j2') }}"
-    plan: "{{ sparkfleet_look.plan.release.plan }}"
-    lock: "{{ sparkfleet_look.plan.release.lock }}"
+    plan: "{{ sparkfleet_inspection.plan.release.plan }}"
+    lock: "{{ sparkfleet_inspection.plan.release.lock }}"
   register: staged
 """
 
@@ -45,7 +45,7 @@ from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import BoundsError
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.engine import complaint
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.engine import validate_compose
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store
 
 
@@ -79,7 +79,7 @@ def main() -> None:
             with tempfile.NamedTemporaryFile("w", suffix=".yml", encoding="utf-8") as file:
                 file.write(compose)
                 file.flush()
-                reason = complaint(str(store.project_dir), Path(file.name))
+                reason = validate_compose(str(store.project_dir), Path(file.name))
             if reason:
                 module.fail_json(
                     msg=f"Docker Compose refuses the new release; what runs is untouched: {reason}",

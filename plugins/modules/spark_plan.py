@@ -14,7 +14,7 @@ description:
     and C(sparkfleet_vllm_*), arguments of C(vllm serve).
 options:
   status:
-    description: Look at what is served as well, for M(sparkfleet.dgx.spark_status), and print nothing.
+    description: Include what is served, for M(sparkfleet.dgx.spark_status), and print nothing.
     type: bool
     default: false
 author: ["The Sparkfleet developers"]
@@ -28,7 +28,7 @@ EXAMPLES = r"""
 
 - name: Plan
   sparkfleet.dgx.spark_plan:
-  register: sparkfleet_look
+  register: sparkfleet_inspection
 """
 
 RETURN = r"""

@@ -38,7 +38,7 @@ options:
   proxy: {description: Proxy between the host and the internet., type: str, default: ""}
   no_proxy: {description: Names that are reached without it separated by commas., type: str, default: ""}
   status:
-    description: Look at what is served as well, as the module M(sparkfleet.dgx.spark_status) does.
+    description: Include what is served, as the module M(sparkfleet.dgx.spark_status) does.
     type: bool
     default: false
   now:

@@ -27,7 +27,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Look what is served
+- name: See what is served
   sparkfleet.dgx.spark_status:
   register: status
 """

@@ -303,7 +303,7 @@ def _said(answer: Any) -> str:
     return redact(said[: 2 * LINE].strip())[:LINE]
 
 
-def complaint(project_dir: str, file: Path) -> str:
+def validate_compose(project_dir: str, file: Path) -> str:
     """What Compose says against a file; "" for nothing, and where there is no Compose."""
     try:
         # With interpolation, as `up` reads it; the token of `model_source: hub` need not be there yet.

@@ -39,7 +39,7 @@ from .metrics import LIMIT as METRICS_LIMIT
 from .metrics import sums
 from .redaction import redact
 from .releases import HELD_BY_GUARD, LOCK_FILE, PROJECT_DIR, STATE_DIR, ReleaseError, Store, write_json, write_text
-from .status_server import Window
+from .status_server import StatusServer
 
 SETTINGS_FILE = "/etc/sparkfleet/guard.json"
 STATE_FILE = "guard-state.json"
@@ -920,7 +920,7 @@ class Watcher:
             if address in self._listening:
                 continue
             try:
-                Window([address], port, self.answer).start()
+                StatusServer([address], port, self.answer).start()
                 self._listening.add(address)
             except (OSError, RuntimeError) as error:
                 said = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)

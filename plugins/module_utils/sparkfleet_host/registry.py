@@ -569,7 +569,7 @@ def layer_sizes(ref: Reference, arch: str, info: dict[str, Any], auth: dict[str,
 # -- files that grow -------------------------------------------------------------------------------------------------
 
 
-class Growing:
+class TailingBlob:
     """A file that somebody else may still be writing, read as it grows.
 
     `find` opens the file to read now, or gives None while there is none; `size` is that of the whole file in bytes;
@@ -739,14 +739,14 @@ class Layout:
             if path.name.partition(".")[0] not in wanted:
                 path.unlink()
 
-    def open(self, digest: str) -> Growing:
+    def open(self, digest: str) -> TailingBlob:
         """A blob, whole or not; fetching begins unless it runs. Raises KeyError for one that no image names."""
         size = self.sizes[digest]
         path = self.path(digest)
         if not path.is_file():
             self._begin(digest, path, size)
         places = [("blobs", "sha256", name) for name in (path.name, f"{path.name}.incomplete")]
-        return Growing(lambda: opened(self.folder, *places), size, lambda: path.is_file() or self._works(digest))
+        return TailingBlob(lambda: opened(self.folder, *places), size, lambda: path.is_file() or self._works(digest))
 
     def fetch(self, digests: list[str], tell: Callable[[int], Any]) -> None:
         """Fetch blobs to their end, three at a time as Docker does; `tell` hears bytes there are. Raises OSError."""

@@ -39,7 +39,7 @@ from .cache import manifest_path, model_state, repo_folder
 from .docker import Docker, DockerError
 from .job import FOLDER as JOBS
 from .job import JobError, is_alive, read_status
-from .registry import Growing, Layout, Reference, Registry, credentials, opened, reference
+from .registry import Layout, Reference, Registry, TailingBlob, credentials, opened, reference
 
 FOLDER = "/run/sparkfleet/share"
 STORE = "/var/lib/sparkfleet/share"
@@ -141,7 +141,7 @@ class Model:
             return True
         return bool(status["state"] == "running" and is_alive(status))
 
-    def file(self, name: str) -> tuple[dict[str, Any], Growing]:
+    def file(self, name: str) -> tuple[dict[str, Any], TailingBlob]:
         """A file's entry of the list, and its content. Raises Refused."""
         entry = self.listing()["files"].get(name)
         if entry is None:
@@ -161,7 +161,7 @@ class Model:
             raise Refused(404, f"{self.repo}: {error}") from None
         if file is not None:
             file.close()
-        return entry, Growing(find, int(entry["size"]), lambda: blob.is_file() or self.alive())
+        return entry, TailingBlob(find, int(entry["size"]), lambda: blob.is_file() or self.alive())
 
 
 # -- the source's server -----------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ class Handler(BaseHTTPRequestHandler):
 
     # -- answers -------------------------------------------------------------------------------------------
 
-    def _content(self, content: Growing | None, size: int, headers: dict[str, str]) -> None:
+    def _content(self, content: TailingBlob | None, size: int, headers: dict[str, str]) -> None:
         fresh = self.headers.get("If-Range", headers["ETag"]) == headers["ETag"]
         ranged = part(self.headers.get("Range", ""), size) if fresh else None
         start, end = ranged or (0, size)

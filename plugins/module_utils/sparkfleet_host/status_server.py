@@ -38,7 +38,7 @@ class Connection:
         self.answered = False
 
 
-class Window:
+class StatusServer:
     """Listens on `addresses` ("" for every IPv4 one) until it is closed. `answer` is called in its thread."""
 
     def __init__(self, addresses: Sequence[str], port: int, answer: Answer) -> None:

@@ -39,7 +39,7 @@ def words(text: str) -> str:
     return json.dumps(flat if len(flat) <= 120 else f"{flat[:117]}...", ensure_ascii=False)
 
 
-def judge(text: str, expect: str) -> None:
+def check_answer(text: str, expect: str) -> None:
     """Raises CheckError unless the text contains what is expected, as whole words."""
     # Thoughts are no answer; those that never end are all there is.
     said = re.sub(r"<think>.*?(?:</think>|\Z)", "", text, flags=re.DOTALL).strip()
@@ -213,7 +213,7 @@ class Verification:
         message = as_dict(choice.get("message"), "message")
         said = as_str(message.get("content") or "", "message.content").strip()
         self.answer = said[:SHOWN]
-        judge(said, self.params["expect"])
+        check_answer(said, self.params["expect"])
         return words(said)
 
     def complete(self) -> str:
@@ -222,7 +222,7 @@ class Verification:
         body["max_tokens"] = min(self.params["max_tokens"], 12)
         said = as_str(self._ask("/v1/completions", body, "completion").get("text") or "", "text").strip()
         self.completion = said[:SHOWN]
-        judge(said, self.params["prompt_expect"])
+        check_answer(said, self.params["prompt_expect"])
         return words(said)
 
     def stream(self) -> str:
@@ -256,7 +256,7 @@ class Verification:
             break
         reader.end()
         tokens = self._count(reader.usage) or reader.events
-        judge(reader.text, self.params["expect"])
+        check_answer(reader.text, self.params["expect"])
         if reader.first is not None and reader.last is not None:
             self.ttft_ms = round((reader.first - began) * 1000, 1)
             if tokens > 1 and reader.last > reader.first:

@@ -49,7 +49,7 @@ class Finding:
             "title": known.title,
             "cause": known.cause,
             "remedy": known.remedy,
-            "heals": known.heals,
+            "auto_recovery": known.auto_recovery,
             "harmless": known.harmless,
             "now": self.now,
             "evidence": list(self.evidence),
@@ -315,8 +315,8 @@ def page(host: str, found: Sequence[Finding], checked: str) -> str:
         lines.append(f"{host}  {known.title}{when} {mark if known.harmless else ''}".rstrip() + f" [{item.id}]")
         lines += [f"    {failures.clean(line)[:200]}" for line in item.evidence]
         lines.append(f"    {known.cause}. {known.remedy}")
-        if known.heals:
-            lines.append(f"    heals by itself: {known.heals}")
+        if known.auto_recovery:
+            lines.append(f"    recovers by itself: {known.auto_recovery}")
     return "\n".join(lines)
 
 

@@ -29,7 +29,7 @@ class Failure:
     `id` is what results and tests name. `signature` has regular expressions over single log lines or messages of
     Docker; `statuses` are the Hub's HTTP codes, `exit_codes` the container's. `unless` names entries that explain the
     same lines better. `harmless`: seen in the log of an engine that works. `chapter` is the guide's, "" if it has none.
-    `heals`: what mends it without a person, and how; "" for nothing.
+    `auto_recovery`: what mends it without a person, and how; "" for nothing.
     """
 
     id: str
@@ -42,7 +42,7 @@ class Failure:
     unless: tuple[str, ...] = ()
     harmless: bool = False
     chapter: str = ""
-    heals: str = ""
+    auto_recovery: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ TABLE: tuple[Failure, ...] = (
         "lower gpu_memory_utilization. A smaller max_model_len or `docker system prune` does not help.",
         (r"Free memory on device .*is less than desired", r"Free memory on device .*is less than the engine's budget"),
         chapter=MEMORY,
-        heals="every start by a switch or the guard drops the page cache first",
+        auto_recovery="every start by a switch or the guard drops the page cache first",
     ),
     Failure(
         "memory-profiling",
@@ -78,7 +78,7 @@ TABLE: tuple[Failure, ...] = (
         "Deploy again while nothing else starts or stops on the host.",
         (r"Error in memory profiling", r"AssertionError: .*[Ii]nitial free memory"),
         chapter=MEMORY,
-        heals="the guard starts it again, up to its cap",
+        auto_recovery="the guard starts it again, up to its cap",
     ),
     Failure(
         "kv-cache-too-small",
@@ -194,7 +194,7 @@ TABLE: tuple[Failure, ...] = (
         "whether it comes again; else restart it, then the host.",
         (r"\bXid\b.*: \d+",),
         unless=("gpu-lost",),
-        heals="an engine that ends or hangs by it is started again by the guard, up to its cap",
+        auto_recovery="an engine that ends or hangs by it is started again by the guard, up to its cap",
     ),
     Failure(
         "gpu-invisible",
@@ -248,7 +248,7 @@ TABLE: tuple[Failure, ...] = (
             r"weights were not initialized from checkpoint",
         ),
         chapter=INCOMPLETE,
-        heals="playbooks/fetch.yml checks every file and fetches the damaged ones again",
+        auto_recovery="playbooks/fetch.yml checks every file and fetches the damaged ones again",
     ),
     Failure(
         "models-unchecked",
@@ -348,7 +348,7 @@ TABLE: tuple[Failure, ...] = (
         "somebody removed the interface, or a firewall or network service did; Docker believes that it is there",
         "Restart Docker (`systemctl restart docker`), which makes it again; it stops other containers for a moment.",
         (r"adding interface \S+ to bridge \S+ failed", r"could not find bridge", r"network bridge not found"),
-        heals="the guard restarts Docker once, unless containers of others would end with it",
+        auto_recovery="the guard restarts Docker once, unless containers of others would end with it",
     ),
     Failure(
         "mount-missing",
@@ -559,7 +559,7 @@ TABLE: tuple[Failure, ...] = (
         "a background job ended without a result",
         "it was killed, or the host was restarted",
         "Run again: it resumes.",
-        heals="the next run goes on where it stopped",
+        auto_recovery="the next run goes on where it stopped",
     ),
     Failure(
         "fetch-timeout",
@@ -579,7 +579,7 @@ TABLE: tuple[Failure, ...] = (
         "the transfer damaged it, or something in between changed it",
         "Run again: the file is fetched again. If that does not help, look for a proxy that alters downloads.",
         chapter=INCOMPLETE,
-        heals="the next run fetches the file again",
+        auto_recovery="the next run fetches the file again",
     ),
     Failure(
         "docker",
@@ -587,7 +587,7 @@ TABLE: tuple[Failure, ...] = (
         "the engine is not running, or the operator may not use it",
         "See `systemctl status docker` and `journalctl -u docker` on the host; run playbooks/prepare.yml.",
         (r"Cannot connect to the Docker daemon", r"Is the docker daemon running"),
-        heals="systemd starts Docker again; a switch waits two minutes for it",
+        auto_recovery="systemd starts Docker again; a switch waits two minutes for it",
     ),
     # -- before anything changes -------------------------------------------------------------------------------
     Failure(
@@ -717,7 +717,7 @@ TABLE: tuple[Failure, ...] = (
         "a switch was cut half way",
         "the host was restarted, or the job was killed",
         "Nothing to do: the release before is started and verified again. Then run again.",
-        heals="the guard, or the next run, brings the release before back",
+        auto_recovery="the guard, or the next run, brings the release before back",
     ),
     Failure(
         "switch-restored",
@@ -749,21 +749,21 @@ TABLE: tuple[Failure, ...] = (
         "the guard runs and observes nothing",
         "its process was stopped (SIGSTOP) or hangs",
         "`systemctl restart sparkfleet-guard` on the host.",
-        heals="systemd kills and starts it again after 90 s without a sign of life",
+        auto_recovery="systemd kills and starts it again after 90 s without a sign of life",
     ),
     Failure(
         "state-damaged",
         "a state file could not be understood",
         "it was edited, or the disk lost part of it",
         "Nothing to do: it was set aside under the name beside this, and a new one was begun. What it counted is lost.",
-        heals="whoever reads it sets it aside and begins another",
+        auto_recovery="whoever reads it sets it aside and begins another",
     ),
     Failure(
         "engine-crashed",
         "the engine crashed and was restarted",
         "its last lines say why, where they are in this table",
         "Nothing to do if it stays with the one time; `sparkfleet logs` shows the lines before it.",
-        heals="the guard starts it again, up to its cap",
+        auto_recovery="the guard starts it again, up to its cap",
     ),
     Failure(
         "engine-stopped",
@@ -803,7 +803,7 @@ TABLE: tuple[Failure, ...] = (
         "Look for it in `journalctl -k -u earlyoom`; if memory ran out, lower gpu_memory_utilization.",
         exit_codes=(137,),
         chapter=MEMORY,
-        heals="the guard starts it again, up to its cap",
+        auto_recovery="the guard starts it again, up to its cap",
     ),
     Failure(
         "engine-died",
@@ -829,7 +829,7 @@ TABLE: tuple[Failure, ...] = (
         "the engine is alive but produces nothing",
         "/health says 200 while requests get no token (vLLM issues 39863 and 40926)",
         "Restart the service: `docker compose restart` in /opt/sparkfleet.",
-        heals="the guard sees that no token moves, and restarts it",
+        auto_recovery="the guard sees that no token moves, and restarts it",
     ),
     Failure(
         "model-not-served",
@@ -1015,8 +1015,8 @@ def markdown() -> str:
             parts.append(f"- Shows as: {'; '.join(shown)}")
         parts.append(f"- Cause: {failure.cause}.")
         parts.append(f"- Remedy: {failure.remedy}")
-        if failure.heals:
-            parts.append(f"- Heals by itself: {failure.heals}.")
+        if failure.auto_recovery:
+            parts.append(f"- Recovers by itself: {failure.auto_recovery}.")
         if failure.chapter:
             parts.append(f"- In the guide: {failure.chapter}")
         parts.append("")

@@ -1,4 +1,4 @@
-"""A rollout on paper: plan, input and schedule of a whole inventory, with nobody contacted.
+"""A dry run of a rollout: plan, input and schedule of a whole inventory, with no host contacted.
 
 What only a look at a host tells (free memory, what is deployed) is taken as usual: a Spark with nothing else on it, and
 every Spark in need of the change.
@@ -37,7 +37,7 @@ class Kind:
 
 
 @dataclasses.dataclass(frozen=True)
-class Paper:
+class DryRun:
     """The whole: kinds of Sparks, waves, names that are drained."""
 
     kinds: list[Kind]
@@ -54,7 +54,7 @@ class Paper:
         return {**dataclasses.asdict(self), "fits": self.fits}
 
 
-def make(hosts: Mapping[str, Mapping[str, Any]]) -> Paper:
+def make(hosts: Mapping[str, Mapping[str, Any]]) -> DryRun:
     """Plan and schedule of hosts with their variables. Raises SparkfleetError with what is wrong in them, and for
     settings that a rollout has once."""
     hosts = _settled(hosts)
@@ -81,7 +81,7 @@ def make(hosts: Mapping[str, Mapping[str, Any]]) -> Paper:
     needing = [{"name": name, "model": models[name], "needed": True} for name in hosts if name in models]
     shared = rollout.shared(hosts)
     waves = rollout.schedule(needing, rollout.canaries(shared[rollout.CANARY]), shared["sparkfleet_rollout_waves"])
-    return Paper(kinds, waves, drained)
+    return DryRun(kinds, waves, drained)
 
 
 def _settled(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -118,17 +118,17 @@ def _kind(names: list[str], settings: Settings) -> Kind:
     return Kind(names, wished.card.name, wished.settings.profile, wished.image, plan)
 
 
-def page(paper: Paper) -> str:
-    """The paper for people."""
+def page(run: DryRun) -> str:
+    """The run for people."""
     lines = []
-    for kind in paper.kinds:
+    for kind in run.kinds:
         lines.append(f"{report.names(kind.hosts)}: {kind.model} ({kind.profile}), {kind.image or 'no image'}")
         if kind.plan is None:
             lines.append(f"  NO  {kind.problem}")
             continue
         lines.append(f"  {'ok' if kind.plan['fits'] else 'NO'}  memory: {report.brief(kind.plan)}")
         lines += [f"      {reason}" for reason in kind.plan["reasons"]]
-    hosts = [{"name": name, "model": kind.model, "needed": True} for kind in paper.kinds for name in kind.hosts]
-    lines += ["", *rollout.lines(paper.waves, hosts, paper.drained)]
+    hosts = [{"name": name, "model": kind.model, "needed": True} for kind in run.kinds for name in kind.hosts]
+    lines += ["", *rollout.lines(run.waves, hosts, run.drained)]
     lines.append("nobody was contacted; what a host has, and whether it is fit, tells `sparkfleet preflight`")
     return "\n".join(lines) + "\n"

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Lack:
+class Missing:
     """What one Spark wants, and whether it lacks it. `serves`: it can be asked to give to others."""
 
     host: str
@@ -64,7 +64,7 @@ class Schedule:
         return lines
 
 
-def schedule(lacks: Sequence[Lack], bundle: bool = False, alone: bool = False) -> Schedule:
+def schedule(wants: Sequence[Missing], bundle: bool = False, alone: bool = False) -> Schedule:
     """Each image and each model comes from the internet once, or not at all where a Spark has the model already.
 
     An image is given by the first Spark that lacks it, while it fetches it: Docker keeps no copy of an image as it
@@ -72,45 +72,45 @@ def schedule(lacks: Sequence[Lack], bundle: bool = False, alone: bool = False) -
     that lacks anything gets all of it, and takes from itself as well; with `alone` too each that lacks something.
     """
     made = Schedule()
-    for image in dict.fromkeys(lack.image for lack in lacks if lack.lacks_image):
-        takers = [lack for lack in lacks if lack.image == image and lack.lacks_image]
-        for some, giver in _bundled(lacks, takers, alone) if bundle else _givers(made, takers, []):
+    for image in dict.fromkeys(want.image for want in wants if want.lacks_image):
+        takers = [want for want in wants if want.image == image and want.lacks_image]
+        for some, giver in _bundled(wants, takers, alone) if bundle else _givers(made, takers, []):
             _source(made, giver, giver.host).images.append(image)
-            made.image_from.update({lack.host: giver.host for lack in some})
-    for model in dict.fromkeys(lack.model for lack in lacks if lack.lacks_model):
-        takers = [lack for lack in lacks if lack.model == model and lack.lacks_model]
-        havers = [lack for lack in lacks if lack.model == model and lack.has_model and lack.serves]
-        for some, giver in _bundled(lacks, takers, alone) if bundle else _givers(made, takers, havers):
+            made.image_from.update({want.host: giver.host for want in some})
+    for model in dict.fromkeys(want.model for want in wants if want.lacks_model):
+        takers = [want for want in wants if want.model == model and want.lacks_model]
+        holders = [want for want in wants if want.model == model and want.has_model and want.serves]
+        for some, giver in _bundled(wants, takers, alone) if bundle else _givers(made, takers, holders):
             leader = giver.host if giver.lacks_model or giver.lacks_image else some[0].host
             repo, revision = model
             _source(made, giver, leader).models.append({"repo": repo, "revision": revision})
-            made.model_from.update({lack.host: giver.host for lack in some if bundle or lack.host != giver.host})
+            made.model_from.update({want.host: giver.host for want in some if bundle or want.host != giver.host})
     return made
 
 
-def _givers(made: Schedule, takers: list[Lack], havers: list[Lack]) -> list[tuple[list[Lack], Lack]]:
+def _givers(made: Schedule, takers: list[Missing], holders: list[Missing]) -> list[tuple[list[Missing], Missing]]:
     """Who takes a thing from whom; nobody where it is not worth it."""
-    givers = havers or ([taker for taker in takers if taker.serves] if len(takers) > 1 else [])
+    givers = holders or ([taker for taker in takers if taker.serves] if len(takers) > 1 else [])
     # One that gives already, if it can.
-    return [(takers, min(givers, key=lambda lack: lack.host not in made.sources))] if givers else []
+    return [(takers, min(givers, key=lambda want: want.host not in made.sources))] if givers else []
 
 
-def _bundled(lacks: Sequence[Lack], takers: list[Lack], alone: bool) -> list[tuple[list[Lack], Lack]]:
-    """The same with a bundle: from the first of all that lack anything, or from oneself."""
+def _bundled(wants: Sequence[Missing], takers: list[Missing], alone: bool) -> list[tuple[list[Missing], Missing]]:
+    """The same with a bundle: from the first of all that want anything, or from oneself."""
     if alone:
         return [([taker], taker) for taker in takers]
-    lacking = [lack for lack in lacks if lack.lacks_image or lack.lacks_model]
-    return [(takers, next((lack for lack in lacking if lack.serves), lacking[0]))]
+    lacking = [want for want in wants if want.lacks_image or want.lacks_model]
+    return [(takers, next((want for want in lacking if want.serves), lacking[0]))]
 
 
-def _source(made: Schedule, giver: Lack, leader: str) -> Source:
+def _source(made: Schedule, giver: Missing, leader: str) -> Source:
     return made.sources.setdefault(giver.host, Source(giver.host, leader))
 
 
-def lack(host: str, look: Mapping[str, Any], serves: bool) -> Lack:
+def of_host(host: str, look: Mapping[str, Any], serves: bool) -> Missing:
     """Of what `spark_plan` returned for a host."""
     plan, model = look["plan"], look["state"]["model"]
-    return Lack(
+    return Missing(
         host=host,
         image=plan["image"],
         lacks_image=bool(plan["fetch"]["image"]),

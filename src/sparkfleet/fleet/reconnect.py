@@ -13,7 +13,7 @@ SECONDS = 300.0  # a Spark's restart takes less
 PAUSE = 2.0
 
 
-class Patience:
+class ReconnectingExecutor:
     """Runs modules for an action plugin. A host that cannot be reached is tried again for `seconds`."""
 
     def __init__(self, action: Any, host: str, say: Callable[[str], Any], seconds: float = SECONDS) -> None:

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from sparkfleet_host.bounded import GIB
 
 from sparkfleet.onboarding import ssh
-from sparkfleet.onboarding.prompts import Person, tell
-from sparkfleet.onboarding.ssh import Facts, HostKey, Look, Place
+from sparkfleet.onboarding.prompts import Prompter, tell
+from sparkfleet.onboarding.ssh import Facts, HostKey, Inspection, Place
 from sparkfleet.planning import memory_plan
 from sparkfleet.planning.preflight import version
 from sparkfleet.reporting import report
@@ -48,7 +48,7 @@ class Host:
     name: str = ""
     known: bool = False
     any_gpu: bool = False
-    look: Look = dataclasses.field(default_factory=Look)
+    look: Inspection = dataclasses.field(default_factory=Inspection)
     result: str = "ok"
     message: str = ""
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -80,7 +80,7 @@ def at_once(work: Callable[[S], T], items: Sequence[S]) -> list[T]:
         return list(pool.map(work, items))
 
 
-def check(hosts: Sequence[Host], person: Person, accept_keys: bool) -> None:
+def check(hosts: Sequence[Host], person: Prompter, accept_keys: bool) -> None:
     """Look at all hosts; with the person's word accept host keys and bring a login key where one is missing.
 
     Afterwards each has its name and its result. Raises SparkfleetError for what keeps all from it, such as no ssh.
@@ -110,13 +110,13 @@ def _look(hosts: Sequence[Host]) -> None:
     at_once(one, hosts)
 
 
-def _said(look: Look) -> str:
+def _said(look: Inspection) -> str:
     if look.facts is None:
         return SHORT.get(look.problem, look.message)
     return f"{look.facts.gpu or 'no NVIDIA GPU'}, {look.facts.total / GIB:.1f} GiB, {look.facts.hostname}"
 
 
-def _accepted(hosts: Sequence[Host], person: Person, accept: bool) -> list[Host]:
+def _accepted(hosts: Sequence[Host], person: Prompter, accept: bool) -> list[Host]:
     """Show the host keys of hosts; write down those that are accepted, and return their hosts."""
     if not (accept or person.there):
         return []
@@ -141,7 +141,7 @@ def _accepted(hosts: Sequence[Host], person: Person, accept: bool) -> list[Host]
     return [host for host, _, _ in offered]
 
 
-def _logins(hosts: Sequence[Host], person: Person) -> list[Host]:
+def _logins(hosts: Sequence[Host], person: Prompter) -> list[Host]:
     """Offer to bring a login key to hosts; those that got one."""
     names = ", ".join(host.label for host in hosts)
     tell(f"No login with a key: {names}")

@@ -29,7 +29,7 @@ from sparkfleet.onboarding import enrol, inventory_file, model_choice, ssh
 from sparkfleet.onboarding.enrol import Host
 from sparkfleet.onboarding.inventory_file import Entry
 from sparkfleet.onboarding.model_choice import Choice
-from sparkfleet.onboarding.prompts import Person, tell
+from sparkfleet.onboarding.prompts import Prompter, tell
 from sparkfleet.onboarding.ssh import Place
 from sparkfleet.paths import ROOT
 from sparkfleet.planning import catalog, memory_plan, target
@@ -95,7 +95,7 @@ class Inventory:
 
 def run(options: argparse.Namespace) -> int:
     """The verb; returns the exit code. Raises SparkfleetError with nothing written."""
-    person = Person(not (options.yes or options.json) and sys.stdin.isatty() and sys.stdout.isatty())
+    person = Prompter(not (options.yes or options.json) and sys.stdin.isatty() and sys.stdout.isatty())
     try:
         return _run(options, person)
     except model_choice.DoesNotFit as error:
@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
         return INTERRUPTED
 
 
-def _run(options: argparse.Namespace, person: Person) -> int:
+def _run(options: argparse.Namespace, person: Prompter) -> int:
     folder, places = words(options.words)
     _check_options(options)
     known = read(folder)
@@ -236,7 +236,7 @@ def _check_existing(options: argparse.Namespace, folder: Path, known: Inventory,
             )
 
 
-def _look_around(options: argparse.Namespace, person: Person) -> list[Place]:
+def _look_around(options: argparse.Namespace, person: Prompter) -> list[Place]:
     """Sparks that nobody named: this machine, and what announces itself. Raises SparkfleetError when there is none."""
     from sparkfleet.onboarding import discovery  # noqa: PLC0415 - nobody else needs it
 
@@ -288,7 +288,7 @@ def _neighbours(options: argparse.Namespace, known: Inventory, asked: bool) -> l
 
 
 def _with_user(
-    places: Sequence[Place], options: argparse.Namespace, person: Person, shared: Mapping[str, Any]
+    places: Sequence[Place], options: argparse.Namespace, person: Prompter, shared: Mapping[str, Any]
 ) -> list[Place]:
     """The places with user, key and arguments: what was said, what the inventory has for all, what ssh would take."""
     key = _key(options) or str(shared.get("ansible_ssh_private_key_file") or "")
@@ -310,7 +310,7 @@ def _with_user(
     return made
 
 
-def _choice(options: argparse.Namespace, person: Person, added: Sequence[Host], known: Inventory) -> Choice | None:
+def _choice(options: argparse.Namespace, person: Prompter, added: Sequence[Host], known: Inventory) -> Choice | None:
     """What the new Sparks are to serve; None when the inventory says it. Raises SparkfleetError."""
     model, profile = options.model, options.profile
     if known.there and not (model or profile):
@@ -322,7 +322,7 @@ def _choice(options: argparse.Namespace, person: Person, added: Sequence[Host], 
     return model_choice.choose(person, model, profile, room, options.force)
 
 
-def _gateway(options: argparse.Namespace, person: Person, added: Sequence[Host]) -> str:
+def _gateway(options: argparse.Namespace, person: Prompter, added: Sequence[Host]) -> str:
     """The Spark that is the gateway too, or empty. None by default: one address for all is one machine for all."""
     names = [host.name for host in added]
 
@@ -395,7 +395,7 @@ def _entry(host: Host, shared: Mapping[str, Any], many: bool, more: Mapping[str,
     return Entry(host.name, {**values, **(more or {})})
 
 
-def _write(files: Mapping[Path, tuple[str, str]], options: argparse.Namespace, person: Person) -> None:
+def _write(files: Mapping[Path, tuple[str, str]], options: argparse.Namespace, person: Prompter) -> None:
     """Show what is to be written, ask, write. Raises SparkfleetError when the person does not want it."""
     for path, (before, after) in files.items():
         if not options.json:

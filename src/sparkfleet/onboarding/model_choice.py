@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparkfleet import SparkfleetError
-from sparkfleet.onboarding.prompts import Person, tell
+from sparkfleet.onboarding.prompts import Prompter, tell
 from sparkfleet.planning import catalog, memory_plan, target
 from sparkfleet.planning.catalog import Card
 from sparkfleet.reporting import report
@@ -57,7 +57,7 @@ def default() -> str:
     return str(target.defaults()["sparkfleet_model"])
 
 
-def choose(person: Person, model: str, profile: str, room: memory_plan.Memory, force: bool) -> Choice:
+def choose(person: Prompter, model: str, profile: str, room: memory_plan.Memory, force: bool) -> Choice:
     """Model and profile, asked for where they are empty, with the plan. Raises DoesNotFit, SparkfleetError."""
     if not model and person.there:
         offers = [offer(name, PROFILE, room) for name in catalog.names()]
@@ -76,7 +76,7 @@ def choose(person: Person, model: str, profile: str, room: memory_plan.Memory, f
         model = profile = ""
 
 
-def _asked(person: Person, model: str, profile: str, room: memory_plan.Memory) -> Choice:
+def _asked(person: Prompter, model: str, profile: str, room: memory_plan.Memory) -> Choice:
     def known(name: str) -> str:
         catalog.load(name)
         return name

@@ -12,7 +12,7 @@ from sparkfleet.reporting import report
 T = TypeVar("T")
 
 
-class Person:
+class Prompter:
     """Answers questions; takes the defaults where `there` is false."""
 
     def __init__(self, there: bool) -> None:

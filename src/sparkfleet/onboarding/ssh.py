@@ -113,7 +113,7 @@ class Facts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
+class Inspection:
     """What came of a look: facts, or a problem (unreachable, key-unknown, key-changed, login, answer) in ssh's own
     words; `answer` is one that cannot be used."""
 
@@ -234,7 +234,7 @@ def settings(place: Place) -> dict[str, str]:
     return found
 
 
-def look(place: Place) -> Look:
+def look(place: Place) -> Inspection:
     """Log in and look, once. Raises SparkfleetError when there is no ssh here."""
     argv = ["sh", "-s"]
     if not place.local:
@@ -252,12 +252,12 @@ def look(place: Place) -> Look:
             if equals and line.startswith(f"{mark}:"):
                 found[name] = value
         if found.get("end") == "yes":
-            return Look(_facts(found))
+            return Inspection(_facts(found))
     except subprocess.TimeoutExpired:
-        return Look(None, "unreachable", f"no answer within {LOOK_SECONDS} s")
+        return Inspection(None, "unreachable", f"no answer within {LOOK_SECONDS} s")
     except BoundsError as error:
-        return Look(None, "answer", f"what it answers cannot be used: {error}")
-    return Look(None, *problem(done.stderr))
+        return Inspection(None, "answer", f"what it answers cannot be used: {error}")
+    return Inspection(None, *problem(done.stderr))
 
 
 def _facts(found: Mapping[str, str]) -> Facts:
@@ -291,7 +291,7 @@ def _facts(found: Mapping[str, str]) -> Facts:
 
 
 def problem(said: str) -> tuple[str, str]:
-    """What kept ssh from it, of what it said: a problem of `Look`, and the line that tells it."""
+    """What kept ssh from it, of what it said: a problem of `Inspection`, and the line that tells it."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     for word, kind in (
         ("HOST IDENTIFICATION HAS CHANGED", "key-changed"),

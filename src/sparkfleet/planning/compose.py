@@ -103,7 +103,7 @@ def document(
     ca_file: str = "",
     port: int = ENGINE_PORT,
     addresses: Sequence[str] = (),
-    keyed: bool = False,
+    api_key_enabled: bool = False,
 ) -> Document:
     """The whole compose file as data: one project, one service, in the key order of the guide.
 
@@ -111,7 +111,7 @@ def document(
     what was fetched; they are left out as long as nothing has been fetched. They mean nothing to ``source="hub"``.
     ``image_known_as`` (NAME@DIGEST) is how Docker knows an image that came without internet.
     ``addresses`` are those of the host that the port is published on, beside loopback; all if there are none.
-    ``keyed``: the engine takes only requests with the key in `KEY_FILE`.
+    ``api_key_enabled``: the engine takes only requests with the key in `KEY_FILE`.
     ``ca_file``: certificate authorities on the host that a server which downloads by itself trusts.
     What the engine compiles is kept in ``compile_cache_dir``, one folder an image digest: another image's
     compiled code does not fit.
@@ -161,7 +161,7 @@ def document(
         **(copy.deepcopy(HARDENING) if source == "local" else {}),
     }
     made: Document = {"name": PROJECT, "services": {card.service: service}}
-    if keyed:
+    if api_key_enabled:
         if starts_with_serve(image):
             service["entrypoint"] = [*KEYED, "vllm", "serve"]
         else:

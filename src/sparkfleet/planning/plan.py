@@ -255,7 +255,7 @@ def deploy(target: Target, state: State, document: compose.Document) -> dict[str
     deployed = releases["current"] is not None and yaml_text.compose_file(state["compose_file"]) == document
     staged = deployed or yaml_text.compose_file(releases["newest_compose"]) == document
 
-    new_key = settings.keyed and not state["engine_key"]["current"]
+    new_key = settings.api_key_enabled and not state["engine_key"]["current"]
     stage, start, stop, wait = Work(), Work(), Work(), Work()
     drifted = running and deployed and not _matches(current, document["services"][service])
     if settings.service_state == "started":

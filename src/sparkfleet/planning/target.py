@@ -98,7 +98,7 @@ class Settings:
         return cls(**{**found, "arguments": variables.arguments(settled), **known})
 
     @property
-    def keyed(self) -> bool:
+    def api_key_enabled(self) -> bool:
         """Whether the engine asks for a key."""
         return bool(self.engine_key)
 
@@ -205,7 +205,7 @@ class Target:
             ca_file=self.settings.ca_file,
             port=self.settings.port,
             addresses=self.addresses(state),
-            keyed=self.settings.keyed,
+            api_key_enabled=self.settings.api_key_enabled,
         )
 
     def addresses(self, state: State | None = None) -> list[str]:
@@ -220,4 +220,4 @@ class Target:
         """Whether whoever reaches the host's network reaches the engine, or may: past no gateway and without a key."""
         addresses = self.addresses(state)
         everywhere = not addresses or not all(ipaddress.ip_address(address).is_loopback for address in addresses)
-        return everywhere and not self.settings.gateways and not self.settings.keyed
+        return everywhere and not self.settings.gateways and not self.settings.api_key_enabled

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from sparkfleet.cli import main
 from sparkfleet.onboarding import discovery
-from sparkfleet.onboarding.ssh import Look
+from sparkfleet.onboarding.ssh import Inspection
 from sparkfleet.reporting import event_log
 
 CODES = {0, 2, 3, 4, 5, 6, 7, 130}
@@ -63,7 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(main, "default_inventory", lambda: str(folder / "hosts.yml"))
         patch.setattr("time.sleep", stop)
         patch.setattr(discovery, "look", lambda *_: [])
-        patch.setattr("sparkfleet.onboarding.ssh.look", lambda place: Look(None, "unreachable", "no route"))
+        patch.setattr("sparkfleet.onboarding.ssh.look", lambda place: Inspection(None, "unreachable", "no route"))
         patch.setattr("sparkfleet.paths.INVENTORY", folder / "inventory" / "mine")
         patch.setattr(sys, "stdin", io.StringIO(""))
         patch.chdir(folder)

@@ -59,9 +59,9 @@ DEPLOY: dict[str, Any] = {"stages": ["prepare", "deploy"]}
 @pytest.mark.parametrize(
     ("arguments", "hosts", "words"),
     [
-        (DEPLOY, [{"sparkfleet_look": look()}, {"sparkfleet_look": look()}], ()),
-        (DEPLOY, [{"sparkfleet_look": look(start=False, docker="use the proxy and restart it")}] * 2, ()),
-        ({"stages": ["prepare"]}, [{"sparkfleet_look": look(docker="use the proxy and restart it")}] * 2, ()),
+        (DEPLOY, [{"sparkfleet_inspection": look()}, {"sparkfleet_inspection": look()}], ()),
+        (DEPLOY, [{"sparkfleet_inspection": look(start=False, docker="use the proxy and restart it")}] * 2, ()),
+        ({"stages": ["prepare"]}, [{"sparkfleet_inspection": look(docker="use the proxy and restart it")}] * 2, ()),
         ({"verb": "restart"}, [{"status": served()}, {"status": served()}], ()),
         ({"verb": "rollback"}, [{"status": served()}, {"status": served()}], ()),
         ({"verb": "stop"}, [{"status": served()}, {"status": served("down")}, {"status": served()}], ()),
@@ -81,14 +81,14 @@ def test_several_that_serve_are_not_stopped_at_once(
 @pytest.mark.parametrize(
     ("arguments", "hosts", "words"),
     [
-        (DEPLOY, [{"sparkfleet_look": look(serves=False)}] * 2, ()),  # a first deployment
-        (DEPLOY, [{"sparkfleet_look": look()}, {"sparkfleet_look": look(start=False)}], ()),
-        (DEPLOY, [{"sparkfleet_look": look()}, {}], ()),  # one that could not be planned
-        (DEPLOY, [{"sparkfleet_look": look()}] * 2, ("-e", "sparkfleet_all_at_once=true")),
-        (DEPLOY, [{"sparkfleet_look": look(), "sparkfleet_all_at_once": True}] * 2, ()),
-        (DEPLOY, [{"sparkfleet_look": look()}] * 2, ("--check",)),
-        (DEPLOY, [{"sparkfleet_look": look()}] * 2, ("--limit", "spark-2")),
-        ({"stages": ["prepare"]}, [{"sparkfleet_look": look()}] * 2, ()),
+        (DEPLOY, [{"sparkfleet_inspection": look(serves=False)}] * 2, ()),  # a first deployment
+        (DEPLOY, [{"sparkfleet_inspection": look()}, {"sparkfleet_inspection": look(start=False)}], ()),
+        (DEPLOY, [{"sparkfleet_inspection": look()}, {}], ()),  # one that could not be planned
+        (DEPLOY, [{"sparkfleet_inspection": look()}] * 2, ("-e", "sparkfleet_all_at_once=true")),
+        (DEPLOY, [{"sparkfleet_inspection": look(), "sparkfleet_all_at_once": True}] * 2, ()),
+        (DEPLOY, [{"sparkfleet_inspection": look()}] * 2, ("--check",)),
+        (DEPLOY, [{"sparkfleet_inspection": look()}] * 2, ("--limit", "spark-2")),
+        ({"stages": ["prepare"]}, [{"sparkfleet_inspection": look()}] * 2, ()),
         ({"verb": "restart"}, [{"status": served("down")}, {"status": served()}], ()),
         ({"verb": "rollback"}, [{"status": served(release=2)}, {"status": served(release=2)}], ()),
     ],
@@ -104,9 +104,9 @@ def test_what_needs_no_confirmation(
 
 def test_one_host_under_two_names(tmp_path: Path) -> None:
     hosts = {
-        "spark-1": {"sparkfleet_look": look(False, machine="m1")},
-        "other": {"sparkfleet_look": look(False, machine="m2")},
-        "spark-one": {"sparkfleet_look": look(False, machine="m1")},
+        "spark-1": {"sparkfleet_inspection": look(False, machine="m1")},
+        "other": {"sparkfleet_inspection": look(False, machine="m2")},
+        "spark-one": {"sparkfleet_inspection": look(False, machine="m1")},
     }
     done = play(tmp_path, DEPLOY, hosts, "-e", "sparkfleet_all_at_once=true")
     said = done.stdout + done.stderr

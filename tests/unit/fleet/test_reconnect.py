@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from ansible.errors import AnsibleConnectionFailure
 
-from sparkfleet.fleet.reconnect import Patience
+from sparkfleet.fleet.reconnect import ReconnectingExecutor
 
 
 class Action:
@@ -39,7 +39,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_host_that_comes_back() -> None:
     said: list[str] = []
     action = Action(away=5)
-    assert Patience(action, "spark-1", said.append).execute(module_name="m") == {"module_name": "m"}
+    assert ReconnectingExecutor(action, "spark-1", said.append).execute(module_name="m") == {"module_name": "m"}
     assert said == [
         "spark-1  connection lost; what runs on the host goes on; trying again (No route to host)",
         "spark-1  connected again after 10 s",
@@ -51,10 +51,10 @@ def test_a_host_that_comes_back() -> None:
 def test_a_host_that_stays_away() -> None:
     action = Action(away=10**6)
     with pytest.raises(AnsibleConnectionFailure, match="No route to host"):
-        Patience(action, "spark-1", lambda text: None, seconds=60).execute()
+        ReconnectingExecutor(action, "spark-1", lambda text: None, seconds=60).execute()
     assert 10**6 - action.away == 31
 
 
 def test_a_host_that_is_there_needs_no_word() -> None:
     said: list[str] = []
-    assert Patience(Action(0), "spark-1", said.append).execute(a=1) == {"a": 1} and said == []
+    assert ReconnectingExecutor(Action(0), "spark-1", said.append).execute(a=1) == {"a": 1} and said == []

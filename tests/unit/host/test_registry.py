@@ -876,7 +876,7 @@ def test_a_file_that_is_begun_again_is_read_on(tmp_path: Path, monkeypatch: pyte
         asked.append(path)
         return True
 
-    assert b"".join(registries.Growing(lambda: path.open("rb"), 4, works).read(0, 4)) == b"abcd"
+    assert b"".join(registries.TailingBlob(lambda: path.open("rb"), 4, works).read(0, 4)) == b"abcd"
     assert len(asked) == 1
 
 
@@ -888,10 +888,10 @@ def test_the_writer_may_end_just_after_the_file_was_read(tmp_path: Path) -> None
         path.write_bytes(b"abcd")
         return False
 
-    assert b"".join(registries.Growing(lambda: path.open("rb"), 4, works).read(0, 4)) == b"abcd"
+    assert b"".join(registries.TailingBlob(lambda: path.open("rb"), 4, works).read(0, 4)) == b"abcd"
     path.unlink()
     with pytest.raises(OSError, match="has ended"):
-        list(registries.Growing(lambda: None, 4, lambda: False).read(0, 4))
+        list(registries.TailingBlob(lambda: None, 4, lambda: False).read(0, 4))
 
 
 def test_a_registry_that_sends_the_whole_again(upstream: FakeRegistry, layout: Layout) -> None:

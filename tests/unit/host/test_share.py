@@ -49,7 +49,7 @@ from plugins.action.share import key_pair, understood
 from plugins.modules import share_service as share_module
 
 from sparkfleet.fleet import fetch_schedule
-from sparkfleet.fleet.fetch_schedule import Lack
+from sparkfleet.fleet.fetch_schedule import Missing
 
 IMAGE = "nvcr.io/nvidia/vllm:25.09-py3"
 
@@ -717,8 +717,8 @@ def test_a_place_comes_back_where_there_is_no_thread(monkeypatch: pytest.MonkeyP
 # -- who takes from whom -----------------------------------------------------------------------------------
 
 
-def lack(host: str, *, image: bool = True, model: bool = True, has: bool = False, repo: str = "org/a") -> Lack:
-    return Lack(host, IMAGE, image, repo, "main", model and not has, has)
+def lack(host: str, *, image: bool = True, model: bool = True, has: bool = False, repo: str = "org/a") -> Missing:
+    return Missing(host, IMAGE, image, repo, "main", model and not has, has)
 
 
 def test_one_fetches_and_the_others_take() -> None:
@@ -750,7 +750,7 @@ def test_different_models_share_an_image() -> None:
 
 
 def test_who_must_not_serve_does_not() -> None:
-    drained = Lack("a", IMAGE, True, "org/a", "main", True, False, serves=False)
+    drained = Missing("a", IMAGE, True, "org/a", "main", True, False, serves=False)
     made = fetch_schedule.schedule([drained, lack("b"), lack("c")])
     assert set(made.image_from.values()) == {"b"}
     assert made.model_from == {"a": "b", "c": "b"}

@@ -107,7 +107,7 @@ def person(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     def sits(*pairs: tuple[str, str]) -> None:
         left.extend(pairs)
         monkeypatch.setattr(builtins, "input", answer)
-        monkeypatch.setattr(init, "Person", lambda there: enrol.Person(True))
+        monkeypatch.setattr(init, "Prompter", lambda there: enrol.Prompter(True))
 
     yield sits
     assert not left
@@ -363,7 +363,7 @@ def test_interrupted(net: Network, run: Run, tmp_path: Path, monkeypatch: pytest
         raise EOFError
 
     monkeypatch.setattr(builtins, "input", leave)
-    monkeypatch.setattr(init, "Person", lambda there: enrol.Person(True))
+    monkeypatch.setattr(init, "Prompter", lambda there: enrol.Prompter(True))
     code, _, err = run("inv/", *two(net))
     assert code == 130 and "the inventory is as it was" in err and not (tmp_path / "inv").exists()
 
@@ -463,7 +463,7 @@ def test_this_machine(net: Network, run: Run, tmp_path: Path, monkeypatch: pytes
     """On a Spark itself: alone it needs no ssh; with others it says where they reach it."""
     facts = ssh.Facts("spark-1a2b", "me", "m", "NVIDIA GB10", KIB * 1024, KIB * 1000, "3.12", "yes")
     real = ssh.look
-    monkeypatch.setattr(ssh, "look", lambda place: ssh.Look(facts) if place.local else real(place))
+    monkeypatch.setattr(ssh, "look", lambda place: ssh.Inspection(facts) if place.local else real(place))
     monkeypatch.setattr(discovery, "own_address", lambda: "192.0.2.11")
     here = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
     assert run("inv/", "--no-discover")[0] == 0
@@ -785,7 +785,7 @@ def test_any_facts(found: dict[str, str]) -> None:
         facts = ssh._facts(found)
     except BoundsError:
         return
-    host = enrol.Host(Place("192.0.2.1"), look=ssh.Look(facts))
+    host = enrol.Host(Place("192.0.2.1"), look=ssh.Inspection(facts))
     enrol._judge(host, {}, {"all"})
     shown = enrol.table([host])
     assert "\x1b" not in shown and re.fullmatch(r"[a-z0-9_-]+", host.name)

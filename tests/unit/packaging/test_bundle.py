@@ -20,7 +20,7 @@ from plugins.modules import bundle_collect, bundle_receive, spark_state
 
 from sparkfleet import SparkfleetError
 from sparkfleet.fleet import fetch_schedule
-from sparkfleet.fleet.fetch_schedule import Lack
+from sparkfleet.fleet.fetch_schedule import Missing
 from sparkfleet.packaging import wheels
 from sparkfleet.packaging.bundle import Bundle, Collected
 from sparkfleet.planning import plan
@@ -154,8 +154,8 @@ def test_what_is_added_later_stays_beside(bundle: Bundle) -> None:
 # -- who gets it -------------------------------------------------------------------------------------------
 
 
-def lack(host: str, image: bool = True, model: bool = True) -> Lack:
-    return Lack(host, IMAGE, image, REPO, "main", model, not model)
+def lack(host: str, image: bool = True, model: bool = True) -> Missing:
+    return Missing(host, IMAGE, image, REPO, "main", model, not model)
 
 
 def test_one_spark_gets_the_bundle_and_gives_it_to_all() -> None:

@@ -85,7 +85,7 @@ class Runs:
                 return {"failed": True, "msg": str(error), "failure": error.id}
 
         plugin._execute_module = execute
-        known = {"inventory_hostname": "s1", "sparkfleet_look": LOOK, "sparkfleet_bundle_digest": digest}
+        known = {"inventory_hostname": "s1", "sparkfleet_inspection": LOOK, "sparkfleet_bundle_digest": digest}
         found: dict[str, Any] = plugin.run(task_vars=known)
         return found
 

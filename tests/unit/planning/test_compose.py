@@ -99,7 +99,7 @@ def test_compose_itself_replaces_nothing_of_ours(card: catalog.Card, tmp_path: P
         source=source,
         image_digest="sha256:" + "a" * 64,
         cache_dir="/srv/$models",
-        keyed=source == "local",
+        api_key_enabled=source == "local",
     )
     file = tmp_path / "compose.yml"
     file.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
@@ -210,7 +210,7 @@ def test_upstreams_images_serve_by_themselves(card: catalog.Card, image: str, fi
 def test_a_key_comes_from_a_file_and_into_no_argument(
     card: catalog.Card, image: str, entrypoint: list[str] | None, command: list[str]
 ) -> None:
-    document = compose.document(card, {}, image=image, keyed=True)
+    document = compose.document(card, {}, image=image, api_key_enabled=True)
     service = document["services"][SERVICE]
     assert service.get("entrypoint") == entrypoint
     assert service["command"][: len(command)] == command

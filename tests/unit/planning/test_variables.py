@@ -47,7 +47,7 @@ def test_settings_of_variables_as_they_are_written() -> None:
     }
     settings = target.Settings.of(variables.settle(values), address="192.0.2.1")
     assert (settings.start_timeout, settings.guard, settings.address) == (900, False, "192.0.2.1")
-    assert settings.arguments == {"max_num_seqs": 7} and settings.hf_token == "hf_secret" and settings.keyed
+    assert settings.arguments == {"max_num_seqs": 7} and settings.hf_token == "hf_secret" and settings.api_key_enabled
     assert "secret" not in repr(settings) and "key-of-the-engine" not in repr(settings)
 
 
@@ -68,7 +68,7 @@ def test_what_the_playbooks_define_is_known() -> None:
     files = [*(ROOT / "playbooks").rglob("*.yml"), *(ROOT / "roles").glob("*/tasks/*.yml"), ROOT / "site.yml"]
     names = set().union(*(_defined(yaml.safe_load(file.read_text(encoding="utf-8"))) for file in files))
     assert variables.unknown(names) == []
-    assert "sparkfleet_look" in names
+    assert "sparkfleet_inspection" in names
 
 
 @pytest.mark.parametrize(

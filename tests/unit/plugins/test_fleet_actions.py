@@ -60,7 +60,7 @@ class Stage:
 
 def fleet(**looks: dict[str, Any]) -> dict[str, Any]:
     """Variables of a run over Sparks that were looked at with these results."""
-    hostvars = {name: {"sparkfleet_look": look} if look else {} for name, look in looks.items()}
+    hostvars = {name: {"sparkfleet_inspection": look} if look else {} for name, look in looks.items()}
     hostvars.get("s4", {}).update(sparkfleet_drained=True)
     return {"hostvars": hostvars, "groups": {"sparks": list(looks)}}
 

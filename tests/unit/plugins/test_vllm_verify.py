@@ -17,8 +17,8 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.htt
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.verify import (
     CheckError,
     StreamReader,
+    check_answer,
     counters,
-    judge,
 )
 from plugins.modules import vllm_verify
 
@@ -218,13 +218,13 @@ def test_counters_are_summed_over_labels() -> None:
 
 @pytest.mark.parametrize("text", ["Paris", "it is PARIS.", "<think>Rome? no</think>\n\nParis!", "(Paris)"])
 def test_answers_that_will_do(text: str) -> None:
-    judge(text, "Paris")
+    check_answer(text, "Paris")
 
 
 def test_expectations_are_no_patterns() -> None:
-    judge("It costs 3.50 $ here", "3.50 $")
+    check_answer("It costs 3.50 $ here", "3.50 $")
     with pytest.raises(CheckError):
-        judge("It costs 3x50", "3.50")
+        check_answer("It costs 3x50", "3.50")
 
 
 def test_stream_reader_wants_objects() -> None:
@@ -250,7 +250,7 @@ def test_a_slow_answer_ends_at_its_time(vllm: Vllm) -> None:
 
 def refused(text: str, expect: str = "Paris") -> tuple[str, str]:
     with pytest.raises(CheckError) as caught:
-        judge(text, expect)
+        check_answer(text, expect)
     return caught.value.id, str(caught.value)
 
 

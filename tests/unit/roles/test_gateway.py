@@ -127,23 +127,23 @@ def test_a_port_has_one_use() -> None:
 
 
 def test_the_engines_of_a_model_have_one_key() -> None:
-    keyed = {name: {**values, "sparkfleet_engine_key": "k" * 10} for name, values in HOSTS.items()}
-    assert plan(keyed)["engine_keys"] == {"llama31-8b-fp8": "k" * 10, "gpt-oss-120b": "k" * 10}
+    api_key_enabled = {name: {**values, "sparkfleet_engine_key": "k" * 10} for name, values in HOSTS.items()}
+    assert plan(api_key_enabled)["engine_keys"] == {"llama31-8b-fp8": "k" * 10, "gpt-oss-120b": "k" * 10}
     assert plan(HOSTS)["engine_keys"] == {}
-    keyed["spark-3"]["sparkfleet_engine_key"] = "another-one"
+    api_key_enabled["spark-3"]["sparkfleet_engine_key"] = "another-one"
     # A gateway has one key to send: to the Sparks of a model, and to others that have the same.
-    made = plan(keyed)
+    made = plan(api_key_enabled)
     assert [[item["name"] for item in backend["servers"]] for backend in made["backends"]] == [
         ["spark-1", "spark-2"],
         ["spark-3"],
     ]
-    keyed["spark-2"]["sparkfleet_engine_key"] = "s3cret-of-2"
+    api_key_enabled["spark-2"]["sparkfleet_engine_key"] = "s3cret-of-2"
     with pytest.raises(SparkfleetError, match=r"llama31-8b-fp8 \(spark-1, spark-2\)") as error:
-        plan(keyed)
+        plan(api_key_enabled)
     assert "s3cret" not in str(error.value)
-    keyed["spark-2"]["sparkfleet_engine_key"] = "two words"
+    api_key_enabled["spark-2"]["sparkfleet_engine_key"] = "two words"
     with pytest.raises(SparkfleetError, match="spark-2: sparkfleet_engine_key has blanks"):
-        plan(keyed)
+        plan(api_key_enabled)
 
 
 def test_a_certificate_shows_its_names_as_openssl_prints_them(tmp_path: Path) -> None:
@@ -216,8 +216,8 @@ def test_models_of_a_rollout_that_did_not_come_to_its_end_keep_their_place(monke
     run["groups"]["sparkfleet_rollout"] = ["spark-1", "spark-2"]
     locks = {"3": {"model": "qwen3-8b-fp8"}, "4": {"model": "gpt-oss-20b"}}
     look = {"state": {"releases": {"current": 3, "locks": locks}}}
-    run["hostvars"]["spark-1"]["sparkfleet_look"] = look
-    run["hostvars"]["spark-2"].update(sparkfleet_look=look, sparkfleet_rollout_done=True)
+    run["hostvars"]["spark-1"]["sparkfleet_inspection"] = look
+    run["hostvars"]["spark-2"].update(sparkfleet_inspection=look, sparkfleet_rollout_done=True)
     made = Stage(monkeypatch, "gateway_plan").run(run)
     assert [item["model"] for item in made["backends"]] == ["llama31-8b-fp8", "gpt-oss-120b", "qwen3-8b-fp8"]
     run["hostvars"]["spark-1"]["sparkfleet_rollout_done"] = True
