@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import resource
 import threading
@@ -71,7 +72,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 
     TRANSFERS_FILES = False
     _supports_check_mode = True
-    _VALID_ARGS = frozenset(("state", "bundle", "collected", "images", "models", "packages"))
+    _VALID_ARGS = frozenset(("state", "bundle", "collected", "engine", "images", "models", "packages"))
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """What the state asks for; raises AnsibleActionFail with one sentence."""
@@ -102,7 +103,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             look = task_vars["hostvars"][name].get("sparkfleet_inspection") or {}
             if look.get("plan"):
                 plan, system = look["plan"], look["state"]["os"]
-                wants = (plan["image"], plan["repo"], plan["revision"], system["codename"], system["machine"])
+                engines = ((engine["image"], engine["repo"], engine["revision"]) for engine in plan["engines"])
+                wants = (*itertools.chain.from_iterable(engines), system["codename"], system["machine"])
                 first.setdefault(wants, name)
                 mine = wants if name == self._host else mine
         have = Bundle.open(self._task.args["bundle"]).complete() if self._task.args.get("bundle") else []
@@ -113,7 +115,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         known = look["state"]["os"]
         system = {key: str(known[key]) for key in ("id", "codename", "machine")}
         bundle.check_system(system)
-        collected = self._collected(look["plan"])
+        collected = self._collected(look["plan"]["engines"][int(self._task.args.get("engine", 0))])
         entries = {item.name: entry for item in collected.items if (entry := _is_here(bundle, item)) is not None}
         waiting = [item for item in collected.items if item.name not in entries]
         progress = TransferProgress(self._host, "to the controller:", len(waiting), sum(item.size for item in waiting))
@@ -134,12 +136,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         changed = bool(waiting) or before != [*bundle.images, *bundle.models, *bundle.packages]
         return {"changed": changed, "folder": str(bundle.folder)}
 
-    def _collected(self, plan: Mapping[str, Any]) -> Collected:
+    def _collected(self, engine: Mapping[str, Any]) -> Collected:
         """What the host says it has collected, checked against what it was asked for. Raises SparkfleetError."""
         given = self._task.args["collected"]
-        model = f"{plan['repo']}@{plan['revision']}" if given.get("model") else ""
+        model = f"{engine['repo']}@{engine['revision']}" if given.get("model") else ""
         try:
-            return Collected.of(given, plan["image"], model)
+            return Collected.of(given, engine["image"], model)
         except BoundsError as error:
             raise SparkfleetError(
                 f"refused what this host says it has collected: {error}; nothing was written. Sparkfleet itself never "

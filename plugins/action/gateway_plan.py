@@ -24,7 +24,8 @@ def unfinished(names: Sequence[str], known: Mapping[str, Mapping[str, Any]]) -> 
     for name in names:
         if "sparkfleet_rollout_done" not in known[name]:
             releases = (known[name].get("sparkfleet_inspection") or {}).get("state", {}).get("releases") or {}
-            found.append(str(releases.get("locks", {}).get(str(releases.get("current")), {}).get("model") or ""))
+            lock = releases.get("locks", {}).get(str(releases.get("current"))) or {}
+            found += [str(engine.get("model") or "") for engine in lock.get("engines") or []]
     return list(dict.fromkeys(filter(None, found)))
 
 

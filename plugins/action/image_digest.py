@@ -28,7 +28,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
     _VALID_ARGS = frozenset(("image", "registries", "proxy", "no_proxy", "bundle", "controller_verifies"))
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        """{"digest", "reason"}; raises AnsibleActionFail for what is not an image."""
+        """{"image", "digest", "reason"}; raises AnsibleActionFail for what is not an image."""
         result: dict[str, Any] = super().run(tmp, task_vars)
         arguments, variables = self._task.args, task_vars or {}
         image = str(arguments["image"])
@@ -36,7 +36,13 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             if arguments.get("bundle"):
                 digest = str(self._templar.template(variables.get("sparkfleet_bundle_digest") or ""))
                 known = Bundle.read(arguments["bundle"], digest).images.get(image, {})
-                return {**result, "changed": False, "digest": str(known.get("digest") or ""), "reason": ""}
+                return {
+                    **result,
+                    "changed": False,
+                    "image": image,
+                    "digest": str(known.get("digest") or ""),
+                    "reason": "",
+                }
             proxy, no_proxy = (str(arguments.get(key) or "") for key in ("proxy", "no_proxy"))
             answer, new = image_digest.of_run(
                 Path(constants.DEFAULT_LOCAL_TMP), image, arguments.get("registries") or {}, proxy, no_proxy
@@ -55,4 +61,4 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                 f"{image}: this controller cannot ask its registry ({answer.reason}); each Spark asks for itself what "
                 "the tag stands for"
             )
-        return {**result, "changed": False, "digest": answer.digest, "reason": answer.reason}
+        return {**result, "changed": False, "image": image, "digest": answer.digest, "reason": answer.reason}

@@ -59,4 +59,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 
 def _host(name: str, variables: Mapping[str, Any]) -> dict[str, Any]:
     plan = variables["sparkfleet_inspection"]["plan"]
-    return {"name": name, "model": plan["model"], "needed": bool(plan["deploy"]["needed"])}
+    return {
+        "name": name,
+        "models": [engine["model"] for engine in plan["engines"]],
+        "needed": bool(plan["deploy"]["needed"]),
+    }

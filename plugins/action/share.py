@@ -69,7 +69,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 
     TRANSFERS_FILES = False
     _supports_check_mode = True
-    _VALID_ARGS = frozenset(("state", "share", "bundle", "port", "room", "cache_dir", "source", "digest", "clean"))
+    _VALID_ARGS = frozenset(
+        ("state", "share", "bundle", "port", "room", "cache_dir", "source", "digest", "clean", "engine")
+    )
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """What the state asks for; never fails for want of a source."""
@@ -77,6 +79,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         result: dict[str, Any] = super().run(tmp, task_vars)
         result["changed"] = False
         state = self._task.args.get("state")
+        self._engine = int(self._task.args.get("engine", 0))
         work = {"schedule": self._schedule, "serve": self._serve, "connect": self._connect, "absent": self._absent}
         return {**result, **work[str(state)](task_vars)}
 
@@ -88,7 +91,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             look = known.get("sparkfleet_inspection") or {}
             if look.get("plan") and (bundle or gateway.truth(known.get("sparkfleet_share", True))):
                 drained = gateway.truth(known.get("sparkfleet_drained", False))
-                wants.append(fetch_schedule.of_host(name, look, serves=not drained))
+                want = fetch_schedule.of_host(name, look, not drained, self._engine)
+                wants += [want] if want else []
         enabled = bool(self._task.args.get("share", True))
         some = (enabled or bundle) and not self._task.check_mode
         made = fetch_schedule.schedule(wants if some else [], bundle=bundle, alone=not enabled)
@@ -135,7 +139,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
     def _connect(self, task_vars: Mapping[str, Any]) -> dict[str, Any]:
         """{"mirror": registry to pull from, "digest", "peer": address of a Hub}, empty where there is none."""
         host = task_vars["inventory_hostname"]
-        plan, image = task_vars["fetch_share_plan"], task_vars["sparkfleet_inspection"]["plan"]["image"]
+        plan, engines = task_vars["fetch_share_plan"], task_vars["sparkfleet_inspection"]["plan"]["engines"]
+        image = engines[self._engine]["image"]
         served = {name: self._served(task_vars, plan, name) for name in {plan["image_from"], plan["model_from"]} - {""}}
         tunnels, pairs = [], {}
         for listen, name in ((REGISTRY_PORT, plan["image_from"]), (HUB_PORT, plan["model_from"])):
@@ -175,10 +180,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         found = {}
         for name in task_vars["ansible_play_hosts_all"]:
             known = task_vars["hostvars"][name]
-            image = ((known.get("sparkfleet_inspection") or {}).get("plan") or {}).get("image")
-            digest = (known.get("fetch_image_digest") or {}).get("digest")
-            if image and digest:
-                found[str(image)] = str(digest)
+            answer = known.get("fetch_image_digest") or {}
+            if answer.get("image") and answer.get("digest"):
+                found[str(answer["image"])] = str(answer["digest"])
         return found
 
     def _served(self, task_vars: Mapping[str, Any], plan: Mapping[str, Any], name: str) -> dict[str, Any]:

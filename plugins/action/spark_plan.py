@@ -41,15 +41,20 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
         settings = target.settings
         request = {
-            "repo": target.card.repo,
-            "revision": target.revision,
-            "remote_code": target.remote_code,
-            "image": target.image,
+            "engines": [
+                {
+                    "repo": engine.card.repo,
+                    "revision": engine.revision,
+                    "remote_code": engine.remote_code,
+                    "image": engine.image,
+                    "port": engine.port,
+                }
+                for engine in target.engines
+            ],
             "project": PROJECT,
             "operator": settings.operator,
             "project_dir": settings.project_dir,
             "cache_dir": settings.cache_dir,
-            "port": settings.port,
             "token": settings.hf_token,
             "token_file": settings.hf_token_file,
             "engine_key": settings.engine_key,
@@ -80,11 +85,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             lines = [f"  {finding['message']} [{finding['id']}]" for finding in made["findings"]]
             # A later look of the same run comes after changes.
             untouched = "" if "sparkfleet_inspection" in task_vars else "; nothing was changed on it"
-            message = f"{host} cannot serve {made['model']} as it is{untouched}:\n" + "\n".join(lines)
+            models = " and ".join(engine["model"] for engine in made["engines"])
+            message = f"{host} cannot serve {models} as it is{untouched}:\n" + "\n".join(lines)
             raise AnsibleActionFail(
                 message, result={"findings": made["findings"], "failure": made["findings"][0]["id"]}
             )
-        lines = _summary(made, answer["state"], settings, first="sparkfleet_inspection" not in task_vars)
+        lines = _summary(made, answer["state"], first="sparkfleet_inspection" not in task_vars)
         for line in [] if status else lines:
             self._display.display(report.clean(f"{host}  {line}"))
         result.update(changed=False, plan=made, state=answer["state"])
@@ -157,15 +163,19 @@ def _first_line(answer: dict[str, Any]) -> str:
 def _table(made: dict[str, Any]) -> list[str]:
     """What preflight saw, a line a check, and what to know of the memory plan."""
     lines = [f"{check['name']:<10}{'ok' if check['ok'] else 'NO':<4}{check['seen']}" for check in made["checks"]]
-    return lines + [f"{'':<14}{note}" for note in (made["memory"] or {}).get("notes", ())]
+    notes = [note for engine in made["engines"] for note in (engine["memory"] or {}).get("notes", ())]
+    return lines + [f"{'':<14}{note}" for note in notes]
 
 
-def _summary(made: dict[str, Any], state: dict[str, Any], settings: Settings, first: bool) -> list[str]:
+def _summary(made: dict[str, Any], state: dict[str, Any], first: bool) -> list[str]:
     gpu = (state["gpu"] or {}).get("name", "no GPU")
     total, free = (state["memory"][key] / GIB for key in ("total", "available"))
-    lines = [f"{made['model']} ({settings.profile}) on {gpu}, {free:.1f} of {total:.1f} GiB of memory available"]
-    if first and made["deploy"]["start"] and made["memory"]:
-        lines.append(f"  memory: {report.brief(made['memory'])}")
+    models = " and ".join(f"{engine['model']} ({engine['profile']})" for engine in made["engines"])
+    lines = [f"{models} on {gpu}, {free:.1f} of {total:.1f} GiB of memory available"]
+    for engine in made["engines"] if first and made["deploy"]["start"] else ():
+        if engine["memory"]:
+            which = f" of {engine['model']}" if len(made["engines"]) > 1 else ""
+            lines.append(f"  memory{which}: {report.brief(engine['memory'])}")
     for stage in ("prepare", "fetch", "deploy"):
         reasons = [
             reason

@@ -7,11 +7,14 @@
         expect: Paris
         report: reports/spark-1.json      # on the controller; none when empty
 
-All other options are those of the module of the same name.
+All other options are those of the module of the same name. With `engines`, as `spark_plan` returns them, each engine of
+the host is verified on 127.0.0.1 in its turn; those after one that fails are not asked. Where there are several, the
+name of the report ends in that of the service (`reports/spark-1-SERVICE.json`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,22 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         result: dict[str, Any] = super().run(tmp, task_vars)
         arguments = dict(self._task.args)
         report = str(arguments.pop("report", "") or "")
+        engines = arguments.pop("engines", None)
+        if engines is None:
+            return self._verify(arguments, report, task_vars, result)
+        results: list[dict[str, Any]] = []
+        for engine in engines:
+            asked = {**arguments, **question(engine)}
+            path = report if len(engines) == 1 or not report else beside(report, str(engine["service"]))
+            answer = self._verify(asked, path, task_vars, result)
+            results.append({"service": engine["service"], **answer})
+            if answer.get("failed"):
+                break
+        return {**answer, "engines": results} if len(engines) > 1 else answer
+
+    def _verify(
+        self, arguments: dict[str, Any], report: str, task_vars: dict[str, Any], result: dict[str, Any]
+    ) -> dict[str, Any]:
         answer = self._execute_module(
             module_name="sparkfleet.dgx.vllm_verify", module_args=arguments, task_vars=task_vars
         )
@@ -73,6 +92,23 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         kept = {key: answer[key] for key in ("verified", "answer", "report") if key in answer}
         message = f"{host} is not verified: {answer['msg']}{advice(failure)}"
         return {**result, **kept, "changed": False, "failed": True, "failure": failure, "msg": message}
+
+
+def question(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """The module's options for an engine of a plan."""
+    asked = engine["verify"]
+    return {
+        "url": f"http://127.0.0.1:{engine['port']}",
+        "model": engine["repo"],
+        **{key: asked[key] for key in ("question", "expect", "prompt", "prompt_expect")},
+        "max_tokens": asked.get("max_tokens") or 32,
+    }
+
+
+def beside(report: str, service: str) -> str:
+    """The path of one engine's report."""
+    path = Path(report)
+    return str(path.with_name(f"{path.stem}-{service}{path.suffix}"))
 
 
 def advice(failure: str) -> str:

@@ -25,6 +25,10 @@ options:
     required: true
   bundle: {description: The bundle's folder on the controller., type: path}
   collected: {description: "With O(state=fetch), the result of M(sparkfleet.dgx.bundle_collect).", type: dict}
+  engine:
+    description: With O(state=fetch), place in the plan's list of the engine that it is for.
+    type: int
+    default: 0
   images: {description: "With O(state=push), images that the host needs.", type: list, elements: str, default: []}
   models:
     description: With O(state=push), models that the host needs.

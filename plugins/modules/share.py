@@ -28,6 +28,7 @@ options:
   port: {description: "With O(state=serve), TCP port that others reach.", type: int}
   room: {description: "With O(state=serve), GiB that an image may take on the source.", type: float}
   cache_dir: {description: "With O(state=serve), folder of the model cache.", type: path}
+  engine: {description: Place in each plan's list of the engine whose image and model are meant., type: int, default: 0}
   digest: {description: "With O(state=serve), what the image's tag stands for.", type: str}
   clean: {description: "With O(state=absent), remove what was kept for others as well.", type: bool, default: true}
 author: ["The Sparkfleet developers"]

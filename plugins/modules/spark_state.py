@@ -10,19 +10,26 @@ short_description: Reads everything a plan for a Spark needs, in one round trip
 description:
   - Looks at the user that it runs as, operating system, GPU, clock, memory with swap and earlyoom, disks, Docker
     engine and Compose plugin, NVIDIA Container Toolkit, the operator's groups, the cache folder, the Hugging Face
-    token file, the cached model, the releases, the guard, our containers, and who listens on the engine's port.
+    token file, the releases, the guard, our containers; of each engine its image, its cached model, its health, and who
+    listens on its port.
   - Asks the registry whether it answers, only if the image is not on the host; asks the Hugging Face Hub whether the
     model may be downloaded, only if it is not complete on the host.
   - Changes nothing. A part that cannot be read is reported as absent, with the reason where there is one.
 options:
-  repo: {description: Model on the Hub (ORG/NAME)., type: str, required: true}
-  revision: {description: "Branch, tag or commit of the model.", type: str, required: true}
-  image: {description: Reference of the engine's image., type: str, required: true}
+  engines:
+    description: The engines that are to run on the host.
+    type: list
+    elements: dict
+    required: true
+    suboptions:
+      repo: {description: Model on the Hub (ORG/NAME)., type: str, required: true}
+      revision: {description: "Branch, tag or commit of the model.", type: str, required: true}
+      remote_code: {description: Whether the engine runs code of the model's repository., type: bool, default: false}
+      image: {description: Reference of the engine's image., type: str, required: true}
+      port: {description: TCP port that the engine is published on., type: int, required: true}
   project: {description: Name of the compose project that is ours., type: str, required: true}
   project_dir: {description: Folder of the compose file., type: path, required: true}
-  remote_code: {description: Whether the engine runs code of the model's repository., type: bool, default: false}
   cache_dir: {description: Folder of the model cache., type: path, required: true}
-  port: {description: TCP port that the engine is published on., type: int, required: true}
   operator: {description: User who is to run docker., type: str, required: true}
   token: {description: Hugging Face token to use; empty for the one in I(token_file)., type: str, default: ""}
   token_file: {description: File on the host that holds the token., type: path, required: true}
@@ -55,13 +62,14 @@ attributes:
 EXAMPLES = r"""
 - name: Look at the host
   sparkfleet.dgx.spark_state:
-    repo: nvidia/Llama-3.1-8B-Instruct-FP8
-    revision: main
-    image: nvcr.io/nvidia/vllm:25.09-py3
+    engines:
+      - repo: nvidia/Llama-3.1-8B-Instruct-FP8
+        revision: main
+        image: nvcr.io/nvidia/vllm:25.09-py3
+        port: 8000
     project: sparkfleet
     project_dir: /opt/sparkfleet
     cache_dir: /opt/hf
-    port: 8000
     operator: nvidia
     token_file: /etc/sparkfleet/hf_token
   register: state
@@ -74,6 +82,7 @@ state:
   type: dict
 """
 
+import functools
 import grp
 import hashlib
 import http.client
@@ -346,8 +355,8 @@ def service_environment(unit: str, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(found.get(name, "") for name in names)
 
 
-def docker_engine(project: str, image: str, proxy: str = "", no_proxy: str = "") -> dict[str, Any]:
-    """Engine, Compose plugin, runtimes, the image, and every container with its published ports; `proxy_current`:
+def docker_engine(project: str, images: Sequence[str], proxy: str = "", no_proxy: str = "") -> dict[str, Any]:
+    """Engine, Compose plugin, runtimes, the images, and every container with its published ports; `proxy_current`:
     whether the engine that runs has this proxy (true where none is wanted)."""
     found: dict[str, Any] = {
         "installed": shutil.which("dockerd") is not None and shutil.which("docker") is not None,
@@ -368,17 +377,24 @@ def docker_engine(project: str, image: str, proxy: str = "", no_proxy: str = "")
             registries=info.get("RegistryConfig") or {},
         )
         found["proxy_current"] = not proxy or service_environment("docker.service", PROXIES) == (proxy, proxy, no_proxy)
-        known = docker.image(image)
-        found["image"] = known and {
-            "id": known["Id"],
-            "size": known.get("Size", 0),
-            "architecture": known.get("Architecture", ""),
-            **pinned(known, image),
-        }
+        found["images"] = {name: image(docker, name) for name in dict.fromkeys(images)}
         found["containers"] = [container(docker, item, project) for item in docker.containers(all=True)]
     except (DockerUnavailable, OSError) as error:
         found["reason"] = str(error)
     return found
+
+
+def image(docker: Docker, name: str) -> dict[str, Any] | None:
+    """An image that Docker has: its id, size in bytes, architecture and digest."""
+    known = docker.image(name)
+    if not known:
+        return None
+    return {
+        "id": known["Id"],
+        "size": known.get("Size", 0),
+        "architecture": known.get("Architecture", ""),
+        **pinned(known, name),
+    }
 
 
 def image_store(info: dict[str, Any], config: Path = Path("/etc/containerd/config.toml")) -> dict[str, str]:
@@ -517,30 +533,37 @@ def status(store: Store) -> dict[str, Any]:
     return found
 
 
-def look(params: dict[str, Any]) -> dict[str, Any]:
+def inspect(params: dict[str, Any]) -> dict[str, Any]:
     """Everything, the slow parts at the same time."""
     stored = read_text(Path(params["token_file"])) or ""
+    wanted = params["engines"]
     with ThreadPoolExecutor(max_workers=4) as pool:
         graphics = pool.submit(gpu)
-        engine = pool.submit(docker_engine, params["project"], params["image"], params["proxy"], params["no_proxy"])
-        health = pool.submit(healthy, params["port"])
+        images = [engine["image"] for engine in wanted]
+        engine = pool.submit(docker_engine, params["project"], images, params["proxy"], params["no_proxy"])
+        health = [pool.submit(healthy, engine["port"]) for engine in wanted]
         store = Store(params["project_dir"])
         served = pool.submit(status, store) if params["status"] else None
-        model = model_state(params["cache_dir"], params["repo"], params["revision"], params["remote_code"])
-        hub = None
-        if not model["complete"] and params["internet"]:
-            token = params["token"] or stored.strip()
-            asked = (params["hub_endpoint"], params["repo"], params["revision"], token)
-            ways = (params["proxy"], params["no_proxy"])
-            hub = pool.submit(patiently, lambda seconds: hub_access(*asked, *ways, seconds))
+        models = [
+            model_state(params["cache_dir"], engine["repo"], engine["revision"], engine["remote_code"])
+            for engine in wanted
+        ]
+        token = params["token"] or stored.strip()
+        hubs = [
+            pool.submit(patiently, functools.partial(ask_hub, params, engine, token))
+            if not model["complete"] and params["internet"]
+            else None
+            for engine, model in zip(wanted, models, strict=True)
+        ]
         docker = engine.result()
-        registries = docker.pop("registries", {})
-        # What pulls is the engine: its own proxy counts where it has one.
+        config, here = docker.pop("registries", {}), docker.pop("images", {})
+        # What pulls is Docker: its own proxy counts where it has one.
         through = docker if docker.get("proxy") else params
-        registry = None
-        if not docker.get("image") and params["internet"]:
-            way = (params["image"], through["proxy"], through["no_proxy"])
-            registry = pool.submit(patiently, lambda seconds: registry_access(*way, seconds, registries))
+        registries = {
+            name: pool.submit(patiently, functools.partial(ask_registry, name, through, config))
+            for name in dict.fromkeys(images)
+            if not here.get(name) and params["internet"]
+        }
         return {
             "user": {"id": os.geteuid(), "name": user_name(os.geteuid())},
             "os": operating_system(),
@@ -562,17 +585,34 @@ def look(params: dict[str, Any]) -> dict[str, Any]:
             "token": token_file(params["token_file"], params["token"]),
             "engine_key": token_file(params["engine_key_file"], params["engine_key"]),
             "reached_at": reached_at(params["address"], params["gateways"]) if params["gateways"] else [],
-            "model": model,
-            "hub": hub.result() if hub else None,
-            "registry": registry.result() if registry else None,
+            "engines": [
+                {
+                    "image": here.get(engine["image"]),
+                    "registry": registries[engine["image"]].result() if engine["image"] in registries else None,
+                    "model": model,
+                    "hub": hub.result() if hub else None,
+                    "listener": listener(engine["port"]),
+                    "healthy": answers.result(),
+                }
+                for engine, model, hub, answers in zip(wanted, models, hubs, health, strict=True)
+            ],
             "compose_file": read_text(Path(params["project_dir"]) / "compose.yml"),
             "releases": store.summary(),
             "host_program": checksum(Path(params["project_dir"]) / "lib" / "sparkfleet_host.pyz"),
             "guard": guard(),
-            "listener": listener(params["port"]),
-            "healthy": health.result(),
             "status": served.result() if served else None,
         }
+
+
+def ask_hub(params: dict[str, Any], engine: dict[str, Any], token: str, seconds: float) -> dict[str, Any]:
+    """`hub_access` for an engine's model."""
+    proxies = (params["proxy"], params["no_proxy"])
+    return hub_access(params["hub_endpoint"], engine["repo"], engine["revision"], token, *proxies, seconds)
+
+
+def ask_registry(image: str, through: dict[str, Any], config: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """`registry_access` for an image, through the proxy that Docker uses."""
+    return registry_access(image, through["proxy"], through["no_proxy"], seconds, config)
 
 
 def main() -> None:
@@ -581,9 +621,18 @@ def main() -> None:
     path = {"type": "path", "required": True}
     module = AnsibleModule(
         argument_spec={
-            **dict.fromkeys(("repo", "revision", "image", "project", "operator"), text),
+            "engines": {
+                "type": "list",
+                "elements": "dict",
+                "required": True,
+                "options": {
+                    **dict.fromkeys(("repo", "revision", "image"), text),
+                    "remote_code": {"type": "bool", "default": False},
+                    "port": {"type": "int", "required": True},
+                },
+            },
+            **dict.fromkeys(("project", "operator"), text),
             **dict.fromkeys(("project_dir", "cache_dir", "token_file"), path),
-            "port": {"type": "int", "required": True},
             "token": {"type": "str", "default": "", "no_log": True},
             "engine_key": {"type": "str", "default": "", "no_log": True},
             "engine_key_file": {"type": "path", "default": KEY_FILE, "no_log": False},
@@ -592,14 +641,13 @@ def main() -> None:
             "hub_endpoint": {"type": "str", "default": "https://huggingface.co"},
             "proxy": {"type": "str", "default": ""},
             "no_proxy": {"type": "str", "default": ""},
-            "remote_code": {"type": "bool", "default": False},
             "status": {"type": "bool", "default": False},
             "now": {"type": "float", "default": 0},
             "internet": {"type": "bool", "default": True},
         },
         supports_check_mode=True,
     )
-    module.exit_json(changed=False, state=look(module.params))
+    module.exit_json(changed=False, state=inspect(module.params))
 
 
 if __name__ == "__main__":

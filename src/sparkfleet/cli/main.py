@@ -475,18 +475,18 @@ def _target(options: argparse.Namespace, source: str) -> Target:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    target = _target(options, "local")
+    (engine,) = _target(options, "local").engines
     total = options.total_gib or memory_plan.USUAL_TOTAL_GIB
     available = options.available_gib or max(total - memory_plan.USUAL_HOST_GIB, 0.0)
     if available > total:
         raise SparkfleetError(f"--available-gib {available:g} is more than the host has in all ({total:g})")
     made = memory_plan.make(
-        target.card,
-        target.arguments,
+        engine.card,
+        engine.arguments,
         profile=options.profile,
         version=vllm_versions.Engine(vllm_versions.parse_version(options.engine))
         if options.engine is not None
-        else target.engine,
+        else engine.version,
         memory=memory_plan.Memory(total, available, options.reserve_gib),
         others=_cards,
     ).as_dict()

@@ -126,8 +126,8 @@ class Collector:
         if phase_of(data):  # a last word to all is no work of each
             host.seconds = round(time.monotonic() - self._began, 1)
         for key in ("plan", "summary", "release"):
-            if isinstance(res.get(key), dict):
-                self.board.model(host.name, res[key].get("model"))
+            if models := _models(res.get(key)):
+                self.board.model(host.name, " + ".join(models))
         self.board.result(host.name, host.result, host.message)
         if kind == "runner_on_ok" and data.get("task_action") == "sparkfleet.dgx.vllm_verify":
             self.board.proved(host.name, proof(host))
@@ -182,6 +182,13 @@ class Collector:
 
 def _code(host: HostResult) -> int:
     return BAD_INPUT if (host.result, host.failure) == ("refused", "bad-input") else CODES[host.result]
+
+
+def _models(value: Any) -> list[str]:
+    """The models of a plan, a summary of a status, or a release."""
+    engines = value.get("engines") if isinstance(value, dict) else None
+    found = [engine.get("model") for engine in engines or [] if isinstance(engine, dict)]
+    return [str(model) for model in found if model]
 
 
 def proof(host: HostResult) -> str:

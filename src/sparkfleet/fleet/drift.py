@@ -29,22 +29,40 @@ def reasons(plan: Mapping[str, Any], state: Mapping[str, Any], answers: bool | N
     found += [f"files damaged: {line}" for line in status_page.damaged(state.get("releases") or {"current": None})]
     for kind in ("start", "stop", "wait"):
         found += [reason for reason in deploy[kind] if not reason.startswith(_STAGE)]
-    if (deploy["stage"] or deploy["start"]) and state.get("compose_file") and not state.get("healthy"):
-        found.append("the engine does not answer")
+    answering = [engine["healthy"] for engine in state.get("engines") or []]
+    if (deploy["stage"] or deploy["start"]) and state.get("compose_file") and not all(answering):
+        found.append("the engine does not answer" if len(answering) == 1 else "an engine does not answer")
     if answers is False:
         found.append("the endpoint does not answer its question")
     return found
 
 
 def differences(deployed: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What differs between two compose files: "what: deployed → wanted", a line each."""
-    old, new = _service(deployed), _service(wanted)
+    """What differs between two compose files: "what: deployed → wanted", a line each; with more than one service the
+    line begins with its name."""
+    old, new = _services(deployed), _services(wanted)
+    if len(old) <= 1 and len(new) == 1:
+        lines = _renamed(next(iter(old), ""), next(iter(new))) + _changes(next(iter(old.values()), {}), *new.values())
+    else:
+        lines = [f"service: {name} → none" for name in old if name not in new]
+        for name, service in new.items():
+            if name not in old:
+                lines.append(f"service: none → {name}")
+            else:
+                lines += [f"{name}: {line}" for line in _changes(old[name], service)]
+    return lines or ["the compose file is written in another way"]
+
+
+def _renamed(old: str, new: str) -> list[str]:
+    return [f"service: {old} → {new}"] if old != new else []
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two services."""
     lines = []
-    if old["name"] != new["name"]:
-        lines.append(f"service: {old['name']} → {new['name']}")
     # What is compiled lies in a folder of the image's digest.
     follows = {"volumes"} if old.get("image") != new.get("image") else set()
-    for key in sorted({*map(str, old), *new} - {"name", "command", "environment"} - follows):
+    for key in sorted({*map(str, old), *new} - {"command", "environment"} - follows):
         if old.get(key) != new.get(key):
             before, after = _apart(old.get(key), new.get(key))
             lines.append(f"{key}: {_text(before)} → {_text(after)}")
@@ -55,16 +73,14 @@ def differences(deployed: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[
         for key in [*before, *(key for key in after if key not in before)]:
             if before.get(key) != after.get(key):
                 lines.append(f"{kind} {key}: {_text(before.get(key))} → {_text(after.get(key))}")
-    return lines or ["the compose file is written in another way"]
+    return lines
 
 
-def _service(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The first service of a file, which somebody may have edited: of no certain form."""
+def _services(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The services of a file, which somebody may have edited: of no certain form."""
     services = document.get("services")
-    services = services if isinstance(services, dict) else {}
-    name = next(iter(services), "")
-    service = services.get(name)
-    return {"name": str(name), **(service if isinstance(service, dict) else {})}
+    found = services if isinstance(services, dict) else {}
+    return {str(name): service if isinstance(service, dict) else {} for name, service in found.items()}
 
 
 def _flags(command: Any) -> dict[str, str]:

@@ -13,27 +13,35 @@ from typing import Any
 from sparkfleet import SparkfleetError
 from sparkfleet.documents import schema
 from sparkfleet.fleet import rollout
-from sparkfleet.planning import memory_plan, variables
+from sparkfleet.planning import memory_plan, preflight, variables
 from sparkfleet.planning.target import Settings, Target
 from sparkfleet.reporting import report
 
 #: Settings that Target and memory plan depend on.
 FIELDS = (
     *("model", "profile", "model_source", "arguments", "environment", "tool_calls", "image", "revision", "port"),
+    "engines",
     *("listen", "memory_plan", "memory_reserve_gib"),
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
-    """Sparks with the same settings: their plan (of `memory.Plan.as_dict`), or why there is none."""
+class Planned:
+    """An engine and its memory plan (of `memory_plan.Plan.as_dict`), or why there is none."""
 
-    hosts: list[str]
     model: str
     profile: str
     image: str
     plan: dict[str, Any] | None
     problem: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Sparks with the same settings."""
+
+    hosts: list[str]
+    engines: list[Planned]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +55,7 @@ class DryRun:
     @property
     def fits(self) -> bool:
         """Whether nothing stands in the way."""
-        return all(kind.plan and kind.plan["fits"] for kind in self.kinds)
+        return all(engine.plan and engine.plan["fits"] for kind in self.kinds for engine in kind.engines)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -77,8 +85,8 @@ def make(hosts: Mapping[str, Mapping[str, Any]]) -> DryRun:
             problems.append(str(error))
     if problems:
         raise SparkfleetError("\n".join(problems))
-    models = {name: kind.model for kind in kinds for name in kind.hosts}
-    needing = [{"name": name, "model": models[name], "needed": True} for name in hosts if name in models]
+    models = {name: [engine.model for engine in kind.engines] for kind in kinds for name in kind.hosts}
+    needing = [{"name": name, "models": models[name], "needed": True} for name in hosts if name in models]
     shared = rollout.shared(hosts)
     waves = rollout.schedule(needing, rollout.canaries(shared[rollout.CANARY]), shared["sparkfleet_rollout_waves"])
     return DryRun(kinds, waves, drained)
@@ -101,34 +109,37 @@ def _settled(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
 
 def _kind(names: list[str], settings: Settings) -> Kind:
     try:
-        wished = Target.of(settings)
+        target = Target.of(settings)
     except SparkfleetError as error:
         raise SparkfleetError(f"{report.names(names)}: {error}") from None
     total = memory_plan.USUAL_TOTAL_GIB
-    try:
-        plan = memory_plan.make(
-            wished.card,
-            wished.arguments,
-            profile=wished.settings.profile,
-            version=wished.engine,
-            memory=memory_plan.Memory(total, total - memory_plan.USUAL_HOST_GIB, settings.memory_reserve_gib),
-        ).as_dict()
-    except SparkfleetError as error:  # a layout that is not known
-        return Kind(names, wished.card.name, wished.settings.profile, wished.image, None, str(error))
-    return Kind(names, wished.card.name, wished.settings.profile, wished.image, plan)
+    plans = preflight.memory_plans(target, total, total - memory_plan.USUAL_HOST_GIB)
+    engines = []
+    for engine, (_, made) in zip(target.engines, plans, strict=True):
+        known = (engine.card.name, engine.settings.profile, engine.image)
+        if isinstance(made, SparkfleetError):  # a layout that is not known
+            engines.append(Planned(*known, None, str(made)))
+        else:
+            engines.append(Planned(*known, made.as_dict()))
+    return Kind(names, engines)
 
 
 def page(run: DryRun) -> str:
     """The run for people."""
     lines = []
     for kind in run.kinds:
-        lines.append(f"{report.names(kind.hosts)}: {kind.model} ({kind.profile}), {kind.image or 'no image'}")
-        if kind.plan is None:
-            lines.append(f"  NO  {kind.problem}")
-            continue
-        lines.append(f"  {'ok' if kind.plan['fits'] else 'NO'}  memory: {report.brief(kind.plan)}")
-        lines += [f"      {reason}" for reason in kind.plan["reasons"]]
-    hosts = [{"name": name, "model": kind.model, "needed": True} for kind in run.kinds for name in kind.hosts]
+        for engine in kind.engines:
+            lines.append(f"{report.names(kind.hosts)}: {engine.model} ({engine.profile}), {engine.image or 'no image'}")
+            if engine.plan is None:
+                lines.append(f"  NO  {engine.problem}")
+                continue
+            lines.append(f"  {'ok' if engine.plan['fits'] else 'NO'}  memory: {report.brief(engine.plan)}")
+            lines += [f"      {reason}" for reason in engine.plan["reasons"]]
+    hosts = [
+        {"name": name, "models": [engine.model for engine in kind.engines], "needed": True}
+        for kind in run.kinds
+        for name in kind.hosts
+    ]
     lines += ["", *rollout.lines(run.waves, hosts, run.drained)]
     lines.append("nobody was contacted; what a host has, and whether it is fit, tells `sparkfleet preflight`")
     return "\n".join(lines) + "\n"

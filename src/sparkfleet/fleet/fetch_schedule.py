@@ -107,16 +107,19 @@ def _source(made: Schedule, giver: Missing, leader: str) -> Source:
     return made.sources.setdefault(giver.host, Source(giver.host, leader))
 
 
-def of_host(host: str, look: Mapping[str, Any], serves: bool) -> Missing:
-    """Of what `spark_plan` returned for a host."""
-    plan, model = look["plan"], look["state"]["model"]
+def of_host(host: str, inspection: Mapping[str, Any], serves: bool, engine: int = 0) -> Missing | None:
+    """What `spark_plan` returned for an engine of a host, by its place in the list; None where it has fewer engines."""
+    engines = inspection["plan"]["engines"]
+    if engine >= len(engines):
+        return None
+    plan, model = engines[engine], inspection["state"]["engines"][engine]["model"]
     return Missing(
         host=host,
         image=plan["image"],
-        lacks_image=bool(plan["fetch"]["image"]),
+        lacks_image=bool(plan["fetch_image"]),
         repo=plan["repo"],
         revision=plan["revision"],
-        lacks_model=bool(plan["fetch"]["model"]),
+        lacks_model=bool(plan["fetch_model"]),
         has_model=bool(model["complete"]),
         serves=serves,
     )

@@ -18,18 +18,24 @@ from sparkfleet.planning import catalog, target
 #: HAProxy takes a line that begins with # for a comment, and a comma for the end of a header's value.
 KEY = re.compile(r"(?!#)[!-+\-.-~]{8,256}")
 #: Variables of a Spark that a gateway reads.
-VARIABLES = ("model", "port", "guard", "guard_port", "address", "drained", "engine_key")
+VARIABLES = ("guard", "guard_port", "address", "drained", "engine_key")
+#: Of those the ones of an engine.
+ENGINE_VARIABLES = ("model", "port")
 
 
 def settings(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of each host the variables that a gateway reads, defaults filled in, without their prefix."""
+    """Of each host the variables that a gateway reads, defaults filled in, without their prefix; those of its engines
+    as a list."""
     defaults = target.defaults()
     found = {}
     for host, variables in hosts.items():
         if not host.isprintable():
             raise SparkfleetError(f"{ascii(host)[:80]} cannot be a host's name: it has characters that cannot be seen")
-        values = {key: variables.get(f"sparkfleet_{key}", defaults[f"sparkfleet_{key}"]) for key in VARIABLES}
-        values["address"] = address(host, variables)
+        values, engine = (
+            {key: variables.get(f"sparkfleet_{key}", defaults[f"sparkfleet_{key}"]) for key in keys}
+            for keys in (VARIABLES, ENGINE_VARIABLES)
+        )
+        values["address"], values["engines"] = address(host, variables), [engine]
         found[host] = values
     return found
 
@@ -59,10 +65,11 @@ def plan(
     were left out, and whether there are servers by name.
 
     A Spark is a server of the backend of each model whose engines have its key: which of them it serves at the
-    moment, its guard says; which is `meant`, the inventory. `ports` are further ones, {model: port}; `models` have a
-    backend although no Spark is to serve them.
+    moment, its guard says; which are `meant`, the inventory. Where one is not meant, it is expected on the port of the
+    Spark's first engine. `ports` are further ones, {model: port}; `models` have a backend although no Spark is to serve
+    them.
     Raises SparkfleetError naming host and value."""
-    cards = {host: _card(host, values["model"]) for host, values in hosts.items()}
+    cards = {host: [_card(host, engine["model"]) for engine in values["engines"]] for host, values in hosts.items()}
     drained = [host for host, values in hosts.items() if truth(values["drained"])]
     left = {host: values for host, values in hosts.items() if host not in drained}
     if not left:
@@ -73,23 +80,28 @@ def plan(
     further = [_card("sparkfleet_gateway_models", name) for name in models]
     backends: dict[str, dict[str, Any]] = {}
     engine_keys: dict[str, str] = {}
-    for card in [*(cards[host] for host in left), *further]:
+    for card in [*(card for host in left for card in cards[host]), *further]:
         if card.name in backends:
             continue
-        meant = {host: keys[host] for host in left if cards[host].name == card.name}
+        meant = {host: keys[host] for host in left if card.name in {own.name for own in cards[host]}}
         key = _one_key(card.name, meant or keys)
         if key:
             engine_keys[_word(card.name)] = key
         backends[card.name] = {
             **{"name": _word(card.name), "model": card.name, "repo": card.repo, "ports": []},
             "servers": [
-                {**servers[host], "check": _check(servers[host], card.repo), "meant": host in meant}
+                {
+                    **servers[host],
+                    "port": _port(host, hosts[host], cards[host], card),
+                    "check": _check(servers[host], card.repo),
+                    "meant": host in meant,
+                }
                 for host in left
                 if keys[host] == key
             ],
         }
     _distinct(backends)
-    known = {card.name for card in cards.values()} | set(backends)
+    known = {card.name for own in cards.values() for card in own} | set(backends)
     for model, port in (ports or {}).items():
         if model not in known:
             there = ", ".join(sorted(known))
@@ -120,9 +132,15 @@ def _server(host: str, values: Mapping[str, Any]) -> dict[str, Any]:
         "name": _word(host),
         "address": values["address"],
         "literal": is_address(values["address"]),
-        "port": port_number(f"{host}: sparkfleet_port", values["port"]),
         "check_port": port_number(f"{host}: sparkfleet_guard_port", values["guard_port"]) if guarded else 0,
     }
+
+
+def _port(host: str, values: Mapping[str, Any], own: Sequence[catalog.Card], card: catalog.Card) -> int:
+    """Where a host serves a model: the port of its engine, or of its first where it is not meant to."""
+    engines = values["engines"]
+    engine = next((engine for engine, known in zip(engines, own, strict=True) if known.name == card.name), engines[0])
+    return port_number(f"{host}: sparkfleet_port", engine["port"])
 
 
 def _check(server: Mapping[str, Any], repo: str) -> str:

@@ -17,7 +17,7 @@ SERVICE_VERBS = ("stop", "restart", "rollback")
 def stops(plan: Mapping[str, Any], state: Mapping[str, Any], stages: Sequence[str] = ("prepare", "deploy")) -> bool:
     """Whether the stages would stop an engine that serves now, by what spark_plan found on a Spark."""
     ours = [item for item in state["docker"].get("containers", []) if item["ours"] and item["state"] == "running"]
-    if not (state["healthy"] and ours):
+    if not (ours and any(engine["healthy"] for engine in state["engines"])):
         return False
     work = plan["prepare"]
     # A restart of Docker restarts its containers.

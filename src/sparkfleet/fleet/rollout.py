@@ -22,9 +22,10 @@ _EXAMPLES = "write a number of Sparks (2), a share (25%), or a list of both ([1,
 
 
 def schedule(hosts: Sequence[Mapping[str, Any]], canary: int, waves: Any) -> list[list[str]]:
-    """The waves, as names of hosts, in the order of `hosts`: [{name, model, needed}].
+    """The waves, as names of hosts, in the order of `hosts`: [{name, models, needed}].
 
-    First `canary` Sparks of each model, one model after the other: a bad image stops at one Spark, whatever the model.
+    First `canary` Sparks of each kind (those with the same models), one kind after the other: a bad image stops at one
+    Spark, whatever the model.
     Then what is left in waves of a size: a number, a share of all that need the change, or a list whose last entry
     goes on. Hosts that need nothing are left out. Raises SparkfleetError naming a bad value.
     """
@@ -35,10 +36,10 @@ def schedule(hosts: Sequence[Mapping[str, Any]], canary: int, waves: Any) -> lis
     made: list[list[str]] = []
     left = [str(host["name"]) for host in needed]
     if canary:
-        models: dict[str, list[str]] = {}
+        kinds: dict[str, list[str]] = {}
         for host in needed:
-            models.setdefault(str(host["model"]), []).append(str(host["name"]))
-        made = [names[:canary] for names in models.values()]
+            kinds.setdefault(_kind(host), []).append(str(host["name"]))
+        made = [names[:canary] for names in kinds.values()]
         first = {name for wave in made for name in wave}
         left = [name for name in left if name not in first]
     while left:
@@ -46,6 +47,10 @@ def schedule(hosts: Sequence[Mapping[str, Any]], canary: int, waves: Any) -> lis
         made.append(left[:size])
         left = left[size:]
     return made
+
+
+def _kind(host: Mapping[str, Any]) -> str:
+    return " + ".join(host["models"])
 
 
 def canaries(value: Any) -> int:
@@ -88,16 +93,16 @@ def unfinished(waves: Sequence[Sequence[str]], number: int, done: Collection[str
 
 def labels(waves: Sequence[Sequence[str]], hosts: Sequence[Mapping[str, Any]], canary: int) -> list[str]:
     """What the waves are called, in a word each: "canary" for those of the canaries, else "2/4"."""
-    first = len({str(host["model"]) for host in hosts if host["needed"]}) if canary else 0
+    first = len({_kind(host) for host in hosts if host["needed"]}) if canary else 0
     return ["canary" if number <= first else f"{number}/{len(waves)}" for number in range(1, len(waves) + 1)]
 
 
 def lines(waves: Sequence[Sequence[str]], hosts: Sequence[Mapping[str, Any]], drained: Sequence[str]) -> list[str]:
     """The schedule in words."""
-    models = {str(host["name"]): str(host["model"]) for host in hosts}
+    kind_of = {str(host["name"]): _kind(host) for host in hosts}
     said = []
     for number, wave in enumerate(waves, 1):
-        kinds = ", ".join(dict.fromkeys(models[name] for name in wave))
+        kinds = ", ".join(dict.fromkeys(kind_of[name] for name in wave))
         said.append(f"rollout  wave {number} of {len(waves)}: {report.names(wave)} ({kinds})")
     done = [str(host["name"]) for host in hosts if not host["needed"]]
     if done:

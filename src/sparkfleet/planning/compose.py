@@ -1,4 +1,4 @@
-"""The compose file of a model: the guide's service, as data.
+"""The compose file of a host: the guide's service for each engine, as data.
 
 Compose replaces `$NAME` and `${NAME}` in a file's values, so what comes from cards and inventories is written by
 `literal`, and `plain` is what the container gets.
@@ -105,7 +105,7 @@ def document(
     addresses: Sequence[str] = (),
     api_key_enabled: bool = False,
 ) -> Document:
-    """The whole compose file as data: one project, one service, in the key order of the guide.
+    """The compose file of one engine as data: one project, one service, in the key order of the guide.
 
     ``environment`` comes on top of the card's. ``image_digest`` (``sha256:...``) and ``commit`` (40 hex digits) pin
     what was fetched; they are left out as long as nothing has been fetched. They mean nothing to ``source="hub"``.
@@ -168,6 +168,16 @@ def document(
             service["command"] = [*KEYED, *service["command"]]
         service["secrets"] = [KEY_NAME]
         made["secrets"] = {KEY_NAME: {"file": KEY_FILE}}
+    return made
+
+
+def merged(documents: Sequence[Document]) -> Document:
+    """One compose file of those of several engines, whose services have different names."""
+    made: Document = {"name": PROJECT, "services": {}}
+    for one in documents:
+        made["services"] |= one["services"]
+        if "secrets" in one:
+            made["secrets"] = {**made.get("secrets", {}), **one["secrets"]}
     return made
 
 

@@ -1,4 +1,4 @@
-"""The plan for one Spark: a pure function of settings, model card and host state.
+"""The plan for one Spark: a pure function of settings, model cards and host state.
 
 ``state`` is what the module ``spark_state`` found. The plan says what must not go on (findings) and
 what there is to do (prepare, fetch, deploy); an empty list of reasons means that nothing is.
@@ -9,13 +9,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from sparkfleet import operator_name
 from sparkfleet.documents import yaml_text
 from sparkfleet.planning import compose, preflight
-from sparkfleet.planning.target import State, Target
+from sparkfleet.planning.target import EngineTarget, State, Target
+
+#: Of the files that `release` describes.
+RELEASE_FORMAT = 2
 
 
 @dataclasses.dataclass
@@ -33,23 +36,40 @@ class Work:
 def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]:
     """The plan as plain data (it becomes an Ansible variable); `reads`: for one that changes nothing."""
     docker, toolkit, cache, hygiene, program, guard = prepare(target, state)
-    image, model = fetch(target, state)
+    fetches = [fetch(target, *pair) for pair in pairs(target, state)]
     document = target.document(state)
     deployment = deploy(target, state, document)
     installs = packages(target, state)
-    work = preflight.Work(bool(image.reasons), bool(model.reasons), bool(deployment["start"]), bool(installs), reads)
+    images, models = ([getattr(found, kind).reasons for found in fetches] for kind in ("image", "model"))
+    work = preflight.Work(
+        [bool(reasons) for reasons in images],
+        [bool(reasons) for reasons in models],
+        bool(deployment["start"]),
+        bool(installs),
+        reads,
+    )
     checks, memory = preflight.checks(target, state, work)
+    figures = [found.as_dict() if found else None for found in memory]
     return {
-        "model": target.card.name,
-        "repo": target.card.repo,
-        "service": target.card.service,
-        "image": target.image,
-        "revision": target.revision,
-        "remote_code": target.remote_code,
+        "engines": [
+            {
+                "model": engine.card.name,
+                "profile": engine.settings.profile,
+                "repo": engine.card.repo,
+                "service": engine.service,
+                "image": engine.image,
+                "revision": engine.revision,
+                "remote_code": engine.remote_code,
+                "port": engine.port,
+                "verify": dataclasses.asdict(engine.card.verify),
+                "memory": figures[index],
+                "fetch_image": bool(images[index]),
+                "fetch_model": bool(models[index]),
+            }
+            for index, engine in enumerate(target.engines)
+        ],
         "compose": document,
-        "verify": dataclasses.asdict(target.card.verify),
-        "memory": memory and memory.as_dict(),
-        "release": release(target, document, memory.as_dict() if memory else None),
+        "release": release(target, document, figures),
         "notes": notes(target, state),
         "checks": [{"name": check.name, "seen": check.seen, "ok": not check.findings} for check in checks],
         "findings": [dataclasses.asdict(finding) for check in checks for finding in check.findings],
@@ -69,12 +89,17 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
             "packages": bool(installs),
         },
         "fetch": {
-            "needed": bool(image.reasons or model.reasons),
-            "image": image.reasons,
-            "model": model.reasons,
+            "needed": any(images) or any(models),
+            "image": list(dict.fromkeys(itertools.chain.from_iterable(images))),
+            "model": list(itertools.chain.from_iterable(models)),
         },
         "deploy": deployment,
     }
+
+
+def pairs(target: Target, state: State) -> list[tuple[EngineTarget, State]]:
+    """Each engine with what the host has of it: its image, model, port and health."""
+    return list(zip(target.engines, state["engines"], strict=True))
 
 
 def prepare(target: Target, state: State) -> tuple[Work, Work, Work, Work, Work, Work]:
@@ -196,45 +221,72 @@ def notes(target: Target, state: State) -> list[str]:
     """What an operator should know of what is to run, though nothing stands in its way."""
     settings, found = target.settings, []
     if target.is_open(state) and settings.service_state == "started":
+        ports = [str(engine.port) for engine in target.engines]
+        which = f"port {ports[0]} is" if len(ports) == 1 else f"ports {', '.join(ports)} are"
         found.append(
-            f"port {settings.port} is open to the network without a key: sparkfleet_listen: loopback closes it, "
-            "sparkfleet_engine_key asks for a key"
+            f"{which} open to the network without a key: sparkfleet_listen: loopback closes "
+            f"{'it' if len(ports) == 1 else 'them'}, sparkfleet_engine_key asks for a key"
         )
-    if settings.model_source != "local":
+    for engine in target.engines if settings.model_source != "local" else ():
         found.append(
             "model_source hub starts the engine with --trust-remote-code: code in the model's repository, at whatever "
-            f"commit {target.revision} is then, runs in it; model_source local does without"
+            f"commit {engine.revision} is then, runs in it; model_source local does without"
         )
     return found
 
 
-def fetch(target: Target, state: State) -> tuple[Work, Work]:
-    """Reasons to pull the image and to download the model."""
+class Fetch(NamedTuple):
+    """What is fetched for an engine."""
+
+    image: Work
+    model: Work
+
+
+def fetch(target: Target, engine: EngineTarget, state: State) -> Fetch:
+    """Reasons to pull an engine's image and to download its model; `state` is what the host has of the engine."""
     image, model = Work(), Work()
-    image.add(not state["docker"].get("image"), f"pull {target.image}")
-    suspect = bool(state["model"].get("suspect")) and not state["model"].get("missing")
+    image.add(not state.get("image"), f"pull {engine.image}")
+    known, card = state["model"], engine.card
+    suspect = bool(known.get("suspect")) and not known.get("missing")
     if target.settings.model_source == "local":
-        model.add(suspect, f"hash the files of {target.card.repo}: {state['model'].get('suspect')}")
+        model.add(suspect, f"hash the files of {card.repo}: {known.get('suspect')}")
         model.add(
-            not state["model"]["complete"] and not suspect,
-            f"download {target.card.repo} at {target.revision} ({target.card.weights.download_gib:g} GiB)",
+            not known["complete"] and not suspect,
+            f"download {card.repo} at {engine.revision} ({card.weights.download_gib:g} GiB)",
         )
-    return image, model
+    return Fetch(image, model)
 
 
-def release(target: Target, document: compose.Document, memory: dict[str, Any] | None) -> dict[str, Any]:
-    """What is kept on the host beside the compose file: the plan, and what it is pinned to."""
-    service, card = document["services"][target.card.service], target.card
-    known = {"model": card.name, "profile": target.settings.profile, "repo": card.repo, "service": card.service}
+def release(
+    target: Target, document: compose.Document, memory: Sequence[dict[str, Any] | None] | None = None
+) -> dict[str, Any]:
+    """What is kept on the host alongside the compose file (see sparkfleet_host.release_format): the plan, and what it
+    is pinned to. `memory`: the memory plan of each engine."""
+    plans, locks = [], []
+    for engine, figures in zip(target.engines, memory or [None] * len(target.engines), strict=True):
+        card, service = engine.card, document["services"][engine.service]
+        known = {
+            "service": engine.service,
+            "model": card.name,
+            "profile": engine.settings.profile,
+            "repo": card.repo,
+        }
+        plans.append({**known, "image": engine.image, "verify": dataclasses.asdict(card.verify), "memory": figures})
+        locks.append(
+            {
+                **known,
+                "revision": next(iter(_after("--revision", service["command"])), engine.revision),
+                "image": compose.plain(service["image"]),
+                "port": engine.port,
+            }
+        )
     return {
-        "plan": {**known, "image": target.image, "verify": dataclasses.asdict(card.verify), "memory": memory},
+        "plan": {"format": RELEASE_FORMAT, "engines": plans},
         "lock": {
-            **known,
-            "revision": next(iter(_after("--revision", service["command"])), target.revision),
-            "image": compose.plain(service["image"]),
+            "format": RELEASE_FORMAT,
+            "engines": locks,
             "cache_dir": target.settings.cache_dir,
             "compile_cache_dir": target.settings.compile_cache_dir,
-            "port": target.settings.port,
             "controller": operator_name.name(),
         },
     }
@@ -246,42 +298,43 @@ def _after(flag: str, command: list[str]) -> list[str]:
 
 def deploy(target: Target, state: State, document: compose.Document) -> dict[str, Any]:
     """What the deploy stage has to do: stage a release, switch to it, restart the current one, or only wait."""
-    service, settings = target.card.service, target.settings
+    settings = target.settings
+    services = [engine.service for engine in target.engines]
     ours = [item for item in state["docker"].get("containers", []) if item["ours"]]
-    current = next((item for item in ours if item["service"] == service), None)
-    running = current is not None and current["state"] == "running"
-    others = sorted({item["service"] for item in ours if item["service"] != service and item["state"] == "running"})
+    current = {item["service"]: item for item in reversed(ours) if item["service"] in services}
+    running = [name for name in services if name in current and current[name]["state"] == "running"]
+    others = sorted({item["service"] for item in ours if item["state"] == "running"} - {*services})
     releases = state["releases"]
     deployed = releases["current"] is not None and yaml_text.compose_file(state["compose_file"]) == document
     staged = deployed or yaml_text.compose_file(releases["newest_compose"]) == document
 
     new_key = settings.api_key_enabled and not state["engine_key"]["current"]
     stage, start, stop, wait = Work(), Work(), Work(), Work()
-    drifted = running and deployed and not _matches(current, document["services"][service])
+    drifted = [name for name in running if deployed and not _matches(current[name], document["services"][name])]
     if settings.service_state == "started":
         what = "the first release" if releases["current"] is None else f"a release after {releases['current']}"
         stage.add(not deployed, f"stage {what}")
         start.add(not deployed, f"switch to it{', stopping ' + ', '.join(others) if others else ''}")
-        start.add(deployed and current is None, f"create and start {service}")
-        start.add(deployed and current is not None and not running, f"start {service} ({current and current['state']})")
-        start.add(drifted, f"restart {service}: it runs with other settings than its file")
-        start.add(deployed and running and not drifted and new_key, f"restart {service}: its key has changed")
+        for name in services if deployed else ():
+            start.add(name not in current, f"create and start {name}")
+            start.add(name in current and name not in running, f"start {name} ({current.get(name, {}).get('state')})")
+            start.add(name in drifted, f"restart {name}: it runs with other settings than its file")
+            start.add(name in running and name not in drifted and new_key, f"restart {name}: its key has changed")
         stop.add(others and not start.reasons, f"stop {', '.join(others)}")
-        wait.add(not start.reasons and not state["healthy"], f"wait for {service}")
+        for engine, known in pairs(target, state):
+            wait.add(not start.reasons and not known["healthy"], f"wait for {engine.service}")
     else:
         stage.add(not staged, "stage a release")
-        stop.add(running or others, f"stop {', '.join([*others, *([service] if running else [])])}")
+        stop.add(running or others, f"stop {', '.join([*others, *running])}")
     return {
         "needed": bool(stage.reasons or start.reasons or stop.reasons or wait.reasons),
         "stage": stage.reasons,
         "stop": stop.reasons,
-        "stop_services": [*others, *([service] if running and settings.service_state == "stopped" else [])]
-        if stop.reasons
-        else [],
+        "stop_services": [*others, *(running if settings.service_state == "stopped" else [])] if stop.reasons else [],
         "start": start.reasons,
         "mode": "restart" if deployed else "deploy",
         "release": releases["current"] if deployed else None,
-        "recreate": drifted,
+        "recreate": bool(drifted),
         "new_key": new_key,
         "wait": wait.reasons,
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from sparkfleet_host.bounded import GIB
@@ -15,8 +16,9 @@ from sparkfleet_host.bounded import GIB
 from sparkfleet import SparkfleetError
 from sparkfleet.diagnosis.failures import BY_ID
 from sparkfleet.documents import yaml_text
+from sparkfleet.packaging.bundle import Bundle
 from sparkfleet.planning import catalog, memory_plan, vllm_versions
-from sparkfleet.planning.target import State, Target, listen
+from sparkfleet.planning.target import EngineTarget, State, Target, listen
 
 #: (ID, VERSION_ID) of /etc/os-release -> where its own packages suffice for Docker with Compose v2.
 SUPPORTED_OS = {("ubuntu", "24.04"): True, ("debian", "13"): True, ("debian", "12"): False}
@@ -58,14 +60,25 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What the plan will do, as far as the checks depend on it."""
+    """What the plan will do, as far as the checks depend on it; whether an image is pulled and a model downloaded, by
+    engine."""
 
-    pulls_image: bool
-    downloads_model: bool
+    pulls: Sequence[bool]
+    downloads: Sequence[bool]
     starts: bool
     installs: bool = False
     #: Nothing is changed, and what another user than root sees is enough.
     reads: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An engine, what the host has of it, and what is fetched for it."""
+
+    engine: EngineTarget
+    found: State
+    pulls: bool
+    downloads: bool
 
 
 def version(text: str | None) -> tuple[int, ...]:
@@ -84,31 +97,33 @@ def known(identifier: str, fact: str) -> Finding:
     return Finding(identifier, f"{fact}. {BY_ID[identifier].remedy}")
 
 
-def checks(target: Target, state: State, work: Work) -> tuple[list[Check], memory_plan.Plan | None]:
-    """All checks, in the order in which an operator would fix things; and the memory plan, None when there is none.
-    Without root nothing else that was seen is sure, so that is the only one then."""
-    remembered, plan = _memory(target, state, work)
+def checks(target: Target, state: State, work: Work) -> tuple[list[Check], list[memory_plan.Plan | None]]:
+    """All checks, in the order in which an operator would fix things, those of an engine once for each; and the memory
+    plans of the engines, None when there is none. Without root nothing else that was seen is sure, so that is the only
+    one then."""
+    cases = [Case(*case) for case in zip(target.engines, state["engines"], work.pulls, work.downloads, strict=True)]
+    memory, plans = _memory(target, state, work)
     user = state.get("user") or {"id": 0}
     if user["id"] != 0 and not work.reads:
         finding = known("not-root", f"needs root, runs as {user['name']}")
-        return [Check("user", str(user["name"]), (finding,))], plan
+        return [Check("user", str(user["name"]), (finding,))], plans
     return [
         _gpu(target, state),
         _system(target, state),
         _clock(state),
         _docker(target, state),
         _toolkit(state),
-        _image(target, state),
-        remembered,
-        _disk(target, state, work),
-        _port(target, state),
+        *(_image(target, state, case) for case in cases),
+        *memory,
+        _disk(target, state, cases),
+        *(_port(target, state, case) for case in cases),
         *([_address(target, state)] if target.settings.gateways else []),
         _switch(target, state),
-        *([_bundle(target, state, work)] if target.bundle else []),
-        _registry(target, state, work),
-        _hub(target, state, work),
+        *([_bundle(target.bundle, state, cases, work)] if target.bundle else []),
+        *(_registry(case) for case in cases),
+        *(_hub(state, case) for case in cases),
         _folders(target, state),
-    ], plan
+    ], plans
 
 
 def _gpu(target: Target, state: State) -> Check:
@@ -185,7 +200,7 @@ def _docker(target: Target, state: State) -> Check:
             )
         )
     for item in docker.get("containers", []):
-        if not item["ours"] and item["name"] == target.card.service:
+        if not item["ours"] and item["name"] in {engine.service for engine in target.engines}:
             found.append(
                 Finding(
                     "name-taken",
@@ -208,19 +223,19 @@ def _toolkit(state: State) -> Check:
     return Check("toolkit", seen)
 
 
-def _image(target: Target, state: State) -> Check:
-    seen, found = f"{target.image}, vLLM {target.engine.text}", []
-    if target.settings.require_gb10 and (reason := vllm_versions.unfit(target.image)):
+def _image(target: Target, state: State, case: Case) -> Check:
+    image = case.engine.image
+    seen, found = f"{image}, vLLM {case.engine.version.text}", []
+    if target.settings.require_gb10 and (reason := vllm_versions.unfit(image)):
         found.append(known("image-unsupported", reason))
-    built = (state["docker"].get("image") or {}).get("architecture", "")
+    built = (case.found.get("image") or {}).get("architecture", "")
     if built and ARCHITECTURES.get(state["os"]["machine"], built) != built:
-        found.append(
-            known("image-platform", f"{target.image} is built for {built}, the host is {state['os']['machine']}")
-        )
+        found.append(known("image-platform", f"{image} is built for {built}, the host is {state['os']['machine']}"))
     return Check("image", seen, tuple(found))
 
 
-def _memory(target: Target, state: State, work: Work) -> tuple[Check, memory_plan.Plan | None]:
+def _memory(target: Target, state: State, work: Work) -> tuple[list[Check], list[memory_plan.Plan | None]]:
+    """The memory of each engine, those before it in the list being started already."""
     settings = target.settings
     total, available = state["memory"]["total"] / GIB, state["memory"]["available"] / GIB
     held = sum(
@@ -230,42 +245,72 @@ def _memory(target: Target, state: State, work: Work) -> tuple[Check, memory_pla
     )
     # What ours hold will be free again; a host never gets all.
     free = max(available, min(available + held, total - memory_plan.USUAL_HOST_GIB))
-    seen = f"{available:.1f} of {total:.1f} GiB available"
-    try:
-        plan = memory_plan.make(
-            target.card,
-            target.arguments,
-            profile=settings.profile,
-            version=target.engine,
-            memory=memory_plan.Memory(total, free, settings.memory_reserve_gib),
-            others=lambda: [catalog.load(name) for name in catalog.names()],
-        )
-    except SparkfleetError as error:
-        if settings.memory_plan == "warn" or not work.starts:
-            return Check("memory", f"{seen}; not planned: {error}"), None
-        return Check("memory", seen, (known("layout-unknown", str(error)),)), None
+    found: list[Check] = []
+    plans: list[memory_plan.Plan | None] = []
+    for room, made in memory_plans(target, total, free):
+        seen = f"{room if plans else available:.1f} of {total:.1f} GiB available"
+        plans.append(None if isinstance(made, SparkfleetError) else made)
+        found.append(_memory_check(made, seen, enforced=settings.memory_plan != "warn" and work.starts))
+    return found, plans
+
+
+def memory_plans(
+    target: Target, total: float, available: float
+) -> list[tuple[float, memory_plan.Plan | SparkfleetError]]:
+    """For each engine of a host, in the order in which they start: what is available when it does (GiB), and its memory
+    plan, or why there is none."""
+    found: list[tuple[float, memory_plan.Plan | SparkfleetError]] = []
+    for engine in target.engines:
+        room = available
+        try:
+            made = memory_plan.make(
+                engine.card,
+                engine.arguments,
+                profile=engine.settings.profile,
+                version=engine.version,
+                memory=memory_plan.Memory(total, room, target.settings.memory_reserve_gib),
+                others=lambda: [catalog.load(name) for name in catalog.names()],
+            )
+            available = max(made.left_gib, 0.0)
+            found.append((room, made))
+        except SparkfleetError as error:
+            found.append((room, error))
+    return found
+
+
+def _memory_check(plan: memory_plan.Plan | SparkfleetError, seen: str, enforced: bool) -> Check:
+    if isinstance(plan, SparkfleetError):
+        if not enforced:
+            return Check("memory", f"{seen}; not planned: {plan}")
+        return Check("memory", seen, (known("layout-unknown", str(plan)),))
     seen += f", {plan.requested_gib:.1f} asked for, "
     seen += f"{plan.left_gib:.1f} left to the host" if plan.left_gib >= 0 else f"{-plan.left_gib:.1f} too little"
-    if plan.fits or settings.memory_plan == "warn" or not work.starts:
-        return Check("memory", seen), plan
+    if plan.fits or not enforced:
+        return Check("memory", seen)
     ways = [suggestion.text for suggestion in plan.suggestions[:2]]
     way = f". What would fit: {'; or '.join(ways)}" if ways else f". {BY_ID['memory-short'].remedy}"
-    return Check("memory", seen, (Finding("memory-short", "; ".join(plan.reasons) + way),)), plan
+    return Check("memory", seen, (Finding("memory-short", "; ".join(plan.reasons) + way),))
 
 
-def _disk(target: Target, state: State, work: Work) -> Check:
+def _disk(target: Target, state: State, cases: Sequence[Case]) -> Check:
     needs: dict[int, list[tuple[str, str, float]]] = {}
     free: dict[int, int] = {}
     where, root, twice = _image_store(target, state)
-    if work.pulls_image:
-        size = target.settings.image_disk_gib * GIB * (BOTH_KEPT if twice else 1)
-        needs.setdefault(where["device"], []).append(("the image", root, size))
+    images = {case.engine.image for case in cases if case.pulls}
+    if images:
+        size = len(images) * target.settings.image_disk_gib * GIB * (BOTH_KEPT if twice else 1)
+        what = "the image" if len(images) == 1 else f"{len(images)} images"
+        needs.setdefault(where["device"], []).append((what, root, size))
         free[where["device"]] = where["free"]
     least = min(where["free"], state["disk"]["cache"]["free"]) / GIB
-    if work.downloads_model:
+    downloads = [case for case in cases if case.downloads]
+    if downloads:
         where = state["disk"]["cache"]
-        rest = max(target.card.weights.download_gib * GIB - state["model"]["bytes"], 0)
-        needs.setdefault(where["device"], []).append(("the model", target.settings.cache_dir, rest))
+        rest = sum(
+            max(case.engine.card.weights.download_gib * GIB - case.found["model"]["bytes"], 0) for case in downloads
+        )
+        what = "the model" if len(downloads) == 1 else f"{len(downloads)} models"
+        needs.setdefault(where["device"], []).append((what, target.settings.cache_dir, rest))
         free[where["device"]] = where["free"]
     found, wanted_at_all = [], 0.0
     for device, parts in needs.items():
@@ -293,19 +338,19 @@ def _image_store(target: Target, state: State) -> tuple[dict[str, Any], str, boo
     return state["disk"]["docker"], docker.get("images_at", "/var/lib/docker"), docker.get("store") == "containerd"
 
 
-def _port(target: Target, state: State) -> Check:
-    port, containers = target.settings.port, state["docker"].get("containers", [])
+def _port(target: Target, state: State, case: Case) -> Check:
+    port, containers, listener = case.engine.port, state["docker"].get("containers", []), case.found["listener"]
     remedy = "stop it, or set sparkfleet_port to a free port"
     holders = [item for item in containers if port in item["ports"] and item["state"] == "running"]
     # While a container of ours is being restarted, Docker's proxy may still, or already, hold its port.
-    passing = not holders and (state["listener"] or {}).get("process") == "docker-proxy"
+    passing = not holders and (listener or {}).get("process") == "docker-proxy"
     if any(item["ours"] for item in (containers if passing else holders)):
         return Check("port", f"{port}, ours")
     if holders:
         who = f"container {holders[0]['name']} ({holders[0]['image']})"
-    elif state["listener"]:
-        pid = state["listener"]["pid"]
-        who = f"{state['listener']['process']} (pid {pid})" if pid else "a process that could not be named"
+    elif listener:
+        pid = listener["pid"]
+        who = f"{listener['process']} (pid {pid})" if pid else "a process that could not be named"
     else:
         return Check("port", f"{port}, free")
     if target.settings.service_state != "started":
@@ -314,7 +359,7 @@ def _port(target: Target, state: State) -> Check:
 
 
 def _address(target: Target, state: State) -> Check:
-    """Whether it is known where gateways reach the engine."""
+    """Whether it is known where gateways reach the engines."""
     found = ", ".join(target.addresses(state))
     if found or listen(target.settings.listen) == "all":
         return Check("address", f"gateways reach {found}" if found else "everywhere")
@@ -327,30 +372,29 @@ def _switch(target: Target, state: State) -> Check:
     if not releases["switch_active"]:
         return Check("switch", f"none; current release {releases['current'] or 'none'}")
     journal = releases["switch"] or {}
+    models = ", ".join(journal.get("models") or ()) or "unknown"
     fact = (
         f"{journal.get('controller') or 'another run'} is switching this host to release {journal.get('to')} "
-        f"({journal.get('model')}) with {journal.get('verb') or 'Sparkfleet'}, phase {journal.get('phase')}"
+        f"({models}) with {journal.get('verb') or 'Sparkfleet'}, phase {journal.get('phase')}"
     )
     same = yaml_text.compose_file(releases["switch_compose"]) == target.document(state)
     return Check("switch", fact, () if same else (known("switch-running-other", fact),))
 
 
-def _bundle(target: Target, state: State, work: Work) -> Check:
+def _bundle(bundle: Bundle, state: State, cases: Sequence[Case], work: Work) -> Check:
     """Whether a bundle has what is to be fetched and installed."""
-    bundle, system = target.bundle, state["os"]
-    if bundle is None:
-        return Check("bundle", "none")
-    lacks = []
-    if work.pulls_image and target.image not in bundle.images:
-        lacks.append(f"no image {target.image} (it has {', '.join(sorted(bundle.images)) or 'none'})")
-    wanted = f"{target.card.repo}@{target.revision}"
-    if work.downloads_model and wanted not in bundle.models:
-        lacks.append(f"no model {wanted} (it has {', '.join(sorted(bundle.models)) or 'none'})")
+    system, lacks = state["os"], []
+    for case in cases:
+        if case.pulls and case.engine.image not in bundle.images:
+            lacks.append(f"no image {case.engine.image} (it has {', '.join(sorted(bundle.images)) or 'none'})")
+        wanted = f"{case.engine.card.repo}@{case.engine.revision}"
+        if case.downloads and wanted not in bundle.models:
+            lacks.append(f"no model {wanted} (it has {', '.join(sorted(bundle.models)) or 'none'})")
     here = {"id": system["id"], "codename": system["codename"], "machine": system["machine"]}
     if work.installs and bundle.system != here:
         packages = " ".join(bundle.system.values()) or "nothing"
         lacks.append(f"packages for {packages}, the host is {' '.join(here.values())}")
-    elif work.pulls_image and bundle.system.get("machine") != here["machine"]:
+    elif any(work.pulls) and bundle.system.get("machine") != here["machine"]:
         lacks.append(f"an image for {bundle.system.get('machine')}, the host is {here['machine']}")
     lacking = bundle.lacking()
     if lacking:
@@ -360,22 +404,22 @@ def _bundle(target: Target, state: State, work: Work) -> Check:
     return Check("bundle", "; ".join(lacks), (known("bundle", f"the bundle {bundle.folder} has {'; '.join(lacks)}"),))
 
 
-def _registry(target: Target, state: State, work: Work) -> Check:
-    registry = state["registry"]
-    if registry is None or not work.pulls_image:
-        return Check("registry", "image is there" if not work.pulls_image else "not asked; there is a bundle")
+def _registry(case: Case) -> Check:
+    registry = case.found["registry"]
+    if registry is None or not case.pulls:
+        return Check("registry", "image is there" if not case.pulls else "not asked; there is a bundle")
     if registry["status"]:
         return Check("registry", f"{registry['host']} answers")
     fact = f"the host does not reach {registry['host']} ({registry['error']})"
     return Check("registry", f"{registry['host']}: {registry['error']}", (known(registry["failure"], fact),))
 
 
-def _hub(target: Target, state: State, work: Work) -> Check:
-    hub, card = state["hub"], target.card
-    if state["model"].get("suspect") and not state["model"].get("missing"):
+def _hub(state: State, case: Case) -> Check:
+    hub, card, model = case.found["hub"], case.engine.card, case.found["model"]
+    if model.get("suspect") and not model.get("missing"):
         return Check("hub", "asked only if a file of the model is damaged")
-    if hub is None or not work.downloads_model:
-        return Check("hub", "model is there" if state["model"]["complete"] else "not asked; there is a bundle")
+    if hub is None or not case.downloads:
+        return Check("hub", "model is there" if model["complete"] else "not asked; there is a bundle")
     seen = f"{card.repo}: {hub['error'] or hub['status']}"
     if hub["status"] == 200 or hub["error"] == "EntryNotFound":  # not every format has a config.json
         return Check("hub", f"gives {card.repo}")
@@ -410,7 +454,7 @@ def _hub(target: Target, state: State, work: Work) -> Check:
     elif hub["error"] == "RevisionNotFound":
         finding = Finding(
             "hub-revision-unknown",
-            f"{card.repo} has no revision '{target.revision}': set sparkfleet_revision to one it has ({commits})",
+            f"{card.repo} has no revision '{case.engine.revision}': set sparkfleet_revision to one it has ({commits})",
         )
     elif hub["status"] == 404:
         finding = Finding("hub-repo-unknown", f"the Hub has no model {card.repo}: check repo in {card.source}")

@@ -1,10 +1,14 @@
-"""What is to run on a host: model card and inventory merged, before any host is looked at."""
+"""What is to run on a host: model cards and inventory merged, before any host is inspected.
+
+A host runs a list of engines: a vLLM service each, with its card, port and share of memory. An inventory with
+``sparkfleet_model`` is the short form of a list with one entry.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -19,6 +23,8 @@ from sparkfleet.planning.variables import ARGUMENT_PREFIX, PREFIX
 from sparkfleet.planning.vllm_versions import Engine
 
 State = Mapping[str, Any]
+#: More than a Spark has memory for.
+MAX_ENGINES = 16
 DEFAULTS = ROOT / "roles" / "sparkfleet" / "defaults" / "main.yml"
 
 
@@ -29,13 +35,28 @@ def defaults() -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
+class EngineSettings:
+    """What the inventory says of one engine of a host."""
+
+    model: str
+    profile: str = "throughput"
+    image: str = ""  # "" for the card's
+    revision: str = ""  # "" for the card's
+    port: int = 8000
+    tool_calls: bool = True
+    environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of vllm serve
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """What the inventory says of one host; the fields are the variables ``sparkfleet_<field>``, with their defaults.
 
-    Fields below ``arguments`` are no variables.
+    Fields below ``arguments`` are not variables. The fields of `EngineSettings` are those of the host's only engine,
+    unless ``engines`` lists them.
     """
 
-    model: str
+    model: str = ""
     profile: str = "throughput"
     model_source: str = "local"
     environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -84,7 +105,8 @@ class Settings:
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # sparkfleet_vllm_<name>
     gateways: tuple[str, ...] = ()  # names or addresses of the inventory's gateways
     gateways_elsewhere: tuple[str, ...] = ()  # those on other hosts
-    host_program: str = ""  # sha256 of the program that is to be on the host; empty: not looked at
+    host_program: str = ""  # sha256 of the program that is to be on the host; empty: not checked
+    engines: Sequence[EngineSettings] = ()
 
     @classmethod
     def of(cls, settled: Mapping[str, Any], **known: Any) -> Settings:
@@ -99,8 +121,13 @@ class Settings:
 
     @property
     def api_key_enabled(self) -> bool:
-        """Whether the engine asks for a key."""
+        """Whether the engines ask for a key."""
         return bool(self.engine_key)
+
+    def each(self) -> tuple[EngineSettings, ...]:
+        """The engines of the host, in the order in which they start; one where ``engines`` is empty."""
+        names = [field.name for field in dataclasses.fields(EngineSettings)]
+        return tuple(self.engines) or (EngineSettings(**{name: getattr(self, name) for name in names}),)
 
 
 def listen(value: Any) -> str | list[str]:
@@ -145,38 +172,41 @@ def _check_listen(settings: Settings) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
-    """Model card and settings merged."""
+class EngineTarget:
+    """One engine: model card and settings merged."""
 
     card: Card
-    settings: Settings
+    settings: EngineSettings
     arguments: Arguments
     image: str
     revision: str
-    bundle: Bundle | None = None  # what stands for the internet
 
     @classmethod
-    def of(cls, settings: Settings) -> Target:
-        """Merge in the documented order: model, profile, then the inventory's (group, host, command line)."""
+    def of(cls, settings: EngineSettings, source: str) -> EngineTarget:
+        """Merge in the documented order: model, profile, then the inventory's (group, host, command line). `source`:
+        ``sparkfleet_model_source``. Raises SparkfleetError."""
         card = catalog.load(settings.model)
         arguments = card.with_profile(settings.profile)
         catalog.check_arguments(settings.arguments, ARGUMENT_PREFIX)
         catalog.check_environment(settings.environment, "sparkfleet_environment.")
-        _check_listen(settings)
-        if settings.tool_calls and settings.model_source == "local" and card.tool_call_parser:
+        if settings.tool_calls and source == "local" and card.tool_call_parser:
             arguments |= {"enable_auto_tool_choice": True, "tool_call_parser": card.tool_call_parser}
         arguments |= settings.arguments
-        if settings.bundle and settings.model_source != "local":
-            raise SparkfleetError(
-                f"sparkfleet_model_source: {settings.model_source} needs the internet; with sparkfleet_bundle set it "
-                "to local"
-            )
-        bundle = Bundle.read(settings.bundle, settings.bundle_digest) if settings.bundle else None
-        return cls(card, settings, arguments, settings.image or card.image, settings.revision or card.revision, bundle)
+        return cls(card, settings, arguments, settings.image or card.image, settings.revision or card.revision)
 
     @property
-    def engine(self) -> Engine:
-        """The version of vLLM in the image, as far as it can be told by its name."""
+    def service(self) -> str:
+        """The service of the compose file, and the name of its container."""
+        return self.card.service
+
+    @property
+    def port(self) -> int:
+        """The TCP port of the host that the engine is published on."""
+        return self.settings.port
+
+    @property
+    def version(self) -> Engine:
+        """The version of vLLM in the image, as far as its name shows it."""
         return vllm_versions.of_image(self.image)
 
     @property
@@ -184,32 +214,58 @@ class Target:
         """Whether the engine runs code of the model's repository, which is fetched only then."""
         return bool(self.arguments.get("trust_remote_code"))
 
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is to run on a host: its engines, in the order in which they start."""
+
+    settings: Settings
+    engines: tuple[EngineTarget, ...]
+    bundle: Bundle | None = None  # what replaces the internet
+
+    @classmethod
+    def of(cls, settings: Settings) -> Target:
+        """Merge cards and settings. Raises SparkfleetError."""
+        _check_listen(settings)
+        if settings.bundle and settings.model_source != "local":
+            raise SparkfleetError(
+                f"sparkfleet_model_source: {settings.model_source} needs the internet; with sparkfleet_bundle set it "
+                "to local"
+            )
+        engines = tuple(EngineTarget.of(engine, settings.model_source) for engine in settings.each())
+        _check_engines(engines)
+        bundle = Bundle.read(settings.bundle, settings.bundle_digest) if settings.bundle else None
+        return cls(settings, engines, bundle)
+
     def document(self, state: State | None = None) -> compose.Document:
         """The compose file, pinned to what the host has fetched so far."""
-        known_image = ((state or {}).get("docker") or {}).get("image") or {}
-        known_model = (state or {}).get("model") or {}
+        known: Sequence[State] = (state or {}).get("engines") or [{}] * len(self.engines)
+        pairs = zip(self.engines, known, strict=True)
+        return compose.merged([self._document(engine, found, self.addresses(state)) for engine, found in pairs])
+
+    def _document(self, engine: EngineTarget, found: State, addresses: list[str]) -> compose.Document:
+        image, model = found.get("image") or {}, found.get("model") or {}
         # One that is to be hashed again is the same model.
-        whole = known_model.get("complete") or (known_model.get("suspect") and not known_model.get("missing"))
-        local = self.settings.model_source == "local"
+        complete = model.get("complete") or (model.get("suspect") and not model.get("missing"))
         return compose.document(
-            self.card,
-            self.arguments,
-            environment={name: str(value) for name, value in self.settings.environment.items()},
-            source="local" if local else "hub",
-            image=self.image,
-            image_digest=known_image.get("digest"),
-            image_known_as=known_image.get("known_as"),
-            commit=known_model.get("commit") if whole else None,
+            engine.card,
+            engine.arguments,
+            environment={name: str(value) for name, value in engine.settings.environment.items()},
+            source="local" if self.settings.model_source == "local" else "hub",
+            image=engine.image,
+            image_digest=image.get("digest"),
+            image_known_as=image.get("known_as"),
+            commit=model.get("commit") if complete else None,
             cache_dir=self.settings.cache_dir,
             compile_cache_dir=self.settings.compile_cache_dir,
             ca_file=self.settings.ca_file,
-            port=self.settings.port,
-            addresses=self.addresses(state),
+            port=engine.port,
+            addresses=addresses,
             api_key_enabled=self.settings.api_key_enabled,
         )
 
     def addresses(self, state: State | None = None) -> list[str]:
-        """Addresses that the engine's port is published on, beside loopback; none for everywhere."""
+        """Addresses that the engines' ports are published on, besides loopback; none for everywhere."""
         wanted = listen(self.settings.listen)
         if isinstance(wanted, list):
             return wanted
@@ -217,7 +273,20 @@ class Target:
         return sorted((state or {}).get("reached_at") or []) if wanted == "auto" and self.settings.gateways else []
 
     def is_open(self, state: State | None = None) -> bool:
-        """Whether whoever reaches the host's network reaches the engine, or may: past no gateway and without a key."""
+        """Whether whoever reaches the host's network reaches the engines, or may: past no gateway and without a key."""
         addresses = self.addresses(state)
         everywhere = not addresses or not all(ipaddress.ip_address(address).is_loopback for address in addresses)
         return everywhere and not self.settings.gateways and not self.settings.api_key_enabled
+
+
+def _check_engines(engines: Sequence[EngineTarget]) -> None:
+    """Whether services, models and ports tell the engines of a host apart. Raises SparkfleetError."""
+    if len(engines) > MAX_ENGINES:
+        raise SparkfleetError(f"{len(engines)} engines on one host: at most {MAX_ENGINES}")
+    seen: dict[tuple[str, str], str] = {}
+    for engine in engines:
+        for what, value in (("service", engine.service), ("model", engine.card.repo), ("port", str(engine.port))):
+            if (what, value) in seen:
+                other = seen[what, value]
+                raise SparkfleetError(f"the engines {other} and {engine.card.name} have the same {what}: {value}")
+            seen[what, value] = engine.card.name

@@ -9,6 +9,7 @@ import yaml
 
 from sparkfleet.fleet import drift
 from sparkfleet.fleet.drift import differences
+from sparkfleet.planning import compose
 from sparkfleet.planning.target import Settings, Target
 
 DOCUMENT = Target.of(Settings(model="llama31-8b-fp8")).document()
@@ -18,7 +19,7 @@ CLEAN: dict[str, Any] = {
     "deploy": {"stage": [], "start": [], "stop": [], "stop_services": [], "wait": []},
     "compose": DOCUMENT,
 }
-STATE = {"compose_file": yaml.safe_dump(DOCUMENT), "healthy": True}
+STATE = {"compose_file": yaml.safe_dump(DOCUMENT), "engines": [{"healthy": True}]}
 
 
 def plan(**changes: Any) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def test_what_is_deployed_is_compared_line_by_line() -> None:
         "argument --max-num-seqs: 64 → 4",
         "environment A: none → 1",
     ]
-    assert drift.reasons(made, {**STATE, "healthy": False})[-1] == "the engine does not answer"
+    assert drift.reasons(made, {**STATE, "engines": [{"healthy": False}]})[-1] == "the engine does not answer"
     assert drift.reasons(made, {"compose_file": None}) == ["nothing is deployed"]
 
 
@@ -60,7 +61,7 @@ def test_a_key_is_told_as_a_secret() -> None:
 def test_another_image_is_one_line() -> None:
     digest = "sha256:" + "ab" * 32
     known = Target.of(Settings(model="llama31-8b-fp8")).document(
-        {"docker": {"image": {"digest": digest}}, "model": {"commit": "c" * 40, "complete": True}}
+        {"engines": [{"image": {"digest": digest}, "model": {"commit": "c" * 40, "complete": True}}]}
     )
     said = differences(known, {**DOCUMENT})
     assert said[0] == "image: nvcr.io/nvidia/vllm:25.09-py3@sha256:abababababab → nvcr.io/nvidia/vllm:25.09-py3"
@@ -76,3 +77,13 @@ def test_another_model_is_another_service() -> None:
 
 def test_the_same_written_in_another_way() -> None:
     assert differences(DOCUMENT, DOCUMENT) == ["the compose file is written in another way"]
+
+
+def test_several_services_are_compared_by_name() -> None:
+    one, two = Target.of(Settings(model="llama31-8b-fp8")), Target.of(Settings(model="qwen3-8b-fp8", port=8001))
+    both = compose.merged([one.document(), two.document()])
+    changed = Target.of(Settings(model="qwen3-8b-fp8", port=8002)).document()
+    said = differences(both, compose.merged([one.document(), changed]))
+    assert said == ["vllm-qwen3-8b-fp8: ports: 8001:8000 → 8002:8000"]
+    assert differences(one.document(), both) == ["service: none → vllm-qwen3-8b-fp8"]
+    assert differences(both, one.document()) == ["service: vllm-qwen3-8b-fp8 → none"]

@@ -44,7 +44,7 @@ def test_two_hundred_sparks(tmp_path: Path) -> None:
     code, said, seconds = run(inventory, "--json")
     made = json.loads(said)
     assert code == 0 and made["fits"] is True and seconds < 10
-    assert {kind["model"]: len(kind["hosts"]) for kind in made["kinds"]} == {
+    assert {kind["engines"][0]["model"]: len(kind["hosts"]) for kind in made["kinds"]} == {
         "llama31-8b-fp8": 149,
         "gpt-oss-120b": 49,
     }
@@ -122,7 +122,7 @@ def test_words_of_the_command_line_are_numbers_where_numbers_are_wanted() -> Non
     paper = dry_run.make(
         {"s1": {"sparkfleet_port": "8001", "sparkfleet_memory_reserve_gib": "6", "sparkfleet_drained": "no"}}
     )
-    assert paper.kinds[0].plan and paper.kinds[0].plan["reserve_gib"] == 6 and not paper.drained
+    assert paper.kinds[0].engines[0].plan and paper.kinds[0].plan["reserve_gib"] == 6 and not paper.drained
 
 
 def test_a_policy_is_one() -> None:

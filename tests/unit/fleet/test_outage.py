@@ -26,7 +26,7 @@ def look(serves: bool = True, start: bool = True, docker: str = "", machine: str
             "deploy": {"start": ["switch to it"] if start else [], "stop_services": []},
         },
         "state": {
-            "healthy": serves,
+            "engines": [{"healthy": serves}],
             "docker": {"containers": containers},
             "os": {"machine_id": machine, "boot_id": "b"},
         },

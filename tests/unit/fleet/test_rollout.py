@@ -13,7 +13,7 @@ from sparkfleet.reporting.report import names
 
 
 def fleet(count: int, model: str = "m", first: int = 1, needed: bool = True) -> list[dict[str, Any]]:
-    return [{"name": f"s{number}", "model": model, "needed": needed} for number in range(first, first + count)]
+    return [{"name": f"s{number}", "models": [model], "needed": needed} for number in range(first, first + count)]
 
 
 def sizes(hosts: list[dict[str, Any]], canary: int, waves: Any) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 from typing import Any
 
@@ -12,7 +13,7 @@ from sparkfleet_host.bounded import GIB
 
 from sparkfleet import SparkfleetError
 from sparkfleet.planning import plan, preflight, variables
-from sparkfleet.planning.target import Settings, Target
+from sparkfleet.planning.target import EngineSettings, Settings, Target
 
 SERVICE = "vllm-llama31-8b-fp8"
 DIGEST = "sha256:" + "d" * 64
@@ -45,9 +46,16 @@ def bare() -> State:
         "cache": None,
         "project_dir": None,
         "token": {"present": False, "private": False, "current": False},
-        "model": {"commit": None, "complete": False, "bytes": 0},
-        "hub": {"status": 200, "error": ""},
-        "registry": {"host": "nvcr.io", "status": 401, "error": "", "failure": ""},
+        "engines": [
+            {
+                "image": None,
+                "registry": {"host": "nvcr.io", "status": 401, "error": "", "failure": ""},
+                "model": {"commit": None, "complete": False, "bytes": 0},
+                "hub": {"status": 200, "error": ""},
+                "listener": None,
+                "healthy": False,
+            }
+        ],
         "compose_file": None,
         "releases": {
             "current": None,
@@ -63,8 +71,6 @@ def bare() -> State:
             **dict.fromkeys(("installed", "active", "enabled", "current"), False),
             **{"program": "", "settings": None, "state": None},
         },
-        "listener": None,
-        "healthy": False,
     }
 
 
@@ -81,7 +87,6 @@ def prepared() -> State:
         "proxy": "",
         "no_proxy": "",
         "proxy_current": True,
-        "image": None,
         "containers": [],
     }
     state["toolkit"] = {"installed": True, "configured": True, "version": "1.19.0"}
@@ -103,9 +108,9 @@ def prepared() -> State:
 
 def fetched() -> State:
     state = prepared()
-    state["docker"]["image"] = {"id": "sha256:1", "digest": DIGEST, "size": 20 * GIB}
-    state["model"] = {"commit": COMMIT, "complete": True, "bytes": 9 * GIB}
-    state["hub"] = state["registry"] = None
+    state["engines"][0]["image"] = {"id": "sha256:1", "digest": DIGEST, "size": 20 * GIB}
+    state["engines"][0]["model"] = {"commit": COMMIT, "complete": True, "bytes": 9 * GIB}
+    state["engines"][0].update(hub=None, registry=None)
     return state
 
 
@@ -114,25 +119,30 @@ def serving(goal: Target | None = None) -> State:
     goal = goal or target()
     state = fetched()
     document = goal.document(state)
-    service = document["services"][goal.card.service]
     state["compose_file"] = "# a comment\n" + yaml.safe_dump(document)
     state["releases"].update(current=3, previous=2, numbers=[2, 3], newest_compose=state["compose_file"])
-    state["docker"]["containers"] = [container(goal.card.service, ports=[goal.settings.port])]
-    state["docker"]["containers"][0]["started_with"] = {
+    state["docker"]["containers"] = [started(document, goal.engines[0].service, goal.engines[0].port)]
+    state["engines"][0]["listener"] = {"pid": 7, "process": "docker-proxy"}
+    state["engines"][0]["healthy"] = True
+    return state
+
+
+def started(document: dict[str, Any], name: str, port: int) -> State:
+    """The container of a service, running as the compose file says."""
+    service, found = document["services"][name], container(name, ports=[port])
+    found["started_with"] = {
         "image": service["image"],
         "command": [word.replace("$$", "$") for word in service["command"]],
         "environment": {
             name: hashlib.sha256(value.encode()).hexdigest()
             for name, value in {**service["environment"], "PATH": "/usr/bin"}.items()
         },
-        "ports": [goal.settings.port],
+        "ports": [port],
         "published": sorted(port.rpartition(":")[0] for port in service["ports"]),
         "volumes": sorted(f"{volume}:rw" for volume in service["volumes"]),
         "restart": "unless-stopped",
     }
-    state["listener"] = {"pid": 7, "process": "docker-proxy"}
-    state["healthy"] = True
-    return state
+    return found
 
 
 def container(name: str, ours: bool = True, state: str = "running", ports: list[int] | None = None) -> State:
@@ -220,24 +230,102 @@ def test_a_changed_argument_is_a_release() -> None:
 
 def test_a_release_says_what_it_is() -> None:
     made = plan.make(target(profile="low_latency", port=9000), fetched())["release"]
-    assert (
-        made["lock"].items()
-        >= {
+    assert made["plan"]["format"] == made["lock"]["format"] == 2
+    assert made["lock"]["engines"] == [
+        {
             "model": "llama31-8b-fp8",
             "profile": "low_latency",
+            "repo": "nvidia/Llama-3.1-8B-Instruct-FP8",
             "service": SERVICE,
             "revision": COMMIT,
             "image": f"nvcr.io/nvidia/vllm:25.09-py3@{DIGEST}",
             "port": 9000,
-        }.items()
-    )
+        }
+    ]
     assert "@" in made["lock"]["controller"]
-    assert made["plan"]["verify"]["expect"] == "Paris" and made["plan"]["memory"]["fits"]
+    (engine,) = made["plan"]["engines"]
+    assert engine["verify"]["expect"] == "Paris" and engine["memory"]["fits"]
+
+
+TWO = (
+    EngineSettings("llama31-8b-fp8", arguments={"gpu_memory_utilization": 0.3, "max_model_len": 8192}),
+    EngineSettings("qwen3-8b-fp8", port=8001, arguments={"gpu_memory_utilization": 0.3, "max_model_len": 8192}),
+)
+
+
+def two(state: State) -> State:
+    """The host of a test with two engines, of which it knows the same."""
+    state["engines"].append(copy.deepcopy(state["engines"][0]))
+    return state
+
+
+def test_two_engines_are_planned_together() -> None:
+    goal = target(engines=TWO)
+    made = plan.make(goal, two(fetched()))
+    assert made["findings"] == []
+    assert [(engine["model"], engine["port"]) for engine in made["engines"]] == [
+        ("llama31-8b-fp8", 8000),
+        ("qwen3-8b-fp8", 8001),
+    ]
+    services = made["compose"]["services"]
+    assert list(services) == [SERVICE, "vllm-qwen3-8b-fp8"]
+    assert services["vllm-qwen3-8b-fp8"]["ports"] == ["8001:8000"]
+    first, second = (engine["memory"] for engine in made["engines"])
+    assert second["available_gib"] == pytest.approx(first["left_gib"])  # what the first takes is not there any more
+    assert [engine["port"] for engine in made["release"]["lock"]["engines"]] == [8000, 8001]
+    assert any("ports 8000, 8001 are open" in note for note in made["notes"])
+
+
+def test_two_engines_that_do_not_fit_together() -> None:
+    engines = [dataclasses.replace(engine, arguments={"gpu_memory_utilization": 0.6}) for engine in TWO]
+    assert ids(target(engines=engines), two(fetched())) == ["memory-short"]
+    assert ids(target(engines=engines[:1]), fetched()) == []
+
+
+def test_what_an_engine_lacks_is_fetched_for_it_alone() -> None:
+    state = two(fetched())
+    state["engines"][1] = bare()["engines"][0]
+    made = plan.make(target(engines=TWO), state)
+    assert [(engine["fetch_image"], engine["fetch_model"]) for engine in made["engines"]] == [
+        (False, False),
+        (True, True),
+    ]
+    assert made["fetch"]["needed"] and len(made["fetch"]["model"]) == 1
+
+
+def test_each_engine_is_seen_to() -> None:
+    goal = target(engines=TWO)
+    state = two(fetched())
+    document = goal.document(state)
+    state["compose_file"] = yaml.safe_dump(document)
+    state["releases"].update(current=1, numbers=[1], newest_compose=state["compose_file"])
+    services = list(document["services"])
+    state["docker"]["containers"] = [started(document, services[0], 8000)]
+    state["engines"][0]["healthy"] = True
+    assert plan.make(goal, state)["deploy"]["start"] == [f"create and start {services[1]}"]
+    state["docker"]["containers"].append(started(document, services[1], 8001))
+    made = plan.make(goal, state)["deploy"]
+    assert made["start"] == [] and made["wait"] == [f"wait for {services[1]}"]
+    state["engines"][1]["healthy"] = True
+    assert not plan.make(goal, state)["deploy"]["needed"]
+    only = target(engines=TWO[:1])
+    state["engines"].pop()
+    assert plan.make(only, state)["deploy"]["start"] == [f"switch to it, stopping {services[1]}"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [({"port": 8000}, "the same port: 8000"), ({"model": "llama31-8b-fp8"}, "the same service: " + SERVICE)],
+)
+def test_engines_of_a_host_differ(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(SparkfleetError, match=problem):
+        target(engines=(TWO[0], dataclasses.replace(TWO[1], **changes)))
 
 
 def switching(state: State, to: Target) -> State:
     """The same host while somebody else switches it to ``to``."""
-    journal = {"to": 4, "model": to.card.name, "controller": "bob@laptop", "verb": "upgrade", "phase": "waiting"}
+    journal = {"to": 4, "models": [to.engines[0].card.name], "controller": "bob@laptop", "verb": "upgrade"}
+    journal["phase"] = "waiting"
     text = yaml.safe_dump(to.document(state))
     state["releases"].update(switch=journal, switch_active=True, switch_compose=text)
     return state
@@ -258,11 +346,11 @@ def test_another_run_that_does_the_same_is_joined() -> None:
 
 def test_an_image_for_another_processor_never_stops_what_runs() -> None:
     state = serving()
-    state["docker"]["image"]["architecture"] = "amd64"
+    state["engines"][0]["image"]["architecture"] = "amd64"
     findings = plan.make(target(arguments={"max_num_seqs": 32}), state)["findings"]
     assert [finding["id"] for finding in findings] == ["image-platform"]
     assert "is built for amd64, the host is aarch64" in findings[0]["message"]
-    state["docker"]["image"]["architecture"] = "arm64"
+    state["engines"][0]["image"]["architecture"] = "arm64"
     assert plan.make(target(), state)["findings"] == []
 
 
@@ -279,7 +367,7 @@ def test_an_image_for_another_processor_never_stops_what_runs() -> None:
 def test_an_image_is_for_the_host_s_processor(machine: str, built: str, refused: bool) -> None:
     state = fetched()
     state["os"]["machine"] = machine
-    state["docker"]["image"]["architecture"] = built
+    state["engines"][0]["image"]["architecture"] = built
     assert ("image-platform" in ids(target(), state)) is refused
 
 
@@ -305,7 +393,7 @@ def test_a_container_that_drifted_is_recreated(key: str, value: Any) -> None:
 
 def test_a_model_that_is_to_be_hashed_is_still_the_one_that_is_deployed() -> None:
     state = serving()
-    state["model"] |= {"complete": False, "suspect": "a verification failed", "missing": []}
+    state["engines"][0]["model"] |= {"complete": False, "suspect": "a verification failed", "missing": []}
     made = plan.make(target(), state)
     assert made["fetch"]["needed"] and not made["deploy"]["needed"]
 
@@ -385,8 +473,8 @@ def test_code_of_a_repository_is_noted() -> None:
 
 
 def test_code_of_a_repository_is_fetched_where_the_engine_is_to_run_it() -> None:
-    assert plan.make(target(), bare())["remote_code"] is False
-    assert plan.make(target(arguments={"trust_remote_code": True}), bare())["remote_code"] is True
+    assert plan.make(target(), bare())["engines"][0]["remote_code"] is False
+    assert plan.make(target(arguments={"trust_remote_code": True}), bare())["engines"][0]["remote_code"] is True
 
 
 GATEWAYS: dict[str, Any] = {"gateways": ("gateway-1",)}
@@ -396,7 +484,10 @@ def test_with_gateways_the_engine_listens_where_they_reach_it() -> None:
     goal = target(**GATEWAYS)
     state = {**serving(), "reached_at": ["192.0.2.11"]}
     made = plan.make(goal, state)
-    assert made["compose"]["services"][goal.card.service]["ports"] == ["127.0.0.1:8000:8000", "192.0.2.11:8000:8000"]
+    assert made["compose"]["services"][goal.engines[0].service]["ports"] == [
+        "127.0.0.1:8000:8000",
+        "192.0.2.11:8000:8000",
+    ]
     assert made["deploy"]["stage"]  # it was everywhere
     again = serving(goal) | {"reached_at": ["192.0.2.11"]}
     again["compose_file"] = yaml.safe_dump(goal.document(again))
@@ -430,7 +521,7 @@ def test_another_key_restarts_the_engine() -> None:
 
 def test_an_engine_that_still_starts_is_only_waited_for() -> None:
     state = serving()
-    state["healthy"] = False
+    state["engines"][0]["healthy"] = False
     deployment = plan.make(target(), state)["deploy"]
     assert deployment["wait"] and not (deployment["start"] or deployment["stage"] or deployment["stop_services"])
 
@@ -438,7 +529,7 @@ def test_an_engine_that_still_starts_is_only_waited_for() -> None:
 def test_a_stopped_container_is_started() -> None:
     state = serving()
     state["docker"]["containers"][0]["state"] = "exited"
-    state["healthy"], state["listener"] = False, None
+    state["engines"][0]["healthy"], state["engines"][0]["listener"] = False, None
     assert plan.make(target(), state)["deploy"]["start"] == [f"start {SERVICE} (exited)"]
 
 
@@ -539,7 +630,9 @@ def test_an_edited_file_gives_way_to_a_release() -> None:
     ],
 )
 def test_refusals(change: State, identifier: str, words: str) -> None:
-    state = {**bare(), **change}
+    state = bare()
+    for key, value in change.items():
+        (state if key in state else state["engines"][0])[key] = value
     found = plan.make(target(), state)["findings"]
     assert [finding["id"] for finding in found] == [identifier]
     assert words in found[0]["message"]
@@ -547,7 +640,7 @@ def test_refusals(change: State, identifier: str, words: str) -> None:
 
 def test_missing_token_is_told_from_a_rejected_one() -> None:
     state = bare()
-    state["hub"], state["token"]["current"] = {"status": 401, "error": "GatedRepo"}, True
+    state["engines"][0]["hub"], state["token"]["current"] = {"status": 401, "error": "GatedRepo"}, True
     found = plan.make(target(), state)["findings"]
     assert found[0]["id"] == "hub-token-missing"
     assert "sparkfleet_hf_token" in found[0]["message"]
@@ -580,7 +673,7 @@ def test_disk_counts_what_is_there_already() -> None:
     state = bare()
     state["disk"] = {"cache": {"free": 5 * GIB, "device": 1}, "docker": {"free": 99 * GIB, "device": 2}}
     assert ids(target(), state) == ["disk-full"]
-    state["model"]["bytes"] = 6 * GIB
+    state["engines"][0]["model"]["bytes"] = 6 * GIB
     assert ids(target(), state) == []
 
 
@@ -648,7 +741,7 @@ def test_images_that_do_not_run_on_a_gb10(image: str) -> None:
 
 def test_without_root_nothing_else_is_said() -> None:
     state = {**prepared(), "user": {"id": 1000, "name": "nvidia"}}
-    state["listener"] = {"pid": 0, "process": ""}
+    state["engines"][0]["listener"] = {"pid": 0, "process": ""}
     (finding,) = plan.make(target(), state)["findings"]
     assert finding["id"] == "not-root" and finding["message"].startswith("needs root, runs as nvidia. Set become: true")
     assert "--become" in finding["message"]
@@ -667,9 +760,9 @@ def test_every_finding_at_once() -> None:
     state["toolkit"]["version"] = "1.10.0"
     state["memory"]["available"] = 30 * GIB
     state["disk"]["cache"] = {"free": GIB, "device": 2}
-    state["listener"] = {"pid": 1, "process": "x"}
-    state["registry"] = {"host": "nvcr.io", "status": 0, "error": "refused", "failure": "registry-unreachable"}
-    state["hub"] = {"status": 403, "error": "GatedRepo"}
+    state["engines"][0]["listener"] = {"pid": 1, "process": "x"}
+    state["engines"][0]["registry"].update(status=0, error="refused", failure="registry-unreachable")
+    state["engines"][0]["hub"] = {"status": 403, "error": "GatedRepo"}
     found = ids(target(image="vllm/vllm-openai:latest"), state)
     assert found == [
         *("not-a-spark", "driver-too-old", "os-unsupported", "machine-unsupported", "clock-wrong", "compose-too-old"),
@@ -685,7 +778,7 @@ def test_memory_is_compared_with_what_will_be_free() -> None:
     # another model replaces the one that runs, and may have its memory
     assert ids(target(model="qwen3-8b-fp8"), state) == []
     state["docker"]["containers"] = []
-    state["listener"], state["healthy"] = None, False
+    state["engines"][0]["listener"], state["engines"][0]["healthy"] = None, False
     found = plan.make(target(), state)["findings"]
     assert [finding["id"] for finding in found] == ["memory-short"]
     assert "would refuse to start" in found[0]["message"]
@@ -712,10 +805,10 @@ def test_a_proxy_is_given_to_docker() -> None:
 
 
 def test_tool_calls_are_the_cards_and_can_be_left_out() -> None:
-    assert target().arguments["tool_call_parser"] == "llama3_json"
-    assert "tool_call_parser" not in target(tool_calls=False).arguments
-    assert "tool_call_parser" not in target(model_source="hub").arguments
-    assert target(arguments={"tool_call_parser": "mine"}).arguments["tool_call_parser"] == "mine"
+    assert target().engines[0].arguments["tool_call_parser"] == "llama3_json"
+    assert "tool_call_parser" not in target(tool_calls=False).engines[0].arguments
+    assert "tool_call_parser" not in target(model_source="hub").engines[0].arguments
+    assert target(arguments={"tool_call_parser": "mine"}).engines[0].arguments["tool_call_parser"] == "mine"
 
 
 def test_environment_comes_on_top_of_the_cards() -> None:

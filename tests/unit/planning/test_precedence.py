@@ -40,7 +40,7 @@ def merged(
         *(None, None, loader, Templar(loader, variables=variables), None),
     )
     values = {**action._values(variables), "sparkfleet_profile": profile}
-    return dict(Target.of(Settings.of(settle(values))).arguments)
+    return dict(Target.of(Settings.of(settle(values))).engines[0].arguments)
 
 
 def line(value: object, name: str = "max_num_seqs") -> str:
