@@ -33,12 +33,14 @@ ROLE = f"""\
   gather_facts: false
   roles:
     - role: sparkfleet.dgx.endpoint
-      endpoint_model: {REPOSITORY}
-      endpoint_question:
-        question: What is the capital of France? Answer in one short sentence.
-        expect: Paris
-        prompt: The capital of France is
-        prompt_expect: Paris
+      endpoint_engines:
+        - repo: {REPOSITORY}
+          port: 8000
+          verify:
+            question: What is the capital of France? Answer in one short sentence.
+            expect: Paris
+            prompt: The capital of France is
+            prompt_expect: Paris
 """
 WHERE = """\
 - name: Where reports go

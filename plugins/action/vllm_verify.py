@@ -61,11 +61,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         if engines is None:
             return self._verify(arguments, report, task_vars, result)
         results: list[dict[str, Any]] = []
-        for engine in engines:
+        for index, engine in enumerate(engines):
             asked = {**arguments, **question(engine)}
-            path = report if len(engines) == 1 or not report else beside(report, str(engine["service"]))
+            path = report if len(engines) == 1 or not report else beside(report, str(engine.get("service") or index))
             answer = self._verify(asked, path, task_vars, result)
-            results.append({"service": engine["service"], **answer})
+            results.append({"service": engine.get("service", ""), **answer})
             if answer.get("failed"):
                 break
         return {**answer, "engines": results} if len(engines) > 1 else answer
@@ -94,13 +94,19 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         return {**result, **kept, "changed": False, "failed": True, "failure": failure, "msg": message}
 
 
-def question(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """The module's options for an engine of a plan."""
-    asked = engine["verify"]
+def question(engine: Any) -> dict[str, Any]:
+    """The module's options for an engine of a plan. Raises AnsibleActionFail for what is not one."""
+    asked = engine.get("verify") if isinstance(engine, Mapping) else None
+    needed = ("question", "expect", "prompt", "prompt_expect")
+    if not isinstance(asked, Mapping) or {"repo", "port"} - {*engine} or {*needed} - {*asked}:
+        raise AnsibleActionFail(
+            f"vllm_verify: engines: {printable(repr(engine), 200)} is not an engine: it needs repo, port and "
+            f"verify with {', '.join(needed)}"
+        )
     return {
         "url": f"http://127.0.0.1:{engine['port']}",
         "model": engine["repo"],
-        **{key: asked[key] for key in ("question", "expect", "prompt", "prompt_expect")},
+        **{key: asked[key] for key in needed},
         "max_tokens": asked.get("max_tokens") or 32,
     }
 

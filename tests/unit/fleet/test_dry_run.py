@@ -122,7 +122,8 @@ def test_words_of_the_command_line_are_numbers_where_numbers_are_wanted() -> Non
     paper = dry_run.make(
         {"s1": {"sparkfleet_port": "8001", "sparkfleet_memory_reserve_gib": "6", "sparkfleet_drained": "no"}}
     )
-    assert paper.kinds[0].engines[0].plan and paper.kinds[0].plan["reserve_gib"] == 6 and not paper.drained
+    (planned,) = paper.kinds[0].engines
+    assert planned.plan and planned.plan["reserve_gib"] == 6 and not paper.drained
 
 
 def test_a_policy_is_one() -> None:

@@ -451,14 +451,14 @@ exit {code}
 
 def bundle_for(target: Target, folder: Path, system: dict[str, str]) -> Target:
     made = fill(Bundle.open(folder), system=system)
-    made.models = {f"{target.card.repo}@{target.revision}": made.models[f"{REPO}@main"]}
+    made.models = {f"{target.engines[0].card.repo}@{target.engines[0].revision}": made.models[f"{REPO}@main"]}
     return dataclasses.replace(target, bundle=made)
 
 
 def spark_here() -> dict[str, Any]:
     state = bare()
     state["os"]["codename"] = "noble"
-    state["hub"] = state["registry"] = None  # nobody was asked
+    state["engines"][0].update(hub=None, registry=None)  # nobody was asked
     return state
 
 
@@ -478,7 +478,7 @@ def test_what_a_bundle_lacks_is_one_finding(tmp_path: Path) -> None:
     assert finding["id"] == "bundle"
     for words in (
         "no image nvcr.io/nvidia/vllm:25.10-py3 (it has nvcr.io/nvidia/vllm:25.09-py3)",
-        f"no model {other.card.repo}@other (it has {other.card.repo}@main)",
+        f"no model {other.engines[0].card.repo}@other (it has {other.engines[0].card.repo}@main)",
         "packages for debian trixie aarch64, the host is ubuntu noble aarch64",
         "1 of 6 files missing or cut, such as packages/a_1_arm64.deb",
         "sparkfleet bundle",
@@ -496,14 +496,14 @@ def test_a_spark_that_has_all_needs_nothing_of_it(tmp_path: Path) -> None:
 def test_an_image_out_of_a_bundle_is_pinned_as_docker_knows_it() -> None:
     state = fetched()
     mirror = f"127.0.0.1:9111/nvidia/vllm@{DIGEST}"
-    state["docker"]["image"] |= spark_state.pinned({"RepoDigests": [mirror]})
+    state["engines"][0]["image"] |= spark_state.pinned({"RepoDigests": [mirror]})
     service = target().document(state)["services"]["vllm-llama31-8b-fp8"]
     assert service["image"] == mirror
     own = f"nvcr.io/nvidia/vllm@{DIGEST}"
     foreign = "registry.example/copy@sha256:" + "9" * 64
     found = spark_state.pinned({"RepoDigests": [mirror, foreign, own]}, own.partition("@")[0] + ":1")
     assert found["digest"] == own.partition("@")[2]
-    state["docker"]["image"] |= spark_state.pinned({"RepoDigests": [mirror, own]})
+    state["engines"][0]["image"] |= spark_state.pinned({"RepoDigests": [mirror, own]})
     service = target().document(state)["services"]["vllm-llama31-8b-fp8"]
     assert service["image"] == f"nvcr.io/nvidia/vllm:25.09-py3@{DIGEST}"
 

@@ -28,7 +28,7 @@ from tests.unit.plugins.test_fleet_actions import Stage
 
 MODEL = f"{REPO}@main"
 LOOK = {
-    "plan": {"image": IMAGE, "repo": REPO, "revision": "main"},
+    "plan": {"engines": [{"image": IMAGE, "repo": REPO, "revision": "main"}]},
     "state": {"os": SYSTEM},
 }
 

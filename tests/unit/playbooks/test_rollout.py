@@ -24,7 +24,7 @@ from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 
 FOLDER = Path(os.environ["STAND_IN"])
-STATE = {"docker": {"containers": []}, "healthy": False, "os": {}}
+STATE = {"docker": {"containers": []}, "engines": [{"healthy": False}], "os": {}}
 
 class ActionModule(ActionBase):
     def run(self, tmp=None, task_vars=None):
@@ -48,14 +48,16 @@ class ActionModule(ActionBase):
         needed = host in script["needed"] and not done.exists()
         if name == "spark_plan":
             return {"changed": False, "plan": plan(needed), "state": STATE}
-        return {"changed": name == "release_switch", "release": {"number": 2, "model": "m"}}
+        return {"changed": name == "release_switch", "release": {"number": 2, "engines": [{"model": "m"}]}}
 
 def plan(needed):
     deploy = {"needed": needed, "stage": [], "start": ["x"], "stop": [], "wait": [], "release": 2, "mode": "deploy",
               "recreate": False, "new_key": False, "stop_services": []}
     verify = {"question": "q", "expect": "e", "prompt": "p", "prompt_expect": "e"}
-    return {"model": "m", "repo": "o/m", "compose": {}, "release": {"plan": {}, "lock": {}}, "service": "vllm-m",
-            "prepare": {"needed": False}, "fetch": {"needed": False}, "deploy": deploy, "verify": verify}
+    engine = {"model": "m", "profile": "throughput", "repo": "o/m", "service": "vllm-m", "port": 8000, "verify": verify,
+              "image": "i:1", "revision": "main", "remote_code": False, "fetch_image": False, "fetch_model": False}
+    return {"engines": [engine], "compose": {}, "release": {"plan": {}, "lock": {}}, "prepare": {"needed": False},
+            "fetch": {"needed": False}, "deploy": deploy}
 """
 ACTIONS = (
     "spark_plan",

@@ -19,7 +19,12 @@ ENGINE: dict[str, Any] = {
     },
 }
 PLAN: dict[str, Any] = {
-    **{"model": "m", "compose": {}, "prepare": {"docker": ["install Docker"]}, "fetch": {"image": [], "model": []}},
+    **{
+        "engines": [{"model": "m"}],
+        "compose": {},
+        "prepare": {"docker": ["install Docker"]},
+        "fetch": {"image": [], "model": []},
+    },
     "deploy": {"needed": True, "stage": [], "start": [], "stop": [], "wait": []},
 }
 
@@ -66,7 +71,7 @@ def fleet(**looks: dict[str, Any]) -> dict[str, Any]:
 
 
 def planned(model: str = "m", needed: bool = True) -> dict[str, Any]:
-    return {"plan": {"model": model, "deploy": {"needed": needed}}}
+    return {"plan": {"engines": [{"model": model}], "deploy": {"needed": needed}}}
 
 
 def test_waves_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +125,7 @@ def test_a_spark_that_cannot_be_planned_stops_the_rollout(monkeypatch: pytest.Mo
 
 def test_status_takes_one_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(monkeypatch, "spark_status")
-    look = {"plan": PLAN, "state": {"status": ENGINE, "healthy": True}}
+    look = {"plan": PLAN, "state": {"status": ENGINE, "engines": [{"healthy": True}]}}
     row = stage.run({"inventory_hostname": "s1", "sparkfleet_drained": "yes"}, look=look)["summary"]
     assert stage.asked == [] and row["drift"] == ["install Docker"] and row["drained"] is True
     assert "1 difference" in stage.printed[0]

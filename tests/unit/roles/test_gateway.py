@@ -214,7 +214,7 @@ def test_the_plan_of_a_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_models_of_a_rollout_that_did_not_come_to_its_end_keep_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
     run = inventory()
     run["groups"]["sparkfleet_rollout"] = ["spark-1", "spark-2"]
-    locks = {"3": {"model": "qwen3-8b-fp8"}, "4": {"model": "gpt-oss-20b"}}
+    locks = {"3": {"engines": [{"model": "qwen3-8b-fp8"}]}, "4": {"engines": [{"model": "gpt-oss-20b"}]}}
     look = {"state": {"releases": {"current": 3, "locks": locks}}}
     run["hostvars"]["spark-1"]["sparkfleet_inspection"] = look
     run["hostvars"]["spark-2"].update(sparkfleet_inspection=look, sparkfleet_rollout_done=True)
