@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparkfleet_host.bounded import BoundsError, as_int, as_number, as_str, printable
-from sparkfleet_host.releases import NUMBERS, check_journal, storable
+from sparkfleet_host.release_format import NUMBERS, check_journal, storable
 
 from sparkfleet.diagnosis import failures, startup_log
 from sparkfleet.diagnosis.startup import Watch, explain
