@@ -1170,6 +1170,280 @@ def test_a_container_is_recreated_where_that_is_asked_for(store: Store, world: W
     assert outcome and outcome["container_ids"] == again["container_ids"]
 
 
+# -- more than one engine ----------------------------------------------------------------------------------------------
+
+FIRST, SECOND, THIRD = "vllm-first", "vllm-second", "vllm-third"
+PORTS = {FIRST: 8001, SECOND: 8002, THIRD: 8003}
+
+
+def stage_all(store: Store, world: World, **tags: str) -> int:
+    """A release with these engines, each with a tag that stands for how it is defined."""
+    engines = [fake_release.an_engine(f"vllm-{name}", PORTS[f"vllm-{name}"]) for name in tags]
+    world.ports.update(PORTS)
+    services = "".join(f"  vllm-{name}: {{image: 'x:{tag}'}}\n" for name, tag in tags.items())
+    return store.stage(f"services:\n{services}", fake_release.plan(*engines), fake_release.lock(*engines))
+
+
+@pytest.fixture
+def both(store: Store, world: World) -> int:
+    """A release of two engines serves."""
+    number = stage_all(store, world, first="1", second="1")
+    assert run(store, number)["outcome"] == "verified"
+    world.did.clear()
+    return number
+
+
+def test_engines_start_one_after_the_other_in_the_order_of_the_release(
+    store: Store, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    world.step = events.append
+    healthy = world.healthy
+
+    def noted(client: http.Client) -> bool:
+        events.append(f"healthy {world.at(client.port)}")
+        return healthy(client)
+
+    monkeypatch.setattr(engine, "healthy", noted)
+    journal = run(store, stage_all(store, world, second="1", first="1"))
+    assert events == [
+        *(f"up {SECOND}", f"healthy {SECOND}", f"up {FIRST}", f"healthy {FIRST}", "verify", "verify"),
+    ]
+    assert world.did == ["drop", "up 1", "drop", "up 1"] and journal["outcome"] == "verified"
+    assert [(step["phase"], step.get("container")) for step in journal["steps"]] == [
+        *(("checking", None), ("stopping", None), ("starting", SECOND), ("waiting", SECOND), ("starting", FIRST)),
+        *(("waiting", FIRST), ("verifying", SECOND), ("verifying", FIRST), ("committing", None), ("done", None)),
+    ]
+    assert journal["models"] == ["second", "first"] and journal["container_ids"] == world.ids
+    assert {service: found["answer"] for service, found in journal["verifications"].items()} == {
+        **{SECOND: "Paris", FIRST: "Paris"},
+    }
+    assert (store.outcome(1) or {})["container_ids"] == world.ids
+
+
+@pytest.mark.parametrize("mode", ["deploy", "rollback"])
+def test_an_engine_that_is_the_same_keeps_running_and_is_verified(
+    store: Store, world: World, both: int, mode: str
+) -> None:
+    before = dict(world.ids)
+    journal = run(store, stage_all(store, world, first="1", second="2"), mode)
+    assert world.did == [f"stop {SECOND}", "drop", "up 2"]
+    assert (journal["outcome"], journal["kept"]) == ("verified", [FIRST]) and world.ids[FIRST] == before[FIRST]
+    assert {*journal["verifications"]} == {FIRST, SECOND} and journal["out_of_service_s"] is not None
+    assert (store.outcome(2) or {})["container_ids"] == world.ids
+
+
+def test_a_release_that_only_drops_or_adds_an_engine_leaves_the_others(store: Store, world: World, both: int) -> None:
+    assert run(store, stage_all(store, world, first="1"))["outcome"] == "verified"
+    assert world.did == [f"stop {SECOND}", f"remove {SECOND}"] and world.containers == {FIRST: "running"}
+    world.did.clear()
+    journal = run(store, stage_all(store, world, third="1", first="1"))
+    assert world.did == ["drop", "up 3"] and journal["kept"] == [FIRST] and journal["stopped_at"] is None
+    world.did.clear()
+    assert run(store, stage_all(store, world, first="1", third="1"))["outcome"] == "verified"
+    assert world.did == []  # nothing but the order
+
+
+@pytest.mark.parametrize("how", ["stopped", "silent", "another container", "never verified", "recreate", "new key"])
+def test_only_an_engine_that_serves_as_it_was_verified_is_kept(
+    store: Store, world: World, both: int, key: Path, how: str
+) -> None:
+    request = {"id": "a", "mode": "deploy", "keep": 3}
+    if how == "stopped":
+        world.containers[FIRST] = "exited"
+    elif how == "silent":
+        world.bad[FIRST] = "silent"
+        world.step = lambda what: world.bad.pop(FIRST, None) if what == f"up {FIRST}" else None
+    elif how == "another container":
+        world.ids[FIRST] = "made by hand"
+    elif how == "never verified":
+        store.commit(both, 5.0)
+    else:
+        request["recreate" if how == "recreate" else "new_key"] = True
+        key.with_name("engine_key.next").write_text("new")
+    number = stage_all(store, world, first="1", second="2")
+    journal = Switch(store, Docker("/nowhere"), {**request, "to": number}, now=lambda: 5.0).run()
+    assert journal["outcome"] == "verified" and journal["kept"] == []
+    assert world.did.count("up 2") == 2
+
+
+def test_the_second_engine_fails_and_the_first_is_as_it_was(store: Store, world: World, both: int) -> None:
+    before = dict(world.ids)
+    for how in ("crash", "wrong", "silent", "port"):
+        world.did.clear()
+        started: list[str] = []
+
+        def fails_once(what: str, how: str = how, started: list[str] = started) -> None:
+            if what == f"up {SECOND}":
+                world.bad[SECOND] = "" if started else how
+                started.append(what)
+
+        world.step = fails_once
+        journal = run(store, stage_all(store, world, first="1", second=how))
+        assert journal["outcome"] == "restored" and journal["error"]["container"] == SECOND, how
+        assert not any(FIRST in what for what in world.did) and world.ids[FIRST] == before[FIRST]
+        assert world.containers == {FIRST: "running", SECOND: "running"} and store.current() == both
+        assert {*journal["verifications"]} == {FIRST, SECOND} and journal["kept"] == [FIRST]
+        assert (store.outcome(both) or {})["container_ids"] == world.ids
+
+
+def test_a_kept_engine_that_hangs_is_started_anew_before_that_is_a_failure(
+    store: Store, world: World, both: int
+) -> None:
+    world.bad[FIRST] = "wrong"
+    world.step = lambda what: world.bad.pop(FIRST, None) if what == f"up {FIRST}" else None
+    journal = run(store, stage_all(store, world, first="1", second="2"))
+    assert journal["outcome"] == "verified" and journal["kept"] == []
+    assert world.did == [f"stop {SECOND}", "drop", "up 2", f"stop {FIRST}", "drop", "up 2"]
+    world.bad[FIRST] = "wrong"
+    world.step = lambda what: None
+    journal = run(store, stage_all(store, world, first="1", second="3"))
+    assert journal["outcome"] == "failed" and journal["error"]["container"] == FIRST
+    assert world.containers == {FIRST: "running", SECOND: "running"}  # to be looked at
+
+
+def restart(store: Store, *services: str) -> dict[str, Any]:
+    request = {"id": "abc", "to": store.current(), "mode": "restart", "keep": 3, "services": [*services]}
+    ticks = iter(range(100, 10_000))
+    return Switch(store, Docker("/nowhere"), request, now=lambda: float(next(ticks))).run()
+
+
+def test_a_restart_is_of_all_engines_or_of_those_that_are_named(store: Store, world: World, both: int) -> None:
+    assert restart(store)["outcome"] == "verified"
+    assert world.did == [f"stop {FIRST}", f"stop {SECOND}", "drop", "up 1", "drop", "up 1"]
+    world.did.clear()
+    journal = restart(store, SECOND)
+    assert journal["outcome"] == "verified" and world.did == [f"stop {SECOND}", "drop", "up 1"]
+    assert (journal["services"], journal["kept"]) == ([SECOND], [FIRST])
+    world.did.clear()
+    journal = restart(store, "vllm-none")
+    assert journal["outcome"] == "refused" and world.did == [] and journal["error"]["failure"] == "bad-input"
+    assert journal["error"]["message"] == f"release 1 has no engine vllm-none; it has {FIRST}, {SECOND}"
+
+
+def test_a_restart_of_one_engine_that_fails_stops_no_other(store: Store, world: World, both: int) -> None:
+    world.bad[SECOND] = "crash"
+    assert restart(store, SECOND)["outcome"] == "failed"
+    assert world.containers == {FIRST: "running", SECOND: "exited"}
+    world.bad = {FIRST: "crash"}
+    journal = restart(store)  # the rest of a release is started though one of it fails
+    assert journal["outcome"] == "failed" and journal["error"]["container"] == FIRST
+    assert world.containers == {FIRST: "exited", SECOND: "running"} and {*journal["verifications"]} == {SECOND}
+
+
+def test_the_rest_of_a_release_comes_back_though_one_engine_does_not(store: Store, world: World, both: int) -> None:
+    number = stage_all(store, world, third="1")
+    world.bad = {THIRD: "crash", FIRST: "crash"}
+    journal = run(store, number)
+    assert journal["outcome"] == "failed" and journal["restore_error"]["container"] == FIRST
+    assert world.containers[FIRST] == "exited" and world.containers[SECOND] == "running"
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_cut_anywhere_the_engine_that_was_kept_stays(store: Store, world: World, both: int, phase: str) -> None:
+    world.cut = phase
+    with pytest.raises(PowerCut):
+        run(store, stage_all(store, world, first="1", second="2"))
+    world.cut = None
+    kept = store.switch()
+    assert kept and kept["kept"] == [FIRST]
+    journal = recover(store, Docker("/nowhere"))
+    assert journal and journal["outcome"] == "restored" and not any(FIRST in what for what in world.did)
+    assert world.containers == {FIRST: "running", SECOND: "running"} and store.current() == both
+
+
+def test_after_a_reboot_every_engine_is_brought_back(store: Store, world: World, both: int) -> None:
+    world.cut = "waiting"
+    with pytest.raises(PowerCut):
+        run(store, stage_all(store, world, first="1", second="2"))
+    world.cut = None
+    world.containers.update({FIRST: "exited", SECOND: "exited"})
+    journal = recover(store, Docker("/nowhere"))
+    assert journal and journal["outcome"] == "restored" and journal["kept"] == []
+    assert world.containers == {FIRST: "running", SECOND: "running"}
+
+
+def test_a_restart_of_one_engine_that_was_cut_begins_again_with_it_alone(store: Store, world: World, both: int) -> None:
+    world.cut = "waiting"
+    with pytest.raises(PowerCut):
+        restart(store, SECOND)
+    world.cut = None
+    world.did.clear()
+    journal = recover(store, Docker("/nowhere"))
+    assert journal and journal["outcome"] == "verified" and journal["services"] == [SECOND]
+    assert not any(FIRST in what for what in world.did) and "up 1" in world.did
+
+
+def test_a_switch_of_format_1_that_was_cut_is_ended(store: Store, world: World, deployed: int) -> None:
+    """The program was upgraded while the host was down: release and journal are of the version before."""
+    number = stage(store, NEW)
+    for release, service in ((deployed, OLD), (number, NEW)):
+        plan, lock = fake_release.flat(fake_release.an_engine(service, model=service), number=release)
+        for name, data in (("plan.json", plan), ("lock.json", lock)):
+            (store.folder(release) / name).chmod(0o644)
+            (store.folder(release) / name).write_text(json.dumps(data))
+        (store.folder(release) / ".sealed.json").unlink()
+    world.containers = {OLD: "exited", NEW: "running"}
+    old = {"id": "a", "to": number, "from": deployed, "model": NEW, "from_model": OLD, "phase": "waiting", "began": 5.0}
+    releases.write_json(
+        store.state_dir / "switch.json", {**old, "container": NEW, "container_id": "", "steps": [], "mode": "deploy"}
+    )
+    journal = recover(store, Docker("/nowhere"))
+    assert journal and journal["outcome"] == "restored" and world.containers == {OLD: "running"}
+    assert (journal["models"], journal["from_models"]) == ([NEW], [OLD]) and store.current() == deployed
+
+
+@given(
+    bad=st.dictionaries(st.sampled_from([FIRST, SECOND]), st.sampled_from(["crash", "wrong", "port"]), max_size=2),
+    cuts=st.lists(st.integers(0, 60), max_size=3),
+    to=st.sampled_from(["other", "same", "restart", "one"]),
+)
+def test_whatever_is_cut_all_engines_of_a_release_serve(
+    bad: dict[str, str], cuts: list[int], to: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("world")
+    store = Store(folder / "project", folder / "state", str(folder / "lock"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        world = World(monkeypatch, store)
+        assert run(store, stage_all(store, world, first="1", second="1"))["outcome"] == "verified"
+        tags = {"other": {"first": "1", "second": "2"}, "same": {"second": "1", "first": "1"}}.get(to)
+        number = stage_all(store, world, **tags) if tags else 1
+        left: list[int] = []
+
+        def tick(_what: str = "") -> None:
+            if left:
+                left[0] -= 1
+                if left[0] < 0:
+                    left.clear()
+                    raise PowerCut
+
+        world.step = tick
+        world.bad = dict(bad)
+        begun = True
+        try:
+            left[:] = cuts[:1]
+            restart(store, *([SECOND] if to == "one" else [])) if number == 1 else run(store, number)
+        except PowerCut:
+            begun = interrupted(store)
+        waiting = cuts[1:]
+        while interrupted(store):
+            left[:], waiting = waiting[:1], waiting[1:]
+            with contextlib.suppress(PowerCut):
+                recover(store, Docker("/nowhere"))
+        ended = store.switch()
+        if not begun or not ended:
+            return
+        running = {name for name, state in world.containers.items() if state == "running"}
+        if ended["outcome"] in ("verified", "restored"):
+            assert running == {FIRST, SECOND} and not (ended["outcome"] == "verified" and "wrong" in bad.values())
+            assert store.current() == (number if ended["outcome"] == "verified" else 1)
+            assert (store.outcome(store.current() or 0) or {})["container_ids"] == {
+                service: world.ids[service] for service in running
+            }
+        else:
+            assert ended["outcome"] in ("failed", "refused") and (bad or not cuts)
+
+
 # -- cut anywhere ----------------------------------------------------------------------------------------------------
 
 
