@@ -63,4 +63,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             return result
         names = ", ".join(item.id for item in wrong)
         serves = "it serves" if result["serves"] else "it does not serve"
+        healthy = [bool(engine["healthy"]) for engine in answer["facts"]["engines"]]
+        if len(healthy) > 1 and not result["serves"]:
+            serves = f"{sum(healthy)} of {len(healthy)} engines serve"
         return {**result, "failed": True, "failure": wrong[0].id, "msg": f"{host}: {serves}; found: {names}"}

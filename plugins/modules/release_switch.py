@@ -8,8 +8,10 @@ DOCUMENTATION = r"""
 module: release_switch
 short_description: Switches to a release, or back to what ran before
 description:
-  - Starts a job on the host that stops the old engine, starts the new one, waits, verifies it, and makes it the
-    current release; on any failure the old one is started and verified again. The job outlives the connection.
+  - Starts a job on the host that stops the old engines, starts the new ones one after the other, waits, verifies them,
+    and makes the release the current one; on any failure the old ones are started and verified again. The job outlives
+    the connection.
+  - An engine that both releases define in the same way keeps running, and is verified with the others.
   - Whatever can be known is checked first; where there is a problem nothing is stopped. A release that runs already,
     in the container that was verified, is left alone by O(mode=deploy).
   - The module alone begins the job, or joins one that switches to the same release, and looks at it for O(slice)
@@ -33,6 +35,11 @@ options:
     type: bool
     default: true
   lock: {description: In check mode what the release is pinned to where it is not staged., type: dict, default: {}}
+  services:
+    description: With O(mode=restart) the engines (services of the compose file) that are restarted; empty for all.
+    type: list
+    elements: str
+    default: []
   recreate: {description: Recreate the container though its file has not changed., type: bool, default: false}
   new_key:
     description: Take the key that is staged in C(/etc/sparkfleet/engine_key.next); a switch that fails gives it back.
@@ -73,8 +80,8 @@ log_lines: {description: Its lines since the cursor., returned: always, type: li
 cursor: {description: Time of the last line read., returned: always, type: str}
 would: {description: Releases that would be pruned and what would be reclaimed., returned: check mode, type: dict}
 now: {description: Unix time of the host., returned: always, type: float}
-release: {description: By the action; number and model that serve now., returned: action, type: dict}
-previous: {description: By the action; number and model that served before., returned: action, type: dict}
+release: {description: By the action; number and models that serve now., returned: action, type: dict}
+previous: {description: By the action; number and models that served before., returned: action, type: dict}
 outcome: {description: "By the action; verified, restored, removed, refused or failed.", returned: action, type: str}
 out_of_service_s: {description: By the action; seconds without an answer., returned: action, type: float}
 reclaimed: {description: By the action; kind name and bytes of what was removed., returned: action, type: list}
@@ -82,7 +89,8 @@ reclaimed_bytes: {description: By the action; their sum., returned: action, type
 left: {description: By the action; what no release needs and stays and why., returned: action, type: list}
 troubles: {description: By the action; what could not be written or removed on the way., returned: action, type: list}
 seconds: {description: By the action; of the whole., returned: action, type: float}
-verification: {description: By the action; result of the verification., returned: action, type: dict}
+verification: {description: By the action; result of the first engine's verification., returned: action, type: dict}
+verifications: {description: By the action; results of the verifications by service., returned: action, type: dict}
 failure: {description: By the action; entry in the table of failures., returned: failure, type: str}
 """
 
@@ -105,8 +113,8 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.doc
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.engine import just_before, look, new_lines
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.guard import SETTINGS_FILE
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.precheck import precheck
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.release_format import DONE
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import (
-    DONE,
     GUARD_PATIENCE,
     HELD_BY_GUARD,
     HELD_BY_SWITCH,
@@ -129,9 +137,10 @@ def who(store: Store, journal: dict[str, Any] | None, holder: dict[str, Any] | N
         process = str((holder or {}).get("process") or "a process")
         return f"another switch is beginning: {process}{pid} holds {store.lock_file}"
     since = time.strftime("%H:%M:%S", time.localtime(journal["began"])) if journal["began"] else "some time"
+    models = ", ".join(dict.fromkeys(journal["models"])) or "model unknown"
     return (
         f"{journal['controller'] or 'another run'} is switching it to release {journal['to']} "
-        f"({journal['model'] or 'model unknown'}) with {journal['verb'] or 'a run of Sparkfleet'} since {since}, "
+        f"({models}) with {journal['verb'] or 'a run of Sparkfleet'} since {since}, "
         f"phase {journal['phase']}"
     )
 
@@ -165,15 +174,18 @@ def spawn(module: AnsibleModule, store: Store, words: list[str]) -> None:
 
 
 def runs(store: Store, docker: Docker, number: int) -> bool:
-    """Whether the container that runs is the one in which this release was verified, from files that are whole."""
-    verified_in = str((store.outcome(number) or {}).get("container_id") or "")
-    if not verified_in or store.current() != number or store.damage(number):
+    """Whether the containers that run are those in which this release was verified, from files that are whole."""
+    verified_in = (store.outcome(number) or {}).get("container_ids") or {}
+    if store.current() != number or store.damage(number):
         return False
     try:
-        found = look(docker, str(store.plan(number)["service"]))
+        for item in store.engines(number):
+            found = look(docker, item.service)
+            if found["state"] != "running" or not found["id"] or found["id"] != verified_in.get(item.service):
+                return False
     except (DockerError, ReleaseError):
         return False
-    return bool(found["state"] == "running" and found["id"] == verified_in)
+    return True
 
 
 def begin(module: AnsibleModule, store: Store) -> tuple[str, str]:
@@ -187,7 +199,8 @@ def begin(module: AnsibleModule, store: Store) -> tuple[str, str]:
     holder = store.holder()
     if holder and holder["holder"] == HELD_BY_SWITCH:
         journal = store.switch()
-        if journal and journal["to"] == params["to"] and journal["phase"] not in ("", DONE):
+        same = journal and journal["to"] == params["to"] and {*journal["services"]} == {*params["services"]}
+        if journal and same and journal["phase"] not in ("", DONE):
             return str(journal["id"]), "joined"
         module.fail_json(
             msg=f"{who(store, journal, holder)}; run again when that is over", failure="switch-running-other"
@@ -207,6 +220,7 @@ def begin(module: AnsibleModule, store: Store) -> tuple[str, str]:
     words = [f"--{key}={params[key]}" for key in ("to", "mode", "controller", "verb")]
     words += [f"--keep={params['keep_releases']}", f"--id={id_}", f"--start-timeout={params['start_timeout']}"]
     words += [] if params["reclaim"] else ["--no-reclaim"]
+    words += [f"--service={service}" for service in params["services"]]
     words += [*(["--recreate"] if params["recreate"] else []), *(["--new-key"] if params["new_key"] else [])]
     spawn(module, store, words)
     began = time.monotonic()
@@ -280,6 +294,7 @@ def main() -> None:
             "keep_releases": {"type": "int", "default": 5},
             "reclaim": {"type": "bool", "default": True},
             "lock": {"type": "dict", "default": {}},
+            "services": {"type": "list", "elements": "str", "default": []},
             "recreate": {"type": "bool", "default": False},
             "new_key": {"type": "bool", "default": False, "no_log": False},
             "project_dir": {"type": "path", "default": "/opt/sparkfleet"},
@@ -290,6 +305,8 @@ def main() -> None:
         supports_check_mode=True,
     )
     params = module.params
+    if params["services"] and params["mode"] != "restart":
+        module.fail_json(msg="services are for a restart: a deployment restarts what differs", failure="bad-input")
     store = Store(params["project_dir"], params["state_dir"])
     there = params["to"] in store.numbers()
     if module.check_mode:

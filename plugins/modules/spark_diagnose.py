@@ -8,8 +8,8 @@ DOCUMENTATION = r"""
 module: spark_diagnose
 short_description: Collects what tells why a Spark does not serve
 description:
-  - What M(sparkfleet.dgx.spark_status) sees; the engine's log and those that failed releases left; the journal of the
-    last switch and of the guard; the questions of the verification, asked; memory, disks, GPU, port, units, the
+  - What M(sparkfleet.dgx.spark_status) sees; the engines' logs and those that failed releases left; the journal of the
+    last switch and of the guard; the questions of the verifications, asked; memory, disks, GPU, port, units, the
     kernel's messages, the model cache and what was found damaged.
   - Each part is bounded in time and size, and one that fails does not hinder the others. Tokens and keys are removed on
     the host. Changes nothing.
@@ -21,7 +21,7 @@ options:
     description: File of the token; its content is removed wherever it stands.
     type: path
     default: /etc/sparkfleet/hf_token
-  port: {description: Port of the engine where no release tells it., type: int, default: 8000}
+  port: {description: Without effect; a release tells the ports of its engines., type: int, default: 8000}
 author: ["The Sparkfleet developers"]
 attributes:
   check_mode: {support: full, description: Reads only.}
@@ -41,7 +41,8 @@ import contextlib
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.doc
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.http import KEY_FILE
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.memory import memory_state, unit_state
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.redaction import redacted
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.release_format import MOST_ENGINES, Engine
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.status import look
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.switch import boot_id, verify_params
@@ -108,11 +110,25 @@ def engine_log(docker: Docker, service: str) -> dict[str, Any]:
     return {**found, "log": engine.read_log(docker, service, "", found["tty"], LOG_LINES)}
 
 
-def asked(store: Store, release: int) -> dict[str, Any]:
-    """The questions of the verification, with little patience."""
-    plan, lock = store.plan(release), store.lock(release)
-    result: dict[str, Any] = verify({**verify_params(plan, int(lock["port"])), "timeout": ANSWER_SECONDS})
+def asked(item: Engine) -> dict[str, Any]:
+    """The questions of the verification of an engine, with little patience."""
+    result: dict[str, Any] = verify({**verify_params(item), "timeout": ANSWER_SECONDS})
     return result
+
+
+def engine_facts(docker: Docker, item: Engine, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of an engine of the current release. `row`: what the status says of it."""
+    there = optional(lambda: docker.image(item.image) is not None) if item.image else None
+    healthy = bool(row.get("healthy"))
+    return {
+        **{"service": item.service, "model": item.model, "repo": item.repo, "port": item.port, "memory": item.memory},
+        "healthy": healthy,
+        "guard": row.get("guard"),
+        "container": optional(lambda: engine_log(docker, item.service)),
+        "name_holder": optional(lambda: name_holder(docker, item.service)),
+        "image": {"ref": item.image, "present": there},
+        "asked": part(lambda: asked(item)) if healthy else None,
+    }
 
 
 def failed(store: Store) -> dict[str, Any]:
@@ -222,7 +238,8 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
     store, docker = Store(params["project_dir"], params["state_dir"]), Docker(timeout=10.0)
     status = part(lambda: look(store, docker, 0))
     current = store.current()
-    lock = part(lambda: store.lock(current)) if current else {}
+    engines: Sequence[Engine] = (optional(lambda: store.engines(current)) or ()) if current else ()
+    rows = {row["service"]: row for row in status.get("engines") or ()}
     state, problem = guard.read_state(store.state_dir)
     aside = optional(lambda: damaged(store, Path(params["project_dir"]))) or []
     models = optional(lambda: integrity.read_result(store.state_dir / "integrity.json")) or {}
@@ -232,7 +249,7 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
         "now": time.time(),
         "clock": guard.clock(),
         "boot_id": boot_id(),
-        "guard": state,
+        "guard": state and {key: value for key, value in state.items() if key != "engines"},
         "guard_unit": optional(guard_unit),
         "settings_error": settings_error(),
         "damaged_state": [*([problem] if problem else []), *aside],
@@ -242,25 +259,15 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
         ],
         "unchecked_models": models.get("left_out", 0),
         "cache": optional(lambda: cache(params["cache_dir"])),
-        "image": None,
-        "name_holder": None,
         "failed": part(lambda: failed(store)),
-        "plan": part(lambda: store.plan(current)) if current else None,
-        "port": lock.get("port", params["port"]),
         "memory": part(memory_state),
         "disk": [free(path) for path in (params["cache_dir"], "/var/lib/docker", "/var/lib")],
-        "engine": None,
-        "asked": None,
+        "engines": [],
         "commands": {name: command(argv) for name, argv in COMMANDS.items()},
     }
-    if current:
-        service, image = str(lock.get("service")), str(lock.get("image") or "")
-        facts["engine"] = optional(lambda: engine_log(docker, service))
-        facts["name_holder"] = optional(lambda: name_holder(docker, service))
-        there = optional(lambda: docker.image(image) is not None) if image else None
-        facts["image"] = {"ref": image, "present": there}
-        if status.get("healthy"):
-            facts["asked"] = part(lambda: asked(store, current))
+    with ThreadPoolExecutor(MOST_ENGINES) as pool:
+        made = pool.map(lambda item: engine_facts(docker, item, rows.get(item.service) or {}), engines)
+        facts["engines"] = [*made]
     return facts
 
 

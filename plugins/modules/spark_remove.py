@@ -62,7 +62,11 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.doc
 )
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.guard import SETTINGS_FILE
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.http import KEY_FILE
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import STATE_DIR, Store, read_json
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import (
+    STATE_DIR,
+    ReleaseError,
+    Store,
+)
 
 UNIT = Path("/etc/systemd/system/sparkfleet-guard.service")
 #: Those that are enabled, and the service that they start.
@@ -78,8 +82,9 @@ def plan(params: dict[str, Any], store: Store, docker: Docker) -> list[Item]:
         items.append((f"service {UNIT.name}", remove_unit))
     images = {HOST_PYTHON}
     if params["images"]:
-        locks = (read_json(store.folder(number) / "lock.json") or {} for number in store.numbers())
-        images |= {str(lock["image"]) for lock in locks if lock.get("image")}
+        for number in store.numbers():
+            with contextlib.suppress(ReleaseError):  # of a damaged one it is not known
+                images |= {item["image"] for item in store.lock(number)["engines"] if item["image"]}
     if is_there(docker):
         for found in engine.ours(docker):
             items.append((f"container {found['Names'][0].lstrip('/')}", remove_container(docker, found["Id"])))

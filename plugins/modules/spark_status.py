@@ -8,12 +8,12 @@ DOCUMENTATION = r"""
 module: spark_status
 short_description: What a Spark serves, and how
 description:
-  - Releases, the containers of ours, the guard's record, health and figures of the engine, temperature; in one round
+  - Releases, the containers of ours, the guard's record, health and figures of each engine, temperature; in one round
     trip, without a plan. Changes nothing. The action of the same name prints it, and can refuse.
 options:
   project_dir: {description: Folder of the releases., type: path, default: /opt/sparkfleet}
   state_dir: {description: Folder of journal and guard., type: path, default: /var/lib/sparkfleet}
-  log_lines: {description: Lines of the engine's log to bring along., type: int, default: 0}
+  log_lines: {description: Lines of each engine's log to bring along., type: int, default: 0}
   look:
     description: >-
       By the action; what M(sparkfleet.dgx.spark_plan) returned with C(status=true), to compare with the inventory.
@@ -34,14 +34,20 @@ EXAMPLES = r"""
 
 RETURN = r"""
 releases: {description: current previous numbers locks outcomes switch switch_active., returned: always, type: dict}
-engine: {description: "serving, loading, stopped, missing, given-up, switching…", returned: always, type: str}
+engines:
+  description: >-
+    Each engine of the current release - service, model, profile, repo, image, port, state, healthy, figures of vLLM's
+    metrics, tokens_per_second of all its requests, the last lines of its log, and the guard's record of it.
+  returned: always
+  type: list
+  elements: dict
+engine:
+  description: "Worst state of the engines; serving, loading, stopped, missing, given-up, switching…"
+  returned: always
+  type: str
 containers: {description: Name and state of each of ours., returned: always, type: list, elements: dict}
-healthy: {description: Whether the engine answers., returned: always, type: bool}
-figures: {description: Figures of vLLM's metrics., returned: always, type: dict}
-tokens_per_second: {description: Of all requests together now., returned: always, type: float}
-guard: {description: The guard's record., returned: always, type: dict}
+healthy: {description: Whether all engines answer., returned: always, type: bool}
 gpu: {description: Temperature in degrees Celsius and draw in W or null., returned: always, type: dict}
-log: {description: The engine's last lines., returned: always, type: list, elements: str}
 summary: {description: By the action; the row that is printed., returned: action, type: dict}
 """
 

@@ -298,6 +298,21 @@ def resolved(project_dir: str, file: str) -> dict[str, Any]:
         raise EngineError(str(error)) from None
 
 
+def definition(document: Mapping[str, Any], service: str) -> dict[str, Any] | None:
+    """What a container of a service is made from, of a `resolved` compose file: the service with the networks, volumes,
+    secrets and configs that it uses. None where the file does not have it."""
+    wanted = _dict(document.get("services")).get(service)
+    if not isinstance(wanted, dict):
+        return None
+    found: dict[str, Any] = {"service": wanted}
+    for section in ("networks", "volumes", "secrets", "configs"):
+        used = wanted.get(section) or []
+        names = [item if isinstance(item, str) else _dict(item).get("source") for item in used]
+        there = _dict(document.get(section))
+        found[section] = {name: there[name] for name in names if isinstance(name, str) and name in there}
+    return found
+
+
 def _said(answer: Any) -> str:
     said = str(answer.get("message") if isinstance(answer, dict) else answer)
     return redact(said[: 2 * LINE].strip())[:LINE]

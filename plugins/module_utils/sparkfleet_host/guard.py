@@ -2,8 +2,9 @@
 """The guard of a host: sees an engine that has crashed or hangs, restarts it, and knows when to stop.
 
 Health codes lie (vLLM's /health stays 200 with a wedged engine), so what counts is progress: counters of tokens that
-move, or a one-token canary that comes back. `Guard` decides from observations and a clock alone; `Watcher` observes
-and acts; `main` is the service, which no single observation can end.
+move, or a one-token canary that comes back. `Guard` decides for one engine, from observations and a clock alone;
+`Watcher` observes and acts, for each engine of the current release; `main` is the service, which no single observation
+can end.
 
 Ages are compared on the clock since boot, which no time server moves. Unix time is for people, and for what happened
 before this boot; a stamp from the future tells nothing.
@@ -25,7 +26,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -38,6 +39,7 @@ from .http import HttpError, engine_client
 from .metrics import LIMIT as METRICS_LIMIT
 from .metrics import sums
 from .redaction import redact
+from .release_format import DONE, MOST_ENGINES, SERVICE, Engine
 from .releases import HELD_BY_GUARD, LOCK_FILE, PROJECT_DIR, STATE_DIR, ReleaseError, Store, write_json, write_text
 from .status_server import StatusServer
 
@@ -54,7 +56,7 @@ SAVE_SECONDS = 30.0  # at least so often the state is written, moved or not
 FRESH_SECONDS = 60.0  # an observation may take as long as Docker needs to stop an engine
 WINDOW_SECONDS = 60.0  # between two tries to listen
 REPEAT_SECONDS = 600.0  # after which the same complaint is written to the journal again
-RECOVER_SECONDS = 3 * 3600  # for the end of a switch that was cut: two starts of an engine and their verification
+RECOVER_SECONDS = 3 * 3600  # an engine, for the end of a switch that was cut: two starts of it, verified
 RECOVER_PAUSE = 60.0  # between two tries to end it, where the first one could not
 LOG_SECONDS = 600.0  # a start without a word for so long hangs
 LOG_LINES = 150  # of an engine that was given up
@@ -64,6 +66,11 @@ ANSWERS = 12  # of them that are kept; in half of them or more a slow engine sta
 #: States of an engine, as state file and metrics name them.
 SERVED = ("serving", "loading", "healing", "wedged")
 STATES = (*("serving", "loading", "stopped", "wedged", "healing", "given-up", "missing", "switching", "docker-down"),)
+STUCK = "guard-stuck"  # what /ready says of an engine that the guard has not looked at for long
+#: The state of a host is the first of these that one of its engines is in.
+WORST_FIRST = (
+    *("switching", "docker-down", "given-up", "missing", "stopped", "wedged", "healing", "loading", "serving"),
+)
 #: Docker's words for a bridge that it believes to be there (26, 28).
 BRIDGE_GONE = re.compile(
     r"adding interface \S{1,64} to bridge \S{1,64} failed|could not find bridge|network bridge not found"
@@ -163,6 +170,7 @@ class Observation:
     canary: Canary | None = None
     limit: float = 0.0  # tokens a second that memory bandwidth allows one stream; 0 for unknown
     answered: float | None = None  # seconds that /metrics took, where it was asked
+    busy: bool = False  # another engine of the host starts, and measures memory
 
     def finite(self) -> Observation:
         """The same without figures that are none: NaN differs from itself, and would seem to move."""
@@ -189,7 +197,7 @@ NOTHING = Action()
 
 
 class Guard:
-    """Decides. `data` is what is kept across its own restarts: the content of the state file."""
+    """Decides for one engine. `data` is what is kept across its own restarts: its part of the state file."""
 
     def __init__(self, settings: Settings, data: Mapping[str, Any] | None = None) -> None:
         """Raises BoundsError for data that is not of the form it must have."""
@@ -222,6 +230,7 @@ class Guard:
         self._rate: tuple[float, float] | None = None  # clock and tokens at the beginning of a measurement
         self._exited: float | None = None  # since when, on the clock
         self._logged: tuple[float | None, float] = (None, 0.0)  # the last line's stamp, and when it was seen
+        self._docker_restarted = False  # for another engine, since this one ran
 
     # -- the decision ----------------------------------------------------------------------------------------
 
@@ -257,7 +266,7 @@ class Guard:
             self._forgive()
         if seen.state in ("exited", "paused"):
             return self._stopped(seen)
-        self._exited, self.lost = None, ""
+        self._exited, self.lost, self._docker_restarted = None, "", False
         if self.given_up:
             return Action("give-up", "again", "it was started by Docker")
         if self.healing and seen.started_at != self.healing.get("before"):
@@ -291,6 +300,8 @@ class Guard:
             if seen.clock - self._exited < BACK_SECONDS:
                 return self._is("loading", seen)
             self.healing = {"reason": self.lost, "before": seen.started_at, "tries": 0, **_stamp(seen)}
+            if self._docker_restarted:
+                self.healing["docker_restarted"] = True
             return self._start_again(self.healing, seen)
         self.healing = None
         return self._is("stopped", seen)
@@ -306,7 +317,7 @@ class Guard:
             return dataclasses.replace(
                 self._is("healing", seen), do="restart-docker", reason="network-missing", detail=seen.how
             )
-        if tries and 0 <= waited < pause:
+        if seen.busy or (tries and 0 <= waited < pause):
             return self._is("healing", seen)
         if tries >= max(self.settings.max_restarts, 1):
             why = f"Docker could not start it in {tries} tries: {seen.how}"
@@ -349,7 +360,7 @@ class Guard:
         self._measure(seen)
         still = seen.clock - self._moved
         if seen.canary and not seen.canary.ok and self._moved <= seen.canary.began:
-            if still >= self.settings.wedge_seconds:
+            if still >= self.settings.wedge_seconds and not seen.busy:
                 detail = (
                     f"no token for {still:.0f} s with {seen.running:.0f} requests running and {seen.waiting:.0f} "
                     f"waiting, and a canary was not answered in {seen.canary.seconds:.0f} s"
@@ -395,6 +406,12 @@ class Guard:
             self.totals[action.reason] = max(self.totals.get(action.reason, 0) - 1, 0)
         if action.do == "give-up" and action.reason != "again":
             self.given_up = None
+
+    def docker_restarts(self) -> None:
+        """Docker is being restarted for another engine: this one does not ask for the same again."""
+        self._docker_restarted = True
+        if self.healing:
+            self.healing.update(docker_restarted=True, tries=0)
 
     # -- parts -----------------------------------------------------------------------------------------------
 
@@ -448,14 +465,12 @@ class Guard:
             self.slow = 0 < self.tokens_per_second < seen.limit / 4
             self._rate = (seen.clock, seen.tokens)
 
-    def data(self, now: float) -> dict[str, Any]:
+    def data(self) -> dict[str, Any]:
         """What is kept, and what status and diagnose read."""
         return {
-            "at": now,
             "engine": self.engine,
             "served": self.served,
             "since": self.since,
-            "release": self.known.get("release"),
             "restarts": self.restarts,
             "restarts_total": self.totals,
             "given_up": self.given_up,
@@ -471,17 +486,36 @@ class Guard:
         }
 
 
-def read_state(state_dir: Path) -> tuple[dict[str, Any] | None, str]:
-    """What the guard wrote, None for nothing of use, and what is wrong with the file ("" for nothing)."""
+def guards(settings: Settings, data: Mapping[str, Any]) -> dict[str, Guard]:
+    """The guards of a state file, by service. One of format 1 holds that of one engine, which has the name "" then.
+    Raises BoundsError."""
+    if "engines" not in data:
+        return {"": Guard(settings, data)}
+    engines = as_dict(data["engines"], "engines")
+    if len(engines) > MOST_ENGINES:
+        raise BoundsError(f"engines: more than {MOST_ENGINES} items")
+    for service in engines:
+        if service and not SERVICE.fullmatch(service):
+            raise BoundsError(f"engines: {printable(repr(service), 80)} is not the name of a service")
+    return {service: Guard(settings, item) for service, item in engines.items()}
+
+
+def read_state(state_dir: Path, first: str = "") -> tuple[dict[str, Any] | None, str]:
+    """What the guard wrote, {at, clock, boot_id, release, engines: {service: `Guard.data`}}, None for nothing of use,
+    and what is wrong with the file ("" for nothing). `first`: the service of the current release's first engine, whose
+    record a file of format 1 holds."""
     path = state_dir / STATE_FILE
     try:
         data = bounded.read_json(path)
-        Guard(Settings(), data)
-        return data, ""
+        guards(Settings(), data)
     except FileNotFoundError:
         return None, ""
     except (BoundsError, OSError) as error:
         return None, f"{path}: {str(error).removeprefix(f'{path}: ')}"
+    if "engines" not in data:
+        host: dict[str, Any] = {key: data[key] for key in ("at", "clock", "boot_id", "release") if key in data}
+        return {**host, "engines": {first: data}}, ""
+    return {**data, "engines": {service or first: item for service, item in data["engines"].items()}}, ""
 
 
 # -- the form of the state file ----------------------------------------------------------------------------------------
@@ -549,32 +583,43 @@ def _age(item: Mapping[str, Any], seen: Observation) -> float | None:
     return max(age, seen.clock) if "boot_id" in item else age
 
 
-def metrics(data: dict[str, Any]) -> str:
-    """The state as Prometheus text, for node_exporter's textfile collector."""
+def metrics(data: Mapping[str, Any]) -> str:
+    """The content of the state file as Prometheus text, for node_exporter's textfile collector."""
     lines: list[str] = []
+    engines: Mapping[str, Mapping[str, Any]] = data["engines"]
 
-    def add(name: str, kind: str, text: str, samples: dict[str, float]) -> None:
-        lines.append(f"# HELP sparkfleet_{name} {text}")
-        lines.append(f"# TYPE sparkfleet_{name} {kind}")
-        lines.extend(f"sparkfleet_{name}{labels} {value:g}" for labels, value in samples.items())
+    def add(name: str, kind: str, text: str, samples: Sequence[tuple[str, float]]) -> None:
+        if samples:
+            lines.append(f"# HELP sparkfleet_{name} {text}")
+            lines.append(f"# TYPE sparkfleet_{name} {kind}")
+            lines.extend(f"sparkfleet_{name}{labels} {value:g}" for labels, value in samples)
 
-    state = data["engine"]
-    add("engine_up", "gauge", "Whether the engine serves.", {"": float(state == "serving")})
-    states = {f'{{state="{name}"}}': float(name == state) for name in STATES}
+    def each(value: Callable[[Mapping[str, Any]], float | None]) -> list[tuple[str, float]]:
+        found = ((service, value(item)) for service, item in engines.items())
+        return [(f'{{engine="{service}"}}', number) for service, number in found if number is not None]
+
+    def each_of(label: str, names: Sequence[str], value: Callable[[Mapping[str, Any], str], float]) -> Any:
+        return [
+            (f'{{engine="{service}",{label}="{name}"}}', value(item, name))
+            for service, item in engines.items()
+            for name in names
+        ]
+
+    def canary(item: Mapping[str, Any], key: str) -> float | None:
+        return float(item["canary"][key]) if item["canary"] else None
+
+    add("engine_up", "gauge", "Whether the engine serves.", each(lambda item: float(item["engine"] == "serving")))
+    states = each_of("state", STATES, lambda item, name: float(item["engine"] == name))
     add("engine_state", "gauge", "State of the engine, 1 for the one it is in.", states)
-    totals = {f'{{reason="{name}"}}': float(data["restarts_total"].get(name, 0)) for name in REASONS}
+    totals = each_of("reason", REASONS, lambda item, name: float(item["restarts_total"].get(name, 0)))
     add("engine_restarts_total", "counter", "Restarts by the guard.", totals)
-    add("engine_given_up", "gauge", "Whether the guard gave up.", {"": float(bool(data["given_up"]))})
-    add(
-        "engine_slow",
-        "gauge",
-        "Whether one stream is far below the plan's limit, or the engine stalls.",
-        {"": float(data["slow"])},
-    )
-    add("release", "gauge", "Number of the current release, 0 for none.", {"": float(data["release"] or 0)})
-    if data["canary"]:
-        add("canary_ok", "gauge", "Whether the last canary was answered.", {"": float(data["canary"]["ok"])})
-        add("canary_seconds", "gauge", "Duration of the last canary.", {"": float(data["canary"]["seconds"])})
+    given_up = each(lambda item: float(bool(item["given_up"])))
+    add("engine_given_up", "gauge", "Whether the guard gave up.", given_up)
+    slow = each(lambda item: float(item["slow"]))
+    add("engine_slow", "gauge", "Whether one stream is far below the plan's limit, or the engine stalls.", slow)
+    add("release", "gauge", "Number of the current release, 0 for none.", [("", float(data["release"] or 0))])
+    add("canary_ok", "gauge", "Whether the last canary was answered.", each(lambda item: canary(item, "ok")))
+    add("canary_seconds", "gauge", "Duration of the last canary.", each(lambda item: canary(item, "seconds")))
     lines.append("# HELP sparkfleet_guard_last_look_seconds Unix time of the guard's last look.")
     lines.append("# TYPE sparkfleet_guard_last_look_seconds gauge")
     lines.append(f"sparkfleet_guard_last_look_seconds {data['at']:.0f}")
@@ -629,6 +674,26 @@ class Notify:
                 self(f"WATCHDOG_USEC={self.watchdog_usec}", "WATCHDOG=1")
 
 
+class Watched:
+    """An engine that is watched: its guard, what was read of it last, and its canary. `engine` is None while the files
+    of the current release do not tell of it."""
+
+    def __init__(self, service: str, guard: Guard) -> None:
+        self.service, self.guard = service, guard
+        self.engine: Engine | None = None
+        self.canary: Canary | None = None  # that has ended since the last observation
+        self.asking = False
+        self.figures: dict[str, float] | None = None
+        self.read_at = -math.inf
+        self.starts = False  # it measures memory, or may
+        self.looked_at = clock()
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.service or "engine"
+
+
 class Watcher:
     """Observes and acts. `store` and `docker` are those of the host."""
 
@@ -643,20 +708,17 @@ class Watcher:
         self.settings, self.store, self.docker, self._say = settings, store, docker, say
         self.notify = notify or Notify({})
         self.boot_id = switch.boot_id()
-        self.model = ""  # the repository of the current release's model
-        self._canary: Canary | None = None
-        self._asking = False
-        self._figures: dict[str, float] | None = None
-        self._read_at = self._saved_at = -math.inf
+        self.idle = "missing"  # the state of a host without engines
+        self._saved_at = -math.inf
         self.looked_at = clock()
         self._saved = ""
-        self._name = ""
         self._complaints: dict[str, tuple[str, float]] = {}
         self._listening: set[str] = set()
         self._recover_at = -math.inf  # not before
         self._ended: tuple[Any, ...] | None = None  # which switch was ended though its journal does not say so
-        self.guard = self._load()
-        self.page = metrics(self.guard.data(time.time()))
+        self.watched = {service: Watched(service, guard) for service, guard in self._load().items()}
+        self.refresh()
+        self.page = metrics(self._data())
 
     def say(self, text: str) -> None:
         """A line for the journal; what it quotes may come from anywhere."""
@@ -669,33 +731,66 @@ class Watcher:
             self._complaints[what] = (text, clock())
             self.say(f"{what}: {text}")
 
-    def _load(self) -> Guard:
-        """The guard with what it kept; a state file that cannot be understood is set aside, and a new one is begun."""
+    def _load(self) -> dict[str, Guard]:
+        """The guards with what they kept; a state file that cannot be understood is set aside, and a new one is
+        begun."""
         path = self.store.state_dir / STATE_FILE
         try:
-            return Guard(self.settings, bounded.read_json(path))
+            return guards(self.settings, bounded.read_json(path))
         except FileNotFoundError:
-            return Guard(self.settings)
+            return {}
         except (BoundsError, OSError) as error:
             kept = bounded.set_aside(path)
             where = f"it is kept as {kept}" if kept else "it could not be set aside"
             self.say(f"{path} is damaged ({str(error).removeprefix(f'{path}: ')}); {where}, and a new one is begun")
-            return Guard(self.settings)
+            return {}
 
-    def observe(self, locked: bool = False) -> Observation:
-        """What the host shows now. `locked`: the lock of switches is ours."""
+    def refresh(self) -> None:
+        """Watch the engines of the current release. One that it does not have is forgotten; while its files cannot be
+        read, or there is none, all records stay."""
+        release = self.store.current()
+        engines: tuple[Engine, ...] | None = None
+        if release is not None:
+            try:
+                engines = self.store.engines(release)
+            except ReleaseError as error:
+                self.complain(f"release {release}", str(error))
+        if engines is None:
+            for item in self.watched.values():
+                item.engine = None
+            return
+        before, watched = self.watched, {}
+        for place, made in enumerate(engines):
+            known = before.get(made.service) or (before.get("") if place == 0 else None)
+            item = known or Watched(made.service, Guard(self.settings))
+            item.service, item.engine = made.service, made
+            watched[made.service] = item
+        self.watched = watched
+
+    def observe(self, item: Watched, locked: bool = False) -> Observation:
+        """What the host shows of an engine now. `locked`: the lock of switches is ours."""
         known: dict[str, Any] = {"now": time.time(), "clock": clock(), "boot_id": self.boot_id}
-        if not locked and self.store.switch_active():
+        if not locked and self.store.switch_active() and item.service not in self._kept():
+            item.starts = False
             return Observation(**known, switching=True)
         known.update(interrupted=not locked and self._interrupted(), release=self.store.current())
         try:
-            known.update(self._engine(known["release"]))
+            known.update(self._engine(item) if known["release"] is not None else {"state": "missing"})
         except (DockerUnavailable, DockerError):
+            item.starts = False
             return Observation(**{**known, "docker": False})
+        fresh = not item.guard.known.get("ready") or known.get("started_at") != item.guard.known.get("started_at")
+        item.starts = known["state"] in ("running", "restarting") and fresh
+        known["busy"] = any(other.starts for other in self.watched.values() if other is not item)
         if locked:
             return Observation(**known)
-        canary, self._canary = self._canary, None
+        canary, item.canary = item.canary, None
         return Observation(**known, canary=canary)
+
+    def _kept(self) -> Sequence[str]:
+        """Services that the switch that runs leaves running."""
+        journal = self.store.switch()
+        return journal["kept"] if journal and journal["phase"] not in ("", switch.CHECKING, DONE) else ()
 
     def _interrupted(self) -> bool:
         """Whether there is a switch to be ended. One that was ended is not ended again because nothing can be written
@@ -706,42 +801,35 @@ class Watcher:
         journal = self.store.switch() or {}
         return tuple(journal.get(key) for key in ("id", "to", "began"))
 
-    def _engine(self, release: int | None) -> dict[str, Any]:
-        """The container of the release, its log while it loads, its metrics when it is ready."""
-        if release is None:
+    def _engine(self, item: Watched) -> dict[str, Any]:
+        """The engine's container, its log while it loads, its metrics when it is ready."""
+        if item.engine is None:
             return {"state": "missing"}
-        try:
-            plan, port = self.store.plan(release), int(self.store.lock(release)["port"])
-            self._name, self.model = str(plan["service"]), str(plan.get("repo") or "")
-        except (ReleaseError, KeyError, TypeError, ValueError) as error:
-            self.complain(f"release {release}", str(error))
-            return {"state": "missing"}
-        found = engine.look(self.docker, self._name)
+        found = engine.look(self.docker, item.service)
         seen = {key: found[key] for key in ("state", "started_at", "restart_count")}
         killed = ", out of memory" if found["oom_killed"] else ""
         seen["how"] = found["error"] or f"exit code {found['exit_code']}{killed}"
         if found["state"] == "exited" and BRIDGE_GONE.search(found["error"]):
             seen["foreign"] = foreign(self.docker)
-        limit = (plan.get("memory") or {}).get("decode_tok_s_limit") if isinstance(plan.get("memory"), dict) else 0
-        seen["limit"] = float(limit) if isinstance(limit, int | float) else 0.0
+        seen["limit"] = item.engine.decode_limit
         if found["state"] != "running":
             return seen
-        client = engine_client(f"http://127.0.0.1:{port}", LOOK_SECONDS)
-        if not self.guard.known.get("ready"):
+        client = engine_client(item.engine.url, LOOK_SECONDS)
+        if not item.guard.known.get("ready"):
             seen["healthy"] = engine.healthy(client)
-            lines = [] if seen["healthy"] else engine.read_log(self.docker, self._name, "", found["tty"], 1)
+            lines = [] if seen["healthy"] else engine.read_log(self.docker, item.service, "", found["tty"], 1)
             seconds, nanos = engine.instant(lines[-1].partition(" ")[0]) if lines else (0, 0)
             return {**seen, "logged": seconds + nanos / 1e9 if seconds else None}
         # More than once while an engine may stand still.
         pause = min(self.settings.metrics_interval, self.settings.wedge_seconds / 4)
         began = clock()
-        if began - self._read_at >= pause:
-            self._read_at, self._figures, seen["answered"] = began, None, LOOK_SECONDS
+        if began - item.read_at >= pause:
+            item.read_at, item.figures, seen["answered"] = began, None, LOOK_SECONDS
             with contextlib.suppress(HttpError):
                 answer = client.get("/metrics", LOOK_SECONDS, limit=METRICS_LIMIT)
                 if answer.status == 200:
-                    self._figures, seen["answered"] = figures(answer.text), clock() - began
-        values = self._figures
+                    item.figures, seen["answered"] = figures(answer.text), clock() - began
+        values = item.figures
         if values is None:
             return {**seen, "healthy": False}
         return {
@@ -752,24 +840,26 @@ class Watcher:
             "tokens": values.get("generation_tokens", 0.0),
         }
 
-    def act(self, action: Action, seen: Observation) -> None:
+    def act(self, item: Watched, action: Action, seen: Observation) -> None:
         """Do it; what fails is said, and tried again after the next observation, or after a pause."""
-        try:
+        with self._going_on(action.do):
             if action.do == "canary":
-                self._ask(
-                    int(self.store.lock(seen.release or 0)["port"]), str(self.store.plan(seen.release or 0)["repo"])
-                )
-            elif action.do == "recover":
-                self._recover()
+                self._ask(item)
             elif action.do == "adopt":
-                self.say(f"{self._name}: {action.reason}: {action.detail}; Docker restarts it")
-                drop_page_cache()  # before the engine measures what is free, some seconds after its start
+                self.say(f"{item.name}: {action.reason}: {action.detail}; Docker restarts it")
+                if not seen.busy and not self.store.switch_active():
+                    drop_page_cache()  # before the engine measures what is free, some seconds after its start
             elif action.do != "nothing":
-                self._locked(action, seen)
+                self._locked(item, action, seen)
+
+    @contextlib.contextmanager
+    def _going_on(self, what: str) -> Iterator[None]:
+        try:
+            yield
         except (DockerError, EngineError, ReleaseError, HttpError, OSError) as error:
-            self.say(f"{action.do}: {error}")
+            self.say(f"{what}: {error}")
         except Exception as error:
-            self.say(f"{action.do}: {type(error).__name__}: {error}")
+            self.say(f"{what}: {type(error).__name__}: {error}")
 
     def _recover(self) -> None:
         """End a switch that was cut; again after a pause where that fails, and never again because its journal cannot
@@ -778,7 +868,7 @@ class Watcher:
             return
         self._recover_at = clock() + RECOVER_PAUSE
         self.say("a switch was cut; ending it")
-        with self.notify.patiently(RECOVER_SECONDS):
+        with self.notify.patiently(RECOVER_SECONDS * max(len(self.watched), 1)):
             ended = switch.recover(self.store, self.docker)
         self.say(f"the switch ended: {ended['outcome'] if ended else 'by another'}")
         if ended is None:
@@ -789,83 +879,96 @@ class Watcher:
         if switch.interrupted(self.store):
             self._ended = self._which()
 
-    def _locked(self, action: Action, seen: Observation) -> None:
+    def _locked(self, item: Watched, action: Action, seen: Observation) -> None:
         """What stops or starts, under the lock of switches: no switch begins meanwhile, and none is interfered with."""
         with self.store.exclusive(HELD_BY_GUARD) as mine:
-            now = self.observe(locked=True) if mine else None
+            now = self.observe(item, locked=True) if mine else None
             same = now is not None and now.docker and now.release == seen.release
             if now is not None and action.do in ("restart", "start"):
                 same = same and (now.state, now.started_at) == (seen.state, seen.started_at)
             if not same:
                 why = "the engine has changed meanwhile" if mine else "a switch has begun"
-                self.say(f"{self._name}: {action.do} ({action.reason}) left alone: {why}")
-                self.guard.withdraw(action)
+                self.say(f"{item.name}: {action.do} ({action.reason}) left alone: {why}")
+                item.guard.withdraw(action)
                 return
             self.notify.alive()
             if action.do == "restart":
-                self.say(f"{self._name}: {action.reason}: {action.detail}; restarting it")
+                self.say(f"{item.name}: {action.reason}: {action.detail}; restarting it")
                 self.save()  # a reboot between stop and start must end in a start
-                engine.stop(self.docker, self._name, STOP_SECONDS)
-                self._start()
+                engine.stop(self.docker, item.service, STOP_SECONDS)
+                self._start(item, seen)
             elif action.do == "start":
-                self.say(f"{self._name}: starting it ({action.reason})")
+                self.say(f"{item.name}: starting it ({action.reason})")
                 self.save()
-                self._start()
+                self._start(item, seen)
             elif action.do == "give-up":
-                self._give_up(action)
+                self._give_up(item, action)
             elif action.do == "restart-docker":
-                self.say(f"{self._name}: {action.detail}; restarting Docker, which makes its networks again")
+                self.say(f"{item.name}: {action.detail}; restarting Docker, which makes its networks again")
                 self.save()
                 restart_docker()
+                for other in self.watched.values():
+                    if other is not item:
+                        other.guard.docker_restarts()
 
-    def _start(self) -> None:
+    def _start(self, item: Watched, seen: Observation) -> None:
         self.notify.alive()
-        drop_page_cache()
+        if not seen.busy:
+            drop_page_cache()
         self.notify.alive()
-        engine.start(self.docker, self._name)
+        item.starts = True
+        engine.start(self.docker, item.service)
 
-    def _give_up(self, action: Action) -> None:
-        engine.stop(self.docker, self._name, STOP_SECONDS)
-        found = engine.look(self.docker, self._name)
-        if self.guard.given_up is None:
+    def _give_up(self, item: Watched, action: Action) -> None:
+        engine.stop(self.docker, item.service, STOP_SECONDS)
+        found = engine.look(self.docker, item.service)
+        if item.guard.given_up is None:
             return
         # What it was started by; another start is a person's.
-        self.guard.given_up["started_at"] = found["started_at"]
-        if "log" not in self.guard.given_up:
-            lines = engine.read_log(self.docker, self._name, "", found["tty"], LOG_LINES)
-            self.guard.given_up["log"] = [redact(line) for line in lines]
-            self.say(f"{self._name}: giving up: {action.detail}; it stays stopped until it is deployed or started")
-            for line in self.guard.given_up["log"][-10:]:
+        item.guard.given_up["started_at"] = found["started_at"]
+        if "log" not in item.guard.given_up:
+            lines = engine.read_log(self.docker, item.service, "", found["tty"], LOG_LINES)
+            item.guard.given_up["log"] = [redact(line) for line in lines]
+            self.say(f"{item.name}: giving up: {action.detail}; it stays stopped until it is deployed or started")
+            for line in item.guard.given_up["log"][-10:]:
                 self.say(f"  {line}")
 
-    def _ask(self, port: int, model: str) -> None:
+    def _ask(self, item: Watched) -> None:
         """Send a canary in a thread of its own: observations go on while it waits."""
-        if self._asking:
+        asked = item.engine
+        if item.asking or asked is None:
             return
-        self._asking = True
+        item.asking = True
         began = clock()
 
         def ask() -> None:
             ok = False
             try:
-                client = engine_client(f"http://127.0.0.1:{port}", self.settings.canary_timeout)
-                body = {"model": model, "prompt": "1", "max_tokens": 1, "temperature": 0}
+                client = engine_client(asked.url, self.settings.canary_timeout)
+                body = {"model": asked.repo, "prompt": "1", "max_tokens": 1, "temperature": 0}
                 ok = client.post("/v1/completions", body, headers={"X-Request-Id": "sparkfleet-canary"}).status == 200
             except Exception:
                 ok = False
             finally:
-                self._canary = Canary(began, ok, clock() - began)
-                self._asking = False
+                item.canary = Canary(began, ok, clock() - began)
+                item.asking = False
 
         try:
             threading.Thread(target=ask, name="canary", daemon=True).start()
         except RuntimeError as error:  # no more threads: it says nothing about the engine
-            self._asking = False
+            item.asking = False
             self.complain("canary", str(error))
+
+    def _data(self) -> dict[str, Any]:
+        """The content of the state file."""
+        return {
+            **{"at": time.time(), "clock": clock(), "boot_id": self.boot_id, "release": self.store.current()},
+            "engines": {service: item.guard.data() for service, item in self.watched.items()},
+        }
 
     def save(self) -> None:
         """Write state and metrics, when something has changed or it is time."""
-        data = {**self.guard.data(time.time()), "clock": clock()}
+        data = self._data()
         try:
             text = json.dumps({key: value for key, value in data.items() if key not in ("at", "clock")}, sort_keys=True)
             self.page = metrics(data)
@@ -879,18 +982,38 @@ class Watcher:
             return
         self._saved, self._saved_at = text, clock()
 
-    def step(self) -> Action:
-        """One observation, one decision, one action."""
-        seen = self.observe()
-        self.looked_at = clock()
-        self.notify.alive()
-        before = self.guard.engine
-        action = self.guard.decide(seen)
-        if self.guard.engine != before:
-            self.say(f"{self._name or 'engine'}: {before} → {self.guard.engine}")
-        if action.do != "nothing":
-            self.act(action, seen)
+    def step(self) -> dict[str, Action]:
+        """One observation, one decision, one action for each engine; the actions, by service. What a switch left
+        undone is ended once for all of them."""
+        self.refresh()
+        actions: dict[str, Action] = {}
+        for item in self.watched.values():
+            try:
+                actions[item.service] = self._watch(item)
+            except Exception as error:  # the others are watched all the same
+                which = f"{item.name}: " if len(self.watched) > 1 else ""
+                self.complain(f"{which}this observation failed", f"{type(error).__name__}: {error}")
+        cut = any(action.do == "recover" for action in actions.values())
+        if not self.watched:
+            cut = self._interrupted()
+            self.idle = "switching" if cut or self.store.switch_active() else "missing"
+            self.looked_at = clock()
+        if cut:
+            with self._going_on("recover"):
+                self._recover()
         self.save()
+        return actions
+
+    def _watch(self, item: Watched) -> Action:
+        seen = self.observe(item)
+        item.looked_at = clock()
+        self.notify.alive()
+        before = item.guard.engine
+        action = item.guard.decide(seen)
+        if item.guard.engine != before:
+            self.say(f"{item.name}: {before} → {item.guard.engine}")
+        if action.do not in ("nothing", "recover"):
+            self.act(item, action, seen)
         return action
 
     def survive(self) -> None:
@@ -901,16 +1024,28 @@ class Watcher:
             self.complain("this observation failed", f"{type(error).__name__}: {error}")
 
     def answer(self, target: str) -> tuple[int, str]:
-        """Of /ready (200 only while the engine serves, and with `?model=` that model) and /metrics."""
+        """Of /ready (200 only while all engines serve, with `?model=` while that model's does) and /metrics."""
         parts = urlsplit(target)
         if parts.path == "/metrics":
             return 200, self.page
         if parts.path != "/ready":
             return 404, "there are /ready and /metrics\n"
         try:
-            return readiness(parts.query, self.guard.engine, self.model, clock() - self.looked_at < FRESH_SECONDS)
+            return readiness(parts.query, self._states(), self._fresh(self.idle, self.looked_at))
         except ValueError:
             return 400, "one parameter: model\n"
+
+    def _states(self) -> list[tuple[str, str]]:
+        """Model and state of each engine."""
+        return [
+            (item.engine.repo if item.engine else "", self._fresh(item.guard.engine, item.looked_at))
+            for item in self.watched.values()
+        ]
+
+    @staticmethod
+    def _fresh(state: str, looked_at: float) -> str:
+        """A state, unless nothing was observed for long."""
+        return state if clock() - looked_at < FRESH_SECONDS else STUCK
 
     def open_window(self) -> bool:
         """Serve /ready and /metrics, a thread an address; False, and a word, where one of them cannot be listened on:
@@ -929,18 +1064,18 @@ class Watcher:
         return self._listening >= {*self.settings.listen_address}
 
 
-def readiness(query: str, state: str, model: str, fresh: bool) -> tuple[int, str]:
-    """Status and text of GET /ready. 200 while the engine serves; asked `model=REPO`, only while it serves that one,
-    which the text names then. A guard that observes nothing any more knows nothing. Raises ValueError for a query of
-    more than a few parameters."""
+def readiness(query: str, engines: Sequence[tuple[str, str]], idle: str) -> tuple[int, str]:
+    """Status and text of GET /ready. `engines`: model and state of each; `idle`: the state of a host without any. 200
+    while all serve; asked `model=REPO`, while one of that model does. The text names the models. Raises ValueError for
+    a query of more than a few parameters."""
     wanted = parse_qs(query, keep_blank_values=True, max_num_fields=8).get("model") if query else None
-    if not fresh:
-        return 503, "guard-stuck\n"
-    if state != "serving":
-        return 503, f"{state}\n"
-    if wanted is not None and wanted != [model]:
-        return 503, "another-model\n"
-    return 200, f"serving {model}\n"
+    asked = engines if wanted is None else [pair for pair in engines if [pair[0]] == wanted]
+    serving = [model for model, state in asked if state == "serving"]
+    if serving and (wanted is not None or len(serving) == len(engines)):
+        return 200, f"serving {', '.join(dict.fromkeys(serving))}\n"
+    states = {state for _, state in asked or engines} or {idle}
+    state = next((state for state in (STUCK, *WORST_FIRST) if state in states), idle)
+    return 503, "another-model\n" if state == "serving" else f"{state}\n"
 
 
 def drop_page_cache() -> None:

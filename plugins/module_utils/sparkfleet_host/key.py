@@ -24,6 +24,11 @@ def paths() -> tuple[Path, Path, Path]:
     return key, key.with_name(f"{key.name}.next"), key.with_name(f"{key.name}.previous")
 
 
+def is_staged() -> bool:
+    """Whether a key waits for its switch."""
+    return paths()[1].exists()
+
+
 def take() -> None:
     """Make the staged key the engine's, keeping the one before; nothing where none is staged. Raises OSError."""
     key, staged, previous = paths()

@@ -18,6 +18,7 @@ from .bounded import printable
 from .cache import damaged_files, model_state
 from .docker import Docker, DockerError, DockerUnavailable
 from .engine import EngineError
+from .release_format import Engine
 from .releases import ReleaseError, Store
 
 INTERFACES = "/sys/class/net"
@@ -35,7 +36,7 @@ def precheck(store: Store, docker: Docker, number: int) -> list[Problem]:
     """All problems that a start of the release would meet; [] for none. Raises DockerUnavailable."""
     damaged = store.damage(number)
     try:
-        plan, lock, file = store.plan(number), store.lock(number), store.compose_file(number)
+        engines, file = store.engines(number), store.compose_file(number)
     except ReleaseError as error:
         return [Problem("release-damaged", str(error))]
     if damaged:
@@ -47,19 +48,20 @@ def precheck(store: Store, docker: Docker, number: int) -> list[Problem]:
         return [Problem("compose-too-old", str(error))]
     except EngineError as error:
         return [Problem("compose-invalid", f"{file}: {str(error).removeprefix('docker compose config: ')}")]
-    service = str(plan["service"])
-    wanted = (document.get("services") or {}).get(service)
-    if not isinstance(wanted, dict):
-        return [Problem("compose-invalid", f"{file} has no service {service}")]
+    services = document.get("services") or {}
+    found: list[Problem] = []
     try:
-        return [
-            *_image(docker, wanted),
-            *_name(docker, wanted, service),
-            *_port(docker, wanted),
-            *_network(docker, wanted, document),
-            *_mounts(wanted, document),
-            *_model(wanted, plan, lock),
-        ]
+        for item in engines:
+            wanted = services.get(item.service)
+            if not isinstance(wanted, dict):
+                return [Problem("compose-invalid", f"{file} has no service {item.service}")]
+            found += _image(docker, wanted)
+            found += _name(docker, wanted, item.service)
+            found += _port(docker, wanted)
+            found += _network(docker, wanted, document)
+            found += _mounts(wanted, document)
+            found += _model(wanted, item)
+        return [*dict.fromkeys(found)]  # engines share images, networks and models
     except DockerUnavailable:
         raise
     except DockerError as error:
@@ -144,7 +146,7 @@ def _mounts(wanted: Mapping[str, Any], document: Mapping[str, Any]) -> Iterator[
             yield Problem("mount-missing", f"{source} does not exist, which the engine reads its key from")
 
 
-def _model(wanted: Mapping[str, Any], plan: Mapping[str, Any], lock: Mapping[str, Any]) -> Iterator[Problem]:
+def _model(wanted: Mapping[str, Any], item: Engine) -> Iterator[Problem]:
     """The files of the model, by their sizes, where the engine may not fetch any."""
     environment = wanted.get("environment") or {}
     folder = environment.get("HF_HUB_CACHE")
@@ -162,7 +164,7 @@ def _model(wanted: Mapping[str, Any], plan: Mapping[str, Any], lock: Mapping[str
     if not entries:
         yield Problem("cache-not-mounted", f"{cache} is empty; is its disk mounted?")
         return
-    repo, revision = str(plan["repo"]), str(lock.get("revision") or "main")
+    repo, revision = item.repo, item.revision or "main"
     state = model_state(cache, repo, revision)
     if state["path"] is None:
         yield Problem("model-not-in-cache", f"{cache} has no {repo} at {revision}")
@@ -173,7 +175,7 @@ def _model(wanted: Mapping[str, Any], plan: Mapping[str, Any], lock: Mapping[str
         yield Problem(
             "download-incomplete",
             f"files of {repo} in {cache} were found damaged: {_few(damaged)}; `ansible-playbook playbooks/fetch.yml "
-            f"-e sparkfleet_model={shlex.quote(str(plan['model']))} -e sparkfleet_revision={state['commit']}` hashes "
+            f"-e sparkfleet_model={shlex.quote(item.model)} -e sparkfleet_revision={state['commit']}` hashes "
             "and replaces them",
         )
     elif state["total_bytes"] is None:

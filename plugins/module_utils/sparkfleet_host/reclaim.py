@@ -32,6 +32,7 @@ from .bounded import COMMIT, DIGEST, BoundsError, printable
 from .cache import FOLDER, MANIFEST_BYTES, MOST_FILES, check_listing, repo_folder, valid_repo, was_downloaded
 from .docker import Docker, DockerError
 from .registry import valid_image
+from .release_format import check_lock
 from .releases import ReleaseError, Store, write_json
 
 UNNEEDED, IMAGES = "unneeded.json", "images"
@@ -86,15 +87,18 @@ class Part:
 
 
 def parts(lock: Mapping[str, Any]) -> list[Part]:
-    """What a release with this lock needs. The model of a server that downloads by itself is not ours to know."""
-    image, repo, commit = (str(lock.get(key) or "") for key in ("image", "repo", "revision"))
-    found = [Part(IMAGE, image)] if image else []
-    digest = image.partition("@")[2]
-    if DIGEST.fullmatch(digest):
-        found.append(Part(COMPILED, digest[7:19], _place(lock, "compile_cache_dir", COMPILE_CACHE_DIR)))
-    if valid_repo(repo) and COMMIT.fullmatch(commit):
-        found.append(Part(MODEL, f"{repo}@{commit}", _place(lock, "cache_dir", CACHE_DIR)))
-    return found
+    """What a release with this lock (see `check_lock`) needs, each once. The model of a server that downloads by itself
+    is not ours to know."""
+    found: list[Part] = []
+    for item in lock["engines"]:
+        image, repo, commit = item["image"], item["repo"], item["revision"]
+        found += [Part(IMAGE, image)] if image else []
+        digest = image.partition("@")[2]
+        if DIGEST.fullmatch(digest):
+            found.append(Part(COMPILED, digest[7:19], _place(lock, "compile_cache_dir", COMPILE_CACHE_DIR)))
+        if valid_repo(repo) and COMMIT.fullmatch(commit):
+            found.append(Part(MODEL, f"{repo}@{commit}", _place(lock, "cache_dir", CACHE_DIR)))
+    return [*dict.fromkeys(found)]
 
 
 def _place(lock: Mapping[str, Any], key: str, default: str) -> str:
@@ -239,7 +243,8 @@ class Reclaim:
         self.left: list[str] = []
         self._needed = {(part.kind, part.name) for lock in kept for part in parts(lock)}
         # A release without a commit may use any of its model.
-        self._repos = {str(lock.get("repo")) for lock in kept if not COMMIT.fullmatch(str(lock.get("revision") or ""))}
+        engines = [item for lock in kept for item in lock["engines"]]
+        self._repos = {item["repo"] for item in engines if not COMMIT.fullmatch(item["revision"])}
 
     def run(self, noted: Iterable[Part]) -> list[Part]:
         """Remove what may go; the parts that are to be tried again, last the one that took too long: the others' turn
@@ -413,12 +418,12 @@ def foresee(
     store: Store, docker: Docker, keep: int, to: int, lock: Mapping[str, Any]
 ) -> tuple[list[int], list[dict[str, Any]], list[str]]:
     """What a switch to release `to` would do: the releases that it would prune, `Reclaim.reclaimed`, `Reclaim.left`.
-    `lock`: that of the release, which need not be staged yet."""
+    `lock`: that of the release, which need not be staged yet; {} where it is not known."""
     surplus = store.surplus(keep, to)
     try:
         kept = [store.lock(number) for number in store.numbers() if number not in (to, *surplus)]
-        kept.append(store.lock(to) if to in store.numbers() else dict(lock))
-    except ReleaseError as error:
+        kept += [store.lock(to)] if to in store.numbers() else [check_lock(dict(lock))] if lock else []
+    except (ReleaseError, BoundsError) as error:
         return surplus, [], [f"what releases need is not known: {printable(str(error), 300)}"]
     noted = dict.fromkeys([*unneeded(store), *(part for number in surplus for part in _parts_of(store, number))])
     work = Reclaim(docker, kept, store.state_dir, dry=True)

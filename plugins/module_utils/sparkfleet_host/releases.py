@@ -13,6 +13,8 @@ their hashes are in the lock, and `.sealed.json` has a copy of each: a file that
 beside it and written again, and a release that cannot be repaired is set aside as a whole. A number is never used
 twice, whatever was removed.
 
+What the files hold is in `release_format`.
+
 A journal that cannot be written where it belongs (a full disk) is kept beside the lock, in memory, so that a switch
 that has ended is not ended once more.
 """
@@ -20,11 +22,9 @@ that has ended is not ended once more.
 from __future__ import annotations
 
 import contextlib
-import copy
 import fcntl
 import hashlib
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -34,20 +34,33 @@ from pathlib import Path
 from typing import Any
 
 from . import bounded
-from .bounded import BoundsError, as_dict, as_int, as_list, as_number, as_str
+from .bounded import BoundsError, as_dict, as_int, as_str
+from .release_format import (
+    COMPOSE,
+    DONE,
+    FAILED,
+    NUMBERS,
+    PLAN,
+    VERIFIED,
+    Engine,
+    NewerFormatError,
+    as_json,
+    check_journal,
+    check_lock,
+    check_outcome,
+    check_plan,
+    identity,
+    merged,
+    storable,
+)
 
 PROJECT_DIR = "/opt/sparkfleet"
 STATE_DIR = "/var/lib/sparkfleet"
 RUN_DIR = "/run/sparkfleet"
 LOCK_FILE = f"{RUN_DIR}/switch.lock"
-COMPOSE, PLAN, LOCK, OUTCOME, SEALED = "compose.yml", "plan.json", "lock.json", "outcome.json", ".sealed.json"
-HASHED = (COMPOSE, PLAN)  # whose hashes the lock has
+LOCK, OUTCOME, SEALED = "lock.json", "outcome.json", ".sealed.json"
 SWITCH, LAST, SPARE = "switch.json", "last-release", "switch-spare.json"
-VERIFIED, FAILED = "verified", "failed"
-DONE = "done"
-NUMBERS = 10**9  # more than that is no release
 LOG_LIMIT = 4 * bounded.MIB  # of the log that a failed release keeps
-LOG_LINES = 400  # of a failed start, kept in the journal
 HELD_BY_SWITCH = "switch"
 HELD_BY_GUARD = "guard"
 GUARD_PATIENCE = 120.0  # seconds that a switch waits for what the guard does
@@ -56,6 +69,10 @@ STAGE_PATIENCE = 60.0  # seconds that one staging waits for another
 
 class ReleaseError(Exception):
     """A release is not there, or is damaged; the message names it."""
+
+
+class NewerReleaseError(ReleaseError):
+    """A newer version of Sparkfleet wrote the release: it is whole, and cannot be read."""
 
 
 def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -85,11 +102,7 @@ def write_text(path: Path, text: str, mode: int = 0o644) -> None:
 
 def write_json(path: Path, data: Any, mode: int = 0o644) -> None:
     """Write JSON as `write_text` does."""
-    write_text(path, _json(data), mode)
-
-
-def _json(data: Any) -> str:
-    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    write_text(path, as_json(data), mode)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -117,186 +130,6 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-# -- the form of the files -----------------------------------------------------------------------------------------
-
-_QUESTIONS = ("question", "expect", "prompt", "prompt_expect")
-
-
-def check_plan(data: Any) -> dict[str, Any]:
-    """A release's plan: {model, repo, service: str, verify: {question, expect, prompt, prompt_expect, max_tokens}, …}.
-    Raises BoundsError."""
-    plan = as_dict(data, "the plan")
-    for key in ("model", "repo", "service"):
-        if not as_str(plan.get(key), key, 1000):
-            raise BoundsError(f"{key} is empty")
-    asked = as_dict(plan.get("verify"), "verify")
-    for key in _QUESTIONS:
-        as_str(asked.get(key), f"verify.{key}")
-    as_int(asked.get("max_tokens", 32), "verify.max_tokens", 1, 1 << 20)
-    if plan.get("memory") is not None:
-        limit = as_dict(plan["memory"], "memory").get("decode_tok_s_limit")
-        if limit is not None:
-            as_number(limit, "memory.decode_tok_s_limit")
-    return plan
-
-
-def check_lock(data: Any) -> dict[str, Any]:
-    """What a release is pinned to: {port: int, service: str, …}. Raises BoundsError."""
-    lock = as_dict(data, "the lock")
-    as_int(lock.get("port"), "port", 1, 65535)
-    as_str(lock.get("service"), "service", 1000)
-    for key in ("model", "profile", "repo", "revision", "image", "cache_dir", "compile_cache_dir", "controller"):
-        if lock.get(key) is not None:
-            as_str(lock[key], key, 4096)
-    if "sha256" in lock:
-        for name, value in as_dict(lock["sha256"], "sha256").items():
-            if name not in HASHED:
-                raise BoundsError(f"sha256: {bounded.printable(repr(name), 80)} is none of {', '.join(HASHED)}")
-            bounded.matched(bounded.SHA256, value, f"sha256 of {name}")
-    return lock
-
-
-def check_outcome(data: Any) -> dict[str, Any]:
-    """How a release fared; see `Store.outcome`. Raises BoundsError."""
-    outcome = as_dict(data, "the outcome")
-    if outcome.get("state") not in (VERIFIED, FAILED):
-        raise BoundsError(f"state: {bounded.printable(repr(outcome.get('state')), 80)} is none")
-    as_number(outcome.get("at"), "at")
-    if outcome.get("verified_at") is not None:
-        as_number(outcome["verified_at"], "verified_at")
-    for key in ("failure", "message", "container_id"):
-        if outcome.get(key) is not None:
-            as_str(outcome[key], key)
-    return outcome
-
-
-def _optional(check: Callable[..., Any]) -> Callable[[Any, str], Any]:
-    return lambda value, what: None if value is None else check(value, what)
-
-
-def _steps(value: Any, what: str) -> list[dict[str, Any]]:
-    return [
-        {"phase": as_str(as_dict(step, what).get("phase"), what, 100), "at": as_number(step.get("at"), what)}
-        for step in as_list(value, what, 1000)
-    ]
-
-
-def _error(value: Any, what: str) -> dict[str, Any]:
-    error = as_dict(value, what)
-    as_str(error.get("message"), f"{what}.message")
-    for key in ("failure", "container", "state", "docker_error"):
-        if error.get(key) is not None:
-            as_str(error[key], f"{what}.{key}")
-    for line in as_list(error.get("log", []), f"{what}.log", 10_000):
-        as_str(line, f"{what}.log")
-    for key in ("exit_code", "restart_count"):
-        as_int(error.get(key, 0), f"{what}.{key}", -(1 << 31))
-    for check in as_list(error.get("checks", []), f"{what}.checks", 100):
-        as_dict(check, f"{what}.checks")
-    return error
-
-
-def _reclaimed(value: Any, what: str) -> list[dict[str, Any]]:
-    return [
-        {
-            **{key: as_str(as_dict(item, what).get(key), f"{what}.{key}", 4096) for key in ("kind", "name")},
-            "bytes": as_int(item.get("bytes"), f"{what}.bytes"),
-        }
-        for item in as_list(value, what, 1000)
-    ]
-
-
-def _sentences(value: Any, what: str) -> list[str]:
-    return [as_str(item, what, 4096) for item in as_list(value, what, 1000)]
-
-
-def _number(value: Any, what: str) -> int:
-    return as_int(value, what, 0, NUMBERS)
-
-
-def _text(value: Any, what: str) -> str:
-    return as_str(value, what)
-
-
-#: Of each field of the journal: what checks it, and what it is where an earlier version left it out.
-_JOURNAL: dict[str, tuple[Callable[[Any, str], Any], Any]] = {
-    **dict.fromkeys(("id", "mode", "controller", "verb", "model", "boot_id", "phase", "container"), (_text, "")),
-    **dict.fromkeys(("container_id",), (_text, "")),
-    "from": (_optional(_number), None),
-    **dict.fromkeys(("from_model", "outcome"), (_optional(_text), None)),
-    **dict.fromkeys(("pid", "keep"), (_number, 0)),
-    "start_timeout": (as_number, 0.0),
-    "began": (as_number, 0.0),
-    **dict.fromkeys(("ended", "stopped_at", "answering_at", "out_of_service_s"), (_optional(as_number), None)),
-    "steps": (_steps, []),
-    **dict.fromkeys(("error", "restore_error"), (_optional(_error), None)),
-    "verification": (_optional(as_dict), None),
-    "reclaimed": (_reclaimed, []),
-    **dict.fromkeys(("left", "repaired", "troubles"), (_sentences, [])),
-}
-#: What a recovery needs of the journal, and what says how the switch ended.
-_NEEDED = (
-    *("id", "to", "from", "mode", "controller", "verb", "model", "from_model", "pid", "boot_id", "keep"),
-    *("start_timeout", "began", "ended", "phase", "steps", "container", "container_id", "outcome", "error"),
-    *("restore_error", "stopped_at", "answering_at", "out_of_service_s"),
-)
-
-
-def check_journal(data: Any) -> dict[str, Any]:
-    """The journal of a switch, with all its fields; one that an earlier version wrote may lack some. Raises
-    BoundsError."""
-    journal = as_dict(data, "the journal")
-    checked: dict[str, Any] = {"to": _number(journal.get("to"), "to")}
-    for key, (check, absent) in _JOURNAL.items():
-        checked[key] = check(journal[key], key) if key in journal else copy.copy(absent)
-    return {**journal, **checked}
-
-
-def storable(journal: Mapping[str, Any]) -> dict[str, Any]:
-    """A journal as it is written: plain data that `check_journal` takes when it is read back, since a recovery depends
-    on it. What is of another form or too long is cut or left out, and of one that is too large as a whole all that a
-    recovery does not need."""
-    kept = _fitting(journal, 64 * bounded.KIB)
-    if len(_json(kept).encode("utf-8", "backslashreplace")) > bounded.STATE_FILE:
-        kept = _fitting({key: journal[key] for key in _NEEDED if key in journal}, 200)
-    return kept
-
-
-def _fitting(journal: Mapping[str, Any], longest: int) -> dict[str, Any]:
-    kept: dict[str, Any] = _plain(journal, longest, 24)
-    for key in ("error", "restore_error"):
-        if isinstance(kept.get(key), dict) and isinstance(kept[key].get("log"), list):
-            kept[key]["log"] = kept[key]["log"][-LOG_LINES:]
-    for key, (check, absent) in _JOURNAL.items():
-        try:
-            check(kept.get(key, absent), key)
-        except BoundsError:
-            kept[key] = copy.copy(absent)
-            if key in ("error", "restore_error") and journal.get(key):  # that there was one counts
-                given = journal[key] if isinstance(journal[key], Mapping) else {}
-                kept[key] = {
-                    name: bounded.printable(str(given.get(name) or ""), 200) for name in ("message", "failure")
-                }
-    return kept
-
-
-def _plain(value: Any, longest: int, depth: int) -> Any:
-    """Data that JSON can hold, texts cut; None for what it cannot hold."""
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        return value[:longest]
-    if isinstance(value, int):
-        return value if abs(value) < 1 << 62 else None
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if depth and isinstance(value, Mapping):
-        return {key[:longest]: _plain(item, longest, depth - 1) for key, item in value.items() if isinstance(key, str)}
-    if depth and isinstance(value, list | tuple):
-        return [_plain(item, longest, depth - 1) for item in value]
-    return None
 
 
 class Store:
@@ -341,13 +174,31 @@ class Store:
         """The plan that a release was made by, see `check_plan`. Raises ReleaseError."""
         return self._part(number, PLAN, check_plan)
 
-    def outcome(self, number: int) -> dict[str, Any] | None:
-        """How a release fared: {state: verified|failed, at, verified_at, failure, message, container_id}; None if it
-        never ran, or what is written of it cannot be understood."""
+    def engines(self, number: int) -> tuple[Engine, ...]:
+        """The engines of a release, in the order that they are started in. Raises ReleaseError."""
+        plan, lock = self.plan(number), self.lock(number)
         try:
-            return check_outcome(bounded.read_json(self.folder(number) / OUTCOME))
+            return merged(plan, lock)
+        except BoundsError as error:
+            raise ReleaseError(
+                f"{self.folder(number)} is damaged ({error}); there are releases {self._there()}"
+            ) from None
+
+    def outcome(self, number: int) -> dict[str, Any] | None:
+        """How a release fared: {state: verified|failed, at, verified_at, failure, message, container_ids: {service: id
+        of the container that answered}}; None if it never ran, or what is written of it cannot be understood."""
+        try:
+            data = bounded.read_json(self.folder(number) / OUTCOME)
+            return check_outcome(data, self._first(number) if "container_id" in data else "")
         except (OSError, BoundsError):
             return None
+
+    def _first(self, number: int) -> str:
+        """The service of a release's first engine; "" where its files cannot be read."""
+        try:
+            return self.engines(number)[0].service
+        except ReleaseError:
+            return ""
 
     def compose_file(self, number: int) -> Path:
         """The compose file of a release. Raises ReleaseError if it is not there."""
@@ -362,6 +213,8 @@ class Store:
             return check(bounded.read_json(path))
         except FileNotFoundError:
             raise ReleaseError(f"{path} is missing or damaged; there are releases {self._there()}") from None
+        except NewerFormatError as error:
+            raise NewerReleaseError(f"{path}: {error}; there are releases {self._there()}") from None
         except (OSError, BoundsError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")
             raise ReleaseError(f"{path} is missing or damaged ({reason}); there are releases {self._there()}") from None
@@ -371,7 +224,7 @@ class Store:
 
     def summary(self) -> dict[str, Any]:
         """All of it as plain data: {current, previous, numbers, locks, outcomes, damaged, newest_compose, switch,
-        switch_active, switch_compose, lock_holder, unreadable, set_aside}; of the journal all but log and verification.
+        switch_active, switch_compose, lock_holder, unreadable, set_aside}; of the journal all but logs, verifications.
         `damaged`: what is wrong with a release, by its number. `unreadable`: state files that cannot be understood, and
         why. `set_aside`: the copies that were kept of such."""
         numbers, journal, holder = self.numbers(), self.switch(), self.holder()
@@ -424,6 +277,11 @@ class Store:
                 self._part(number, name, check)
             except ReleaseError as error:
                 found[name] = str(error).partition("; there are")[0]
+        if not found:
+            try:
+                self.engines(number)
+            except ReleaseError as error:
+                found[LOCK] = str(error).partition("; there are")[0]
         if self._text(number) is None:
             found[COMPOSE] = f"{folder / COMPOSE} is missing or damaged"
         sealed = self._sealed(number)
@@ -452,7 +310,7 @@ class Store:
             if data.get("sha256") != _sha256(json.dumps(texts, sort_keys=True)):
                 return None
             lock = check_lock(bounded.parse_json(texts[LOCK], LOCK))
-            check_plan(bounded.parse_json(texts[PLAN], PLAN))
+            merged(check_plan(bounded.parse_json(texts[PLAN], PLAN)), lock)
         except (OSError, BoundsError):
             return None
         return texts if lock.get("number") == number else None
@@ -463,17 +321,14 @@ class Store:
         if self._sealed(number) is not None or set(self._damage(number)) - {SEALED, OUTCOME}:
             return
         folder = self.folder(number)
-        compose, plan, lock = (
-            self._text(number) or "",
-            (folder / PLAN).read_text("utf-8"),
-            {**self.lock(number), "number": number},
-        )
-        _write_release(folder, compose, plan, lock)
+        lock = self._part(number, LOCK, _unchanged)
+        _write_release(folder, self._text(number) or "", (folder / PLAN).read_text("utf-8"), {**lock, "number": number})
 
     def repair(self, number: int, discard: bool = True) -> list[str]:
         """Bring a release's files back as they were staged: what was wrong, [] for nothing. What was edited or damaged
         is kept beside it (NAME.damaged-UNIXTIME). Raises ReleaseError for a release that has no whole copy; with
-        `discard` it is set aside as a whole, with all it has, so that nothing uses it."""
+        `discard` it is set aside as a whole, with all it has, so that nothing uses it. One of a newer version stays as
+        it is: NewerReleaseError."""
         found = self._damage(number)
         if not found:
             return []
@@ -481,6 +336,13 @@ class Store:
         if "" in found:
             raise ReleaseError(f"{found['']}; there are releases {self._there()}")
         reasons = list(found.values())
+        for part in (self.plan, self.lock):
+            try:
+                part(number)
+            except NewerReleaseError:
+                raise
+            except ReleaseError:
+                pass
         try:
             if OUTCOME in found:
                 bounded.set_aside(folder / OUTCOME)
@@ -534,12 +396,12 @@ class Store:
     # -- write -----------------------------------------------------------------------------------------------
 
     def find(self, compose: str, plan: dict[str, Any]) -> int | None:
-        """A whole release that is the same, the newest, or None. Of the plan's figures, which move with the host's
-        memory, nothing counts."""
+        """A whole release that is the same, the newest, or None; see `release_format.identity`. Raises BoundsError for
+        what is no plan."""
+        wanted = identity(check_plan(plan))
         for number in reversed(self.numbers()):
             with contextlib.suppress(ReleaseError):
-                kept = self.plan(number)
-                same = all(kept.get(key) == plan.get(key) for key in ("model", "profile", "verify"))
+                same = identity(self.plan(number)) == wanted
                 if same and self._text(number) == compose and not set(self._damage(number)) - {OUTCOME}:
                     return number
         return None
@@ -576,8 +438,8 @@ class Store:
     def stage(self, compose: str, plan: dict[str, Any], lock: dict[str, Any]) -> int:
         """Keep a new release; its number. It is complete or not there at all. Raises OSError, BoundsError for what is
         no plan or no lock."""
-        check_plan(plan)
-        check_lock(lock)
+        plan, lock = check_plan(plan), check_lock(lock)
+        merged(plan, lock)
         releases = self.project_dir / "releases"
         with self.staging():
             for leftover in releases.glob(".staged-*"):  # its staging was killed, or it would hold the lock
@@ -587,19 +449,19 @@ class Store:
                 scratch.chmod(0o755)
                 number = self.next_number()
                 self._note_number(number)
-                _write_release(scratch, compose, _json(plan), {**lock, "number": number})
+                _write_release(scratch, compose, as_json(plan), {**lock, "number": number})
                 scratch.rename(self.folder(number))
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
             sync_folder(releases)
         return number
 
-    def commit(self, number: int, at: float, container_id: str = "") -> None:
-        """The release is verified and now the current one; `container_id`: of the container that answered. Raises
-        OSError where it is not: it becomes so in the last step."""
+    def commit(self, number: int, at: float, container_ids: Mapping[str, str] | None = None) -> None:
+        """The release is verified and now the current one; `container_ids`: of the containers that answered, by
+        service. Raises OSError where it is not: it becomes so in the last step."""
         if not self.folder(number).is_dir():
             raise FileNotFoundError(2, "the release was removed", str(self.folder(number)))
-        data = {"state": VERIFIED, "at": at, "verified_at": at, "container_id": container_id}
+        data = {"state": VERIFIED, "at": at, "verified_at": at, "container_ids": {**(container_ids or {})}}
         write_json(self.folder(number) / OUTCOME, data)
         if (self.project_dir / COMPOSE).is_symlink() or not (self.project_dir / COMPOSE).is_dir():
             self._keep_edited()
@@ -624,7 +486,7 @@ class Store:
         if not self.folder(number).is_dir():
             return
         before = self.outcome(number) or {}
-        kept = {key: before[key] for key in ("verified_at", "container_id") if before.get(key)}
+        kept = {key: before[key] for key in ("verified_at", "container_ids") if before.get(key)}
         data = {"state": FAILED, "at": at, **kept, "failure": failure, "message": message}
         write_json(self.folder(number) / OUTCOME, data)
         if log:
@@ -796,6 +658,12 @@ class Store:
                     os.ftruncate(file.fileno(), 0)
 
 
+def _unchanged(data: Any) -> dict[str, Any]:
+    """A lock as it is written, once it is known to be one."""
+    check_lock(data)
+    return dict(data)
+
+
 def _identity(journal: Mapping[str, Any]) -> list[Any]:
     """Which switch a journal is of."""
     return [journal["id"], journal["began"]]
@@ -820,7 +688,7 @@ def _sha256_of(path: Path) -> str:
 def _write_release(folder: Path, compose: str, plan: str, lock: dict[str, Any]) -> None:
     """Write a release's files, read-only, with their hashes and their copies. Raises OSError."""
     hashes = {COMPOSE: _sha256(compose), PLAN: _sha256(plan)}
-    texts = {COMPOSE: compose, PLAN: plan, LOCK: _json({**lock, "sha256": hashes})}
+    texts = {COMPOSE: compose, PLAN: plan, LOCK: as_json({**lock, "sha256": hashes})}
     for name, text in texts.items():
         write_text(folder / name, text, 0o444)
     sealed = {"files": texts, "sha256": _sha256(json.dumps(texts, sort_keys=True))}
@@ -857,7 +725,7 @@ def _noted(handle: int) -> dict[str, Any] | None:
     """What the holder of the lock wrote of itself."""
     try:
         data = as_dict(bounded.parse_json(os.pread(handle, 1000, 0), "the lock"), "the lock")
-        return {"holder": as_str(data.get("holder"), "holder", 100), "pid": _number(data.get("pid"), "pid")}
+        return {"holder": as_str(data.get("holder"), "holder", 100), "pid": as_int(data.get("pid"), "pid", 0, NUMBERS)}
     except (OSError, BoundsError):
         return None
 
@@ -888,7 +756,7 @@ def _is_switch(holder: dict[str, Any] | None) -> bool:
 def _brief(journal: dict[str, Any] | None) -> dict[str, Any] | None:
     if journal is None:
         return None
-    brief = {key: value for key, value in journal.items() if key != "verification"}
+    brief = {key: value for key, value in journal.items() if key != "verifications"}
     for key in ("error", "restore_error"):
         if brief.get(key):
             brief[key] = {name: value for name, value in brief[key].items() if name not in ("log", "checks")}

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Spark serves, and how: releases, containers, health, figures, the guard's record."""
+"""What a Spark serves, and how: releases, containers, and of each engine health, figures, the guard's record."""
 
 from __future__ import annotations
 
 import contextlib
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from . import engine
 from .docker import Docker, DockerError
-from .guard import figures, read_state
+from .guard import WORST_FIRST, figures, read_state
 from .http import Client, HttpError, engine_client
 from .metrics import LIMIT
 from .redaction import redact
+from .release_format import MOST_ENGINES
 from .releases import ReleaseError, Store
 
 LOOK_SECONDS = 5.0
@@ -32,21 +34,21 @@ def gpu() -> dict[str, float | None]:
     return found
 
 
-def state(found: dict[str, Any]) -> str:
-    """The engine's state in a word: what a switch or the guard know counts before what a look tells."""
-    guard = found["guard"] or {}
-    if found["releases"]["switch_active"]:
+def state(row: dict[str, Any], containers: list[dict[str, Any]], switching: bool, docker: bool) -> str:
+    """An engine's state in a word: what a switch or the guard know counts before what a look tells."""
+    guard = row["guard"] or {}
+    if switching:
         return "switching"
-    if not found["docker"]:
+    if not docker:
         return "docker-down"
-    running = [item for item in found["containers"] if item["state"] in ("running", "restarting")]
-    if running:
-        if found["healthy"]:
+    own = [item["state"] for item in containers if item["service"] == row["service"]]
+    if any(word in ("running", "restarting") for word in own):
+        if row["healthy"]:
             return "wedged" if guard.get("engine") == "wedged" else "serving"
         return "healing" if guard.get("engine") == "healing" else "loading"
     if guard.get("given_up"):
         return "given-up"
-    return "stopped" if found["containers"] else "missing"
+    return "stopped" if own else "missing"
 
 
 def pace(client: Client, before: dict[str, float]) -> float:
@@ -60,54 +62,77 @@ def pace(client: Client, before: dict[str, float]) -> float:
     return round(max(made, 0.0) / (time.monotonic() - began), 1)
 
 
-def serves(store: Store, current: int | None, containers: list[dict[str, Any]]) -> tuple[str, int] | None:
-    """Service and port of the current release; where its files do not tell, those of the container that runs."""
+def rows(store: Store, current: int | None, containers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The engines of the current release; where its files do not tell, those whose containers run."""
     with contextlib.suppress(ReleaseError):
+        keys = ("service", "model", "profile", "repo", "image", "port")
         if current is not None:
-            lock = store.lock(current)
-            return str(lock["service"]), int(lock["port"])
+            return [{key: getattr(item, key) for key in keys} for item in store.engines(current)]
+    found = []
     for item in containers:
         ports = [port.get("PublicPort") for port in item.get("Ports") or [] if port.get("PublicPort")]
         if item.get("State") == "running" and ports:
-            return engine.service_of(item), int(ports[0])
-    return None
+            unknown = dict.fromkeys(("model", "profile", "repo", "image"))
+            found.append({"service": engine.service_of(item), **unknown, "port": int(ports[0])})
+    return found[:MOST_ENGINES]
+
+
+def answers(docker: Docker, row: dict[str, Any], log_lines: int) -> dict[str, Any]:
+    """What an engine tells of itself: health, figures, log."""
+    found: dict[str, Any] = {"healthy": False, "figures": {}, "tokens_per_second": None, "log": []}
+    with contextlib.suppress(DockerError, HttpError):
+        client = engine_client(f"http://127.0.0.1:{row['port']}", LOOK_SECONDS)
+        found["healthy"] = engine.healthy(client)
+        if log_lines:
+            seen = engine.look(docker, row["service"])
+            lines = engine.read_log(docker, row["service"], "", seen["tty"], log_lines)
+            found["log"] = [redact(line) for line in lines]
+        if found["healthy"]:
+            found["figures"] = figures(client.get("/metrics", LOOK_SECONDS, LIMIT).text)
+            found["tokens_per_second"] = pace(client, found["figures"])
+    return found
 
 
 def look(store: Store, docker: Docker, log_lines: int) -> dict[str, Any]:
     """Everything that the module returns."""
-    found: dict[str, Any] = {
-        "releases": store.summary(),
-        "containers": [],
-        "docker": True,
-        "healthy": False,
-        "figures": {},
-        "tokens_per_second": None,
-        "guard": read_state(store.state_dir)[0],
-        "gpu": gpu(),
-        "log": [],
-    }
+    releases = store.summary()
     for name in ("newest_compose", "switch_compose"):
-        found["releases"].pop(name, None)
+        releases.pop(name, None)
     listed: list[dict[str, Any]] = []
+    there = True
     try:
         listed = engine.ours(docker)
     except DockerError:
-        found["docker"] = False
+        there = False
+    containers = []
     for item in listed:
         name = str((item.get("Names") or [item.get("Id")])[0]).lstrip("/")
-        found["containers"].append({"name": name, "service": engine.service_of(item), "state": item.get("State", "")})
-    served = serves(store, found["releases"]["current"], listed) if found["docker"] else None
-    if served:
-        service, port = served
-        with contextlib.suppress(DockerError, HttpError):
-            client = engine_client(f"http://127.0.0.1:{port}", LOOK_SECONDS)
-            found["healthy"] = engine.healthy(client)
-            if log_lines:
-                seen = engine.look(docker, service)
-                lines = engine.read_log(docker, service, "", seen["tty"], log_lines)
-                found["log"] = [redact(line) for line in lines]
-            if found["healthy"]:
-                found["figures"] = figures(client.get("/metrics", LOOK_SECONDS, LIMIT).text)
-                found["tokens_per_second"] = pace(client, found["figures"])
-    found["engine"] = state(found)
-    return found
+        containers.append({"name": name, "service": engine.service_of(item), "state": item.get("State", "")})
+    engines = rows(store, releases["current"], listed)
+    first = engines[0]["service"] if engines else ""
+    guards = (read_state(store.state_dir, first)[0] or {}).get("engines") or {}
+    with ThreadPoolExecutor(MOST_ENGINES) as pool:  # each may wait for its engine
+        told = [*pool.map(lambda row: answers(docker, row, log_lines), engines)] if there else []
+    kept = (releases["switch"] or {}).get("kept") or ()
+    for place, row in enumerate(engines):
+        row.update(told[place] if told else {"healthy": False, "figures": {}, "tokens_per_second": None, "log": []})
+        row["guard"] = guards.get(row["service"])
+        switching = releases["switch_active"] and row["service"] not in kept
+        row["state"] = state(row, containers, switching, there)
+    return {
+        **{"releases": releases, "containers": containers, "docker": there, "gpu": gpu(), "engines": engines},
+        "engine": overall(engines, containers, bool(releases["switch_active"]), there),
+        "healthy": bool(engines) and all(row["healthy"] for row in engines),
+    }
+
+
+def overall(engines: list[dict[str, Any]], containers: list[dict[str, Any]], switching: bool, docker: bool) -> str:
+    """The state of a host: the worst of its engines'."""
+    if switching:
+        return "switching"
+    states = {row["state"] for row in engines}
+    if not docker:
+        states.add("docker-down")
+    elif not states:
+        states.add("stopped" if containers else "missing")
+    return next(word for word in WORST_FIRST if word in states)

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The switch from one release to another: what runs in the end has answered a question, or is what ran before.
 
-    check → stop the old engine → drop the page cache → start the new one → wait → verify → commit
-      │                                          any failure → the same back to the old one
+    check → stop the old engines → start the new ones, one after the other: drop the page cache → start → wait
+      │       → verify all of them → commit
+      │                                          any failure → the same back to the old ones
       └ a problem that is known beforehand → nothing is stopped
+
+An engine that both releases define in the same way keeps running, and is verified with the others. Engines start one
+after the other because vLLM measures the free memory while it starts.
 
 It runs on the host as the transient unit `sparkfleet-switch.service`, so that a controller may vanish half way. Each
 step is in the journal (/var/lib/sparkfleet/switch.json) before it begins; `recover` ends a switch that a power cut
@@ -16,9 +20,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +34,8 @@ from .engine import EngineError
 from .http import Client, HttpError, engine_client
 from .precheck import Problem, precheck
 from .redaction import redact
-from .releases import DONE, LOG_LINES, PROJECT_DIR, STATE_DIR, ReleaseError, Store
+from .release_format import DONE, LOG_LINES, Engine
+from .releases import PROJECT_DIR, STATE_DIR, ReleaseError, Store
 from .verify import verify
 
 DEPLOY, ROLLBACK, RESTART = "deploy", "rollback", "restart"
@@ -54,14 +60,12 @@ def boot_id() -> str:
         return ""
 
 
-def verify_params(plan: dict[str, Any], port: int) -> dict[str, Any]:
-    """The options of a verification by the questions of a release's plan."""
-    asked = plan["verify"]
+def verify_params(engine: Engine) -> dict[str, Any]:
+    """The options of a verification of an engine by its questions."""
     return {
-        "url": f"http://127.0.0.1:{port}",
-        "model": plan["repo"],
-        **{key: asked[key] for key in ("question", "expect", "prompt", "prompt_expect")},
-        "max_tokens": asked.get("max_tokens", 32),
+        "url": engine.url,
+        "model": engine.repo,
+        **{key: engine.verify[key] for key in ("question", "expect", "prompt", "prompt_expect", "max_tokens")},
         "timeout": VERIFY_SECONDS,
         "chat_template_kwargs": {"enable_thinking": False},
     }
@@ -76,8 +80,8 @@ class FailedError(Exception):
 
 
 class Switch:
-    """One switch. `request`: {id, to, mode, controller, verb, start_timeout, keep, reclaim, recreate, new_key};
-    times in seconds."""
+    """One switch. `request`: {id, to, mode, controller, verb, start_timeout, keep, reclaim, recreate, new_key,
+    services}; times in seconds. `services`: those that alone a RESTART concerns, [] for all."""
 
     def __init__(
         self,
@@ -91,6 +95,8 @@ class Switch:
         self.start_timeout = float(request.get("start_timeout") or START_SECONDS)
         self.journal: dict[str, Any] = {}
         self.recovering = False  # an engine has stopped already
+        self.running: set[str] = set()  # services that `activate` left running
+        self.verified: set[str] = set()  # services that it found to answer right
 
     # -- the whole -------------------------------------------------------------------------------------------
 
@@ -120,11 +126,12 @@ class Switch:
         kept = {"keep": int(self.request.get("keep") or KEEP), "start_timeout": self.start_timeout}
         self.journal = {
             **{key: str(self.request.get(key) or "") for key in ("id", "mode", "controller", "verb")},
-            **{"to": to, "from": current, "model": self._model(to) or "", "from_model": self._model(current)},
+            **{"to": to, "from": current, "models": self._models(to), "from_models": self._models(current)},
+            **{"services": [*(self.request.get("services") or [])], "kept": []},
             **{"pid": os.getpid(), "boot_id": boot_id(), "began": self.now(), "ended": None, **kept},
             **{"phase": "", "steps": [], "container": "", "outcome": None, "error": None, "restore_error": None},
-            **{"stopped_at": None, "answering_at": None, "out_of_service_s": None, "verification": None},
-            **{"container_id": "", "repaired": [], "reclaimed": [], "left": [], "troubles": []},
+            **{"stopped_at": None, "answering_at": None, "out_of_service_s": None, "verifications": {}},
+            **{"container_ids": {}, "repaired": [], "reclaimed": [], "left": [], "troubles": []},
         }
         self.phase(phase)
 
@@ -141,8 +148,14 @@ class Switch:
                 self.journal["repaired"] += self.store.repair(before, discard=False)
             except ReleaseError as error:
                 self.journal["repaired"] += [str(error)]
-        self.journal.update(model=self._model(to) or "", from_model=self._model(before))
+        self.journal.update(models=self._models(to), from_models=self._models(before))
         found: list[Problem] = []
+        with contextlib.suppress(ReleaseError):  # the check says so
+            there = [item.service for item in self.store.engines(to)]
+            for service in self.journal["services"]:
+                if service not in there:
+                    message = f"release {to} has no engine {printable(service, 200)}; it has {', '.join(there)}"
+                    return [Problem("bad-input", message)]
 
         def look() -> None:
             found.extend(precheck(self.store, self.docker, to))
@@ -158,6 +171,8 @@ class Switch:
     def go(self) -> dict[str, Any]:
         """Switch, all being checked."""
         to = self.journal["to"]
+        self.journal["container_ids"] = kept = self.to_keep(to)
+        self.journal["kept"] = [*kept]
         try:
             self.phase("stopping")
         except Exception as error:  # a journal that cannot be written could not be recovered from
@@ -187,6 +202,53 @@ class Switch:
         self.finish(to)
         return self.journal
 
+    def to_keep(self, to: int) -> dict[str, str]:
+        """The engines that need not stop, service to container: those that a restart does not name, or that a release
+        and the current one define in the same way. Each runs, healthy, in the container that was verified."""
+        before = self.journal["from"]
+        if before is None or self.request.get("recreate") or self.request.get("new_key"):
+            return {}
+        try:
+            engines = self.store.engines(to)
+            if self.request.get("mode") == RESTART:
+                named = self.journal["services"]
+                same = {item.service for item in engines if named and item.service not in named}
+            elif before == to:
+                same = {item.service for item in engines}
+            else:
+                same = self._unchanged(before, to)
+            verified = (self.store.outcome(before) or {}).get("container_ids") or {}
+            wanted = {item.service: verified.get(item.service, "") for item in engines if item.service in same}
+            return self._serving(engines, wanted)
+        except Exception:  # then they stop, as any other
+            return {}
+
+    def _unchanged(self, before: int, to: int) -> set[str]:
+        """Services that both releases define in the same way. Raises ReleaseError, EngineError."""
+        numbers = (before, to)
+        services = set.intersection(*({item.service for item in self.store.engines(number)} for number in numbers))
+        if not services:
+            return set()
+        files = [str(self.store.compose_file(number)) for number in numbers]
+        first, second = (engine.resolved(str(self.store.project_dir), file) for file in files)
+        return {
+            service
+            for service in services
+            if (defined := engine.definition(first, service)) and defined == engine.definition(second, service)
+        }
+
+    def _serving(self, engines: Sequence[Engine], wanted: dict[str, str]) -> dict[str, str]:
+        """Of containers (service to id) those that run and are healthy. Raises DockerError."""
+        found = {}
+        for item in engines:
+            if not wanted.get(item.service):
+                continue
+            seen = engine.look(self.docker, item.service)
+            same = seen["state"] == "running" and seen["id"] == wanted[item.service]
+            if same and engine.healthy(engine_client(item.url)):
+                found[item.service] = str(seen["id"])
+        return found
+
     def _stays(self, to: int, error: Exception) -> bool:
         """Whether a release stays that works and of which it could not be noted: there is none to go back to, and it is
         the current one already, or can be made so."""
@@ -201,7 +263,7 @@ class Switch:
     def commit(self, to: int) -> None:
         """The new release works: make it the current one. Raises what `Store.commit` raises."""
         self.phase("committing")
-        self.store.commit(to, self.now(), self.journal["container_id"])
+        self.store.commit(to, self.now(), self.journal["container_ids"])
 
     def finish(self, to: int) -> None:
         """The new release is the current one, which nothing undoes: remove what the old one left."""
@@ -235,7 +297,7 @@ class Switch:
             key.give_back()
         if before is None or before == to:
             # Nothing to go back to. A first deployment leaves no container; what served before stays to be looked at.
-            self._clear(remove=before is None)
+            self._clear(remove=before is None, spare=() if before is None else self._spared(self.verified))
             self.end(REMOVED if before is None else FAILED)
             return
         with self._regardless(f"release {before} could not be repaired"), contextlib.suppress(ReleaseError):
@@ -243,13 +305,12 @@ class Switch:
         try:
             self.activate(before, ("restoring", "restoring", "restore-waiting", "restore-verifying"), False)
         except Exception as again:
-            self.journal["restore_error"] = found = self._explained(before, _failure(again))
-            if found.get("state") != "running":
-                self._clear(remove=False)  # or Docker starts it again for ever
+            self.journal["restore_error"] = self._explained(before, _failure(again))
+            self._clear(remove=False, spare=self._spared(self.running))  # or Docker starts it again for ever
             self.end(FAILED)
             return
         with self._regardless(f"release {before} could not be noted as verified"):
-            self.store.commit(before, self.now(), self.journal["container_id"])
+            self.store.commit(before, self.now(), self.journal["container_ids"])
         with self._regardless(f"release {before} could not be made current again"):
             if self.store.current() != before:
                 self.store.point(before)
@@ -267,43 +328,102 @@ class Switch:
     # -- the steps -------------------------------------------------------------------------------------------
 
     def activate(self, number: int, names: Sequence[str], recreate: bool) -> None:
-        """Stop what runs, start a release, wait for it, verify it. `names`: the phases, of which the first is noted
-        already. Raises FailedError."""
+        """Stop what runs, start a release's engines one after the other, verify them. Those that are `kept` are only
+        verified. `names`: the phases, of which the first is noted already. Where there is no other release to go to, an
+        engine that fails does not keep the rest from starting. Raises FailedError, for the first that fails."""
         stopping, starting, waiting, verifying = names
+        forward = stopping == "stopping"
+        self.running, self.verified = set(), set()
         try:
-            plan, lock = self.store.plan(number), self.store.lock(number)
-            file = self.store.compose_file(number)
+            engines, file = self.store.engines(number), str(self.store.compose_file(number))
         except ReleaseError as error:
             raise FailedError(str(error), failure="release-damaged", state="missing") from None
-        service, url = str(plan["service"]), f"http://127.0.0.1:{int(lock['port'])}"
-        try:
-            self.patiently(lambda: self.stop_all(engine_client(self._url_before() or url)))
-            self.phase(starting, service)
-            if stopping == "stopping" and self.request.get("new_key"):
+        kept = self._still_kept(engines)
+        self.running.update(kept)
+        anew = [item for item in engines if item.service not in kept]
+        results: dict[str, Any] = {}
+        failed: dict[str, FailedError] = {}
+
+        def begin() -> None:
+            self.patiently(lambda: self.stop_all(kept))
+            if forward and self.request.get("new_key"):
                 key.take()
+
+        def start(item: Engine) -> None:
+            self.phase(starting, item.service)
             with contextlib.suppress(OSError):  # not allowed in some containers; then the start itself will tell
                 memory.drop_page_cache()
-            self.patiently(lambda: engine.compose_up(str(self.store.project_dir), str(file), service, recreate))
-            self.phase(waiting, service)
-            client = engine_client(url)  # with the key of now
-            self.wait(service, client)
-            self.phase(verifying, service)
-            self.verify(service, plan, client)
+            self.patiently(lambda: engine.compose_up(str(self.store.project_dir), file, item.service, recreate))
+            self.phase(waiting, item.service)
+            self.wait(item.service, engine_client(item.url))  # with the key of now
+            self.running.add(item.service)
+
+        def check(item: Engine) -> None:
+            self.phase(verifying, item.service)
+            if item.service in kept:
+                with contextlib.suppress(FailedError):
+                    self.verify(item, results)
+                    return
+                # It may hang since long before: a fresh start is what any other engine had.
+                del kept[item.service]
+                self.journal["kept"] = [*kept]
+                self.patiently(lambda: self.stop_all(self.running - {item.service}))
+                start(item)
+                self.phase(verifying, item.service)
+            self.verify(item, results)
+
+        def attempt(service: str, work: Callable[[], None]) -> None:
+            try:
+                self._attempt(service, work)
+            except FailedError as error:
+                self.running.discard(service)
+                if error.facts.get("state") == "running":
+                    self.running.add(service)
+                if forward and self.journal["from"] != number:
+                    raise
+                failed[service] = error
+
+        self._attempt((anew or engines)[0].service, begin)
+        for item in anew:
+            attempt(item.service, functools.partial(start, item))
+        for item in engines:
+            if item.service in self.running and item.service not in failed:
+                attempt(item.service, functools.partial(check, item))
+        if failed:
+            raise next(iter(failed.values()))
+
+    def _still_kept(self, engines: Sequence[Engine]) -> dict[str, str]:
+        """Those that were kept when the switch began, and go on serving, service to container."""
+        ids = self.journal["container_ids"]
+        kept: dict[str, str] = {}
+        with contextlib.suppress(Exception):  # then they stop, as any other
+            kept = self._serving(engines, {service: ids.get(service, "") for service in self.journal["kept"]})
+        self.journal.update(kept=[*kept], container_ids={**kept})
+        return kept
+
+    def _attempt(self, service: str, work: Callable[[], None]) -> None:
+        """Do something that concerns a service. Raises FailedError, whatever goes wrong."""
+        try:
+            work()
         except (EngineError, DockerError) as error:
             raise FailedError(str(error), **self.facts(service, {"docker_error": str(error)})) from None
-        except (FailedError, OSError) as error:
-            if isinstance(error, FailedError):
-                raise
+        except FailedError:
+            raise
+        except OSError as error:
             raise FailedError(str(error), **self.facts(service, {"failure": "internal"})) from None
         except Exception as error:  # a mistake of ours must not end the switch half way
             message = f"{type(error).__name__}: {printable(str(error), 400)}"
             raise FailedError(message, **self.facts(service, {"failure": "internal"})) from error
 
-    def stop_all(self, client: Client) -> None:
-        """Stop every running engine of ours; memory is given back before the next one starts."""
+    def stop_all(self, spared: Collection[str]) -> None:
+        """Stop every running engine of ours but those of some services; memory is given back before the next one
+        starts."""
+        urls = self._urls()
         for item in engine.ours(self.docker):
-            if item["State"] in ("running", "restarting", "paused"):
-                if self.journal["stopped_at"] is None and engine.healthy(client):
+            service = engine.service_of(item)
+            if service not in spared and item["State"] in ("running", "restarting", "paused"):
+                url = urls.get(service) or next(iter(urls.values()), "")
+                if self.journal["stopped_at"] is None and url and engine.healthy(engine_client(url)):
                     self.journal["stopped_at"] = self.now()
                 # One that failed has nothing to finish.
                 engine.stop(
@@ -331,7 +451,7 @@ class Switch:
                 time.sleep(self.pause)
                 continue
             if found["state"] == "running" and engine.healthy(client):
-                self.journal["container_id"] = str(found.get("id") or "")
+                self.journal["container_ids"][service] = str(found.get("id") or "")
                 return
             if now > settled:
                 if found["state"] != "running":
@@ -344,20 +464,23 @@ class Switch:
                 raise FailedError(message, **self.facts(service, found))
             time.sleep(self.pause)
 
-    def verify(self, service: str, plan: dict[str, Any], client: Client) -> None:
-        """Ask the questions of the plan. Raises FailedError unless the answers are right."""
-        params = verify_params(plan, int(client.url.rpartition(":")[2]))
+    def verify(self, item: Engine, results: dict[str, Any]) -> None:
+        """Ask an engine its questions; `results`: of those that were asked before it. Raises FailedError unless the
+        answers are right."""
+        service = item.service
         try:
-            result = verify(params)
+            result = verify(verify_params(item))
         except HttpError as error:
             raise FailedError(str(error), **self.facts(service, {"failure": "endpoint-down"})) from None
-        self.journal["verification"] = result
+        results[service] = result
+        self.journal["verifications"] = {**results}
         if not result["verified"]:
             if result["failure"] in integrity.NONSENSE:
                 integrity.mark_served(self.docker, f"a verification failed ({result['failure']})")
             integrity.request(str(result["failure"]))
             facts = {"failure": result["failure"], "checks": result["checks"], "answer": result["answer"]}
             raise FailedError(result["msg"], **self.facts(service, facts))
+        self.verified.add(service)
         self.journal["answering_at"] = self.now()
 
     # -- parts -----------------------------------------------------------------------------------------------
@@ -366,8 +489,10 @@ class Switch:
         """Note what is done next, before it is done. Raises OSError as long as nothing has changed; later on the way
         matters more than its record."""
         before, steps = self.journal["phase"], list(self.journal["steps"])
-        if name != before:
-            self.journal["steps"].append({"phase": name, "at": self.now()})
+        several = max(len(self.journal.get(key) or ()) for key in ("models", "from_models")) > 1
+        if name != before or (several and container not in ("", self.journal["container"])):
+            which = {"container": container} if several and container else {}
+            self.journal["steps"].append({"phase": name, "at": self.now(), **which})
         self.journal.update(phase=name, container=container)
         try:
             self.store.write_switch(self.journal)
@@ -448,41 +573,47 @@ class Switch:
     def _remove_others(self, number: int) -> None:
         """Remove the containers of ours that are no part of a release."""
         try:
-            service = self.store.plan(number)["service"]
+            services = {item.service for item in self.store.engines(number)}
         except ReleaseError:
             return
         for item in self._ours():
-            if engine.service_of(item) != service:
+            if engine.service_of(item) not in services:
                 with self._regardless(f"the container {engine.name_of(item)} could not be removed"):
                     engine.remove(self.docker, item["Id"])
 
-    def _url_before(self) -> str:
-        """Where the release before answers."""
-        with contextlib.suppress(ReleaseError):
-            if self.journal["from"] is not None:
-                return f"http://127.0.0.1:{int(self.store.lock(self.journal['from'])['port'])}"
-        return ""
+    def _urls(self) -> dict[str, str]:
+        """Where engines answer, by service; those of the release before come first."""
+        found: dict[str, str] = {}
+        for number in (self.journal["from"], self.journal["to"]):
+            with contextlib.suppress(ReleaseError):
+                for item in self.store.engines(number) if number is not None else ():
+                    found.setdefault(item.service, item.url)
+        return found
 
     def _ours(self) -> list[dict[str, Any]]:
         with self._regardless("the containers could not be listed"):
             return engine.ours(self.docker)
         return []
 
-    def _clear(self, remove: bool) -> None:
-        """Stop, or remove, the containers of ours."""
+    def _spared(self, services: Collection[str]) -> set[str]:
+        """These services, and those that no step of the switch has touched."""
+        return {*services, *self.journal["kept"]}
+
+    def _clear(self, remove: bool, spare: Collection[str]) -> None:
+        """Stop, or remove, the containers of ours but those of some services."""
         for item in self._ours():
+            if engine.service_of(item) in spare:
+                continue
             with self._regardless(f"the container {engine.name_of(item)} could not be stopped"):
                 engine.stop(self.docker, item["Id"])
                 if remove:
                     engine.remove(self.docker, item["Id"])
 
-    def _model(self, number: int | None) -> str | None:
-        if number is None:
-            return None
-        try:
-            return str(self.store.plan(number)["model"])
-        except (ReleaseError, KeyError):
-            return None
+    def _models(self, number: int | None) -> list[str]:
+        """The models of a release's engines; [] where they are not known."""
+        with contextlib.suppress(ReleaseError):
+            return [item["model"] for item in self.store.plan(number)["engines"]] if number is not None else []
+        return []
 
 
 def _reason(error: Exception) -> str:
@@ -521,7 +652,7 @@ def recover(store: Store | None = None, docker: Docker | None = None) -> dict[st
         journal = store.switch()
         if journal is None or journal["phase"] == DONE:
             return None
-        kept = ("id", "to", "mode", "verb", "controller", "keep", "start_timeout")
+        kept = ("id", "to", "mode", "verb", "controller", "keep", "start_timeout", "services")
         # Recovery is to be short: what no release needs waits for the next switch.
         request = {**{key: journal.get(key) for key in kept}, "reclaim": False}
         switch = Switch(store, docker or Docker(), request)
@@ -543,7 +674,7 @@ def recover(store: Store | None = None, docker: Docker | None = None) -> dict[st
             # Nothing else to go back to: begin again. What was stopped is not kept down by a check.
             with contextlib.suppress(Exception):  # where it cannot be, its start says so
                 store.repair(journal["to"])
-            switch.request["new_key"] = True  # if one is staged still
+            switch.request["new_key"] = key.is_staged()
             switch.begin(journal["to"], "stopping")
             return switch.go()
         switch.restore()
@@ -563,6 +694,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", type=int, default=KEEP)
     parser.add_argument("--no-reclaim", dest="reclaim", action="store_false", help="keep what no release needs")
     parser.add_argument("--recreate", action="store_true")
+    parser.add_argument("--service", dest="services", action="append", default=[], help="restart this engine alone")
     parser.add_argument("--new-key", action="store_true", help="take the key that is staged for this switch")
     parser.add_argument("--project-dir", default=PROJECT_DIR)
     parser.add_argument("--state-dir", default=STATE_DIR)
@@ -574,6 +706,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if ended is None or ended["outcome"] in (VERIFIED, RESTORED, REMOVED) else 1
     if options.to is None:
         parser.error("one of --to and --recover is needed")
+    if options.services and options.mode != RESTART:
+        parser.error("--service is for --mode restart")
     with store.exclusive() as mine:
         if not mine:
             print(f"the lock {store.lock_file} is held: {store.holder()}", flush=True)

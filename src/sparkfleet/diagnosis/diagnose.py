@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import tarfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ README = """What `sparkfleet diagnose` found on a Spark, fit to attach to a repo
 
 findings.json   what is wrong, by Sparkfleet's table of failures (docs/troubleshooting.md)
 facts.json      state: releases, last switch, guard, memory, disks, the questions asked
-logs/           the engine's log, logs of failed releases, journals, commands
+logs/           the engines' logs, logs of failed releases, journals, commands
 
 Tokens, keys and passwords were replaced by *** on the host. Host names, paths and the model's name are left in.
 """
@@ -59,15 +60,24 @@ class Finding:
 def findings(facts: Mapping[str, Any]) -> list[Finding]:
     """All findings: what is wrong now, then what went wrong before, then the harmless."""
     found: list[Finding] = []
-    for look in (_host, _deployed, _files, _running_switch, _gave_up, _engine, _answers, _pace, _guard, _before):
-        found += look(facts)
+    for of_host in (_host, _deployed, _files, _running_switch):
+        found += of_host(facts)
+    for of_engine in (_gave_up, _engine, _answers, _pace):
+        found += _of_each(facts, of_engine)
+    found += [*_guard(facts), *_last_switch(facts), *_of_each(facts, _restarts)]
     if not facts["status"].get("healthy") and not wrong(found):
         # Whatever it is: one that does not serve is not well.
-        state = (facts["engine"] or {}).get("state") or "not there"
-        found.append(Finding("endpoint-down", (f"the engine is {state}, and nothing explains it",)))
+        down = [engine for engine in facts["engines"] if not engine["healthy"]] or [{}]
+        for engine in down:
+            state = (engine.get("container") or {}).get("state") or "not there"
+            which = f"{engine['service']} is" if len(facts["engines"]) > 1 else "the engine is"
+            found.append(Finding("endpoint-down", (f"{which} {state}, and nothing explains it",)))
     seen: dict[str, Finding] = {}
     for item in found:
-        seen.setdefault(item.id, item)
+        before = seen.setdefault(item.id, item)
+        if len(facts["engines"]) > 1 and item.now == before.now:  # of another engine
+            evidence = tuple(dict.fromkeys((*before.evidence, *item.evidence)))
+            seen[item.id] = dataclasses.replace(before, evidence=evidence)
     # A loop has a cause, and the cause is what to mend.
     causes = [item for item in seen.values() if item.id not in CONSEQUENCES and not BY_ID[item.id].harmless]
     if causes:
@@ -75,6 +85,18 @@ def findings(facts: Mapping[str, Any]) -> list[Finding]:
             seen.pop(name, None)
     ordered = sorted(seen.values(), key=lambda item: (BY_ID[item.id].harmless, not item.now, item.id in CONSEQUENCES))
     return [*ordered, *_unchecked(facts)]
+
+
+def _of_each(
+    facts: Mapping[str, Any], look: Callable[[Mapping[str, Any], Mapping[str, Any]], list[Finding]]
+) -> list[Finding]:
+    """The findings of each engine; where there is more than one, the evidence names it."""
+    found = []
+    for engine in facts["engines"]:
+        for item in look(facts, engine):
+            named = tuple(f"{engine['service']}: {line}" for line in item.evidence or (BY_ID[item.id].title,))
+            found.append(dataclasses.replace(item, evidence=named) if len(facts["engines"]) > 1 else item)
+    return found
 
 
 def _unchecked(facts: Mapping[str, Any]) -> list[Finding]:
@@ -167,8 +189,8 @@ def _running_switch(facts: Mapping[str, Any]) -> list[Finding]:
     return []
 
 
-def _gave_up(facts: Mapping[str, Any]) -> list[Finding]:
-    given_up = (facts["guard"] or {}).get("given_up")
+def _gave_up(facts: Mapping[str, Any], engine: Mapping[str, Any]) -> list[Finding]:
+    given_up = (engine["guard"] or {}).get("given_up")
     if not given_up:
         return []
     lines = [*(given_up.get("log") or []), str(given_up.get("reason"))]
@@ -178,27 +200,27 @@ def _gave_up(facts: Mapping[str, Any]) -> list[Finding]:
     return [*causes, Finding("guard-gave-up", (str(given_up.get("reason")),))]
 
 
-def _engine(facts: Mapping[str, Any]) -> list[Finding]:
-    """The container of the current release."""
-    status, seen = facts["status"], facts["engine"]
+def _engine(facts: Mapping[str, Any], engine: Mapping[str, Any]) -> list[Finding]:
+    """The container of an engine of the current release."""
+    status, seen = facts["status"], engine["container"]
     releases = status.get("releases") or {}
     if releases.get("current") is None or status.get("docker") is False or releases.get("switch_active"):
         return []
-    holder = [line for line in facts["commands"].get("ports", []) if f":{facts['port']} " in line]
+    holder = [line for line in facts["commands"].get("ports", []) if f":{engine['port']} " in line]
     holder = [] if holder and "docker-proxy" in holder[0] else holder
-    image = facts.get("image") or {}
+    image = engine.get("image") or {}
     gone = [Finding("image-missing", (f"{image.get('ref')} is not there",))] if image.get("present") is False else []
     if seen is None or seen["state"] == "missing":
-        other = facts.get("name_holder")
+        other = engine.get("name_holder")
         taken = [Finding("name-taken", (f"{other['name']} is a container of {other['image']}",))] if other else []
         taken += [Finding("port-taken", tuple(holder[:1]))] if holder else []
         return [*taken, *gone, Finding("container-missing")]
-    if seen["state"] == "running" and status.get("healthy"):
+    if seen["state"] == "running" and engine["healthy"]:
         return [item for item in _match(seen["log"]) if BY_ID[item.id].harmless]
     found = gone if seen["state"] != "running" else []
     if seen["state"] != "running" and holder:
         found.append(Finding("port-taken", tuple(holder[:1])))
-    if (facts["guard"] or {}).get("given_up"):
+    if (engine["guard"] or {}).get("given_up"):
         return found
     code = seen["exit_code"] if seen["state"] == "exited" and seen["exit_code"] else None
     lines = [*seen["log"][-300:], *([seen["error"]] if seen["error"] else [])]
@@ -211,30 +233,30 @@ def _engine(facts: Mapping[str, Any]) -> list[Finding]:
     return [*found, *known]
 
 
-def _answers(facts: Mapping[str, Any]) -> list[Finding]:
-    asked, seen = facts["asked"], facts["engine"] or {}
+def _answers(_facts: Mapping[str, Any], engine: Mapping[str, Any]) -> list[Finding]:
+    asked, seen = engine["asked"], engine["container"] or {}
     if asked and asked.get("verified") is False:
         bad = [f"{check['name']}: {check['detail']}" for check in asked["checks"] if not check["ok"]]
         return [Finding(str(asked["failure"]), tuple(bad[:3]))]
-    if not facts["status"].get("healthy") and seen.get("state") in ("running", "paused"):
+    if not engine["healthy"] and seen.get("state") in ("running", "paused"):
         why = "it is paused" if seen["state"] == "paused" else "it runs, and /health does not answer"
         return [Finding("endpoint-down", (why,))]
     return []
 
 
-def _pace(facts: Mapping[str, Any]) -> list[Finding]:
+def _pace(_facts: Mapping[str, Any], engine: Mapping[str, Any]) -> list[Finding]:
     """Tokens a second of one stream against the limit of the plan."""
-    asked, plan = facts["asked"] or {}, facts["plan"] or {}
-    limit = (plan.get("memory") or {}).get("decode_tok_s_limit") or 0
+    asked, guard = engine["asked"] or {}, engine["guard"] or {}
+    limit = (engine["memory"] or {}).get("decode_tok_s_limit") or 0
     measured = asked.get("tokens_per_second")
     if measured and limit and measured < limit / 4:
         return [
             Finding("low-throughput", (f"one stream: {measured:g} tokens a second, the plan's limit is {limit:g}",))
         ]
-    if (facts["guard"] or {}).get("stalls"):
+    if guard.get("stalls"):
         return [Finding("engine-stalls", ("the guard saw it in most of its observations of the last minute",))]
-    if (facts["guard"] or {}).get("slow"):
-        rate = (facts["guard"] or {}).get("tokens_per_second")
+    if guard.get("slow"):
+        rate = guard.get("tokens_per_second")
         return [
             Finding("low-throughput", (f"the guard measured {rate} tokens a second, the plan's limit is {limit:g}",))
         ]
@@ -256,18 +278,13 @@ def _guard(facts: Mapping[str, Any]) -> list[Finding]:
     return [Finding("guard-stuck", (f"its last sign of life is {age:.0f} s old",))] if age > STUCK else []
 
 
-def _before(facts: Mapping[str, Any]) -> list[Finding]:
-    """What is over."""
-    return [*_last_switch(facts), *_restarts(facts)]
-
-
 def _last_switch(facts: Mapping[str, Any]) -> list[Finding]:
     """Why the last switch failed, and what became of it."""
     journal = facts["switch"] or {}
     outcome, error = journal.get("outcome"), journal.get("error")
     if outcome in (None, "verified") or not error:
         return []
-    way = f"release {journal.get('to')} ({journal.get('model')}), {outcome}"
+    way = f"release {journal.get('to')} ({', '.join(dict.fromkeys(journal.get('models') or ()))}), {outcome}"
     if outcome == "refused":  # nothing was stopped
         return _why(error, way)
     became = {"restored": "switch-restored", "removed": "switch-restored"}.get(outcome, "switch-not-restored")
@@ -285,9 +302,9 @@ def _why(error: Mapping[str, Any], way: str) -> list[Finding]:
     return known or [Finding(named if named in BY_ID else "engine-died", (f"{way}: {error['message']}",), False)]
 
 
-def _restarts(facts: Mapping[str, Any]) -> list[Finding]:
+def _restarts(_facts: Mapping[str, Any], engine: Mapping[str, Any]) -> list[Finding]:
     """What the guard healed."""
-    guard, found = facts["guard"] or {}, []
+    guard, found = engine["guard"] or {}, []
     for item in guard.get("restarts") or []:
         if item.get("forgiven") or float(item["at"]) <= float(guard.get("forgiven") or 0):
             continue
@@ -324,9 +341,13 @@ def bundle(path: Path, host: str, facts: Mapping[str, Any], found: Sequence[Find
     """Write all of it as an archive, mode 0600. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rest = {key: value for key, value in facts.items() if key not in ("commands", "failed")}
-    engine = dict(rest.get("engine") or {})
-    logs = {"engine.log": engine.pop("log", [])}
-    rest["engine"] = engine
+    logs: dict[str, list[str]] = {}
+    rest["engines"] = []
+    for engine in facts["engines"]:
+        container = dict(engine.get("container") or {})
+        service = re.sub(r"[^\w.-]", "_", str(engine["service"]))[:200]
+        logs["engine.log" if len(facts["engines"]) == 1 else f"engine-{service}.log"] = container.pop("log", [])
+        rest["engines"].append({**engine, "container": container})
     for number, outcome in (facts.get("failed") or {}).items():
         if isinstance(outcome, Mapping):
             logs[f"release-{number}.log"] = [json.dumps({**outcome, "log": None}), *outcome.get("log", [])]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sparkfleet_host.bounded import printable
@@ -26,37 +26,64 @@ def summary(
     problem: str = "",
     drained: bool = False,
 ) -> dict[str, Any]:
-    """The row of a host: plain data, for tables and for JSON. `found` is what the module spark_status returned, `drift`
-    how the host differs from the inventory (None where that is not known), `problem` why it is not."""
-    releases, guard = found["releases"], found["guard"] or {}
-    current = releases["current"]
-    lock = releases["locks"].get(str(current)) or {}
-    figures = found["figures"]
+    """The row of a host: plain data, for tables and for JSON, with `engines`, a row of each engine. What is said of the
+    host is the sum or the worst of them, and its names are theirs. `found` is what the module spark_status returned,
+    `drift` how the host differs from the inventory (None where that is not known), `problem` why it is not."""
+    releases = found["releases"]
+    engines = [_engine(row) for row in found["engines"]]
     return {
         "host": host,
         "state": found["engine"],
-        "model": lock.get("model"),
-        "profile": lock.get("profile"),
-        "release": current,
+        **{key: _names(engines, key) for key in ("model", "profile")},
+        "release": releases["current"],
         "previous": releases["previous"],
-        "image": lock.get("image"),
-        "digest": str(lock.get("image") or "").partition("@sha256:")[2][:12] or None,
+        **{key: _names(engines, key) for key in ("image", "digest")},
         "healthy": found["healthy"],
-        "running": figures.get("num_requests_running"),
-        "waiting": figures.get("num_requests_waiting"),
-        "kv_cache": figures.get("kv_cache_usage_perc", figures.get("gpu_cache_usage_perc")),
-        "tokens_per_second": found.get("tokens_per_second"),
-        "stream_tokens_per_second": guard.get("tokens_per_second"),
+        **{key: _known(sum, engines, key) for key in ("running", "waiting")},
+        "kv_cache": _known(max, engines, "kv_cache"),
+        "tokens_per_second": _known(sum, engines, "tokens_per_second"),
+        "stream_tokens_per_second": _known(min, engines, "stream_tokens_per_second"),
         "temperature": found["gpu"]["temperature"],
-        "restarts": sum((guard.get("restarts_total") or {}).values()),
-        "given_up": (guard.get("given_up") or {}).get("reason"),
-        "slow": bool(guard.get("slow")),
+        "restarts": sum(engine["restarts"] for engine in engines),
+        "given_up": next((engine["given_up"] for engine in engines if engine["given_up"]), None),
+        "slow": any(engine["slow"] for engine in engines),
+        "engines": engines,
         "switch": switch(releases["switch"], bool(releases["switch_active"])),
         "drift": None if drift is None else list(drift),
         "problem": problem,
         "damaged": damaged(releases),
         "drained": drained,
     }
+
+
+def _engine(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of an engine, of what the module spark_status returned of it."""
+    guard, figures, image = row["guard"] or {}, row["figures"], row["image"] or None
+    return {
+        **{key: row[key] for key in ("service", "state")},
+        **{key: row[key] or None for key in ("model", "profile", "repo")},
+        "image": image,
+        "digest": str(image or "").partition("@sha256:")[2][:12] or None,
+        "port": row["port"],
+        "healthy": row["healthy"],
+        "running": figures.get("num_requests_running"),
+        "waiting": figures.get("num_requests_waiting"),
+        "kv_cache": figures.get("kv_cache_usage_perc", figures.get("gpu_cache_usage_perc")),
+        "tokens_per_second": row["tokens_per_second"],
+        "stream_tokens_per_second": guard.get("tokens_per_second"),
+        "restarts": sum((guard.get("restarts_total") or {}).values()),
+        "given_up": (guard.get("given_up") or {}).get("reason"),
+        "slow": bool(guard.get("slow")),
+    }
+
+
+def _names(engines: Sequence[Mapping[str, Any]], key: str) -> str | None:
+    return ", ".join(dict.fromkeys(str(engine[key]) for engine in engines if engine[key])) or None
+
+
+def _known(combine: Callable[[list[float]], float], engines: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    values = [engine[key] for engine in engines if engine[key] is not None]
+    return combine(values) if len(values) > 1 else values[0] if values else None
 
 
 def damaged(releases: Mapping[str, Any]) -> list[str]:
@@ -78,7 +105,7 @@ def absent(host: str, state: str, message: str) -> dict[str, Any]:
             *("temperature", "restarts", "drift"),
         )
     )
-    return {"host": host, "state": state, **empty, "slow": False, "drained": False, "message": message}
+    return {"host": host, "state": state, **empty, "slow": False, "engines": [], "drained": False, "message": message}
 
 
 def rows(hosts: Sequence[HostResult]) -> list[dict[str, Any]]:
@@ -144,7 +171,7 @@ def words(found: Mapping[str, Any]) -> str:
 def table(rows: Sequence[Mapping[str, Any]], width: int = 0) -> str:
     """All hosts as a table, without what does not fit into `width` columns (0 for any), and below it what is worth a
     sentence."""
-    cut = [COLUMNS, *(cells(row) for row in rows)]
+    cut = [COLUMNS, *(line for row in rows for line in _lines(row))]
     for spare in SPARE:
         if width and max(map(len, report.table(cut).splitlines())) > width:
             place = cut[0].index(spare)
@@ -157,11 +184,24 @@ def table(rows: Sequence[Mapping[str, Any]], width: int = 0) -> str:
     return report.clean(report.table(cut) + lines)
 
 
+def _lines(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The lines of a host: one for each engine; what is of the host alone is in the first."""
+    engines = row["engines"]
+    if len(engines) < 2:
+        return [cells(row)]
+    own = ("GPU", "drift")
+    lines = [cells({**row, **engine}) for engine in engines]
+    rest = [tuple("" if name in own else text for name, text in zip(COLUMNS, line, strict=True)) for line in lines[1:]]
+    return [lines[0], *rest]
+
+
 def _notes(row: Mapping[str, Any], alone: bool) -> Iterator[str]:
     if row.get("message"):
         yield row["message"].removeprefix(f"{row['host']}: ").removeprefix(f"{row['host']} is ")
-    if row.get("given_up"):
-        yield f"the guard gave up: {row['given_up']}"
+    several = len(row["engines"]) > 1
+    for engine in row["engines"]:
+        if engine["given_up"]:
+            yield f"the guard gave up{' ' + engine['service'] if several else ''}: {engine['given_up']}"
     # Of many Sparks, the last switch of each is no news where it went well.
     if row.get("switch") and (alone or not row["switch"].endswith(": verified")):
         yield f"last switch {row['switch']}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparkfleet_host.bounded import BoundsError, as_int, as_number, as_str, printable
-from sparkfleet_host.releases import NUMBERS, check_journal, storable
+from sparkfleet_host.release_format import NUMBERS, check_journal, storable
 
 from sparkfleet.diagnosis import failures, startup_log
 from sparkfleet.diagnosis.startup import Watch, explain
@@ -30,6 +30,13 @@ TEXT, NAME = 1000, 300  # characters that are printed of a sentence, of a name
 _TIMES = ("ended", "stopped_at", "answering_at", "out_of_service_s")
 _WAITING = ("waiting", "restore-waiting")
 _ANSWERS = ("verifying", "restore-verifying")
+#: The same of one engine of several.
+WORDS_OF_ONE = {
+    "starting": "starting {service} of {to}",
+    "verifying": "asking {service}",
+    "restoring": "starting {service} of {before}",
+    "restore-verifying": "asking {service}",
+}
 
 
 class Follower:
@@ -43,7 +50,8 @@ class Follower:
         self._cut = False
         self._steps = 0
         self._journal: dict[str, Any] = {}
-        self._watches: dict[str, Watch] = {}  # by phase: one for the new release, one for the old
+        self._watches: dict[tuple[str, str], Watch] = {}  # by release (there: the new one, back: the old) and service
+        self._waits: tuple[str, str] | None = None  # for which of them
         self._cursor: tuple[str, str] = ("", "")
 
     def asks(self) -> dict[str, Any]:
@@ -78,41 +86,69 @@ class Follower:
         news = journal["steps"][self._steps :]
         self._steps = max(self._steps, len(journal["steps"]))
         self._cursor = (journal["container"], answer["cursor"])
-        # What the log tells belongs between the steps before and after the wait.
-        after = next((place for place, step in enumerate(news) if step["phase"] in _ANSWERS), len(news))
-        for step in news[:after]:
+        now = self._key("back" if journal["error"] else "there", journal["container"])
+        fed = False
+        for step in news:
+            container = step.get("container", "")
+            if step["phase"] in _ANSWERS or container:
+                # What the log tells belongs between the steps before and after the wait.
+                waited, self._waits = self._waits, None
+                own = waited == now
+                if waited and (not waited[1] or journal["container_ids"].get(waited[1])):
+                    told = answer if own else {**answer, "log_lines": [], "started_at": "", "cursor": ""}
+                    lines += self._watch(waited).take({**told, "ready": True})
+                    fed = fed or own
+            elif step["phase"] == "restoring":
+                self._waits = None
+            if step["phase"] in _WAITING:
+                self._waits = self._key("there" if step["phase"] == "waiting" else "back", container)
             lines += self._said(step)
-        leg = "back" if journal["error"] else "there"
-        ready = any(step["phase"] in _ANSWERS for step in news)
-        if journal["phase"] in _WAITING or ready or (answer["log_lines"] and leg in self._watches):
-            lines += self._watch(leg).take({**answer, "ready": ready})
-        for step in news[after:]:
-            lines += self._said(step)
+        if journal["phase"] in _WAITING or (answer["log_lines"] and now in self._watches and not fed):
+            lines += self._watch(now).take({**answer, "ready": False})
         if self.done:
             lines += [f"{self.host}  {trouble}" for trouble in journal["troubles"][:20]]
             lines += _reclaimed(self.host, "reclaimed", journal)
         return lines
 
     def _said(self, step: Mapping[str, Any]) -> list[str]:
-        words = self._words(step["phase"])
+        words = self._words(step["phase"], step.get("container", ""))
         return [f"{self.host}  {max(step['at'] - self._journal['began'], 0):.0f} s  {words}"] if words else []
 
-    def _watch(self, leg: str) -> Watch:
-        if leg not in self._watches:
-            self._watches[leg] = Watch(self.host, self.pause, began=float(self._journal["began"]))
-        return self._watches[leg]
+    def _several(self) -> bool:
+        """Whether a release has more than one engine, which then have to be told from each other."""
+        return max(len(self._journal["models"]), len(self._journal["from_models"])) > 1
 
-    def _words(self, phase: str) -> str:
-        before = self._journal["from"]
+    def _key(self, leg: str, container: str) -> tuple[str, str]:
+        return leg, container if self._several() else ""
+
+    def _watch(self, key: tuple[str, str]) -> Watch:
+        if key not in self._watches:
+            self._watches[key] = Watch(self.host, self.pause, began=float(self._journal["began"]))
+        return self._watches[key]
+
+    def _words(self, phase: str, service: str) -> str:
+        before, kept = self._journal["from"], self._journal["kept"]
+        names = {"to": self._name("to"), "before": self._name("from"), "service": service}
         if phase == "stopping" and before is None:
             return ""
+        if phase == "stopping" and kept:
+            if len(kept) < len(self._journal["from_models"]):
+                return f"stopping {names['before']} but for {', '.join(kept)}"
+            which = ", ".join(kept) if len(kept) > 1 else "the engine"
+            return f"{which} of {names['before']} keep{'s' * (len(kept) == 1)} running for {names['to']}"
+        if service and phase in WORDS_OF_ONE:
+            return WORDS_OF_ONE[phase].format(**names)
         if phase == "restoring" and before is None:
             return f"{self._name('to')} failed; removing its container"
-        return WORDS.get(phase, "").format(to=self._name("to"), before=self._name("from"))
+        return WORDS.get(phase, "").format(**names)
+
+    def _models(self, which: str) -> list[str]:
+        models: list[str] = self._journal["models" if which == "to" else "from_models"]
+        return models
 
     def _name(self, which: str) -> str:
-        model = self._journal["model" if which == "to" else "from_model"]
-        return f"release {self._journal[which]}" + (f" ({model})" if model else "")
+        models = ", ".join(dict.fromkeys(self._models(which)))
+        return f"release {self._journal[which]}" + (f" ({models})" if models else "")
 
     # -- the end ---------------------------------------------------------------------------------------------
 
@@ -130,18 +166,23 @@ class Follower:
             "previous": self._release("from"),
             "out_of_service_s": journal["out_of_service_s"],
             "seconds": round((journal["ended"] or 0) - journal["began"], 1),
-            "verification": journal["verification"],
+            "verification": next(iter(journal["verifications"].values()), None),
+            "verifications": journal["verifications"],
             "reclaimed": journal["reclaimed"],
             "reclaimed_bytes": _bytes(journal),
             "left": journal["left"],
             "troubles": journal["troubles"],
         }
-        watch = self._watches.get("there")
-        if watch:
-            result.update(kv_cache=watch.tracker.kv, weights_gib=watch.tracker.weights_gib, phases=watch.phases())
+        starts = {
+            service: {"kv_cache": watch.tracker.kv, "weights_gib": watch.tracker.weights_gib, "phases": watch.phases()}
+            for (leg, service), watch in self._watches.items()
+            if leg == "there"
+        }
+        if starts:
+            result.update(next(iter(starts.values())), **({"starts": starts} if self._several() else {}))
         if outcome == VERIFIED:
             return result
-        why = self._why(journal["error"] or {"message": "the Spark gives no reason", "failure": "internal"}, watch)
+        why = self._why(journal["error"] or {"message": "the Spark gives no reason", "failure": "internal"}, "there")
         head, _, log = why["msg"].partition("\n")
         what = "is not switched to" if outcome == REFUSED else "does not serve"
         message = f"{self.host}: {self._name('to')} {what}: {head}{self._became()}"
@@ -152,7 +193,7 @@ class Follower:
         number = self._journal[which]
         if number is None:
             return None
-        return {"number": number, "model": self._journal["model" if which == "to" else "from_model"]}
+        return {"number": number, "models": self._models(which)}
 
     def _became(self) -> str:
         """What became of the release before, as a sentence."""
@@ -166,22 +207,30 @@ class Follower:
             return f"\n  Nothing was stopped{before}."
         if journal["outcome"] == REMOVED:
             return "\n  There was no release before it: its container was removed, and nothing serves."
+        right = [service for service, found in journal["verifications"].items() if found.get("verified") is True]
+        serving = f"{', '.join(right)} serve{'s' * (len(right) == 1)}" if right and self._several() else ""
         if journal["from"] == journal["to"] or not journal["restore_error"]:
-            return "\n  It was stopped; nothing serves."
-        again = self._why(journal["restore_error"], self._watches.get("back"))
+            stopped = (journal["error"] or {}).get("container") or "It"
+            return f"\n  {stopped} was stopped; {serving}." if serving else "\n  It was stopped; nothing serves."
+        again = self._why(journal["restore_error"], "back")
         head = again["msg"].partition("\n")[0]
+        if serving:
+            return f"\n  {self._name('from')} could not be brought back as a whole, {serving}: {head}"
         return f"\n  {self._name('from')} could not be brought back either, nothing verified serves: {head}"
 
-    def _why(self, error: Mapping[str, Any], watch: Watch | None) -> dict[str, Any]:
+    def _why(self, error: Mapping[str, Any], leg: str) -> dict[str, Any]:
         """msg and failure (entry in the table of failures) of what went wrong."""
         service = str(error.get("container") or "the engine")
         known = failures.BY_ID.get(str(error.get("failure") or ""))
         if known and known.id != "start-timeout":
             shown = "".join(f"\n  {line}" for line in failures.relevant(error.get("log", []), [])[-5:])
             shown = "" if error.get("checks") else shown
-            text = f"{error['message']}. {known.cause[0].upper()}{known.cause[1:]}. {known.remedy} [{known.id}]{shown}"
+            message = str(error["message"])
+            if self._several() and error.get("container") and service not in message:
+                message = f"{service}: {message}"
+            text = f"{message}. {known.cause[0].upper()}{known.cause[1:]}. {known.remedy} [{known.id}]{shown}"
             return {"failure": known.id, "msg": text}
-        watch = watch or Watch(self.host, self.pause)
+        watch = self._watches.get(self._key(leg, service)) or Watch(self.host, self.pause)
         watch.restarts = 0  # the switch begins with a fresh start
         watch.log.extend(line for line in error.get("log", []) if line not in watch.log)
         answer = {
@@ -193,13 +242,14 @@ class Follower:
         }
         if answer["error"] and answer["state"] == "missing":
             answer["state"] = "exited"  # it never came to a container
-        first = error is not self._journal["restore_error"]
-        return explain(service, answer, watch, again=False, elapsed=self._lasted(first))
+        return explain(service, answer, watch, again=False, elapsed=self._lasted(leg, service))
 
-    def _lasted(self, first: bool) -> float:
+    def _lasted(self, leg: str, service: str) -> float:
         """Seconds from the start of an engine to its failure; of the first leg, or of the way back."""
-        begins, ends = ("starting", "restoring") if first else ("restore-waiting", "done")
-        at = {step["phase"]: float(step["at"]) for step in self._journal["steps"]}
+        begins, ends = ("starting", "restoring") if leg == "there" else ("restore-waiting", "done")
+        # Of several engines, those of this one, and those of all of them.
+        steps = [step for step in self._journal["steps"] if step.get("container", service) == service]
+        at = {step["phase"]: float(step["at"]) for step in steps}
         return max(at.get(ends, 0.0) - at.get(begins, 0.0), 0.0)
 
 
@@ -250,9 +300,11 @@ def _journal(value: Any) -> dict[str, Any]:
         journal[key]["log"] = log
     journal["began"] = _time(journal["began"])
     journal.update({key: None if journal[key] is None else _time(journal[key]) for key in _TIMES})
-    journal["steps"] = [{"phase": step["phase"], "at": _time(step["at"])} for step in journal["steps"]]
-    for key in ("controller", "verb", "model", "from_model", "container", "phase"):
-        journal[key] = None if journal[key] is None else _text(journal[key])
+    journal["steps"] = [{**step, "at": _time(step["at"])} for step in journal["steps"]]
+    for step in (journal, *journal["steps"]):
+        step.update({key: _text(step[key]) for key in ("controller", "verb", "container", "phase") if key in step})
+    for key in ("models", "from_models", "kept", "services"):
+        journal[key] = [_text(name) for name in journal[key]]
     return journal
 
 

@@ -173,19 +173,24 @@ def test_ctrl_c_is_what_it_was_after_a_run(monkeypatch: pytest.MonkeyPatch) -> N
     assert signal.getsignal(signal.SIGINT) is before
 
 
-FOUND: dict[str, Any] = {
-    "engine": "serving",
+ENGINE: dict[str, Any] = {
+    **{"service": "vllm-m", "model": "m", "profile": "throughput", "repo": "o/m", "port": 8000, "state": "serving"},
+    "image": "r/i:1@sha256:0123456789abcdef",
     "healthy": True,
     "figures": {"num_requests_running": 2.0, "num_requests_waiting": 1.0, "kv_cache_usage_perc": 0.25},
     "tokens_per_second": 431.2,
-    "gpu": {"temperature": 61.0, "watts": 40.0},
     "guard": {"restarts_total": {"crash": 1, "wedge": 1}, "tokens_per_second": 28.4, "slow": False, "given_up": None},
+}
+FOUND: dict[str, Any] = {
+    "engine": "serving",
+    "healthy": True,
+    "engines": [ENGINE],
+    "gpu": {"temperature": 61.0, "watts": 40.0},
     "releases": {
         "current": 2,
         "previous": 1,
         "switch": None,
         "switch_active": False,
-        "locks": {"2": {"model": "m", "profile": "throughput", "image": "r/i:1@sha256:0123456789abcdef"}},
     },
 }
 
@@ -227,9 +232,27 @@ def test_a_narrow_terminal_has_fewer_columns() -> None:
 
 
 def test_what_the_guard_gave_up_is_said() -> None:
-    guard = {**FOUND["guard"], "given_up": {"reason": "3 restarts in 3600 s"}}
-    text = status_page.table([status_page.summary("spark-1", {**FOUND, "engine": "given-up", "guard": guard})])
+    engine = {**ENGINE, "state": "given-up", "guard": {"given_up": {"reason": "3 restarts in 3600 s"}}}
+    text = status_page.table([status_page.summary("spark-1", {**FOUND, "engine": "given-up", "engines": [engine]})])
     assert "spark-1: the guard gave up: 3 restarts in 3600 s" in text
+    found = {**FOUND, "engine": "given-up", "engines": [ENGINE, {**engine, "service": "vllm-b"}]}
+    assert "the guard gave up vllm-b: 3 restarts" in status_page.table([status_page.summary("spark-1", found)])
+
+
+def test_each_engine_of_a_host_has_a_line() -> None:
+    second = {**ENGINE, "service": "vllm-b", "model": "b", "state": "loading", "healthy": False, "guard": None}
+    second |= {"figures": {}, "tokens_per_second": None, "port": 8001}
+    found = {**FOUND, "engine": "loading", "healthy": False, "engines": [ENGINE, second]}
+    row = status_page.summary("spark-1", found, ["image: a → b"])
+    assert json.loads(json.dumps(row)) == row and [engine["service"] for engine in row["engines"]] == [
+        *("vllm-m", "vllm-b"),
+    ]
+    assert (row["state"], row["model"], row["running"], row["tokens_per_second"]) == ("loading", "m, b", 2.0, 431.2)
+    lines = status_page.table([row]).splitlines()
+    assert [line.split()[:3] for line in lines[1:3]] == [["spark-1", "serving", "m"], ["spark-1", "loading", "b"]]
+    assert "61 °C" in lines[1] and "1 difference" in lines[1]
+    assert "°C" not in lines[2] and "difference" not in lines[2]
+    assert status_page.totals([row])["states"] == {"loading": 1}
 
 
 def test_the_last_switch_of_many_is_no_news_where_it_went_well() -> None:

@@ -14,6 +14,8 @@ import pytest
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store
 
+from tests.unit.fakes import fake_release
+
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -80,9 +82,12 @@ def docker(engine: Engine) -> Docker:
 
 def deployed(folder: Path, port: int) -> Store:
     """A store whose release 1 is current: service vllm-m, model org/model, on this port."""
+    engine = fake_release.an_engine("vllm-m", port, repo="org/model", profile="p", memory={})
+    return deployed_engines(folder, engine)
+
+
+def deployed_engines(folder: Path, *engines: dict[str, Any]) -> Store:
+    """A store whose release 1 is current and has these engines."""
     made = Store(folder / "project", folder / "state", str(folder / "run" / "switch.lock"))
-    questions = {"question": "q", "expect": "a", "prompt": "p", "prompt_expect": "b"}
-    plan = {"service": "vllm-m", "repo": "org/model", "model": "m", "profile": "p", "memory": {}, "verify": questions}
-    lock = {"port": port, "service": "vllm-m", "image": "i", "model": "m", "profile": "p"}
-    made.commit(made.stage("services: {}\n", plan, lock), 1.0)
+    made.commit(made.stage("services: {}\n", fake_release.plan(*engines), fake_release.lock(*engines)), 1.0)
     return made

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import BoundsError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.guard import (
+    REASONS,
     STATES,
     Action,
     Canary,
@@ -34,6 +35,12 @@ SETTINGS = Settings()
 
 def stamp(at: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S.000000000Z", time.gmtime(at))
+
+
+def page(*guards: Guard, **more: Any) -> str:
+    """The metrics of a host with these engines."""
+    engines = {f"vllm-{number}": json.loads(json.dumps(guard.data())) for number, guard in enumerate(guards, 1)}
+    return metrics({"at": START + 2.4, "release": 1, "engines": engines, **more})
 
 
 class Host:
@@ -121,7 +128,7 @@ class Host:
 
     def again(self) -> None:
         """The guard itself is restarted, with the state it has written."""
-        self.guard = Guard(self.settings, json.loads(json.dumps(self.guard.data(self.now))))
+        self.guard = Guard(self.settings, json.loads(json.dumps(self.guard.data())))
 
 
 @pytest.fixture
@@ -415,9 +422,9 @@ def test_nothing_deployed(host: Host) -> None:
 def test_metrics_are_valid_and_say_what_is(host: Host) -> None:
     host.crash()
     loop(host, 60)
-    text = metrics(host.guard.data(host.now))
-    assert "sparkfleet_engine_given_up 1\n" in text and "sparkfleet_engine_up 0\n" in text
-    assert 'sparkfleet_engine_restarts_total{reason="crash"} 3\n' in text
+    text = page(host.guard)
+    assert 'given_up{engine="vllm-1"} 1\n' in text and 'sparkfleet_engine_up{engine="vllm-1"} 0\n' in text
+    assert 'sparkfleet_engine_restarts_total{engine="vllm-1",reason="crash"} 3\n' in text
     assert sum(line.endswith(" 1") for line in text.splitlines() if "engine_state{" in line) == 1
     assert all(f'state="{name}"' in text for name in STATES)
     names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
@@ -505,7 +512,7 @@ def test_what_is_no_number_is_no_progress(host: Host, value: float) -> None:
     host.frozen = True
     host.more = {"progress": (5.0, value), "running": value, "waiting": value, "tokens": value, "limit": value}
     assert host.run(400) == ["restart"]
-    json.dumps(host.guard.data(host.now), allow_nan=False)
+    json.dumps(host.guard.data(), allow_nan=False)
 
 
 # -- starts that Docker refuses --------------------------------------------------------------------------------------
@@ -579,10 +586,10 @@ def test_an_engine_that_stands_still_again_and_again_is_slow(host: Host) -> None
     for number in range(40):
         host.more = {"answered": 5.0 if number % 10 else 0.01}
         host.look()
-    assert host.guard.data(host.now)["slow"] and host.guard.stalls and host.guard.restarts == []
+    assert host.guard.data()["slow"] and host.guard.stalls and host.guard.restarts == []
     host.more = {"answered": 0.01}
     host.run(60)
-    assert not host.guard.data(host.now)["slow"]
+    assert not host.guard.data()["slow"]
 
 
 # -- the state file --------------------------------------------------------------------------------------------------
@@ -592,7 +599,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-KEYS = st.sampled_from(sorted(Guard(SETTINGS).data(0)))
+KEYS = st.sampled_from(sorted(Guard(SETTINGS).data()))
 
 
 @given(st.dictionaries(KEYS, JSON))
@@ -603,7 +610,7 @@ def test_a_state_of_any_form_is_taken_or_refused(data: dict[str, Any]) -> None:
         return
     for more in ({}, {"state": "exited"}, {"boot_id": "other"}, {"canary": Canary(0.0, False, 9.0)}):
         guard.decide(Observation(now=START, clock=1000.0, **more))
-        metrics(json.loads(json.dumps(guard.data(START))))
+        page(guard)
 
 
 @given(KEYS, st.sampled_from(("at", "reason", "clock", "started", "log", "release", "ready", "tries")), JSON)
@@ -611,7 +618,7 @@ def test_a_member_of_any_form_is_taken_or_refused(key: str, member: str, value: 
     host = Host()
     host.crash()
     loop(host, 60)
-    data = json.loads(json.dumps(host.guard.data(START)))
+    data = json.loads(json.dumps(host.guard.data()))
     if isinstance(data[key], dict):
         data[key][member] = value
     elif isinstance(data[key], list) and data[key]:
@@ -619,7 +626,7 @@ def test_a_member_of_any_form_is_taken_or_refused(key: str, member: str, value: 
     with contextlib.suppress(BoundsError):
         guard = Guard(SETTINGS, data)
         guard.decide(Observation(now=START, clock=1000.0))
-        metrics(json.loads(json.dumps(guard.data(START))))
+        page(guard)
 
 
 @pytest.mark.parametrize("data", [{"restarts": 7}, {"engine": 5}, {"engine": "x"}, {"known": []}, {"given_up": "x"}])
@@ -659,7 +666,7 @@ class Anything(RuleBasedStateMachine):
                 self.acted.append((self.host.now, action.do))
         recent = [at for at, _ in self.acted if self.host.now - at < self.settings.restart_window - 60]
         assert len(recent) <= self.settings.max_restarts
-        json.dumps(self.host.guard.data(self.host.now), allow_nan=False)
+        json.dumps(self.host.guard.data(), allow_nan=False)
 
     @rule(count=st.integers(1, 120))
     def time_passes(self, count: int) -> None:
@@ -890,7 +897,7 @@ def test_the_last_fifty_restarts_are_kept() -> None:
         assert watched.see(10.0 * count, restart_count=count) == "adopt"
     assert [item["at"] - START for item in watched.guard.restarts] == [10.0 * count for count in range(11, 61)]
     assert watched.guard.totals == {"crash": 60}
-    kept = watched.guard.data(START)
+    kept = watched.guard.data()
     more = {"at": START, "reason": "wedge", "detail": ""}
     again = Guard(SETTINGS, {**kept, "restarts": [*kept["restarts"], more]})
     assert len(again.restarts) == 50 and again.restarts[-1] == more
@@ -1035,7 +1042,7 @@ def test_the_rate_of_one_stream_is_measured_over_half_a_minute() -> None:
     assert [rate(0, 0), rate(1, 100), rate(31, 470), rate(32, 480)] == [None, None, 12.33, 12.33]
     assert rate(60.9, 600) == 12.33 and rate(61, 770) == 10.0
     assert not watched.guard.slow  # a quarter of the limit is not below it
-    assert rate(91, 1067) == 9.9 and watched.guard.slow and watched.guard.data(START)["slow"]
+    assert rate(91, 1067) == 9.9 and watched.guard.slow and watched.guard.data()["slow"]
     assert rate(121, 1067) == 0.0 and not watched.guard.slow  # a prefill
     assert rate(130, 1100, running=2.0) == 0.0  # two share the bandwidth: measured again
     assert rate(140, 2000) == rate(169, 2100) == 0.0 and rate(170, 2150) == 5.0
@@ -1094,7 +1101,7 @@ def test_half_of_the_last_answers_of_metrics_are_late(answers: list[float], stal
     watched = Watched()
     for number, seconds in enumerate([0.0, *answers]):  # the first look only sees that it is ready
         watched.see(number, answered=seconds if number else None)
-    assert watched.guard.stalls is stalls and watched.guard.data(START)["slow"] is stalls
+    assert watched.guard.stalls is stalls and watched.guard.data()["slow"] is stalls
 
 
 def test_crashes_of_another_boot_are_no_younger_than_this_one() -> None:
@@ -1129,36 +1136,51 @@ def test_the_whole_page_of_metrics() -> None:
     watched = Watched(max_restarts=0)
     watched.see(0)
     watched.canary(0.5, 1, ok=True)
-    data = {**watched.guard.data(START + 2.4), "restarts_total": {"crash": 2, "else": 5}, "slow": True}
-    samples = [line for line in metrics(data).splitlines() if not line.startswith("#")]
+    watched.guard.totals, watched.guard.slow = {"crash": 2, "else": 5}, True
+    text = page(watched.guard, Guard(SETTINGS))
+    samples = [line for line in text.splitlines() if not line.startswith("#")]
     others = [name for name in STATES if name != "serving"]
+    first, second = 'engine="vllm-1"', 'engine="vllm-2"'
     assert samples == [
-        "sparkfleet_engine_up 1",
-        'sparkfleet_engine_state{state="serving"} 1',
-        *(f'sparkfleet_engine_state{{state="{name}"}} 0' for name in others),
-        'sparkfleet_engine_restarts_total{reason="crash"} 2',
-        'sparkfleet_engine_restarts_total{reason="wedge"} 0',
-        'sparkfleet_engine_restarts_total{reason="hung-start"} 0',
-        "sparkfleet_engine_given_up 0",
-        "sparkfleet_engine_slow 1",
+        f"sparkfleet_engine_up{{{first}}} 1",
+        f"sparkfleet_engine_up{{{second}}} 0",
+        f'sparkfleet_engine_state{{{first},state="serving"}} 1',
+        *(f'sparkfleet_engine_state{{{first},state="{name}"}} 0' for name in others),
+        *(f'sparkfleet_engine_state{{{second},state="{name}"}} {int(name == "missing")}' for name in STATES),
+        f'sparkfleet_engine_restarts_total{{{first},reason="crash"}} 2',
+        f'sparkfleet_engine_restarts_total{{{first},reason="wedge"}} 0',
+        f'sparkfleet_engine_restarts_total{{{first},reason="hung-start"}} 0',
+        *(f'sparkfleet_engine_restarts_total{{{second},reason="{name}"}} 0' for name in REASONS),
+        f"sparkfleet_engine_given_up{{{first}}} 0",
+        f"sparkfleet_engine_given_up{{{second}}} 0",
+        f"sparkfleet_engine_slow{{{first}}} 1",
+        f"sparkfleet_engine_slow{{{second}}} 0",
         "sparkfleet_release 1",
-        "sparkfleet_canary_ok 1",
-        "sparkfleet_canary_seconds 0.5",
+        f"sparkfleet_canary_ok{{{first}}} 1",
+        f"sparkfleet_canary_seconds{{{first}}} 0.5",
         "sparkfleet_guard_last_look_seconds 1800000002",
     ]
     for sample in samples:
         name = sample.split("{")[0].split()[0]
-        assert f"# HELP {name} " in metrics(data) and f"# TYPE {name} " in metrics(data)
-    bare = metrics(Guard(SETTINGS).data(0))
-    assert "sparkfleet_engine_up 0\n" in bare and "sparkfleet_release 0\n" in bare and "canary" not in bare
+        assert f"# HELP {name} " in text and f"# TYPE {name} " in text
+    bare = page(release=None)
+    assert "sparkfleet_release 0\n" in bare and "engine" not in bare and "canary" not in bare
 
 
 def test_the_state_file_is_read_or_said_to_be_damaged(tmp_path: Path) -> None:
     assert read_state(tmp_path) == (None, "")
     path = tmp_path / "guard-state.json"
-    data = json.loads(json.dumps(Guard(SETTINGS).data(START)))
+    record = json.loads(json.dumps(Guard(SETTINGS).data()))
+    data = {"at": START, "clock": 5.0, "boot_id": "boot", "release": 1, "engines": {"vllm-m": record}}
     path.write_text(json.dumps(data), encoding="utf-8")
-    assert read_state(tmp_path) == (data, "")
+    assert read_state(tmp_path) == read_state(tmp_path, "vllm-m") == (data, "")
+    path.write_text(json.dumps({**record, "at": START, "clock": 5.0, "release": 1}), encoding="utf-8")  # format 1
+    found, said = read_state(tmp_path, "vllm-m")
+    assert found and said == "" and Guard(SETTINGS, found["engines"]["vllm-m"]).data() == record
+    assert (found["at"], found["clock"], found["release"], found["boot_id"]) == (START, 5.0, 1, "")
+    for engines in ({f"v{n}": record for n in range(17)}, {"a b": record}, {"v": {"engine": "x"}}, []):
+        path.write_text(json.dumps({"engines": engines}), encoding="utf-8")
+        assert read_state(tmp_path)[0] is None
     path.write_text('{"engine": "x"}', encoding="utf-8")
     assert read_state(tmp_path) == (None, f"{path}: engine: 'x' is not a state")
     path.write_text("{", encoding="utf-8")
@@ -1169,8 +1191,8 @@ def test_the_state_file_is_read_or_said_to_be_damaged(tmp_path: Path) -> None:
 def test_what_is_kept_comes_back_whole(host: Host) -> None:
     host.crash()
     host.run(30)
-    kept = json.loads(json.dumps(host.guard.data(host.now)))
-    again = Guard(SETTINGS, kept).data(host.now)
+    kept = json.loads(json.dumps(host.guard.data()))
+    again = Guard(SETTINGS, kept).data()
     passing = ("running", "waiting", "tokens_per_second", "slow", "stalls")
     assert {name: again[name] for name in again if name not in passing} == {
         name: kept[name] for name in kept if name not in passing
@@ -1178,8 +1200,8 @@ def test_what_is_kept_comes_back_whole(host: Host) -> None:
 
 
 def test_a_state_begins_with_nothing() -> None:
-    assert Guard(SETTINGS).data(5.0) == {
-        **{"at": 5.0, "engine": "missing", "served": False, "since": 0.0, "release": None, "restarts": []},
+    assert Guard(SETTINGS).data() == {
+        **{"engine": "missing", "served": False, "since": 0.0, "restarts": []},
         **{"restarts_total": {}, "given_up": None, "healing": None, "canary": None, "running": 0.0, "waiting": 0.0},
         **{"tokens_per_second": None, "slow": False, "stalls": False, "boot_id": "", "known": {}},
     }

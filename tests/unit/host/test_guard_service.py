@@ -261,7 +261,7 @@ def test_a_damaged_state_is_set_aside_and_replaced(store: Store, engine: Engine,
         deadline = time.monotonic() + 10
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-    assert json.loads(path.read_text(encoding="utf-8"))["engine"] == "loading"
+    assert json.loads(path.read_text(encoding="utf-8"))["engines"][SERVICE]["engine"] == "loading"
 
 
 @pytest.mark.parametrize(

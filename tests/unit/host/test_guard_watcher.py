@@ -24,9 +24,11 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.doc
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.guard import (
     Action,
     Canary,
+    Guard,
     Notify,
     Observation,
     Settings,
+    Watched,
     Watcher,
     restart_docker,
 )
@@ -72,6 +74,31 @@ class Client:
         return HttpAnswer(self.status, "application/json", b"{}")
 
 
+class Single(Watcher):
+    """The guard of a host with one engine, without its name in each call."""
+
+    @property
+    def item(self) -> Watched:
+        (item,) = self.watched.values()
+        return item
+
+    @property
+    def guard(self) -> Guard:
+        return self.item.guard
+
+    def observe(self, item: Watched | None = None, locked: bool = False) -> Observation:
+        if item is None:
+            self.refresh()
+        return super().observe(item or self.item, locked)
+
+    def do(self, action: Action, seen: Observation) -> None:
+        self.act(self.item, action, seen)
+
+    def one_step(self) -> Action:
+        (action,) = self.step().values()
+        return action
+
+
 class World:
     """Docker's part, the engine's and the clock's, and in which order Docker was asked."""
 
@@ -96,7 +123,7 @@ class World:
         notify = Notify({"WATCHDOG_USEC": "90000000"})
         monkeypatch.setattr(Notify, "__call__", lambda _, *lines: self.notified.append(lines))
         self.settings = Settings()
-        self.watcher = Watcher(self.settings, store, Docker("/nowhere"), self.said.append, notify)
+        self.watcher = Single(self.settings, store, Docker("/nowhere"), self.said.append, notify)
 
     def wait(self, seconds: float) -> None:
         self.now += seconds
@@ -130,8 +157,11 @@ class World:
 
 
 def store_state(store: Store) -> dict[str, Any]:
+    """What is written of the one engine, and of the host."""
     path = store.state_dir / "guard-state.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"engines": {"": {}}}
+    (item,) = data.pop("engines").values()
+    return {**data, **item}
 
 
 @pytest.fixture
@@ -140,7 +170,7 @@ def world(monkeypatch: pytest.MonkeyPatch, store: Store) -> World:
 
 
 def test_what_it_is_about_to_do_is_kept_before_it_stops(world: World) -> None:
-    world.watcher.act(*world.wedge())
+    world.watcher.do(*world.wedge())
     assert world.calls == ["stop, wedge is kept", "drop", "start"]
 
 
@@ -154,7 +184,7 @@ def test_no_switch_begins_while_it_acts(world: World, store: Store) -> None:
     action, seen = world.wedge()
     thread = threading.Thread(target=other)
     world.during = lambda: (thread.start(), time.sleep(0.3))
-    world.watcher.act(action, seen)
+    world.watcher.do(action, seen)
     thread.join()
     # Refused, or after the start: never between stop and start.
     assert world.calls[-1] == "start" and begun in ([False], [True])
@@ -165,9 +195,9 @@ def test_nothing_is_done_once_a_switch_has_begun(world: World, store: Store, mon
     monkeypatch.setattr(releases, "_locked", lambda handle, limit: locked(handle, lambda: 0.0))
     action, seen = world.wedge()
     with store.exclusive():
-        world.watcher.act(action, seen)
+        world.watcher.do(action, seen)
         assert world.calls == [] and "a switch has begun" in world.said[-1]
-        assert world.watcher.step().do == "nothing"
+        assert world.watcher.one_step().do == "nothing"
     assert world.watcher.guard.restarts == [] and world.watcher.guard.totals == {"wedge": 0}
 
 
@@ -175,11 +205,11 @@ def test_nothing_is_done_to_an_engine_that_was_stopped_or_started_meanwhile(worl
     for change in ({"state": "exited"}, {"started_at": "2026-01-01T02:00:00Z"}):
         action, seen = world.wedge()
         world.found.update(change)
-        world.watcher.act(action, seen)
+        world.watcher.do(action, seen)
         assert world.calls == [] and "has changed meanwhile" in world.said[-1]
         world.found["state"] = "exited"
         for _ in range(3):
-            assert world.watcher.step().do == "nothing"
+            assert world.watcher.one_step().do == "nothing"
         assert world.watcher.guard.engine == "stopped" and world.calls == []
         world.found.update(state="running", started_at="2026-01-01T03:00:00Z")
 
@@ -188,10 +218,10 @@ def test_giving_up_keeps_by_which_start(world: World) -> None:
     world.watcher.step()
     seen = world.watcher.observe()
     world.watcher.guard.given_up = {"at": 1.0, "reason": "x"}
-    world.watcher.act(Action("give-up", "crash", "x"), seen)
+    world.watcher.do(Action("give-up", "crash", "x"), seen)
     assert world.watcher.guard.given_up["started_at"] == world.found["started_at"]
     assert world.watcher.guard.given_up["log"] == ["line"]
-    assert world.watcher.step().do == "nothing" and world.watcher.guard.engine == "given-up"
+    assert world.watcher.one_step().do == "nothing" and world.watcher.guard.engine == "given-up"
 
 
 def test_a_canary_that_ends_while_it_reads_belongs_to_this_observation(
@@ -200,11 +230,11 @@ def test_a_canary_that_ends_while_it_reads_belongs_to_this_observation(
     ended = Canary(1.0, True, 0.5)
 
     def look(docker: Any, name: str) -> dict[str, Any]:
-        world.watcher._canary = ended
+        world.watcher.item.canary = ended
         return dict(world.found)
 
     monkeypatch.setattr(module.engine, "look", look)
-    assert world.watcher.observe().canary is ended and world.watcher._canary is None
+    assert world.watcher.observe().canary is ended and world.watcher.item.canary is None
 
 
 def test_no_observation_ends_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,8 +252,8 @@ def test_no_more_threads_is_no_sign_of_the_engine(world: World, monkeypatch: pyt
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", start)
-    world.watcher.act(Action("canary"), Observation(now=1.0, clock=1.0))
-    assert world.said == ["canary: can't start new thread"] and not world.watcher._asking
+    world.watcher.do(Action("canary"), Observation(now=1.0, clock=1.0))
+    assert world.said == ["canary: can't start new thread"] and not world.watcher.item.asking
 
 
 def test_docker_that_is_away_is_seen(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,11 +284,11 @@ def test_ready_is_what_the_guard_knows(world: World, monkeypatch: pytest.MonkeyP
     for query in ("model=org/other", "model=", "model=m", "model=org/model&model=org/other"):
         assert get(f"/ready?{query}") == (503, "another-model\n")
     assert get("/ready?" + "&".join(f"a{number}=1" for number in range(20)))[0] == 400
-    assert "sparkfleet_engine_up 1" in get("/metrics")[1] and get("/else")[0] == 404
+    assert 'sparkfleet_engine_up{engine="vllm-m"} 1' in get("/metrics")[1] and get("/else")[0] == 404
     world.watcher.guard.engine = "wedged"
     assert get("/ready") == get("/ready?model=org/model") == (503, "wedged\n")
     world.watcher.guard.engine = "serving"
-    monkeypatch.setattr(world.watcher, "looked_at", world.watcher.looked_at - 1000)
+    monkeypatch.setattr(world.watcher.item, "looked_at", world.watcher.item.looked_at - 1000)
     assert get("/ready") == get("/ready?model=org/model") == (503, "guard-stuck\n")
 
 
@@ -375,10 +405,12 @@ def test_the_containers_of_others_are_named_where_the_bridge_is_gone(world: Worl
     assert world.watcher.observe().foreign == ()
 
 
-@pytest.mark.parametrize(("memory", "limit"), [({"decode_tok_s_limit": 25}, 25.0), ({}, 0.0), (None, 0.0), ([], 0.0)])
+@pytest.mark.parametrize(("memory", "limit"), [({"decode_tok_s_limit": 25}, 25.0), ({}, 0.0), (None, 0.0)])
 def test_the_limit_of_one_stream_is_the_plan_s(world: World, store: Store, memory: Any, limit: float) -> None:
-    plan = {**store.plan(1), "memory": memory}
-    world.watcher.store.plan = lambda number: plan  # type: ignore[method-assign]
+    (engine,) = store.engines(1)
+    world.watcher.store.engines = lambda number: (  # type: ignore[method-assign]
+        dataclasses.replace(engine, memory=memory),
+    )
     assert world.watcher.observe().limit == limit
 
 
@@ -407,7 +439,7 @@ def test_a_switch_that_runs_is_seen_and_one_that_was_cut(
 
 
 def test_a_look_under_the_lock_leaves_the_canary_for_the_next(world: World) -> None:
-    ended = world.watcher._canary = Canary(1.0, True, 0.5)
+    ended = world.watcher.item.canary = Canary(1.0, True, 0.5)
     assert world.watcher.observe(locked=True).canary is None
     assert world.watcher.observe().canary is ended and world.watcher.observe().canary is None
 
@@ -417,12 +449,12 @@ def test_a_look_under_the_lock_leaves_the_canary_for_the_next(world: World) -> N
 
 def canary(world: World) -> Canary:
     """Send one, and wait for its end."""
-    world.watcher.act(Action("canary"), world.watcher.observe())
+    world.watcher.do(Action("canary"), world.watcher.observe())
     for thread in threading.enumerate():
         if thread.name == "canary":
             thread.join(5)
-    assert world.watcher._canary and not world.watcher._asking
-    return world.watcher._canary
+    assert world.watcher.item.canary and not world.watcher.item.asking
+    return world.watcher.item.canary
 
 
 def test_a_canary_is_one_token_of_the_model(world: World) -> None:
@@ -449,7 +481,7 @@ def test_one_canary_at_a_time_and_none_keeps_the_guard_alive(world: World, monke
     monkeypatch.setattr(world.client, "post", slow)
     seen = world.watcher.observe()
     for _ in range(3):
-        world.watcher.act(Action("canary"), seen)
+        world.watcher.do(Action("canary"), seen)
     threads = [thread for thread in threading.enumerate() if thread.name == "canary"]
     answered.set()
     for thread in threads:
@@ -459,8 +491,8 @@ def test_one_canary_at_a_time_and_none_keeps_the_guard_alive(world: World, monke
 
 def test_a_canary_that_ends_under_the_lock_belongs_to_the_next_observation(world: World) -> None:
     seen = world.watcher.observe()
-    ended = world.watcher._canary = Canary(2.0, True, 0.5)
-    world.watcher.act(Action("start", "boot"), seen)
+    ended = world.watcher.item.canary = Canary(2.0, True, 0.5)
+    world.watcher.do(Action("start", "boot"), seen)
     assert world.calls == ["drop", "start"] and world.watcher.observe().canary is ended
 
 
@@ -482,7 +514,7 @@ def test_the_page_cache_is_dropped_where_that_is_allowed(monkeypatch: pytest.Mon
 def test_a_restart_tells_systemd_and_people(world: World) -> None:
     action, seen = world.wedge()
     world.notified.clear()
-    world.watcher.act(action, seen)
+    world.watcher.do(action, seen)
     assert world.notified == [("WATCHDOG=1",)] * 3  # before each part that may take long
     assert world.said[-1] == "vllm-m: wedge: no token; restarting it"
 
@@ -492,14 +524,14 @@ def test_a_start_is_kept_before_it_is_made(world: World, store: Store) -> None:
     seen = world.watcher.observe()
     world.watcher.guard.decide(seen)
     world.watcher.guard.healing = {"at": 1.0, "reason": "boot"}
-    world.watcher.act(Action("start", "boot"), seen)
+    world.watcher.do(Action("start", "boot"), seen)
     assert world.calls == ["drop", "start"] and store_state(store)["healing"]["reason"] == "boot"
     assert world.said[-1] == "vllm-m: starting it (boot)"
 
 
 def test_docker_restarts_what_crashed(world: World) -> None:
     world.watcher.step()
-    world.watcher.act(Action("adopt", "crash", "exit code 1"), world.watcher.observe())
+    world.watcher.do(Action("adopt", "crash", "exit code 1"), world.watcher.observe())
     assert world.calls == ["drop"] and world.said[-1] == "vllm-m: crash: exit code 1; Docker restarts it"
 
 
@@ -511,7 +543,7 @@ def test_docker_is_restarted_under_the_lock(world: World, store: Store, monkeypa
     world.watcher.step()
     seen = world.watcher.observe()
     world.watcher.guard.engine = "healing"
-    world.watcher.act(Action("restart-docker", "network-missing", "no bridge"), seen)
+    world.watcher.do(Action("restart-docker", "network-missing", "no bridge"), seen)
     assert world.calls == ["docker, healing is kept, by guard"]
     assert world.said[-1] == "vllm-m: no bridge; restarting Docker, which makes its networks again"
 
@@ -523,14 +555,14 @@ def test_nothing_is_done_where_docker_is_away_or_another_release_is_there(
     monkeypatch.setattr(module, "restart_docker", lambda: world.calls.append("docker"))
     seen = world.watcher.observe()
     for change in ({"release": 2}, {"release": None}):
-        world.watcher.act(Action(do, "crash"), dataclasses.replace(seen, **change))
+        world.watcher.do(Action(do, "crash"), dataclasses.replace(seen, **change))
         assert world.calls == [] and world.said[-1].endswith("left alone: the engine has changed meanwhile")
 
     def away(docker: Any, name: str) -> Any:
         raise DockerUnavailable("away")
 
     monkeypatch.setattr(module.engine, "look", away)
-    world.watcher.act(Action(do, "crash"), seen)
+    world.watcher.do(Action(do, "crash"), seen)
     assert world.calls == [] and world.said[-1] == (
         f"vllm-m: {do} (crash) left alone: the engine has changed meanwhile"
     )
@@ -542,7 +574,7 @@ def test_it_gives_up_whatever_the_engine_has_become(world: World) -> None:
     seen = world.watcher.observe()
     world.watcher.guard.given_up = {"at": 1.0, "reason": "x"}
     world.found.update(state="restarting", started_at="2026-01-01T02:00:00Z")
-    world.watcher.act(Action("give-up", "crash", "3 restarts"), seen)
+    world.watcher.do(Action("give-up", "crash", "3 restarts"), seen)
     assert world.calls == ["stop, None is kept"] and world.watcher.guard.given_up["log"] == world.log
     assert world.log_asked[-1] == ("vllm-m", "", False, 150)
     assert world.said[-11:] == [
@@ -551,16 +583,15 @@ def test_it_gives_up_whatever_the_engine_has_become(world: World) -> None:
     ]
     # Docker has started it once more: it is stopped, and the log of why it was given up stays.
     world.log, count = ["later"], len(world.said)
-    world.watcher.act(Action("give-up", "again"), dataclasses.replace(seen))
+    world.watcher.do(Action("give-up", "again"), dataclasses.replace(seen))
     assert world.watcher.guard.given_up["log"][0] == "line 0" and len(world.said) == count
 
 
 def test_a_switch_that_was_cut_is_ended_while_systemd_waits(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = world.watcher.observe()
     for ended, said in (({"outcome": "restored"}, "restored"), (None, "by another")):
         monkeypatch.setattr(module.switch, "recover", lambda store, docker, ended=ended: ended)
         world.notified.clear()
-        world.watcher.act(Action("recover"), seen)
+        world.watcher._recover()
         assert world.notified == [
             ("WATCHDOG_USEC=10800000000", "WATCHDOG=1"),
             ("WATCHDOG_USEC=90000000", "WATCHDOG=1"),
@@ -583,14 +614,14 @@ def test_a_switch_that_was_ended_is_not_ended_again_though_nothing_can_be_writte
         return {"outcome": "restored", "troubles": ["the journal could not be written: \x1b[2J"]}
 
     monkeypatch.setattr(module.switch, "recover", recover)
-    assert world.watcher.step().do == "recover"
+    assert world.watcher.one_step().do == "recover"
     assert world.said[-1] == "  the journal could not be written: \ufffd[2J"
     for _ in range(3):
         world.now += 100
-        assert world.watcher.step().do in ("nothing", "canary")
+        assert world.watcher.one_step().do in ("nothing", "canary")
     assert ends == [1] and world.watcher.guard.engine == "serving"
     store.write_switch({"id": "def", "to": 1, "from": None, "phase": "waiting", "began": 6.0})
-    assert world.watcher.step().do == "recover" and ends == [1, 1]  # that is another one
+    assert world.watcher.one_step().do == "recover" and ends == [1, 1]  # that is another one
 
 
 def test_a_switch_that_cannot_be_ended_is_tried_again_after_a_minute(
@@ -627,7 +658,7 @@ def test_a_switch_that_was_cut_is_ended_once_on_a_full_disk(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(releases, "write_text", full)
-    assert [world.watcher.step().do for _ in range(4)] == ["recover", "nothing", "nothing", "nothing"]
+    assert [world.watcher.one_step().do for _ in range(4)] == ["recover", "nothing", "nothing", "nothing"]
     assert "the switch ended: refused" in world.said
     assert "  the journal could not be written: No space left on device" in world.said
 
@@ -640,7 +671,7 @@ def test_a_state_that_cannot_be_written_keeps_no_engine_down(
         raise error
 
     monkeypatch.setattr(module, "write_json", broken)
-    world.watcher.act(*world.wedge())
+    world.watcher.do(*world.wedge())
     assert world.calls == ["stop, None is kept", "drop", "start"]
     said = "No space left on device" if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
     assert world.said.count(f"the state cannot be written: {said}") == 1
@@ -649,7 +680,7 @@ def test_a_state_that_cannot_be_written_keeps_no_engine_down(
 def test_a_state_that_cannot_be_encoded_keeps_no_engine_down(world: World) -> None:
     action, seen = world.wedge()
     world.watcher.guard.known["odd"] = {5}
-    world.watcher.act(action, seen)
+    world.watcher.do(action, seen)
     assert world.calls[1:] == ["drop", "start"] and "set is not JSON serializable" in world.said[-1]
 
 
@@ -658,7 +689,7 @@ def test_a_mistake_of_ours_is_said_and_the_state_is_kept(world: World, monkeypat
         raise AttributeError("'int' object has no attribute 'get'")
 
     monkeypatch.setattr(module.engine, "stop", odd)
-    world.watcher.act(*world.wedge())
+    world.watcher.do(*world.wedge())
     assert world.said[-1] == "restart: AttributeError: 'int' object has no attribute 'get'"
     assert store_state(world.store)["healing"]
 
@@ -670,7 +701,7 @@ def test_what_fails_is_said_and_the_guard_goes_on(world: World, monkeypatch: pyt
         raise DockerError("no")
 
     monkeypatch.setattr(module.engine, "stop", fail)
-    world.watcher.act(action, seen)
+    world.watcher.do(action, seen)
     assert world.said[-1] == "restart: no" and world.watcher.guard.healing
 
 
@@ -694,7 +725,7 @@ def test_the_state_is_written_when_it_moves_and_every_half_minute(world: World, 
     world.watcher.save()
     assert at() == world.now and store_state(store)["running"] == 3.0
     page = (store.state_dir / "metrics" / "sparkfleet.prom").read_text(encoding="utf-8")
-    assert page == world.watcher.page and "sparkfleet_engine_up 1\n" in page
+    assert page == world.watcher.page and 'sparkfleet_engine_up{engine="vllm-m"} 1\n' in page
 
 
 def test_the_same_complaint_is_said_again_after_ten_minutes(world: World) -> None:
@@ -729,7 +760,7 @@ def test_a_damaged_state_is_set_aside_and_said(world: World, store: Store) -> No
     path = store.state_dir / "guard-state.json"
     path.write_text('{"engine": "x"}', encoding="utf-8")
     said: list[str] = []
-    fresh = Watcher(world.settings, store, Docker("/nowhere"), said.append)
+    fresh = Single(world.settings, store, Docker("/nowhere"), said.append)
     (kept,) = path.parent.glob("guard-state.json.damaged-*")
     assert fresh.guard.engine == "missing" and not path.exists()
     assert said == [
@@ -739,7 +770,7 @@ def test_a_damaged_state_is_set_aside_and_said(world: World, store: Store) -> No
 
 def test_the_state_is_taken_up_again(world: World, store: Store) -> None:
     world.watcher.step()
-    assert Watcher(world.settings, store, Docker("/nowhere"), world.said.append).guard.engine == "serving"
+    assert Single(world.settings, store, Docker("/nowhere"), world.said.append).guard.engine == "serving"
 
 
 # -- the service -------------------------------------------------------------------------------------------------------
@@ -864,6 +895,6 @@ def test_whatever_keeps_it_from_listening_is_said(
     def refuse(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr(module, "Window", refuse)
+    monkeypatch.setattr(module, "StatusServer", refuse)
     assert not world.watcher.open_window()
     assert world.said == [f"port 0 of /ready and /metrics: {error}; trying again"]

@@ -19,6 +19,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.int
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store
 
 from sparkfleet.diagnosis.failures import BY_ID
+from tests.unit.fakes import fake_release
 from tests.unit.fakes.fake_engine import Engine, Handler
 
 COMMIT = "a" * 40
@@ -34,12 +35,8 @@ class Spark:
     def __init__(self, tmp_path: Path, engine: Engine, docker: Docker, port: int) -> None:
         self.tmp_path, self.engine, self.docker, self.port = tmp_path, engine, docker, port
         self.store = Store(tmp_path / "project", tmp_path / "state", str(tmp_path / "lock"))
-        plan = {
-            **{"model": "m", "profile": "throughput", "repo": "org/m", "service": "vllm-m"},
-            "verify": {"question": "q", "expect": "Paris", "prompt": "p", "prompt_expect": "Paris"},
-        }
-        lock = {"service": "vllm-m", "port": port, "revision": COMMIT, "image": IMAGE}
-        self.number = self.store.stage("services: {}\n", plan, lock)
+        made = fake_release.an_engine("vllm-m", port, repo="org/m", revision=COMMIT, image=IMAGE)
+        self.number = self.store.stage("services: {}\n", fake_release.plan(made), fake_release.lock(made))
         self.cache = tmp_path / "hf"
         snapshot = self.cache / "models--org--m" / "snapshots" / COMMIT
         snapshot.mkdir(parents=True)

@@ -22,14 +22,15 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.rec
     Part,
     Reclaim,
 )
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store, check_journal
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.release_format import check_journal
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store
 
+from tests.unit.fakes import fake_release
 from tests.unit.fakes.fake_engine import Engine, Handler
 
 OLD, NEW = "a" * 40, "b" * 40
 DIGEST, OTHER = "sha256:" + "1" * 64, "sha256:" + "2" * 64
 NAME, TAG = f"nvcr.io/nvidia/vllm@{DIGEST}", "nvcr.io/nvidia/vllm:25.09-py3"
-VERIFY = {"question": "q", "expect": "Paris", "prompt": "p", "prompt_expect": "Paris"}
 
 
 class Host:
@@ -92,11 +93,14 @@ class Host:
     def lock(self, commit: str = OLD, digest: str = DIGEST, **more: Any) -> dict[str, Any]:
         image = f"nvcr.io/nvidia/vllm@{digest}"
         folders = {"cache_dir": str(self.cache), "compile_cache_dir": str(self.compiled)}
-        return {"port": 8000, "service": "v", "repo": "org/m", "revision": commit, "image": image, **folders, **more}
+        own = {key: more.pop(key) for key in ("image", "repo", "revision") if key in more}
+        engine = fake_release.an_engine("v", **{"repo": "org/m", "revision": commit, "image": image, **own})
+        return fake_release.lock(engine, **{**folders, **more})
 
     def stage(self, lock: dict[str, Any], text: str = "a") -> int:
-        plan = {"model": "m", "repo": "org/m", "service": "v", "verify": VERIFY}
-        return self.store.stage(text, plan, lock)
+        return self.store.stage(
+            text, fake_release.plan(*({**fake_release.an_engine("v"), **item} for item in lock["engines"])), lock
+        )
 
     def run(self, *kept: dict[str, Any], dry: bool = False) -> Reclaim:
         """Reclaim what a release with the old commit and the first image needed."""
@@ -625,7 +629,7 @@ def test_whenever_the_time_is_over_the_next_switch_goes_on(host: Host, monkeypat
 
 
 def serve(host: Host, number: int, at: float) -> None:
-    host.store.commit(number, at, "id")
+    host.store.commit(number, at, {"v": "id"})
 
 
 def test_a_pruned_release_leaves_a_note_and_what_it_needed_goes(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -725,6 +729,24 @@ def test_a_note_that_cannot_be_written_is_said(host: Host, monkeypatch: pytest.M
 @pytest.mark.parametrize("place", ["/opt/\0hf", "/opt/\x1b", "/opt/\ud800", "opt", f"/{'x' * 5000}"])
 def test_a_place_that_can_be_no_folder_is_not_one(host: Host, place: str) -> None:
     assert reclaim.parts(host.lock(cache_dir=place))[-1].place == "/opt/hf"
+
+
+def test_each_engine_needs_its_parts_and_all_of_them_once(host: Host) -> None:
+    second = fake_release.an_engine("w", 8001, repo="org/n", revision=NEW, image=NAME)
+    lock = host.lock()
+    lock["engines"] += fake_release.lock(second)["engines"]
+    assert reclaim.parts(lock) == [
+        *(
+            Part(IMAGE, NAME),
+            Part(COMPILED, "1" * 12, str(host.compiled)),
+            Part(MODEL, f"org/m@{OLD}", str(host.cache)),
+        ),
+        Part(MODEL, f"org/n@{NEW}", str(host.cache)),
+    ]
+    number = host.stage(lock)
+    assert reclaim.foresee(host.store, host.docker, 1, number, {})[2] == []
+    kept = Reclaim(host.docker, [lock], host.store.state_dir, jobs=str(host.jobs))
+    assert kept.run(reclaim.parts(host.lock())) == [] and kept.reclaimed == kept.left == []
 
 
 # -- what Docker says ------------------------------------------------------------------------------------------------

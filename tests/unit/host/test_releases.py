@@ -16,22 +16,19 @@ import pytest
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import bounded, releases, switch
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import BoundsError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.release_format import check_journal
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import (
     ReleaseError,
     Store,
-    check_journal,
-    storable,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sparkfleet.reporting import status_page as words
+from tests.unit.fakes import fake_release
 
-PLAN: dict[str, Any] = {
-    **{"model": "m", "profile": "throughput", "repo": "org/m", "service": "vllm-m", "memory": None},
-    "verify": {"question": "q", "expect": "Paris", "prompt": "p", "prompt_expect": "Paris", "max_tokens": 32},
-}
-LOCK = {"service": "vllm-m", "port": 8000, "model": "m"}
+ENGINE = fake_release.an_engine("vllm-m")
+PLAN, LOCK = fake_release.plan(ENGINE), fake_release.lock(ENGINE)
 FILES = ("compose.yml", "plan.json", "lock.json", ".sealed.json")
 ODD = ["", "{", "[]", "null", '{"version": 99}', "\0", "[" * 100_000, '{"a": NaN}', '{"a": 1e400}', '"x"', "5"]
 JSON = st.recursive(
@@ -145,10 +142,13 @@ def test_a_release_of_an_earlier_version_is_sealed_when_it_is_verified(store: St
     folder = store.folder(3)
     folder.mkdir(parents=True)
     (folder / "compose.yml").write_text("services: {}\n")
-    (folder / "plan.json").write_text(json.dumps(PLAN))
-    (folder / "lock.json").write_text(json.dumps({"number": 3, **LOCK}))
+    plan, lock = fake_release.flat(ENGINE, number=3)
+    (folder / "plan.json").write_text(json.dumps(plan))
+    (folder / "lock.json").write_text(json.dumps(lock))
     assert store.damage(3) == [] and store.find("services: {}\n", PLAN) == 3
     store.commit(3, 1.0)
+    sealed = json.loads((folder / "lock.json").read_text())
+    assert {key: sealed[key] for key in lock} == lock and set(sealed) - set(lock) == {"sha256"}
     assert (folder / ".sealed.json").is_file() and store.damage(3) == []
     spoil(folder / "compose.yml", "edited\n")
     assert store.repair(3) and (folder / "compose.yml").read_text() == "services: {}\n"
@@ -249,9 +249,14 @@ def test_one_staging_waits_for_another_and_not_for_ever(store: Store, monkeypatc
 
 
 def test_what_is_no_plan_is_not_staged(store: Store) -> None:
-    for plan, lock in (({**PLAN, "verify": 5}, LOCK), (PLAN, {**LOCK, "port": 0}), ({**PLAN, "service": ""}, LOCK)):
+    other = fake_release.an_engine("vllm-b", 8001)
+    for change in ({"verify": 5}, {"port": 0}, {"service": ""}):
+        engine = {**ENGINE, **change}
         with pytest.raises(BoundsError):
-            store.stage("a\n", plan, lock)
+            store.stage("a\n", fake_release.plan(engine), fake_release.lock(engine))
+    for lock in (fake_release.lock(other), fake_release.lock(ENGINE, other), {**LOCK, "format": 3}):
+        with pytest.raises(BoundsError):
+            store.stage("a\n", PLAN, lock)
     assert not (store.project_dir / "releases").exists()
 
 
@@ -289,7 +294,13 @@ OLD_JOURNAL = {  # as commit a6d52a1 wrote it
 def test_a_journal_of_an_earlier_version_is_understood(store: Store) -> None:
     store.write_switch(OLD_JOURNAL)
     journal = store.switch()
-    assert journal and journal["container_id"] == "" and journal["to"] == 2 and store.switch_damage() == ""
+    assert (
+        journal
+        and journal["container_ids"] == {}
+        and journal["models"] == ["new"]
+        and journal["to"] == 2
+        and store.switch_damage() == ""
+    )
     assert switch.interrupted(store)
     for missing in ("error", "from", "boot_id", "steps", "id", "mode", "pid", "container"):
         store.write_switch({key: value for key, value in OLD_JOURNAL.items() if key != missing})
@@ -316,7 +327,7 @@ def test_a_journal_that_cannot_be_understood_is_named_and_set_aside(store: Store
 def test_any_journal_is_understood_or_refused(value: Any) -> None:
     with contextlib.suppress(BoundsError):
         journal = check_journal({**OLD_JOURNAL, **value} if isinstance(value, dict) else value)
-        assert set(OLD_JOURNAL) <= set(journal)
+        assert set(OLD_JOURNAL) - {"model", "from_model", "verification"} <= set(journal)
         assert words.switch(journal, active=True)
         assert check_journal(bounded.parse_json(json.dumps(journal), "again")) == journal
 
@@ -481,189 +492,6 @@ def test_a_link_that_was_half_made_is_no_obstacle(tmp_path: Path) -> None:
     assert (tmp_path / "current").readlink() == Path("releases/2") and len([*tmp_path.iterdir()]) == 1
 
 
-# -- the form of the files -------------------------------------------------------------------------------------------
-
-
-def with_(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """`data` with another member; `path` is a.b."""
-    first, _, rest = path.partition(".")
-    return {**data, first: with_(data.get(first) or {}, rest, value) if rest else value}
-
-
-@pytest.mark.parametrize(
-    ("path", "good", "bad"),
-    [
-        ("model", ["m" * 1000], ["", None, "m" * 1001]),
-        ("repo", ["r"], ["", None]),
-        ("service", ["s"], ["", None]),
-        ("verify", [], [None, []]),
-        ("verify.question", ["", "q"], [None, 5]),
-        ("verify.expect", ["e"], [None]),
-        ("verify.prompt", ["p"], [None]),
-        ("verify.prompt_expect", ["e"], [None]),
-        ("verify.max_tokens", [1, 1 << 20], [0, (1 << 20) + 1, "x"]),
-        ("memory", [None, {}, {"decode_tok_s_limit": None}], [5, []]),
-        ("memory.decode_tok_s_limit", [0, 25.5], [-1, "x"]),
-    ],
-)
-def test_the_form_of_a_plan(path: str, good: list[Any], bad: list[Any]) -> None:
-    for value in good:
-        assert releases.check_plan(with_(PLAN, path, value))
-    for value in bad:
-        with pytest.raises(BoundsError, match=path.rpartition(".")[2]):
-            releases.check_plan(with_(PLAN, path, value))
-    questions = {key: value for key, value in PLAN["verify"].items() if key != "max_tokens"}
-    assert releases.check_plan({**PLAN, "verify": questions})
-
-
-@pytest.mark.parametrize(
-    ("path", "good", "bad"),
-    [
-        ("port", [1, 65535], [0, 65536, None]),
-        ("service", ["s" * 1000], ["s" * 1001, None]),
-        *((key, [None, "x" * 4096], ["x" * 4097, 5]) for key in ("model", "profile", "repo", "revision", "image")),
-        ("controller", [None, "alice@laptop"], [5]),
-        ("sha256", [{}, {"plan.json": "a" * 64}], [None, {"plan.json": "x"}]),
-        ("sha256", [], [{name: "a" * 64} for name in ("", "a\0b", "\ud800", "../x", "lock.json", "x" * 100_000)]),
-    ],
-)
-def test_the_form_of_a_lock(path: str, good: list[Any], bad: list[Any]) -> None:
-    for value in good:
-        assert releases.check_lock(with_(LOCK, path, value))
-    for value in bad:
-        with pytest.raises(BoundsError, match=path):
-            releases.check_lock(with_(LOCK, path, value))
-
-
-@pytest.mark.parametrize(
-    ("path", "good", "bad"),
-    [
-        ("state", ["verified", "failed"], [None, "fine"]),
-        ("at", [0, 1.5], [None, -1, "x"]),
-        ("verified_at", [None, 0], [-1, "x"]),
-        *((key, [None, ""], [5]) for key in ("failure", "message", "container_id")),
-    ],
-)
-def test_the_form_of_an_outcome(path: str, good: list[Any], bad: list[Any]) -> None:
-    outcome = {"state": "failed", "at": 1.0}
-    for value in good:
-        assert releases.check_outcome(with_(outcome, path, value))
-    for value in bad:
-        with pytest.raises(BoundsError, match=path):
-            releases.check_outcome(with_(outcome, path, value))
-
-
-ERROR = {"message": "vllm ended"}
-STEP = {"phase": "p", "at": 1.0}
-
-
-ANY = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(st.characters(), max_size=10)
-    | st.sampled_from([b"bytes", {1, 2}, 10**400, "\ud800", "x" * 70_000, float("nan"), object()]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@given(
-    odd=st.dictionaries(st.sampled_from(sorted(releases._JOURNAL)), ANY, max_size=5),
-    error=st.dictionaries(st.sampled_from(["failure", "log", "state", "exit_code", "checks", "message"]), ANY),
-)
-def test_whatever_is_in_a_journal_it_is_written_and_understood(
-    odd: dict[str, Any], error: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    folder = tmp_path_factory.mktemp("store")
-    store = Store(folder / "project", folder / "state", str(folder / "lock"))
-    journal = {**OLD_JOURNAL, "error": {"message": "vllm ended", **error}, **odd, "phase": "waiting"}
-    for write in (store.write_switch, store.spare_switch):
-        write(journal)
-        read = store.switch()
-        assert read and (read["to"], read["phase"]) == (OLD_JOURNAL["to"], "waiting") and not store.switch_damage()
-        if "error" not in odd:
-            assert read["error"] and isinstance(read["error"]["message"], str)
-        written = [path for path in (folder / "state" / "switch.json", folder / "switch-spare.json") if path.exists()]
-        assert all(path.stat().st_size < 9 * bounded.MIB for path in written)
-
-
-@pytest.mark.parametrize("character", ["x", "\x00", "\ud800", "\u20ac", "\U0001f600"])
-def test_a_journal_with_long_logs_is_understood(store: Store, character: str) -> None:
-    """A switch that was cut is ended only if its journal is."""
-    error = {"message": character * 1_000_000, "failure": "start-timeout", "log": [character * 4000] * 10_500}
-    journal = {**OLD_JOURNAL, "error": error, "restore_error": error, "verification": {"answer": character * 10**7}}
-    journal["left"] = [character * 5000]
-    store.write_switch({**journal, "phase": "restoring"})
-    read = store.switch()
-    assert read and read["phase"] == "restoring" and read["error"]["failure"] == "start-timeout"
-    assert read["error"]["message"].startswith(character) and len(read["error"]["log"]) == 400
-    assert (store.state_dir / "switch.json").stat().st_size <= bounded.STATE_FILE
-
-
-def test_a_journal_that_nests_without_end_is_written(store: Store) -> None:
-    deep: list[Any] = []
-    for _ in range(100_000):
-        deep = [deep]
-    circle: dict[str, Any] = {}
-    circle["circle"] = circle
-    store.write_switch({**OLD_JOURNAL, "verification": circle, "more": deep})
-    assert (store.switch() or {})["phase"] == OLD_JOURNAL["phase"]
-    while deep:
-        deep = deep.pop()
-
-
-@pytest.mark.parametrize(
-    ("key", "good", "bad"),
-    [
-        ("to", [0, 10**9], [None, -1, 10**9 + 1]),
-        ("from", [None, 0, 10**9], [-1, 10**9 + 1]),
-        ("pid", [0, 10**9], [None, -1]),
-        ("phase", ["p"], [None, 5]),
-        ("outcome", [None, "verified"], [5]),
-        ("began", [0, 1.5], [None, -1]),
-        ("ended", [None, 1.5], ["x"]),
-        (
-            "steps",
-            [[], [STEP] * 1000, [{"phase": "p" * 100, "at": 0}]],
-            [[STEP] * 1001, [{"phase": "p" * 101, "at": 0}]],
-        ),
-        ("steps", [], [[{"phase": "p"}], [{"at": 1}], [5], None]),
-        ("error", [None, ERROR, {**ERROR, "log": ["x"] * 10_000}], [[], {}, {**ERROR, "log": ["x"] * 10_001}]),
-        ("error", [{**ERROR, "exit_code": -(1 << 31)}], [{**ERROR, "exit_code": -(1 << 31) - 1}]),
-        ("error", [{**ERROR, "checks": [{}] * 100}], [{**ERROR, "checks": [{}] * 101}, {**ERROR, "checks": [5]}]),
-        ("restore_error", [{**ERROR, "failure": None, "state": "x"}], [{**ERROR, "failure": 5}, {**ERROR, "log": [5]}]),
-        ("restore_error", [{**ERROR, "restart_count": 2}], [{**ERROR, "restart_count": "x"}]),
-        ("verification", [None, {}], [5]),
-    ],
-)
-def test_the_form_of_a_journal(key: str, good: list[Any], bad: list[Any]) -> None:
-    for value in good:
-        assert check_journal({**OLD_JOURNAL, key: value})[key] == value
-    for value in bad:
-        with pytest.raises(BoundsError, match=key):
-            check_journal({**OLD_JOURNAL, key: value})
-
-
-def test_what_a_journal_lacks_is_its_own() -> None:
-    """A guard reads many in its life."""
-    check_journal({"to": 3})["troubles"].append("the disk is full")
-    storable({"to": 3, "troubles": 5})["troubles"].append("the disk is full")
-    assert check_journal({"to": 3})["troubles"] == []
-
-
-def test_what_a_journal_lacks() -> None:
-    texts = ("id", "mode", "controller", "verb", "model", "boot_id", "phase", "container", "container_id")
-    nothing = ("from", "from_model", "outcome", "ended", "stopped_at", "answering_at", "out_of_service_s", "error")
-    assert check_journal({"to": 3, "more": 5}) == {
-        **{"to": 3, "more": 5, "pid": 0, "keep": 0, "start_timeout": 0.0, "began": 0.0, "steps": []},
-        **{"left": [], "reclaimed": [], "repaired": [], "troubles": []},
-        **dict.fromkeys(texts, ""),
-        **dict.fromkeys((*nothing, "restore_error", "verification"), None),
-    }
-
-
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -699,7 +527,7 @@ def test_what_is_missing_is_named_with_what_there_is(store: Store) -> None:
     stage(store), stage(store, "b\n")
     with pytest.raises(ReleaseError, match=r"/7/plan\.json is missing or damaged; there are releases 1, 2$"):
         store.plan(7)
-    spoil(store.folder(1) / "lock.json", '{"port": 0}')
+    spoil(store.folder(1) / "lock.json", '{"service": "vllm-m", "port": 0}')
     with pytest.raises(ReleaseError, match=r"/1/lock\.json is missing or damaged \(port: 0 is not between 1 and"):
         store.lock(1)
     (store.folder(2) / "plan.json").unlink()
@@ -713,7 +541,7 @@ def test_the_whole_summary(store: Store) -> None:
     assert empty["current"] is empty["previous"] is empty["newest_compose"] is empty["switch"] is None
     assert empty["numbers"] == empty["unreadable"] == empty["set_aside"] == [] and empty["switch_active"] is False
     stage(store), stage(store, "b\n"), stage(store, "c\n")
-    store.commit(1, 10.0), store.commit(2, 20.0, "abc")
+    store.commit(1, 10.0), store.commit(2, 20.0, {"vllm-m": "abc"})
     error = {"message": "m", "log": ["line"], "checks": [{}], "exit_code": 1}
     store.write_switch({**OLD_JOURNAL, "to": 3, "error": error, "verification": {"answer": "long"}})
     spoil(store.folder(3) / "lock.json")
@@ -723,11 +551,13 @@ def test_the_whole_summary(store: Store) -> None:
         summary = store.summary()
     assert (summary["current"], summary["previous"], summary["numbers"]) == (2, 1, [1, 2, 3])
     assert summary["locks"] == {"1": store.lock(1), "2": store.lock(2), "3": {}}
-    assert summary["outcomes"]["2"] == {"state": "verified", "at": 20.0, "verified_at": 20.0, "container_id": "abc"}
+    assert summary["outcomes"]["2"] == {
+        **{"state": "verified", "at": 20.0, "verified_at": 20.0, "container_ids": {"vllm-m": "abc"}},
+    }
     assert summary["outcomes"]["3"] is None and list(summary["damaged"]) == ["3"]
     assert summary["newest_compose"] == "c\n" == summary["switch_compose"]
     assert summary["switch_active"] is True and summary["lock_holder"] == held
-    assert summary["switch"]["error"] == {"message": "m", "exit_code": 1} and "verification" not in summary["switch"]
+    assert summary["switch"]["error"] == {"message": "m", "exit_code": 1} and "verifications" not in summary["switch"]
     assert summary["unreadable"] == []
     assert store.summary()["switch_compose"] is None  # nobody switches
 
@@ -739,7 +569,7 @@ def test_what_is_wrong_with_a_release(store: Store) -> None:
     number = stage(store)
     folder = store.folder(number)
     assert store.damage(9) == [f"{store.folder(9)} is missing"]
-    spoil(folder / "plan.json", json.dumps({**PLAN, "model": "other"}))
+    spoil(folder / "plan.json", json.dumps(fake_release.plan({**ENGINE, "model": "other"})))
     spoil(folder / "compose.yml", "\udcff".encode("utf-8", "surrogateescape").decode("latin-1"))
     (folder / "outcome.json").write_text('{"state": "fine"}')
     (folder / ".sealed.json").unlink()
@@ -805,7 +635,7 @@ def test_copies_that_are_not_of_this_release_are_none(store: Store, part: str) -
     if part == "sha256":
         data["files"]["compose.yml"] = "services: {evil: {}}\n"
     else:
-        name, change = ("lock.json", {"number": 7}) if part == "number" else ("plan.json", {"model": ""})
+        name, change = ("lock.json", {"number": 7}) if part == "number" else ("plan.json", {"engines": []})
         data["files"][name] = json.dumps({**json.loads(data["files"][name]), **change})
         data["sha256"] = releases._sha256(json.dumps(data["files"], sort_keys=True))
     spoil(path, json.dumps(data))
@@ -880,10 +710,11 @@ def test_every_release_is_repaired_and_what_was_done_is_said(store: Store) -> No
 
 def test_a_release_that_is_the_same(store: Store) -> None:
     stage(store), stage(store)
-    assert store.find("services: {}\n", {**PLAN, "memory": {"decode_tok_s_limit": 5}}) == 2  # the newest
+    assert store.find("services: {}\n", fake_release.plan({**ENGINE, "memory": {"decode_tok_s_limit": 5}})) == 2
     assert store.find("other\n", PLAN) is None
-    for change in ({"model": "n"}, {"profile": "latency"}, {"verify": {**PLAN["verify"], "question": "other"}}):
-        assert store.find("services: {}\n", {**PLAN, **change}) is None
+    for change in ({"model": "n"}, {"profile": "latency"}, {"verify": {**ENGINE["verify"], "question": "other"}}):
+        assert store.find("services: {}\n", fake_release.plan({**ENGINE, **change})) is None
+    assert store.find("services: {}\n", fake_release.plan(ENGINE, fake_release.an_engine("vllm-b"))) is None
     (store.folder(2) / "outcome.json").write_text("{")  # says nothing about its files
     assert store.find("services: {}\n", PLAN) == 2
     spoil(store.folder(2) / "lock.json")
@@ -941,8 +772,10 @@ def test_a_staging_that_fails_leaves_nothing(store: Store, monkeypatch: pytest.M
 def test_a_release_that_is_verified_is_the_current_one(store: Store) -> None:
     stage(store)
     (store.state_dir / "last-release").unlink()
-    store.commit(1, 5.0, "abc")
-    assert store.outcome(1) == {"state": "verified", "at": 5.0, "verified_at": 5.0, "container_id": "abc"}
+    store.commit(1, 5.0, {"vllm-m": "abc"})
+    assert store.outcome(1) == {
+        **{"state": "verified", "at": 5.0, "verified_at": 5.0, "container_ids": {"vllm-m": "abc"}},
+    }
     assert (store.project_dir / "current").readlink() == Path("releases/1")
     assert (store.project_dir / "compose.yml").readlink() == Path("current/compose.yml")
     assert (store.state_dir / "last-release").read_text() == "1\n"
@@ -964,16 +797,16 @@ def test_a_failure_keeps_when_the_release_was_verified_and_the_end_of_its_log(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage(store), stage(store, "b\n")
-    store.commit(1, 5.0, "abc")
+    store.commit(1, 5.0, {"vllm-m": "abc"})
     monkeypatch.setattr(releases, "LOG_LIMIT", 8)
     store.note_failure(1, 9.0, "crash", "it ended", ["first", "second"])
     assert store.outcome(1) == {
-        **{"state": "failed", "at": 9.0, "verified_at": 5.0, "container_id": "abc"},
+        **{"state": "failed", "at": 9.0, "verified_at": 5.0, "container_ids": {"vllm-m": "abc"}},
         **{"failure": "crash", "message": "it ended"},
     }
     assert (store.folder(1) / "engine.log").read_text() == "t\nsecond\n"
     store.note_failure(2, 9.0, "", "", [])
-    assert store.outcome(2) == {"state": "failed", "at": 9.0, "failure": "", "message": ""}
+    assert store.outcome(2) == {"state": "failed", "at": 9.0, "failure": "", "message": "", "container_ids": {}}
     assert not (store.folder(2) / "engine.log").exists()
 
 

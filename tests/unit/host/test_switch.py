@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import (
     engine,
     http,
@@ -20,6 +21,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host imp
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.engine import EngineError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.precheck import Problem
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.release_format import Engine
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import ReleaseError, Store
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.switch import (
     FailedError,
@@ -29,6 +31,8 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.swi
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.unit.fakes import fake_release
 
 OLD, NEW = "vllm-old", "vllm-new"
 
@@ -53,7 +57,8 @@ class World:
         self.step: Callable[[str], None] = lambda _what: None  # called before each thing that is done
         self.did: list[str] = []
         self.clock = 1000.0
-        for name in ("ours", "start", "stop", "remove", "compose_up", "look", "healthy", "read_log"):
+        self.ports: dict[str, int] = {}  # by service; 8000 for the others
+        for name in ("ours", "start", "stop", "remove", "compose_up", "look", "healthy", "read_log", "resolved"):
             monkeypatch.setattr(engine, name, getattr(self, name))
         monkeypatch.setattr(switch, "verify", self.verify)
         monkeypatch.setattr(switch, "precheck", self.precheck)
@@ -108,13 +113,32 @@ class World:
         self.did.append(f"up {Path(file).parent.name}")
         if self.bad.get(service) == "port":
             raise EngineError("docker compose up: Bind for 0.0.0.0:8000 failed: port is already allocated")
-        assert all(state != "running" for state in self.containers.values()), "two engines at once"
+        release = {item.service for item in self.store.engines(int(Path(file).parent.name))}
+        assert all(name in release for name, state in self.containers.items() if state == "running"), "not stopped"
+        assert self.containers.get(service) != "running", "not stopped"
         ends = {"crash": "restarting", "forgotten": "exited", "stays down": "exited"}
         self.containers[service] = ends.get(self.bad.get(service, ""), "running")
         text = Path(file).read_text()
-        if self.made.get(service) != text or recreate:
-            self.made[service], self.ids[service] = text, f"id-{len(self.did)}"
+        if self.defined(self.made.get(service, ""), service) != self.defined(text, service) or recreate:
+            self.ids[service] = f"id-{len(self.did)}"
+        self.made[service] = text
         self.keys[service] = self.key()
+
+    @staticmethod
+    def defined(text: str, service: str) -> Any:
+        data = yaml.safe_load(text)
+        return engine.definition(data, service) if isinstance(data, dict) else text
+
+    def resolved(self, project_dir: str, file: str) -> dict[str, Any]:
+        data = yaml.safe_load(Path(file).read_text())
+        if not isinstance(data, dict):
+            raise EngineError("docker compose config: no mapping")
+        return data
+
+    def at(self, port: int) -> str:
+        """The service that answers on a port; "" for none."""
+        names = [name for name, state in self.containers.items() if state == "running"]
+        return next((name for name in names if self.ports.get(name, 8000) == port), "")
 
     def look(self, docker: Docker, name: str) -> dict[str, Any]:
         if self.away:
@@ -132,15 +156,15 @@ class World:
         }
 
     def healthy(self, client: Any) -> bool:
-        running = [name for name, state in self.containers.items() if state == "running"]
-        return bool(running) and self.bad.get(running[0]) != "silent"
+        name = self.at(client.port)
+        return bool(name) and self.bad.get(name) != "silent"
 
     def read_log(self, docker: Docker, name: str, since: str, tty: bool, tail: int | None = None) -> list[str]:
         return [f"2026-11-23T10:00:00Z {name} says api_key='secret'"]
 
     def verify(self, params: dict[str, Any]) -> dict[str, Any]:
         self.step("verify")
-        running = next(name for name, state in self.containers.items() if state == "running")
+        running = self.at(int(params["url"].rpartition(":")[2]))
         assert params["model"] == f"org/{running}"
         if self.bad.get(running) == "wrong":
             return {
@@ -164,9 +188,9 @@ def world(monkeypatch: pytest.MonkeyPatch, store: Store) -> World:
 
 
 def stage(store: Store, service: str, text: str = "") -> int:
-    verify = {"question": "q", "expect": "Paris", "prompt": "p", "prompt_expect": "Paris", "max_tokens": 32}
-    plan = {"model": service, "profile": "throughput", "repo": f"org/{service}", "service": service, "verify": verify}
-    return store.stage(text or f"services: {{{service}: {{}}}}\n", plan, {"service": service, "port": 8000})
+    made = fake_release.an_engine(service, model=service)
+    text = text or f"services: {{{service}: {{}}}}\n"
+    return store.stage(text, fake_release.plan(made), fake_release.lock(made))
 
 
 def run(store: Store, to: int, mode: str = "deploy") -> dict[str, Any]:
@@ -224,7 +248,7 @@ def test_a_release_that_fails_brings_the_old_one_back(
     assert journal["outcome"] == "restored"
     assert journal["error"]["message"] == message and journal["error"].get("failure") == failure
     assert world.containers == {OLD: "running"}
-    assert store.current() == 1 and journal["verification"]["answer"] == "Paris"
+    assert store.current() == 1 and journal["verifications"][OLD]["answer"] == "Paris"
     outcome = store.outcome(2)
     assert outcome and outcome["state"] == "failed" and outcome["message"] == message
     kept = (store.folder(2) / "engine.log").read_text()
@@ -548,7 +572,7 @@ class Waiting:
         self.world, self.began = world, world.clock
         self.shown: dict[float, dict[str, Any] | Exception] = {}
         self.switch = Switch(world.store, Docker("/nowhere"), {"start_timeout": 300})
-        self.switch.journal = {"container_id": ""}
+        self.switch.journal = {"container_ids": {}}
         self.started: list[float] = []
         self.ready_at = 10.0**9
         monkeypatch.setattr(engine, "look", self.look)
@@ -580,7 +604,7 @@ def test_the_container_that_became_ready_is_noted(monkeypatch: pytest.MonkeyPatc
     waiting = Waiting(monkeypatch, world)
     waiting.shown, waiting.ready_at = {0: {}}, 42
     waiting.switch.wait(NEW, CLIENT)
-    assert waiting.now == 42 and waiting.switch.journal["container_id"] == "abc" and waiting.started == []
+    assert waiting.now == 42 and waiting.switch.journal["container_ids"] == {NEW: "abc"} and waiting.started == []
 
 
 def test_an_engine_that_is_never_ready_has_the_time_of_its_start(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
@@ -666,14 +690,23 @@ def test_a_journal_as_it_begins(store: Store, world: World, deployed: int) -> No
     begun = Switch(store, Docker("/nowhere"), {"to": number, "verb": "upgrade"}, now=lambda: 7.0)
     begun.begin(number)
     assert begun.journal == {
-        **{"id": "", "mode": "", "controller": "", "verb": "upgrade", "to": 2, "from": 1, "model": NEW},
-        **{"from_model": OLD, "pid": os.getpid(), "boot_id": switch.boot_id(), "began": 7.0, "ended": None, "keep": 5},
+        **{"id": "", "mode": "", "controller": "", "verb": "upgrade", "to": 2, "from": 1, "models": [NEW]},
+        **{
+            "from_models": [OLD],
+            "services": [],
+            "kept": [],
+            "pid": os.getpid(),
+            "boot_id": switch.boot_id(),
+            "began": 7.0,
+            "ended": None,
+            "keep": 5,
+        },
         **{"start_timeout": 1800.0, "phase": "checking", "steps": [{"phase": "checking", "at": 7.0}], "container": ""},
         **{"outcome": None, "error": None, "restore_error": None, "stopped_at": None, "answering_at": None},
         **{
             "out_of_service_s": None,
-            "verification": None,
-            "container_id": "",
+            "verifications": {},
+            "container_ids": {},
             "repaired": [],
             "reclaimed": [],
             "left": [],
@@ -782,12 +815,12 @@ def test_where_docker_says_nothing_the_facts_are_few(world: World) -> None:
 
 
 def test_what_a_verification_is_asked() -> None:
-    asked = {"question": "q", "expect": "e", "prompt": "p", "prompt_expect": "pe"}
-    assert switch.verify_params({"repo": "org/m", "verify": asked}, 8001) == {
-        **{"url": "http://127.0.0.1:8001", "model": "org/m", **asked, "max_tokens": 32, "timeout": 120.0},
+    asked = {"question": "q", "expect": "e", "prompt": "p", "prompt_expect": "pe", "max_tokens": 5}
+    made = Engine(**{**fake_release.an_engine("vllm-m", 8001), "repo": "org/m", "verify": asked})
+    assert switch.verify_params(made) == {
+        **{"url": "http://127.0.0.1:8001", "model": "org/m", **asked, "timeout": 120.0},
         "chat_template_kwargs": {"enable_thinking": False},
     }
-    assert switch.verify_params({"repo": "", "verify": {**asked, "max_tokens": 5}}, 1)["max_tokens"] == 5
 
 
 @pytest.mark.parametrize(
@@ -810,7 +843,7 @@ def test_nonsense_makes_the_files_of_the_model_suspect(
     assert did == [f"a verification failed ({failure})"] * marks + [failure]
     error = journal["error"]
     assert (error["message"], error["failure"], error["answer"]) == ("no", failure, "x")
-    assert error["checks"] == [{"name": "chat"}] and journal["verification"]["verified"]
+    assert error["checks"] == [{"name": "chat"}] and journal["verifications"][OLD]["verified"]
 
 
 def test_an_engine_that_does_not_answer_its_questions_is_down(
@@ -859,8 +892,8 @@ def test_whatever_takes_memory_is_stopped(store: Store, world: World, state: str
 def test_health_is_asked_where_the_release_before_answers(
     store: Store, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    verify = {"question": "q", "expect": "Paris", "prompt": "p", "prompt_expect": "Paris"}
-    plan = {"model": OLD, "profile": "p", "repo": f"org/{OLD}", "service": OLD, "verify": verify}
+    made = fake_release.an_engine(OLD, 8001)
+    world.ports[OLD] = 8001
     asked: list[int] = []
     healthy = world.healthy
 
@@ -869,7 +902,10 @@ def test_health_is_asked_where_the_release_before_answers(
         return healthy(client)
 
     monkeypatch.setattr(engine, "healthy", noted)
-    assert run(store, store.stage("services: {}\n", plan, {"service": OLD, "port": 8001}))["outcome"] == "verified"
+    assert (
+        run(store, store.stage("services: {}\n", fake_release.plan(made), fake_release.lock(made)))["outcome"]
+        == "verified"
+    )
     assert asked == [8001]
     assert run(store, stage(store, NEW))["outcome"] == "verified"
     assert asked == [8001, 8001, 8000]
@@ -890,7 +926,7 @@ def test_every_problem_that_is_known_beforehand_is_said(store: Store, world: Wor
     journal = run(store, stage(store, NEW))
     message = "no image; also: no space [disk-full]"
     assert journal["error"] == {"message": message, "failure": "image-missing", "state": ""}
-    assert (journal["outcome"], journal["model"], journal["from_model"]) == ("refused", NEW, OLD)
+    assert (journal["outcome"], journal["models"], journal["from_models"]) == ("refused", [NEW], [OLD])
 
 
 def test_a_release_that_is_damaged_for_good_is_known_beforehand(store: Store, world: World, deployed: int) -> None:
@@ -919,10 +955,10 @@ def test_a_release_that_cannot_be_made_current_is_taken_back(
 ) -> None:
     commit = store.commit
 
-    def full(number: int, at: float, container_id: str = "") -> None:
+    def full(number: int, at: float, container_ids: dict[str, str]) -> None:
         if number != deployed:
             raise OSError(28, "No space left on device")
-        commit(number, at, container_id)
+        commit(number, at, container_ids)
 
     monkeypatch.setattr(store, "commit", full)
     journal = run(store, stage(store, NEW))
@@ -1127,11 +1163,285 @@ def test_the_end_of_a_switch_that_was_cut_has_an_exit_code(
 def test_a_container_is_recreated_where_that_is_asked_for(store: Store, world: World, deployed: int) -> None:
     request = {"id": "abc", "to": deployed, "mode": "restart", "keep": 3}
     before = world.ids[OLD]
-    assert Switch(store, Docker("/nowhere"), request).run()["container_id"] == before
+    assert Switch(store, Docker("/nowhere"), request).run()["container_ids"] == {OLD: before}
     again = Switch(store, Docker("/nowhere"), {**request, "recreate": True}).run()
-    assert again["container_id"] not in ("", before)
+    assert again["container_ids"][OLD] not in ("", before)
     outcome = store.outcome(deployed)
-    assert outcome and outcome["container_id"] == again["container_id"]
+    assert outcome and outcome["container_ids"] == again["container_ids"]
+
+
+# -- more than one engine ----------------------------------------------------------------------------------------------
+
+FIRST, SECOND, THIRD = "vllm-first", "vllm-second", "vllm-third"
+PORTS = {FIRST: 8001, SECOND: 8002, THIRD: 8003}
+
+
+def stage_all(store: Store, world: World, **tags: str) -> int:
+    """A release with these engines, each with a tag that stands for how it is defined."""
+    engines = [fake_release.an_engine(f"vllm-{name}", PORTS[f"vllm-{name}"]) for name in tags]
+    world.ports.update(PORTS)
+    services = "".join(f"  vllm-{name}: {{image: 'x:{tag}'}}\n" for name, tag in tags.items())
+    return store.stage(f"services:\n{services}", fake_release.plan(*engines), fake_release.lock(*engines))
+
+
+@pytest.fixture
+def both(store: Store, world: World) -> int:
+    """A release of two engines serves."""
+    number = stage_all(store, world, first="1", second="1")
+    assert run(store, number)["outcome"] == "verified"
+    world.did.clear()
+    return number
+
+
+def test_engines_start_one_after_the_other_in_the_order_of_the_release(
+    store: Store, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    world.step = events.append
+    healthy = world.healthy
+
+    def noted(client: http.Client) -> bool:
+        events.append(f"healthy {world.at(client.port)}")
+        return healthy(client)
+
+    monkeypatch.setattr(engine, "healthy", noted)
+    journal = run(store, stage_all(store, world, second="1", first="1"))
+    assert events == [
+        *(f"up {SECOND}", f"healthy {SECOND}", f"up {FIRST}", f"healthy {FIRST}", "verify", "verify"),
+    ]
+    assert world.did == ["drop", "up 1", "drop", "up 1"] and journal["outcome"] == "verified"
+    assert [(step["phase"], step.get("container")) for step in journal["steps"]] == [
+        *(("checking", None), ("stopping", None), ("starting", SECOND), ("waiting", SECOND), ("starting", FIRST)),
+        *(("waiting", FIRST), ("verifying", SECOND), ("verifying", FIRST), ("committing", None), ("done", None)),
+    ]
+    assert journal["models"] == ["second", "first"] and journal["container_ids"] == world.ids
+    assert {service: found["answer"] for service, found in journal["verifications"].items()} == {
+        **{SECOND: "Paris", FIRST: "Paris"},
+    }
+    assert (store.outcome(1) or {})["container_ids"] == world.ids
+
+
+@pytest.mark.parametrize("mode", ["deploy", "rollback"])
+def test_an_engine_that_is_the_same_keeps_running_and_is_verified(
+    store: Store, world: World, both: int, mode: str
+) -> None:
+    before = dict(world.ids)
+    journal = run(store, stage_all(store, world, first="1", second="2"), mode)
+    assert world.did == [f"stop {SECOND}", "drop", "up 2"]
+    assert (journal["outcome"], journal["kept"]) == ("verified", [FIRST]) and world.ids[FIRST] == before[FIRST]
+    assert {*journal["verifications"]} == {FIRST, SECOND} and journal["out_of_service_s"] is not None
+    assert (store.outcome(2) or {})["container_ids"] == world.ids
+
+
+def test_a_release_that_only_drops_or_adds_an_engine_leaves_the_others(store: Store, world: World, both: int) -> None:
+    assert run(store, stage_all(store, world, first="1"))["outcome"] == "verified"
+    assert world.did == [f"stop {SECOND}", f"remove {SECOND}"] and world.containers == {FIRST: "running"}
+    world.did.clear()
+    journal = run(store, stage_all(store, world, third="1", first="1"))
+    assert world.did == ["drop", "up 3"] and journal["kept"] == [FIRST] and journal["stopped_at"] is None
+    world.did.clear()
+    assert run(store, stage_all(store, world, first="1", third="1"))["outcome"] == "verified"
+    assert world.did == []  # nothing but the order
+
+
+@pytest.mark.parametrize("how", ["stopped", "silent", "another container", "never verified", "recreate", "new key"])
+def test_only_an_engine_that_serves_as_it_was_verified_is_kept(
+    store: Store, world: World, both: int, key: Path, how: str
+) -> None:
+    request = {"id": "a", "mode": "deploy", "keep": 3}
+    if how == "stopped":
+        world.containers[FIRST] = "exited"
+    elif how == "silent":
+        world.bad[FIRST] = "silent"
+        world.step = lambda what: world.bad.pop(FIRST, None) if what == f"up {FIRST}" else None
+    elif how == "another container":
+        world.ids[FIRST] = "made by hand"
+    elif how == "never verified":
+        store.commit(both, 5.0)
+    else:
+        request["recreate" if how == "recreate" else "new_key"] = True
+        key.with_name("engine_key.next").write_text("new")
+    number = stage_all(store, world, first="1", second="2")
+    journal = Switch(store, Docker("/nowhere"), {**request, "to": number}, now=lambda: 5.0).run()
+    assert journal["outcome"] == "verified" and journal["kept"] == []
+    assert world.did.count("up 2") == 2
+
+
+def test_the_second_engine_fails_and_the_first_is_as_it_was(store: Store, world: World, both: int) -> None:
+    before = dict(world.ids)
+    for how in ("crash", "wrong", "silent", "port"):
+        world.did.clear()
+        started: list[str] = []
+
+        def fails_once(what: str, how: str = how, started: list[str] = started) -> None:
+            if what == f"up {SECOND}":
+                world.bad[SECOND] = "" if started else how
+                started.append(what)
+
+        world.step = fails_once
+        journal = run(store, stage_all(store, world, first="1", second=how))
+        assert journal["outcome"] == "restored" and journal["error"]["container"] == SECOND, how
+        assert not any(FIRST in what for what in world.did) and world.ids[FIRST] == before[FIRST]
+        assert world.containers == {FIRST: "running", SECOND: "running"} and store.current() == both
+        assert {*journal["verifications"]} == {FIRST, SECOND} and journal["kept"] == [FIRST]
+        assert (store.outcome(both) or {})["container_ids"] == world.ids
+
+
+def test_a_kept_engine_that_hangs_is_started_anew_before_that_is_a_failure(
+    store: Store, world: World, both: int
+) -> None:
+    world.bad[FIRST] = "wrong"
+    world.step = lambda what: world.bad.pop(FIRST, None) if what == f"up {FIRST}" else None
+    journal = run(store, stage_all(store, world, first="1", second="2"))
+    assert journal["outcome"] == "verified" and journal["kept"] == []
+    assert world.did == [f"stop {SECOND}", "drop", "up 2", f"stop {FIRST}", "drop", "up 2"]
+    world.bad[FIRST] = "wrong"
+    world.step = lambda what: None
+    journal = run(store, stage_all(store, world, first="1", second="3"))
+    assert journal["outcome"] == "failed" and journal["error"]["container"] == FIRST
+    assert world.containers == {FIRST: "running", SECOND: "running"}  # to be looked at
+
+
+def restart(store: Store, *services: str) -> dict[str, Any]:
+    request = {"id": "abc", "to": store.current(), "mode": "restart", "keep": 3, "services": [*services]}
+    ticks = iter(range(100, 10_000))
+    return Switch(store, Docker("/nowhere"), request, now=lambda: float(next(ticks))).run()
+
+
+def test_a_restart_is_of_all_engines_or_of_those_that_are_named(store: Store, world: World, both: int) -> None:
+    assert restart(store)["outcome"] == "verified"
+    assert world.did == [f"stop {FIRST}", f"stop {SECOND}", "drop", "up 1", "drop", "up 1"]
+    world.did.clear()
+    journal = restart(store, SECOND)
+    assert journal["outcome"] == "verified" and world.did == [f"stop {SECOND}", "drop", "up 1"]
+    assert (journal["services"], journal["kept"]) == ([SECOND], [FIRST])
+    world.did.clear()
+    journal = restart(store, "vllm-none")
+    assert journal["outcome"] == "refused" and world.did == [] and journal["error"]["failure"] == "bad-input"
+    assert journal["error"]["message"] == f"release 1 has no engine vllm-none; it has {FIRST}, {SECOND}"
+
+
+def test_a_restart_of_one_engine_that_fails_stops_no_other(store: Store, world: World, both: int) -> None:
+    world.bad[SECOND] = "crash"
+    assert restart(store, SECOND)["outcome"] == "failed"
+    assert world.containers == {FIRST: "running", SECOND: "exited"}
+    world.bad = {FIRST: "crash"}
+    journal = restart(store)  # the rest of a release is started though one of it fails
+    assert journal["outcome"] == "failed" and journal["error"]["container"] == FIRST
+    assert world.containers == {FIRST: "exited", SECOND: "running"} and {*journal["verifications"]} == {SECOND}
+
+
+def test_the_rest_of_a_release_comes_back_though_one_engine_does_not(store: Store, world: World, both: int) -> None:
+    number = stage_all(store, world, third="1")
+    world.bad = {THIRD: "crash", FIRST: "crash"}
+    journal = run(store, number)
+    assert journal["outcome"] == "failed" and journal["restore_error"]["container"] == FIRST
+    assert world.containers[FIRST] == "exited" and world.containers[SECOND] == "running"
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_cut_anywhere_the_engine_that_was_kept_stays(store: Store, world: World, both: int, phase: str) -> None:
+    world.cut = phase
+    with pytest.raises(PowerCut):
+        run(store, stage_all(store, world, first="1", second="2"))
+    world.cut = None
+    kept = store.switch()
+    assert kept and kept["kept"] == [FIRST]
+    journal = recover(store, Docker("/nowhere"))
+    assert journal and journal["outcome"] == "restored" and not any(FIRST in what for what in world.did)
+    assert world.containers == {FIRST: "running", SECOND: "running"} and store.current() == both
+
+
+def test_after_a_reboot_every_engine_is_brought_back(store: Store, world: World, both: int) -> None:
+    world.cut = "waiting"
+    with pytest.raises(PowerCut):
+        run(store, stage_all(store, world, first="1", second="2"))
+    world.cut = None
+    world.containers.update({FIRST: "exited", SECOND: "exited"})
+    journal = recover(store, Docker("/nowhere"))
+    assert journal and journal["outcome"] == "restored" and journal["kept"] == []
+    assert world.containers == {FIRST: "running", SECOND: "running"}
+
+
+def test_a_restart_of_one_engine_that_was_cut_begins_again_with_it_alone(store: Store, world: World, both: int) -> None:
+    world.cut = "waiting"
+    with pytest.raises(PowerCut):
+        restart(store, SECOND)
+    world.cut = None
+    world.did.clear()
+    journal = recover(store, Docker("/nowhere"))
+    assert journal and journal["outcome"] == "verified" and journal["services"] == [SECOND]
+    assert not any(FIRST in what for what in world.did) and "up 1" in world.did
+
+
+def test_a_switch_of_format_1_that_was_cut_is_ended(store: Store, world: World, deployed: int) -> None:
+    """The program was upgraded while the host was down: release and journal are of the version before."""
+    number = stage(store, NEW)
+    for release, service in ((deployed, OLD), (number, NEW)):
+        plan, lock = fake_release.flat(fake_release.an_engine(service, model=service), number=release)
+        for name, data in (("plan.json", plan), ("lock.json", lock)):
+            (store.folder(release) / name).chmod(0o644)
+            (store.folder(release) / name).write_text(json.dumps(data))
+        (store.folder(release) / ".sealed.json").unlink()
+    world.containers = {OLD: "exited", NEW: "running"}
+    old = {"id": "a", "to": number, "from": deployed, "model": NEW, "from_model": OLD, "phase": "waiting", "began": 5.0}
+    releases.write_json(
+        store.state_dir / "switch.json", {**old, "container": NEW, "container_id": "", "steps": [], "mode": "deploy"}
+    )
+    journal = recover(store, Docker("/nowhere"))
+    assert journal and journal["outcome"] == "restored" and world.containers == {OLD: "running"}
+    assert (journal["models"], journal["from_models"]) == ([NEW], [OLD]) and store.current() == deployed
+
+
+@given(
+    bad=st.dictionaries(st.sampled_from([FIRST, SECOND]), st.sampled_from(["crash", "wrong", "port"]), max_size=2),
+    cuts=st.lists(st.integers(0, 60), max_size=3),
+    to=st.sampled_from(["other", "same", "restart", "one"]),
+)
+def test_whatever_is_cut_all_engines_of_a_release_serve(
+    bad: dict[str, str], cuts: list[int], to: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("world")
+    store = Store(folder / "project", folder / "state", str(folder / "lock"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        world = World(monkeypatch, store)
+        assert run(store, stage_all(store, world, first="1", second="1"))["outcome"] == "verified"
+        tags = {"other": {"first": "1", "second": "2"}, "same": {"second": "1", "first": "1"}}.get(to)
+        number = stage_all(store, world, **tags) if tags else 1
+        left: list[int] = []
+
+        def tick(_what: str = "") -> None:
+            if left:
+                left[0] -= 1
+                if left[0] < 0:
+                    left.clear()
+                    raise PowerCut
+
+        world.step = tick
+        world.bad = dict(bad)
+        begun = True
+        try:
+            left[:] = cuts[:1]
+            restart(store, *([SECOND] if to == "one" else [])) if number == 1 else run(store, number)
+        except PowerCut:
+            begun = interrupted(store)
+        waiting = cuts[1:]
+        while interrupted(store):
+            left[:], waiting = waiting[:1], waiting[1:]
+            with contextlib.suppress(PowerCut):
+                recover(store, Docker("/nowhere"))
+        ended = store.switch()
+        if not begun or not ended:
+            return
+        running = {name for name, state in world.containers.items() if state == "running"}
+        if ended["outcome"] in ("verified", "restored"):
+            assert running == {FIRST, SECOND} and not (ended["outcome"] == "verified" and "wrong" in bad.values())
+            assert store.current() == (number if ended["outcome"] == "verified" else 1)
+            assert (store.outcome(store.current() or 0) or {})["container_ids"] == {
+                service: world.ids[service] for service in running
+            }
+        else:
+            assert ended["outcome"] in ("failed", "refused") and (bad or not cuts)
 
 
 # -- cut anywhere ----------------------------------------------------------------------------------------------------
@@ -1294,7 +1604,7 @@ def test_whatever_cannot_be_written_an_engine_serves(
             running = [name for name, state in world.containers.items() if state == "running"]
             if ended["outcome"] in ("verified", "restored"):
                 assert running == [OLD if ended["outcome"] == "restored" or to == "restart" else NEW]
-                assert store.plan(store.current() or 0)["service"] == running[0]
+                assert [item.service for item in store.engines(store.current() or 0)] == running
             else:
                 assert ended["outcome"] in ("refused", "removed", "failed")
             if not bad and to != "first":
@@ -1550,7 +1860,8 @@ def reclaims(monkeypatch: pytest.MonkeyPatch) -> Reclaims:
 
 def pinned(store: Store, service: str, image: str, text: str) -> int:
     number = stage(store, service, text)
-    plan, lock = store.plan(number), {**store.lock(number), "image": image}
+    plan, lock = store.plan(number), store.lock(number)
+    lock["engines"][0]["image"] = image
     store.remove([number])
     return store.stage(text, plan, lock)
 

@@ -23,7 +23,8 @@ from sparkfleet.cli.runner import Collector
 from sparkfleet.diagnosis import diagnose
 from sparkfleet.exit_codes import DOWN, DRIFT, OK
 from sparkfleet.fleet import drift
-from tests.unit.diagnosis.test_diagnose import HEALTHY, ids
+from tests.unit.diagnosis.test_diagnose import HEALTHY, ids, known
+from tests.unit.fakes import fake_release
 from tests.unit.fakes.fake_engine import Engine
 from tests.unit.plugins.test_fleet_actions import load
 
@@ -61,7 +62,7 @@ def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stage:
 
 
 def facts(**changes: Any) -> dict[str, Any]:
-    return {"facts": {**copy.deepcopy(HEALTHY), **changes}}
+    return {"facts": known(**changes)}
 
 
 def test_all_is_well(stage: Stage, tmp_path: Path) -> None:
@@ -82,10 +83,10 @@ def test_something_is_wrong(stage: Stage) -> None:
 
 
 def test_what_is_over_or_harmless_does_not_fail(stage: Stage) -> None:
-    guard_state = {**HEALTHY["guard"], "restarts": [{"at": 1.0, "reason": "crash", "detail": "exit code 1"}]}
-    assert not stage.run(facts(guard=guard_state)).get("failed")
+    restarts = [{"at": 1.0, "reason": "crash", "detail": "exit code 1"}]
+    assert not stage.run(facts(record={"restarts": restarts})).get("failed")
     line = "WARNING: Found GPU0 NVIDIA GB10 which is of cuda capability 12.1."
-    assert not stage.run(facts(engine={**HEALTHY["engine"], "log": [line]})).get("failed")
+    assert not stage.run(facts(container={"log": [line]})).get("failed")
 
 
 def test_an_answer_without_facts_is_passed_on(stage: Stage) -> None:
@@ -135,14 +136,14 @@ BRIDGE = "failed to create endpoint m on network n: adding interface veth6 to br
         ({"commands": {"nvidia-smi": ["No devices were found", "(exit code 6)"]}}, ["gpu-lost"]),
         ({"commands": {"kernel": ["spark kernel: NVRM: Xid (PCI:000f:01:00): 79, GPU has fallen off"]}}, ["gpu-lost"]),
         ({"status": {"releases": GONE}}, ["release-damaged"]),
-        ({"status": {"releases": {**GONE, "numbers": []}, "containers": []}, "engine": None}, ["nothing-deployed"]),
+        ({"status": {"releases": {**GONE, "numbers": []}, "containers": []}, "engines": []}, ["nothing-deployed"]),
         ({"status": {"releases": {**GONE, "outcomes": {"1": {"state": "failed"}}}}}, ["nothing-deployed"]),
         ({"cache": {"path": "/opt/hf", "empty": True, "fstab": "/opt/hf"}}, ["cache-not-mounted"]),
         ({"damaged_models": [{"repo": "a/b", "commit": "c", "names": ["m.safetensors"]}]}, ["download-incomplete"]),
         ({"damaged_models": [{"repo": "a/b", "commit": "c", "names": [], "more": 2}]}, ["download-incomplete"]),
         ({"unchecked_models": 3}, ["models-unchecked"]),
         (
-            {"status": DOWN_STATUS, "asked": None, "engine": {**STOPPED, "exit_code": 77}, "unchecked_models": 3},
+            {"status": DOWN_STATUS, "asked": None, "container": {**STOPPED, "exit_code": 77}, "unchecked_models": 3},
             ["engine-died", "models-unchecked"],
         ),
         ({"guard_unit": {**UNIT, "active": False, "state": "failed"}}, ["guard-down"]),
@@ -150,36 +151,44 @@ BRIDGE = "failed to create endpoint m on network n: adding interface veth6 to br
             {"guard_unit": UNIT, "guard": {"boot_id": "b", "clock": 10.0}, "boot_id": "b", "clock": 500.0},
             ["guard-stuck"],
         ),
-        ({"guard": {"stalls": True, "slow": True}}, ["engine-stalls"]),
+        ({"record": {"stalls": True, "slow": True}}, ["engine-stalls"]),
         (
-            {"status": DOWN_STATUS, "asked": None, "engine": STOPPED, "image": {"ref": "i", "present": False}},
+            {"status": DOWN_STATUS, "asked": None, "container": STOPPED, "image": {"ref": "i", "present": False}},
             ["image-missing", "engine-stopped"],
         ),
         (
-            {"status": DOWN_STATUS, "asked": None, "engine": None, "image": {"ref": "i", "present": False}},
+            {"status": DOWN_STATUS, "asked": None, "container": None, "image": {"ref": "i", "present": False}},
             ["image-missing", "container-missing"],
         ),
         (
-            {"status": DOWN_STATUS, "asked": None, "engine": None, "name_holder": {"name": "vllm-m", "image": "nginx"}},
+            {
+                "status": DOWN_STATUS,
+                "asked": None,
+                "container": None,
+                "name_holder": {"name": "vllm-m", "image": "nginx"},
+            },
             ["name-taken", "container-missing"],
         ),
         (
-            {"status": DOWN_STATUS, "asked": None, "engine": {**STOPPED, "exit_code": 128, "error": BRIDGE}},
+            {"status": DOWN_STATUS, "asked": None, "container": {**STOPPED, "exit_code": 128, "error": BRIDGE}},
             ["network-missing"],
         ),
-        ({"status": DOWN_STATUS, "asked": None, "engine": {**STOPPED, "exit_code": 128, "error": "odd"}}, ["docker"]),
-        ({"status": DOWN_STATUS, "asked": None, "engine": {**STOPPED, "exit_code": 77}}, ["engine-died"]),
+        (
+            {"status": DOWN_STATUS, "asked": None, "container": {**STOPPED, "exit_code": 128, "error": "odd"}},
+            ["docker"],
+        ),
+        ({"status": DOWN_STATUS, "asked": None, "container": {**STOPPED, "exit_code": 77}}, ["engine-died"]),
         (
             {
-                **{"status": DOWN_STATUS, "asked": None, "engine": STOPPED},
-                "guard": {"given_up": {"reason": f"Docker could not start it in 3 tries: {BRIDGE}", "log": []}},
+                **{"status": DOWN_STATUS, "asked": None, "container": STOPPED},
+                "record": {"given_up": {"reason": f"Docker could not start it in 3 tries: {BRIDGE}", "log": []}},
             },
             ["network-missing", "guard-gave-up"],
         ),
         (
             {
                 **{"status": DOWN_STATUS, "asked": None},
-                "engine": {
+                "container": {
                     **STOPPED,
                     "exit_code": 1,
                     "log": ["ValueError: Weight files referenced in index but missing"],
@@ -224,7 +233,7 @@ def test_what_does_not_serve_is_never_well(
 ) -> None:
     seen = {"state": state, "exit_code": exit_code, "error": error, "log": log, "oom_killed": oom_killed}
     status = {"docker": docker, "healthy": False, "releases": {"current": current, "switch_active": False}}
-    facts = {**HEALTHY, "status": status, "engine": None if gone else seen, "asked": None}
+    facts = known(status=status, container=None if gone else seen, asked=None)
     facts["commands"] = {"ports": []}
     found = diagnose.findings(facts)
     assert diagnose.wrong(found), page_of(found)
@@ -327,16 +336,14 @@ def test_a_mount_that_is_missing_is_named(host: SimpleNamespace) -> None:
 
 def test_image_and_name_of_the_current_release(host: SimpleNamespace) -> None:
     store = Store(host.project_dir, host.state_dir)
-    questions = {"question": "q", "expect": "a", "prompt": "p", "prompt_expect": "b"}
-    plan = {"service": SERVICE, "repo": "o/m", "model": "m", "profile": "p", "memory": {}, "verify": questions}
-    lock = {"port": 1, "service": SERVICE, "image": "reg/i:1", "model": "m", "profile": "p"}
-    store.commit(store.stage("services: {}\n", plan, lock), 1.0)
+    made = fake_release.an_engine(SERVICE, 1, image="reg/i:1")
+    store.commit(store.stage("services: {}\n", fake_release.plan(made), fake_release.lock(made)), 1.0)
     other = {"Id": "ab" * 32, "State": {}, "Config": {"Image": "nginx", "Labels": {}}}
     host.engine.routes["GET", f"/containers/{SERVICE}/json"] = other
-    found = host.run()
+    (found,) = host.run()["engines"]
     assert found["image"] == {"ref": "reg/i:1", "present": False}
     assert found["name_holder"] == {"name": SERVICE, "image": "nginx"}
     host.engine.routes["GET", "/images/reg/i:1/json"] = {"Id": "sha256:1"}
     other["Config"]["Labels"] = {"com.docker.compose.project": "sparkfleet"}
-    found = host.run()
+    (found,) = host.run()["engines"]
     assert found["image"]["present"] is True and found["name_holder"] is None

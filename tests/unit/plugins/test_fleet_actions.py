@@ -11,11 +11,9 @@ import pytest
 from tests.unit import ROOT
 
 ENGINE: dict[str, Any] = {
-    **{"engine": "serving", "healthy": True, "figures": {}, "guard": None, "gpu": {"temperature": 41.0}},
-    **{"tokens_per_second": 0.0, "containers": [], "log": []},
+    **{"engine": "serving", "healthy": True, "engines": [], "gpu": {"temperature": 41.0}, "containers": []},
     "releases": {
         **{"current": 2, "previous": 1, "numbers": [1, 2], "outcomes": {}, "switch": None, "switch_active": False},
-        "locks": {"2": {"model": "m", "profile": "throughput", "image": "i:1@sha256:0123456789abcdef"}},
     },
 }
 PLAN: dict[str, Any] = {

@@ -21,6 +21,7 @@ from ansible.module_utils.testing import patch_module_args
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store
 
+from tests.unit.fakes import fake_release
 from tests.unit.fakes.fake_engine import Engine
 
 Run = Callable[..., dict[str, Any]]
@@ -71,14 +72,8 @@ def test_secret_file(tmp_path: Path, run: Run) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["token"]
 
 
-STAGED: dict[str, Any] = {
-    "plan": {
-        **{"model": "m", "profile": "throughput", "repo": "org/m", "service": "vllm-m"},
-        "verify": {"question": "q", "expect": "Paris", "prompt": "p", "prompt_expect": "Paris"},
-        "memory": {"available_gib": 110.0},
-    },
-    "lock": {"model": "m", "service": "vllm-m", "port": 8000, "image": "i@sha256:1"},
-}
+ENGINE = fake_release.an_engine("vllm-m", image="i@sha256:1", memory={"available_gib": 110.0})
+STAGED: dict[str, Any] = {"plan": fake_release.plan(ENGINE), "lock": fake_release.lock(ENGINE)}
 
 
 def test_a_release_is_staged_once_and_shown(tmp_path: Path, run: Run, command: Any) -> None:
@@ -93,18 +88,18 @@ def test_a_release_is_staged_once_and_shown(tmp_path: Path, run: Run, command: A
     kept = folder / "releases" / "1"
     assert (kept / "compose.yml").read_text(encoding="utf-8") == "a: 1\n"
     lock = json.loads((kept / "lock.json").read_text(encoding="utf-8"))
-    assert lock["number"] == 1 and lock["image"] == "i@sha256:1" and lock["created"] > 0
+    assert lock["number"] == 1 and lock["engines"][0]["image"] == "i@sha256:1" and lock["created"] > 0
     assert stat.S_IMODE(kept.stat().st_mode) == 0o755
     assert stat.S_IMODE((kept / "compose.yml").stat().st_mode) == 0o444
     # The plan's figures follow the host's memory of the moment; that alone makes no release.
-    again = run(release_stage, **{**wanted, "plan": {**STAGED["plan"], "memory": {"available_gib": 90.0}}})
+    again = run(release_stage, **{**wanted, "plan": fake_release.plan({**ENGINE, "memory": {"available_gib": 90.0}})})
     assert again["release"] == 1
     assert again["changed"]  # it is not the current one yet
     (folder / "current").symlink_to("releases/1")
     assert not run(release_stage, **wanted)["changed"]
     other = run(
         release_stage,
-        **{**wanted, "plan": {**STAGED["plan"], "verify": {**STAGED["plan"]["verify"], "expect": "Rome"}}},
+        **{**wanted, "plan": fake_release.plan({**ENGINE, "verify": {**ENGINE["verify"], "expect": "Rome"}})},
     )
     assert other["changed"] and other["release"] == 2
     assert sorted(path.name for path in (folder / "releases").iterdir()) == [".lock", "1", "2"]

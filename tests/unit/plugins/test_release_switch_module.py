@@ -18,9 +18,10 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host imp
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store
 
+from tests.unit.fakes import fake_release
 from tests.unit.fakes.fake_engine import Engine
 
-VERIFY = {"question": "q", "expect": "Paris", "prompt": "p", "prompt_expect": "Paris"}
+ENGINE = fake_release.an_engine("vllm-m")
 Run = Callable[..., dict[str, Any]]
 
 
@@ -44,15 +45,14 @@ class Job:
 
 
 def journal(**more: Any) -> dict[str, Any]:
-    known = {"id": "abc", "to": 1, "from": None, "model": "m", "controller": "bob@desk", "verb": "upgrade"}
+    known = {"id": "abc", "to": 1, "from": None, "models": ["m"], "controller": "bob@desk", "verb": "upgrade"}
     return {**known, "began": 0.0, "phase": "waiting", "steps": [], "container": "", "outcome": None, **more}
 
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     made = Store(tmp_path / "project", tmp_path / "state", str(tmp_path / "lock"))
-    plan = {"model": "m", "profile": "throughput", "repo": "org/m", "service": "vllm-m", "verify": VERIFY}
-    assert made.stage("a: 1\n", plan, {"port": 8000, "service": "vllm-m"}) == 1
+    assert made.stage("a: 1\n", fake_release.plan(ENGINE), fake_release.lock(ENGINE)) == 1
     (tmp_path / "project" / "lib").mkdir()
     (tmp_path / "project" / "lib" / "sparkfleet_host.pyz").touch()
     monkeypatch.setattr(release_switch, "Store", lambda *_folders: made)
@@ -92,7 +92,7 @@ def run(store: Store, job: Job, capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def serving(store: Store) -> None:
-    store.commit(1, 100.0, "a" * 64)
+    store.commit(1, 100.0, {"vllm-m": "a" * 64})
     store.write_switch(journal(id="other", phase="done", outcome="verified"))
 
 
@@ -271,35 +271,65 @@ def test_a_job_that_another_replaced(run: Run, store: Store) -> None:
 
 
 def test_check_mode_says_what_would_be_pruned_and_reclaimed(run: Run, store: Store, engine: Engine) -> None:
-    plan = {"model": "m", "profile": "throughput", "repo": "org/m", "service": "vllm-m", "verify": VERIFY}
-    lock = {"port": 8000, "service": "vllm-m", "image": "reg/x:1"}
+    def lock(number: int) -> dict[str, Any]:
+        return fake_release.lock({**ENGINE, "image": f"reg/x:{number}"})
+
     for number in (2, 3, 4):
-        store.stage(f"a: {number}\n", plan, {**lock, "image": f"reg/x:{number}"})
-        store.commit(number, float(number), "a" * 64)
+        store.stage(f"a: {number}\n", fake_release.plan(ENGINE), lock(number))
+        store.commit(number, float(number), {"vllm-m": "a" * 64})
     image = {"Id": "i2", "RepoTags": ["reg/x:2"], "RepoDigests": [f"reg/x@sha256:{'2' * 64}"], "Size": 7}
     engine.routes["GET", "/images/reg/x:2/json"] = image
     reclaim.note_image(store.state_dir, image, {})
     engine.routes["GET", "/containers/json"] = []
-    said = run(check=True, to=5, keep_releases=2, lock={**lock, "image": "reg/x:5"})
+    said = run(check=True, to=5, keep_releases=2, lock=lock(5))
     assert said["would"] == {
         **{"pruned": [1, 2, 3], "left": []},
         "reclaimed": [{"kind": "image", "name": "reg/x:2", "bytes": 7}],
     }
-    assert run(check=True, to=5, keep_releases=2, lock={**lock, "image": "reg/x:2"})["would"]["reclaimed"] == []
+    assert run(check=True, to=5, keep_releases=2, lock=lock(2))["would"]["reclaimed"] == []
     assert run(check=True, to=5, keep_releases=2, reclaim=False)["would"] == {"pruned": [1, 2, 3]}
     assert store.numbers() == [1, 2, 3, 4] and not (store.state_dir / "unneeded.json").exists()
 
 
 def test_the_job_may_write_where_it_reclaims(run: Run, job: Job, store: Store) -> None:
-    plan = {"model": "m", "profile": "throughput", "repo": "org/m", "service": "vllm-m", "verify": VERIFY}
-    lock = {
-        "port": 8000,
-        "service": "vllm-m",
-        "image": f"reg/x@sha256:{'1' * 64}",
-        "compile_cache_dir": "/srv/compiled",
-    }
-    store.stage("b: 1\n", plan, lock)
+    pinned = {**ENGINE, "image": f"reg/x@sha256:{'1' * 64}"}
+    lock = fake_release.lock(pinned, compile_cache_dir="/srv/compiled")
+    store.stage("b: 1\n", fake_release.plan(pinned), lock)
     run()
     assert "--property=ReadWritePaths=-/srv/compiled" in job.started[0] and "--no-reclaim" not in job.started[0]
     run(begin="second", reclaim=False)
     assert any("--no-reclaim" in argv for argv in job.started)
+
+
+def test_one_engine_alone_is_restarted(run: Run, job: Job, store: Store) -> None:
+    job.writes = {"phase": "waiting", "services": ["vllm-m"]}
+    run(mode="restart", services=["vllm-m", "vllm-b"])
+    assert [word for word in job.started[0] if word.startswith("--service")] == ["--service=vllm-m", "--service=vllm-b"]
+    result = run(services=["vllm-m"])
+    assert result["failure"] == "bad-input" and "a deployment restarts what differs" in result["msg"]
+
+
+@pytest.mark.parametrize(("services", "joins"), [(["vllm-m"], True), ([], False), (["vllm-b"], False)])
+def test_a_restart_is_joined_by_one_of_the_same_engines(
+    run: Run, job: Job, store: Store, services: list[str], joins: bool
+) -> None:
+    with store.exclusive():
+        store.write_switch(journal(mode="restart", services=["vllm-m"]))
+        result = run(mode="restart", services=services)
+    assert job.started == [] and result.get("joined", False) is joins
+    assert result.get("failure") == (None if joins else "switch-running-other")
+
+
+def test_a_release_of_two_engines_runs_where_both_do(
+    run: Run, job: Job, store: Store, containers: list[dict[str, Any]]
+) -> None:
+    both = (ENGINE, fake_release.an_engine("vllm-b", 8001))
+    number = store.stage("b: 1\n", fake_release.plan(*both), fake_release.lock(*both))
+    store.commit(number, 100.0, {"vllm-m": "a" * 64, "vllm-b": "b" * 64})
+    store.write_switch(journal(id="other", to=number, phase="done", outcome="verified"))
+    job.writes = {"to": number, "phase": "done", "outcome": "verified"}
+    assert not run(to=number)["already"]
+    labels = {**containers[0]["Labels"], "com.docker.compose.service": "vllm-b"}
+    containers.append({**containers[0], "Id": "b" * 64, "Labels": labels})
+    store.write_switch(journal(id="other", to=number, phase="done", outcome="verified"))
+    assert run(to=number)["already"]

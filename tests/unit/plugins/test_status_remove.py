@@ -15,6 +15,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host imp
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store, write_json
 
+from tests.unit.fakes import fake_release
 from tests.unit.fakes.fake_engine import Engine
 from tests.unit.fakes.fake_vllm import Vllm
 
@@ -28,11 +29,8 @@ def store(tmp_path: Path) -> Store:
 
 def deploy(store: Store, engine: Engine, vllm: Vllm, state: str = "running") -> None:
     """A release is current, and its container is in this state."""
-    verify = {"question": "q", "expect": "Paris", "prompt": "p", "prompt_expect": "Paris"}
-    plan = {"model": "m", "profile": "throughput", "repo": "org/m", "service": "vllm-m", "verify": verify}
-    port = int(vllm.url.rpartition(":")[2])
-    number = store.stage("services: {}\n", plan, {"model": "m", "service": "vllm-m", "port": port, "image": "i:1"})
-    store.commit(number, 100.0)
+    made = fake_release.an_engine("vllm-m", int(vllm.url.rpartition(":")[2]), repo="org/m", image="i:1")
+    store.commit(store.stage("services: {}\n", fake_release.plan(made), fake_release.lock(made)), 100.0)
     engine.routes["GET", "/containers/json"] = [
         {"Id": "abc", "Names": ["/vllm-m"], "State": state, "Labels": LABELS},
     ]
@@ -43,7 +41,7 @@ def test_a_host_that_serves(store: Store, engine: Engine, docker: Docker, vllm: 
     found = status.look(store, docker, 0)
     assert found["engine"] == "serving" and found["healthy"] is True
     assert found["containers"] == [{"name": "vllm-m", "service": "vllm-m", "state": "running"}]
-    assert found["releases"]["current"] == 1 and "generation_tokens" in found["figures"]
+    assert found["releases"]["current"] == 1 and "generation_tokens" in found["engines"][0]["figures"]
 
 
 def test_tokens_a_second_are_measured_where_requests_run(
@@ -58,9 +56,9 @@ def test_tokens_a_second_are_measured_where_requests_run(
 
     clock = iter((10.0, 12.0))
     monkeypatch.setattr(status, "time", SimpleNamespace(sleep=pause, monotonic=lambda: next(clock)))
-    assert status.look(store, docker, 0)["tokens_per_second"] == 0.0 and not paused
+    assert status.look(store, docker, 0)["engines"][0]["tokens_per_second"] == 0.0 and not paused
     vllm.counters["num_requests_running"] = 3.0
-    assert status.look(store, docker, 0)["tokens_per_second"] == 150.0
+    assert status.look(store, docker, 0)["engines"][0]["tokens_per_second"] == 150.0
     assert paused == [status.PACE_SECONDS]
 
 

@@ -24,11 +24,11 @@ BEGAN = 1795428000.0  # 2026-11-23T10:00:00Z
 def journal(*phases: str, **more: Any) -> dict[str, Any]:
     """A journal that came through these phases, ten seconds each."""
     return {
-        **{"id": "abc", "to": 8, "model": "new-model", "from": 7, "from_model": "old-model", "mode": "deploy"},
+        **{"id": "abc", "to": 8, "models": ["new-model"], "from": 7, "from_models": ["old-model"], "mode": "deploy"},
         **{"controller": "alice@laptop", "verb": "site.yml", "began": BEGAN, "ended": None, "outcome": None},
         **{"steps": [{"phase": phase, "at": BEGAN + 10 * place} for place, phase in enumerate(phases)]},
         **{"phase": phases[-1], "container": "vllm-new", "error": None, "restore_error": None},
-        **{"out_of_service_s": None, "verification": None, "stopped_at": None, "answering_at": None},
+        **{"out_of_service_s": None, "verifications": {}, "stopped_at": None, "answering_at": None},
         **more,
     }
 
@@ -76,8 +76,8 @@ def test_phases_and_the_log_in_the_order_of_time() -> None:
     assert follower.take(answer(done)) == ["spark-1  40 s  it is the current release now"]
     assert follower.done
     result = follower.result()
-    assert result["release"] == {"number": 8, "model": "new-model"}
-    assert result["previous"] == {"number": 7, "model": "old-model"}
+    assert result["release"] == {"number": 8, "models": ["new-model"]}
+    assert result["previous"] == {"number": 7, "models": ["old-model"]}
     assert (result["outcome"], result["seconds"], result["changed"]) == ("verified", 50.0, True)
     assert "failed" not in result
 
@@ -98,11 +98,11 @@ def test_a_failure_names_both_releases_the_cause_and_how_long_nothing_served() -
     assert BY_ID["argument-unknown"].remedy in first and first.endswith("[argument-unknown]")
     assert second == "  release 7 (old-model) was started again and is verified; no service for 50 s."
     assert [line.strip() for line in log] == ["vllm: error: unrecognized arguments: --unknown-thing 3"]
-    assert result["release"] == {"number": 7, "model": "old-model"}
+    assert result["release"] == {"number": 7, "models": ["old-model"]}
 
 
 def test_a_first_deployment_that_failed() -> None:
-    result = finish(outcome="removed", **{"from": None, "from_model": None})
+    result = finish(outcome="removed", **{"from": None, "from_models": []})
     assert "There was no release before it: its container was removed, and nothing serves." in result["msg"]
     assert result["release"] is None and result["previous"] is None
 
@@ -115,7 +115,7 @@ def test_neither_serves() -> None:
 
 
 def test_a_restart_that_failed() -> None:
-    result = finish(outcome="failed", **{"from": 8, "from_model": "new-model", "mode": "restart"})
+    result = finish(outcome="failed", **{"from": 8, "from_models": ["new-model"], "mode": "restart"})
     assert "It was stopped; nothing serves." in result["msg"]
 
 
@@ -190,7 +190,7 @@ def harmless(lines: list[str]) -> None:
 @pytest.mark.parametrize("text", [EVIL, EVIL * 100_000, "\ud800"])
 @pytest.mark.parametrize("outcome", ["verified", "restored", "failed", "removed", "refused", None])
 def test_what_a_spark_says_does_nothing_to_the_terminal(text: str, outcome: str | None) -> None:
-    names = dict.fromkeys(("controller", "verb", "model", "from_model", "container"), text)
+    names = {**dict.fromkeys(("controller", "verb", "container"), text), "models": [text], "from_models": [text]}
     told = error(message=text, docker_error=text, container=text, log=[text, f"ValueError: {text}"])
     known = {"error": told, "restore_error": told, "left": [text], "troubles": [text], "outcome": outcome}
     reclaimed = [{"kind": text[:4000], "name": text[:4000], "bytes": 5}]

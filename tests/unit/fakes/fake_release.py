@@ -1,0 +1,33 @@
+"""The files of a release as the controller writes them, of a few engines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+VERIFY = {"question": "q", "expect": "Paris", "prompt": "p", "prompt_expect": "Paris", "max_tokens": 32}
+
+
+def an_engine(service: str, port: int = 8000, **more: Any) -> dict[str, Any]:
+    """All that a release says of an engine."""
+    names = {"model": service.removeprefix("vllm-"), "profile": "throughput", "repo": f"org/{service}", "image": "i"}
+    return {"service": service, **names, "revision": "main", "port": port, "verify": VERIFY, "memory": None, **more}
+
+
+def plan(*engines: Mapping[str, Any]) -> dict[str, Any]:
+    """plan.json."""
+    keys = ("service", "model", "profile", "repo", "image", "verify", "memory")
+    return {"format": 2, "engines": [{key: engine[key] for key in keys} for engine in engines]}
+
+
+def lock(*engines: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """lock.json, but for what is added when it is staged."""
+    keys = ("service", "model", "profile", "repo", "revision", "image", "port")
+    return {"format": 2, "engines": [{key: engine[key] for key in keys} for engine in engines], **more}
+
+
+def flat(engine: Mapping[str, Any], **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """plan.json and lock.json of format 1, which held one engine."""
+    known = {key: engine[key] for key in ("model", "profile", "repo", "service", "image")}
+    questions = {"verify": engine["verify"], "memory": engine["memory"]}
+    return {**known, **questions}, {**known, "revision": engine["revision"], "port": engine["port"], **more}
