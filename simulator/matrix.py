@@ -165,7 +165,7 @@ def first_deployment(spark: Spark) -> str:
 
 
 def corrupt_cache(spark: Spark) -> str:
-    """A file of the model is cut; the look finds it, fetch mends it."""
+    """A model file is truncated; the inspection finds it, fetch repairs it."""
     spark.sh("f=$(find -L /opt/hf/models--*/snapshots -name '*.safetensors' | head -n 1); truncate -s -4096 \"$f\"")
     return spark.play()
 
@@ -518,7 +518,7 @@ def run_row(spark: Spark, row: Row) -> Outcome:
             spark.sh(row.undo)
         repair(spark, release)
     except TROUBLE as error:
-        outcome.problem = outcome.problem or f"not mended: {error}"
+        outcome.problem = outcome.problem or f"not fixed: {error}"
     outcome.seconds = time.monotonic() - began
     return outcome
 
@@ -555,7 +555,7 @@ def check_end(spark: Spark, row: Row, before: str, release: str) -> None:
 def repair(spark: Spark, release: str = "") -> None:
     """Back to a Spark that serves what the inventory says; `release`: the one that does."""
     spark.until("the host is there", lambda: spark.sh("docker version -f x >/dev/null; echo yes").strip() == "yes")
-    faults.mend(spark.world, spark.name, ())
+    faults.fix(spark.world, spark.name, ())
     # A fault's file lies in the container's own layer, and would outlive the row.
     spark.sh(
         f"layer=$(docker inspect -f '{{{{.GraphDriver.Data.UpperDir}}}}' {SERVICE} 2>/dev/null) || exit 0; "
@@ -627,7 +627,7 @@ def run_all(
 
 
 def markdown(outcomes: Sequence[Outcome], before: str = "") -> str:
-    """The matrix as a page of the docs. `before`: the page as it is, from which rows are kept that were not run, or did
+    """The matrix as a docs page. `before`: the page as it is, from which rows are kept that were not run, or did
     not hold, this time."""
     lines = [
         "# Fault matrix",

@@ -77,7 +77,7 @@ def main() -> None:
     try:
         changed = not configured(before)
     except ValueError as error:
-        module.fail_json(msg=f"{path} cannot be read ({error}): mend it, Docker does not start with it either")
+        module.fail_json(msg=f"{path} cannot be read ({error}): fix it, Docker does not start with it either")
     command = ["nvidia-ctk", "runtime", "configure", "--runtime=docker", f"--config={path}"]
     after = before
     if changed:

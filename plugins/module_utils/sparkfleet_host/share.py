@@ -496,7 +496,7 @@ class Server(Limited, HTTPServer):
             super().finish_request(wrapped, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke is the other side's to mend."""
+        """A broken connection is for the other side to handle."""
         print(f"{client_address[0]}: {sys.exc_info()[1]!r}", file=sys.stderr, flush=True)
 
 

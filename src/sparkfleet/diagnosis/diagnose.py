@@ -68,7 +68,7 @@ def findings(facts: Mapping[str, Any]) -> list[Finding]:
     seen: dict[str, Finding] = {}
     for item in found:
         seen.setdefault(item.id, item)
-    # A loop has a cause, and the cause is what to mend.
+    # A restart loop has a cause, and the cause is what to fix.
     causes = [item for item in seen.values() if item.id not in CONSEQUENCES and not BY_ID[item.id].harmless]
     if causes:
         for name in ("engine-died", "internal"):

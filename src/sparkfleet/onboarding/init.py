@@ -444,7 +444,7 @@ def _closing(folder: Path, hosts: Sequence[Host], added: Sequence[Host], chosen:
     else:
         lines.append("nothing to write" if there else "nothing was written")
     if absent:
-        lines.append(f"not written: {', '.join(absent)}; run this again when that is mended")
+        lines.append(f"not written: {', '.join(absent)}; run this again when that is fixed")
     if not added:
         return "\n" + "\n".join(lines) + "\n"
     if chosen and chosen.card.licence.gated and not os.environ.get("HF_TOKEN"):
