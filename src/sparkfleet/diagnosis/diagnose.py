@@ -80,7 +80,7 @@ def findings(facts: Mapping[str, Any]) -> list[Finding]:
 def _unchecked(facts: Mapping[str, Any]) -> list[Finding]:
     """Explains nothing of the rest."""
     left_out = facts.get("unchecked_models")
-    return [Finding("models-unchecked", (f"{left_out} models were not looked at",))] if left_out else []
+    return [Finding("models-unchecked", (f"{left_out} models were not checked",))] if left_out else []
 
 
 CONSEQUENCES = (
