@@ -635,8 +635,8 @@ def markdown(outcomes: Sequence[Outcome], before: str = "") -> str:
         "Made by `python -m simulator.matrix --docs docs/fault-matrix.md` from a run; `molecule test -s faults`",
         "runs it. Each fault hits a simulated Spark that serves. Afterwards it is asked, from outside, the question",
         "that it must answer, or compared with what it was: containers with their starts, releases, settings.",
-        "Rows marked “new” are those of a second look, from outside: what people, neighbours, disks and clocks do.",
-        "“Without an answer” is what a prober outside measured, with an engine that loads in a second.",
+        "Rows marked “new” are from a second round, about outside influences: people, neighbours, disks and clocks.",
+        "“Without an answer” was measured by an outside prober, with an engine that loads in a second.",
         "",
         "| fault | where | what is done | the operator sees | the host ends | diagnose names | without an answer |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -673,7 +673,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", metavar="ROW", help="only rows whose name has one of these words")
     parser.add_argument("--without", nargs="*", default=[], metavar="ROW", help="not these rows")
     parser.add_argument("--brief", action="store_true", help="of rows that go the same way, one")
-    parser.add_argument("--new", action="store_true", help="only rows of the second look")
+    parser.add_argument("--new", action="store_true", help="only rows of the second round")
     parser.add_argument("--docs", type=Path, help="bring the page of the docs up to date: the rows that held")
     parser.add_argument("--json", type=Path, help="write what was found")
     options = parser.parse_args(argv)
