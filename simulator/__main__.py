@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     wrong = verbs.add_parser("break", parents=[world], help="bring faults about", epilog=table, formatter_class=plain)
     wrong.add_argument("host")
     wrong.add_argument("fault", nargs="+")
-    right = verbs.add_parser("mend", parents=[world], help="undo faults", epilog=table, formatter_class=plain)
+    right = verbs.add_parser("fix", parents=[world], help="undo faults", epilog=table, formatter_class=plain)
     right.add_argument("host")
     right.add_argument("fault", nargs="*", help="all that there are, if none is named")
     execute = verbs.add_parser("exec", parents=[world], help="run a command on a Spark as root")
@@ -163,8 +163,8 @@ def _run(options: argparse.Namespace, say: object) -> int:
             world.reboot(options.host)
         case "break":
             faults.break_(world, options.host, options.fault)
-        case "mend":
-            faults.mend(world, options.host, options.fault)
+        case "fix":
+            faults.fix(world, options.host, options.fault)
         case "exec":
             command = options.command[1:] if options.command[:1] == ["--"] else options.command
             name = world.container(options.host).name

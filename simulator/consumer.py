@@ -142,7 +142,7 @@ def _both(consumer: Consumer, spark: Spark) -> None:
 
 
 def main() -> int:
-    """Walk it; 1 and the reason where a step goes wrong."""
+    """Run it; 1 and the reason where a step goes wrong."""
     parser = argparse.ArgumentParser(prog="python -m simulator.consumer")
     parser.add_argument("--world", required=True)
     with tempfile.TemporaryDirectory(prefix="sparkfleet-consumer-") as folder:

@@ -1,7 +1,7 @@
 """What can be wrong with a simulated Spark, and how it is put right again.
 
 A fault is a pair of scripts that run inside the host as root, and may run again. What they leave lies in /run, is a
-mount or stands in /etc/hosts, which Docker rewrites: a reboot mends too. To add a fault, add an entry to FAULTS.
+mount or stands in /etc/hosts, which Docker rewrites: a reboot fixes it too. To add a fault, add an entry to FAULTS.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ docker-cli-plugin-metadata)
     echo '{"SchemaVersion":"0.1.0","Vendor":"Docker Inc.","Version":"v2.10.2","ShortDescription":"Docker Compose"}' ;;
 *version*--short*) echo 2.10.2 ;;
 *version*) echo 'Docker Compose version v2.10.2' ;;
-*) echo 'this Compose is a stand-in: python -m simulator mend HOST compose' >&2; exit 1 ;;
+*) echo 'this Compose is a stand-in: python -m simulator fix HOST compose' >&2; exit 1 ;;
 esac
 """
 XID = f"""#!/bin/sh
@@ -49,7 +49,7 @@ class Fault:
 
     what: str
     break_: str
-    mend: str
+    fix: str
 
 
 # -- kinds of faults: each makes the two scripts -------------------------------------------------------------------
@@ -210,12 +210,12 @@ def break_(world: World, host: str, names: Sequence[str]) -> None:
         world.say(f"{host}: {FAULTS[name].what}")
 
 
-def mend(world: World, host: str, names: Sequence[str]) -> None:
+def fix(world: World, host: str, names: Sequence[str]) -> None:
     """Undo faults, those that are there; all unless some are named."""
     check(names)
     for name in names or FAULTS:
-        _run(world, host, name, FAULTS[name].mend)
-    world.say(f"{host}: mended {', '.join(names) or 'everything'}")
+        _run(world, host, name, FAULTS[name].fix)
+    world.say(f"{host}: fixed {', '.join(names) or 'everything'}")
 
 
 def _run(world: World, host: str, name: str, script: str) -> None:

@@ -165,7 +165,7 @@ def first_deployment(spark: Spark) -> str:
 
 
 def corrupt_cache(spark: Spark) -> str:
-    """A file of the model is cut; the look finds it, fetch mends it."""
+    """A model file is truncated; the inspection finds it, fetch repairs it."""
     spark.sh("f=$(find -L /opt/hf/models--*/snapshots -name '*.safetensors' | head -n 1); truncate -s -4096 \"$f\"")
     return spark.play()
 
@@ -518,7 +518,7 @@ def run_row(spark: Spark, row: Row) -> Outcome:
             spark.sh(row.undo)
         repair(spark, release)
     except TROUBLE as error:
-        outcome.problem = outcome.problem or f"not mended: {error}"
+        outcome.problem = outcome.problem or f"not fixed: {error}"
     outcome.seconds = time.monotonic() - began
     return outcome
 
@@ -555,7 +555,7 @@ def check_end(spark: Spark, row: Row, before: str, release: str) -> None:
 def repair(spark: Spark, release: str = "") -> None:
     """Back to a Spark that serves what the inventory says; `release`: the one that does."""
     spark.until("the host is there", lambda: spark.sh("docker version -f x >/dev/null; echo yes").strip() == "yes")
-    faults.mend(spark.world, spark.name, ())
+    faults.fix(spark.world, spark.name, ())
     # A fault's file lies in the container's own layer, and would outlive the row.
     spark.sh(
         f"layer=$(docker inspect -f '{{{{.GraphDriver.Data.UpperDir}}}}' {SERVICE} 2>/dev/null) || exit 0; "
@@ -627,7 +627,7 @@ def run_all(
 
 
 def markdown(outcomes: Sequence[Outcome], before: str = "") -> str:
-    """The matrix as a page of the docs. `before`: the page as it is, from which rows are kept that were not run, or did
+    """The matrix as a docs page. `before`: the page as it is, from which rows are kept that were not run, or did
     not hold, this time."""
     lines = [
         "# Fault matrix",
@@ -635,8 +635,8 @@ def markdown(outcomes: Sequence[Outcome], before: str = "") -> str:
         "Made by `python -m simulator.matrix --docs docs/fault-matrix.md` from a run; `molecule test -s faults`",
         "runs it. Each fault hits a simulated Spark that serves. Afterwards it is asked, from outside, the question",
         "that it must answer, or compared with what it was: containers with their starts, releases, settings.",
-        "Rows marked “new” are those of a second look, from outside: what people, neighbours, disks and clocks do.",
-        "“Without an answer” is what a prober outside measured, with an engine that loads in a second.",
+        "Rows marked “new” are from a second round, about outside influences: people, neighbours, disks and clocks.",
+        "“Without an answer” was measured by an outside prober, with an engine that loads in a second.",
         "",
         "| fault | where | what is done | the operator sees | the host ends | diagnose names | without an answer |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -673,7 +673,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", metavar="ROW", help="only rows whose name has one of these words")
     parser.add_argument("--without", nargs="*", default=[], metavar="ROW", help="not these rows")
     parser.add_argument("--brief", action="store_true", help="of rows that go the same way, one")
-    parser.add_argument("--new", action="store_true", help="only rows of the second look")
+    parser.add_argument("--new", action="store_true", help="only rows of the second round")
     parser.add_argument("--docs", type=Path, help="bring the page of the docs up to date: the rows that held")
     parser.add_argument("--json", type=Path, help="write what was found")
     options = parser.parse_args(argv)

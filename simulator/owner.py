@@ -229,7 +229,7 @@ def walk(spark: Spark, say: Callable[[str], None]) -> tuple[list[Step], float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Walk it; 1 when a step does not hold."""
+    """Run it; 1 when a step does not hold."""
     parser = argparse.ArgumentParser(prog="python -m simulator.owner", description="The path of an owner of one Spark.")
     parser.add_argument("--world", default="owner")
     parser.add_argument("--spark", default="spark-1")

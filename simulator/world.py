@@ -365,7 +365,7 @@ class World:
             self._wait(client, host, known["flavour"])
 
     def unplug(self, plugged: bool = False) -> None:
-        """Take the internet away, the simulated and the real one, or give it back; Sparks reach each other and the
+        """Cut the internet connection, the simulated and the real one, or give it back; Sparks reach each other and the
         name server all the same."""
         run_in(self.container("internet"), ["systemctl", "start" if plugged else "stop", "nginx.service"])
         for host in self.state()["sparks"]:

@@ -100,9 +100,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         """Of Sparks that want the same on the same system, the first collects."""
         mine, first = None, dict[tuple[str, ...], str]()
         for name in task_vars["ansible_play_hosts_all"]:
-            look = task_vars["hostvars"][name].get("sparkfleet_inspection") or {}
-            if look.get("plan"):
-                plan, system = look["plan"], look["state"]["os"]
+            inspection = task_vars["hostvars"][name].get("sparkfleet_inspection") or {}
+            if inspection.get("plan"):
+                plan, system = inspection["plan"], inspection["state"]["os"]
                 engines = ((engine["image"], engine["repo"], engine["revision"]) for engine in plan["engines"])
                 wants = (*itertools.chain.from_iterable(engines), system["codename"], system["machine"])
                 first.setdefault(wants, name)
@@ -111,11 +111,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         return {"collects": mine is not None and first[mine] == self._host, "have": have}
 
     def _fetch(self, task_vars: Mapping[str, Any]) -> dict[str, Any]:
-        bundle, look = self._open(), task_vars["sparkfleet_inspection"]
-        known = look["state"]["os"]
+        bundle, inspection = self._open(), task_vars["sparkfleet_inspection"]
+        known = inspection["state"]["os"]
         system = {key: str(known[key]) for key in ("id", "codename", "machine")}
         bundle.check_system(system)
-        collected = self._collected(look["plan"]["engines"][int(self._task.args.get("engine", 0))])
+        collected = self._collected(inspection["plan"]["engines"][int(self._task.args.get("engine", 0))])
         entries = {item.name: entry for item in collected.items if (entry := _is_here(bundle, item)) is not None}
         waiting = [item for item in collected.items if item.name not in entries]
         progress = TransferProgress(self._host, "to the controller:", len(waiting), sum(item.size for item in waiting))
@@ -132,7 +132,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         bundle.write()
         if collected.left_out:
             names = ", ".join(collected.left_out)
-            display.display(f"{self._host}  its sources have no package {names}; left out of the bundle")
+            display.display(f"{self._host}  package sources do not have {names}; left out of the bundle")
         changed = bool(waiting) or before != [*bundle.images, *bundle.models, *bundle.packages]
         return {"changed": changed, "folder": str(bundle.folder)}
 
@@ -144,8 +144,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             return Collected.of(given, engine["image"], model)
         except BoundsError as error:
             raise SparkfleetError(
-                f"refused what this host says it has collected: {error}; nothing was written. Sparkfleet itself never "
-                "answers so: find out what runs on this host"
+                f"refused this host's list of collected files: {error}; nothing was written. Sparkfleet never produces "
+                "such a list: find out what runs on this host"
             ) from None
 
     def _fetch_file(self, bundle: Bundle, item: Item) -> Entry:
@@ -159,12 +159,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                 self._connection.fetch_file(item.path, str(partial))
             entry, digest = bundle.entry_of(name, item.kind, limit=item.size)
             if (entry.size, digest) != (item.size, item.digest):
-                raise BoundsError("its content is another")
+                raise BoundsError("its content differs")
         except (OSError, BoundsError, AnsibleError) as error:
             with contextlib.suppress(OSError):
                 partial.unlink()
             reason = bounded.printable(" ".join(str(error).split())[-200:])
-            raise SparkfleetError(f"{item.path} did not arrive as it is on the host ({reason}): run again") from None
+            raise SparkfleetError(f"{item.path} was not transferred intact ({reason}): run again") from None
         partial.replace(bundle.folder / item.name)
         return entry
 
@@ -181,14 +181,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         display.display(f"{bundle.folder}: {len(bundle.files)} files, {total(bundle.files.values()) / 1e9:.2f} GB")
         display.display(
             f"digest of this bundle: sha256:{digest}\n"
-            "  Carry it apart from the folder and give it where the folder is used: sparkfleet_bundle_digest"
+            "  Send it separately from the folder, and set it where the folder is used: sparkfleet_bundle_digest"
         )
         return {"changed": before != bundle.files, "digest": f"sha256:{digest}"}
 
     def _open(self) -> Bundle:
         folder = str(self._task.args.get("bundle") or "")
         if not folder:
-            raise SparkfleetError("say where to: sparkfleet bundle FOLDER, or -e sparkfleet_bundle_folder=FOLDER")
+            raise SparkfleetError("no destination: use sparkfleet bundle FOLDER, or -e sparkfleet_bundle_folder=FOLDER")
         return Bundle.open(folder)
 
     # -- using one -----------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         names = [name for name in [*fetched, *packages] if name not in texts]
         lacking = [name for name in names if not bundle.has(name, bundle.files[name].size)]
         if lacking:
-            raise SparkfleetError(f"the bundle {bundle.folder} lacks {lacking[0]}, or it is cut: make it again")
+            raise SparkfleetError(f"the bundle {bundle.folder} lacks {lacking[0]}, or it is cut: recreate it")
         want = {"texts": texts, "packages": bool(packages), "user": self._user(task_vars)}
         if self._connection.transport == "local":
             # Image and model are read where they lie: Docker and the Hub's client check each file by its digest. What
@@ -241,7 +241,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             progress.carry(lambda: self._connection.put_file(str(bundle.folder / name), incoming), size)
         except AnsibleError as error:
             reason = " ".join(str(error).split())[-200:]
-            raise SparkfleetError(f"{name} of the bundle did not arrive: {reason}. Run again: it resumes") from None
+            raise SparkfleetError(
+                f"{name} of the bundle was not transferred: {reason}. Run again: it resumes"
+            ) from None
 
     def _user(self, task_vars: Mapping[str, Any]) -> str:
         return str(self._connection.get_option("remote_user") or "") if self._connection.transport == "ssh" else ""

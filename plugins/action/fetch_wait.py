@@ -55,7 +55,7 @@ def line(host: str, jobs: Sequence[dict[str, Any]]) -> str:
 
 
 def failure(jobs: Sequence[dict[str, Any]]) -> str | None:
-    """The message of the first job that failed, and what becomes of the others; None when none failed."""
+    """The message of the first failed job, and the state of the rest; None if none failed."""
     bad = next((job for job in jobs if job["state"] in ("failed", "died")), None)
     if bad is None:
         return None
@@ -67,7 +67,7 @@ def failure(jobs: Sequence[dict[str, Any]]) -> str | None:
     others = [
         f"{job['name']} {'is done' if job['state'] == 'done' else job['state']}"
         if job["state"] in ENDED
-        else f"{job['name']} goes on in the background (run again to attach)"
+        else f"{job['name']} continues in the background (run again to attach)"
         for job in jobs
         if job is not bad
     ]
@@ -123,18 +123,20 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             over = message is not None or all(job["state"] in ENDED for job in jobs)
             now, text = time.monotonic(), line(host, jobs)
             if text != shown or now - shown_at >= AT_LEAST:
-                if shown or not over:  # nothing to say about jobs that had nothing to do
+                if shown or not over:  # nothing to report for jobs that had nothing to do
                     display.display(text)
                 shown, shown_at = text, now
             if over:
                 break
             if now - began >= timeout:
-                message = f"not done after {timeout:.0f} s ({text}); the jobs go on, run again to attach"
+                message = f"not done after {timeout:.0f} s ({text}); the jobs continue, run again to attach"
                 break
         for job in jobs:
             alone = job["result"].get("mirror_failed") or job["result"].get("peer_failed")
             if alone:
-                display.display(f"{host}  {job['name']} came from the internet after all: {printable(str(alone), 500)}")
+                display.display(
+                    f"{host}  {job['name']} was fetched from the internet instead: {printable(str(alone), 500)}"
+                )
             if unverified := job["result"].get("unverified"):
                 display.warning(f"{host}  {job['name']} not verified: {printable(str(unverified), 600)}")
             result[job["name"]] = {**job["result"], "state": job["state"]}
@@ -152,7 +154,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         """The state of every job; the second value is a failed answer of the module instead."""
         queries = [query for query, state in pairs if state is None]
         found: dict[str, dict[str, Any]] = {}
-        # With one job known to have failed there is nothing to wait for; still say how the others are.
+        # Once one job has failed there is nothing to wait for; still report the state of the rest.
         failed = any(state is not None and state["state"] == "failed" for _, state in pairs)
         if queries:
             answer = self._executor.execute(

@@ -30,14 +30,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         stopping: list[str] = []
         machines: dict[str, tuple[str, str]] = {}
         for name, variables in known.items():
-            look, status = variables.get("sparkfleet_inspection") or {}, variables.get("status") or {}
+            inspection, status = variables.get("sparkfleet_inspection") or {}, variables.get("status") or {}
             if verb:
                 stops = "releases" in status and outage.stopped_by(verb, status)
             else:
-                stops = "plan" in look and outage.stops(look["plan"], look["state"], stages)
+                stops = "plan" in inspection and outage.stops(inspection["plan"], inspection["state"], stages)
             stopping += [name] if stops else []
-            if "state" in look:
-                system = look["state"]["os"]
+            if "state" in inspection:
+                system = inspection["state"]["os"]
                 machines[name] = (str(system.get("machine_id", "")), str(system.get("boot_id", "")))
         try:
             outage.check_identities(machines)

@@ -52,13 +52,13 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             raise AnsibleActionFail(f"{host}: {error}", result={"failure": "bad-input"}) from None
         if answer.reason and truth(arguments.get("controller_verifies", False)):
             raise AnsibleActionFail(
-                f"{variables.get('inventory_hostname')}: this controller cannot ask what {image} stands for, and "
+                f"{variables.get('inventory_hostname')}: this controller cannot resolve {image}, and "
                 f"sparkfleet_controller_verifies is true: {answer.reason}",
                 result={"failure": "registry-unreachable"},
             )
         if answer.reason and new:
             display.display(
-                f"{image}: this controller cannot ask its registry ({answer.reason}); each Spark asks for itself what "
-                "the tag stands for"
+                f"{image}: this controller cannot ask its registry ({answer.reason}); each Spark resolves "
+                "the tag itself"
             )
         return {**result, "changed": False, "image": image, "digest": answer.digest, "reason": answer.reason}

@@ -67,13 +67,13 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             raise AnsibleActionFail(f"{host}: {error}", result={"failure": failure}) from None
         if answer.reason and truth(arguments.get("controller_verifies", False)):
             raise AnsibleActionFail(
-                f"{host}: this controller cannot ask the Hub what {repo}@{revision} is, and "
+                f"{host}: this controller cannot ask the Hub for {repo}@{revision}, and "
                 f"sparkfleet_controller_verifies is true: {answer.reason}",
                 result={"failure": answer.failure},
             )
         if answer.reason and new:
             display.warning(
-                f"{repo}@{revision}: not verified by this controller, which cannot ask the Hub ({answer.reason}): its "
-                "commit and hashes are those that the Hub, or the Spark that gives it to others, tells each Spark"
+                f"{repo}@{revision}: not verified by this controller, which cannot ask the Hub "
+                "({answer.reason}): commit and hashes are those that each Spark gets from the Hub or the source Spark"
             )
         return {**result, "changed": False, "expected": answer.expected, "reason": answer.reason}

@@ -34,7 +34,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         planned = [name for name in looked if "plan" in hostvars[name]["sparkfleet_inspection"]]
         lost = [name for name in looked if name not in planned and name not in drained]
         if lost:
-            display.display(f"rollout  no wave begins: {report.names(lost)} cannot be planned")
+            display.display(f"rollout  no wave starts: {report.names(lost)} cannot be planned")
             planned = []
         hosts = [_host(name, hostvars[name]) for name in planned if name not in drained]
         try:

@@ -35,7 +35,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         if not go:
             left = [name for wave in waves[number - 1 :] for name in wave]
             display.display(
-                f"rollout  stops before wave {number} of {len(waves)}: {report.names(unfinished)} did not get there; "
+                f"rollout  stops before wave {number} of {len(waves)}: {report.names(unfinished)} do not serve; "
                 f"untouched: {report.names(left)}"
             )
         return {**result, "changed": False, "go": go, "unfinished": unfinished}

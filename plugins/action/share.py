@@ -30,7 +30,7 @@ display = Display()
 
 
 def key_pair() -> str:
-    """A key and a certificate of its own for one day, in PEM: who has them is of this run."""
+    """A key and a self-signed certificate for one day, in PEM: only members of this run have them."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "sparkfleet-share")])
     now = datetime.datetime.now(datetime.UTC)
@@ -84,14 +84,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         return {**result, **work[str(state)](task_vars)}
 
     def _schedule(self, task_vars: Mapping[str, Any]) -> dict[str, Any]:
-        """{"sources": those that this host looks after, "image_from", "model_from": hosts, or empty}."""
+        """{"sources": those that this host manages, "image_from", "model_from": hosts, or empty}."""
         host, wants, bundle = task_vars["inventory_hostname"], [], bool(self._task.args.get("bundle"))
         for name in task_vars["ansible_play_hosts_all"]:
             known = task_vars["hostvars"][name]
-            look = known.get("sparkfleet_inspection") or {}
-            if look.get("plan") and (bundle or gateway.truth(known.get("sparkfleet_share", True))):
+            inspection = known.get("sparkfleet_inspection") or {}
+            if inspection.get("plan") and (bundle or gateway.truth(known.get("sparkfleet_share", True))):
                 drained = gateway.truth(known.get("sparkfleet_drained", False))
-                want = fetch_schedule.of_host(name, look, not drained, self._engine)
+                want = fetch_schedule.of_host(name, inspection, not drained, self._engine)
                 wants += [want] if want else []
         enabled = bool(self._task.args.get("share", True))
         some = (enabled or bundle) and not self._task.check_mode
@@ -116,7 +116,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             "port": int(arguments.get("port", 9110)),
             "images": source["images"],
             "models": source["models"],
-            # What the controller knows the tags stand for; this one may serve an image that others of the run lack.
+            # The digests as the controller resolved them; this one may serve an image that other Sparks of the run
+            # need.
             "digests": {name: digest for name, digest in self._digests(task_vars).items() if name in source["images"]},
             "cache_dir": arguments.get("cache_dir", "/opt/hf"),
             "room": int(arguments.get("room", 0)),
@@ -125,12 +126,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             settings.update(offline=True, store=f"{BUNDLE}/image", cache_dir=f"{BUNDLE}/hub")
         known = gateway.settings({name: task_vars["hostvars"][name] for name in task_vars["ansible_play_hosts_all"]})
         own = gateway.settings({source["host"]: task_vars["hostvars"][source["host"]]})[source["host"]]["address"]
-        ways = {"address": own, "takers": [item["address"] for name, item in known.items() if name != source["host"]]}
+        ways = {"address": own, "clients": [item["address"] for name, item in known.items() if name != source["host"]]}
         answer = self._module(task_vars, state="serve", settings=settings, pairs={"run": pair}, **ways)
         if answer["reason"] and arguments.get("bundle"):
             raise AnsibleActionFail(f"{source['host']} cannot serve the bundle: {answer['reason']}")
         if answer["reason"]:
-            display.display(f"{source['host']} gives nothing, each Spark fetches by itself: {answer['reason']}")
+            display.display(f"{source['host']} shares nothing, each Spark fetches for itself: {answer['reason']}")
         if "BEGIN" in answer["pair"]:  # else masked: it is the one above
             pair = answer["pair"]  # of a run that was interrupted, which others still use
         given = {"host": source["host"], "port": settings["port"], "pair": pair, "_ansible_no_log": True}
@@ -153,16 +154,16 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         if tunnels:
             reason = self._module(task_vars, state="connect", settings={"tunnels": tunnels}, pairs=pairs)["reason"]
         if reason and self._task.args.get("bundle"):
-            raise AnsibleActionFail(f"{host} does not reach {', '.join(sorted(pairs))}, which has the bundle: {reason}")
+            raise AnsibleActionFail(f"{host} cannot reach {', '.join(sorted(pairs))}, which has the bundle: {reason}")
         if reason:
-            display.display(f"{host} fetches by itself: {reason}")
+            display.display(f"{host} fetches for itself: {reason}")
         ready = {name: found for name, found in served.items() if found and (name == host or not reason)}
-        giver = ready.get(plan["image_from"], {})
-        digest, expected = str(giver.get("digests", {}).get(image, "")), str(self._task.args.get("digest") or "")
+        source_ready = ready.get(plan["image_from"], {})
+        digest, expected = str(source_ready.get("digests", {}).get(image, "")), str(self._task.args.get("digest") or "")
         if digest and expected and digest != expected:
             display.warning(
-                f"{plan['image_from']} gives {image} as {printable(digest, 80)}, its registry has {expected}: {host} "
-                f"does not take it. Look into {plan['image_from']}."
+                f"{plan['image_from']} offers {image} as {printable(digest, 80)}, its registry has {expected}: "
+                f"{host} does not use it. Check {plan['image_from']}."
             )
             digest = ""
         return {
@@ -172,11 +173,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         }
 
     def _absent(self, task_vars: Mapping[str, Any]) -> dict[str, Any]:
-        """End what serves and what leads to it."""
+        """Stop the server and the tunnels."""
         return {"reason": self._module(task_vars, state="absent", clean=self._task.args.get("clean", True))["reason"]}
 
     def _digests(self, task_vars: Mapping[str, Any]) -> dict[str, str]:
-        """Of all images of the run what the controller found: image -> digest."""
+        """The digests that the controller resolved for the images of the run: image -> digest."""
         found = {}
         for name in task_vars["ansible_play_hosts_all"]:
             known = task_vars["hostvars"][name]
@@ -186,13 +187,13 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         return found
 
     def _served(self, task_vars: Mapping[str, Any], plan: Mapping[str, Any], name: str) -> dict[str, Any]:
-        """What the leader of a source was told when it began to serve; {} where it does not serve."""
+        """What the leader of a source got when it started serving; {} if it does not serve."""
         found = task_vars["hostvars"][plan["leaders"][name]].get("fetch_share_served") or {}
         answers = [dict(answer) for answer in found.get("results") or [] if answer.get("host") == name]
         return answers[0] if answers and not answers[0]["reason"] else {}
 
     def _module(self, task_vars: Mapping[str, Any], **arguments: Any) -> dict[str, Any]:
-        """Run the module; a host that cannot be reached, or refuses, is a reason."""
+        """Run the module; an unreachable host or a failure becomes a reason."""
         try:
             answer: dict[str, Any] = self._execute_module(
                 module_name="sparkfleet.dgx.share_service", module_args=arguments, task_vars=task_vars

@@ -56,7 +56,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            raise AnsibleActionFail(f"{error.filename} on this machine: {error.strerror}; set another path") from None
+            raise AnsibleActionFail(
+                f"{error.filename} on this machine: {error.strerror}; choose another path"
+            ) from None
         result.update(data, changed=False, diagnosed=True, serves=bool(answer["facts"]["status"].get("healthy")))
         wrong = diagnose.wrong(found)
         if not wrong:

@@ -18,17 +18,17 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
     """Compares; contacts nobody."""
 
     TRANSFERS_FILES = False
-    _VALID_ARGS = frozenset(("look", "verified"))
+    _VALID_ARGS = frozenset(("inspection", "verified"))
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return `drift`, a line a difference; failed unless there is none."""
         task_vars = task_vars or {}
         result: dict[str, Any] = super().run(tmp, task_vars)
         host = str(task_vars.get("inventory_hostname", "localhost"))
-        look, verified = self._task.args["look"], self._task.args.get("verified") or {}
-        found = drift.reasons(look["plan"], look["state"], verified.get("verified"))
+        inspection, verified = self._task.args["inspection"], self._task.args.get("verified") or {}
+        found = drift.reasons(inspection["plan"], inspection["state"], verified.get("verified"))
         result.update(changed=False, drift=found)
         if found:
             return {**result, "failed": True, "msg": f"{host} differs from the inventory:\n  " + "\n  ".join(found)}
-        display.display(f"{host}  is as the inventory says")
+        display.display(f"{host}  matches the inventory")
         return result

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Action: looks what a Spark serves, prints it, and finds the release that a verb is about.
+"""Action: checks what a Spark serves, prints it, and finds the release that a verb is about.
 
 - sparkfleet.dgx.spark_status:
     show: false
-    look: "{{ sparkfleet_inspection }}"
+    inspection: "{{ sparkfleet_inspection }}"
     # What the action spark_plan returned with `status: true`: no second round trip, and the drift from the inventory.
     want: previous          # current, previous, or the number of a release; fails with those there are
   register: status          # status.summary, status.release
@@ -37,8 +37,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         result: dict[str, Any] = super().run(tmp, task_vars)
         arguments = dict(self._task.args)
         want = str(arguments.pop("want", "") or "")
-        look, problem = arguments.pop("look", None) or {}, str(arguments.pop("problem", "") or "")
-        answer = (look.get("state") or {}).get("status")
+        inspection, problem = arguments.pop("inspection", None) or {}, str(arguments.pop("problem", "") or "")
+        answer = (inspection.get("state") or {}).get("status")
         if answer is None:
             answer = self._execute_module(
                 module_name="sparkfleet.dgx.spark_status", module_args=arguments, task_vars=task_vars
@@ -46,7 +46,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         if "releases" not in answer:
             return {**result, **answer}
         host = str(task_vars.get("inventory_hostname", "localhost"))
-        differs = drift.reasons(look["plan"], look["state"]) if look.get("plan") else None
+        differs = drift.reasons(inspection["plan"], inspection["state"]) if inspection.get("plan") else None
         drained = gateway.truth(self._templar.template(task_vars.get("sparkfleet_drained", False)))
         answer["summary"] = status_page.summary(host, answer, differs, problem=_bare(problem), drained=drained)
         if want:

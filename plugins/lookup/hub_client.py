@@ -21,7 +21,7 @@ author: ["The Sparkfleet developers"]
 """
 
 EXAMPLES = r"""
-- name: Copy the Hub's client
+- name: Copy the Hub client
   ansible.builtin.copy:
     src: "{{ lookup('sparkfleet.dgx.hub_client') }}"
     dest: /opt/sparkfleet/lib/hf_client.pyz

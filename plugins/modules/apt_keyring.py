@@ -6,22 +6,22 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: apt_keyring
-short_description: Fetches the key of a package repository and keeps it only if it is the one that is meant
+short_description: Fetches the key of a package repository and keeps it only if its fingerprint matches
 description:
   - Downloads OpenPGP public keys, armored or not, and writes those whose fingerprints are named into a keyring for
-    C(Signed-By). Keys that are not named are left out; without any that is, nothing is written.
-  - A keyring that has them already is left alone, without a download. Needs no GnuPG.
+    C(Signed-By). Other keys are left out; if none matches, nothing is written.
+  - A keyring that already has them is left unchanged, without a download. Does not need GnuPG.
 options:
-  url: {description: Where the keys are., type: str, required: true}
-  dest: {description: The keyring; its folder is made., type: path, required: true}
+  url: {description: URL of the keys., type: str, required: true}
+  dest: {description: The keyring; its folder is created., type: path, required: true}
   fingerprints:
-    description: Fingerprints of 40 hexadecimal digits; blanks do not count.
+    description: Fingerprints of 40 hexadecimal digits; spaces are ignored.
     type: list
     elements: str
     required: true
 author: ["The Sparkfleet developers"]
 attributes:
-  check_mode: {support: full, description: Says whether the file would change; downloads nothing.}
+  check_mode: {support: full, description: Reports whether the file would change; downloads nothing.}
   diff_mode: {support: none, description: Its content is binary.}
 """
 
@@ -123,7 +123,7 @@ def keys(data: bytes) -> dict[str, bytes]:
             )
             found[current] = b""
         if not current:
-            raise BoundsError("keys: they begin with something else than a public key")
+            raise BoundsError("keys: they do not start with a public key")
         found[current] += whole
     return found
 
@@ -134,7 +134,7 @@ def chosen(data: bytes, wanted: list[str], where: str) -> bytes:
     kept = b"".join(found[name] for name in wanted if name in found)
     if not kept:
         there = printable(", ".join(found) or "none", 400)
-        raise BoundsError(f"{where} has none of the keys that are meant ({', '.join(wanted)}), but {there}")
+        raise BoundsError(f"{where} has none of the wanted keys ({', '.join(wanted)}), but {there}")
     return kept
 
 
@@ -169,7 +169,7 @@ def main() -> None:
     if not wanted or not all(FINGERPRINT.fullmatch(text) for text in wanted):
         module.fail_json(msg="fingerprints: 40 hexadecimal digits each")
     if not re.match(r"https?://", url):
-        module.fail_json(msg=f"url: {url} is not an address of the web")
+        module.fail_json(msg=f"url: {url} is not an http(s) URL")
     changed = not is_current(path, wanted)
     if changed and not module.check_mode:
         try:

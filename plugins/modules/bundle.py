@@ -9,17 +9,17 @@ module: bundle
 short_description: A bundle of images, models and packages for Sparks without internet
 version_added: 0.2.0
 description:
-  - With internet, takes what M(sparkfleet.dgx.bundle_collect) put together on a Spark to a folder of the
-    controller; without, brings what is in the folder to a Spark.
-  - A file that is there as it should be does not travel again. What a Spark says that it has collected is checked
-    before any of it touches a path of the controller, each file by size and hash once it has come.
-  - This is an action, which runs on the controller.
+  - With internet, copies what M(sparkfleet.dgx.bundle_collect) collected on a Spark to a folder on
+    the controller; without, copies the folder's content to a Spark.
+  - A file that is already complete is not transferred again. What a Spark reports as collected is validated before any
+    of it touches a path on the controller, and each file is checked by size and hash on arrival.
+  - This is an action plugin; it runs on the controller.
 options:
   state:
     description:
-      - C(schedule) says whether this host collects a part of the bundle, and contacts nobody.
-      - C(fetch) takes what the host collected; C(python) adds wheels for a controller without internet.
-      - C(push) brings the host what it needs of the bundle; C(absent) takes off the host what was pushed.
+      - C(schedule) returns whether this host collects a part of the bundle, without contacting any host.
+      - C(fetch) copies what the host collected; C(python) adds wheels for a controller without internet.
+      - C(push) copies what the host needs from the bundle; C(absent) removes it from the host.
     type: str
     choices: [schedule, fetch, python, push, absent]
     required: true
@@ -38,15 +38,15 @@ options:
     suboptions:
       repo: {description: Name on the Hub., type: str, required: true}
       revision: {description: "Branch, tag or commit.", type: str, required: true}
-  packages: {description: "With O(state=push), bring the Debian packages too.", type: bool, default: false}
+  packages: {description: "With O(state=push), also copy the Debian packages.", type: bool, default: false}
 author: ["The Sparkfleet developers"]
 attributes:
-  check_mode: {support: partial, description: Only O(state=schedule) does anything.}
+  check_mode: {support: partial, description: Only O(state=schedule) is run.}
   diff_mode: {support: none, description: There is nothing to show.}
 """
 
 EXAMPLES = r"""
-- name: Packages out of the bundle
+- name: Packages from the bundle
   sparkfleet.dgx.bundle:
     state: push
     bundle: /media/stick/bundle
@@ -54,7 +54,7 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-collects: {description: Whether this host collects a part of it., returned: state is schedule, type: bool}
+collects: {description: Whether this host collects a part of the bundle., returned: state is schedule, type: bool}
 have: {description: Names in the bundle that are complete., returned: state is schedule, type: list, elements: str}
 folder: {description: The bundle's folder., returned: state is fetch, type: path}
 digest: {description: Of bundle.json., returned: state is python, type: str}

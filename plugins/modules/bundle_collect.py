@@ -6,12 +6,12 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: bundle_collect
-short_description: Puts together image, model and packages of a bundle
+short_description: Collects the image, model and packages of a bundle
 description:
-  - Fetches the image's blobs and the packages into a folder of the host, and lists them with the files of the model in
-    the cache. What is there is not fetched again. The action C(bundle) takes all that to the controller.
-  - Packages come with all that they need, as for a host that has nothing installed, from the host's own sources. Each
-    group is resolved for itself, since packages of two groups may conflict (Docker's own and the distribution's).
+  - Fetches the image's blobs and the packages into a folder on the host, and lists them together with the model's files
+    in the cache. Existing files are not fetched again. The action C(bundle) copies everything to the controller.
+  - Packages come with all dependencies, as for a host with nothing installed, from the host's own sources. Each group
+    is resolved on its own, since packages of two groups may conflict (Docker's own and the distribution's).
 options:
   image: {description: Reference of the image., type: str, required: true}
   digest: {description: "Its digest, where the controller knows it.", type: str, default: ""}
@@ -19,11 +19,11 @@ options:
   revision: {description: Its revision., type: str, default: main}
   cache_dir: {description: Folder of the model cache., type: path, default: /opt/hf}
   packages:
-    description: Groups of names of packages; those of a group are installed together.
+    description: Groups of package names; the packages of a group are installed together.
     type: list
     elements: list
     default: []
-  have: {description: Names of files that the bundle has already., type: list, elements: str, default: []}
+  have: {description: Names of files already in the bundle., type: list, elements: str, default: []}
   folder: {description: Where to collect., type: path, default: /var/lib/sparkfleet/bundle}
   docker_config:
     description: Docker's configuration file with credentials of the registry.
@@ -33,7 +33,7 @@ options:
 author: ["The Sparkfleet developers"]
 attributes:
   check_mode: {support: full, description: Does nothing.}
-  diff_mode: {support: none, description: Nothing of the host's own is changed.}
+  diff_mode: {support: none, description: The host itself is not changed.}
 """
 
 EXAMPLES = r"""
@@ -48,7 +48,7 @@ RETURN = r"""
 image: {description: Its name digest media_type size and blobs., returned: success, type: dict}
 model: {description: REPO@REVISION., returned: success, type: str}
 listing: {description: The model's files; empty without a model., returned: success, type: dict}
-packages: {description: Packages that were asked for and are there., returned: success, type: list, elements: str}
+packages: {description: Requested packages that are available., returned: success, type: list, elements: str}
 left_out: {description: Packages that the host's sources do not have., returned: success, type: list, elements: str}
 files: {description: name in the bundle path size and sha256 or sha1 of each file., returned: success, type: list}
 """
@@ -94,7 +94,7 @@ def collect_image(params: dict[str, Any], job: Job) -> tuple[dict[str, Any], lis
         total = sum(layout.sizes[blob] for blob in missing)
         layout.fetch(missing, lambda done: job.update("downloading", done, total))
     except (OSError, KeyError, ValueError) as error:
-        raise JobError("registry-unreachable", f"{ref.registry} was asked for {params['image']}: {error}") from error
+        raise JobError("registry-unreachable", f"{ref.registry}, asked for {params['image']}: {error}") from error
     files = [
         {
             "name": blob_name(blob),
@@ -201,7 +201,9 @@ def main() -> None:
     job = Job(params["status_file"], "bundle", params["image"])
     holder = job.acquire()
     if holder is not None:
-        module.fail_json(msg=f"a bundle is being put together here (process {holder['pid']})", failure="fetch-busy")
+        module.fail_json(
+            msg=f"a bundle is already being collected here (process {holder['pid']})", failure="fetch-busy"
+        )
     try:
         listing, of_model = collect_model(params)
         image, of_image = collect_image(params, job)

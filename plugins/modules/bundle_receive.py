@@ -6,43 +6,43 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: bundle_receive
-short_description: Puts the files of a bundle where they belong
+short_description: Installs the files of a bundle on a host
 description:
-  - Says what is there, and takes files that the login user has brought; the action C(bundle) calls it. Each file is
-    copied into a folder that root alone may enter and gets its name once size and sha256 are right; nothing that the
-    login user may still change is ever used, and no symbolic link of theirs is followed.
-  - Packages become the only source of apt for those who set C(APT_CONFIG) to C(/var/lib/sparkfleet/bundle/apt.conf);
+  - Lists existing files, and accepts files that the login user has uploaded; called by the action C(bundle). Each file
+    is copied into a folder that only root can enter, and gets its name once size and sha256 match; nothing that the
+    login user can still change is ever used, and none of their symbolic links is followed.
+  - The packages become apt's only source for commands that set C(APT_CONFIG) to C(/var/lib/sparkfleet/bundle/apt.conf);
     nothing in C(/etc/apt) is touched.
 options:
-  state: {description: Whether it is to be there., type: str, choices: [present, absent], default: present}
+  state: {description: Whether the bundle should be present., type: str, choices: [present, absent], default: present}
   folder: {description: Where the bundle is kept., type: path, default: /var/lib/sparkfleet/bundle}
-  user: {description: Who brings files; empty for who calls sudo., type: str, default: ""}
-  needed: {description: Bytes that must be free for what is not there yet; 0 for no check., type: int, default: 0}
-  largest: {description: Bytes of the largest file that is to come., type: int, default: 0}
+  user: {description: User who uploads files; by default the user who called sudo., type: str, default: ""}
+  needed: {description: Bytes that must be free for missing files; 0 for no check., type: int, default: 0}
+  largest: {description: Size of the largest expected file in bytes., type: int, default: 0}
   moves:
     description: >-
-      Name of a file in the folder that the user may write to (in O(source), where that is given) -> C(name) in the
+      Name of a file in the user-writable folder (in O(source), if given) -> C(name) in the
       bundle, C(size) in bytes and C(sha256).
     type: dict
     default: {}
-  source: {description: Folder of this host that O(moves) are copied from; they stay there., type: str, default: ""}
+  source: {description: Folder on this host that O(moves) are copied from; the originals stay., type: str, default: ""}
   texts: {description: Name in the bundle -> content., type: dict, default: {}}
-  links: {description: Part of the bundle -> folder of this host that has it., type: dict, default: {}}
-  packages: {description: Let apt know the packages., type: bool, default: false}
+  links: {description: Part of the bundle -> folder on this host that has it., type: dict, default: {}}
+  packages: {description: Make the packages known to apt., type: bool, default: false}
 author: ["The Sparkfleet developers"]
 attributes:
-  check_mode: {support: full, description: Says what is there.}
-  diff_mode: {support: none, description: The folder is for the time of a run.}
+  check_mode: {support: full, description: Lists existing files.}
+  diff_mode: {support: none, description: The folder exists only during a run.}
 """
 
 EXAMPLES = r"""
-- name: See what is there
+- name: List existing files
   sparkfleet.dgx.bundle_receive:
 """
 
 RETURN = r"""
-files: {description: Name in the bundle -> sha256 of what was taken., returned: with state present, type: dict}
-incoming: {description: Folder that the user may write to., returned: with state present, type: str}
+files: {description: Name in the bundle -> sha256 of accepted files., returned: with state present, type: dict}
+incoming: {description: Folder that the user can write to., returned: with state present, type: str}
 """
 
 import hashlib
@@ -76,7 +76,7 @@ CHUNK = 4 << 20
 def inside(folder: Path, name: str) -> Path:
     """The place of a name within the folder; root alone makes what is there. Raises JobError for one outside."""
     if not bounded.is_repository_path(name) or name.partition("/")[0] not in PARTS:
-        raise JobError("bad-input", f"{bounded.printable(name, 200)} is outside of the bundle")
+        raise JobError("bad-input", f"{bounded.printable(name, 200)} is outside the bundle")
     return folder / name
 
 
@@ -140,7 +140,7 @@ def take(folder: Path, source: Path, name: str, entry: Mapping[str, Any], stays:
             os.fchmod(copy.fileno(), 0o644)
         if left != 1 or sha.hexdigest() != bounded.matched(SHA256, entry["sha256"], "sha256"):
             raise JobError(
-                "bundle", f"{entry['name']} is not what bundle.json says: it was changed, or arrived damaged"
+                "bundle", f"{entry['name']} does not match bundle.json: it was changed, or damaged in transit"
             )
     except BoundsError as error:
         scratch.unlink(missing_ok=True)
@@ -185,7 +185,7 @@ def let_apt_know(folder: Path) -> None:
         ["apt-get", "--quiet", "update"], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     if done.returncode != 0 or "Err:" in done.stdout:
-        raise JobError("packages", f"apt does not read the bundle's packages: {' '.join(done.stderr.split())[-300:]}")
+        raise JobError("packages", f"apt cannot read the bundle's packages: {' '.join(done.stderr.split())[-300:]}")
 
 
 def receive(params: Mapping[str, Any], folder: Path) -> dict[str, object]:
@@ -200,7 +200,7 @@ def receive(params: Mapping[str, Any], folder: Path) -> dict[str, object]:
         if more + RESERVE > free:
             raise JobError(
                 "disk-full",
-                f"{folder} has {free / 1e9:.1f} GB free, the bundle takes {more / 1e9:.1f} GB more; make room",
+                f"{folder} has {free / 1e9:.1f} GB free, the bundle needs {more / 1e9:.1f} GB more; free some space",
             )
     if params["moves"] or params["links"] or params["texts"]:
         without_links(folder)
@@ -247,7 +247,7 @@ def main() -> None:
     except JobError as error:
         module.fail_json(msg=str(error), failure=error.id)
     except KeyError:
-        module.fail_json(msg=f"there is no user {module.params['user']} on the host", failure="bad-input")
+        module.fail_json(msg=f"user {module.params['user']} does not exist on the host", failure="bad-input")
     except (OSError, subprocess.SubprocessError) as error:
         full = getattr(error, "errno", None) == 28
         module.fail_json(msg=f"{folder}: {error}", failure="disk-full" if full else "fetch-io")

@@ -6,19 +6,19 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: fetch_status
-short_description: Read the status of background jobs, waiting a little for their end
+short_description: Read the status of background jobs, waiting briefly for them to finish
 description:
   - Returns when every job has ended, when one has failed, or after the slice. Changes nothing.
-  - A job whose process is gone without an end state is reported as died.
+  - A job whose process is gone without a final state is reported as died.
 options:
   jobs:
-    description: The jobs to look at.
+    description: The jobs to check.
     type: list
     elements: dict
     required: true
     suboptions:
       name:
-        description: Name of the job, for the answer.
+        description: Name of the job, for the result.
         type: str
         required: true
       status_file:
@@ -26,10 +26,10 @@ options:
         type: path
         required: true
       results_file:
-        description: Ansible's own file of the async job; without it the status file alone is believed.
+        description: Ansible's own file of the async job; without it only the status file is used.
         type: path
   slice:
-    description: Seconds to wait for an end.
+    description: Seconds to wait for the jobs to finish.
     type: float
     default: 3.0
 author: ["The Sparkfleet developers"]
@@ -40,7 +40,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Look at what runs
+- name: Check running jobs
   sparkfleet.dgx.fetch_status:
     slice: 0
     jobs:
@@ -51,8 +51,8 @@ EXAMPLES = r"""
 RETURN = r"""
 jobs:
   description:
-    - One entry a job, in the order asked. name, state (absent, starting, running, done, failed, died), what, phase,
-      done, total, percent, rate (bytes, bytes a second), message, failure, result.
+    - One entry per job, in the given order. name, state (absent, starting, running, done, failed, died), what, phase,
+      done, total, percent, rate (bytes, bytes per second), message, failure, result.
   returned: always
   type: list
   elements: dict
@@ -77,7 +77,7 @@ RESULT_BYTES = 64 << 20  # of Ansible's file of a job; the list of a bundle's fi
 NOISE = ("diff", "invocation", "ansible_job_id", "finished", "started", "stderr", "stderr_lines", "failed")
 
 
-def look(job: dict[str, Any], now: float | None = None) -> dict[str, Any]:
+def job_state(job: dict[str, Any], now: float | None = None) -> dict[str, Any]:
     """The state of one job from its files; `died` is what it looks like at this instant."""
     now = time.time() if now is None else now
     outcome, launched = async_outcome(job.get("results_file"))
@@ -128,13 +128,13 @@ def async_outcome(path: str | None) -> tuple[dict[str, Any] | None, float]:
 
 
 def poll(jobs: list[dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
-    """`look` at every job until all have ended, one failed, or the time is over."""
+    """`job_state` at every job until all have ended, one failed, or the time is over."""
     end = time.monotonic() + seconds
     while True:
-        found = [look(job) for job in jobs]
+        found = [job_state(job) for job in jobs]
         if any(entry["state"] == "died" for entry in found):
             time.sleep(CONFIRM)  # a job may end between the reading of its two files
-            found = [look(job) for job in jobs]
+            found = [job_state(job) for job in jobs]
         over = all(entry["state"] in ENDED for entry in found) or any(entry["state"] in BAD for entry in found)
         if over or time.monotonic() >= end:
             return found

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: fetch_wait
-short_description: Waits for the background jobs of a host and shows how far they are
+short_description: Waits for a host's background jobs and shows their progress
 version_added: 0.2.0
 description:
   - Jobs are M(sparkfleet.dgx.image_pull) and M(sparkfleet.dgx.model_download), started with C(poll) 0 and
     registered. A registered result may also be a finished one (check mode, no async) or a skipped one.
   - Jobs live on the host; an interrupted controller leaves them running, and the next run joins them.
-  - This is an action, which runs on the controller.
+  - This is an action plugin; it runs on the controller.
 options:
   jobs:
     description: The jobs.
@@ -23,10 +23,10 @@ options:
       name: {description: "What it is called: C(image) or C(model).", type: str, required: true}
       job: {description: The registered result., type: dict, required: true}
       status_file: {description: "C(/run/sparkfleet/fetch/NAME.json) by default.", type: path}
-  timeout: {description: Seconds; the jobs themselves go on., type: float, default: 7200}
+  timeout: {description: Seconds; the jobs themselves continue., type: float, default: 7200}
 author: ["The Sparkfleet developers"]
 attributes:
-  check_mode: {support: full, description: Passes on what the modules say.}
+  check_mode: {support: full, description: Passes on the modules' results.}
   diff_mode: {support: none, description: There is nothing to show.}
 """
 

@@ -9,11 +9,10 @@ module: fleet_check
 short_description: Refuses what would stop several Sparks at once
 version_added: 0.2.0
 description:
-  - Looks at the plans or the states of all hosts of a play, and fails before anything changes where more than one
-    Spark that serves would stop, unless C(sparkfleet_all_at_once) is true; and where two names of the inventory are
-    one machine.
-  - Runs once for all hosts, and contacts nobody.
-  - This is an action, which runs on the controller.
+  - Checks the plans or states of all hosts of a play, and fails before anything changes if more than one
+    serving Spark would stop, unless C(sparkfleet_all_at_once) is true, or if two inventory names are the same machine.
+  - Runs once for all hosts, without contacting any of them.
+  - This is an action plugin; it runs on the controller.
 options:
   stages:
     description: Stages of the plans that M(sparkfleet.dgx.spark_plan) registered as C(sparkfleet_inspection).
@@ -23,17 +22,17 @@ options:
     default: []
   verb:
     description: >-
-      In place of O(stages), what is to be done with what M(sparkfleet.dgx.spark_status) registered as C(status).
+      Instead of O(stages), what to do with what M(sparkfleet.dgx.spark_status) registered as C(status).
     type: str
     choices: [stop, restart, rollback]
 author: ["The Sparkfleet developers"]
 attributes:
-  check_mode: {support: full, description: Refuses nothing there.}
+  check_mode: {support: full, description: Never refuses in check mode.}
   diff_mode: {support: none, description: There is nothing to show.}
 """
 
 EXAMPLES = r"""
-- name: See what would stop
+- name: Check what would stop
   sparkfleet.dgx.fleet_check:
     stages: [deploy]
   run_once: true

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: gateway_network
-short_description: Find where a gateway meets the others, and on which interface a floating address belongs
-description:
-  - Resolves the gateways' names as this host does, and finds the own address that faces them with its interface.
+short_description: Find the network that a gateway shares with the other gateways, and the interface for a floating
+address description:
+  - Resolves the gateways' names on this host, and finds its own address facing them with its interface.
   - keepalived takes addresses only, no names. Reads only.
 options:
   name: {description: This gateway's name., type: str, required: true}
@@ -22,7 +22,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: See where it meets the others
+- name: Find the network shared with the other gateways
   sparkfleet.dgx.gateway_network:
     name: gateway-1
     gateways: [{name: gateway-1, address: gateway-1.lan}, {name: gateway-2, address: gateway-2.lan}]
@@ -31,7 +31,7 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-own: {description: Own address that faces the others., returned: success, type: str}
+own: {description: Own address facing the other gateways., returned: success, type: str}
 interface: {description: Interface that has it., returned: success, type: str}
 address: {description: The floating address with its prefix; empty for none., returned: success, type: str}
 peers: {description: All gateways with their addresses resolved., returned: success, type: list, elements: dict}
@@ -50,11 +50,13 @@ def first_ipv4(name: str) -> str:
     known = [found for found in map(ipaddress.ip_address, network.resolve(name)) if not found.is_loopback]
     found = next((str(address) for address in known if address.version == 4), "")
     if not found:
-        raise ValueError(f"{name} stands for no IPv4 address here; set sparkfleet_address of that gateway to one")
+        raise ValueError(
+            f"{name} does not resolve to an IPv4 address here; set sparkfleet_address of that gateway to one"
+        )
     return found
 
 
-def look(params: dict[str, Any], interfaces: dict[str, list[str]]) -> dict[str, Any]:
+def resolve(params: dict[str, Any], interfaces: dict[str, list[str]]) -> dict[str, Any]:
     """What the module returns. Raises ValueError saying what cannot be told, and what to set."""
     others = {
         item["name"]: first_ipv4(item["address"]) for item in params["gateways"] if item["name"] != params["name"]
@@ -68,7 +70,7 @@ def look(params: dict[str, Any], interfaces: dict[str, list[str]]) -> dict[str, 
     own = interfaces[wanted][0].partition("/")[0] if wanted else network.towards(goal) if goal else ""
     place = {text.partition("/")[0]: (name, text) for name, texts in interfaces.items() for text in texts}
     if own not in place:
-        raise ValueError(f"no way leads to {goal}; set sparkfleet_gateway_interface")
+        raise ValueError(f"no route to {goal}; set sparkfleet_gateway_interface")
     name, with_prefix = place[own]
     address = ""
     if floating:
@@ -76,8 +78,9 @@ def look(params: dict[str, Any], interfaces: dict[str, list[str]]) -> dict[str, 
         if "/" not in params["address"]:
             if floating.ip not in ipaddress.IPv4Interface(with_prefix).network:
                 raise ValueError(
-                    f"sparkfleet_gateway_address: {floating.ip} is not in the network of {name} ({with_prefix}); give "
-                    "it with its prefix (192.0.2.4/24), and sparkfleet_gateway_interface if it belongs elsewhere"
+                    f"sparkfleet_gateway_address: {floating.ip} is not in the network of {name} ({with_prefix}); "
+                    "specify it with its prefix (192.0.2.4/24), and sparkfleet_gateway_interface if it belongs "
+                    "elsewhere"
                 )
             address = f"{floating.ip}/{with_prefix.partition('/')[2]}"
         if str(floating.ip) in others.values():
@@ -100,7 +103,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     try:
-        found = look(module.params, network.interfaces())
+        found = resolve(module.params, network.interfaces())
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         module.fail_json(msg=f"{module.params['name']}: {error}")
         raise SystemExit(1) from None

@@ -6,20 +6,20 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: gateway_plan
-short_description: Works out backends and servers of a gateway from the inventory
+short_description: Works out a gateway's backends and servers from the inventory
 version_added: 0.2.0
 description:
-  - A backend a model, a server a Spark of the group C(sparks). Contacts nobody.
-  - This is an action, which runs on the controller.
+  - One backend per model, one server per Spark of the group C(sparks). Contacts no host.
+  - This is an action plugin; it runs on the controller.
 options:
   keys: {description: Keys of clients., type: list, elements: str, default: []}
   address: {description: "Floating address, with or without a prefix length.", type: str, default: ""}
-  port: {description: TCP port of clients., type: int, default: 8080}
+  port: {description: TCP port for clients., type: int, default: 8080}
   statistics_port: {description: TCP port of statistics and metrics., type: int, default: 8404}
-  peer_port: {description: TCP port on which gateways tell each other of sessions., type: int, default: 8405}
-  ports: {description: Port of its own for a model., type: dict, default: {}}
+  peer_port: {description: TCP port on which gateways synchronise sessions., type: int, default: 8405}
+  ports: {description: Separate port per model., type: dict, default: {}}
   models:
-    description: Models that have a place though no Spark is to serve them.
+    description: Models that get a backend although no Spark is meant to serve them.
     type: list
     elements: str
     default: []
@@ -39,10 +39,10 @@ EXAMPLES = r"""
 RETURN = r"""
 backends: {description: As the role gateway takes them., returned: success, type: list, elements: dict}
 models: {description: Answer of C(/v1/models)., returned: success, type: str}
-engine_keys: {description: Key of the engines of a backend., returned: success, type: dict}
-names: {description: Servers whose names are resolved on the gateway., returned: success, type: list, elements: dict}
+engine_keys: {description: Engine key per backend., returned: success, type: dict}
+names: {description: Servers whose names the gateway resolves., returned: success, type: list, elements: dict}
 gateways: {description: Name and address of each gateway., returned: success, type: list, elements: dict}
 drained: {description: Sparks that are left out., returned: success, type: list, elements: str}
 certificate_names: {description: Names of a self-signed certificate., returned: success, type: list, elements: str}
-certificate_shown: {description: The same as OpenSSL shows them., returned: success, type: str}
+certificate_shown: {description: The same names as printed by OpenSSL., returned: success, type: str}
 """

@@ -8,23 +8,23 @@ DOCUMENTATION = r"""
 module: haproxy_server
 short_description: Drain a server of HAProxy, or put it back
 description:
-  - Speaks to HAProxy's runtime socket. A drained server (HAProxy calls it in maintenance) gets no new requests, not of
-    its sessions either; with O(timeout) the module waits until those that run have ended.
-  - Several servers are one call. What is right already is left alone.
-  - A server that no backend has is no error, so that a Spark which is not in the gateway yet can be rolled out.
+  - Uses HAProxy's runtime socket. A drained server (in maintenance, in HAProxy's terms) gets no new requests, not even
+    from its sticky sessions; with O(timeout) the module waits for running requests to finish.
+  - Several servers are changed in one call. Servers already in the wanted state are left unchanged.
+  - A server that is in no backend is not an error, so that a Spark which is not in the gateway yet can be rolled out.
 options:
   servers: {description: Names of the servers in their backends., type: list, elements: str, required: true}
   state: {description: C(drain) or C(ready)., type: str, choices: [drain, ready], required: true}
-  timeout: {description: Seconds to wait for the end of its sessions., type: float, default: 600}
+  timeout: {description: Seconds to wait for its sessions to end., type: float, default: 600}
   socket: {description: The runtime socket., type: path, default: /run/haproxy/admin.sock}
 author: ["The Sparkfleet developers"]
 attributes:
-  check_mode: {support: full, description: Says what would change.}
+  check_mode: {support: full, description: Reports what would change.}
   diff_mode: {support: none, description: The state is in the result.}
 """
 
 EXAMPLES = r"""
-- name: Let it finish its requests
+- name: Drain running requests
   sparkfleet.dgx.haproxy_server:
     servers: ["{{ inventory_hostname }}"]
     state: drain
@@ -34,8 +34,8 @@ EXAMPLES = r"""
 RETURN = r"""
 backends: {description: Backends that have one of the servers., returned: always, type: list, elements: str}
 before: {description: C(drain) if all of them were drained in all their backends., returned: always, type: str}
-sessions: {description: Sessions that were left when the wait ended., returned: always, type: int}
-seconds: {description: That the wait took., returned: always, type: float}
+sessions: {description: Sessions left when the wait ended., returned: always, type: int}
+seconds: {description: Duration of the wait., returned: always, type: float}
 """
 
 import csv
@@ -88,9 +88,9 @@ class Haproxy:
 
     def set(self, backend: str, server: str, state: str) -> None:
         """Change the administrative state. Raises ValueError with what HAProxy says."""
-        said = self.ask(f"set server {backend}/{server} state {state}").strip()
-        if said:
-            raise ValueError(said)
+        error = self.ask(f"set server {backend}/{server} state {state}").strip()
+        if error:
+            raise ValueError(error)
 
 
 def drained(row: dict[str, str]) -> bool:

@@ -6,19 +6,19 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: image_digest
-short_description: What the tag of an image stands for, asked of its registry by the controller
+short_description: Resolves an image tag to a digest, on the controller
 version_added: 0.2.0
 description:
-  - Asked once a run for all its hosts, so that no host is believed about what others run. Contacts no host.
-  - Where the controller cannot ask, it says so; hosts then ask for themselves.
-  - This is an action, which runs on the controller.
+  - Resolved once per run for all its hosts, so that no host decides what others run. Contacts no host.
+  - If the controller cannot reach the registry, it warns; hosts then resolve the tag themselves.
+  - This is an action plugin; it runs on the controller.
 options:
   image: {description: The image., type: str, required: true}
-  registries: {description: "HOST[:PORT] that is asked in place of a registry.", type: dict, default: {}}
+  registries: {description: "HOST[:PORT] to ask instead of a registry.", type: dict, default: {}}
   proxy: {description: Proxy between controller and registry., type: str, default: ""}
-  no_proxy: {description: Names that are reached without it., type: str, default: ""}
-  bundle: {description: Folder whose bundle.json is asked in place of the registry., type: path}
-  controller_verifies: {description: Fail where the registry cannot be asked., type: bool, default: false}
+  no_proxy: {description: Names to reach without it., type: str, default: ""}
+  bundle: {description: Folder whose bundle.json is used instead of the registry., type: path}
+  controller_verifies: {description: Fail if the registry cannot be asked., type: bool, default: false}
 author: ["The Sparkfleet developers"]
 attributes:
   check_mode: {support: full, description: Changes nothing.}
@@ -26,7 +26,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Ask what the tag stands for
+- name: Resolve the tag
   sparkfleet.dgx.image_digest:
     image: nvcr.io/nvidia/vllm:25.09-py3
   register: answer

@@ -8,10 +8,10 @@ DOCUMENTATION = r"""
 module: image_pull
 short_description: Pull a container image, with progress in a status file
 description:
-  - Pulls through the Docker Engine API. An image that is present is left alone; its tag is not asked for again.
+  - Pulls through the Docker Engine API. An image that is present is left unchanged; its tag is not resolved again.
   - Only one pull of this kind runs at a time. A second job for the same image returns at once with attached=true;
     watch the status file (the action C(sparkfleet.dgx.fetch_wait)) for its end.
-  - When the job dies the engine ends the pull; finished layers stay, the next pull starts with the others.
+  - If the job dies, Docker ends the pull; finished layers stay, and the next pull fetches the rest.
 options:
   image:
     description: NAME:TAG, NAME@sha256:DIGEST, or both.
@@ -23,28 +23,28 @@ options:
     default: /run/sparkfleet/fetch/image.json
   mirror:
     description: >-
-      HOST:PORT of a registry that is asked first, for O(mirror_digest); see M(sparkfleet.dgx.share). Where it does not
-      help, the image's own registry is asked.
+      HOST:PORT of a registry to try first, for O(mirror_digest); see M(sparkfleet.dgx.share). If it fails,
+      the image's own registry is used.
     type: str
     default: ""
   digest:
     description: >-
-      What the tag stands for, sha256:..., as the controller knows it. Nothing else is taken, from whomever. Without it
-      a mirror is used only if the image's own registry, asked by this host, names the same digest as the mirror; where
-      it cannot be asked RV(unverified) says so.
+      Digest of the tag, sha256:..., as resolved by the controller. Nothing else is accepted from any source. Without it
+      a mirror is used only if the image's own registry, asked by this host, returns the same digest as the mirror; if
+      it cannot be asked, RV(unverified) reports that.
     type: str
     default: ""
   mirror_digest:
-    description: What the mirror says the image stands for, sha256:...
+    description: Digest of the image according to the mirror, sha256:...
     type: str
     default: ""
   internet:
-    description: Whether the image's own registry may be asked at all; with V(false) the mirror must have it.
+    description: Whether the image's own registry may be used at all; with V(false) the mirror must have it.
     type: bool
     default: true
   state_dir:
     description: >-
-      Folder in which it is noted that the image was brought here, so that it may be removed with the last release that
+      Folder that records that the image was pulled by Sparkfleet, so that it can be removed with the last release that
       needs it.
     type: path
     default: /var/lib/sparkfleet
@@ -60,7 +60,7 @@ author: ["The Sparkfleet developers"]
 attributes:
   check_mode:
     support: full
-    description: Says whether it would pull.
+    description: Reports whether it would pull.
 """
 
 EXAMPLES = r"""
@@ -69,8 +69,8 @@ EXAMPLES = r"""
     image: nvcr.io/nvidia/vllm:25.09-py3
   async: "{{ ansible_check_mode | ternary(0, 7200) }}"
   poll: 0
-  changed_when: ansible_check_mode and fetch_image.changed  # a launch always says changed; fetch_wait tells the truth
-  register: fetch_image
+  changed_when: ansible_check_mode and fetch_image.changed  # a launch always reports changed; fetch_wait has the real
+  result register: fetch_image
 """
 
 RETURN = r"""
@@ -87,11 +87,11 @@ size:
   returned: when the image is present
   type: int
 mirror_failed:
-  description: Why the mirror did not help; empty where it did or none was named.
+  description: Why the mirror failed; empty if it worked or none was given.
   returned: after a pull
   type: str
 unverified:
-  description: What about the image could not be checked, and why; empty where all was.
+  description: What could not be verified about the image, and why; empty if everything was.
   returned: after a pull
   type: str
 seconds:
@@ -234,7 +234,9 @@ def explain(text: str, ref: Reference, room: str = "") -> JobError:
 
     if has("no space left on device", "disk quota exceeded"):
         where = f" ({room})" if room else ""
-        return JobError("disk-full", f"no space for {image} in Docker's directory{where}; make room and run again")
+        return JobError(
+            "disk-full", f"no space for {image} in Docker's directory{where}; free some space and run again"
+        )
     if has("no matching manifest", "does not match the specified platform"):
         return JobError("image-platform", f"{image} exists, but not for this host's architecture")
     if has("manifest unknown", "manifest for", "name unknown", "not found: manifest", ": not found"):
@@ -242,7 +244,7 @@ def explain(text: str, ref: Reference, room: str = "") -> JobError:
     if has("x509:", "certificate", "tls: ", "server gave http response to https"):
         return JobError(
             "registry-tls",
-            f"{host} shows a certificate this host does not trust; install its CA as"
+            f"{host} presents a certificate that this host does not trust; install its CA as"
             f" /etc/docker/certs.d/{host}/ca.crt ({_short(text)})",
         )
     if has("toomanyrequests", "too many requests"):
@@ -250,7 +252,8 @@ def explain(text: str, ref: Reference, room: str = "") -> JobError:
     if has("unauthorized", "denied", "authentication required", "no basic auth", "403 forbidden", "401 "):
         return JobError(
             "image-denied",
-            f"{host} refuses {image}: log in with an account that may pull it (docker login {host}), check the name",
+            f"{host} refuses {image}: log in with an account that is allowed to pull it (docker login {host}), check "
+            "the name",
         )
     if has("no such host", "name resolution", "server misbehaving", "lookup "):
         return JobError("registry-name", f"the name {host} does not resolve; check the host's DNS ({_short(text)})")
@@ -352,10 +355,10 @@ def get(docker: Docker, ref: Reference, params: dict[str, Any], job: Job) -> dic
             if not params["internet"] or (isinstance(error, JobError) and error.id in ("disk-full", "image-platform")):
                 raise
             reason = str(error)
-            job.update("pulling", 0, None, f"{params['mirror']} did not help: {reason}")
+            job.update("pulling", 0, None, f"{params['mirror']} failed: {reason}")
     if not params["internet"]:
         raise JobError(
-            "bundle", f"nothing on this host or beside it serves {ref.local}, and the internet is not to be asked"
+            "bundle", f"neither this host nor another Spark serves {ref.local}, and the internet must not be used"
         )
     if not known or ref.digest:
         return {**pull(docker, ref, config, job), "mirror_failed": reason, "unverified": ""}
@@ -375,8 +378,8 @@ def check_mirror(docker: Docker, ref: Reference, known: str, params: dict[str, A
             known = digest_of(Registry(ref, docker.info(), auth), ref.wanted)
         except OSError as error:
             return (
-                f"that {ref.local} is {offered} is the word of the Spark that gave it: neither the controller nor this "
-                f"host could ask {ref.registry} ({printable(str(error), 120)}); an image @sha256:... is certain"
+                f"that {ref.local} is {offered} is only claimed by the source Spark: neither the controller nor this "
+                f"host could ask {ref.registry} ({printable(str(error), 120)}); an image @sha256:... avoids this"
             )
     if known and offered != known:
         raise JobError("image-differs", f"{params['mirror']} gives {offered} for {ref.local}, which is {known}")

@@ -8,14 +8,14 @@ DOCUMENTATION = r"""
 module: model_download
 short_description: Download a Hugging Face model at a revision into the cache of a Spark
 description:
-  - Runs the real huggingface_hub client in a short-lived container that needs no image of its own. Its root file
+  - Runs the huggingface_hub client in a short-lived container that needs no image of its own. Its root file
     system is empty but for links, and the host's /usr (with the host's Python) is mounted read-only. So it can run
     while the image of the engine is still being pulled.
-  - Downloads are resumed, also after the process or the host died. Every file is checked against the size and the
-    checksum the Hub names; a manifest under CACHE_DIR/.sparkfleet is written last and marks the model complete.
-  - A model that is complete is left alone without asking the Hub. One that is marked suspect (a check of its hashes, or
-    an answer that made no sense) is hashed first; what is damaged is fetched again, at the commit that is there. A
-    branch or tag is resolved on its first download.
+  - Downloads are resumed, even after the process or the host died. Every file is checked against the Hub's
+    size and checksum; a manifest under CACHE_DIR/.sparkfleet is written last and marks the model complete.
+  - A complete model is left unchanged without asking the Hub. One marked suspect (by a failed hash check or a
+    nonsensical answer) is hashed first; damaged files are fetched again, at the existing commit. A branch or tag is
+    resolved on its first download.
   - Only one download runs at a time. A second job for the same model returns at once with attached=true; watch the
     status file (the action C(sparkfleet.dgx.fetch_wait)) for its end.
 options:
@@ -36,32 +36,34 @@ options:
     type: path
     default: /opt/sparkfleet/lib/hf_client.pyz
   token_file:
-    description: File with the Hugging Face token; used if it exists and is not empty, and never read by this module.
+    description: File with the Hugging Face token; used if it exists and is not empty; this module never reads it.
     type: path
     default: /etc/sparkfleet/hf_token
   environment:
-    description: More variables for the client, such as HF_ENDPOINT or HTTPS_PROXY; empty ones are left out. No secrets.
+    description: >-
+      Additional environment variables for the client, such as HF_ENDPOINT or HTTPS_PROXY; empty ones are left out. No
+      secrets.
     type: dict
     default: {}
   peer:
     description: >-
-      Address of another Spark's service on the loopback interface that is asked first, see M(sparkfleet.dgx.share).
-      Where it does not help, the Hub is asked.
+      Address of another Spark's service on the loopback interface to try first, see
+      M(sparkfleet.dgx.share). If it fails, the Hub is used.
     type: str
     default: ""
   expected:
     description:
-      - What the Hub has for this revision, as the controller asked it (commit; files, each with size and sha256 or
-        sha1). Another Spark, and the Hub, are refused (C(model-differs)) where they offer anything else.
-      - Empty where the controller does not know it. What another Spark offers is then its own word.
+      - What the Hub has for this revision, as seen by the controller (commit; files, each with size and sha256
+        or sha1). Anything else offered by another Spark or the Hub is refused (C(model-differs)).
+      - Empty if the controller does not know it. What another Spark offers is then not verified.
     type: dict
     default: {}
   internet:
-    description: Whether the Hub may be asked at all; with V(false) the other Spark must have the model.
+    description: Whether the Hub may be used at all; with V(false) the other Spark must have the model.
     type: bool
     default: true
   check_hashes:
-    description: Hash every file of a model that is complete, and fetch again those that are damaged.
+    description: Hash every file of a complete model, and fetch damaged ones again.
     type: bool
     default: false
   allow:
@@ -78,7 +80,7 @@ options:
     type: list
     elements: str
   remote_code:
-    description: The code of the repository too, which vLLM runs with trust_remote_code alone.
+    description: Also download the code of the repository, which vLLM runs only with trust_remote_code.
     type: bool
     default: false
   memory:
@@ -105,7 +107,7 @@ author: ["The Sparkfleet developers"]
 attributes:
   check_mode:
     support: full
-    description: Says from the disk whether it would download; does not ask the Hub.
+    description: Reports from the disk whether it would download; does not ask the Hub.
 """
 
 EXAMPLES = r"""
@@ -115,13 +117,13 @@ EXAMPLES = r"""
     revision: main
   async: "{{ ansible_check_mode | ternary(0, 7200) }}"
   poll: 0
-  changed_when: ansible_check_mode and fetch_model.changed  # a launch always says changed; fetch_wait tells the truth
-  register: fetch_model
+  changed_when: ansible_check_mode and fetch_model.changed  # a launch always reports changed; fetch_wait has the real
+  result register: fetch_model
 """
 
 RETURN = r"""
 commit:
-  description: Commit the revision stands for; null in check mode where it is not known yet.
+  description: Commit of the revision; null in check mode where it is not known yet.
   returned: unless attached
   type: str
 snapshot:
@@ -141,7 +143,7 @@ downloaded:
   returned: after a download
   type: int
 peer_failed:
-  description: Why the other Spark did not help; empty where it did or none was named.
+  description: Why the other Spark failed; empty if it worked or none was given.
   returned: after a download
   type: str
 seconds:
@@ -385,19 +387,19 @@ def fetch(docker: Docker, params: dict[str, Any], job: Job) -> dict[str, Any]:
             reason = str(error)
             if expected and error.id in ("hub-repo-unknown", "hub-revision-unknown"):
                 commit = expected["commit"]
-                reason = f"the other Spark does not have commit {commit}, which {params['revision']} stands for"
+                reason = f"the other Spark does not have commit {commit} of {params['revision']}"
             if error.id == "model-differs":
-                reason += "; look into the Spark that offered it"
+                reason += "; check the Spark that offered it"
             if error.id == "disk-full" or not params["internet"]:
                 raise JobError(error.id, reason) from None
     if not params["internet"]:
         raise JobError(
-            "bundle", f"nothing on this host or beside it serves {params['repo']}, and the internet is not to be asked"
+            "bundle", f"neither this host nor another Spark serves {params['repo']}, and the internet must not be used"
         )
     return {**run_client(docker, params, job), "peer_failed": reason}
 
 
-def look(params: dict[str, Any]) -> dict[str, Any]:
+def current_state(params: dict[str, Any]) -> dict[str, Any]:
     """What the cache has of the model, see `model_state`."""
     code = bool(params.get("remote_code"))
     state: dict[str, Any] = model_state(params["cache_dir"], params["repo"], params["revision"], code)
@@ -421,7 +423,7 @@ def hashed(params: dict[str, Any], state: dict[str, Any], job: Job) -> dict[str,
     wrong = [*found["damaged"], *found["missing"]]
     if not wrong and not found["error"]:
         clear_suspicion(*where, commit)
-        return look(params)
+        return current_state(params)
     reason = f"damaged: {', '.join(wrong[:3])}" if wrong else str(found["error"])
     mark_suspect(*where, commit, reason, wrong)
     return {**state, "complete": False, "suspect": reason}
@@ -453,9 +455,9 @@ def died(params: dict[str, Any], state: dict[str, Any], lines: deque[str]) -> st
     """Why a container that said nothing at its end ended."""
     if state.get("OOMKilled"):
         return f"the download of {params['repo']} exceeded its {params['memory'] >> 20} MiB; raise its memory limit"
-    last = f"; last words: {' | '.join(list(lines)[-3:])[:400]}" if lines else ""
+    last = f"; last output: {' | '.join(list(lines)[-3:])[:400]}" if lines else ""
     code = state.get("ExitCode", "unknown")
-    return f"the download of {params['repo']} was ended (exit code {code}); run again, it resumes{last}"
+    return f"the download of {params['repo']} was stopped (exit code {code}); run again, it resumes{last}"
 
 
 def parse(line: str) -> dict[str, Any]:
@@ -515,13 +517,13 @@ def check(params: dict[str, Any]) -> None:
 
 def check_host(params: dict[str, Any]) -> None:
     if not Path(params["cache_dir"]).is_dir():
-        raise JobError("bad-input", f"cache_dir {params['cache_dir']} is no directory; run the prepare stage")
+        raise JobError("bad-input", f"cache_dir {params['cache_dir']} is not a directory; run the prepare stage")
     if not Path(params["client"]).is_file():
         raise JobError("bad-input", f"client {params['client']} is missing; copy hf_client.pyz there first")
     if os.statvfs(params["cache_dir"]).f_flag & os.ST_RDONLY:
         raise JobError(
             "cache-read-only",
-            f"{params['cache_dir']} is read-only: `findmnt -T {params['cache_dir']}` and `dmesg` tell why; mount it "
+            f"{params['cache_dir']} is read-only: see `findmnt -T {params['cache_dir']}` and `dmesg`; mount it "
             "writable, then run again",
         )
 
@@ -565,7 +567,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that `finally` removes the container
     try:
         check(params)
-        state = look(params)
+        state = current_state(params)
         result = {"commit": state["commit"], "snapshot": state["path"], "bytes": state["bytes"], "attached": False}
         difference = {"before": "", "after": f"{what} in {params['cache_dir']}\n"}
         if module.check_mode:
@@ -583,7 +585,7 @@ def main() -> None:
             module.exit_json(changed=False, attached=True, holder_pid=holder["pid"], seconds=0.0)
         job = claim
         # Again, now that nobody else writes: a job before may just have finished.
-        state = hashed(params, look(params), job)
+        state = hashed(params, current_state(params), job)
         if state["complete"]:
             result = {"commit": state["commit"], "snapshot": state["path"], "bytes": state["bytes"]}
             job.update("downloading", state["bytes"], state["bytes"])

@@ -6,27 +6,27 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: model_files
-short_description: What a model's revision stands for, asked of the Hub by the controller
+short_description: Resolves a model revision to its commit and files, on the controller
 version_added: 0.2.0
 description:
-  - Commit, files, sizes and hashes, asked once a run for all its hosts, so that no host is believed about what
+  - Commit, files, sizes and hashes, resolved once per run for all its hosts, so that no host decides what
     others load. Contacts no host.
-  - Where the controller cannot ask, it says so; what one host gives to others is then its word.
-  - This is an action, which runs on the controller.
+  - If the controller cannot reach the Hub, it warns; what one host serves to others is then not verified.
+  - This is an action plugin; it runs on the controller.
 options:
   repo: {description: Name on the Hub., type: str, required: true}
   revision: {description: "Branch, tag or commit.", type: str, required: true}
   endpoint: {description: URL of the Hub., type: str, required: true}
   token: {description: The Hub's token., type: str, default: ""}
   proxy: {description: Proxy between controller and Hub., type: str, default: ""}
-  no_proxy: {description: Names that are reached without it., type: str, default: ""}
-  bundle: {description: Folder whose list is asked in place of the Hub., type: path}
+  no_proxy: {description: Names to reach without it., type: str, default: ""}
+  bundle: {description: Folder whose list is used instead of the Hub., type: path}
   remote_code:
-    description: The files of code as well, which the engine runs with C(trust_remote_code).
+    description: Include code files, which the engine runs with C(trust_remote_code).
     type: bool
     default: false
-  controller_verifies: {description: Fail where the Hub cannot be asked., type: bool, default: false}
-  listing: {description: "What a host has of it; refused where it is something else.", type: dict, default: {}}
+  controller_verifies: {description: Fail if the Hub cannot be asked., type: bool, default: false}
+  listing: {description: "What a host has of the model; refused if it differs.", type: dict, default: {}}
 author: ["The Sparkfleet developers"]
 attributes:
   check_mode: {support: full, description: Changes nothing.}
@@ -34,7 +34,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Ask what the revision stands for
+- name: Resolve the revision
   sparkfleet.dgx.model_files:
     repo: nvidia/Llama-3.1-8B-Instruct-FP8
     revision: main

@@ -6,26 +6,26 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: nvidia_container_runtime
-short_description: Makes nvidia a runtime of Docker, with nvidia-ctk
+short_description: Adds the nvidia runtime to Docker, with nvidia-ctk
 description:
-  - Runs C(nvidia-ctk runtime configure --runtime=docker) where the configuration lacks the runtime. Everything else
-    in the file stays as it is.
-  - Says whether the Docker that runs still lacks the runtime, so that a restart which a failed run did not come to is
-    made by the next one.
+  - Runs C(nvidia-ctk runtime configure --runtime=docker) if the configuration does not have the runtime.
+    The rest of the file is unchanged.
+  - Returns whether the running Docker daemon still needs a restart to load the runtime, so that a restart missed by a
+    failed run is made by the next one.
 options:
   config: {description: Docker's configuration., type: path, default: /etc/docker/daemon.json}
 author: ["The Sparkfleet developers"]
 attributes:
-  check_mode: {support: full, description: Says whether the file would change.}
+  check_mode: {support: full, description: Reports whether the file would change.}
   diff_mode: {support: full, description: Shows the file before and after.}
 """
 
 EXAMPLES = r"""
-- name: Make nvidia a runtime of Docker
+- name: Add the nvidia runtime to Docker
   sparkfleet.dgx.nvidia_container_runtime:
   register: runtime
 
-- name: Restart Docker, which runs without it
+- name: Restart Docker to load the runtime
   ansible.builtin.systemd_service:
     name: docker.service
     state: restarted
@@ -35,7 +35,7 @@ EXAMPLES = r"""
 RETURN = r"""
 config: {description: The file., returned: always, type: str}
 restart_docker:
-  description: Whether a Docker engine runs that does not know the runtime. In check mode, whether it would be so.
+  description: Whether the running Docker daemon does not know the runtime. In check mode, whether that would be so.
   returned: always
   type: bool
 """
@@ -77,7 +77,7 @@ def main() -> None:
     try:
         changed = not configured(before)
     except ValueError as error:
-        module.fail_json(msg=f"{path} cannot be read ({error}): mend it, Docker does not start with it either")
+        module.fail_json(msg=f"{path} cannot be read ({error}): fix it, Docker does not start with it either")
     command = ["nvidia-ctk", "runtime", "configure", "--runtime=docker", f"--config={path}"]
     after = before
     if changed:
@@ -93,7 +93,7 @@ def main() -> None:
             module.run_command(command, check_rc=True)
             after = path.read_text(encoding="utf-8")
             if not configured(after):
-                module.fail_json(msg=f"nvidia-ctk ran, but {path} still has no runtime nvidia")
+                module.fail_json(msg=f"nvidia-ctk ran, but {path} still has no nvidia runtime")
     module.exit_json(
         changed=changed,
         config=str(path),

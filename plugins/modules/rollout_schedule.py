@@ -9,8 +9,8 @@ module: rollout_schedule
 short_description: Divides the planned Sparks into the waves of a rollout
 version_added: 0.2.0
 description:
-  - Reads the plans of the run and the settings C(sparkfleet_rollout_*) of all Sparks. Contacts nobody.
-  - This is an action, which runs on the controller.
+  - Reads the plans of the run and the settings C(sparkfleet_rollout_*) of all Sparks. Contacts no host.
+  - This is an action plugin; it runs on the controller.
 options: {}
 author: ["The Sparkfleet developers"]
 attributes:
@@ -27,7 +27,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 waves: {description: Names of the Sparks of each wave., returned: success, type: list, elements: list}
-labels: {description: What each wave is called., returned: success, type: list, elements: str}
+labels: {description: Label of each wave., returned: success, type: list, elements: str}
 serial: {description: Size of each wave., returned: success, type: list, elements: int}
 on_failure: {description: C(stop) or C(continue)., returned: success, type: str}
 hosts: {description: "Name, model and needed, of each Spark.", returned: success, type: list, elements: dict}

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: rollout_wave
-short_description: Whether the next wave of a rollout may begin
+short_description: Decides whether the next wave of a rollout may start
 version_added: 0.2.0
 description:
-  - It may when every Spark of the waves before it serves. ansible-core counts failed hosts alone for
-    C(max_fail_percentage), never unreachable ones, and these skip C(rescue) and C(always) as well; so what is
-    counted is what has come to its end. Contacts nobody.
-  - This is an action, which runs on the controller.
+  - It may start when every Spark of the earlier waves serves. ansible-core counts only failed hosts for
+    C(max_fail_percentage), never unreachable ones, which also skip C(rescue) and C(always); so the Sparks that
+    completed are counted. Contacts no host.
+  - This is an action plugin; it runs on the controller.
 options:
   schedule: {description: What M(sparkfleet.dgx.rollout_schedule) returned., type: dict, required: true}
 author: ["The Sparkfleet developers"]
@@ -22,7 +22,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: See whether all earlier waves serve
+- name: Check whether all earlier waves serve
   sparkfleet.dgx.rollout_wave:
     schedule: "{{ rollout }}"
   register: wave
@@ -30,6 +30,6 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-go: {description: Whether to go on., returned: success, type: bool}
+go: {description: Whether to continue., returned: success, type: bool}
 unfinished: {description: Sparks of earlier waves that do not serve., returned: success, type: list, elements: str}
 """

@@ -6,18 +6,18 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: secret_file
-short_description: Writes a secret into a file that root alone can read
+short_description: Writes a secret to a file that only root can read
 description:
-  - Unlike M(ansible.builtin.copy) the content travels with the module (on standard input when pipelining), so it
-    is in no temporary file on either side, and it appears in no diff.
-  - Makes the parent folder (0755) if it is missing.
+  - Unlike M(ansible.builtin.copy), the content is sent with the module (on standard input when pipelining), so
+    it is never in a temporary file on either side, nor in a diff.
+  - Creates the parent folder (0755) if it is missing.
 options:
   path: {description: The file., type: path, required: true}
-  content: {description: What it holds; a newline is added., type: str, required: true}
+  content: {description: Content; a newline is added., type: str, required: true}
 author: ["The Sparkfleet developers"]
 attributes:
-  check_mode: {support: full, description: Says whether the file would change.}
-  diff_mode: {support: none, description: A secret has no diff.}
+  check_mode: {support: full, description: Reports whether the file would change.}
+  diff_mode: {support: none, description: Secrets are never shown.}
 """
 
 EXAMPLES = r"""

@@ -6,20 +6,24 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: share_service
-short_description: Serves image and model to other Sparks, or leads to the Spark that does
+short_description: Serves image and model to other Sparks, or connects to the Spark that does
 description:
-  - C(serve) starts the program that serves, C(connect) the one that leads to it (transient units of systemd);
-    C(absent) ends both. Nothing of it outlives a run that ends, nor an idle quarter of an hour.
-  - Where it cannot be done the module says why in RV(reason) and does not fail; every Spark can fetch by itself.
+  - C(serve) starts the server, C(connect) the tunnel to it (transient systemd
+    units); C(absent) stops both. Neither outlives the run, nor 15 idle minutes.
+  - If it is not possible, the module explains why in RV(reason) and does not fail; every Spark can fetch for itself.
 options:
   state: {description: What to do., type: str, choices: [serve, connect, absent], required: true}
-  address: {description: Name or address under which the others reach this host., type: str, default: ""}
-  takers: {description: Names or addresses of the others; with C(serve)., type: list, elements: str, default: []}
-  settings: {description: "What to serve or where to lead to, by the action.", type: dict, default: {}}
+  address: {description: Name or address under which other Sparks reach this host., type: str, default: ""}
+  clients:
+    description: Names or addresses of the Sparks that copy from this one; with C(serve).
+    type: list
+    elements: str
+    default: []
+  settings: {description: "What to serve or where to connect to, set by the action.", type: dict, default: {}}
   pairs: {description: Key and certificate of each source in PEM., type: dict, default: {}}
-  clean: {description: With C(absent) remove what was kept for others as well., type: bool, default: true}
+  clean: {description: With C(absent) also remove what was kept for others., type: bool, default: true}
   program: {description: The packed program., type: path, default: /opt/sparkfleet/lib/sparkfleet_host.pyz}
-  folder: {description: Where its settings lie., type: path, default: /run/sparkfleet/share}
+  folder: {description: Folder of its settings., type: path, default: /run/sparkfleet/share}
 author: ["The Sparkfleet developers"]
 attributes:
   check_mode: {support: full, description: Does nothing.}
@@ -33,8 +37,8 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-reason: {description: Why it could not be done; empty where it could., returned: always, type: str}
-digests: {description: What the images stand for., returned: with serve, type: dict}
+reason: {description: Why it was not possible; empty if it was., returned: always, type: str}
+digests: {description: Digests of the images., returned: with serve, type: dict}
 pair: {description: The key pair in use; the action hides it., returned: with serve, type: str}
 """
 
@@ -124,7 +128,7 @@ def main() -> None:
         argument_spec={
             "state": {"type": "str", "choices": [*UNITS, "absent"], "required": True},
             "address": {"type": "str", "default": ""},
-            "takers": {"type": "list", "elements": "str", "default": []},
+            "clients": {"type": "list", "elements": "str", "default": []},
             "settings": {"type": "dict", "default": {}},
             "pairs": {"type": "dict", "default": {}, "no_log": True},
             "clean": {"type": "bool", "default": True},
@@ -145,13 +149,13 @@ def main() -> None:
                     shutil.rmtree(folder, ignore_errors=True)
             module.exit_json(changed=False, reason="")
         settings = params["settings"]
-        if params["state"] == "serve" and params["takers"]:
+        if params["state"] == "serve" and params["clients"]:
             # Never on every address: on those alone that face the others.
-            settings["listen"] = reached_at(params["address"], params["takers"])
+            settings["listen"] = reached_at(params["address"], params["clients"])
             if not settings["listen"]:
-                names = ", ".join(params["takers"][:3])
+                names = ", ".join(params["clients"][:3])
                 module.exit_json(
-                    changed=False, reason=f"no address of this host leads to {names}; see sparkfleet_address"
+                    changed=False, reason=f"this host has no address facing {names}; see sparkfleet_address"
                 )
         found = start(params["state"], settings, params["pairs"], Path(params["program"]), Path(params["folder"]))
         reason, digests = found.get("error") or "", found.get("digests") or {}

@@ -6,19 +6,19 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: spark_diagnose
-short_description: Collects what tells why a Spark does not serve
+short_description: Collects the facts that explain why a Spark does not serve
 description:
   - What M(sparkfleet.dgx.spark_status) sees; the engines' logs and those that failed releases left; the journal of the
-    last switch and of the guard; the questions of the verifications, asked; memory, disks, GPU, port, units, the
+    last switch and of the guard; the answers to the verification questions; memory, disks, GPU, port, units, the
     kernel's messages, the model cache and what was found damaged.
-  - Each part is bounded in time and size, and one that fails does not hinder the others. Tokens and keys are removed on
+  - Each part is limited in time and size, and one that fails does not affect the rest. Tokens and keys are removed on
     the host. Changes nothing.
 options:
   project_dir: {description: Folder of the releases., type: path, default: /opt/sparkfleet}
   state_dir: {description: Folder of journal and guard., type: path, default: /var/lib/sparkfleet}
   cache_dir: {description: Folder of the model cache., type: path, default: /opt/hf}
   token_file:
-    description: File of the token; its content is removed wherever it stands.
+    description: File of the token; its content is removed wherever it appears.
     type: path
     default: /etc/sparkfleet/hf_token
   port: {description: Without effect; a release tells the ports of its engines., type: int, default: 8000}
@@ -29,7 +29,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Find out what is wrong
+- name: Diagnose the host
   sparkfleet.dgx.spark_diagnose:
 """
 

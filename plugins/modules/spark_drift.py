@@ -6,13 +6,13 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: spark_drift
-short_description: Says how a Spark differs from the inventory
+short_description: Reports how a Spark differs from the inventory
 version_added: 0.2.0
 description:
-  - Fails where it does. Changes nothing, and contacts nobody.
-  - This is an action, which runs on the controller.
+  - Fails if it does. Changes nothing, and contacts no host.
+  - This is an action plugin; it runs on the controller.
 options:
-  look: {description: What M(sparkfleet.dgx.spark_plan) returned., type: dict, required: true}
+  inspection: {description: What M(sparkfleet.dgx.spark_plan) returned., type: dict, required: true}
   verified: {description: "Result of M(sparkfleet.dgx.vllm_verify), if it was asked.", type: dict, default: {}}
 author: ["The Sparkfleet developers"]
 attributes:
@@ -23,7 +23,7 @@ attributes:
 EXAMPLES = r"""
 - name: Compare
   sparkfleet.dgx.spark_drift:
-    look: "{{ look }}"
+    inspection: "{{ inspection }}"
 """
 
 RETURN = r"""

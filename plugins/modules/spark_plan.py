@@ -5,11 +5,11 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: spark_plan
-short_description: Looks at a Spark once and plans what is to be done there
+short_description: Inspects a Spark once and plans what to do there
 description:
   - Runs the module M(sparkfleet.dgx.spark_state) on the host, and makes the plan on the controller
     (C(sparkfleet.planning.plan)).
-  - Fails with every finding at once when the input is wrong or the host cannot serve the model.
+  - Fails with every finding at once if the input is wrong or the host cannot serve the model.
   - The settings are the host's variables C(sparkfleet_*), which the role C(sparkfleet) documents and has defaults for,
     and C(sparkfleet_vllm_*), arguments of C(vllm serve).
 options:
@@ -32,6 +32,6 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-plan: {description: What is to be done; see C(sparkfleet.planning.plan.make)., returned: success, type: dict}
+plan: {description: The plan; see C(sparkfleet.planning.plan.make)., returned: success, type: dict}
 state: {description: What M(sparkfleet.dgx.spark_state) found., returned: success, type: dict}
 """

@@ -9,34 +9,34 @@ module: spark_remove
 short_description: Removes what Sparkfleet put on a host
 description:
   - Containers of ours, releases, the guard with its unit and settings, journal and metrics, compile caches, and the
-    empty image of the downloads. Models, engine images and the token only where asked. Docker, the NVIDIA toolkit and
+    empty image of the downloads. Models, engine images and the token only if requested. Docker, the NVIDIA toolkit and
     earlyoom stay, and so does every container that is not ours.
-  - Of the models only those go that Sparkfleet downloaded itself, as its lists in the cache say; what was there before,
-    or came another way, stays.
-  - Where Docker is installed and does not answer, nothing is removed - its containers would come back with it.
-  - Check mode lists what would go.
+  - Only models that Sparkfleet downloaded itself are removed, according to its lists in the cache;
+    all other models stay.
+  - If Docker is installed but does not respond, nothing is removed - its containers would come back with it.
+  - Check mode lists what would be removed.
 options:
   project_dir: {description: Folder of the releases., type: path, default: /opt/sparkfleet}
   cache_dir: {description: Folder of the model cache., type: path, default: /opt/hf}
   compile_cache_dir: {description: Folder of the compile caches., type: path, default: /var/cache/sparkfleet}
   token_file: {description: File of the Hugging Face token., type: path, default: /etc/sparkfleet/hf_token}
-  models: {description: The models that Sparkfleet downloaded too., type: bool, default: false}
-  images: {description: The images of the releases too., type: bool, default: false}
-  token: {description: The Hugging Face token too., type: bool, default: false}
+  models: {description: Also remove the models that Sparkfleet downloaded., type: bool, default: false}
+  images: {description: Also remove the images of the releases., type: bool, default: false}
+  token: {description: Also remove the Hugging Face token., type: bool, default: false}
 author: ["The Sparkfleet developers"]
 attributes:
-  check_mode: {support: full, description: Lists what would go.}
-  diff_mode: {support: none, description: RV(removed) says it.}
+  check_mode: {support: full, description: Lists what would be removed.}
+  diff_mode: {support: none, description: See RV(removed).}
 """
 
 EXAMPLES = r"""
-- name: See what would go
+- name: List what would be removed
   sparkfleet.dgx.spark_remove:
   check_mode: true
 """
 
 RETURN = r"""
-removed: {description: What went or would go., returned: success, type: list, elements: str}
+removed: {description: What was or would be removed., returned: success, type: list, elements: str}
 """
 
 import contextlib
@@ -182,12 +182,12 @@ def main() -> None:
     params = module.params
     store = Store(params["project_dir"], STATE_DIR)
     if store.switch_active():
-        module.fail_json(msg="a switch of releases is running on this host; run again when it is over")
+        module.fail_json(msg="a release switch is running on this host; run again when it has finished")
     try:
         items = plan(params, store, Docker(timeout=60.0))
     except DockerError as error:
         module.fail_json(
-            msg=f"Docker does not answer ({error}), and its containers would come back with it: nothing was removed. "
+            msg=f"Docker does not respond ({error}), and its containers would come back with it: nothing was removed. "
             "Start it (`systemctl start docker`), then run again",
             failure="docker",
         )

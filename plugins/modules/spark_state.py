@@ -8,12 +8,12 @@ DOCUMENTATION = r"""
 module: spark_state
 short_description: Reads everything a plan for a Spark needs, in one round trip
 description:
-  - Looks at the user that it runs as, operating system, GPU, clock, memory with swap and earlyoom, disks, Docker
+  - Inspects the user that it runs as, operating system, GPU, clock, memory with swap and earlyoom, disks, Docker
     engine and Compose plugin, NVIDIA Container Toolkit, the operator's groups, the cache folder, the Hugging Face
     token file, the releases, the guard, our containers; of each engine its image, its cached model, its health, and who
     listens on its port.
-  - Asks the registry whether it answers, only if the image is not on the host; asks the Hugging Face Hub whether the
-    model may be downloaded, only if it is not complete on the host.
+  - Contacts the registry only if an image is not on the host, and asks the Hugging Face Hub whether a model may be
+    downloaded only if it is not complete on the host.
   - Changes nothing. A part that cannot be read is reported as absent, with the reason where there is one.
 options:
   engines:
@@ -27,32 +27,32 @@ options:
       remote_code: {description: Whether the engine runs code of the model's repository., type: bool, default: false}
       image: {description: Reference of the engine's image., type: str, required: true}
       port: {description: TCP port that the engine is published on., type: int, required: true}
-  project: {description: Name of the compose project that is ours., type: str, required: true}
+  project: {description: Name of our Compose project., type: str, required: true}
   project_dir: {description: Folder of the compose file., type: path, required: true}
   cache_dir: {description: Folder of the model cache., type: path, required: true}
-  operator: {description: User who is to run docker., type: str, required: true}
+  operator: {description: User who should be able to run docker., type: str, required: true}
   token: {description: Hugging Face token to use; empty for the one in I(token_file)., type: str, default: ""}
   token_file: {description: File on the host that holds the token., type: path, required: true}
-  engine_key: {description: Key that the engine is to ask for., type: str, default: ""}
+  engine_key: {description: API key that the engine should require., type: str, default: ""}
   engine_key_file: {description: File on the host that holds it., type: path, default: /etc/sparkfleet/engine_key}
   address: {description: Name or address of this host in the inventory., type: str, default: ""}
   gateways:
-    description: Names or addresses of the gateways; with them the host's own address towards them is looked for.
+    description: Names or addresses of the gateways; with them the host's own address facing them is determined.
     type: list
     elements: str
     default: []
   hub_endpoint: {description: Address of the Hub., type: str, default: "https://huggingface.co"}
   proxy: {description: Proxy between the host and the internet., type: str, default: ""}
-  no_proxy: {description: Names that are reached without it separated by commas., type: str, default: ""}
+  no_proxy: {description: Names to reach without it separated by commas., type: str, default: ""}
   status:
     description: Include what is served, as the module M(sparkfleet.dgx.spark_status) does.
     type: bool
     default: false
   now:
-    description: The controller's time in seconds since 1970, to compare the host's with; 0 for no comparison.
+    description: The controller's time in seconds since 1970, to compare with the host's; 0 for no comparison.
     type: float
     default: 0
-  internet: {description: Whether registry and Hub are to be asked., type: bool, default: true}
+  internet: {description: Whether to contact the registry and the Hub., type: bool, default: true}
 author: ["The Sparkfleet developers"]
 attributes:
   check_mode: {support: full, description: Reads only.}
@@ -60,7 +60,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Look at the host
+- name: Inspect the host
   sparkfleet.dgx.spark_state:
     engines:
       - repo: nvidia/Llama-3.1-8B-Instruct-FP8
@@ -533,7 +533,7 @@ def status(store: Store) -> dict[str, Any]:
     return found
 
 
-def inspect(params: dict[str, Any]) -> dict[str, Any]:
+def gather(params: dict[str, Any]) -> dict[str, Any]:
     """Everything, the slow parts at the same time."""
     stored = read_text(Path(params["token_file"])) or ""
     wanted = params["engines"]
@@ -647,7 +647,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    module.exit_json(changed=False, state=inspect(module.params))
+    module.exit_json(changed=False, state=gather(module.params))
 
 
 if __name__ == "__main__":

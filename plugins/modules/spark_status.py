@@ -9,17 +9,17 @@ module: spark_status
 short_description: What a Spark serves, and how
 description:
   - Releases, the containers of ours, the guard's record, health and figures of each engine, temperature; in one round
-    trip, without a plan. Changes nothing. The action of the same name prints it, and can refuse.
+    trip, without a plan. Changes nothing. The action of the same name prints it, and can fail.
 options:
   project_dir: {description: Folder of the releases., type: path, default: /opt/sparkfleet}
   state_dir: {description: Folder of journal and guard., type: path, default: /var/lib/sparkfleet}
-  log_lines: {description: Lines of each engine's log to bring along., type: int, default: 0}
-  look:
+  log_lines: {description: Number of log lines to return of each engine., type: int, default: 0}
+  inspection:
     description: >-
-      By the action; what M(sparkfleet.dgx.spark_plan) returned with C(status=true), to compare with the inventory.
+      Set by the action; what M(sparkfleet.dgx.spark_plan) returned with C(status=true), to compare with the inventory.
     type: dict
-  problem: {description: By the action; why it cannot be compared., type: str, default: ""}
-  show: {description: By the action; print the status., type: bool, default: true}
+  problem: {description: Set by the action; why it cannot be compared., type: str, default: ""}
+  show: {description: Set by the action; print the status., type: bool, default: true}
 author: ["The Sparkfleet developers"]
 attributes:
   check_mode: {support: full, description: Reads only.}
@@ -27,7 +27,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: See what is served
+- name: Check what is served
   sparkfleet.dgx.spark_status:
   register: status
 """
@@ -47,7 +47,7 @@ engine:
   type: str
 containers: {description: Name and state of each of ours., returned: always, type: list, elements: dict}
 healthy: {description: Whether all engines answer., returned: always, type: bool}
-gpu: {description: Temperature in degrees Celsius and draw in W or null., returned: always, type: dict}
+gpu: {description: Temperature in degrees Celsius and power draw in W or null., returned: always, type: dict}
 summary: {description: By the action; the row that is printed., returned: action, type: dict}
 """
 

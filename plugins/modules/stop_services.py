@@ -8,15 +8,15 @@ DOCUMENTATION = r"""
 module: stop_services
 short_description: Stops running services of a compose project
 description:
-  - Unlike C(docker compose stop) it needs no compose file that still names them, so a service that a newer file has
-    dropped is stopped too. Containers of other projects are never touched.
+  - Unlike C(docker compose stop) it does not need a compose file that still has them, so services dropped from a newer
+    file are stopped too. Containers of other projects are never touched.
 options:
   project: {description: Name of the compose project., type: str, required: true}
   services: {description: Services to stop., type: list, elements: str, required: true}
   timeout: {description: Seconds until a service is killed., type: int, default: 60}
 author: ["The Sparkfleet developers"]
 attributes:
-  check_mode: {support: full, description: Says which would be stopped.}
+  check_mode: {support: full, description: Reports which would be stopped.}
   diff_mode: {support: none, description: There is nothing to show.}
 """
 
@@ -78,7 +78,7 @@ def main() -> None:
             with Store(lock_file=LOCK).exclusive(HELD_BY_STOP) as mine:
                 if not mine:
                     module.fail_json(
-                        msg="a switch of releases runs on this host; run again when it is over",
+                        msg="a release switch is running on this host; run again when it has finished",
                         failure="switch-running-other",
                     )
                 stop(module, docker, found, timeout)

@@ -6,19 +6,19 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: swap
-short_description: Switches swap off, now and at boot
+short_description: Disables swap, now and at boot
 description:
-  - Ends the use of every swap device (C(swapoff)) and comments out the lines of type swap in the table of file systems.
-  - Refuses before anything has changed when what is swapped out, and 4 GiB more, do not fit into available memory.
-  - Swap that the table does not name (zram, a unit of somebody's own) is switched off as well, but what makes it at
-    boot is left alone; a warning names it.
+  - Disables every swap device (C(swapoff)) and comments out the swap entries in C(/etc/fstab).
+  - Refuses before anything has changed if the swapped-out memory plus 4 GiB does not fit into available memory.
+  - Swap that is not in C(/etc/fstab) (zram, a custom unit) is disabled as well, but whatever creates it at boot
+    is left unchanged; a warning names it.
 options:
-  state: {description: What swap shall be., type: str, choices: [disabled], required: true}
-  fstab: {description: Table of file systems., type: path, default: /etc/fstab}
+  state: {description: Wanted state of swap., type: str, choices: [disabled], required: true}
+  fstab: {description: Path of the file system table., type: path, default: /etc/fstab}
 author: ["The Sparkfleet developers"]
 attributes:
-  check_mode: {support: full, description: Says what it would do.}
-  diff_mode: {support: full, description: Shows the table before and after.}
+  check_mode: {support: full, description: Reports what it would do.}
+  diff_mode: {support: full, description: Shows the file before and after.}
 """
 
 EXAMPLES = r"""
@@ -73,12 +73,13 @@ def main() -> None:
     if devices and used + RESERVE > memory["available"]:
         module.fail_json(
             msg=f"swap holds {used / GIB:.1f} GiB and {memory['available'] / GIB:.1f} GiB of memory are available, "
-            f"of which {RESERVE / GIB:.0f} GiB are the host's own: stop what uses memory, or set sparkfleet_swap: keep"
+            f"of which {RESERVE / GIB:.0f} GiB are reserved for the host: stop what uses memory, or set "
+            "sparkfleet_swap: keep"
         )
     foreign = unexplained(devices, swap_in_fstab(before))
     if foreign:
         module.warn(
-            f"{table} does not name the swap {', '.join(foreign)}: what made it will make it again at boot; "
+            f"{table} does not contain the swap {', '.join(foreign)}: it will be created again at boot; "
             "`systemctl list-units --all '*swap*' '*zram*'` finds it"
         )
     if not module.check_mode:

@@ -8,9 +8,9 @@ DOCUMENTATION = r"""
 module: vllm_verify
 short_description: Proves that a vLLM endpoint answers
 description:
-  - Health says little of an engine, so questions with known answers are asked, as chat, as completion and as an event
-    stream, all at once; the model list, the counters and the API's description are looked at as well.
-  - Changes nothing, and so runs in check mode too.
+  - Health says little about an engine, so questions with known answers are asked, as chat, completion and
+    event stream, concurrently; the model list, counters and API description are checked as well.
+  - Changes nothing, so it also runs in check mode.
   - The action of the same name prints the checks as a table and saves the result on the controller.
 options:
   url:
@@ -18,7 +18,7 @@ options:
     type: str
     default: http://127.0.0.1:8000
   model:
-    description: Name that the model is served under.
+    description: Name under which the model is served.
     type: str
     required: true
   question:
@@ -38,7 +38,7 @@ options:
     type: str
     default: Paris
   timeout:
-    description: Seconds that one answer may take.
+    description: Timeout for one answer in seconds.
     type: float
     default: 120
   max_tokens:
@@ -46,7 +46,7 @@ options:
     type: int
     default: 32
   chat_template_kwargs:
-    description: Handed to the model's chat template; templates pass over what they do not know.
+    description: Handed to the model's chat template; templates ignore unknown keys.
     type: dict
     default: {enable_thinking: false}
   report:
@@ -55,7 +55,7 @@ options:
     default: ""
 author: ["The Sparkfleet developers"]
 attributes:
-  check_mode: {support: full, description: Asks in check mode too; nothing is changed by it.}
+  check_mode: {support: full, description: Also runs in check mode; changes nothing.}
   diff_mode: {support: none, description: There is nothing to show.}
 """
 
@@ -71,7 +71,7 @@ EXAMPLES = r"""
 RETURN = r"""
 verified: {description: Whether every check passed., returned: always, type: bool}
 checks:
-  description: One entry a check; name, ok, detail, seconds, failure (entry in the table of failures, or empty).
+  description: One entry per check; name, ok, detail, seconds, failure (entry in the table of failures, or empty).
   returned: always
   type: list
   elements: dict
@@ -81,8 +81,8 @@ completion: {description: The completion., returned: always, type: str}
 ttft_ms: {description: ms to the first streamed text with three requests at once., returned: success, type: float}
 tokens_per_second: {description: Rate of the stream after its first text., returned: success, type: float}
 usage: {description: Tokens of the three requests; prompt_tokens and completion_tokens., returned: always, type: dict}
-verify_id: {description: Stands in the X-Request-Id of the requests., returned: always, type: str}
-seconds: {description: Of the whole verification., returned: always, type: float}
+verify_id: {description: Part of the requests' X-Request-Id., returned: always, type: str}
+seconds: {description: Duration of the complete verification., returned: always, type: float}
 """
 
 from ansible.module_utils.basic import AnsibleModule

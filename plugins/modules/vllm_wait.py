@@ -6,12 +6,12 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: vllm_wait
-short_description: Looks at an engine that starts, waiting a little for a change
+short_description: Observes a starting engine, waiting briefly for a change
 description:
   - Polls the container's state and C(/health) until the engine is ready, the container has ended or restarted, or
-    the slice is over; then returns, with what the log says since the cursor. Changes nothing.
-  - The action of the same name repeats it until the engine is ready, has failed or O(timeout) is over, showing phases
-    with their figures, and explains a failure. The module alone ignores O(timeout).
+    the slice is over; then returns the log lines since the cursor. Changes nothing.
+  - The action of the same name repeats it until the engine is ready, has failed or O(timeout) has passed, shows the
+    phases with their figures, and explains failures. The module alone ignores O(timeout).
 options:
   container:
     description: Name of the engine's container.
@@ -51,7 +51,7 @@ options:
     default: /var/run/docker.sock
 author: ["The Sparkfleet developers"]
 attributes:
-  check_mode: {support: full, description: The module reads; the action says that it would wait.}
+  check_mode: {support: full, description: The module only reads; the action reports that it would wait.}
   diff_mode: {support: none, description: There is nothing to show.}
 """
 
@@ -69,10 +69,10 @@ state:
   description: running, paused, exited, restarting or missing. A container that could not be started counts as exited.
   returned: always
   type: str
-exit_code: {description: Exit code of the last end., returned: always, type: int}
+exit_code: {description: Exit code of the last run., returned: always, type: int}
 restart_count: {description: How often Docker restarted the container., returned: always, type: int}
 oom_killed: {description: Whether the kernel killed it for memory., returned: always, type: bool}
-error: {description: What Docker says about a start that failed., returned: always, type: str}
+error: {description: Docker's error about a failed start., returned: always, type: str}
 started_at: {description: RFC 3339 time of the last start., returned: always, type: str}
 log_lines: {description: Lines since the cursor with their times., returned: always, type: list, elements: str}
 cursor: {description: Time of the last line read., returned: always, type: str}

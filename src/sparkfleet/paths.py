@@ -13,7 +13,7 @@ def _collection() -> Path:
     for folder in (here.parents[2], here.parents[1] / "ansible_collections" / "sparkfleet" / "dgx"):
         if (folder / "meta" / "runtime.yml").is_file():
             return folder
-    raise RuntimeError(f"{here.parents[1]}: the collection sparkfleet.dgx is not beside this package; reinstall it")
+    raise RuntimeError(f"{here.parents[1]}: the collection sparkfleet.dgx is not next to this package; reinstall it")
 
 
 ROOT = _collection()

@@ -20,7 +20,7 @@ def expanded(what: str, text: str | Path) -> Path:
         os.fsencode(path)
     except RuntimeError:
         user = printable(str(text).partition("/")[0], 80)
-        raise SparkfleetError(f"{shown}: there is no home folder for {user}; write the path in full") from None
+        raise SparkfleetError(f"{shown}: there is no home directory for {user}; use the full path") from None
     except (OSError, ValueError) as error:
         raise SparkfleetError(f"{shown}: {error}") from None
     return path

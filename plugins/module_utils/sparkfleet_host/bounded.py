@@ -63,7 +63,7 @@ def _reason(error: ValueError) -> str:
 
 
 def _constant(text: str) -> Any:
-    raise ValueError(f"{text} is not a number of JSON")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _float(text: str) -> float:
@@ -122,7 +122,7 @@ def as_str(value: Any, what: str, limit: int = 64 * KIB) -> str:
 def as_int(value: Any, what: str, least: int = 0, most: int = 1 << 62) -> int:
     """`value`, which must be a whole number from `least` to `most`. Raises BoundsError."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise BoundsError(f"{what}: not a whole number: {_shown(value)}")
+        raise BoundsError(f"{what}: not an integer: {_shown(value)}")
     if not least <= value <= most:
         raise BoundsError(f"{what}: {_shown(value)} is not between {least} and {most}")
     return value
@@ -181,7 +181,7 @@ def open_beneath(folder: str | Path, name: str, flags: int = os.O_RDONLY, mode: 
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
             raise BoundsError(
-                f"{folder}/{printable(name, 200)}: a part of it is a symbolic link or no folder"
+                f"{folder}/{printable(name, 200)}: a part of it is a symbolic link or not a folder"
             ) from None
         raise
     finally:
@@ -211,7 +211,7 @@ def read_all(
     size = 0
     while True:
         if deadline is not None and time.monotonic() > deadline:
-            raise TimeoutError(f"{what}: not read to its end in time")
+            raise TimeoutError(f"{what}: not read completely in time")
         part = read(min(chunk, limit + 1 - size))
         if not part:
             return b"".join(parts)
@@ -334,7 +334,7 @@ def _is_repository_name(part: str) -> bool:
 def matched(pattern: re.Pattern[str], value: Any, what: str) -> str:
     """`value`, which must match as a whole. Raises BoundsError."""
     if not isinstance(value, str) or len(value) > 4096 or not pattern.fullmatch(value):
-        raise BoundsError(f"{what}: {_shown(value)} is not of the form it must have")
+        raise BoundsError(f"{what}: {_shown(value)} is not valid")
     return value
 
 

@@ -79,7 +79,7 @@ def check_listing(value: Any, what: str) -> dict[str, Any]:
         raise BoundsError(f"{what}: more than {MOST_FILES} files")
     for name, item in files.items():
         if not bounded.is_repository_path(name):
-            raise BoundsError(f"{what}: {bounded.printable(repr(name), 120)} cannot be a file's name")
+            raise BoundsError(f"{what}: {bounded.printable(repr(name), 120)} is not a valid file name")
         entry = bounded.as_dict(item, f"{what}: {name}")
         bounded.as_int(entry.get("size"), f"{what}: size of {name}", 0, FILE_BYTES)
         if "sha256" in entry:
@@ -251,7 +251,7 @@ def model_state(cache_dir: str | Path, repo: str, revision: str, remote_code: bo
     that was fetched without the code of its repository is not complete.
 
     commit: str | None; complete: bool; bytes: int, those of the model on this disk (all blobs, partial ones
-    included, where there is no manifest yet); total_bytes: int | None as the manifest has it; missing: list[str],
+    included, where the manifest is missing yet); total_bytes: int | None as the manifest has it; missing: list[str],
     files of the manifest that are absent or of another size; suspect: str, why its files are to be hashed before they
     are used again; path: str | None of the snapshot, if it exists.
     """

@@ -245,7 +245,7 @@ class Docker:
     def _unavailable(self, error: Exception) -> DockerUnavailable:
         where = self.socket_path
         if isinstance(error, FileNotFoundError):
-            why = "there is no such socket; is Docker installed and running (systemctl status docker)?"
+            why = "no such socket; is Docker installed and running (systemctl status docker)?"
         elif isinstance(error, ConnectionRefusedError):
             why = "nothing listens there; start Docker (systemctl start docker)"
         elif isinstance(error, PermissionError):
@@ -267,7 +267,7 @@ def _decode(raw: bytes) -> Any:
 
 def _object(answer: Any, path: str) -> dict[str, Any]:
     if not isinstance(answer, dict):
-        raise DockerError(f"the engine's answer for {printable(path, 200)} is no object")
+        raise DockerError(f"the engine's answer for {printable(path, 200)} is not an object")
     return answer
 
 
@@ -275,12 +275,12 @@ def _listed(answer: Any, path: str) -> list[dict[str, Any]]:
     """The items of a list, each with its id; Docker writes null for none. Raises DockerError."""
     items = [] if answer is None else answer
     if not isinstance(items, list) or not all(isinstance(_object(item, path).get("Id"), str) for item in items):
-        raise DockerError(f"the engine's answer for {path} is no list of things with an id")
+        raise DockerError(f"the engine's answer for {path} is not a list of objects with an ID")
     if len(items) > MOST:
         raise DockerError(f"the engine's answer for {path} has more than {MOST} items")
     return items
 
 
 def _message(answer: Any) -> str:
-    said = answer.get("message") if isinstance(answer, dict) and "message" in answer else answer or "no message"
-    return printable(str(said)[: 2 * MESSAGE].strip(), MESSAGE)
+    message = answer.get("message") if isinstance(answer, dict) and "message" in answer else answer or "no message"
+    return printable(str(message)[: 2 * MESSAGE].strip(), MESSAGE)

@@ -170,7 +170,7 @@ class Pace:
         return FetchError(
             "hub-unreachable",
             f"{constants.ENDPOINT} gives {self.name} too slowly ({came} bytes in {spent:.0f} s); check it, network and "
-            "proxy of this host, then run again, which goes on where this ended",
+            "proxy of this host, then run again: it resumes",
         )
 
 
@@ -201,7 +201,7 @@ class Paced(httpx2.SyncByteStream):
         self._pace.slow_answers += 1
         if self._pace.slow_answers >= SLOW_ANSWERS:
             raise self._pace.too_slow(came, waited)
-        raise httpx2.ReadTimeout(f"{came} bytes in {waited:.0f} s, which is too slow")
+        raise httpx2.ReadTimeout(f"{came} bytes in {waited:.0f} s: too slow")
 
     def close(self) -> None:
         self._stream.close()
@@ -229,7 +229,7 @@ def limit_answer(response: httpx2.Response) -> None:
     a file comes in good time."""
     url = str(response.request.url)
     if response.headers.get("Content-Encoding", "").strip().lower() not in ("", "identity"):
-        raise FetchError("hub-answer-odd", f"{url} answers compressed, which was not asked for")
+        raise FetchError("hub-answer-odd", f"{url} sent a compressed answer, which was not requested")
     stream, pace = response.stream, _asks_for_file.get()
     if not isinstance(stream, httpx2.SyncByteStream):
         return
@@ -256,8 +256,8 @@ def check_endpoint() -> None:
     if url.scheme != "https" and not near and Path(constants.HF_TOKEN_PATH).is_file():
         raise FetchError(
             "hub-token-in-clear",
-            f"the Hub at {constants.ENDPOINT} is without TLS, and the token could be read on its way: give "
-            "sparkfleet_hub_endpoint with https://, or take the token off the host",
+            f"the Hub at {constants.ENDPOINT} has no TLS, so the token could be intercepted: use https:// "
+            "in sparkfleet_hub_endpoint, or remove the token from the host",
         )
 
 
@@ -281,7 +281,7 @@ class Hashed:
         if self._file.tell() + len(data) > self._expected.size:
             raise FetchError(
                 "checksum",
-                f"{self._expected.name} is longer than the {self._expected.size} bytes that the Hub's list says",
+                f"{self._expected.name} is longer than the {self._expected.size} bytes in the Hub's list",
             )
         self.sha.update(data)
         return self._file.write(data)
@@ -355,7 +355,7 @@ class Fetch:
         except TimeoutError:
             raise FetchError(
                 "hub-unreachable",
-                f"{constants.ENDPOINT} has not said within {self.request.seconds:g} s which files there are",
+                f"{constants.ENDPOINT} did not list its files within {self.request.seconds:g} s",
             ) from None
 
     def resolve(self) -> None:
@@ -375,7 +375,7 @@ class Fetch:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             reason = bounded.printable(" ".join(f"{type(error).__name__}: {error}".split()), 200)
-            raise FetchError("hub-answer-odd", f"{constants.ENDPOINT} answers as no Hub does ({reason})") from error
+            raise FetchError("hub-answer-odd", f"{constants.ENDPOINT} does not answer like a Hub ({reason})") from error
 
     def _look_up(self) -> None:
         repo, revision = self.request.repo, self.request.revision
@@ -398,7 +398,7 @@ class Fetch:
         if twice:
             raise FetchError("hub-answer-odd", f"the Hub lists {twice[0]} of {repo} twice, with different content")
         if not self.files:
-            raise FetchError("hub-revision-unknown", f"{repo} at {self.commit} has no file that is asked for")
+            raise FetchError("hub-revision-unknown", f"{repo} at {self.commit} has none of the requested files")
 
     def _pages(self) -> Iterator[list[Any]]:
         """The list of files as `HfApi.list_repo_tree` asks for it, which follows any number of pages."""
@@ -423,7 +423,7 @@ class Fetch:
         if wrong:
             raise FetchError(
                 "model-differs",
-                f"{constants.ENDPOINT} offers another {self.request.repo} than the controller expects: {wrong}",
+                f"{constants.ENDPOINT} offers a different {self.request.repo} than the controller expects: {wrong}",
             )
 
     def _chosen(self, names: list[str]) -> list[str]:
@@ -457,7 +457,7 @@ class Fetch:
             raise FetchError(
                 "disk-full",
                 f"{self.request.repo} needs {needed / 1e9:.1f} GB more in {cache}, which has"
-                f" {free / 1e9:.1f} GB free; make room there or set another cache directory",
+                f" {free / 1e9:.1f} GB free; free some space there or set another cache directory",
             )
 
     # -- download ------------------------------------------------------------------------------------------
@@ -576,8 +576,8 @@ class Fetch:
                 self._blob(file).unlink(missing_ok=True)
             raise FetchError(
                 "checksum",
-                f"{still[0].name} of {self.request.repo} arrived twice with a content other than the Hub names;"
-                " a proxy or the disk alters it: check both (dmesg, HTTPS_PROXY), then run again",
+                f"{still[0].name} of {self.request.repo} was downloaded twice with content that differs from the Hub's;"
+                " a proxy or the disk corrupts it: check both (dmesg, HTTPS_PROXY), then run again",
             )
 
     # -- the end -------------------------------------------------------------------------------------------
@@ -641,11 +641,11 @@ def _remote_file(repo: str, entry: dict[str, Any]) -> RemoteFile:
     name, lfs = entry["path"], entry.get("lfs")
     if not bounded.is_repository_path(name):
         shown = bounded.printable(repr(name), 120)
-        raise FetchError("hub-answer-odd", f"the Hub lists a file {shown} of {repo}: that cannot be a file's name")
+        raise FetchError("hub-answer-odd", f"the Hub lists a file {shown} of {repo}: that is not a valid file name")
     size, hash = (lfs["size"], lfs["oid"]) if lfs else (entry["size"], entry["oid"])
     good = isinstance(hash, str) and (SHA256 if lfs else COMMIT).fullmatch(hash)
     if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= MOST_BYTES or not good:
-        raise FetchError("hub-answer-odd", f"the Hub lists {name} of {repo} with an odd size or hash")
+        raise FetchError("hub-answer-odd", f"the Hub lists {name} of {repo} with an invalid size or hash")
     return RemoteFile(name, size, hash, bool(lfs))
 
 
@@ -689,12 +689,13 @@ def explain(error: BaseException, request: Request) -> FetchError:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return FetchError(
                 "disk-full",
-                f"no space left in {request.cache_dir} while downloading {repo}; make room and run again, it resumes",
+                f"no space left in {request.cache_dir} while downloading {repo}; free some space and run again, it "
+                "resumes",
             )
         if isinstance(cause, OSError) and cause.errno == errno.EROFS:
             return FetchError(
                 "cache-read-only",
-                f"{request.cache_dir} is read-only: `findmnt -T {request.cache_dir}` and `dmesg` tell why; mount it "
+                f"{request.cache_dir} is read-only: see `findmnt -T {request.cache_dir}` and `dmesg`; mount it "
                 "writable, then run again",
             )
         if isinstance(cause, HfHubHTTPError):
@@ -758,9 +759,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ignore-nothing", action="store_true")
     parser.add_argument("--remote-code", action="store_true", help="the repository's code too")
     parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for commit and list of files")
-    parser.add_argument("--expected", type=Path, metavar="FILE", help="list that what is offered must be")
-    parser.add_argument("--list", action="store_true", help="say what the Hub has, and download nothing")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for the commit and the list of files")
+    parser.add_argument("--expected", type=Path, metavar="FILE", help="list that the offered files must match")
+    parser.add_argument("--list", action="store_true", help="print what the Hub has, and download nothing")
     given = parser.parse_args(argv)
     request = Request(
         repo=given.repo,

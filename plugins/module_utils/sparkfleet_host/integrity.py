@@ -5,7 +5,7 @@
 disk's speed, and writes what it found to /var/lib/sparkfleet/integrity.json:
 
     {"version": 1, "cache_dir", "began", "updated", "finished": bool,          Unix times
-     "left_out",                                                               models that no check looks at
+     "left_out",                                                               models that no check covers
      "models": {"ORG/NAME@COMMIT": {"repo", "commit", "checked", "files", "bytes", "seconds", "damaged": [name],
                                     "missing": [name], "more", "error": ""}}}  more: names left out
 
@@ -106,7 +106,7 @@ def verify_model(
         before = _identity(place)
         manifest = read_manifest(place)
     except FileNotFoundError:
-        found["error"] = f"{place}: there is no manifest"
+        found["error"] = f"{place}: the manifest is missing"
         return found
     except (OSError, BoundsError) as error:
         found["error"] = f"{LIST}: {error}"
@@ -194,7 +194,7 @@ class _Pace:
 
     def __init__(self, share: float, rate: float, sleep: Callable[[float], Any]) -> None:
         if not 0 < share <= 1 or not 0 <= rate < float("inf"):
-            raise ValueError(f"share {share} is not above 0 and up to 1, or rate {rate} is below 0")
+            raise ValueError(f"share {share} is not in (0, 1], or rate {rate} is negative")
         self._share, self._rate, self._sleep = share, rate, sleep
         self._since = time.monotonic()
 
@@ -249,7 +249,7 @@ def verify_all(
     old = {key: entry for key, entry in known.items() if _is_there(cache_dir, key, entry)}
     keys = {f"{repo}@{commit}" for repo, commit in chosen}
     others = sorted(old.keys() - keys, key=lambda key: (not _names(old[key]), key))[: MOST_MODELS - len(keys)]
-    told: dict[str, Any] = {
+    report: dict[str, Any] = {
         "version": VERSION,
         "cache_dir": str(cache_dir),
         "began": int(time.time()),
@@ -269,16 +269,16 @@ def verify_all(
         elif mark and not found["error"] and _mark(cache_dir, repo, commit) == mark:
             with contextlib.suppress(OSError):  # the next fetch hashes it then
                 clear_suspicion(cache_dir, repo, commit)
-        told["models"][f"{repo}@{commit}"] = _brief(found)
-        told["updated"] = int(time.time())
+        report["models"][f"{repo}@{commit}"] = _brief(found)
+        report["updated"] = int(time.time())
         if time.monotonic() - written >= WRITE_SECONDS:
-            write_json(result, told)
+            write_json(result, report)
             written = time.monotonic()
         state = found["error"] or (f"damaged or missing: {', '.join(wrong[:5])}" if wrong else "sound")
         say(f"{repo}@{commit[:12]}: {found['files']} files, {found['bytes'] / 1e9:.2f} GB: {state}")
-    told["finished"] = True
-    write_json(result, told)
-    return told
+    report["finished"] = True
+    write_json(result, report)
+    return report
 
 
 def _first(models: Iterable[tuple[str, str]]) -> tuple[list[tuple[str, str]], int]:
@@ -373,8 +373,8 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="sparkfleet_host.pyz integrity")
     parser.add_argument("--cache-dir", default="/opt/hf")
     parser.add_argument("--model", action="append", default=None, metavar="ORG/NAME@COMMIT")
-    parser.add_argument("--share", type=float, default=SHARE, help="of the time that reading may take")
-    parser.add_argument("--rate", type=float, default=0.0, help="bytes a second at most; 0: no limit")
+    parser.add_argument("--share", type=float, default=SHARE, help="share of time to spend reading")
+    parser.add_argument("--rate", type=float, default=0.0, help="maximum bytes per second; 0: no limit")
     parser.add_argument("--result", default=RESULT)
     given = parser.parse_args(list(argv))
     wanted = None
@@ -385,17 +385,17 @@ def main(argv: Sequence[str]) -> int:
                 print(f"{bounded.printable(name, 80)!r} is not ORG/NAME@COMMIT", file=sys.stderr)
                 return USAGE
         if len(wanted) > MOST_MODELS:
-            print(f"{len(wanted)} models; {MOST_MODELS} are looked at in one go", file=sys.stderr)
+            print(f"{len(wanted)} models; at most {MOST_MODELS} are checked at once", file=sys.stderr)
             return USAGE
     if not Path(given.cache_dir).is_dir():
         print(
-            f"{given.cache_dir}: no folder that the check can see; of one that is a link into /root or the like "
-            "sparkfleet_cache_dir must name the folder itself",
+            f"{given.cache_dir}: not visible to the check; if it is a link into /root or the like, "
+            "sparkfleet_cache_dir must name its target",
             file=sys.stderr,
         )
         return USAGE
     if not 0 < given.share <= 1 or not 0 <= given.rate < float("inf"):
-        print("--share is above 0 and up to 1, --rate 0 or more", file=sys.stderr)
+        print("--share must be above 0 and at most 1, --rate at least 0", file=sys.stderr)
         return USAGE
     result = Path(given.result)
     try:
@@ -404,12 +404,12 @@ def main(argv: Sequence[str]) -> int:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print("another check of this host's models runs", file=sys.stderr)
+                print("another check of this host's models is running", file=sys.stderr)
                 return BUSY
-            told = verify_all(given.cache_dir, result, wanted, given.share, given.rate)
+            report = verify_all(given.cache_dir, result, wanted, given.share, given.rate)
     except OSError as error:
         print(f"{result}: {error}", file=sys.stderr)
         return USAGE
-    if told["left_out"]:
-        print(f"{told['left_out']} models were not looked at: the first {MOST_MODELS} are", file=sys.stderr)
-    return DAMAGED if damaged(told) or told["left_out"] else SOUND
+    if report["left_out"]:
+        print(f"{report['left_out']} models were not checked: only the first {MOST_MODELS} are", file=sys.stderr)
+    return DAMAGED if damaged(report) or report["left_out"] else SOUND

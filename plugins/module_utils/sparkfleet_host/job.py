@@ -29,7 +29,7 @@ RATE_OVER = 10.0  # seconds
 STATES = ("running", "done", "failed")
 STATUS_BYTES = 1 << 20
 LARGEST = 1 << 62
-RECLAIMING = "the removal of what no release needs"
+RECLAIMING = "the removal of unneeded images and models"
 RECLAIM_SECONDS = 300.0  # that a job waits for it
 #: Types that a field of the status file may have, and its value where it has another.
 FIELDS: dict[str, tuple[tuple[type, ...], Any]] = {

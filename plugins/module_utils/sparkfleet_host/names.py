@@ -97,7 +97,7 @@ class Names:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`names [--socket PATH]`: for ever."""
-    parser = argparse.ArgumentParser(prog="sparkfleet_host names", description="Resolve names of HAProxy's servers.")
+    parser = argparse.ArgumentParser(prog="sparkfleet_host names", description="Resolve the names of HAProxy servers.")
     parser.add_argument("--socket", default=SOCKET)
     options = parser.parse_args(argv)
     names = Names(options.socket, say=lambda text: print(text, flush=True))

@@ -253,7 +253,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     ) -> urllib.request.Request | None:
         scheme = urllib.parse.urlsplit(newurl).scheme
         if scheme not in ("https", "http") or (scheme == "http" and req.full_url.startswith("https:")):
-            raise RegistryError(f"redirected from https to {printable(newurl, 120)}, which is not followed")
+            raise RegistryError(f"redirected from https to {printable(newurl, 120)}, not followed")
         made = super().redirect_request(req, fp, code, msg, headers, newurl)
         if made is not None:
             made.headers.pop("Proxy-authorization", None)
@@ -408,7 +408,7 @@ class Registry:
             return f"Bearer {self._token(kinds['bearer'], url)}"
         if "basic" in kinds and self._basic:
             return self._basic
-        raise RegistryError(f"{self.host} asks for a login that is not there", "image-denied", 401)
+        raise RegistryError(f"{self.host} requires a login, and there is none", "image-denied", 401)
 
     def _token(self, challenge: str, url: str) -> str:
         given = dict(re.findall(r'(\w+)="([^"]*)"', challenge[:8192]))
@@ -436,7 +436,7 @@ class Registry:
         except BoundsError as error:
             raise RegistryError(str(error)) from None
         if not re.fullmatch(r"[!-~]+", token):
-            raise RegistryError(f"{host} gave a token that no header can carry")
+            raise RegistryError(f"{host} returned an invalid token")
         return token
 
     def _open(self, url: str, headers: dict[str, str], authorization: str) -> Answer:
@@ -457,7 +457,7 @@ class Registry:
         try:
             body = bounded.read_all(answer.read1, what, limit)
         except TimeoutError:
-            raise TimeoutError(f"{self.host}: {what}: not read to its end in time") from None
+            raise TimeoutError(f"{self.host}: {what}: not read completely in time") from None
         except (http.client.HTTPException, ValueError) as error:
             raise RegistryError(f"{self.host}: {printable(str(error), 120)}") from None
         if answer.length:
@@ -596,9 +596,9 @@ class TailingBlob:
                     yield chunk
                     continue
                 if not self._alive() and not self._whole(start):
-                    raise OSError("the fetch that this waits for has ended")
+                    raise OSError("the fetch being waited for has ended")
                 if time.monotonic() - moved > SILENCE:
-                    raise OSError(f"nothing came for {SILENCE:.0f} s")
+                    raise OSError(f"no data for {SILENCE:.0f} s")
                 time.sleep(0.1)
                 if file is not None and self._replaced(file):
                     file.close()
@@ -689,7 +689,7 @@ class Layout:
         with bounded.open_below(self.folder, "blobs", "sha256", self.path(digest).name) as file:
             body = file.read(MANIFEST_BYTES + 1)
         if f"sha256:{hashlib.sha256(body).hexdigest()}" != digest:
-            raise BoundsError(f"{self.path(digest)} has another content than its name says")
+            raise BoundsError(f"{self.path(digest)} does not match its digest")
         return body
 
     def know(self, digest: str) -> list[str]:
@@ -817,10 +817,10 @@ def _download(registry: Registry, digest: str, size: int, path: Path) -> None:
                     sha.update(chunk)
         there = file.tell()
     if there < size:
-        raise RegistryError(f"{digest} was cut after {there} of {size} bytes")
+        raise RegistryError(f"{digest} ended after {there} of {size} bytes")
     if f"sha256:{sha.hexdigest()}" != digest:
         partial.unlink()
-        raise RegistryError(f"{digest} arrived with another content")
+        raise RegistryError(f"{digest} arrived with different content")
     partial.replace(path)
 
 
@@ -851,7 +851,7 @@ def _steadily(answer: Answer, size: int) -> Iterator[bytes]:
         spent = time.monotonic() - began
         if spent > SILENCE:
             if came < SLOWEST * spent:
-                raise TimeoutError(f"{came} bytes in {spent:.0f} s, which is too slow")
+                raise TimeoutError(f"{came} bytes in {spent:.0f} s: too slow")
             began, came = time.monotonic(), 0
 
 

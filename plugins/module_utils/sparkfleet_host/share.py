@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one Spark fetches, others take from it: image by digest, model by the Hub's own protocol.
+"""Shares what one Spark fetches with the other Sparks: image by digest, model by the Hub's own protocol.
 
 `share serve FILE`   on the source: a registry that fetches what it lacks once, and the Hub's answers for models in the
                      cache folder, also while they are still being downloaded. Other Sparks come in over TLS, with a
@@ -114,7 +114,7 @@ class Model:
                 if self.revision in (found["revision"], found["commit"]):
                     return found
             if not self.alive() or time.monotonic() > deadline:
-                raise Refused(503, f"{self.repo} is neither here nor on its way")
+                raise Refused(503, f"{self.repo} is neither here nor being downloaded")
             time.sleep(0.2)
 
     def _read(self, name: str) -> dict[str, Any]:
@@ -203,7 +203,7 @@ class Source:
                     digest, blobs = self.layout.add(image, Registry(ref, info, auth), arch, wanted)
                 except (OSError, BoundsError) as error:
                     failure = getattr(error, "id", "registry-unreachable")
-                    raise JobError(failure, f"{ref.registry} was asked for {image}: {error}") from error
+                    raise JobError(failure, f"{ref.registry}, asked for {image}: {error}") from error
                 kept += blobs
             self.images[ref.path] = (ref, digest)
         if not self.settings.offline and self.settings.images:
@@ -219,7 +219,7 @@ class Source:
         missing = sum(self.layout.sizes[blob] for blob in set(blobs) if not self.layout.path(blob).is_file())
         free = shutil.disk_usage(self.settings.store).free
         if free < missing + self.settings.room:
-            needed = f"{missing / 1e9:.1f} GB for the image as it travels beside {self.settings.room / 1e9:.1f} GB"
+            needed = f"{missing / 1e9:.1f} GB for the image in transit besides {self.settings.room / 1e9:.1f} GB"
             raise JobError("disk-full", f"{self.settings.store} has {free / 1e9:.1f} GB free, it takes {needed}")
 
 
@@ -299,7 +299,7 @@ class Handler(BaseHTTPRequestHandler):
         elif file:
             self._file(self._model(file[1], file[2]), file[3])
         else:
-            raise Refused(404, "no such thing here")
+            raise Refused(404, "not found")
 
     # -- registry ------------------------------------------------------------------------------------------
 
@@ -490,13 +490,13 @@ class Server(Limited, HTTPServer):
             request.settimeout(CONNECT_SECONDS)
             wrapped = self._context.wrap_socket(request, server_side=True)
         except (OSError, ssl.SSLError) as error:
-            print(f"{client_address[0]} was not let in: {error}", file=sys.stderr, flush=True)
+            print(f"{client_address[0]} was rejected: {error}", file=sys.stderr, flush=True)
             return
         with wrapped:
             super().finish_request(wrapped, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke is the other side's to mend."""
+        """A broken connection is for the other side to handle."""
         print(f"{client_address[0]}: {sys.exc_info()[1]!r}", file=sys.stderr, flush=True)
 
 
@@ -632,7 +632,7 @@ def connect(file: Path) -> int:
             tunnel.connect().close()
     except OSError as error:
         where = ", ".join(sorted({f"{item['address']}:{item['port']}" for item in settings["tunnels"]}))
-        tell(folder, error=f"no way to {where}: {error}")
+        tell(folder, error=f"cannot reach {where}: {error}")
         return 0
     _run(tunnels, activity, float(settings.get("idle", 900)), folder)
     return 0

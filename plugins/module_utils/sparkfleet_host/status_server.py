@@ -171,9 +171,9 @@ class StatusServer:
     def _answered(self, received: bytes, whole: bool) -> bytes:
         words = received.split(b"\n", 1)[0].decode("latin-1").split()
         if not whole or len(received) > HEAD_BYTES:
-            status, text, method = 431, "the headers are too large\n", "GET"
+            status, text, method = 431, "headers too large\n", "GET"
         elif len(words) != 3 or not words[2].startswith("HTTP/1.") or not words[1].startswith("/"):
-            status, text, method = 400, "this is not a request\n", "GET"
+            status, text, method = 400, "not an HTTP request\n", "GET"
         elif words[0] not in ("GET", "HEAD"):
             status, text, method = 405, "GET and HEAD only\n", "GET"
         else:

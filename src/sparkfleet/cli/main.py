@@ -31,7 +31,7 @@ from sparkfleet.fleet import (
     outage,
 )
 from sparkfleet.onboarding import init
-from sparkfleet.onboarding.prompts import tell
+from sparkfleet.onboarding.prompts import report_line
 from sparkfleet.paths import ROOT
 from sparkfleet.planning import (
     catalog,
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except KeyboardInterrupt:
         print(
-            "sparkfleet: interrupted. What runs on the hosts goes on to its end: `sparkfleet status` shows it, and the "
+            "sparkfleet: interrupted. Jobs on the hosts continue: `sparkfleet status` shows them, and the "
             "same command joins it.",
             file=sys.stderr,
         )
@@ -94,7 +94,7 @@ def _is_text(word: str) -> bool:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """What argparse says, words of the command line in it without what moves a terminal."""
+        """argparse's message, with control characters removed from quoted arguments."""
         super().error(report.clean(message))
 
 
@@ -112,18 +112,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ARGUMENT=VALUE",
         action="append",
         default=[],
-        help="an argument of vllm serve in place of the card's, such as max_model_len=65536; may be repeated",
+        help="an argument of vllm serve that overrides the card's, such as max_model_len=65536; may be repeated",
     )
 
-    plan = verbs.add_parser("plan", parents=[model], help="say whether a model fits a Spark, and what it can do there")
-    plan.add_argument("--total-gib", type=_gib, help=f"memory in all (default: {memory_plan.USUAL_TOTAL_GIB})")
+    plan = verbs.add_parser(
+        "plan", parents=[model], help="show whether a model fits a Spark, and how it performs there"
+    )
+    plan.add_argument("--total-gib", type=_gib, help=f"total memory (default: {memory_plan.USUAL_TOTAL_GIB})")
     plan.add_argument(
-        "--available-gib", type=_gib, help=f"memory available (default: all but {memory_plan.USUAL_HOST_GIB} GiB)"
+        "--available-gib", type=_gib, help=f"available memory (default: all but {memory_plan.USUAL_HOST_GIB} GiB)"
     )
     plan.add_argument(
-        "--reserve-gib", type=_gib_or_none, default=4.0, help="floor that the plan leaves to the host (default: 4)"
+        "--reserve-gib", type=_gib_or_none, default=4.0, help="memory that the plan leaves to the host (default: 4)"
     )
-    plan.add_argument("--engine", metavar="VERSION", help="version of vLLM (default: that of the card's image)")
+    plan.add_argument("--engine", metavar="VERSION", help="vLLM version (default: that of the card's image)")
     plan.add_argument("--json", action="store_true", help="for programs")
     plan.set_defaults(run=_plan)
 
@@ -131,12 +133,12 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--json", action="store_true", help="for programs")
     models.set_defaults(run=_models)
 
-    show = verbs.add_parser("compose", parents=[model], help="print the compose file of a model")
+    show = verbs.add_parser("compose", parents=[model], help="print the compose file for a model")
     show.add_argument(
         "--source",
         choices=("local", "hub"),
         default="local",
-        help="local: fetched before and served offline; hub: the server downloads (default: %(default)s)",
+        help="local: fetched first and served offline; hub: the server downloads (default: %(default)s)",
     )
     show.set_defaults(run=_compose)
     init.add_parser(verbs)
@@ -144,30 +146,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-#: Verbs that run a playbook: their line of help.
+#: Verbs that run a playbook, with their help text.
 PLAYBOOKS = {
-    "preflight": "look at the hosts, print what stands in the way, change nothing",
-    "deploy": "take the hosts to what the inventory says (site.yml)",
-    "verify": "ask the endpoints questions with known answers",
-    "switch": "another model or profile; back to the old one if it does not verify",
-    "upgrade": "another image; back to the old one if it does not verify",
-    "rollout": "what the inventory says, in waves that stop at the first failure",
-    "rollback": "back to the release before, or to one by its number",
-    "start": "start what is deployed",
-    "stop": "stop it; it stays stopped over a restart of the host",
-    "restart": "restart the engine, and verify it",
-    "status": "what each host serves, and how",
-    "logs": "the engine's last lines",
-    "drift": "what differs from the inventory; exit code 4 if anything does",
-    "bundle": "a folder with all that Sparks without internet need, to carry in (sparkfleet_bundle)",
-    "diagnose": "find out what is wrong, with causes and remedies; writes a bundle for a report",
-    "remove": "take Sparkfleet off the hosts; shows first what would go",
+    "preflight": "inspect the hosts, print all findings, change nothing",
+    "deploy": "bring the hosts to the state in the inventory (site.yml)",
+    "verify": "verify the endpoints with questions whose answers are known",
+    "switch": "change the model or profile; roll back if it does not verify",
+    "upgrade": "change the image; roll back if it does not verify",
+    "rollout": "deploy in waves that stop at the first failure",
+    "rollback": "return to the previous release, or to one by number",
+    "start": "start the deployed release",
+    "stop": "stop it; it stays stopped across reboots",
+    "restart": "restart the engine and verify it",
+    "status": "show what each host serves",
+    "logs": "show the engine's last log lines",
+    "drift": "show differences from the inventory; exit code 4 if there are any",
+    "bundle": "create a folder with everything that Sparks without internet need (sparkfleet_bundle)",
+    "diagnose": "find out what is wrong, with causes and remedies; writes an archive for a bug report",
+    "remove": "remove Sparkfleet from the hosts; shows first what would be removed",
 }
 
 
-#: Verbs that may stop an engine that serves: of more hosts than one only in waves, or when that is confirmed.
+#: Verbs that may stop a serving engine: on more than one host only in waves, or when confirmed.
 INTERRUPTING = frozenset(("deploy", "switch", "upgrade", "rollback", "stop", "restart", "rollout", "bundle"))
-#: Verbs whose result is all that there is to show.
+#: Verbs that show only their result.
 SILENT = frozenset(("status", "logs"))
 
 
@@ -176,29 +178,31 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     common.add_argument("-i", "--inventory", default=default_inventory(), help="default: %(default)s")
     common.add_argument("-l", "--limit", metavar="HOSTS", help="only these hosts of the inventory")
     common.add_argument("-e", "--extra-vars", metavar="NAME=VALUE", type=_extra, action="append", default=[])
-    common.add_argument("-C", "--check", action="store_true", help="say what would change, change nothing")
-    common.add_argument("-K", "--ask-become-pass", action="store_true", help="ask for sudo's password")
+    common.add_argument("-C", "--check", action="store_true", help="report what would change, change nothing")
+    common.add_argument("-K", "--ask-become-pass", action="store_true", help="ask for the sudo password")
     common.add_argument("--json", action="store_true", help="one JSON document on standard output")
     for verb, text in PLAYBOOKS.items():
         parser = verbs.add_parser(verb, parents=[common], help=text, description=text)
         parser.set_defaults(run=_verb, verb=verb)
         if verb in INTERRUPTING:
             parser.add_argument(
-                "--yes", action="store_true", help="do not ask; several Sparks that serve may stop at the same time"
+                "--yes", action="store_true", help="do not ask; several serving Sparks may stop at the same time"
             )
         if verb == "switch":
             parser.add_argument(
-                "model", nargs="?", type=_word, help="a card's name or path; left out, only the profile changes"
+                "model", nargs="?", type=_word, help="a card's name or path; without it only the profile changes"
             )
             parser.add_argument("--profile", type=_word)
         elif verb == "upgrade":
             parser.add_argument("image", type=_word)
         elif verb == "bundle":
-            parser.add_argument("folder", type=_word, help="where to; one that is there gets what it lacks")
+            parser.add_argument("folder", type=_word, help="destination; an existing one is completed")
         elif verb == "rollout":
-            parser.add_argument("--dry", action="store_true", help="plan, input and waves on paper; contacts nobody")
+            parser.add_argument("--dry", action="store_true", help="show plan, input and waves; contacts no host")
         elif verb == "rollback":
-            parser.add_argument("release", nargs="?", type=_count, help="number of a release (default: the one before)")
+            parser.add_argument(
+                "release", nargs="?", type=_count, help="number of a release (default: the previous one)"
+            )
         elif verb == "status":
             parser.set_defaults(run=_status)
             parser.add_argument(
@@ -208,7 +212,7 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
                 nargs="?",
                 type=_seconds,
                 const=5.0,
-                help="look again and again, with this pause (default: 5)",
+                help="repeat at this interval (default: 5)",
             )
         elif verb == "logs":
             parser.add_argument("host", nargs="?", help="the same as --limit HOST")
@@ -220,7 +224,7 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 
 def _arguments(options: argparse.Namespace) -> list[str]:
-    """The words for ansible-playbook."""
+    """The arguments for ansible-playbook."""
     if options.verb == "switch" and not (options.model or options.profile):
         raise SparkfleetError("switch needs a model, a --profile or both (`sparkfleet models` lists them)")
     words = [word for pair in options.extra_vars for word in ("-e", pair)]
@@ -304,11 +308,11 @@ def _verb(options: argparse.Namespace) -> int:
 
 
 def _agrees(question: str) -> bool:
-    """A person's yes. Raises SparkfleetError where nobody can answer."""
+    """Ask for confirmation. Raises SparkfleetError without a terminal."""
     try:
         return input(f"{question} [yes/no] ").strip().lower() in ("y", "yes")
     except EOFError:
-        raise SparkfleetError(f"nobody can answer '{question}' here: use --yes; nothing was changed") from None
+        raise SparkfleetError(f"cannot ask '{question}' without a terminal: use --yes; nothing was changed") from None
 
 
 def _run(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[HostResult], Board, dict[str, Any]]:
@@ -333,7 +337,7 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[HostRe
     if log.path:
         made["events"] = str(log.path)
     if log.problem:
-        tell(f"sparkfleet: {log.problem}")
+        report_line(f"sparkfleet: {log.problem}")
     return hosts, board, made
 
 
@@ -383,7 +387,7 @@ def _status(options: argparse.Namespace) -> int:
     words = _arguments(options)
     if options.watch is not None:
         if options.json:
-            raise SparkfleetError("--watch is for people: leave out --json, or call status again and again")
+            raise SparkfleetError("--watch cannot be combined with --json; call status repeatedly instead")
         return _watch(options, words)
     error: dict[str, Any] = {}
     try:
@@ -430,7 +434,7 @@ def _extra(text: str) -> str:
 
 def _count(text: str) -> int:
     if not re.fullmatch("[0-9]{1,6}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text[:40]}' is not a whole number from 1 to 999999")
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' is not an integer from 1 to 999999")
     return int(text)
 
 
@@ -447,7 +451,7 @@ def _seconds(text: str) -> float:
 def _gib(text: str) -> float:
     value = _gib_or_none(text)
     if value < LEAST_GIB:
-        raise argparse.ArgumentTypeError(f"'{printable(text, 60)}' is not an amount of GiB from {LEAST_GIB} on")
+        raise argparse.ArgumentTypeError(f"'{printable(text, 60)}' is not a number of GiB from {LEAST_GIB} up")
     return value
 
 
@@ -457,7 +461,7 @@ def _gib_or_none(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= MOST_GIB:
-        raise argparse.ArgumentTypeError(f"'{printable(text, 60)}' is not an amount of GiB up to {MOST_GIB}")
+        raise argparse.ArgumentTypeError(f"'{printable(text, 60)}' is not a number of GiB up to {MOST_GIB}")
     return value
 
 
@@ -479,7 +483,7 @@ def _plan(options: argparse.Namespace) -> int:
     total = options.total_gib or memory_plan.USUAL_TOTAL_GIB
     available = options.available_gib or max(total - memory_plan.USUAL_HOST_GIB, 0.0)
     if available > total:
-        raise SparkfleetError(f"--available-gib {available:g} is more than the host has in all ({total:g})")
+        raise SparkfleetError(f"--available-gib {available:g} is more than the host's total ({total:g})")
     made = memory_plan.make(
         engine.card,
         engine.arguments,

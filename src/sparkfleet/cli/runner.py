@@ -174,7 +174,7 @@ class Collector:
         if not self.hosts:
             self.error = (
                 "no host of the group sparks is in the inventory (name your Sparks there, or make your group a child "
-                "of sparks), or the limit leaves none"
+                "of sparks), or the limit excludes all"
             )
             return BAD_INPUT
         return code
@@ -214,18 +214,18 @@ def become_password() -> str:
     try:
         return getpass.getpass("BECOME password: ")
     except EOFError:
-        raise SparkfleetError("-K asks for sudo's password: run it on a terminal") from None
+        raise SparkfleetError("-K asks for the sudo password: run it on a terminal") from None
 
 
 def run(verb: str, inventory: str, arguments: Sequence[str], collector: Collector) -> int:
     """Run a verb; the exit code. `arguments` are ansible-playbook's own. Raises SparkfleetError."""
     if not playbook(verb).exists():
-        raise SparkfleetError(f"{playbook(verb)} is missing; install sparkfleet again")
+        raise SparkfleetError(f"{playbook(verb)} is missing; reinstall sparkfleet")
     place = Path(inventory)
     with contextlib.suppress(OSError, RuntimeError):  # a name that is too long, a loop of links
         place = place.resolve(strict=True)
     if not inventory or not place.is_absolute() or not os.path.exists(place):  # noqa: PTH110  raises nothing
-        raise SparkfleetError(f"inventory {inventory!r}: there is no such file or folder; copy inventory/example")
+        raise SparkfleetError(f"inventory {inventory!r}: no such file or folder; copy inventory/example")
 
     def take(event: Mapping[str, Any]) -> bool:
         collector.take(event)

@@ -22,8 +22,8 @@ def explained(message: str) -> str:
     """The bare message, with a remedy where there is one to add."""
     message = bare(message)
     if _PASSWORD.search(message):
-        said = message.splitlines()[-1]
-        return f"{said}: run again with -K (--ask-become-pass), and type the password of the user you log in as"
+        reason = message.splitlines()[-1]
+        return f"{reason}: run again with -K (--ask-become-pass), and type the password of the user you log in as"
     if _NOISE.search(message):
         return (
             f"{message.rstrip('.')}. The login shell of the user there prints something of its own, which mixes with "

@@ -78,7 +78,7 @@ def findings(facts: Mapping[str, Any]) -> list[Finding]:
         if len(facts["engines"]) > 1 and item.now == before.now:  # of another engine
             evidence = tuple(dict.fromkeys((*before.evidence, *item.evidence)))
             seen[item.id] = dataclasses.replace(before, evidence=evidence)
-    # A loop has a cause, and the cause is what to mend.
+    # A restart loop has a cause, and the cause is what to fix.
     causes = [item for item in seen.values() if item.id not in CONSEQUENCES and not BY_ID[item.id].harmless]
     if causes:
         for name in ("engine-died", "internal"):
@@ -102,7 +102,7 @@ def _of_each(
 def _unchecked(facts: Mapping[str, Any]) -> list[Finding]:
     """Explains nothing of the rest."""
     left_out = facts.get("unchecked_models")
-    return [Finding("models-unchecked", (f"{left_out} models were not looked at",))] if left_out else []
+    return [Finding("models-unchecked", (f"{left_out} models were not checked",))] if left_out else []
 
 
 CONSEQUENCES = (

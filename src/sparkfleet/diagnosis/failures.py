@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one table of failures: how each shows itself, why it happens, what to do.
+"""The table of failures: how each one shows, why it happens, and what to do.
 
 Preflight, fetch, the wait for readiness, verification and the docs read it. `python -m sparkfleet.diagnosis.failures`
-prints it as Markdown. Order matters: of two entries that fit the same log, the one further up is reported first.
+prints it as Markdown. Order matters: of two entries that match the same log, the earlier one is reported first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Failure:
     `id` is what results and tests name. `signature` has regular expressions over single log lines or messages of
     Docker; `statuses` are the Hub's HTTP codes, `exit_codes` the container's. `unless` names entries that explain the
     same lines better. `harmless`: seen in the log of an engine that works. `chapter` is the guide's, "" if it has none.
-    `auto_recovery`: what mends it without a person, and how; "" for nothing.
+    `auto_recovery`: what fixes it automatically, and how; "" for nothing.
     """
 
     id: str
@@ -47,14 +47,14 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """An entry of the table and the lines that gave it away (none for an exit code, a status or a fact)."""
+    """A table entry and the lines that matched it (none for an exit code, a status or a fact)."""
 
     failure: Failure
     lines: tuple[str, ...] = ()
 
     @property
     def message(self) -> str:
-        """What failed, why, and what to do, in one sentence or two."""
+        """What failed, why, and what to do, in one or two sentences."""
         return f"{self.failure.title}: {self.failure.cause}. {self.failure.remedy}"
 
 
@@ -63,27 +63,28 @@ TABLE: tuple[Failure, ...] = (
     Failure(
         "memory-refused",
         "vLLM refused to start for lack of free memory",
-        "less is free than gpu_memory_utilization asks for; memory is shared with the CPU, and vLLM 0.10.1.1 counts "
-        "the page cache as used",
-        "Stop what else uses memory on the host and deploy again (the page cache is dropped just before the start), or "
-        "lower gpu_memory_utilization. A smaller max_model_len or `docker system prune` does not help.",
+        "less memory is free than gpu_memory_utilization asks for; memory is shared with the CPU, and vLLM 0.10.1.1 "
+        "counts the page cache as used",
+        "Stop whatever else uses memory on the host and deploy again (the page cache is dropped just before the "
+        "start), or lower gpu_memory_utilization. A smaller max_model_len or `docker system prune` does not help.",
         (r"Free memory on device .*is less than desired", r"Free memory on device .*is less than the engine's budget"),
         chapter=MEMORY,
         auto_recovery="every start by a switch or the guard drops the page cache first",
     ),
     Failure(
         "memory-profiling",
-        "vLLM gave up while it measured memory",
+        "vLLM failed while profiling memory",
         "memory was freed during the measurement: another process ended, or the page cache was dropped",
-        "Deploy again while nothing else starts or stops on the host.",
+        "Deploy again while nothing else is starting or stopping on the host.",
         (r"Error in memory profiling", r"AssertionError: .*[Ii]nitial free memory"),
         chapter=MEMORY,
-        auto_recovery="the guard starts it again, up to its cap",
+        auto_recovery="the guard restarts it, up to its limit",
     ),
     Failure(
         "kv-cache-too-small",
         "no room for the KV cache",
-        "what the weights leave of gpu_memory_utilization holds less than one request of max_model_len tokens",
+        "the memory that the weights leave within gpu_memory_utilization cannot hold one request of max_model_len "
+        "tokens",
         "Raise gpu_memory_utilization, or lower max_model_len or max_num_batched_tokens.",
         (
             r"larger than the available KV cache memory",
@@ -97,7 +98,7 @@ TABLE: tuple[Failure, ...] = (
         "out-of-memory",
         "the engine ran out of memory",
         "weights, activations and KV cache need more than the host has; on a Spark GPU and CPU share it",
-        "Lower gpu_memory_utilization or max_num_batched_tokens, and stop what else uses memory on the host.",
+        "Lower gpu_memory_utilization or max_num_batched_tokens, and stop whatever else uses memory on the host.",
         (
             r"OutOfMemoryError",
             r"CUDA out of memory",
@@ -110,7 +111,7 @@ TABLE: tuple[Failure, ...] = (
     Failure(
         "shared-memory-small",
         "the container's shared memory is too small",
-        "Docker's default of /dev/shm is 64 MiB",
+        "Docker's default size for /dev/shm is 64 MiB",
         "Give the service `ipc: host`, as Sparkfleet's compose file does.",
         (r"Insufficient space in /dev/shm", r"insufficient shared memory", r"No space left on device: '/dev/shm"),
     ),
@@ -118,7 +119,7 @@ TABLE: tuple[Failure, ...] = (
     Failure(
         "triton-sm121a",
         "the image cannot compile for the GB10 (sm_121a)",
-        "the ptxas that Triton brings along is older than the GPU",
+        "the ptxas bundled with Triton is older than the GPU",
         "Use NVIDIA's image (nvcr.io/nvidia/vllm:25.09-py3 or later); vllm/vllm-openai works on a Spark from 2026 on.",
         (
             r"'sm_121a?' is not defined for option",
@@ -130,16 +131,17 @@ TABLE: tuple[Failure, ...] = (
     Failure(
         "fp8-cutlass",
         "an FP8 kernel failed",
-        "the image's CUTLASS kernels do not fit the GB10, or --quantization fp8 was put on a model that is not FP8",
-        "Use NVIDIA's image and a model that is quantized already (as those of the catalogue); leave out "
+        "the image's CUTLASS kernels do not support the GB10, or --quantization fp8 was set for a model that is not "
+        "FP8",
+        "Use NVIDIA's image and a model that is already quantized (such as those in the catalogue), without "
         "--quantization fp8.",
         (r"cutlass_scaled_mm", r"cutlass_gemm_caller", r"RuntimeError: Error Internal", r"No compiled cutlass"),
         chapter=FP8,
     ),
     Failure(
         "kernel-image-missing",
-        "the image has no code for this GPU",
-        "its CUDA build leaves out compute capability 12.1",
+        "the image has no kernels for this GPU",
+        "it was built without compute capability 12.1",
         "Use NVIDIA's image (nvcr.io/nvidia/vllm:25.09-py3 or later).",
         (r"no kernel image is available for execution",),
         unless=("triton-sm121a",),
@@ -149,7 +151,7 @@ TABLE: tuple[Failure, ...] = (
         "the GPU driver is too old for the image",
         "the image's CUDA is newer than the driver supports",
         "Update DGX OS (driver 580 or later for CUDA 13), or use an older image. Keep the image's entry point: it "
-        "switches CUDA forward compatibility on.",
+        "enables CUDA forward compatibility.",
         (
             r"CUDA driver version is insufficient",
             r"NVIDIA driver on your system is too old",
@@ -172,11 +174,11 @@ TABLE: tuple[Failure, ...] = (
     ),
     Failure(
         "gpu-lost",
-        "the GPU does not answer any more",
-        "it fell off the bus or its driver lost it (Xid 79, 119 and 120 in the kernel's log); nothing but a restart of "
+        "the GPU no longer responds",
+        "it fell off the bus or its driver lost it (Xid 79, 119 and 120 in the kernel log); only a reboot of "
         "the host brings it back",
-        "Restart the host; if it happens again, update DGX OS and its firmware, then ask NVIDIA with the Xid lines of "
-        "`journalctl -k`.",
+        "Reboot the host; if it happens again, update DGX OS and its firmware, then contact NVIDIA with the Xid lines "
+        "from `journalctl -k`.",
         (
             r"No devices were found",
             r"GPU is lost",
@@ -187,19 +189,19 @@ TABLE: tuple[Failure, ...] = (
     ),
     Failure(
         "gpu-xid",
-        "the driver reported an error of the GPU",
-        "an Xid in the kernel's log: 13, 31 and 45 come from the program that ran, 48, 63, 64, 94 and 95 from memory, "
-        "others from driver or hardware",
-        "Look the number up in NVIDIA's list of Xid errors. If the engine serves, nothing is to be done but to watch "
-        "whether it comes again; else restart it, then the host.",
+        "the driver reported a GPU error",
+        "an Xid in the kernel log: 13, 31 and 45 come from the application, 48, 63, 64, 94 and 95 from memory, others "
+        "from the driver or hardware",
+        "Look the number up in NVIDIA's list of Xid errors. If the engine serves, just watch whether it recurs; "
+        "otherwise restart the engine, then reboot the host.",
         (r"\bXid\b.*: \d+",),
         unless=("gpu-lost",),
-        auto_recovery="an engine that ends or hangs by it is started again by the guard, up to its cap",
+        auto_recovery="the guard restarts an engine that crashes or hangs because of it, up to its limit",
     ),
     Failure(
         "gpu-invisible",
         "the container sees no GPU",
-        "it was started without one, or the driver on the host does not answer",
+        "it was started without one, or the driver on the host does not respond",
         "Check nvidia-smi on the host; deploy again so that the service reserves the GPU.",
         (
             r"No CUDA GPUs are available",
@@ -211,8 +213,8 @@ TABLE: tuple[Failure, ...] = (
     ),
     Failure(
         "capability-warning",
-        "warning of compute capability 12.1",
-        "PyTorch was built before the GB10 was on its list; its kernels for 12.0 run on 12.1",
+        "warning about compute capability 12.1",
+        "PyTorch was built before the GB10 was supported; its kernels for 12.0 run on 12.1",
         "Nothing to do.",
         (
             r"is of (?:cuda|compute) capability (?:\(CC\) )?12\.1",
@@ -225,8 +227,8 @@ TABLE: tuple[Failure, ...] = (
     Failure(
         "disk-full",
         "a disk is full",
-        "image, model and compile caches need more room than is free",
-        "Make room (`docker system df`, `du -sh /opt/hf/*` show what is there), or set sparkfleet_cache_dir to a "
+        "image, model and compile caches need more space than is free",
+        "Free some space (see `docker system df` and `du -sh /opt/hf/*`), or set sparkfleet_cache_dir to a "
         "larger disk, and run again: downloads resume.",
         (r"[Nn]o space left on device", r"\bENOSPC\b", r"[Dd]isk quota exceeded"),
         chapter=INCOMPLETE,
@@ -234,7 +236,7 @@ TABLE: tuple[Failure, ...] = (
     Failure(
         "download-incomplete",
         "the model's files are incomplete or damaged",
-        "a download was cut, or a copy was not whole",
+        "a download was interrupted, or a copy was incomplete",
         "Run playbooks/fetch.yml: it checks every file against the pinned revision and fetches what is missing. "
         "Partial files are /opt/hf/models--ORG--NAME/blobs/*.incomplete; delete none while a download runs.",
         (
@@ -252,15 +254,16 @@ TABLE: tuple[Failure, ...] = (
     ),
     Failure(
         "models-unchecked",
-        "the files of some models in the cache are not checked",
-        "a check looks at 256 models, and the cache has manifests of more; whoever may write to it can add any number",
-        "Remove from /opt/hf/.sparkfleet the folders of models that you know nothing of; `systemctl start "
+        "some models in the cache are not checked",
+        "a check covers 256 models, and the cache has manifests for more; anyone who can write to it can add any "
+        "number",
+        "Remove the directories of models you do not recognise from /opt/hf/.sparkfleet; `systemctl start "
         "sparkfleet-integrity` on the host checks again.",
     ),
     Failure(
         "model-not-in-cache",
         "the model is not in the cache",
-        "the engine runs offline from fetched files and some of them are not there at this revision",
+        "the engine runs offline from fetched files, and some of them are missing for this revision",
         "Run playbooks/fetch.yml, then deploy again.",
         (
             r"LocalEntryNotFoundError",
@@ -273,36 +276,36 @@ TABLE: tuple[Failure, ...] = (
     Failure(
         "cache-read-only",
         "the model cache is read-only",
-        "its file system is mounted read-only: by /etc/fstab, or by the kernel after an error of the disk",
-        "Look at `findmnt -T /opt/hf` and `dmesg`; mount it writable, then run again.",
+        "its file system is mounted read-only: by /etc/fstab, or by the kernel after a disk error",
+        "Check `findmnt -T /opt/hf` and `dmesg`; mount it writable, then run again.",
         (r"Read-only file system.*(?:/opt/hf|huggingface)", r"(?:/opt/hf|huggingface).*Read-only file system"),
     ),
     Failure(
         "cache-permission",
-        "the engine may not read or write its cache",
-        "owner or mode of a folder under the cache directory does not fit",
-        "Run playbooks/prepare.yml: it sets owner and mode of the cache directory.",
+        "the engine cannot read or write its cache",
+        "a directory under the cache directory has the wrong owner or mode",
+        "Run playbooks/prepare.yml: it sets the owner and mode of the cache directory.",
         (r"PermissionError: .*(?:huggingface|/opt/hf|\.cache)", r"PermissionError: .*Permission denied"),
     ),
     Failure(
         "context-too-long",
         "max_model_len is longer than the model's context",
-        "the model was made for fewer tokens than the service asks for",
-        "Lower max_model_len to what the message names, or choose another profile.",
+        "the model supports fewer tokens than the service asks for",
+        "Lower max_model_len to the value in the message, or choose another profile.",
         (r"User-specified max_model_len .*is greater", r"than the derived max_model_len"),
     ),
     Failure(
         "argument-unknown",
         "vLLM does not know an argument",
-        "the arguments of the model card belong to another version than the image's",
-        "Take the argument that the message names out of the model card, or use an image whose vLLM has it.",
+        "the model card's arguments are for a different version than the image's",
+        "Remove the argument named in the message from the model card, or use an image whose vLLM supports it.",
         (r"error: unrecognized arguments", r"vllm.*: error: ", r"error: argument .*: (?:invalid|expected)"),
     ),
     Failure(
         "model-unsupported",
         "this vLLM cannot run the model",
         "its architecture or quantization is newer than the image",
-        "Use a newer image, or a model of the catalogue.",
+        "Use a newer image, or a model from the catalogue.",
         (
             r"Model architectures .* (?:are not supported|failed to be inspected)",
             r"does not recognize this architecture",
@@ -313,7 +316,7 @@ TABLE: tuple[Failure, ...] = (
     Failure(
         "port-taken",
         "the port is taken",
-        "another process or container on the host listens there",
+        "another process or container on the host is listening on it",
         "Stop it (`ss -ltnp` names it), or set sparkfleet_port to a free port.",
         (
             r"[Aa]ddress already in use(?!.*Retrying)",
@@ -323,38 +326,38 @@ TABLE: tuple[Failure, ...] = (
     ),
     Failure(
         "address-unknown",
-        "it is not known where a gateway reaches the engine",
-        "the inventory has gateways; the Spark's name in it stands for no address of the Spark's own, and no way leads "
-        "from there to the gateways",
+        "no address is known at which a gateway can reach the engine",
+        "the inventory has gateways, but the Spark's name in it does not resolve to one of the Spark's addresses, and "
+        "the Spark has no route to the gateways",
         "Set sparkfleet_address to the Spark's address, or sparkfleet_listen to addresses or to `all`.",
     ),
     Failure(
         "address-gone",
-        "the host does not have the address that the engine is published on",
-        "it has got another address since it was deployed (DHCP without a reservation)",
-        "Deploy again, which takes the address of today, or set sparkfleet_listen: all.",
+        "the host no longer has the address that the engine is published on",
+        "its address has changed since the deployment (DHCP without a reservation)",
+        "Deploy again, which uses the current address, or set sparkfleet_listen: all.",
         (r"[Cc]annot assign requested address",),
     ),
     Failure(
         "name-taken",
-        "the container's name is taken",
-        "a container of that name exists that Sparkfleet did not make",
+        "the container name is already in use",
+        "a container with that name exists that Sparkfleet did not create",
         "Remove it with `docker rm -f NAME` on the host, if it is not needed.",
         (r"The container name .* is already in use",),
     ),
     Failure(
         "network-missing",
-        "the bridge of Docker's network is gone",
-        "somebody removed the interface, or a firewall or network service did; Docker believes that it is there",
-        "Restart Docker (`systemctl restart docker`), which makes it again; it stops other containers for a moment.",
+        "the bridge of the Docker network is gone",
+        "someone, a firewall or a network service removed the interface; Docker believes it still exists",
+        "Restart Docker (`systemctl restart docker`), which recreates it; this briefly stops other containers.",
         (r"adding interface \S+ to bridge \S+ failed", r"could not find bridge", r"network bridge not found"),
-        auto_recovery="the guard restarts Docker once, unless containers of others would end with it",
+        auto_recovery="the guard restarts Docker once, unless that would stop other containers",
     ),
     Failure(
         "mount-missing",
-        "a file or folder that the engine's container mounts is not there",
+        "a file or directory that the engine's container mounts is missing",
         "it was removed, or its disk is not mounted",
-        "Bring it back, or run site.yml, which writes what Sparkfleet writes.",
+        "Restore it, or run site.yml, which rewrites what Sparkfleet manages.",
     ),
     Failure(
         "cache-not-mounted",
@@ -364,28 +367,29 @@ TABLE: tuple[Failure, ...] = (
     ),
     Failure(
         "compose-invalid",
-        "Docker Compose refuses the file of the release",
-        "it was written by hand, or an argument or variable has a form that Compose understands in another way",
-        "Correct what the message names in the inventory or the model card and deploy again; what runs is untouched.",
+        "Docker Compose rejects the release's compose file",
+        "it was edited by hand, or Compose parses an argument or variable differently",
+        "Correct what the message names in the inventory or the model card and deploy again; the running engine is "
+        "untouched.",
     ),
     # -- images ------------------------------------------------------------------------------------------------
     Failure(
         "image-differs",
-        "what was offered is not the image",
-        "another Spark or a bundle gave another digest than the registry has for this tag",
-        "Look into the Spark that gave it. An image NAME@sha256:DIGEST is certain.",
+        "the offered image is not the expected one",
+        "another Spark or a bundle offered a different digest than the registry has for this tag",
+        "Check the Spark that offered it. An image NAME@sha256:DIGEST avoids the question.",
     ),
     Failure(
         "model-differs",
-        "what was offered is not the model",
-        "another Spark or a bundle offered another commit, file or hash than the Hub has for this revision",
-        "Look into the Spark that offered it. Where a branch has moved on since, set the commit as the revision.",
+        "the offered model is not the expected one",
+        "another Spark or a bundle offered a different commit, file or hash than the Hub has for this revision",
+        "Check the Spark that offered it. If the branch has moved since, set the commit as the revision.",
     ),
     Failure(
         "image-platform",
-        "the image is for another processor",
+        "the image is for another architecture",
         "a Spark is aarch64; the image was built for something else",
-        "Use an image with linux/arm64 (NVIDIA's have it).",
+        "Use an image for linux/arm64 (NVIDIA's have it).",
         (
             r"exec format error",
             r"no matching manifest for linux",
@@ -395,64 +399,64 @@ TABLE: tuple[Failure, ...] = (
     Failure(
         "image-missing",
         "the image of the release is not on the host",
-        "it was not fetched, or somebody removed it (`docker image prune`)",
-        "Run site.yml, or playbooks/fetch.yml and then the same again: it pulls what is pinned.",
+        "it was not fetched, or it was removed (`docker image prune`)",
+        "Run site.yml, or playbooks/fetch.yml and then the same command again: it pulls the pinned image.",
         (r"No such image",),
     ),
     Failure(
         "image-unknown",
         "the registry has no such image",
-        "name or tag are wrong, or the tag was removed",
-        "Check sparkfleet_image, or image in the model card.",
+        "the name or tag is wrong, or the tag was removed",
+        "Check sparkfleet_image, or `image` in the model card.",
         (r"manifest unknown", r"manifest for .* not found", r"repository does not exist"),
     ),
     Failure(
         "image-denied",
         "the registry refuses the image",
-        "it needs an account, or the account may not pull it",
-        "`docker login REGISTRY` on the host with an account that may; check the image's name.",
+        "it requires an account, or the account is not allowed to pull it",
+        "Run `docker login REGISTRY` on the host with an account that is; check the image's name.",
         (r"pull access denied", r"unauthorized: authentication required"),
     ),
     Failure(
         "image-pull",
         "the image could not be pulled",
-        "Docker gave a reason that is not in this table",
+        "Docker reported a reason that is not in this table",
         "See `journalctl -u docker` on the host.",
     ),
     Failure(
         "registry-name",
         "the registry's name does not resolve",
         "the host has no working name server for it",
-        "Check /etc/resolv.conf and the network of the host.",
+        "Check /etc/resolv.conf and the host's network.",
         (r"dial tcp: lookup \S+.*(?:no such host|server misbehaving|i/o timeout)",),
     ),
     Failure(
         "registry-unreachable",
         "the registry cannot be reached",
-        "network, firewall or proxy stand between the host and the registry",
-        "Check the network of the host and the proxy of its Docker engine, then run again: the pull resumes.",
+        "the network, a firewall or a proxy blocks the connection",
+        "Check the host's network and the proxy of its Docker engine, then run again: the pull resumes.",
         (r"net/http: (?:request canceled|TLS handshake timeout)", r"Client\.Timeout exceeded while awaiting headers"),
     ),
     Failure(
         "registry-tls",
         "the registry's certificate is not trusted",
-        "a private CA, or a proxy that opens TLS",
-        "Put its CA at /etc/docker/certs.d/REGISTRY/ca.crt on the host.",
+        "a private CA, or a proxy that intercepts TLS",
+        "Put the CA certificate in /etc/docker/certs.d/REGISTRY/ca.crt on the host.",
         (r"x509: certificate", r"tls: failed to verify certificate"),
     ),
     Failure(
         "registry-limit",
-        "the registry limits the number of pulls",
+        "the registry limits the pull rate",
         "too many pulls from this address",
-        "Wait, or `docker login REGISTRY` on the host.",
+        "Wait, or run `docker login REGISTRY` on the host.",
         (r"toomanyrequests",),
     ),
     # -- the Hugging Face Hub ----------------------------------------------------------------------------------
     Failure(
         "hub-repo-unknown",
         "the Hub has no such model",
-        "the repository's name is wrong, or it is private and the token may not see it",
-        "Check repo in the model card.",
+        "the repository's name is wrong, or it is private and the token has no access to it",
+        "Check `repo` in the model card.",
         (r"RepositoryNotFoundError", r"Repository Not Found for url", r"is not a valid model identifier"),
         statuses=(404,),
         chapter=LICENCE,
@@ -460,24 +464,24 @@ TABLE: tuple[Failure, ...] = (
     Failure(
         "hub-revision-unknown",
         "the model has no such revision",
-        "branch, tag or commit do not exist in the repository",
-        "Set sparkfleet_revision to one that its page lists.",
+        "the branch, tag or commit does not exist in the repository",
+        "Set sparkfleet_revision to one listed on the model's page.",
         (r"RevisionNotFoundError", r"Revision Not Found for url", r"is not a valid git identifier"),
     ),
     Failure(
         "hub-token-rejected",
         "the Hub rejects the token",
         "it is mistyped, expired or revoked",
-        "Make a new read token at https://huggingface.co/settings/tokens and set sparkfleet_hf_token.",
+        "Create a new read token at https://huggingface.co/settings/tokens and set sparkfleet_hf_token.",
         (r"Invalid credentials in Authorization header", r"Invalid user token", r"token .{0,40}is (?:invalid|expired)"),
         chapter=LICENCE,
     ),
     Failure(
         "hub-token-missing",
         "the model is gated and there is no token",
-        "its licence must be accepted by the account that a token belongs to",
-        "Accept the licence on the model's page, make a read token at https://huggingface.co/settings/tokens, and set "
-        "sparkfleet_hf_token (or export HF_TOKEN before the run).",
+        "its licence must be accepted with the account that the token belongs to",
+        "Accept the licence on the model's page, create a read token at https://huggingface.co/settings/tokens, and "
+        "set sparkfleet_hf_token (or export HF_TOKEN before the run).",
         (
             r"401 Client Error",
             r"you must have access to it and be authenticated",
@@ -490,10 +494,10 @@ TABLE: tuple[Failure, ...] = (
     Failure(
         "hub-no-access",
         "the token's account has no access to the model",
-        "its licence was not accepted with that account, or a fine-grained token lacks the right to read gated "
-        "repositories",
-        "Open the model's page with that account and accept the licence (for NVIDIA's Llama models Meta's may be asked "
-        "for first); give a fine-grained token the right.",
+        "its licence was not accepted with that account, or a fine-grained token does not have permission to read "
+        "gated repositories",
+        "Open the model's page with that account and accept the licence (NVIDIA's Llama models may require Meta's "
+        "first); give a fine-grained token that permission.",
         (r"403 Client Error", r"not in the authorized list", r"awaiting a review from the repo authors"),
         statuses=(403,),
         chapter=LICENCE,
@@ -510,7 +514,7 @@ TABLE: tuple[Failure, ...] = (
     Failure(
         "hub-unreachable",
         "the Hugging Face Hub cannot be reached",
-        "name server, network, proxy or certificates of the host",
+        "the host's DNS, network, proxy or certificates",
         "Check `curl -I https://huggingface.co` on the host, then run again: downloads resume.",
         (
             r"[Cc]ouldn't connect to '?https://huggingface",
@@ -524,264 +528,265 @@ TABLE: tuple[Failure, ...] = (
     ),
     Failure(
         "hub-answer-odd",
-        "the Hub's answer is not one that a Hub gives",
-        "something else answers at the address of the Hub, a proxy alters its answers, or the repository has files "
-        "whose names cannot be",
-        "Check sparkfleet_hub_endpoint and the proxy; open the repository's page.",
+        "unexpected answer from the Hub",
+        "something other than a Hub answers at its address, a proxy alters its answers, or the repository "
+        "has invalid file names",
+        "Check sparkfleet_hub_endpoint, the proxy, and the repository's page.",
     ),
     Failure(
         "hub-token-in-clear",
-        "the Hub's token would travel without TLS",
-        "sparkfleet_hub_endpoint begins with http://",
-        "Give it with https://, or take the token off the host.",
+        "the Hub token would be sent without TLS",
+        "sparkfleet_hub_endpoint starts with http://",
+        "Use https://, or remove the token from the host.",
     ),
     # -- background jobs of the fetch --------------------------------------------------------------------------
     Failure(
         "fetch-busy",
-        "another fetch runs on the host",
-        "image and model are fetched one at a time",
+        "another fetch is running on the host",
+        "only one fetch of an image and one of a model may run at a time",
         "Wait for it, then run again.",
     ),
     Failure(
         "bundle",
-        "the bundle does not have what the host needs",
-        "it was made for another image, model, system or processor, or files of it are missing or cut",
-        "Make it again with `sparkfleet bundle FOLDER` and the inventory that is to be deployed.",
+        "the bundle is missing something that the host needs",
+        "it was made for another image, model, OS or architecture, or some of its files are missing or truncated",
+        "Recreate it with `sparkfleet bundle FOLDER` and the inventory to be deployed.",
     ),
     Failure(
         "packages",
-        "packages could not be put together, or not be listed",
-        "apt refused: its sources do not answer, or lack a package",
-        "Run `apt-get update` on the host and mend what it complains of.",
+        "packages could not be collected or listed",
+        "apt failed: its sources do not respond, or a package is missing from them",
+        "Run `apt-get update` on the host and fix what it reports.",
     ),
     Failure(
         "fetch-died",
         "a background job ended without a result",
-        "it was killed, or the host was restarted",
+        "it was killed, or the host was rebooted",
         "Run again: it resumes.",
-        auto_recovery="the next run goes on where it stopped",
+        auto_recovery="the next run resumes where it stopped",
     ),
     Failure(
         "fetch-timeout",
-        "a fetch took longer than allowed",
-        "the source is slow; the job goes on in the background",
+        "a fetch timed out",
+        "the source is slow; the job continues in the background",
         "Run again to attach to it.",
     ),
     Failure(
         "fetch-io",
         "a file of the fetch could not be read or written",
-        "permissions, a broken disk or a missing folder on the host",
+        "permissions, a failing disk or a missing directory on the host",
         "Run playbooks/prepare.yml, then fetch again.",
     ),
     Failure(
         "checksum",
-        "a downloaded file is not what the Hub says it is",
-        "the transfer damaged it, or something in between changed it",
+        "a downloaded file does not match its checksum on the Hub",
+        "it was damaged in transit, or something altered it on the way",
         "Run again: the file is fetched again. If that does not help, look for a proxy that alters downloads.",
         chapter=INCOMPLETE,
         auto_recovery="the next run fetches the file again",
     ),
     Failure(
         "docker",
-        "Docker refused or does not answer",
-        "the engine is not running, or the operator may not use it",
-        "See `systemctl status docker` and `journalctl -u docker` on the host; run playbooks/prepare.yml.",
+        "Docker refused a request or does not respond",
+        "the daemon is not running, or the operator is not allowed to use it",
+        "Check `systemctl status docker` and `journalctl -u docker` on the host; run playbooks/prepare.yml.",
         (r"Cannot connect to the Docker daemon", r"Is the docker daemon running"),
-        auto_recovery="systemd starts Docker again; a switch waits two minutes for it",
+        auto_recovery="systemd restarts Docker; a switch waits two minutes for it",
     ),
     # -- before anything changes -------------------------------------------------------------------------------
     Failure(
         "memory-short",
-        "the plan does not fit into the host's memory",
-        "GPU and CPU share one memory; what the engine asks for is not available, would leave the host too little, or "
-        "holds less than one sequence of max_model_len tokens",
-        "Stop what else uses memory on the host, or choose what `sparkfleet plan MODEL` proposes: a lower "
-        "gpu_memory_utilization, a shorter max_model_len, another profile or model. sparkfleet_memory_plan: warn goes "
-        "on all the same.",
+        "the plan does not fit in the host's memory",
+        "GPU and CPU share memory; what the engine asks for is not available, would leave the host too little, or "
+        "cannot hold one sequence of max_model_len tokens",
+        "Stop whatever else uses memory on the host, or choose what `sparkfleet plan MODEL` proposes: a lower "
+        "gpu_memory_utilization, a shorter max_model_len, another profile or model. sparkfleet_memory_plan: warn "
+        "continues anyway.",
         chapter=MEMORY,
     ),
     Failure(
         "layout-unknown",
         "the planner does not know the model's KV cache",
-        "its attention keeps something whose size does not follow from the model card",
-        "Set sparkfleet_memory_plan: warn to go on without a plan, and watch the first start.",
+        "its attention keeps state whose size cannot be derived from the model card",
+        "Set sparkfleet_memory_plan: warn to continue without a plan, and watch the first start.",
     ),
     Failure(
         "image-unsupported",
         "the image does not run on a GB10",
-        "it was built before the GB10, for another processor, or its name does not say which version it is",
-        "Use nvcr.io/nvidia/vllm:25.09-py3 or later, or vllm/vllm-openai at a version of 2026.",
+        "it predates the GB10, was built for another architecture, or its name does not show its version",
+        "Use nvcr.io/nvidia/vllm:25.09-py3 or later, or a vllm/vllm-openai version from 2026.",
         chapter=FP8,
     ),
     Failure(
         "not-root",
         "Sparkfleet does not run as root on the host",
-        "packages, services and folders of the host are root's; another user does not even see whose a port is",
+        "packages, services and directories on the host belong to root; other users cannot even see which process owns "
+        "a port",
         "Set become: true (ansible_become: true in the inventory), or run ansible-playbook with --become.",
     ),
     Failure(
         "clock-wrong",
         "the host's clock is wrong",
-        "it was not set by a time server; certificates and signatures look expired or not yet valid",
-        "Set it: `timedatectl set-ntp true` on the host, and let it reach a time server.",
+        "it is not synchronised; certificates and signatures look expired or not yet valid",
+        "Set it: `timedatectl set-ntp true` on the host, and make sure it reaches a time server.",
     ),
     Failure(
         "docker-too-old",
         "Docker is too old",
-        "requests for a GPU in the form that Sparkfleet uses came with Docker 20.10",
+        "the GPU request format that Sparkfleet uses needs Docker 20.10",
         "Upgrade it the way it was installed; Sparkfleet does not touch a Docker that other containers depend on.",
     ),
     Failure(
         "compose-too-old",
         "Docker's Compose plugin is missing or too old",
-        "Ansible's module for Compose asks for 2.18",
+        "Ansible's module for Compose needs 2.18",
         "Install or upgrade it the way Docker was installed (packages docker-compose-plugin, docker-compose-v2 or "
         "docker-compose).",
     ),
     Failure(
         "toolkit-too-old",
         "the NVIDIA Container Toolkit is too old",
-        "`nvidia-ctk runtime configure` came with 1.12",
+        "`nvidia-ctk runtime configure` needs 1.12",
         "Upgrade it: `apt-get install --only-upgrade nvidia-container-toolkit` on the host.",
     ),
     Failure(
         "not-a-spark",
         "the host has no GB10",
-        "the address is another machine's, or its driver is not installed",
-        "Check the inventory and nvidia-smi; to go on all the same set sparkfleet_require_gb10: false.",
+        "the address belongs to another machine, or the driver is not installed",
+        "Check the inventory and nvidia-smi; set sparkfleet_require_gb10: false to continue anyway.",
     ),
     Failure(
         "os-unsupported",
         "the operating system is not supported",
-        "DGX OS (Ubuntu 24.04) is; Debian 12 and 13 are for the simulator",
+        "only DGX OS (Ubuntu 24.04) is; Debian 12 and 13 are for the simulator",
         "Install DGX OS.",
     ),
     Failure(
         "os-without-compose",
-        "the distribution has no package of Compose v2",
+        "the distribution has no package for Compose v2",
         "it is too old",
         "Set sparkfleet_docker_source: docker.",
     ),
     Failure(
         "machine-unsupported",
-        "the processor is not supported",
+        "the architecture is not supported",
         "a Spark is aarch64; x86_64 is for the simulator",
         "Check the address in the inventory.",
     ),
     Failure(
         "operator-unknown",
         "the operator's user does not exist",
-        "it is neither in /etc/passwd nor in the directory service of the host",
+        "it is neither in /etc/passwd nor in the host's directory service",
         "Set sparkfleet_operator to a user that exists.",
     ),
     Failure(
         "cache-not-a-folder",
-        "the cache directory is not a folder",
-        "a file of that name exists",
+        "the cache path is not a directory",
+        "a file with that name exists",
         "Move it, or set sparkfleet_cache_dir.",
     ),
     Failure(
         "bad-input",
-        "a value is not of the form it must have",
+        "a value is invalid",
         "the message names it",
-        "Correct it in the inventory or the model card.",
+        "Correct it in the inventory or model card.",
     ),
     Failure(
         "all-at-once",
-        "more than one Spark that serves would stop at the same time",
-        "the verb was given several hosts that serve now, and nobody confirmed that all may stop",
-        "Use `sparkfleet rollout`, or -l for one after the other, or confirm it with --yes (ansible-playbook: "
+        "more than one serving Spark would stop at the same time",
+        "the command covers several hosts that are serving, and stopping them all was not confirmed",
+        "Use `sparkfleet rollout`, or -l to do one at a time, or confirm with --yes (ansible-playbook: "
         "-e sparkfleet_all_at_once=true).",
     ),
     Failure(
         "same-host",
-        "one host has two names in the inventory",
-        "both names lead to the same machine: its machine ID and boot ID are the same",
+        "one host appears twice in the inventory",
+        "both names refer to the same machine: machine ID and boot ID are identical",
         "Remove one of the names from the inventory, or correct its ansible_host.",
     ),
-    # -- waiting and verifying: found by looking, not in a log -------------------------------------------------
+    # -- waiting and verifying: observed, not found in a log -------------------------------------------------
     Failure(
         "switch-running-other",
-        "another run is switching the host to a release",
-        "two operators, or a run of yours that was cut: its job goes on on the host",
-        "Wait until it is over (`sparkfleet status` shows it), then run again.",
+        "another run is switching this host to a release",
+        "two operators, or an interrupted run of yours: its job continues on the host",
+        "Wait until it finishes (`sparkfleet status` shows it), then run again.",
     ),
     Failure(
         "lock-held",
-        "another program holds the lock of switches",
-        "somebody took it by hand (`flock`), or a process of Sparkfleet hangs",
+        "another program holds the switch lock",
+        "someone took it by hand (`flock`), or a Sparkfleet process hangs",
         "End the process that the message names, then run again.",
     ),
     Failure(
         "switch-interrupted",
-        "a switch was cut half way",
-        "the host was restarted, or the job was killed",
-        "Nothing to do: the release before is started and verified again. Then run again.",
-        auto_recovery="the guard, or the next run, brings the release before back",
+        "a switch was interrupted",
+        "the host was rebooted, or the job was killed",
+        "Nothing to do: the previous release is started and verified again. Then run again.",
+        auto_recovery="the guard, or the next run, restores the previous release",
     ),
     Failure(
         "switch-restored",
-        "the last switch failed, and what ran before was brought back",
+        "the last switch failed, and the previous release was restored",
         "the new release did not verify",
-        "Mend what is named beside it, and deploy again; the release's log is kept in /opt/sparkfleet/releases/N.",
+        "Fix the cause reported with it and deploy again; the release's log is kept in /opt/sparkfleet/releases/N.",
     ),
     Failure(
         "switch-not-restored",
-        "the last switch failed, and so did the way back",
-        "what is wrong with the host keeps both releases from serving",
-        "Mend what is named beside it; then `sparkfleet start`, or deploy again.",
+        "the last switch failed, and so did the rollback",
+        "a problem with the host keeps both releases from serving",
+        "Fix the cause reported with it, then run `sparkfleet start` or deploy again.",
     ),
     Failure(
         "guard-gave-up",
         "the guard gave up: the engine failed too often",
-        "each start fails the same way, and restart loops leak memory until a Spark stops answering",
-        "Mend what is named beside it; `sparkfleet start` or a deployment ends the giving up.",
+        "each start fails the same way, and restart loops leak memory until a Spark stops responding",
+        "Fix the cause reported with it; `sparkfleet start` or a deployment makes the guard try again.",
     ),
     Failure(
         "guard-down",
-        "the guard does not run",
+        "the guard is not running",
         "it was stopped or disabled by hand, or its settings are damaged",
-        "Run site.yml, which writes its settings and starts it; `systemctl status sparkfleet-guard` says why it ended. "
-        "Where no guard is wanted set sparkfleet_guard: false.",
+        "Run site.yml, which writes its settings and starts it; `systemctl status sparkfleet-guard` shows why it "
+        "stopped. To run without a guard, set sparkfleet_guard: false.",
     ),
     Failure(
         "guard-stuck",
-        "the guard runs and observes nothing",
+        "the guard is running but not observing",
         "its process was stopped (SIGSTOP) or hangs",
-        "`systemctl restart sparkfleet-guard` on the host.",
-        auto_recovery="systemd kills and starts it again after 90 s without a sign of life",
+        "Run `systemctl restart sparkfleet-guard` on the host.",
+        auto_recovery="systemd kills and restarts it after 90 s without a watchdog ping",
     ),
     Failure(
         "state-damaged",
-        "a state file could not be understood",
-        "it was edited, or the disk lost part of it",
-        "Nothing to do: it was set aside under the name beside this, and a new one was begun. What it counted is lost.",
-        auto_recovery="whoever reads it sets it aside and begins another",
+        "a state file could not be parsed",
+        "it was edited, or part of it was lost on disk",
+        "Nothing to do: it was moved aside under the name shown, and a new one was started. Its counts are lost.",
+        auto_recovery="the reader moves it aside and starts a new one",
     ),
     Failure(
         "engine-crashed",
         "the engine crashed and was restarted",
-        "its last lines say why, where they are in this table",
-        "Nothing to do if it stays with the one time; `sparkfleet logs` shows the lines before it.",
-        auto_recovery="the guard starts it again, up to its cap",
+        "its last log lines show why, if they are in this table",
+        "Nothing to do if it happened once; `sparkfleet logs` shows the lines before it.",
+        auto_recovery="the guard restarts it, up to its limit",
     ),
     Failure(
         "engine-stopped",
         "the engine was stopped",
-        "somebody stopped it: `sparkfleet stop`, `docker stop`",
+        "someone stopped it: `sparkfleet stop`, `docker stop`",
         "`sparkfleet start` starts and verifies it.",
     ),
     Failure(
         "release-damaged",
         "a release on the host is damaged",
         "files under /opt/sparkfleet/releases were changed or removed",
-        "Run site.yml: it brings the files back from their copies, or sets the release aside and stages a new one. "
-        "What was edited is kept beside them; a setting belongs into the inventory.",
+        "Run site.yml: it restores the files from their copies, or moves the release aside and stages a new one. "
+        "Edited files are kept next to them; settings belong in the inventory.",
     ),
     Failure(
         "nothing-deployed",
         "nothing is deployed",
-        "no release was ever verified on this host, or Sparkfleet was removed from it",
+        "no release has been verified on this host yet, or Sparkfleet was removed from it",
         "Run site.yml.",
     ),
     Failure(
@@ -792,36 +797,37 @@ TABLE: tuple[Failure, ...] = (
     ),
     Failure(
         "restart-loop",
-        "the engine crashes again and again",
-        "each start fails the same way; on a Spark every round can leak memory until the host stops answering",
-        "Stop it (`docker compose stop` in /opt/sparkfleet) and mend what its log says before the next start.",
+        "the engine keeps crashing",
+        "each start fails the same way; on a Spark every restart can leak memory until the host stops responding",
+        "Stop it (`docker compose stop` in /opt/sparkfleet) and fix what its log reports before starting it again.",
     ),
     Failure(
         "engine-killed",
         "the engine was killed",
-        "earlyoom or the kernel for want of memory, or a person (`docker kill`)",
-        "Look for it in `journalctl -k -u earlyoom`; if memory ran out, lower gpu_memory_utilization.",
+        "by earlyoom or the kernel because memory ran out, or by hand (`docker kill`)",
+        "Check `journalctl -k -u earlyoom`; if memory ran out, lower gpu_memory_utilization.",
         exit_codes=(137,),
         chapter=MEMORY,
-        auto_recovery="the guard starts it again, up to its cap",
+        auto_recovery="the guard restarts it, up to its limit",
     ),
     Failure(
         "engine-died",
         "the engine ended",
-        "its log has no failure of this table",
-        "Read the lines below and `docker logs` of the container.",
+        "its log matches no failure in this table",
+        "Read the lines below and the container's `docker logs`.",
         exit_codes=(1, 2, 132, 134, 135, 139, 143),
     ),
     Failure(
         "start-timeout",
         "the engine was not ready in time",
-        "a long load or compilation, or a start that hangs",
-        "Look at `docker logs` of the container; if it moves on, run again with a larger sparkfleet_start_timeout.",
+        "a long load or compilation, or a hung start",
+        "Check the container's `docker logs`; if it is making progress, run again with a larger "
+        "sparkfleet_start_timeout.",
     ),
     Failure(
         "endpoint-down",
-        "nothing answers at the endpoint",
-        "the engine is not running or still starting",
+        "the endpoint does not respond",
+        "the engine is not running, or is still starting",
         "Run site.yml: it starts the engine and waits until it is ready.",
     ),
     Failure(
@@ -829,7 +835,7 @@ TABLE: tuple[Failure, ...] = (
         "the engine is alive but produces nothing",
         "/health says 200 while requests get no token (vLLM issues 39863 and 40926)",
         "Restart the service: `docker compose restart` in /opt/sparkfleet.",
-        auto_recovery="the guard sees that no token moves, and restarts it",
+        auto_recovery="the guard notices that no tokens are produced, and restarts it",
     ),
     Failure(
         "model-not-served",
@@ -841,75 +847,75 @@ TABLE: tuple[Failure, ...] = (
         "request-refused",
         "the engine refused a request",
         "it answered with an error instead of text",
-        "Read its message, and `docker logs` of the container.",
+        "Read its message and the container's `docker logs`.",
     ),
     Failure(
         "answer-malformed",
-        "an answer is not of the form that the API has",
-        "something else than vLLM answers on the port, or the engine is damaged",
+        "an answer does not conform to the API",
+        "something other than vLLM answers on the port, or the engine is damaged",
         "Check which container holds the port; use the image of the model card.",
     ),
     Failure(
         "answer-wrong",
         "the answer is wrong",
-        "a question with a known answer did not get it: damaged weights, a wrong chat template, a kernel that computes "
-        "nonsense, or a model too small for the question",
-        "Run playbooks/fetch.yml: it hashes every file of the model and replaces what is damaged. If all are sound, "
-        "change verify in the model card if the model cannot know the answer.",
+        "a question with a known answer was answered wrongly: damaged weights, a wrong chat template, a broken kernel, "
+        "or a model too small for the question",
+        "Run playbooks/fetch.yml: it hashes every file of the model and replaces what is damaged. If all are intact, "
+        "change `verify` in the model card if the model cannot know the answer.",
     ),
     Failure(
         "answer-degenerate",
-        "the answer is empty or one token over and over",
-        "the engine computes nonsense: damaged weights, or kernels that do not fit the GPU",
-        "Run playbooks/fetch.yml: it hashes every file of the model and replaces what is damaged. If all are sound, "
+        "the answer is empty or repeats one token",
+        "the engine computes garbage: damaged weights, or kernels that do not suit the GPU",
+        "Run playbooks/fetch.yml: it hashes every file of the model and replaces what is damaged. If all are intact, "
         "use the image of the model card.",
     ),
     Failure(
         "stream-broken",
         "the event stream is malformed",
-        "the engine died during the answer, or a proxy in between buffers or cuts it",
-        "See `docker logs` of the container; ask the engine's own port.",
+        "the engine died while answering, or a proxy in between buffers or truncates the stream",
+        "Check the container's `docker logs`; query the engine's own port.",
     ),
     Failure(
         "counters-still",
         "the engine's counters did not move",
-        "the answers came from something else than this engine, or its metrics are switched off",
-        "Check which container holds the port; leave out --disable-log-stats.",
+        "the answers came from something other than this engine, or its metrics are disabled",
+        "Check which container holds the port; remove --disable-log-stats.",
     ),
     Failure(
         "api-incomplete",
-        "the engine does not offer all of the API",
-        "its description (/openapi.json) lacks paths that clients use",
+        "the engine does not offer the complete API",
+        "its description (/openapi.json) is missing paths that clients use",
         "Use the image and the arguments of the model card.",
     ),
     Failure(
         "low-throughput",
         "throughput is lower than expected",
-        "one stream is bound by memory bandwidth (273 GB/s); figures above that limit cannot be reached",
-        "Send requests at the same time: batching multiplies the total. Watch vllm:num_requests_running and "
+        "one stream is bound by memory bandwidth (273 GB/s); throughput above that limit is impossible",
+        "Send requests concurrently: batching multiplies the total. Watch vllm:num_requests_running and "
         "vllm:kv_cache_usage_perc; raise max_num_batched_tokens only if prompts are long.",
         chapter=THROUGHPUT,
     ),
     Failure(
         "engine-stalls",
-        "the engine stands still again and again",
-        "its processes get no time: they are stopped and continued, another program takes the processors, or the host "
+        "the engine stalls repeatedly",
+        "its processes get no CPU time: they are stopped and continued, another program uses the CPUs, or the host "
         "swaps; /metrics, which costs nothing, took more than a second in most of the last minute",
-        "See `top` and `vmstat 1` on the host for what takes processors and memory; `sparkfleet restart` if an engine "
+        "Check `top` and `vmstat 1` on the host for what uses CPU and memory; run `sparkfleet restart` if an engine "
         "stays slow on an idle host.",
     ),
     Failure(
         "cuda-error",
         "CUDA reported an error",
-        "a kernel failed or the driver lost the GPU",
-        "Look for Xid lines in `dmesg`; restart the host if nvidia-smi does not answer.",
+        "a CUDA kernel failed, or the driver lost the GPU",
+        "Look for Xid lines in `dmesg`; reboot the host if nvidia-smi does not respond.",
         (r"CUDA error: (?!out of memory)", r"cudaError\w+"),
         unless=("out-of-memory", "gpu-lost", "kernel-image-missing", "driver-too-old", "fp8-cutlass"),
     ),
     Failure(
         "internal",
         "an error that is not in this table",
-        "a case nobody met before, or a mistake in Sparkfleet",
+        "a new kind of failure, or a bug in Sparkfleet",
         "Please report it with the message.",
     ),
 )
@@ -926,15 +932,15 @@ def match(
     exit_code: int | None = None,
     oom_killed: bool = False,
 ) -> list[Finding]:
-    """What log lines, an HTTP status of the Hub or a container's end tell: failures in the order of the table, then
-    harmless ones. An exit code counts only where nothing else was found."""
+    """The failures that log lines, a Hub HTTP status or a container's exit match, in table order, harmless
+    ones last. An exit code counts only where nothing else was found."""
     read = [plain(split_stamp(line)[1]) for line in lines]
     found: dict[str, Finding] = {}
     for failure, patterns in _COMPILED:
         hits = [
             message.strip()
             for level, message in read
-            # What vLLM itself calls a warning or an information did not end it.
+            # What vLLM itself logs as a warning or info is not the cause.
             if (failure.harmless or level not in ("DEBUG", "INFO", "WARNING"))
             and any(pattern.search(message) for pattern in patterns)
         ]
@@ -968,7 +974,7 @@ _GENERIC = re.compile(
 
 
 def relevant(lines: Sequence[str], findings: Sequence[Finding] = (), limit: int = 15) -> list[str]:
-    """The lines of a log that say why it ended: those of the findings, the innermost errors with what belongs to
+    """The log lines that say why it ended: those of the findings, the innermost errors with what belongs to
     them, else the last ones. Never a whole traceback; oldest first, each once, at most `limit`."""
     cleaned = [clean(line) for line in lines]
     wanted = {line for finding in findings if not finding.failure.harmless for line in finding.lines}
@@ -998,11 +1004,12 @@ def raw_is_code(raw: str) -> bool:
 
 
 def markdown() -> str:
-    """The table as a page of the docs."""
+    """The table as a docs page."""
     parts = [
         "# Failures and what to do\n",
-        "Made from `src/sparkfleet/diagnosis/failures.py` by `python -m sparkfleet.diagnosis.failures`; do not edit.\n",
-        "An error of Sparkfleet ends in the name of its entry here, in brackets.\n",
+        "Generated from `src/sparkfleet/diagnosis/failures.py` by `python -m sparkfleet.diagnosis.failures`; do not "
+        "edit.\n",
+        "Each error from Sparkfleet ends with the name of its entry here, in brackets.\n",
     ]
     for failure in TABLE:
         parts.append(f"## {failure.id}\n")
@@ -1016,7 +1023,7 @@ def markdown() -> str:
         parts.append(f"- Cause: {failure.cause}.")
         parts.append(f"- Remedy: {failure.remedy}")
         if failure.auto_recovery:
-            parts.append(f"- Recovers by itself: {failure.auto_recovery}.")
+            parts.append(f"- Automatic recovery: {failure.auto_recovery}.")
         if failure.chapter:
             parts.append(f"- In the guide: {failure.chapter}")
         parts.append("")

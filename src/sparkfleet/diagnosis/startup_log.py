@@ -167,7 +167,7 @@ _RULES: tuple[tuple[re.Pattern[str], _Read], ...] = tuple(
 class Tracker:
     """Follows one start. `began` is its Unix time in seconds.
 
-    `kv` has what the log told of the KV cache: gib, tokens, max_concurrency and the context it counts with;
+    `kv` has what the log reports about the KV cache: gib, tokens, max_concurrency and the context it counts with;
     `weights_gib` the size of the loaded weights, or None.
     """
 
@@ -184,17 +184,17 @@ class Tracker:
 
         A line may start with Docker's own RFC 3339 time stamp, which then counts instead of `at`.
         """
-        told: list[Step] = []
+        steps: list[Step] = []
         for line in lines:
             stamp, text = split_stamp(line)
             for step in self._read(text, stamp or at):
                 if (step.phase, step.figure) == (self.step.phase, self.step.figure):
                     continue
                 self._enter(step)
-                if told and (told[-1].phase == step.phase or _idle(told[-1], step)):
-                    told.pop()
-                told.append(step)
-        return told
+                if steps and (steps[-1].phase == step.phase or _idle(steps[-1], step)):
+                    steps.pop()
+                steps.append(step)
+        return steps
 
     def downloaded(self, done: int, total: int, at: float) -> list[Step]:
         """Bytes that lie in the cache, of `total` (0 for unknown): a step while the server downloads, else none.

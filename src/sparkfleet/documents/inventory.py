@@ -53,7 +53,7 @@ def variables(inventory: str, limit: str | None, extra: Sequence[str]) -> dict[s
     if not found:
         raise SparkfleetError(
             f"inventory {inventory} has no host in the group sparks (name your Sparks there, or make your "
-            "group a child of sparks), or the limit leaves none"
+            "group a child of sparks), or the limit excludes all"
         )
     return found
 
@@ -117,7 +117,7 @@ def _files(inventory: Path) -> list[Path]:
     files = [path for path in found if path.is_file() and path.suffix in ("", ".yml", ".yaml", ".json")]
     for path in files:
         if path.stat().st_size > LARGEST:
-            raise SparkfleetError(f"{path}: more than {LARGEST >> 20} MiB, which is no inventory")
+            raise SparkfleetError(f"{path}: more than {LARGEST >> 20} MiB, which cannot be an inventory")
     return files
 
 

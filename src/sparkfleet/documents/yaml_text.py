@@ -51,7 +51,7 @@ class _Loader(yaml.SafeLoader):
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         anchored = self.anchors.get(event.anchor) if isinstance(event, yaml.AliasEvent) else None
         if anchored is not None and id(anchored) not in self._sizes:
-            raise _problem(f"the alias *{event.anchor} refers to what it is a part of", event.start_mark)
+            raise _problem(f"the alias *{event.anchor} refers to its own parent", event.start_mark)
         self._depth += 1
         before = self._values
         if self._depth > DEPTH:
@@ -180,7 +180,7 @@ def measure(text: str, what: str, values: int = 1_000_000, depth: int = 100) -> 
                     sizes[anchor] = count - before
             elif isinstance(event, yaml.AliasEvent):
                 if event.anchor in (anchor for anchor, _ in opened):
-                    raise SparkfleetError(f"{what}: the alias *{event.anchor} refers to what it is a part of")
+                    raise SparkfleetError(f"{what}: the alias *{event.anchor} refers to its own parent")
                 count += sizes.get(event.anchor, 1)
             elif isinstance(event, yaml.ScalarEvent):
                 count += 1

@@ -141,5 +141,5 @@ def page(run: DryRun) -> str:
         for name in kind.hosts
     ]
     lines += ["", *rollout.lines(run.waves, hosts, run.drained)]
-    lines.append("nobody was contacted; what a host has, and whether it is fit, tells `sparkfleet preflight`")
+    lines.append("no host was contacted; `sparkfleet preflight` shows the hosts' state and findings")
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Who fetches from the internet, and who takes from whom: a pure function of what each Spark lacks."""
+"""Which Sparks fetch from the internet, and which copy from them: a pure function of what each Spark needs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Missing:
-    """What one Spark wants, and whether it lacks it. `serves`: it can be asked to give to others."""
+    """What one Spark needs or has. `serves`: it may serve others."""
 
     host: str
     image: str
-    lacks_image: bool
+    needs_image: bool
     repo: str
     revision: str
-    lacks_model: bool
+    needs_model: bool
     has_model: bool
     serves: bool = True
 
@@ -28,7 +28,7 @@ class Missing:
 
 @dataclasses.dataclass
 class Source:
-    """A Spark that others take from; `leader` is the Spark whose tasks look after it."""
+    """A Spark that others copy from; `leader` is the Spark whose tasks manage it."""
 
     host: str
     leader: str
@@ -38,7 +38,7 @@ class Source:
 
 @dataclasses.dataclass
 class Schedule:
-    """Sources by name; for each Spark that lacks something, where it takes image and model from (absent: the
+    """Sources by name; for each Spark that needs something, where it copies image and model from (absent: the
     internet)."""
 
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
@@ -46,65 +46,65 @@ class Schedule:
     model_from: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def leads(self, host: str) -> list[Source]:
-        """The sources that a Spark's tasks look after."""
+        """The sources that a Spark's tasks manage."""
         return [source for source in self.sources.values() if source.leader == host]
 
     def summary(self, leader: str) -> list[str]:
-        """A line for each source that a Spark's tasks look after."""
+        """A line for each source that a Spark's tasks manage."""
         lines = []
         for source in self.leads(leader):
-            takers = sorted(
+            receivers = sorted(
                 host
                 for host in {*self.image_from, *self.model_from}
                 if host != source.host and source.host in (self.image_from.get(host), self.model_from.get(host))
             )
             what = [*source.images, *(model["repo"] for model in source.models)]
-            if takers:  # out of a bundle one may give to itself alone
-                lines.append(f"{source.host} gives {' and '.join(what)} to {', '.join(takers)}")
+            if receivers:  # from a bundle a Spark may serve only itself
+                lines.append(f"{source.host} serves {' and '.join(what)} to {', '.join(receivers)}")
         return lines
 
 
-def schedule(wants: Sequence[Missing], bundle: bool = False, alone: bool = False) -> Schedule:
-    """Each image and each model comes from the internet once, or not at all where a Spark has the model already.
+def schedule(needs: Sequence[Missing], bundle: bool = False, alone: bool = False) -> Schedule:
+    """Each image and each model is fetched from the internet once, or not at all if a Spark already has the model.
 
-    An image is given by the first Spark that lacks it, while it fetches it: Docker keeps no copy of an image as it
-    travelled. A model is given by one that has it, else by the first that lacks it. With a `bundle` the first Spark
-    that lacks anything gets all of it, and takes from itself as well; with `alone` too each that lacks something.
+    An image is served by the first Spark that needs it, while it fetches it: Docker keeps no copy in registry form. A
+    model is served by one that has it, otherwise by the first that needs it. With a `bundle` the first Spark that
+    needs anything gets all of it, and copies from itself as well; with `alone` so does each that needs something.
     """
     made = Schedule()
-    for image in dict.fromkeys(want.image for want in wants if want.lacks_image):
-        takers = [want for want in wants if want.image == image and want.lacks_image]
-        for some, giver in _bundled(wants, takers, alone) if bundle else _givers(made, takers, []):
-            _source(made, giver, giver.host).images.append(image)
-            made.image_from.update({want.host: giver.host for want in some})
-    for model in dict.fromkeys(want.model for want in wants if want.lacks_model):
-        takers = [want for want in wants if want.model == model and want.lacks_model]
-        holders = [want for want in wants if want.model == model and want.has_model and want.serves]
-        for some, giver in _bundled(wants, takers, alone) if bundle else _givers(made, takers, holders):
-            leader = giver.host if giver.lacks_model or giver.lacks_image else some[0].host
+    for image in dict.fromkeys(need.image for need in needs if need.needs_image):
+        receivers = [need for need in needs if need.image == image and need.needs_image]
+        for group, source in _bundled(needs, receivers, alone) if bundle else _assigned(made, receivers, []):
+            _source(made, source, source.host).images.append(image)
+            made.image_from.update({need.host: source.host for need in group})
+    for model in dict.fromkeys(need.model for need in needs if need.needs_model):
+        receivers = [need for need in needs if need.model == model and need.needs_model]
+        holders = [need for need in needs if need.model == model and need.has_model and need.serves]
+        for group, source in _bundled(needs, receivers, alone) if bundle else _assigned(made, receivers, holders):
+            leader = source.host if source.needs_model or source.needs_image else group[0].host
             repo, revision = model
-            _source(made, giver, leader).models.append({"repo": repo, "revision": revision})
-            made.model_from.update({want.host: giver.host for want in some if bundle or want.host != giver.host})
+            _source(made, source, leader).models.append({"repo": repo, "revision": revision})
+            made.model_from.update({need.host: source.host for need in group if bundle or need.host != source.host})
     return made
 
 
-def _givers(made: Schedule, takers: list[Missing], holders: list[Missing]) -> list[tuple[list[Missing], Missing]]:
-    """Who takes a thing from whom; nobody where it is not worth it."""
-    givers = holders or ([taker for taker in takers if taker.serves] if len(takers) > 1 else [])
-    # One that gives already, if it can.
-    return [(takers, min(givers, key=lambda want: want.host not in made.sources))] if givers else []
+def _assigned(made: Schedule, receivers: list[Missing], holders: list[Missing]) -> list[tuple[list[Missing], Missing]]:
+    """Which Sparks copy from which source; empty where sharing is not worth it."""
+    candidates = holders or ([receiver for receiver in receivers if receiver.serves] if len(receivers) > 1 else [])
+    # Preferably one that is a source already.
+    return [(receivers, min(candidates, key=lambda need: need.host not in made.sources))] if candidates else []
 
 
-def _bundled(wants: Sequence[Missing], takers: list[Missing], alone: bool) -> list[tuple[list[Missing], Missing]]:
-    """The same with a bundle: from the first of all that want anything, or from oneself."""
+def _bundled(needs: Sequence[Missing], receivers: list[Missing], alone: bool) -> list[tuple[list[Missing], Missing]]:
+    """The same with a bundle: from the first Spark that needs anything, or from itself."""
     if alone:
-        return [([taker], taker) for taker in takers]
-    lacking = [want for want in wants if want.lacks_image or want.lacks_model]
-    return [(takers, next((want for want in lacking if want.serves), lacking[0]))]
+        return [([receiver], receiver) for receiver in receivers]
+    needing = [need for need in needs if need.needs_image or need.needs_model]
+    return [(receivers, next((need for need in needing if need.serves), needing[0]))]
 
 
-def _source(made: Schedule, giver: Missing, leader: str) -> Source:
-    return made.sources.setdefault(giver.host, Source(giver.host, leader))
+def _source(made: Schedule, source: Missing, leader: str) -> Source:
+    return made.sources.setdefault(source.host, Source(source.host, leader))
 
 
 def of_host(host: str, inspection: Mapping[str, Any], serves: bool, engine: int = 0) -> Missing | None:
@@ -116,10 +116,10 @@ def of_host(host: str, inspection: Mapping[str, Any], serves: bool, engine: int 
     return Missing(
         host=host,
         image=plan["image"],
-        lacks_image=bool(plan["fetch_image"]),
+        needs_image=bool(plan["fetch_image"]),
         repo=plan["repo"],
         revision=plan["revision"],
-        lacks_model=bool(plan["fetch_model"]),
+        needs_model=bool(plan["fetch_model"]),
         has_model=bool(model["complete"]),
         serves=serves,
     )

@@ -1,4 +1,4 @@
-"""What a model's revision stands for, asked of the Hub by the controller: commit, files, sizes and hashes. No Spark is
+"""Resolves a model revision to its commit and files, on the controller: commit, files, sizes and hashes. No Spark is
 believed about what others shall load.
 
 The packed client of the Sparks asks (`fetch_model --list`), as a process of its own: what it may read and how long is
@@ -126,14 +126,14 @@ def _is_private(endpoint: str) -> bool:
 
 
 def understand(output: bytes, revision: str, endpoint: str = "the Hub") -> Answer:
-    """What the client said last."""
+    """The last answer of the client."""
     try:
         lines = output.splitlines() or [b"{}"]
-        said = bounded.as_dict(bounded.parse_json(lines[-1], "its client", LIMIT), "its client")
-        if "error" in said:
-            error = bounded.as_dict(said["error"], "its client: error")
+        answer = bounded.as_dict(bounded.parse_json(lines[-1], "its client", LIMIT), "its client")
+        if "error" in answer:
+            error = bounded.as_dict(answer["error"], "its client: error")
             return Answer(reason=bounded.printable(str(error["message"]), 300), failure=str(error["id"]))
-        listing = cache.check_listing(said.get("listing"), endpoint)
+        listing = cache.check_listing(answer.get("listing"), endpoint)
         commit = bounded.matched(COMMIT, listing.get("commit"), f"{endpoint}: commit")
     except (BoundsError, KeyError) as error:
         return Answer(reason=bounded.printable(f"{endpoint}: {error}", 300), failure="hub-answer-odd")
@@ -152,7 +152,7 @@ def of_bundle(folder: str, digest: str, repo: str, revision: str) -> Answer:
         listing = cache.check_listing(bounded.parse_json(made.text(name), name, LIMIT), name)
         commit = bounded.matched(COMMIT, listing.get("commit"), f"{name}: commit")
     except BoundsError as error:
-        raise SparkfleetError(f"sparkfleet_bundle {folder}: {error}; make it again") from None
+        raise SparkfleetError(f"sparkfleet_bundle {folder}: {error}; recreate it") from None
     return Answer(commit, listing["files"])
 
 
@@ -175,6 +175,6 @@ def refuse(expected: Mapping[str, Any], listing: Mapping[str, Any], host: str, w
         wrong = str(error)
     if wrong:
         raise SparkfleetError(
-            f"{host} has another {what} than the Hub: {wrong}. Look into {host}; where the branch has moved on since, "
+            f"{host} has a different {what} than the Hub: {wrong}. Check {host}; if the branch has moved since, "
             "set the commit as the revision, or remove the model from the host"
         )

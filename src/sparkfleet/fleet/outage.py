@@ -41,7 +41,7 @@ def check(stopping: Sequence[str], allowed: bool, waves: bool) -> None:
     if waves:
         ways.insert(0, "in waves with `sparkfleet rollout`, which takes the same -e")
     raise SparkfleetError(
-        f"{report.count(len(stopping), 'Spark')} that serve now would stop at the same time: "
+        f"{report.count(len(stopping), 'Spark')} serving now would stop at the same time: "
         f"{report.names(list(stopping))}. Nothing was changed. Do it {', or '.join(ways)} [all-at-once]"
     )
 
@@ -56,6 +56,6 @@ def check_identities(machines: Mapping[str, tuple[str, str]]) -> None:
         other = seen.setdefault(identity, name)
         if other != name:
             raise SparkfleetError(
-                f"{other} and {name} are one host (machine ID {identity[0]}). Nothing was changed. Remove one of the "
-                "two names from the inventory, or correct its ansible_host [same-host]"
+                f"{other} and {name} are the same host (machine ID {identity[0]}). Nothing was changed. Remove one of "
+                "the two names from the inventory, or correct its ansible_host [same-host]"
             )

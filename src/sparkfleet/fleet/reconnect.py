@@ -29,7 +29,7 @@ class ReconnectingExecutor:
                 if lost is None:
                     lost = time.monotonic()
                     why = next((line for line in str(error).splitlines()[::-1] if line.strip()), "no reason given")
-                    self.say(f"{self.host}  connection lost; what runs on the host goes on; trying again ({why[:120]})")
+                    self.say(f"{self.host}  connection lost; jobs on the host continue; reconnecting ({why[:120]})")
                 if time.monotonic() - lost >= self.seconds:
                     raise
                 time.sleep(PAUSE)
@@ -37,5 +37,5 @@ class ReconnectingExecutor:
                     self.action._connection.reset()
             else:
                 if lost is not None:
-                    self.say(f"{self.host}  connected again after {time.monotonic() - lost:.0f} s")
+                    self.say(f"{self.host}  reconnected after {time.monotonic() - lost:.0f} s")
                 return answer

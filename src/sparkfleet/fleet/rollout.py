@@ -57,7 +57,7 @@ def canaries(value: Any) -> int:
     """The number of canaries, as an inventory writes it. Raises SparkfleetError."""
     text, shown = _written(value)
     if not re.fullmatch(r"\s*[0-9]{1,6}\s*", text):
-        raise SparkfleetError(f"{CANARY} is {shown}: write 0 for none, or a number of Sparks")
+        raise SparkfleetError(f"{CANARY} is {shown}: use 0 for none, or a number of Sparks")
     return int(text)
 
 
@@ -66,7 +66,7 @@ def _size(value: Any, total: int) -> int:
     text, shown = _written(value)
     found = re.fullmatch(r"\s*([0-9]{1,6})\s*(%?)\s*", text)
     if not found or int(found[1]) == 0 or (found[2] and int(found[1]) > 100):
-        raise SparkfleetError(f"{WAVES}: {shown} is not the size of a wave; {_EXAMPLES}")
+        raise SparkfleetError(f"{WAVES}: {shown} is not a wave size; {_EXAMPLES}")
     return max(math.floor(total * int(found[1]) / 100), 1) if found[2] else int(found[1])
 
 
@@ -100,16 +100,16 @@ def labels(waves: Sequence[Sequence[str]], hosts: Sequence[Mapping[str, Any]], c
 def lines(waves: Sequence[Sequence[str]], hosts: Sequence[Mapping[str, Any]], drained: Sequence[str]) -> list[str]:
     """The schedule in words."""
     kind_of = {str(host["name"]): _kind(host) for host in hosts}
-    said = []
+    lines = []
     for number, wave in enumerate(waves, 1):
         kinds = ", ".join(dict.fromkeys(kind_of[name] for name in wave))
-        said.append(f"rollout  wave {number} of {len(waves)}: {report.names(wave)} ({kinds})")
+        lines.append(f"rollout  wave {number} of {len(waves)}: {report.names(wave)} ({kinds})")
     done = [str(host["name"]) for host in hosts if not host["needed"]]
     if done:
-        said.append(f"rollout  has it already: {report.names(done)}")
+        lines.append(f"rollout  up to date: {report.names(done)}")
     if drained:
-        said.append(f"rollout  drained, left out: {report.names(drained)}")
-    return said or ["rollout  there is nothing to do"]
+        lines.append(f"rollout  drained, skipped: {report.names(drained)}")
+    return lines or ["rollout  nothing to do"]
 
 
 def shared(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -130,6 +130,7 @@ def agreed(key: str, default: Any, hosts: Mapping[str, Mapping[str, Any]]) -> An
     if len(found) > 1:
         (one, first), (two, second), *_ = found.values()
         raise SparkfleetError(
-            f"{key} is {first!r} for {one} and {second!r} for {two}: a rollout has one; set it for the group sparks"
+            f"{key} is {first!r} for {one} and {second!r} for {two}: a rollout needs one value; set it for the group "
+            "sparks"
         )
     return next(iter(found.values()))[1] if found else default

@@ -1,6 +1,6 @@
 """Sparks on this network, by mDNS, and whether this machine is one.
 
-DGX OS announces ssh through Avahi (`_ssh._tcp`; NVIDIA's own `discover-sparks` looks for it); a Spark's name there is
+DGX OS announces ssh through Avahi (`_ssh._tcp`; NVIDIA's own `discover-sparks` uses it); a Spark's name there is
 spark-1a2b.local, gx10-… of ASUS, promaxgb10-… of Dell, edgexpert-… of MSI.
 """
 
@@ -24,7 +24,7 @@ from sparkfleet.onboarding import ssh
 SECONDS = 3.0
 TYPES = ("_ssh._tcp.local.", "_sftp-ssh._tcp.local.")
 RESOLVE_MS = 1500
-#: Announcements, and addresses of one host, that are looked at.
+#: Maximum number of announcements, and of addresses per host.
 MOST, ADDRESSES = 512, 16
 _SPARK = re.compile(r"(dgx-?)?spark|gx10|promaxgb10|edgexpert")
 #: Avahi gives a host such a name when it hears its own announced by others, as Sparks do over their fabric
@@ -47,12 +47,12 @@ class Found:
         return bool(_SPARK.match(self.name))
 
 
-def look(seconds: float = SECONDS, interfaces: Sequence[str] | None = None) -> list[Found]:
+def browse(seconds: float = SECONDS, interfaces: Sequence[str] | None = None) -> list[Found]:
     """Hosts that announce ssh within the time, without this one, in the order of their names; none without a network.
 
     `interfaces` are own addresses to ask on; all by default.
     """
-    logging.getLogger("zeroconf").setLevel(logging.CRITICAL)  # an interface without multicast is no news
+    logging.getLogger("zeroconf").setLevel(logging.CRITICAL)  # an interface without multicast is not worth a message
     names: dict[str, str] = {}  # service -> its type
 
     def note(zeroconf: zeroconf.Zeroconf, service_type: str, name: str, state_change: object) -> None:

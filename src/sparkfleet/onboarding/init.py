@@ -1,7 +1,7 @@
-"""`sparkfleet init`: an inventory of Sparks that were found or named, each looked at before it is written down.
+"""`sparkfleet init`: an inventory of Sparks that were found or named, each inspected before it is added.
 
-What needs a person's word (a host key, a password, the choice of a model) is asked on a terminal, and only there; else
-an option says it. Run again it looks again, adds what is new, and asks about nothing else.
+What needs the user's decision (a host key, a password, the choice of a model) is asked only on a terminal; otherwise an
+option decides. Run again, it inspects all hosts again, adds new ones, and asks about nothing else.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from sparkfleet.onboarding import enrol, inventory_file, model_choice, ssh
 from sparkfleet.onboarding.enrol import Host
 from sparkfleet.onboarding.inventory_file import Entry
 from sparkfleet.onboarding.model_choice import Choice
-from sparkfleet.onboarding.prompts import Prompter, tell
+from sparkfleet.onboarding.prompts import Prompter, report_line
 from sparkfleet.onboarding.ssh import Place
 from sparkfleet.paths import ROOT
 from sparkfleet.planning import catalog, memory_plan, target
 from sparkfleet.user_paths import expanded
 
 TOKENS = "https://huggingface.co/settings/tokens"
-#: What may lie in the folder of an inventory and is none of its sources.
+#: Names in an inventory folder that are not inventory sources.
 NO_SOURCE = ("group_vars", "host_vars")
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """The verb on the command line."""
-    text = "make an inventory of your Sparks, or add some to it"
+    """Add the verb to the command line."""
+    text = "create an inventory of your Sparks, or add Sparks to it"
     parser = verbs.add_parser(
         "init",
         help=text,
@@ -53,42 +53,42 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "words",
         metavar="FOLDER, HOST",
         nargs="*",
-        help="FOLDER of the inventory: a word with a / in it, or a folder that is there (default: inventory/mine). "
-        "HOST: [user@]name-or-address[:port], or localhost for this machine; without any, Sparks are looked for on "
-        "this network",
+        help="FOLDER of the inventory: an argument with a / in it, or an existing folder (default: inventory/mine). "
+        "HOST: [user@]name-or-address[:port], or localhost for this machine; without any, this network is searched "
+        "for Sparks",
     )
     parser.add_argument(
-        "--user", default="", help="user on the Sparks, where HOST has none (default: asked, as ssh says)"
+        "--user", default="", help="user on the Sparks, if HOST has none (default: asked, or as ssh is configured)"
     )
     parser.add_argument(
-        "--private-key", metavar="FILE", default="", help="SSH key to log in with; the inventory names it"
+        "--private-key", metavar="FILE", default="", help="SSH key to log in with; written to the inventory"
     )
     parser.add_argument(
-        "--ssh-common-args", metavar="ARGS", default="", help="further arguments of ssh; the inventory has them"
+        "--ssh-common-args", metavar="ARGS", default="", help="additional ssh arguments; written to the inventory"
     )
-    parser.add_argument("--model", default="", help="a name of the catalogue, or a card's path (default: asked)")
+    parser.add_argument("--model", default="", help="a name from the catalogue, or a card's path (default: asked)")
     parser.add_argument(
         "--profile", default="", help=f"profile of the card (default: asked, else {model_choice.PROFILE})"
     )
-    parser.add_argument("--gateway", metavar="SPARK", default="", help="Spark that is the gateway too (default: none)")
+    parser.add_argument("--gateway", metavar="SPARK", default="", help="Spark that is also the gateway (default: none)")
     parser.add_argument("--accept-host-keys", action="store_true", help="accept host keys that are not known yet")
-    parser.add_argument("--force", action="store_true", help="take a model whose plan does not fit")
-    parser.add_argument("--no-discover", action="store_true", help="do not look for Sparks on this network")
-    parser.add_argument("--yes", action="store_true", help="ask nothing, take the defaults")
+    parser.add_argument("--force", action="store_true", help="accept a model whose plan does not fit")
+    parser.add_argument("--no-discover", action="store_true", help="do not search this network for Sparks")
+    parser.add_argument("--yes", action="store_true", help="ask nothing, use the defaults")
     parser.add_argument("--json", action="store_true", help="ask nothing; one JSON document on standard output")
     parser.set_defaults(run=run)
 
 
 @dataclasses.dataclass(frozen=True)
 class Inventory:
-    """What is there already: hosts, the variables that a new one has without a word, whether there is any."""
+    """The existing inventory: hosts, the variables that a new one inherits, and whether it exists."""
 
     hosts: list[Host]
     shared: Mapping[str, Any]
     there: bool
 
     def says(self, setting: str) -> str:
-        """What a new host would have of sparkfleet_model or sparkfleet_profile."""
+        """The value of sparkfleet_model or sparkfleet_profile for a new host."""
         name = f"sparkfleet_{setting}"
         return str(self.shared.get(name) or target.defaults()[name])
 
@@ -99,10 +99,10 @@ def run(options: argparse.Namespace) -> int:
     try:
         return _run(options, person)
     except model_choice.DoesNotFit as error:
-        tell(f"sparkfleet: {error}")
+        report_line(f"sparkfleet: {error}")
         return REFUSED
     except (KeyboardInterrupt, EOFError):
-        tell("\nsparkfleet: interrupted; the inventory is as it was")
+        report_line("\nsparkfleet: interrupted; the inventory is unchanged")
         return INTERRUPTED
 
 
@@ -113,7 +113,7 @@ def _run(options: argparse.Namespace, person: Prompter) -> int:
     wanted = [place for place in places if not _is_among(place, known.hosts)]
     _check_existing(options, folder, known, bool(wanted))
     if not places and not known.there:
-        wanted = _look_around(options, person)
+        wanted = _discovered(options, person)
     new = [Host(place) for place in _with_user(wanted, options, person, known.shared)]
     hosts = [*known.hosts, *new]
     with concurrent.futures.ThreadPoolExecutor(1) as aside:
@@ -145,7 +145,7 @@ def words(given: Sequence[str]) -> tuple[Path, list[Place]]:
     """Folder and hosts of the command line's words. Raises SparkfleetError."""
     folders = [word for word in given if "/" in word or word in (".", "..") or os.path.isdir(word)]  # noqa: PTH112
     if len(folders) > 1:
-        raise SparkfleetError(f"{' and '.join(folders)} are two folders; an inventory is one")
+        raise SparkfleetError(f"{' and '.join(folders)} are two folders; an inventory has only one")
     folder = expanded("FOLDER", folders[0]) if folders else paths.INVENTORY
     if folder.exists() and not folder.is_dir():
         raise SparkfleetError(f"{folder} is a file: name the folder of the inventory")
@@ -153,11 +153,11 @@ def words(given: Sequence[str]) -> tuple[Path, list[Place]]:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    """What can be told before anybody is contacted."""
+    """Checks that need no contact with any host."""
     if options.user:
         ssh.parse(f"{options.user}@host")
     if options.private_key and not expanded("--private-key", options.private_key).is_file():
-        raise SparkfleetError(f"--private-key {options.private_key}: there is no such file")
+        raise SparkfleetError(f"--private-key {options.private_key}: no such file")
     if options.private_key or options.ssh_common_args:
         ssh.settings(Place("host", "", 0, _key(options), options.ssh_common_args))
     if options.model or options.profile:
@@ -169,7 +169,7 @@ def _key(options: argparse.Namespace) -> str:
 
 
 def read(folder: Path) -> Inventory:
-    """The inventory in a folder, if there is one. Raises SparkfleetError for one that cannot be read."""
+    """The inventory in a folder, if it exists. Raises SparkfleetError for one that cannot be read."""
     sources = [path for path in folder.iterdir() if path.name not in NO_SOURCE] if folder.is_dir() else []
     if not [path for path in sources if not path.name.startswith(".")]:
         return Inventory([], {}, False)
@@ -217,32 +217,33 @@ def _is_among(place: Place, hosts: Sequence[Host]) -> bool:
 
 
 def _check_existing(options: argparse.Namespace, folder: Path, known: Inventory, new: bool) -> None:
-    """Options that say how a new inventory is to be have no place in one that is there."""
+    """Refuse options for new inventories if there is one already."""
     if not known.there:
         return
     if new:
         inventory_file.group_file(folder)
     if options.gateway:
         raise SparkfleetError(
-            f"--gateway {options.gateway}: {_shown(folder)} is there already; write the group gateways there by hand "
+            f"--gateway {options.gateway}: {_shown(folder)} already exists; add the group gateways there by hand "
             "(docs/gateway.md)"
         )
     for option in ("model", "profile"):
         asked, has = getattr(options, option), known.says(option)
         if not new and asked and asked != has:
             raise SparkfleetError(
-                f"--{option} {asked}: {_shown(folder)} says {has}; change sparkfleet_{option} there, or try it with "
-                "`sparkfleet switch`"
+                f"--{option} {asked}: {_shown(folder)} says {has}; change sparkfleet_{option} there, or try it out "
+                "with `sparkfleet switch`"
             )
 
 
-def _look_around(options: argparse.Namespace, person: Prompter) -> list[Place]:
-    """Sparks that nobody named: this machine, and what announces itself. Raises SparkfleetError when there is none."""
+def _discovered(options: argparse.Namespace, person: Prompter) -> list[Place]:
+    """Sparks to choose from: this machine, and hosts that announce themselves. Raises SparkfleetError if there are
+    none."""
     from sparkfleet.onboarding import discovery  # noqa: PLC0415 - nobody else needs it
 
-    tell("Looking for Sparks on this network ..." if not options.no_discover else "Looking at this machine ...")
-    here = ssh.look(Place()).facts
-    found = [] if options.no_discover else discovery.look()
+    report_line("Searching this network for Sparks ..." if not options.no_discover else "Inspecting this machine ...")
+    here = ssh.inspect(Place()).facts
+    found = [] if options.no_discover else discovery.browse()
     places = [Place()] if here and "GB10" in here.gpu else []
     rows = [("this machine", here.gpu)] if here and places else []
     likely = len(places)  # chosen by default; they come first
@@ -254,32 +255,33 @@ def _look_around(options: argparse.Namespace, person: Prompter) -> list[Place]:
     if not likely and not person.there:
         names = f"; hosts with ssh: {', '.join(item.name for item in found)}" if found else ""
         raise SparkfleetError(
-            f"no Spark was found{names}. Name them: `sparkfleet init spark-1a2b.local 192.0.2.12`. A network may keep "
-            "mDNS back; what a Spark is called is in its quick start guide, its address in the router"
+            f"no Spark was found{names}. Name them: `sparkfleet init spark-1a2b.local 192.0.2.12`. The network may "
+            "block mDNS; a Spark's name is in its quick start guide, its address in the router"
         )
-    tell("\n".join(f"  {number}  {name}  {text}" for number, (name, text) in enumerate(rows, 1)) or "  none was found")
+    numbered = [f"  {number}  {name}  {text}" for number, (name, text) in enumerate(rows, 1)]
+    report_line("\n".join(numbered) or "  none found")
     chosen = ",".join(str(number) for number in range(1, likely + 1))
 
     def taken(answer: str) -> list[Place]:
         parts = answer.replace(",", " ").split()
         if not parts:
-            raise SparkfleetError("write numbers, or hosts as [user@]name-or-address[:port]")
+            raise SparkfleetError("enter numbers, or hosts as [user@]name-or-address[:port]")
         numbers = {str(number): place for number, place in enumerate(places, 1)}
         outside = [part for part in parts if part.isdecimal() and part not in numbers]
         if outside:
-            raise SparkfleetError(f"there is no number {printable(outside[0], 40)}")
+            raise SparkfleetError(f"number {printable(outside[0], 40)} is not in the list")
         return [numbers[part] if part in numbers else ssh.parse(part) for part in parts]
 
-    return list(dict.fromkeys(person.ask("Which are your Sparks? Numbers, or other hosts", chosen, taken)))
+    return list(dict.fromkeys(person.ask("Which are your Sparks? Enter numbers, or other hosts", chosen, taken)))
 
 
 def _neighbours(options: argparse.Namespace, known: Inventory, asked: bool) -> list[tuple[str, str]]:
-    """Hosts called as Sparks are that announce themselves and are not in the inventory: name, what to write."""
+    """Announced hosts with names like Sparks' that are not in the inventory: name, and how to specify it."""
     if options.no_discover or not asked:
         return []
     from sparkfleet.onboarding import discovery  # noqa: PLC0415 - nobody else needs it
 
-    found = [item for item in discovery.look() if item.likely]
+    found = [item for item in discovery.browse() if item.likely]
     names = {host.name for host in known.hosts}
     addresses = {host.place.address for host in known.hosts if host.place.address}
     if found:
@@ -290,7 +292,7 @@ def _neighbours(options: argparse.Namespace, known: Inventory, asked: bool) -> l
 def _with_user(
     places: Sequence[Place], options: argparse.Namespace, person: Prompter, shared: Mapping[str, Any]
 ) -> list[Place]:
-    """The places with user, key and arguments: what was said, what the inventory has for all, what ssh would take."""
+    """The places with user, key and arguments: from options, the inventory, or ssh's configuration."""
     key = _key(options) or str(shared.get("ansible_ssh_private_key_file") or "")
     arguments = options.ssh_common_args or str(shared.get("ansible_ssh_common_args") or "")
     given = options.user or str(shared.get("ansible_user") or "")
@@ -303,7 +305,7 @@ def _with_user(
         full = dataclasses.replace(place, user=place.user or given, port=port, private_key=key, common_args=arguments)
         if not full.user:
             user = ssh.settings(full)["user"]
-            if user == getpass.getuser():  # nothing that anybody wrote into a configuration of ssh
+            if user == getpass.getuser():  # not set in any ssh configuration
                 given = user = person.ask("User on the Sparks", user, lambda name: ssh.parse(f"{name}@host").user)
             full = dataclasses.replace(full, user=user)
         made.append(full)
@@ -311,37 +313,35 @@ def _with_user(
 
 
 def _choice(options: argparse.Namespace, person: Prompter, added: Sequence[Host], known: Inventory) -> Choice | None:
-    """What the new Sparks are to serve; None when the inventory says it. Raises SparkfleetError."""
+    """What the new Sparks should serve; None if the inventory defines it. Raises SparkfleetError."""
     model, profile = options.model, options.profile
     if known.there and not (model or profile):
         return None
-    if known.there:  # the word that was not said is the inventory's
+    if known.there:  # options that were not given come from the inventory
         model, profile = (options.model or known.says("model"), options.profile or known.says("profile"))
-    smallest = min(host.look.facts.total / GIB for host in added if host.look.facts)
+    smallest = min(host.inspection.facts.total / GIB for host in added if host.inspection.facts)
     room = memory_plan.Memory(smallest, smallest - memory_plan.USUAL_HOST_GIB)
     return model_choice.choose(person, model, profile, room, options.force)
 
 
 def _gateway(options: argparse.Namespace, person: Prompter, added: Sequence[Host]) -> str:
-    """The Spark that is the gateway too, or empty. None by default: one address for all is one machine for all."""
+    """The Spark that is also the gateway, or empty. None by default: a single address is a single point of failure."""
     names = [host.name for host in added]
 
     def taken(name: str) -> str:
         if name and name not in (*names, "none"):
-            raise SparkfleetError(f"the gateway '{name}' is none of the Sparks that are written: {', '.join(names)}")
+            raise SparkfleetError(f"the gateway '{name}' is not one of the Sparks to be added: {', '.join(names)}")
         return "" if name == "none" else name
 
     if options.gateway or len(names) < 2:
         return taken(options.gateway)
-    return person.ask(
-        "Gateway, one address for all (docs/gateway.md): the name of the Spark that is it too", "none", taken
-    )
+    return person.ask("Gateway, one address for all (docs/gateway.md): name of the Spark to run it", "none", taken)
 
 
 def _files(
     folder: Path, known: Inventory, added: Sequence[Host], chosen: Choice | None, gateway: str
 ) -> dict[Path, tuple[str, str]]:
-    """File -> its text as it is ("" where there is none), and as it is to be."""
+    """File -> its current text ("" if there is none), and its new text."""
     if known.there:
         has = {f"sparkfleet_{setting}": known.says(setting) for setting in ("model", "profile")}
         own = chosen.variables({**known.shared, **has}) if chosen else {}
@@ -360,7 +360,7 @@ def _files(
 
 
 def _shared(added: Sequence[Host]) -> dict[str, Any]:
-    """What the hosts have in common: user, key, arguments, of those that are reached by ssh."""
+    """What the hosts reached by ssh have in common: user, key, arguments."""
     remote = [host.place for host in added if not host.place.local]
     users = collections.Counter(place.user for place in remote)
     found: dict[str, Any] = {"ansible_user": users.most_common(1)[0][0]} if users else {}
@@ -372,7 +372,7 @@ def _shared(added: Sequence[Host]) -> dict[str, Any]:
 
 
 def _entry(host: Host, shared: Mapping[str, Any], many: bool, more: Mapping[str, Any] | None = None) -> Entry:
-    """A host's lines; what it shares with the group is left out. `many`: others have to reach it too."""
+    """A host's lines, without what the group sets. `many`: other hosts must reach it too."""
     place = host.place
     if place.local:
         from sparkfleet.onboarding import discovery  # noqa: PLC0415 - nobody else needs it
@@ -396,7 +396,7 @@ def _entry(host: Host, shared: Mapping[str, Any], many: bool, more: Mapping[str,
 
 
 def _write(files: Mapping[Path, tuple[str, str]], options: argparse.Namespace, person: Prompter) -> None:
-    """Show what is to be written, ask, write. Raises SparkfleetError when the person does not want it."""
+    """Show what will be written, ask, write. Raises SparkfleetError if the user declines."""
     for path, (before, after) in files.items():
         if not options.json:
             name = _shown(path)
@@ -409,7 +409,7 @@ def _write(files: Mapping[Path, tuple[str, str]], options: argparse.Namespace, p
 
 
 def _shown(path: Path) -> str:
-    """A path as a person types it here."""
+    """A path as typed from the current directory."""
     try:
         return str(path.absolute().relative_to(Path.cwd()))
     except ValueError:
@@ -436,27 +436,27 @@ def _document(
 
 
 def _closing(folder: Path, hosts: Sequence[Host], added: Sequence[Host], chosen: Choice | None, there: bool) -> str:
-    """What became of it, and what to do next."""
+    """The outcome, and what to do next."""
     name, lines = _shown(folder), []
     absent = [host.label for host in hosts if host.result in ("unreachable", "refused") and not host.known]
     if added:
-        lines.append(f"{name} has {', '.join(host.name for host in added)}" + (" too now" if there else ""))
+        lines.append(f"{name} has {', '.join(host.name for host in added)}" + (" now too" if there else ""))
     else:
         lines.append("nothing to write" if there else "nothing was written")
     if absent:
-        lines.append(f"not written: {', '.join(absent)}; run this again when that is mended")
+        lines.append(f"not written: {', '.join(absent)}; run this again when that is fixed")
     if not added:
         return "\n" + "\n".join(lines) + "\n"
     if chosen and chosen.card.licence.gated and not os.environ.get("HF_TOKEN"):
         lines.append(
-            f"{chosen.card.name} is behind a licence: accept it at {chosen.card.licence.page}, make a read token at "
-            f"{TOKENS}, and `export HF_TOKEN=hf_...` before the run, or keep it in a vault (where it goes is in "
+            f"{chosen.card.name} requires a licence: accept it at {chosen.card.licence.page}, create a read token at "
+            f"{TOKENS}, and `export HF_TOKEN=hf_...` before the run, or keep it in a vault (see "
             f"{name}/group_vars/sparks.yml)"
         )
-    password = any(host.look.facts and host.look.facts.sudo == "password" for host in hosts)
+    password = any(host.inspection.facts and host.inspection.facts.sudo == "password" for host in hosts)
     ask = " -K" if password else ""
     lines += [
-        "next:" + (" (-K asks for the password of sudo)" if password else ""),
+        "next:" + (" (-K asks for the sudo password)" if password else ""),
         f"  sparkfleet preflight -i {name}{ask}",
         f"  sparkfleet deploy -i {name}{ask}",
         f"  sparkfleet status -i {name}{ask}",

@@ -1,4 +1,4 @@
-"""An inventory's files as a person writes them: made new, or a host added with every other byte as it was."""
+"""An inventory's files as written by hand: new, or with a host added and every other byte unchanged."""
 
 from __future__ import annotations
 
@@ -86,8 +86,7 @@ def group_file(folder: Path) -> Path:
         if _group(_compose(path, read(path))) is not None:
             return path
     raise SparkfleetError(
-        f"{folder}: no YAML file there has the group {GROUP}, so there is none to add to; add the host by hand, or "
-        "name another folder"
+        f"{folder}: no YAML file there has the group {GROUP}; add the host by hand, or use another folder"
     )
 
 
@@ -189,7 +188,7 @@ def _group(node: yaml.Node | None) -> tuple[yaml.Node, yaml.Node] | None:
 
 
 def _check(path: Path, before: str, after: str, entries: Sequence[Entry]) -> None:
-    """The new text must say what the old one said and the hosts, or nothing is written."""
+    """The new text must mean the same as the old one plus the hosts, or nothing is written."""
     wanted = {entry.name: dict(entry.variables) for entry in entries}
     try:
         old, new = (yaml.load(text, Loader=_Tolerant) for text in (before, after))  # noqa: S506 - builds plain data
@@ -198,7 +197,7 @@ def _check(path: Path, before: str, after: str, entries: Sequence[Entry]) -> Non
         old, new, found = None, "", {}
     if found != wanted or _plain(old) != _plain(new):
         lines = "\n".join(_block(entries, 4))
-        raise SparkfleetError(f"{path} is written in a way that cannot be added to; add by hand:\n{lines}")
+        raise SparkfleetError(f"{path} cannot be edited automatically; add by hand:\n{lines}")
 
 
 class _Tolerant(yaml.SafeLoader):
@@ -256,7 +255,7 @@ def read(path: Path) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all. Raises SparkfleetError."""
+    """Write a file atomically. Raises SparkfleetError."""
     try:
         releases.write_bytes(path, text.encode(), path.stat().st_mode & 0o777 if path.exists() else 0o644)
     except OSError as error:

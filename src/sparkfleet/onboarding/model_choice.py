@@ -1,4 +1,4 @@
-"""The model for Sparks that are new: chosen by a person, or by default, with its plan on the smallest of them."""
+"""The model for new Sparks: chosen by the user, or the default, with its plan on the smallest of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparkfleet import SparkfleetError
-from sparkfleet.onboarding.prompts import Prompter, tell
+from sparkfleet.onboarding.prompts import Prompter, report_line
 from sparkfleet.planning import catalog, memory_plan, target
 from sparkfleet.planning.catalog import Card
 from sparkfleet.reporting import report
@@ -32,14 +32,14 @@ class Choice:
 
     @property
     def fits(self) -> bool:
-        """Whether the plan says so."""
+        """Whether the plan fits."""
         return bool(self.plan and self.plan.fits)
 
     @property
     def why(self) -> str:
         """Why it does not fit, and what would."""
         if self.plan is None:
-            return f"whether {self.card.name} fits cannot be told: {self.problem}"
+            return f"cannot determine whether {self.card.name} fits: {self.problem}"
         ways = "; or ".join(way.text for way in self.plan.suggestions[:2])
         return f"{self.card.name} does not fit: {'; '.join(self.plan.reasons)}" + (
             f". What would: {ways}" if ways else ""
@@ -67,12 +67,12 @@ def choose(person: Prompter, model: str, profile: str, room: memory_plan.Memory,
     while True:
         made = _asked(person, model, profile, room)
         if made.plan:
-            tell(f"{made.card.name} ({made.profile}): {report.brief(made.plan.as_dict())}")
+            report_line(f"{made.card.name} ({made.profile}): {report.brief(made.plan.as_dict())}")
         if made.fits or force:
             return made
         if not person.there or (model and profile):
-            raise DoesNotFit(f"{made.why}. Take another --model or --profile; --force takes it all the same")
-        tell(f"  {made.why}")
+            raise DoesNotFit(f"{made.why}. Choose another --model or --profile, or use --force")
+        report_line(f"  {made.why}")
         model = profile = ""
 
 

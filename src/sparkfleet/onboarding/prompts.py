@@ -25,7 +25,7 @@ class Prompter:
             try:
                 return taken(words)
             except SparkfleetError as error:
-                tell(f"  {error}")
+                report_line(f"  {error}")
         return taken(default)
 
     def agrees(self, question: str, default: bool) -> bool:
@@ -33,12 +33,12 @@ class Prompter:
 
         def taken(words: str) -> bool:
             if words.lower() not in ("y", "yes", "n", "no"):
-                raise SparkfleetError("write yes or no")
+                raise SparkfleetError("answer yes or no")
             return words.lower() in ("y", "yes")
 
         return self.ask(question, "yes" if default else "no", taken)
 
 
-def tell(text: str) -> None:
-    """A line beside the result, so that `| jq` works."""
+def report_line(text: str) -> None:
+    """Print a line on standard error, so that `| jq` works on the result."""
     print(report.clean(text), file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
-"""Hosts over ssh, with the ssh and the settings of the user: their keys, a login, and one look.
+"""Hosts over ssh, with the user's ssh and settings: their keys, a login, and one inspection.
 
-Nothing is accepted silently: a host key that is not known is shown, and written down only when a person said so.
+Nothing is accepted silently: a host key that is not known is shown, and written down only when a person output so.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from sparkfleet_host.bounded import HOST, MIB, BoundsError, printable
 from sparkfleet import SparkfleetError
 from sparkfleet.user_paths import expanded
 
-#: Seconds for the connection, and for all of a look.
+#: Seconds for the connection, and for a complete inspection.
 CONNECT_SECONDS = 8
-LOOK_SECONDS = 40
+INSPECT_SECONDS = 40
 PORT = 22
 #: Kinds of host keys, the best first.
 KEYS = ("ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521", "ssh-rsa")
-#: Bytes of output of a command that are read; a look is some hundred.
+#: Limit of a command's output in bytes; an inspection needs a few hundred.
 OUTPUT = MIB
 _BASE64 = re.compile(r"(?:[A-Za-z0-9+/]{4}){4,1000}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
 _USER = re.compile(r"[A-Za-z_][A-Za-z0-9._-]*")
-#: Read by sh on the host, after a line that sets `mark`; changes nothing. `sudo -k COMMAND` leaves aside that a
-#: password was given before.
+#: Read by sh on the host, after a line that sets `mark`; changes nothing. `sudo -k COMMAND`
+#: ignores cached credentials.
 _SCRIPT = r"""
 say() { printf '%s:%s=%s\n' "$mark" "$1" "$2"; }
 say hostname "$(hostname -s 2>/dev/null || uname -n)"
@@ -58,7 +58,7 @@ say end yes
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a host is. No address: this very machine. No user, port 0: what ssh takes by itself."""
+    """How to reach a host. No address: this machine. No user, port 0: ssh's own defaults."""
 
     address: str = ""
     user: str = ""
@@ -68,7 +68,7 @@ class Place:
 
     @property
     def local(self) -> bool:
-        """Whether it is this very machine."""
+        """Whether it is this machine."""
         return not self.address
 
     @property
@@ -87,7 +87,7 @@ class Place:
         return words + (["-l", self.user] if self.user else [])
 
     def command(self, program: str = "ssh") -> str:
-        """What a person types to log in."""
+        """The command to log in."""
         login = f"{self.user}@{self.address}" if self.user else self.address
         words = [*split(self.common_args), *(["-i", self.private_key] if self.private_key else [])]
         return shlex.join([program, *words, *(["-p", str(self.port)] if self.port else []), login])
@@ -95,7 +95,7 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What the look found; bytes. `sudo`: yes, password, root or missing. `python`: 3.12, or empty."""
+    """What the inspection found; sizes in bytes. `sudo`: yes, password, root or missing. `python`: 3.12, or empty."""
 
     hostname: str
     user: str
@@ -108,14 +108,14 @@ class Facts:
 
     @property
     def identity(self) -> tuple[str, str]:
-        """The same for two addresses of one machine."""
+        """Identical for two addresses of one machine."""
         return self.machine, self.hostname
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What came of a look: facts, or a problem (unreachable, key-unknown, key-changed, login, answer) in ssh's own
-    words; `answer` is one that cannot be used."""
+    """Result of an inspection: facts, or a problem (unreachable, key-unknown, key-changed, login, answer) with
+    ssh's message; `answer` means an unusable answer."""
 
     facts: Facts | None = None
     problem: str = ""
@@ -123,7 +123,7 @@ class Inspection:
 
     @property
     def takes_passwords(self) -> bool:
-        """Whether a login that was refused might go with a password, so that ssh-copy-id can."""
+        """Whether a refused login might work with a password, so that ssh-copy-id can."""
         return "password" in self.message or "keyboard-interactive" in self.message
 
 
@@ -150,9 +150,9 @@ def parse(text: str) -> Place:
     elif rest.count(":") == 1:
         host, _, port = rest.partition(":")
     if bool(user) != bool(at) or (user and not _USER.fullmatch(user)):
-        raise SparkfleetError(f"host '{text}': '{user}' is not the name of a user")
+        raise SparkfleetError(f"host '{text}': '{user}' is not a valid user name")
     if not HOST.fullmatch(host) and not is_address(host):
-        raise SparkfleetError(f"host '{text}': write [user@]name-or-address[:port], such as nvidia@spark-1a2b.local")
+        raise SparkfleetError(f"host '{text}': use [user@]name-or-address[:port], such as nvidia@spark-1a2b.local")
     if rest.endswith(":") or (port and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536)):
         raise SparkfleetError(f"host '{text}': '{port}' is not a TCP port")
     if host == "localhost" and not user and not port:
@@ -194,8 +194,8 @@ def _run(argv: Sequence[str], seconds: float, script: str = "") -> subprocess.Co
             with contextlib.suppress(BrokenPipeError):
                 child.stdin.write(script.encode())  # less than a pipe holds
                 child.stdin.close()
-            said = {child.stdout.fileno(): b"", child.stderr.fileno(): b""}
-            for handle in said:
+            output = {child.stdout.fileno(): b"", child.stderr.fileno(): b""}
+            for handle in output:
                 selector.register(handle, selectors.EVENT_READ)
             while selector.get_map():
                 ready = selector.select(max(over - time.monotonic(), 0))
@@ -203,27 +203,27 @@ def _run(argv: Sequence[str], seconds: float, script: str = "") -> subprocess.Co
                     raise subprocess.TimeoutExpired(argv, seconds)
                 for key, _ in ready:
                     data = os.read(key.fd, 1 << 16)
-                    said[key.fd] += data
+                    output[key.fd] += data
                     if not data:
                         selector.unregister(key.fd)
-                    if len(said[key.fd]) > OUTPUT:
+                    if len(output[key.fd]) > OUTPUT:
                         raise BoundsError(f"more than {OUTPUT} bytes")
             child.wait(max(over - time.monotonic(), 0.1))
         except BaseException:
             child.kill()
             raise
-        out, error_text = (data.decode(errors="replace") for data in said.values())
+        out, error_text = (data.decode(errors="replace") for data in output.values())
         return subprocess.CompletedProcess(argv, child.returncode, out, error_text)
 
 
 def settings(place: Place) -> dict[str, str]:
-    """What ssh would do: the first value of each of its settings, names in lower case. Raises SparkfleetError."""
+    """ssh's effective settings: the first value of each, names in lower case. Raises SparkfleetError."""
     try:
         done = _run(["ssh", "-G", *place.words(), "--", place.address], CONNECT_SECONDS)
     except (subprocess.TimeoutExpired, BoundsError) as error:
-        raise SparkfleetError(f"ssh -G {place.address} does not end well: {printable(str(error), 300)}") from None
+        raise SparkfleetError(f"ssh -G {place.address} failed: {printable(str(error), 300)}") from None
     if done.returncode:
-        raise SparkfleetError(f"ssh does not take its options: {_last(done.stderr)}")
+        raise SparkfleetError(f"ssh rejects its options: {_last(done.stderr)}")
     found: dict[str, str] = {}
     for line in done.stdout.splitlines():
         name, _, value = line.partition(" ")
@@ -234,18 +234,18 @@ def settings(place: Place) -> dict[str, str]:
     return found
 
 
-def look(place: Place) -> Inspection:
-    """Log in and look, once. Raises SparkfleetError when there is no ssh here."""
+def inspect(place: Place) -> Inspection:
+    """Log in and inspect the host, once. Raises SparkfleetError if ssh is not installed here."""
     argv = ["sh", "-s"]
     if not place.local:
         asks = ["-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
-        # A connection that stays open for others would hold our pipe.
+        # A shared connection that stays open would hold our pipe.
         asks += ["-o", "ControlMaster=no", "-o", "ControlPath=none", "-T"]
         argv = ["ssh", *asks, *place.words(), "--", place.address, *argv]
-    # Nobody can know the mark beforehand: what a shell prints at login is not taken for an answer.
+    # The mark is unpredictable, so login output of the shell is never mistaken for an answer.
     mark = f"sparkfleet-{secrets.token_hex(8)}"
     try:
-        done = _run(argv, LOOK_SECONDS, f"mark={mark}\n{_SCRIPT}")
+        done = _run(argv, INSPECT_SECONDS, f"mark={mark}\n{_SCRIPT}")
         found = {}
         for line in done.stdout.splitlines():
             name, equals, value = line.removeprefix(f"{mark}:").partition("=")
@@ -254,19 +254,19 @@ def look(place: Place) -> Inspection:
         if found.get("end") == "yes":
             return Inspection(_facts(found))
     except subprocess.TimeoutExpired:
-        return Inspection(None, "unreachable", f"no answer within {LOOK_SECONDS} s")
+        return Inspection(None, "unreachable", f"no answer within {INSPECT_SECONDS} s")
     except BoundsError as error:
-        return Inspection(None, "answer", f"what it answers cannot be used: {error}")
+        return Inspection(None, "answer", f"unusable answer: {error}")
     return Inspection(None, *problem(done.stderr))
 
 
 def _facts(found: Mapping[str, str]) -> Facts:
-    """Facts of what the script printed. Raises BoundsError for what it cannot have printed on a sound host."""
+    """Facts from the script's output. Raises BoundsError for output that a healthy host cannot produce."""
 
     def number(name: str) -> int:
         text = found.get(name, "")
         if not re.fullmatch(r"[0-9]{0,12}", text):
-            raise BoundsError(f"{name} is {printable(text, 40)!r}, not an amount of KiB")
+            raise BoundsError(f"{name} is {printable(text, 40)!r}, not a number of KiB")
         return int(text or 0) * 1024
 
     def one_of(name: str, pattern: str) -> str:
@@ -290,9 +290,9 @@ def _facts(found: Mapping[str, str]) -> Facts:
     )
 
 
-def problem(said: str) -> tuple[str, str]:
-    """What kept ssh from it, of what it said: a problem of `Inspection`, and the line that tells it."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+def problem(output: str) -> tuple[str, str]:
+    """Why ssh failed, from its output: a problem of `Inspection`, and the line that shows it."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     for word, kind in (
         ("HOST IDENTIFICATION HAS CHANGED", "key-changed"),
         ("host key is known for", "key-unknown"),
@@ -302,24 +302,24 @@ def problem(said: str) -> tuple[str, str]:
     ):
         for line in lines:
             if word in line:
-                return kind, "its host key is not the one that is known" if kind == "key-changed" else _bare(line)
-    return "unreachable", _bare(_last(said))
+                return kind, "its host key has changed" if kind == "key-changed" else _bare(line)
+    return "unreachable", _bare(_last(output))
 
 
 def _bare(line: str) -> str:
-    """A line of ssh without who says it or of whom."""
+    """A line of ssh without its prefix."""
     return printable(re.sub(r"^(ssh|\S{1,300}@\S{1,300}): ", "", line), 300)
 
 
-def _last(said: str) -> str:
+def _last(output: str) -> str:
     return next(
-        (printable(line.strip(), 300) for line in reversed(said.splitlines()) if line.strip()), "no reason given"
+        (printable(line.strip(), 300) for line in reversed(output.splitlines()) if line.strip()), "no reason given"
     )
 
 
 def host_key(place: Place, known: Mapping[str, str]) -> HostKey | None:
-    """The host key that is offered at the place, the best kind of it; None when nobody offers one, or the way there
-    is through another host. `known` is of `settings`."""
+    """The best host key offered at the place; None if there is none, or if the connection goes through
+    another host. `known` comes from `settings`."""
     if any(known.get(name, "none") != "none" for name in ("proxycommand", "proxyjump")):
         return None
     kinds = "ed25519,ecdsa,rsa"
@@ -338,7 +338,7 @@ def host_key(place: Place, known: Mapping[str, str]) -> HostKey | None:
 
 
 def known_hosts(place: Place, known: Mapping[str, str]) -> tuple[Path, str]:
-    """The file that a new host key goes to, and the name under which ssh looks for it there. Raises SparkfleetError."""
+    """The file for a new host key, and the name under which ssh looks it up there. Raises SparkfleetError."""
     file = expanded("UserKnownHostsFile", known["userknownhostsfile"].split()[0])
     host = known.get("hostkeyalias") or known["hostname"]
     return file, host if known["port"] == str(PORT) or "hostkeyalias" in known else f"[{host}]:{known['port']}"
@@ -369,14 +369,15 @@ def own_key(place: Place, known: Mapping[str, str]) -> Path | None:
 
 
 def make_key(place: Place, known: Mapping[str, str]) -> Path:
-    """Make a key pair (ed25519, no passphrase) where ssh looks for one; the public key. Raises SparkfleetError."""
+    """Create a key pair (ed25519, no passphrase) in ssh's default location; return the public key. Raises
+    SparkfleetError."""
     places = [name for name in known.get("identityfile", "").splitlines() if name.endswith("id_ed25519")]
     private = expanded("IdentityFile", place.private_key or (places or ["~/.ssh/id_ed25519"])[0])
     private.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     comment = f"{getpass.getuser()}@{os.uname().nodename}"
     done = _run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(private)], CONNECT_SECONDS)
     if done.returncode:
-        raise SparkfleetError(f"ssh-keygen made no key {private}: {_last(done.stderr)}")
+        raise SparkfleetError(f"ssh-keygen could not create {private}: {_last(done.stderr)}")
     return private.with_name(f"{private.name}.pub")
 
 

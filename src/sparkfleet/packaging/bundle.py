@@ -81,26 +81,26 @@ class Bundle:
             known = bounded.as_dict(bounded.parse_json(data, NAME, LIMIT), NAME)
         except (OSError, ValueError) as error:
             raise SparkfleetError(
-                f"sparkfleet_bundle {place}: no bundle is there ({type(error).__name__}: {error}); "
-                "`sparkfleet bundle FOLDER` makes one where there is internet"
+                f"sparkfleet_bundle {place}: no bundle found ({type(error).__name__}: {error}); create "
+                "one with `sparkfleet bundle FOLDER` where there is internet"
             ) from None
         wanted, found = digest.strip().lower().removeprefix("sha256:"), hashlib.sha256(data).hexdigest()
         if wanted and wanted != found:
             raise SparkfleetError(
-                f"sparkfleet_bundle {place}: its {NAME} has the digest sha256:{found}, sparkfleet_bundle_digest says "
-                f"{bounded.printable(digest, 80)}: it is not the bundle that was made, or was changed since"
+                f"sparkfleet_bundle {place}: its {NAME} has the digest sha256:{found}, but sparkfleet_bundle_digest "
+                f"is {bounded.printable(digest, 80)}: it is a different bundle, or was changed since"
             )
         if known.get("version") != VERSION:
             raise SparkfleetError(
-                f"sparkfleet_bundle {place}: made by another version of Sparkfleet, without the hashes that this one "
-                f"checks: run `sparkfleet bundle {place}` again where there is internet; what is whole does not travel "
-                "again"
+                f"sparkfleet_bundle {place}: made by an older version of Sparkfleet, without the hashes that this "
+                f"one checks: run `sparkfleet bundle {place}` again where there is internet; complete files are not "
+                "transferred again"
             )
         try:
             return _checked(place, known)
         except BoundsError as error:
             raise SparkfleetError(
-                f"sparkfleet_bundle {place}: {error}; make it again with `sparkfleet bundle FOLDER`"
+                f"sparkfleet_bundle {place}: {error}; recreate it with `sparkfleet bundle FOLDER`"
             ) from None
 
     @classmethod
@@ -124,7 +124,7 @@ class Bundle:
         text = _json(known)
         if len(text) > LIMIT:
             raise SparkfleetError(
-                f"the bundle {self.folder}: {len(self.files)} files are more than its {NAME} has room for: put the "
+                f"the bundle {self.folder}: {len(self.files)} files are more than its {NAME} can list: put the "
                 "next model into another folder"
             )
         self._text("image/index.json", self.index(sorted(self.images)))
@@ -150,8 +150,8 @@ class Bundle:
         if self.system and self.system != system:
             has, here = (" ".join(item.values()) for item in (self.system, system))
             raise SparkfleetError(
-                f"the bundle {self.folder} is for {has}, this host is {here}: make one in another folder, or leave the "
-                "host out with --limit"
+                f"the bundle {self.folder} is for {has}, this host is {here}: create another bundle, or exclude the "
+                "host with --limit"
             )
 
     def add(self, collected: Collected, system: Mapping[str, str], entries: Mapping[str, Entry]) -> None:
@@ -201,7 +201,7 @@ class Bundle:
             with os.fdopen(bounded.open_beneath(self.folder, name), "rb") as file:
                 data = file.read(self.files[name].size + 1)
         except (OSError, BoundsError) as error:
-            raise SparkfleetError(f"the bundle {self.folder}: {error}; make it again") from None
+            raise SparkfleetError(f"the bundle {self.folder}: {error}; recreate it") from None
         if hashlib.sha256(data).hexdigest() != self.files[name].sha256:
             raise SparkfleetError(f"the bundle {self.folder}: {name} was changed since the bundle was made")
         return data.decode("utf-8", "replace")
@@ -246,7 +246,7 @@ class Bundle:
             found.update(dict.fromkeys(f"hub/{folder}/blobs/{name}" for name in self.models[model]["files"]))
         unknown = [name for name in found if name not in self.files]
         if unknown:
-            raise SparkfleetError(f"the bundle {self.folder} lists no file {unknown[0]}: make it again")
+            raise SparkfleetError(f"the bundle {self.folder} lists no file {unknown[0]}: recreate it")
         return list(found)
 
     def _text(self, name: str, text: str) -> None:
@@ -290,7 +290,7 @@ def file_name(name: Any) -> str:
     """`name`, which must be that of a file of a bundle. Raises BoundsError."""
     found = bounded.matched(FILE, name, "a file's name")
     if ".." in found:
-        raise BoundsError(f"a file's name: {found} is not of the form it must have")
+        raise BoundsError(f"{found} is not a valid file name")
     return found
 
 
@@ -317,7 +317,7 @@ def _model(name: Any) -> str:
 def _hash(value: Any, what: str) -> str:
     if isinstance(value, str) and (SHA256.fullmatch(value) or COMMIT.fullmatch(value)):
         return value
-    raise BoundsError(f"{what}: {bounded.printable(repr(value), 80)} is not a hash of a file")
+    raise BoundsError(f"{what}: {bounded.printable(repr(value), 80)} is not a file hash")
 
 
 # -- what a Spark says it has collected ------------------------------------------------------------------------------
@@ -353,13 +353,13 @@ class Collected:
         known = bounded.as_dict(value, "what was collected")
         found = _image(known.get("image"), "image")
         if bounded.as_dict(known.get("image"), "image").get("name") != image:
-            raise BoundsError(f"image: not the one that was asked for, {image}")
+            raise BoundsError(f"image: not the requested one, {image}")
         listing: dict[str, Any] = {}
         if model:
             repo, _, revision = model.partition("@")
             listing = cache.check_listing(known.get("listing"), "listing")
             if (listing.get("repo"), listing.get("revision")) != (repo, revision) or "commit" not in listing:
-                raise BoundsError(f"listing: not of the model that was asked for, {model}")
+                raise BoundsError(f"listing: not for the requested model, {model}")
             if not all("sha256" in entry or "sha1" in entry for entry in listing["files"].values()):
                 raise BoundsError("listing: a file has no hash")
             listing = {key: listing[key] for key in ("repo", "revision", "commit", "files")}
@@ -377,7 +377,7 @@ class Collected:
             allowed[f"hub/{cache.repo_folder(model.partition('@')[0])}/blobs/{entry[kind]}"] = (kind, entry[kind])
         items = [_item(one, allowed) for one in bounded.as_list(known.get("files"), "files")]
         if len({item.name for item in items}) != len(items):
-            raise BoundsError("files: a name is there twice")
+            raise BoundsError("files: duplicate name")
         absent = set(allowed) - {item.name for item in items}
         if absent:
             raise BoundsError(f"files: {sorted(absent)[0]} is not among them")
@@ -394,10 +394,10 @@ def _item(value: Any, allowed: Mapping[str, tuple[str, str]]) -> Item:
     if name.startswith("packages/"):
         return Item(name, path, size, "sha256", bounded.matched(SHA256, entry.get("sha256"), f"{name}: sha256"))
     if name not in allowed:
-        raise BoundsError(f"files: {name} does not belong to what was asked for")
+        raise BoundsError(f"files: {name} was not requested")
     kind, digest = allowed[name]
     if entry.get(kind) != digest:
-        raise BoundsError(f"{name}: not with the hash of its name")
+        raise BoundsError(f"{name}: does not match the hash in its name")
     return Item(name, path, size, kind, digest)
 
 

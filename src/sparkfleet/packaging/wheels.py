@@ -31,7 +31,7 @@ def requirements() -> list[str]:
     """What pyproject.toml names, for the program and for building it. Raises SparkfleetError where there is no clone to
     install from."""
     if not CHECKOUT:
-        raise SparkfleetError(f"{ROOT} is not a clone: wheels for scripts/setup are put together from one")
+        raise SparkfleetError(f"{ROOT} is not a clone: wheels for scripts/setup can only be collected from one")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     return [*project["project"]["dependencies"], *project["build-system"]["requires"]]
 

@@ -52,7 +52,7 @@ class EventLog:
             self.file.flush()
         except OSError as error:
             self.problem = (
-                f"the event log {self.path} ends early: {error.strerror or error}; the run went on without it"
+                f"the event log {self.path} ends early: {error.strerror or error}; the run continued without it"
             )
 
     def close(self) -> None:
@@ -82,9 +82,9 @@ def keep(root: Path, verb: str, check: bool, extra: Sequence[str], **about: Any)
         path, descriptor = _made(folder, time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), verb)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise SparkfleetError(f"event log in {folder}: {error.strerror}; make it writable for you") from None
+            raise SparkfleetError(f"event log in {folder}: {error.strerror}; make it writable") from None
         log = EventLog()
-        log.problem = f"no event log in {folder}: {error.strerror}; the run went on without it"
+        log.problem = f"no event log in {folder}: {error.strerror}; the run continued without it"
         yield log
         return
     log = EventLog(os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace"), path, _secrets(extra))

@@ -24,7 +24,7 @@ from sparkfleet.reporting.progress import Board, Row
 TICK = 0.2  # seconds between two frames at least
 QUIET = 10.0  # seconds without a line after which the totals are one, where there is no table
 NARROW = 72  # columns below which the model is left out
-SAID = 16  # columns that what a host says has at least
+MESSAGE_WIDTH = 16  # columns that what a host says has at least
 STYLES = {
     **dict.fromkeys(progress.BAD, "bold red"),
     **dict.fromkeys(progress.WARN, "yellow"),
@@ -43,7 +43,7 @@ class Live:
         self.terminal = is_terminal(stream) if terminal is None else terminal
         self.stand = False  # whether the last frame stays when it ends
         self._above: list[str] = []
-        self._told: set[str] = set()  # lines of hosts that were above; a second look says most of them again
+        self._reported: set[str] = set()  # lines of hosts that were above; a second look says most of them again
         self._drawn: list[str] = []  # the lines of the last frame
         self._seen: object = None
         self._said_at = time.monotonic()
@@ -69,9 +69,9 @@ class Live:
         with self._lock:
             if not self.terminal:
                 self._print(line)
-            elif line not in self._told and not self.board.passing(host, line.removeprefix(host).strip()):
+            elif line not in self._reported and not self.board.passing(host, line.removeprefix(host).strip()):
                 self._above.append(line)
-                self._told.update([line] if host else [])
+                self._reported.update([line] if host else [])
 
     def close(self) -> None:
         """End it: the table goes, or stands as it is."""
@@ -142,7 +142,7 @@ class Page:
             self.stream.flush()
 
     def show(self, text: str) -> None:
-        """Show it, as much as there is room for."""
+        """Show the result, as much as there is room for."""
         if self.terminal:
             width, height = size(self.stream)
             lines = [set_cell_size(plain(line), width).rstrip() for line in text.splitlines()[:height]]
@@ -170,7 +170,7 @@ def frame(board: Board, title: str, width: int, height: int) -> list[str]:
             no_wrap=True,
             overflow="ellipsis",
             ratio=1 if last else None,
-            min_width=min(SAID, width // 3) if last else None,
+            min_width=min(MESSAGE_WIDTH, width // 3) if last else None,
             justify="right" if column == "time" else "left",
         )
     for row in rows:
@@ -196,7 +196,7 @@ def _cells(row: Row, now: float) -> dict[str, Text]:
         "wave": Text(row.wave),
         "model": Text(plain(row.model)),
         "phase": Text(state, style=style),
-        "progress": Text(plain(row.said), style=style if row.result else ""),
+        "progress": Text(plain(row.message), style=style if row.result else ""),
         "time": Text("" if state in (progress.DONE, progress.DRAINED) else progress.minutes(now - row.since)),
     }
 

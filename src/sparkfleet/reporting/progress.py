@@ -79,7 +79,7 @@ class Row:
     wave: str = ""
     model: str = ""
     phase: str = WAITING
-    said: str = ""
+    message: str = ""
     result: str = ""
     verified: bool = False
     coming: tuple[float, str, str] | None = None  # when a task began that may be skipped; its phase, and its name
@@ -122,8 +122,8 @@ class Board:
         if row.coming is None or self.clock() - row.coming[0] < SKIPPED:
             return row
         since = row.since if row.coming[1] == row.phase else row.coming[0]
-        said = row.said if row.verified else row.coming[2]
-        return dataclasses.replace(row, phase=row.coming[1], said=said, since=since)
+        message = row.message if row.verified else row.coming[2]
+        return dataclasses.replace(row, phase=row.coming[1], message=message, since=since)
 
     # -- what happens ----------------------------------------------------------------------------------------
 
@@ -134,7 +134,7 @@ class Board:
             if row.verified and not row.result:
                 self._enter(row, DONE)
             elif not row.result and row.phase != DONE:
-                row.phase, row.said, row.since = WAITING, "", self.clock()
+                row.phase, row.message, row.since = WAITING, "", self.clock()
 
     def schedule(self, found: Mapping[str, Any]) -> None:
         """What rollout_schedule returned."""
@@ -147,7 +147,7 @@ class Board:
         self.skipped.update({host["name"]: "has it already" for host in found["hosts"] if not host["needed"]})
         for name, why in self.skipped.items():
             row = self.row(name)
-            row.said, row.since = why, self.clock()
+            row.message, row.since = why, self.clock()
             if why == DRAINED:
                 row.result = DRAINED
             else:
@@ -165,7 +165,7 @@ class Board:
         if row.wave and action != "rollout_wave":  # it may say that the wave does not begin
             self._reach(host)
         if found and row.result not in (*BAD, *WARN):
-            name = row.said if action.rpartition(".")[2].startswith(_SILENT) else str(data.get("task") or "")
+            name = row.message if action.rpartition(".")[2].startswith(_SILENT) else str(data.get("task") or "")
             row.coming = (self.clock(), found, name)
 
     def skip(self, host: str) -> None:
@@ -176,22 +176,22 @@ class Board:
         """The task that began is not skipped."""
         if row.coming:
             at, phase, name = row.coming
-            row.coming, row.said = None, row.said if row.verified else name
+            row.coming, row.message = None, row.message if row.verified else name
             self._enter(row, phase, at)
 
     def proved(self, host: str, note: str) -> None:
         """A host has answered its questions; `note` is what stands in its row from then on."""
         row = self.row(host)
-        row.verified, row.said = True, note
+        row.verified, row.message = True, note
 
     def line(self, host: str, text: str) -> None:
         """What a host says, without its name."""
         row = self.row(host)
         self._settle(row)
         timed = _TIMED.match(text)
-        row.said = timed["text"] if timed else text.strip()
+        row.message = timed["text"] if timed else text.strip()
         if timed and row.phase != RESTORE:
-            self._enter(row, said_in(timed["text"]) or row.phase)
+            self._enter(row, phase_in_text(timed["text"]) or row.phase)
 
     def result(self, host: str, result: str, message: str) -> None:
         """What came of a task, and of the host so far: ok and changed are not the end."""
@@ -199,7 +199,7 @@ class Board:
         self._settle(row)
         if result in (*BAD, *WARN) and result != row.result:
             row.result, row.since = result, self.clock()
-            row.said = message.removeprefix(f"{host}: ").partition("\n")[0]
+            row.message = message.removeprefix(f"{host}: ").partition("\n")[0]
 
     def model(self, host: str, model: Any) -> None:
         """The model that a host is to serve."""
@@ -257,7 +257,7 @@ def phase_of(data: Mapping[str, Any]) -> str:
     )
 
 
-def said_in(text: str) -> str:
+def phase_in_text(text: str) -> str:
     """The phase that a line of a switch is about; "" for an unknown one."""
     for pattern, phase in _WORDS:
         if pattern.fullmatch(text):

@@ -94,7 +94,7 @@ def test_lines_of_hosts_are_shown() -> None:
         # A table belongs to nobody's row, and what no host has said neither.
         *(("", "spark-1  repo at url"), ("", "  check  result"), ("", "rollout  wave 1 of 1")),
     ]
-    assert collector.board.rows["spark-1"].said == "loading weights"
+    assert collector.board.rows["spark-1"].message == "loading weights"
 
 
 WAVES = {
@@ -399,7 +399,7 @@ def test_remove_shows_first_and_asks(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_an_inventory_that_is_not_there() -> None:
-    with pytest.raises(SparkfleetError, match="inventory '/nowhere': there is no such file"):
+    with pytest.raises(SparkfleetError, match="inventory '/nowhere': no such file"):
         runner.run("status", "/nowhere", [], Collector(lambda host, line: None))
 
 

@@ -101,7 +101,7 @@ def test_a_plan_that_does_not_fit() -> None:
         ("environment", ["x"], "must be a mapping"),
         ("listen", "somewhere", "write auto, all, loopback"),
         pytest.param("rollout_waves", 10**5000, "is not a number within its limits", id="rollout_waves"),
-        ("rollout_waves", 2.5, "2.5 is not the size of a wave"),
+        ("rollout_waves", 2.5, "2.5 is not a wave size"),
         ("rollout_canary", -1, "from 0 to 10000"),
         ("max_num_seqs", 8, "did you mean sparkfleet_vllm_max_num_seqs?"),
         ("modell", "x", "did you mean sparkfleet_model?"),

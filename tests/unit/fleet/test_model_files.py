@@ -308,7 +308,7 @@ def test_a_spark_that_is_refused_is_gone_round(tmp_path: Path, monkeypatch: pyte
     job: Any = None
     docker: Any = None
     result = model_download.fetch(docker, params(tmp_path, expected=LISTING), job)
-    assert "config.json is A instead of B; look into the Spark" in result["peer_failed"]
+    assert "config.json is A instead of B; check the Spark" in result["peer_failed"]
     assert seen == [("http://127.0.0.1:9112", LISTING), (None, LISTING)]
     with pytest.raises(model_download.JobError, match="A instead of B") as refused:
         model_download.fetch(docker, params(tmp_path, expected=LISTING, internet=False), job)
@@ -357,7 +357,7 @@ def test_a_bundle_says_what_it_has_and_a_collected_list_is_compared(tmp_path: Pa
 
     model_files.refuse(LISTING, LISTING, "spark-1", "acme/tiny@main")
     other = {**LISTING, "files": {"config.json": {"size": 1, "sha1": "4" * 40}}}
-    with pytest.raises(SparkfleetError, match=f"spark-1 has another acme/tiny@main.*{'4' * 40}.*{'2' * 40}"):
+    with pytest.raises(SparkfleetError, match=f"spark-1 has a different acme/tiny@main.*{'4' * 40}.*{'2' * 40}"):
         model_files.refuse(LISTING, other, "spark-1", "acme/tiny@main")
     for odd in ({}, {"commit": 5, "files": {}}, {"commit": "1" * 40, "files": {"../x": {}}}):
         with pytest.raises(SparkfleetError, match="spark-1"):
@@ -396,6 +396,6 @@ def test_the_action_gives_the_list_and_refuses_another(
 ) -> None:
     result, said = act(monkeypatch, tmp_path, endpoint=hub.url, controller_verifies=True)
     assert (result["expected"], said) == ({"commit": hub.commit, "files": has(hub)}, [])
-    with pytest.raises(AnsibleActionFail, match="spark-1 has another acme/tiny@main") as refused:
+    with pytest.raises(AnsibleActionFail, match="spark-1 has a different acme/tiny@main") as refused:
         act(monkeypatch, tmp_path, endpoint=hub.url, listing=LISTING)
     assert refused.value.result["failure"] == "model-differs"

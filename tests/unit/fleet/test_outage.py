@@ -18,7 +18,7 @@ from sparkfleet.fleet import outage
 from tests.unit import ROOT
 
 
-def look(serves: bool = True, start: bool = True, docker: str = "", machine: str = "") -> dict[str, Any]:
+def inspected(serves: bool = True, start: bool = True, docker: str = "", machine: str = "") -> dict[str, Any]:
     containers = [{"ours": True, "state": "running"}] if serves else []
     return {
         "plan": {
@@ -59,9 +59,13 @@ DEPLOY: dict[str, Any] = {"stages": ["prepare", "deploy"]}
 @pytest.mark.parametrize(
     ("arguments", "hosts", "words"),
     [
-        (DEPLOY, [{"sparkfleet_inspection": look()}, {"sparkfleet_inspection": look()}], ()),
-        (DEPLOY, [{"sparkfleet_inspection": look(start=False, docker="use the proxy and restart it")}] * 2, ()),
-        ({"stages": ["prepare"]}, [{"sparkfleet_inspection": look(docker="use the proxy and restart it")}] * 2, ()),
+        (DEPLOY, [{"sparkfleet_inspection": inspected()}, {"sparkfleet_inspection": inspected()}], ()),
+        (DEPLOY, [{"sparkfleet_inspection": inspected(start=False, docker="use the proxy and restart it")}] * 2, ()),
+        (
+            {"stages": ["prepare"]},
+            [{"sparkfleet_inspection": inspected(docker="use the proxy and restart it")}] * 2,
+            (),
+        ),
         ({"verb": "restart"}, [{"status": served()}, {"status": served()}], ()),
         ({"verb": "rollback"}, [{"status": served()}, {"status": served()}], ()),
         ({"verb": "stop"}, [{"status": served()}, {"status": served("down")}, {"status": served()}], ()),
@@ -74,21 +78,21 @@ def test_several_that_serve_are_not_stopped_at_once(
     named = {f"spark-{number}": variables for number, variables in enumerate(hosts, 1)}
     done = play(tmp_path, arguments, named, *words)
     assert done.returncode == 2 and "it goes on" not in done.stdout
-    assert "2 Sparks that serve now would stop at the same time: spark-1, " in done.stdout + done.stderr
+    assert "2 Sparks serving now would stop at the same time: spark-1, " in done.stdout + done.stderr
     assert "sparkfleet_all_at_once=true" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "hosts", "words"),
     [
-        (DEPLOY, [{"sparkfleet_inspection": look(serves=False)}] * 2, ()),  # a first deployment
-        (DEPLOY, [{"sparkfleet_inspection": look()}, {"sparkfleet_inspection": look(start=False)}], ()),
-        (DEPLOY, [{"sparkfleet_inspection": look()}, {}], ()),  # one that could not be planned
-        (DEPLOY, [{"sparkfleet_inspection": look()}] * 2, ("-e", "sparkfleet_all_at_once=true")),
-        (DEPLOY, [{"sparkfleet_inspection": look(), "sparkfleet_all_at_once": True}] * 2, ()),
-        (DEPLOY, [{"sparkfleet_inspection": look()}] * 2, ("--check",)),
-        (DEPLOY, [{"sparkfleet_inspection": look()}] * 2, ("--limit", "spark-2")),
-        ({"stages": ["prepare"]}, [{"sparkfleet_inspection": look()}] * 2, ()),
+        (DEPLOY, [{"sparkfleet_inspection": inspected(serves=False)}] * 2, ()),  # a first deployment
+        (DEPLOY, [{"sparkfleet_inspection": inspected()}, {"sparkfleet_inspection": inspected(start=False)}], ()),
+        (DEPLOY, [{"sparkfleet_inspection": inspected()}, {}], ()),  # one that could not be planned
+        (DEPLOY, [{"sparkfleet_inspection": inspected()}] * 2, ("-e", "sparkfleet_all_at_once=true")),
+        (DEPLOY, [{"sparkfleet_inspection": inspected(), "sparkfleet_all_at_once": True}] * 2, ()),
+        (DEPLOY, [{"sparkfleet_inspection": inspected()}] * 2, ("--check",)),
+        (DEPLOY, [{"sparkfleet_inspection": inspected()}] * 2, ("--limit", "spark-2")),
+        ({"stages": ["prepare"]}, [{"sparkfleet_inspection": inspected()}] * 2, ()),
         ({"verb": "restart"}, [{"status": served("down")}, {"status": served()}], ()),
         ({"verb": "rollback"}, [{"status": served(release=2)}, {"status": served(release=2)}], ()),
     ],
@@ -104,13 +108,13 @@ def test_what_needs_no_confirmation(
 
 def test_one_host_under_two_names(tmp_path: Path) -> None:
     hosts = {
-        "spark-1": {"sparkfleet_inspection": look(False, machine="m1")},
-        "other": {"sparkfleet_inspection": look(False, machine="m2")},
-        "spark-one": {"sparkfleet_inspection": look(False, machine="m1")},
+        "spark-1": {"sparkfleet_inspection": inspected(False, machine="m1")},
+        "other": {"sparkfleet_inspection": inspected(False, machine="m2")},
+        "spark-one": {"sparkfleet_inspection": inspected(False, machine="m1")},
     }
     done = play(tmp_path, DEPLOY, hosts, "-e", "sparkfleet_all_at_once=true")
     said = done.stdout + done.stderr
-    assert done.returncode == 2 and "spark-1 and spark-one are one host (machine ID m1)" in said
+    assert done.returncode == 2 and "spark-1 and spark-one are the same host (machine ID m1)" in said
     assert "it goes on" not in said
     del hosts["spark-one"]
     assert play(tmp_path, DEPLOY, hosts).returncode == 0
@@ -122,5 +126,5 @@ def test_identities(machines: dict[str, tuple[str, str]]) -> None:
     if len(known) == len(set(known)):
         outage.check_identities(machines)
     else:
-        with pytest.raises(SparkfleetError, match="are one host"):
+        with pytest.raises(SparkfleetError, match="are the same host"):
             outage.check_identities(machines)

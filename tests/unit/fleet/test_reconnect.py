@@ -41,8 +41,8 @@ def test_a_host_that_comes_back() -> None:
     action = Action(away=5)
     assert ReconnectingExecutor(action, "spark-1", said.append).execute(module_name="m") == {"module_name": "m"}
     assert said == [
-        "spark-1  connection lost; what runs on the host goes on; trying again (No route to host)",
-        "spark-1  connected again after 10 s",
+        "spark-1  connection lost; jobs on the host continue; reconnecting (No route to host)",
+        "spark-1  reconnected after 10 s",
     ]
     assert action.resets == 5
 

@@ -57,10 +57,10 @@ def test_what_has_it_is_left_out_so_that_a_rollout_resumes() -> None:
     assert lines(schedule(hosts, 1, 2), hosts, ["s9"]) == [
         "rollout  wave 1 of 2: s3 (m)",
         "rollout  wave 2 of 2: s4 (m)",
-        "rollout  has it already: s1, s2",
-        "rollout  drained, left out: s9",
+        "rollout  up to date: s1, s2",
+        "rollout  drained, skipped: s9",
     ]
-    assert lines([], [], []) == ["rollout  there is nothing to do"]
+    assert lines([], [], []) == ["rollout  nothing to do"]
 
 
 def test_what_waves_are_called() -> None:

@@ -53,8 +53,8 @@ def test_anything_is_json_or_one_error(data: bytes | str) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("NaN", "not a number of JSON"),
-        ("[-Infinity]", "not a number of JSON"),
+        ("NaN", "not a JSON number"),
+        ("[-Infinity]", "not a JSON number"),
         ("1e400", "out of range"),
         ("1" * 5000, "out of range"),
         ("[" * 200_000, "nested more than"),

@@ -54,7 +54,7 @@ def test_lock_is_free_when_its_holder_is_dead(tmp_path: Path) -> None:
     found = read_status(path)
     assert found is not None
     assert not is_alive(found)
-    assert fetch_status.look({"name": "model", "status_file": str(path)})["state"] == "died"
+    assert fetch_status.job_state({"name": "model", "status_file": str(path)})["state"] == "died"
     assert Job(path, "model", "x").acquire() is None
 
 
@@ -92,7 +92,7 @@ def test_rate(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_failure_is_in_the_status(job: Job) -> None:
     job.failed("hub-no-access", "open the page")
-    found = fetch_status.look({"name": "model", "status_file": str(job.path)})
+    found = fetch_status.job_state({"name": "model", "status_file": str(job.path)})
     assert (found["state"], found["failure"], found["message"]) == ("failed", "hub-no-access", "open the page")
 
 
@@ -106,30 +106,30 @@ def test_old_status_is_not_taken_for_the_new_job(job: Job, tmp_path: Path) -> No
     results.write_text('{"started": true, "finished": false, "ansible_job_id": "j1"}')
     later = time.time() + 5
     os.utime(results, (later, later))
-    assert fetch_status.look(asked(job, results))["state"] == "starting"
-    assert fetch_status.look(asked(job, results), now=later + 100)["state"] == "died"
+    assert fetch_status.job_state(asked(job, results))["state"] == "starting"
+    assert fetch_status.job_state(asked(job, results), now=later + 100)["state"] == "died"
 
 
 def test_result_of_the_async_job_counts(job: Job, tmp_path: Path) -> None:
     results = tmp_path / "j1"
     results.write_text('{"changed": true, "digest": "sha256:1", "diff": {}, "invocation": {}}')
-    found = fetch_status.look(asked(job, results))
+    found = fetch_status.job_state(asked(job, results))
     assert (found["state"], found["result"]) == ("done", {"changed": True, "digest": "sha256:1"})
     results.write_text('{"failed": true, "msg": "no space; make room", "failure": "disk-full"}')
-    found = fetch_status.look(asked(job, results))
+    found = fetch_status.job_state(asked(job, results))
     assert (found["state"], found["failure"], found["message"]) == ("failed", "disk-full", "no space; make room")
     results.write_text('{"failed": true, "msg": "Traceback\\n  x\\nKeyError: 1"}')
-    assert fetch_status.look(asked(job, results))["message"] == "KeyError: 1"
+    assert fetch_status.job_state(asked(job, results))["message"] == "KeyError: 1"
 
 
 def test_attached_job_follows_the_holder(job: Job, tmp_path: Path) -> None:
     results = tmp_path / "j1"
     results.write_text(json.dumps({"changed": False, "attached": True, "holder_pid": os.getpid()}))
-    assert fetch_status.look(asked(job, results))["state"] == "running"
+    assert fetch_status.job_state(asked(job, results))["state"] == "running"
     job.done({"commit": "c", "changed": True})
-    assert fetch_status.look(asked(job, results))["result"] == {"commit": "c", "changed": True}
+    assert fetch_status.job_state(asked(job, results))["result"] == {"commit": "c", "changed": True}
     results.write_text(json.dumps({"changed": False, "attached": True, "holder_pid": 1}))
-    assert fetch_status.look(asked(job, results))["state"] == "starting"
+    assert fetch_status.job_state(asked(job, results))["state"] == "starting"
 
 
 def test_killed_job(job: Job, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_killed_job(job: Job, tmp_path: Path) -> None:
     job.path.write_text(json.dumps(dead))
     results = tmp_path / "j1"
     results.write_text('{"failed": true, "msg": "ValueError: No start of json char found"}')
-    assert fetch_status.look(asked(job, results))["state"] == "died"
+    assert fetch_status.job_state(asked(job, results))["state"] == "died"
 
 
 def test_poll_waits_for_the_end_and_no_longer(job: Job) -> None:
@@ -175,7 +175,7 @@ def test_failure_names_the_fate_of_the_other() -> None:
     bad = running("image", state="failed", message="nvcr.io refuses it: log in.")
     assert failure([running("model")]) is None
     assert failure([bad, running("model")]) == (
-        "image: nvcr.io refuses it: log in. model goes on in the background (run again to attach)"
+        "image: nvcr.io refuses it: log in. model continues in the background (run again to attach)"
     )
     assert failure([bad, running("model", state="done")]) == "image: nvcr.io refuses it: log in. model is done"
     assert "run again, it resumes" in str(failure([running("model", state="died", message="gone")]))
@@ -281,9 +281,9 @@ def test_a_status_of_any_form_is_understood_or_none(content: dict[str, Any], gar
                 assert found["state"] in jobs.STATES
                 assert is_alive(found) in (True, False)
             for asked in ({}, {"results_file": str(results)}):
-                look = fetch_status.look({"name": "model", "status_file": str(path), **asked})
-                assert look["state"] in ("absent", "starting", "running", "done", "failed", "died")
-                shown = {**look, "failure": look["failure"]}
+                state = fetch_status.job_state({"name": "model", "status_file": str(path), **asked})
+                assert state["state"] in ("absent", "starting", "running", "done", "failed", "died")
+                shown = {**state, "failure": state["failure"]}
                 assert describe(shown).startswith("model")
         path.write_bytes(garbage)
         assert read_status(path) is None

@@ -264,7 +264,7 @@ def test_a_download_that_failed_keeps_nobody_waiting(cache: Path, tmp_path: Path
 
 def test_a_model_that_never_comes_is_refused(cache: Path, tmp_path: Path) -> None:
     (cache / ".sparkfleet" / "models--org--name" / "fetching.json").unlink()
-    with pytest.raises(Refused, match="neither here nor on its way"):
+    with pytest.raises(Refused, match="neither here nor being downloaded"):
         Model(str(cache), "org/name", "main", job(tmp_path, "failed")).listing()
 
 
@@ -466,7 +466,7 @@ def test_a_list_that_names_something_else_than_hashes_is_none(
 ) -> None:
     monkeypatch.setattr(host_share, "WAIT", 0.0)
     (cache / ".sparkfleet" / "models--org--name" / "fetching.json").write_text(json.dumps(listing))
-    with pytest.raises(Refused, match="neither here nor on its way"):
+    with pytest.raises(Refused, match="neither here nor being downloaded"):
         Model(str(cache), "org/name", "main", job(tmp_path, "failed")).listing()
 
 
@@ -513,7 +513,7 @@ def test_the_units_are_hardened_and_listen_on_no_other_address(
             share_module.main()
         return dict(json.loads(capsys.readouterr().out))
 
-    assert call(address="127.0.0.1", takers=["127.0.0.1"])["reason"] == ""
+    assert call(address="127.0.0.1", clients=["127.0.0.1"])["reason"] == ""
     [argv] = [item for item in ran if item[0] == "systemd-run"]
     for wanted in ("NoNewPrivileges=yes", "ProtectSystem=strict", "CapabilityBoundingSet=CAP_DAC_READ_SEARCH"):
         assert f"--property={wanted}" in argv
@@ -521,7 +521,7 @@ def test_the_units_are_hardened_and_listen_on_no_other_address(
     assert settings["listen"] == ["127.0.0.1"]
     assert Settings(**settings).listen == ["127.0.0.1"]
     ran.clear()
-    assert "no address of this host" in call(address="nowhere.invalid", takers=["nowhere.invalid"])["reason"]
+    assert "this host has no address" in call(address="nowhere.invalid", clients=["nowhere.invalid"])["reason"]
     assert not any(item[0] == "systemd-run" for item in ran)
 
 

@@ -77,7 +77,7 @@ def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Network:
     (tmp_path / "home").mkdir()
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(discovery, "look", lambda *_: [])
+    monkeypatch.setattr(discovery, "browse", lambda *_: [])
     return Network(home)
 
 
@@ -156,7 +156,7 @@ def test_a_first_run(net: Network, run: Run, tmp_path: Path) -> None:
     text = (tmp_path / "new/inv/hosts.yml").read_text()
     assert text == FIRST.replace("  vars:", "    spark-5e6f:\n      ansible_host: 192.0.2.14\n  vars:")
     assert (tmp_path / "new/inv/group_vars/sparks.yml").read_text() == SETTINGS
-    assert "sparkfleet preflight -i new/inv\n" in out and "behind a licence: accept it at https://" in out
+    assert "sparkfleet preflight -i new/inv\n" in out and "requires a licence: accept it at https://" in out
     argv = ["ansible-inventory", "-i", "new/inv", "--host", "spark-3c4d"]
     found = json.loads(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
     assert found["ansible_user"] == "alice" and found["sparkfleet_model"] == "llama31-8b-fp8"
@@ -230,13 +230,13 @@ def test_what_keeps_hosts_out(net: Network, run: Run, tmp_path: Path) -> None:
     assert rows["192.0.2.22"] == rows["192.0.2.23"] == "login" and rows["192.0.2.28"] == "same"
     assert rows["pc"] == rows["bare"] == rows["poor"] == "refused" and rows["busy"] == "new"
     for said in (
-        "No route to host. Is it on, and is the address right? `ssh nvidia@192.0.2.20` must work from here",
-        "Log in once by hand, `ssh nvidia@192.0.2.21`, or run this with --accept-host-keys",
-        "Bring your key there: `ssh-copy-id nvidia@192.0.2.22`",
-        "It takes no passwords: have your public key put into ~/.ssh/authorized_keys there",
-        "no Spark: nvidia-smi reports NVIDIA GeForce RTX 4090.",
+        "No route to host. Is it powered on, and is the address right? `ssh nvidia@192.0.2.20` must work from here",
+        "Log in once with `ssh nvidia@192.0.2.21`, or run this with --accept-host-keys",
+        "Copy your key there: `ssh-copy-id nvidia@192.0.2.22`",
+        "It does not accept passwords: have your public key added to ~/.ssh/authorized_keys there",
+        "not a Spark: nvidia-smi reports NVIDIA GeForce RTX 4090.",
         "Python 3.10 or newer is needed there, found none: install python3",
-        "there is no sudo",
+        "sudo is not installed",
         "59.8 GiB of its memory are available now, 115.2 when it is idle",
         "the same machine as spark-1a2b",
         "busy: sudo asks for a password there, which is fine: run with -K",
@@ -256,20 +256,20 @@ def test_nothing_is_written_where_nobody_is_reached(net: Network, run: Run, tmp_
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (("nvidia@",), "host 'nvidia@': write [user@]name-or-address[:port]"),
+        (("nvidia@",), "host 'nvidia@': use [user@]name-or-address[:port]"),
         (("-oProxyCommand=x",), ""),
         (("spark-1:ssh",), "'ssh' is not a TCP port"),
         (("spark-1:70000",), "'70000' is not a TCP port"),
-        (("a b@spark-1",), "'a b' is not the name of a user"),
-        (("@spark-1",), "is not the name of a user"),
+        (("a b@spark-1",), "'a b' is not a valid user name"),
+        (("@spark-1",), "is not a valid user name"),
         (("one/", "two/"), "are two folders"),
         (("192.0.2.11", "--user", "-x"), ""),
-        (("192.0.2.11", "--user", "a b"), "'a b' is not the name of a user"),
-        (("192.0.2.11", "--private-key", "/nowhere"), "--private-key /nowhere: there is no such file"),
-        (("192.0.2.11", "--ssh-common-args", "-o Foo=bar"), "ssh does not take its options: command-line: line 0: Bad"),
+        (("192.0.2.11", "--user", "a b"), "'a b' is not a valid user name"),
+        (("192.0.2.11", "--private-key", "/nowhere"), "--private-key /nowhere: no such file"),
+        (("192.0.2.11", "--ssh-common-args", "-o Foo=bar"), "ssh rejects its options: command-line: line 0: Bad"),
         (("192.0.2.11", "--model", "llama31"), "did you mean llama31-8b-fp8?"),
         (("192.0.2.11", "--profile", "fast"), "has no profile 'fast'"),
-        (("192.0.2.11", "192.0.2.14", "--gateway", "spark-9"), "is none of the Sparks that are written: spark-1a2b"),
+        (("192.0.2.11", "192.0.2.14", "--gateway", "spark-9"), "is not one of the Sparks to be added: spark-1a2b"),
         (("--no-discover",), "no Spark was found. Name them"),
     ],
 )
@@ -319,8 +319,8 @@ def test_all_questions(net: Network, run: Run, tmp_path: Path, person: Sits) -> 
         ("User on the Sparks [me]", "no such user"),
         ("User on the Sparks [me]", "nvidia"),
         ("Are these yours? [no]", "yes"),
-        ("Bring your key there now?", "yes"),
-        ("You have no SSH key. Make one", "yes"),
+        ("Copy your key there now?", "yes"),
+        ("You have no SSH key. Create one", "yes"),
         ("Model [llama31-8b-fp8]", "llama"),
         ("Model [llama31-8b-fp8]", "qwen36-35b-a3b-nvfp4"),
         ("Profile (throughput, long_context, low_latency) [throughput]", ""),
@@ -340,7 +340,7 @@ def test_all_questions(net: Network, run: Run, tmp_path: Path, person: Sits) -> 
     assert err.count(FINGERPRINT) == 2 and net.known.read_text().count(KEY) == 2
     assert net.calls("ssh-copy-id") == [f"ssh-copy-id -i {net.home / 'id_ed25519.pub'} nvidia@192.0.2.11"]
     assert (net.home / "id_ed25519").stat().st_mode & 0o777 == 0o600 and (tmp_path / "home/.ssh").is_dir()
-    assert "cannot be told" in err and "gpt-oss-120b" in out and "KV cache" in err
+    assert "cannot determine whether" in err and "gpt-oss-120b" in out and "KV cache" in err
     assert yaml.safe_load((tmp_path / "inv/hosts.yml").read_text())["gateways"] == {"hosts": {"spark-5e6f": {}}}
     settings = yaml.safe_load((tmp_path / "inv/group_vars/sparks.yml").read_text())
     assert settings == {"sparkfleet_model": "llama31-8b-fp8", "sparkfleet_profile": "long_context"}
@@ -365,7 +365,7 @@ def test_interrupted(net: Network, run: Run, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(builtins, "input", leave)
     monkeypatch.setattr(init, "Prompter", lambda there: enrol.Prompter(True))
     code, _, err = run("inv/", *two(net))
-    assert code == 130 and "the inventory is as it was" in err and not (tmp_path / "inv").exists()
+    assert code == 130 and "the inventory is unchanged" in err and not (tmp_path / "inv").exists()
 
 
 def test_on_a_real_terminal(net: Network, tmp_path: Path) -> None:
@@ -444,26 +444,26 @@ def test_sparks_that_nobody_named(
     net.host("192.0.2.11", "nas", gpu="")
     net.host("192.0.2.12", "spark-1a2b")
     net.host("192.0.2.13", "gx10-5e6f")
-    monkeypatch.setattr(discovery, "look", lambda *_: found("nas", "spark-1a2b", "gx10-5e6f"))
+    monkeypatch.setattr(discovery, "browse", lambda *_: found("nas", "spark-1a2b", "gx10-5e6f"))
     code, out, _ = run("inv/", "--user", "nvidia")
     assert code == 0 and "192.0.2.11" not in out
     hosts = yaml.safe_load((tmp_path / "inv/hosts.yml").read_text())["sparks"]["hosts"]
     assert hosts == {"spark-1a2b": {"ansible_host": "192.0.2.12"}, "gx10-5e6f": {"ansible_host": "192.0.2.13"}}
-    monkeypatch.setattr(discovery, "look", lambda *_: found("nas", "spark-1a2b", "gx10-5e6f", "spark-7788"))
+    monkeypatch.setattr(discovery, "browse", lambda *_: found("nas", "spark-1a2b", "gx10-5e6f", "spark-7788"))
     code, out, _ = run("inv/")
     assert code == 0 and "also on this network: spark-7788; `sparkfleet init inv 192.0.2.14` adds it" in out
     assert out.count("also") == 1
-    numbers = "Which are your Sparks? Numbers, or other hosts [1,2,3]"  # the likely ones first
+    numbers = "Which are your Sparks? Enter numbers, or other hosts [1,2,3]"  # the likely ones first
     person((numbers, "9"), (numbers, "1"), ("Profile", ""), ("Write", ""))
     code, _, err = run("other/", "--user", "nvidia", "--model", "gpt-oss-20b")
-    assert code == 0 and "there is no number 9" in err
+    assert code == 0 and "number 9 is not in the list" in err
 
 
 def test_this_machine(net: Network, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a Spark itself: alone it needs no ssh; with others it says where they reach it."""
     facts = ssh.Facts("spark-1a2b", "me", "m", "NVIDIA GB10", KIB * 1024, KIB * 1000, "3.12", "yes")
-    real = ssh.look
-    monkeypatch.setattr(ssh, "look", lambda place: ssh.Inspection(facts) if place.local else real(place))
+    real = ssh.inspect
+    monkeypatch.setattr(ssh, "inspect", lambda place: ssh.Inspection(facts) if place.local else real(place))
     monkeypatch.setattr(discovery, "own_address", lambda: "192.0.2.11")
     here = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
     assert run("inv/", "--no-discover")[0] == 0
@@ -487,13 +487,13 @@ def test_the_look_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "id").write_text('#!/bin/sh\n[ "$1" = -u ] && echo 1000 || echo nvidia\n')
     (tmp_path / "id").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    facts = ssh.look(Place()).facts
+    facts = ssh.inspect(Place()).facts
     assert facts and (facts.hostname, facts.gpu, facts.user) == ("spark-1a2b", "NVIDIA GB10", "nvidia")
     memory = Path("/proc/meminfo").read_text(encoding="ascii").split()
     assert facts.total == int(memory[memory.index("MemTotal:") + 1]) * 1024 and 0 < facts.available <= facts.total
     assert facts.python.startswith("3.") and facts.sudo == "password"
     (tmp_path / "sudo").write_text('#!/bin/sh\n[ "$*" = "-kn true" ]\n')
-    facts = ssh.look(Place()).facts
+    facts = ssh.inspect(Place()).facts
     assert facts and facts.sudo == "yes"
 
 
@@ -501,15 +501,15 @@ def test_a_host_that_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "ssh").write_text("#!/bin/sh\nexec sleep 30\n")
     (tmp_path / "ssh").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(ssh, "LOOK_SECONDS", 0.3)
+    monkeypatch.setattr(ssh, "INSPECT_SECONDS", 0.3)
     began = time.monotonic()
     places = [Place(f"192.0.2.{number}") for number in range(1, 21)]
-    looks = enrol.at_once(ssh.look, places)
-    assert {look.problem for look in looks} == {"unreachable"} and time.monotonic() - began < 3
-    assert "no answer within" in looks[0].message
+    inspections = enrol.at_once(ssh.inspect, places)
+    assert {inspection.problem for inspection in inspections} == {"unreachable"} and time.monotonic() - began < 3
+    assert "no answer within" in inspections[0].message
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     with pytest.raises(SparkfleetError, match="ssh is not installed"):
-        ssh.look(places[0])
+        ssh.inspect(places[0])
 
 
 @pytest.mark.parametrize(
@@ -539,7 +539,7 @@ def test_hosts_as_people_write_them(text: str, place: Place) -> None:
         (
             "@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.",
             "key-changed",
-            "not the",
+            "has changed",
         ),
         ("sh: 1: Syntax error", "unreachable", "sh: 1: Syntax error"),
         ("", "unreachable", "no reason given"),
@@ -602,7 +602,7 @@ def announced() -> Iterator[None]:
 
 
 def test_discovery(announced: None) -> None:
-    assert discovery.look(2.5, ["127.0.0.1"]) == [
+    assert discovery.browse(2.5, ["127.0.0.1"]) == [
         discovery.Found("nas", ("127.0.0.9",), 2222),
         discovery.Found("spark-1a2b", ("127.0.0.1", "169.254.7.7")),
     ]
@@ -613,7 +613,7 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("Network is unreachable")
 
     monkeypatch.setattr(zeroconf, "Zeroconf", fails)
-    assert discovery.look() == []
+    assert discovery.browse() == []
 
 
 def test_name_or_address(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -739,8 +739,8 @@ def test_a_message_of_the_day_is_no_answer(banner: str, net: Network, run: Run) 
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"total": "12x"}, "total is '12x', not an amount of KiB"),
-        ({"available": "9" * 40}, "not an amount of KiB"),
+        ({"total": "12x"}, "total is '12x', not a number of KiB"),
+        ({"available": "9" * 40}, "not a number of KiB"),
         ({"python": "3.12\x1b[31m"}, "python is"),
         ({"sudo": "perhaps"}, "sudo is 'perhaps'"),
     ],
@@ -770,7 +770,7 @@ def test_endless_output_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "ssh").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     began = time.monotonic()
-    found = ssh.look(Place("192.0.2.1"))
+    found = ssh.inspect(Place("192.0.2.1"))
     assert found.problem == "answer" and "more than" in found.message and time.monotonic() - began < 20
 
 
@@ -785,7 +785,7 @@ def test_any_facts(found: dict[str, str]) -> None:
         facts = ssh._facts(found)
     except BoundsError:
         return
-    host = enrol.Host(Place("192.0.2.1"), look=ssh.Inspection(facts))
+    host = enrol.Host(Place("192.0.2.1"), inspection=ssh.Inspection(facts))
     enrol._judge(host, {}, {"all"})
     shown = enrol.table([host])
     assert "\x1b" not in shown and re.fullmatch(r"[a-z0-9_-]+", host.name)

@@ -121,7 +121,7 @@ def test_a_cut_file_is_told(bundle: Bundle) -> None:
 def test_a_folder_that_is_no_bundle(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "bundle.json").write_text(content)
-    with pytest.raises(SparkfleetError, match=f"sparkfleet_bundle {tmp_path}: no bundle is there"):
+    with pytest.raises(SparkfleetError, match=f"sparkfleet_bundle {tmp_path}: no bundle found"):
         Bundle.read(tmp_path)
 
 
@@ -228,7 +228,7 @@ def test_what_is_not_as_bundle_json_says_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     for body in (b"evil", b"goodbye", b"", b"goo"):
         bring(folder, body)
-        with pytest.raises(JobError, match=r"a_1_all\.deb is not what bundle\.json says") as caught:
+        with pytest.raises(JobError, match=r"a_1_all\.deb does not match bundle\.json") as caught:
             bundle_receive.receive(params(moves={"0": entry("packages/a_1_all.deb", b"good")}), folder)
         assert caught.value.id == "bundle"
         assert not (folder / "packages").exists() and list((folder / ".private").iterdir()) == []
@@ -255,10 +255,10 @@ def test_a_link_in_the_users_folder_is_never_followed(tmp_path: Path, kind: str)
 
 def test_nothing_is_written_outside(tmp_path: Path) -> None:
     for name in ("../x", "/x", "hub/../../x", "x", ".taken.json", "packages/a\nb"):
-        with pytest.raises(JobError, match="outside of the bundle"):
+        with pytest.raises(JobError, match="outside the bundle"):
             bundle_receive.receive(params(texts={name: ""}), tmp_path / "bundle")
         bring(tmp_path / "bundle", b"1")
-        with pytest.raises(JobError, match="outside of the bundle"):
+        with pytest.raises(JobError, match="outside the bundle"):
             bundle_receive.receive(params(moves={"0": entry(name, b"1")}), tmp_path / "bundle")
     (tmp_path / "x").write_bytes(b"1")
     with pytest.raises(JobError, match="not below"):
@@ -267,7 +267,7 @@ def test_nothing_is_written_outside(tmp_path: Path) -> None:
 
 
 def test_room_is_asked_for_first(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match=r"GB free, the bundle takes 1000000000\.0 GB more") as caught:
+    with pytest.raises(JobError, match=r"GB free, the bundle needs 1000000000\.0 GB more") as caught:
         bundle_receive.receive(params(needed=9 * 10**17, largest=10**17), tmp_path / "bundle")
     assert caught.value.id == "disk-full"
 
@@ -286,7 +286,7 @@ def test_a_folder_of_the_host_itself_is_linked_and_packages_are_copied(tmp_path:
     assert (folder / BLOB).read_bytes() == WEIGHTS
     assert not (folder / "packages/Packages").is_symlink() and (stick / "packages/Packages").exists()
     (stick / "packages/Packages").write_bytes(b"Package: b\n")
-    with pytest.raises(JobError, match="is not what"):
+    with pytest.raises(JobError, match="does not match bundle"):
         bundle_receive.receive(given, folder)
     # A later run that carries files itself does not write through what was linked.
     bring(folder, WEIGHTS)
@@ -363,7 +363,7 @@ def test_wheels_are_checked_before_anything_is_installed(tmp_path: Path, capsys:
         (lambda python: (python / "a-1-py3-none-any.whl").unlink(), "python/a-1-py3-none-any.whl"),
         (lambda python: (python / "a-1-py3-none-any.whl").write_bytes(b"x" * 99), "a-1-py3-none-any.whl: more than"),
         (lambda python: python.rename(python.with_name("other")), "python/a-1-py3-none-any.whl"),
-        (lambda python: (python.parent / "bundle.json").unlink(), "no bundle is there"),
+        (lambda python: (python.parent / "bundle.json").unlink(), "no bundle found"),
     ],
 )
 def test_a_folder_of_wheels_that_is_not_as_listed(tmp_path: Path, change: Any, named: str) -> None:

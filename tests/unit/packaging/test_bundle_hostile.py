@@ -178,7 +178,7 @@ def test_what_a_spark_says_is_checked_before_anything_is_written(
 ) -> None:
     given_back = collected(tmp_path / "spark")
     lie(given_back)
-    with pytest.raises(AnsibleActionFail, match="s1: refused what this host says"):
+    with pytest.raises(AnsibleActionFail, match="s1: refused this host's list"):
         run("fetch", bundle=str(tmp_path / "a" / "carry"), collected=given_back)
     assert run.wire.fetched == [] and not (tmp_path / "a").exists()
 
@@ -187,7 +187,7 @@ def test_what_a_spark_says_is_checked_before_anything_is_written(
 def test_content_other_than_its_hash_gets_no_name(run: Runs, tmp_path: Path, body: bytes) -> None:
     spark = collected(tmp_path / "spark")
     (tmp_path / "spark" / "packages" / "a_1_arm64.deb").write_bytes(body)
-    with pytest.raises(AnsibleActionFail, match="did not arrive as it is on the host"):
+    with pytest.raises(AnsibleActionFail, match="was not transferred intact"):
         run("fetch", bundle=str(tmp_path / "carry"), collected=spark)
     assert [name for name in files(tmp_path / "carry") if "a_1" in name] == []
 
@@ -195,7 +195,7 @@ def test_content_other_than_its_hash_gets_no_name(run: Runs, tmp_path: Path, bod
 def test_a_spark_that_sends_without_end_does_not_fill_the_disk(run: Runs, tmp_path: Path) -> None:
     spark = collected(tmp_path / "spark")
     run.wire.endless = spark["files"][0]["path"]
-    with pytest.raises(AnsibleActionFail, match="did not arrive"):
+    with pytest.raises(AnsibleActionFail, match="was not transferred"):
         run("fetch", bundle=str(tmp_path / "carry"), collected=spark)
     assert sum(path.stat().st_size for path in (tmp_path / "carry").rglob("*")) < 1 << 20
     (tmp_path / "after").write_bytes(bytes(80 << 20))  # the limit is gone again
@@ -271,7 +271,7 @@ def test_a_bundle_of_more_files_than_can_be_read_again_is_not_written(tmp_path: 
     before = (tmp_path / "bundle.json").read_bytes()
     assert len(Bundle.read(tmp_path).files) > 10_000
     made.files |= {f"python/{index}.whl": Entry(1 << 40, "0" * 64) for index in range(30_000)}
-    with pytest.raises(SparkfleetError, match=r"files are more than its bundle\.json has room for"):
+    with pytest.raises(SparkfleetError, match=r"files are more than its bundle\.json can list"):
         made.write()
     assert (tmp_path / "bundle.json").read_bytes() == before
 
@@ -303,7 +303,7 @@ def test_a_file_that_was_changed_on_the_stick_is_refused_by_the_host(run: Runs, 
     (made.folder / "packages" / "a_1_arm64.deb").write_bytes(b"bad")  # the same size
     for transport in ("ssh", "local"):
         run.wire.transport = transport
-        with pytest.raises(AnsibleActionFail, match=r"a_1_arm64\.deb is not what bundle\.json says"):
+        with pytest.raises(AnsibleActionFail, match=r"a_1_arm64\.deb does not match bundle\.json"):
             run("push", bundle=str(made.folder), packages=True)
         assert not (run.host / "packages" / "a_1_arm64.deb").exists()
     (made.folder / "hub/.sparkfleet/models--org--model/fetching.json").write_text("{}")
@@ -329,7 +329,7 @@ def test_a_digest_that_was_carried_apart_is_checked(run: Runs, tmp_path: Path) -
     for right in (digest, f"sha256:{digest}", f" SHA256:{digest.upper()}\n", ""):
         assert Bundle.read(made.folder, right).files == made.files
     edit(made.folder, lambda known: None)  # another order of bytes is another file
-    with pytest.raises(SparkfleetError, match=r"sparkfleet_bundle_digest says .*was changed since"):
+    with pytest.raises(SparkfleetError, match=r"but sparkfleet_bundle_digest is .*was changed since"):
         Bundle.read(made.folder, digest)
     with pytest.raises(AnsibleActionFail, match="sparkfleet_bundle_digest"):
         run("push", digest=digest, bundle=str(made.folder), packages=True)

@@ -160,7 +160,7 @@ def test_a_spark_that_is_lost_in_the_second_wave_ends_the_rollout_and_the_next_r
     touched = {entry["host"] for name in ACTIONS[1:-1] for entry in fleet.log(name)}
     assert touched <= {"s1", "s2", "s3"}
     assert {"s1", "s3"} <= set(fleet.released()) and not {"s4", "s5"} & set(fleet.released())
-    assert "rollout  stops before wave 3 of 3: s2 did not get there; untouched: s4, s5" in said
+    assert "rollout  stops before wave 3 of 3: s2 do not serve; untouched: s4, s5" in said
     code, said = fleet.run()
     assert code == 0 and fleet.released() == fleet.names, said
 

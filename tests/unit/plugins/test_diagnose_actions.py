@@ -79,7 +79,7 @@ def test_something_is_wrong(stage: Stage) -> None:
     made = stage.run(facts(commands=lost))
     assert made["failed"] and made["failure"] == "gpu-lost" and made["serves"]
     assert made["msg"] == "spark-1: it serves; found: gpu-lost"
-    assert "Restart the host" in stage.printed[0]
+    assert "Reboot the host" in stage.printed[0]
 
 
 def test_what_is_over_or_harmless_does_not_fail(stage: Stage) -> None:
@@ -113,10 +113,10 @@ def test_the_exit_code(serves: bool, failed: bool, code: int) -> None:
 def test_drift_is_a_line_a_difference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     stage = Stage(monkeypatch, "spark_drift", tmp_path)
     monkeypatch.setattr(drift, "reasons", lambda plan, state, answers: ["a → b"] if answers is False else [])
-    same = stage.run(look={"plan": {}, "state": {}}, verified={"verified": True})
+    same = stage.run(inspection={"plan": {}, "state": {}}, verified={"verified": True})
     assert not same.get("failed") and same["drift"] == [] and same["changed"] is False
-    assert stage.printed == ["spark-1  is as the inventory says"]
-    other = stage.run(look={"plan": {}, "state": {}}, verified={"verified": False})
+    assert stage.printed == ["spark-1  matches the inventory"]
+    other = stage.run(inspection={"plan": {}, "state": {}}, verified={"verified": False})
     assert other["failed"] and other["drift"] == ["a → b"]
     assert other["msg"] == "spark-1 differs from the inventory:\n  a → b"
     assert stage.sent == []

@@ -53,7 +53,7 @@ class Stage:
 
         def execute(module_name: str, module_args: dict[str, Any], task_vars: dict[str, Any]) -> dict[str, Any]:
             self.asked.append(module_name)
-            assert not {"look", "problem", "want"} & {*module_args}
+            assert not {"inspection", "problem", "want"} & {*module_args}
             return dict(answer or {})
 
         plugin._execute_module = execute
@@ -78,7 +78,7 @@ def test_waves_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
     made = stage.run(fleet(**looks))
     assert made["waves"] == [["s1"], ["s2"], ["s3"]] and made["labels"] == ["canary", "canary", "3/3"]
     assert made["drained"] == ["s4"]  # s6 is out of the limit
-    assert "rollout  has it already: s5" in stage.printed
+    assert "rollout  up to date: s5" in stage.printed
 
 
 @pytest.mark.parametrize(("policy", "expected"), [({}, "stop"), ({"on_failure": "continue"}, "continue")])
@@ -123,8 +123,8 @@ def test_a_spark_that_cannot_be_planned_stops_the_rollout(monkeypatch: pytest.Mo
 
 def test_status_takes_one_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(monkeypatch, "spark_status")
-    look = {"plan": PLAN, "state": {"status": ENGINE, "engines": [{"healthy": True}]}}
-    row = stage.run({"inventory_hostname": "s1", "sparkfleet_drained": "yes"}, look=look)["summary"]
+    inspection = {"plan": PLAN, "state": {"status": ENGINE, "engines": [{"healthy": True}]}}
+    row = stage.run({"inventory_hostname": "s1", "sparkfleet_drained": "yes"}, inspection=inspection)["summary"]
     assert stage.asked == [] and row["drift"] == ["install Docker"] and row["drained"] is True
     assert "1 difference" in stage.printed[0]
 

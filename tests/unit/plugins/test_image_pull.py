@@ -286,7 +286,7 @@ def test_without_the_controllers_word_the_host_asks_the_registry_itself(
     result, told = from_mirror(ready, docker, tmp_path, {MIRROR, "reg.test:5000"}, digest="")
     assert any(f"fromImage={MIRROR}" in line for line in told) is used
     assert bool(result["mirror_failed"]) is not used
-    assert ("word of the Spark" in result["unverified"]) is unverified
+    assert ("claimed by the source Spark" in result["unverified"]) is unverified
 
 
 @pytest.mark.parametrize("name", ["digest", "mirror_digest"])

@@ -72,7 +72,7 @@ def test_a_frame() -> None:
     made.waves, made.wave = [["spark-1"], ["spark-2", "spark-3"]], 2
     for name, wave in (("spark-1", "canary"), ("spark-2", "2/2"), ("spark-3", "2/2")):
         made.rows[name].wave, made.rows[name].model = wave, "llama31-8b-fp8"
-    made.rows["spark-1"].phase, made.rows["spark-1"].said = "done", "release 2 verified, 3 s without service"
+    made.rows["spark-1"].phase, made.rows["spark-1"].message = "done", "release 2 verified, 3 s without service"
     made.task("spark-2", SWITCH)
     made.line("spark-2", "4 s  loading weights, shard 2/4")
     made.rows["spark-2"].since = 155.0

@@ -77,7 +77,7 @@ def test_the_phase_of_a_task(data: dict[str, Any], phase: str) -> None:
     ],
 )
 def test_the_phase_of_a_line(text: str, phase: str) -> None:
-    assert progress.said_in(text) == phase
+    assert progress.phase_in_text(text) == phase
 
 
 def test_a_switch_goes_through_its_phases(board: Board, clock: Clock) -> None:
@@ -86,12 +86,12 @@ def test_a_switch_goes_through_its_phases(board: Board, clock: Clock) -> None:
         clock.now += 4
         board.line("s1", text)
         assert board.rows["s1"].phase == phase and board.rows["s1"].since == clock.now
-    assert board.rows["s1"].said == "loading weights, shard 2/4"
+    assert board.rows["s1"].message == "loading weights, shard 2/4"
     board.line("s1", "9 s  release 2 (m) failed; bringing back release 1 (m)")
     board.line("s1", "12 s  loading weights")
     assert board.rows["s1"].phase == "restore"  # whatever the old release goes through
     board.result("s1", "restored", "s1: release 2 does not serve\n  details")
-    assert board.rows["s1"].state() == "restored" and board.rows["s1"].said == "release 2 does not serve"
+    assert board.rows["s1"].state() == "restored" and board.rows["s1"].message == "release 2 does not serve"
 
 
 def test_a_task_that_is_skipped_is_no_phase(board: Board, clock: Clock) -> None:
@@ -129,7 +129,7 @@ def test_a_rollout_from_its_schedule_to_its_end(board: Board, clock: Clock) -> N
     board.result("s2", "changed", "")
     assert board.totals().startswith("wave 2 of 2; 4 Sparks: 1 starting, 2 done, 1 drained")
     board.end()
-    assert [(row.host, row.wave, row.state(), row.said) for row in board.ordered()] == [
+    assert [(row.host, row.wave, row.state(), row.message) for row in board.ordered()] == [
         ("s1", "canary", "done", "release 2 verified"),
         ("s2", "2/2", "done", "Do it"),
         ("s3", "", "done", "has it already"),
@@ -158,7 +158,7 @@ def test_lines_that_are_only_of_the_moment(board: Board) -> None:
     assert board.passing("s1", "12 s  loading weights")
     assert board.passing("s1", "image 43% (1.2 of 2.8 GB, 161 MB/s)  model done (6 s)")
     assert board.passing("s1", "image extracting 0.04 of 0.08 GB")
-    assert not board.passing("s1", "image came from the internet after all: no route")
+    assert not board.passing("s1", "image was fetched from the internet instead: no route")
     assert not board.passing("", "12 s  loading weights")
     # What a Spark is planned to do is shown once, not again in its wave.
     board.task("s1", task("spark_plan"))

@@ -215,9 +215,9 @@ def test_models_of_a_rollout_that_did_not_come_to_its_end_keep_their_place(monke
     run = inventory()
     run["groups"]["sparkfleet_rollout"] = ["spark-1", "spark-2"]
     locks = {"3": {"engines": [{"model": "qwen3-8b-fp8"}]}, "4": {"engines": [{"model": "gpt-oss-20b"}]}}
-    look = {"state": {"releases": {"current": 3, "locks": locks}}}
-    run["hostvars"]["spark-1"]["sparkfleet_inspection"] = look
-    run["hostvars"]["spark-2"].update(sparkfleet_inspection=look, sparkfleet_rollout_done=True)
+    inspection = {"state": {"releases": {"current": 3, "locks": locks}}}
+    run["hostvars"]["spark-1"]["sparkfleet_inspection"] = inspection
+    run["hostvars"]["spark-2"].update(sparkfleet_inspection=inspection, sparkfleet_rollout_done=True)
     made = Stage(monkeypatch, "gateway_plan").run(run)
     assert [item["model"] for item in made["backends"]] == ["llama31-8b-fp8", "gpt-oss-120b", "qwen3-8b-fp8"]
     run["hostvars"]["spark-1"]["sparkfleet_rollout_done"] = True
@@ -268,7 +268,7 @@ INTERFACES = {"lo": ["127.0.0.1/8"], "eth0": ["192.0.2.5/24"], "fabric0": ["10.0
 def meet(monkeypatch: pytest.MonkeyPatch, own: str = "192.0.2.5", **more: Any) -> dict[str, Any]:
     monkeypatch.setattr(network, "towards", lambda address: own)
     given = {"name": "gateway-1", "gateways": GATEWAYS, "address": "", "interface": "", **more}
-    return gateway_network.look(given, INTERFACES)
+    return gateway_network.resolve(given, INTERFACES)
 
 
 def test_where_gateways_meet(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +288,10 @@ def test_where_gateways_meet(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"address": "192.0.2.6"}, "192.0.2.6 is a gateway's own address"),
         ({"interface": "eth9"}, "eth9 has no IPv4 address here; there are lo, eth0, fabric0"),
         ({"own": ""}, "no way leads to 192.0.2.6"),
-        ({"gateways": [GATEWAYS[0], {"name": "gateway-2", "address": "127.0.1.1"}]}, "stands for no IPv4 address here"),
+        (
+            {"gateways": [GATEWAYS[0], {"name": "gateway-2", "address": "127.0.1.1"}]},
+            "does not resolve to an IPv4 address here",
+        ),
     ],
 )
 def test_what_a_floating_address_cannot_be(monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], words: str) -> None:
@@ -324,7 +327,7 @@ def test_a_floating_address_goes_from_one_gateway_to_the_next(tmp_path: Path) ->
 
 
 class Haproxy(socketserver.ThreadingUnixStreamServer):
-    """A runtime socket of a few lines; sessions end one a look."""
+    """A runtime socket of a few lines; sessions end one a inspection."""
 
     daemon_threads = True
 

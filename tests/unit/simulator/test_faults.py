@@ -68,10 +68,10 @@ def test_the_faults() -> None:
 def test_a_fault_is_complete(name: str) -> None:
     fault = FAULTS[name]
     assert re.fullmatch(r"[a-z][a-z0-9-]*", name) and fault.what
-    for script in (fault.break_, fault.mend):
+    for script in (fault.break_, fault.fix):
         assert script.strip()
         assert subprocess.run(["sh", "-n", "-c", script], check=False).returncode == 0
-    assert fault.break_ != fault.mend
+    assert fault.break_ != fault.fix
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -117,10 +117,10 @@ def test_names_lead_nowhere_and_back(tmp_path: Path) -> None:
         ["127.0.0.1", "registry-1.docker.io"],
         ["127.0.0.1", "huggingface.co"],
     ]
-    sh(registry.mend, _etc_hosts=hosts)
+    sh(registry.fix, _etc_hosts=hosts)
     assert hosts.read_text() == original + lines[2] + "\n"
     for fault in (hub, hub, registry):
-        sh(fault.mend, _etc_hosts=hosts)
+        sh(fault.fix, _etc_hosts=hosts)
     assert hosts.read_text() == original
 
 
@@ -140,13 +140,13 @@ def test_a_cover_is_laid_once_and_lifted_when_it_is_there(tmp_path: Path) -> Non
         sh(f"PATH={tmp_path}:$PATH\n{script}", _usr_lib_os=tmp_path / "os", _run_simulator=run)
         return (tmp_path / "calls").read_text().splitlines()
 
-    assert both(fault.mend) == []
+    assert both(fault.fix) == []
     assert both(fault.break_) == [f"mount --bind {run}/os-release {below}"]
     assert "ID=fedora\n" in (run / "os-release").read_text() and "VERSION_ID=42\n" in (run / "os-release").read_text()
     assert (run / "os-release").stat().st_mode & 0o777 == 0o640
     below.write_text((run / "os-release").read_text())  # as a mount would show it
     assert both(fault.break_) == []
-    assert both(fault.mend) == [f"umount --lazy {below}"] and not (run / "os-release").exists()
+    assert both(fault.fix) == [f"umount --lazy {below}"] and not (run / "os-release").exists()
 
 
 def test_memory_is_held(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_ssh_is_restarted_with_its_sessions() -> None:
     assert "KillMode=control-group" in fault.break_
     assert fault.break_.index("setarch linux32 true") < fault.break_.index("systemctl restart ssh.service")
     # Sessions end only while the setting that ends them is still there.
-    assert fault.mend.index("systemctl stop") < fault.mend.index("rm /run") < fault.mend.index("systemctl start")
+    assert fault.fix.index("systemctl stop") < fault.fix.index("rm /run") < fault.fix.index("systemctl start")
     assert "Personality=$personality" in fault.break_
 
 
@@ -179,7 +179,7 @@ def test_sudo_reads_the_clock(tmp_path: Path) -> None:
     lines = (run / "clock.env").read_text().splitlines()
     assert lines[:2] == [f"LD_PRELOAD={library}", "FAKETIME=-3d"]
     assert "FAKETIME_DONT_FAKE_MONOTONIC=1" in lines and "NO_FAKE_STAT=1" in lines
-    sh(FAULTS["clock"].mend, _run_simulator=run)
+    sh(FAULTS["clock"].fix, _run_simulator=run)
     assert list(run.iterdir()) == []
 
 
@@ -220,9 +220,9 @@ def test_nvidia_smi_tells_of_another_gpu_and_driver(tmp_path: Path) -> None:
     assert query() == "NVIDIA A100-PCIE-40GB, 580.142, 8.0"
     sh(FAULTS["driver"].break_, _run_simulator=tmp_path)
     assert query() == "NVIDIA A100-PCIE-40GB, 535.183.01, 8.0"
-    sh(FAULTS["gpu"].mend, _run_simulator=tmp_path)
+    sh(FAULTS["gpu"].fix, _run_simulator=tmp_path)
     assert query() == "NVIDIA GB10, 535.183.01, 12.1"
-    sh(FAULTS["driver"].mend, _run_simulator=tmp_path)
+    sh(FAULTS["driver"].fix, _run_simulator=tmp_path)
     assert query() == "NVIDIA GB10, 580.142, 12.1"
 
 
@@ -230,7 +230,7 @@ def test_nvidia_ctk_tells_of_another_version(tmp_path: Path) -> None:
     sh(FAULTS["toolkit"].break_, _run_simulator=tmp_path)
     ctk = "toolkit/usr/bin/nvidia-ctk"
     assert stand_in(ctk, tmp_path, "--version") == "NVIDIA Container Toolkit CLI version 1.10.0"
-    sh(FAULTS["toolkit"].mend, _run_simulator=tmp_path)
+    sh(FAULTS["toolkit"].fix, _run_simulator=tmp_path)
     assert stand_in(ctk, tmp_path, "--version") == "NVIDIA Container Toolkit CLI version 1.19.0"
 
 
@@ -244,15 +244,15 @@ def test_break_and_mend(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     assert "spark-1: nvidia-smi reports an A100" in capsys.readouterr().out
 
     host.scripts.clear()
-    assert verbs.main(["mend", "spark-1", "clock"]) == 0
-    assert [script.partition("\n")[2] for script in host.scripts] == [FAULTS["clock"].mend]
+    assert verbs.main(["fix", "spark-1", "clock"]) == 0
+    assert [script.partition("\n")[2] for script in host.scripts] == [FAULTS["clock"].fix]
 
     host.scripts.clear()
-    assert verbs.main(["mend", "spark-1"]) == 0
-    assert [script.partition("\n")[2] for script in host.scripts] == [fault.mend for fault in FAULTS.values()]
+    assert verbs.main(["fix", "spark-1"]) == 0
+    assert [script.partition("\n")[2] for script in host.scripts] == [fault.fix for fault in FAULTS.values()]
 
 
-@pytest.mark.parametrize("verb", ["break", "mend"])
+@pytest.mark.parametrize("verb", ["break", "fix"])
 def test_an_unknown_fault_changes_nothing(verb: str, host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     assert verbs.main([verb, "spark-1", "gpu", "flood", "fire"]) == 1
     message = capsys.readouterr().err
@@ -279,5 +279,5 @@ def test_a_fault_that_fails_says_why(host: Host, capsys: pytest.CaptureFixture[s
 def test_the_internet_has_no_faults(host: Host) -> None:
     quiet: Any = lambda text: None  # noqa: E731
     with pytest.raises(SimulatorError, match="internet is no Spark and has no faults: there are spark-1"):
-        faults.mend(World("demo", quiet), "internet", [])
+        faults.fix(World("demo", quiet), "internet", [])
     assert host.scripts == []
