@@ -26,7 +26,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         result: dict[str, Any] = super().run(tmp, task_vars)
         verb, stages = self._task.args.get("verb", ""), self._task.args.get("stages") or []
         allowed = gateway.truth(self._templar.template(task_vars.get(outage.VARIABLE, False)))
-        known = {name: task_vars["hostvars"][name] for name in task_vars["ansible_play_hosts"]}
+        # Hosts that left the play, since nothing is done to them, count for identities.
+        known = {name: task_vars["hostvars"][name] for name in task_vars["ansible_play_hosts_all"]}
         stopping: list[str] = []
         machines: dict[str, tuple[str, str]] = {}
         for name, variables in known.items():
@@ -35,7 +36,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                 stops = "releases" in status and outage.stopped_by(verb, status)
             else:
                 stops = "plan" in inspection and outage.stops(inspection["plan"], inspection["state"], stages)
-            stopping += [name] if stops else []
+            stopping += [name] if stops and name in task_vars["ansible_play_hosts"] else []
             if "state" in inspection:
                 system = inspection["state"]["os"]
                 machines[name] = (str(system.get("machine_id", "")), str(system.get("boot_id", "")))

@@ -74,6 +74,6 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         if answer.reason and new:
             display.warning(
                 f"{repo}@{revision}: not verified by this controller, which cannot ask the Hub "
-                "({answer.reason}): commit and hashes are those that each Spark gets from the Hub or the source Spark"
+                f"({answer.reason}): commit and hashes are those that each Spark gets from the Hub or the source Spark"
             )
         return {**result, "changed": False, "expected": answer.expected, "reason": answer.reason}

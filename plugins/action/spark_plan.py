@@ -26,14 +26,17 @@ class ActionModule(ActionBase):  # type: ignore[misc]
     """Runs the module spark_state on the host and makes the plan from what it found."""
 
     TRANSFERS_FILES = False
-    _VALID_ARGS = frozenset(("status",))
+    _VALID_ARGS = frozenset(("again", "status"))
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return ``plan``; raise one error with every finding when the host or the input is not fit."""
         task_vars = task_vars or {}
         result: dict[str, Any] = super().run(tmp, task_vars)
         host = task_vars["inventory_hostname"]
-        status = bool(self._task.args.get("status", False))
+        status = gateway.truth(self._task.args.get("status", False))
+        before = task_vars.get("sparkfleet_inspection") or {}
+        if "plan" in before and not gateway.truth(self._task.args.get("again", True)):
+            return {**result, "changed": False, "plan": before["plan"], "state": before["state"]}
         try:
             target = Target.of(self._settings(task_vars))
         except SparkfleetError as error:

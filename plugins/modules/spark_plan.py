@@ -13,6 +13,10 @@ description:
   - The settings are the host's variables C(sparkfleet_*), which the role C(sparkfleet) documents and has defaults for,
     and C(sparkfleet_vllm_*), arguments of C(vllm serve).
 options:
+  again:
+    description: Inspect the host even if an earlier task of the run has, whose result is returned otherwise.
+    type: bool
+    default: true
   status:
     description: Include what is served, for M(sparkfleet.dgx.spark_status), and print nothing.
     type: bool

@@ -98,10 +98,11 @@ _PORTS = ("sparkfleet_port", "sparkfleet_guard_port", "sparkfleet_share_port")
 @functools.cache
 def options() -> dict[str, dict[str, Any]]:
     """Each variable with its type, choices, default and description, as argument specs have them."""
-    found: dict[str, dict[str, Any]] = yaml.safe_load(SPECS.read_text(encoding="utf-8"))["argument_specs"]["main"][
-        "options"
-    ]
-    return found
+    # In C where there is libyaml: each host of a run reads it.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    found: dict[str, Any] = yaml.load(SPECS.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506 - both are safe
+    options: dict[str, dict[str, Any]] = found["argument_specs"]["main"]["options"]
+    return options
 
 
 @functools.cache
