@@ -249,7 +249,7 @@ class Follower:
         begins, ends = ("starting", "restoring") if leg == "there" else ("restore-waiting", "done")
         # Of several engines, those of this one, and those of all of them.
         steps = [step for step in self._journal["steps"] if step.get("container", service) == service]
-        at = {step["phase"]: float(step["at"]) for step in steps}
+        at = {step["phase"]: float(step["at"]) for step in reversed(steps)}  # of each the first
         return max(at.get(ends, 0.0) - at.get(begins, 0.0), 0.0)
 
 
