@@ -476,7 +476,7 @@ class Switch:
         self.journal["verifications"] = {**results}
         if not result["verified"]:
             if result["failure"] in integrity.NONSENSE:
-                integrity.mark_served(self.docker, f"a verification failed ({result['failure']})")
+                integrity.mark_served(self.docker, f"a verification failed ({result['failure']})", service)
             integrity.request(str(result["failure"]))
             facts = {"failure": result["failure"], "checks": result["checks"], "answer": result["answer"]}
             raise FailedError(result["msg"], **self.facts(service, facts))

@@ -831,7 +831,7 @@ def test_nonsense_makes_the_files_of_the_model_suspect(
     store: Store, world: World, deployed: int, monkeypatch: pytest.MonkeyPatch, failure: str, marks: bool
 ) -> None:
     did: list[str] = []
-    monkeypatch.setattr(switch.integrity, "mark_served", lambda docker, why: did.append(why))
+    monkeypatch.setattr(switch.integrity, "mark_served", lambda docker, why, service: did.append(f"{service}: {why}"))
     monkeypatch.setattr(switch.integrity, "request", did.append)
 
     def verify(params: dict[str, Any]) -> dict[str, Any]:
@@ -840,7 +840,7 @@ def test_nonsense_makes_the_files_of_the_model_suspect(
 
     monkeypatch.setattr(switch, "verify", verify)
     journal = run(store, stage(store, NEW))
-    assert did == [f"a verification failed ({failure})"] * marks + [failure]
+    assert did == [f"{NEW}: a verification failed ({failure})"] * marks + [failure]
     error = journal["error"]
     assert (error["message"], error["failure"], error["answer"]) == ("no", failure, "x")
     assert error["checks"] == [{"name": "chat"}] and journal["verifications"][OLD]["verified"]
