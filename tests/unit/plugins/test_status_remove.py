@@ -118,7 +118,7 @@ def test_each_engine_of_a_release_has_a_row(store: Store, engine: Engine, docker
         ("vllm-m", "serving", True, guards["vllm-m"]),
         ("vllm-b", "given-up", False, guards["vllm-b"]),
     ]
-    assert (found["engine"], found["healthy"]) == ("given-up", False)
+    assert (found["engine"], found["healthy"], found["log"]) == ("given-up", False, [])
     assert {key: found["engines"][0][key] for key in ("model", "profile", "repo", "image", "port")} == {
         key: first[key] for key in ("model", "profile", "repo", "image", "port")
     }
@@ -126,6 +126,17 @@ def test_each_engine_of_a_release_has_a_row(store: Store, engine: Engine, docker
     with store.exclusive():
         found = status.look(store, docker, 0)
     assert [row["state"] for row in found["engines"]] == ["serving", "switching"] and found["engine"] == "switching"
+
+
+def test_the_log_names_the_engine_where_there_are_several(
+    store: Store, engine: Engine, docker: Docker, vllm: Vllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status.engine, "read_log", lambda docker, service, *_: [f"token=hf_abcdefghijkl {service}"])
+    deploy(store, engine, vllm)
+    assert status.look(store, docker, 5)["log"] == ["token=*** vllm-m"]
+    both = (fake_release.an_engine("vllm-m"), fake_release.an_engine("vllm-b", 8001))
+    store.commit(store.stage("b\n", fake_release.plan(*both), fake_release.lock(*both)), 100.0)
+    assert status.look(store, docker, 5)["log"] == ["vllm-m  token=*** vllm-m", "vllm-b  token=*** vllm-b"]
 
 
 def test_an_engine_of_a_release_that_cannot_be_read_is_found_by_its_container(

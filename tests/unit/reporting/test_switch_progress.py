@@ -76,8 +76,8 @@ def test_phases_and_the_log_in_the_order_of_time() -> None:
     assert follower.take(answer(done)) == ["spark-1  40 s  it is the current release now"]
     assert follower.done
     result = follower.result()
-    assert result["release"] == {"number": 8, "models": ["new-model"]}
-    assert result["previous"] == {"number": 7, "models": ["old-model"]}
+    assert result["release"] == {"number": 8, "model": "new-model", "models": ["new-model"]}
+    assert result["previous"] == {"number": 7, "model": "old-model", "models": ["old-model"]}
     assert (result["outcome"], result["seconds"], result["changed"]) == ("verified", 50.0, True)
     assert "failed" not in result
 
@@ -98,7 +98,7 @@ def test_a_failure_names_both_releases_the_cause_and_how_long_nothing_served() -
     assert BY_ID["argument-unknown"].remedy in first and first.endswith("[argument-unknown]")
     assert second == "  release 7 (old-model) was started again and is verified; no service for 50 s."
     assert [line.strip() for line in log] == ["vllm: error: unrecognized arguments: --unknown-thing 3"]
-    assert result["release"] == {"number": 7, "models": ["old-model"]}
+    assert result["release"] == {"number": 7, "model": "old-model", "models": ["old-model"]}
 
 
 def test_a_first_deployment_that_failed() -> None:
@@ -214,7 +214,10 @@ def test_each_engine_is_named_where_there_are_several() -> None:
         *("ready", "asking vllm-a", "asking vllm-b", "it is the current release now"),
     ]
     result = follower.result()
-    assert result["release"] == {"number": 8, "models": ["a", "b"]} and {*result["starts"]} == {"vllm-a", "vllm-b"}
+    assert result["release"] == {"number": 8, "model": "a, b", "models": ["a", "b"]} and {*result["starts"]} == {
+        "vllm-a",
+        "vllm-b",
+    }
     assert result["verifications"] == found and result["verification"] == found["vllm-a"]
 
 
