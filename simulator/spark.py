@@ -113,9 +113,11 @@ class Spark:
         )
 
     def guard(self) -> dict[str, Any]:
-        """The guard's record."""
-        found: dict[str, Any] = json.loads(self.sh("cat /var/lib/sparkfleet/guard-state.json"))
-        return found
+        """The guard's record of the first engine. Raises ValueError where it has none."""
+        data = json.loads(self.sh("cat /var/lib/sparkfleet/guard-state.json"))
+        for record in data["engines"].values():
+            return dict(record)
+        raise ValueError("the guard watches no engine")
 
     def until(self, what: str, test: Callable[[], bool], seconds: float = END_SECONDS) -> float:
         """Wait for something; the seconds it took. Raises SimulatorError."""

@@ -80,8 +80,8 @@ log_lines: {description: Its lines since the cursor., returned: always, type: li
 cursor: {description: Time of the last line read., returned: always, type: str}
 would: {description: Releases that would be pruned and what would be reclaimed., returned: check mode, type: dict}
 now: {description: Unix time of the host., returned: always, type: float}
-release: {description: By the action; number and models that serve now., returned: action, type: dict}
-previous: {description: By the action; number and models that served before., returned: action, type: dict}
+release: {description: By the action; number model and models that serve now., returned: action, type: dict}
+previous: {description: By the action; number model and models that served before., returned: action, type: dict}
 outcome: {description: "By the action; verified, restored, removed, refused or failed.", returned: action, type: str}
 out_of_service_s: {description: By the action; seconds without an answer., returned: action, type: float}
 reclaimed: {description: By the action; kind name and bytes of what was removed., returned: action, type: list}

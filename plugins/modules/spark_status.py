@@ -48,6 +48,11 @@ engine:
 containers: {description: Name and state of each of ours., returned: always, type: list, elements: dict}
 healthy: {description: Whether all engines answer., returned: always, type: bool}
 gpu: {description: Temperature in degrees Celsius and power draw in W or null., returned: always, type: dict}
+log:
+  description: The last lines of the engines' logs; with several engines each line begins with the service.
+  returned: always
+  type: list
+  elements: str
 summary: {description: By the action; the row that is printed., returned: action, type: dict}
 """
 

@@ -85,6 +85,8 @@ verify_id: {description: Part of the requests' X-Request-Id., returned: always, 
 seconds: {description: Duration of the complete verification., returned: always, type: float}
 """
 
+from urllib.parse import urlsplit
+
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import integrity
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
@@ -116,7 +118,8 @@ def main() -> None:
         module.fail_json(msg=str(error))
     if not result["verified"] and not module.check_mode and result["failure"] in integrity.NONSENSE:
         # Where the engine runs on this host, the next fetch hashes its model.
-        integrity.mark_served(Docker(timeout=10), f"a verification failed ({result['failure']})")
+        port = urlsplit(module.params["url"]).port or 0
+        integrity.mark_served(Docker(timeout=10), f"a verification failed ({result['failure']})", port=port)
     if not result["verified"]:
         if not module.check_mode:
             request(str(result["failure"]))

@@ -57,6 +57,7 @@ FRESH_SECONDS = 60.0  # an observation may take as long as Docker needs to stop 
 WINDOW_SECONDS = 60.0  # between two tries to listen
 REPEAT_SECONDS = 600.0  # after which the same complaint is written to the journal again
 RECOVER_SECONDS = 3 * 3600  # an engine, for the end of a switch that was cut: two starts of it, verified
+LOAD_SECONDS = 900.0  # in which an engine that starts measures memory; another one waits no longer for it
 RECOVER_PAUSE = 60.0  # between two tries to end it, where the first one could not
 LOG_SECONDS = 600.0  # a start without a word for so long hangs
 LOG_LINES = 150  # of an engine that was given up
@@ -685,13 +686,26 @@ class Watched:
         self.asking = False
         self.figures: dict[str, float] | None = None
         self.read_at = -math.inf
-        self.starts = False  # it measures memory, or may
+        self.start: tuple[str, float] | None = None  # the one that goes on, and since when it is known
         self.looked_at = clock()
 
     @property
     def name(self) -> str:
         """For messages."""
         return self.service or "engine"
+
+    @property
+    def loads(self) -> bool:
+        """Whether it measures memory now, or may."""
+        return self.start is not None and clock() - self.start[1] < LOAD_SECONDS
+
+    def note_start(self, seen: Mapping[str, Any]) -> None:
+        """Note by an observation whether it loads."""
+        begun, known = str(seen.get("started_at") or ""), self.guard.known
+        if seen["state"] not in ("running", "restarting") or (known.get("ready") and known.get("started_at") == begun):
+            self.start = None
+        elif self.start is None or self.start[0] != begun:
+            self.start = begun, clock()
 
 
 class Watcher:
@@ -771,17 +785,16 @@ class Watcher:
         """What the host shows of an engine now. `locked`: the lock of switches is ours."""
         known: dict[str, Any] = {"now": time.time(), "clock": clock(), "boot_id": self.boot_id}
         if not locked and self.store.switch_active() and item.service not in self._kept():
-            item.starts = False
+            item.start = None
             return Observation(**known, switching=True)
         known.update(interrupted=not locked and self._interrupted(), release=self.store.current())
         try:
             known.update(self._engine(item) if known["release"] is not None else {"state": "missing"})
         except (DockerUnavailable, DockerError):
-            item.starts = False
+            item.start = None
             return Observation(**{**known, "docker": False})
-        fresh = not item.guard.known.get("ready") or known.get("started_at") != item.guard.known.get("started_at")
-        item.starts = known["state"] in ("running", "restarting") and fresh
-        known["busy"] = any(other.starts for other in self.watched.values() if other is not item)
+        item.note_start(known)
+        known["busy"] = any(other.loads for other in self.watched.values() if other is not item)
         if locked:
             return Observation(**known)
         canary, item.canary = item.canary, None
@@ -916,7 +929,7 @@ class Watcher:
         if not seen.busy:
             drop_page_cache()
         self.notify.alive()
-        item.starts = True
+        item.start = "", clock()
         engine.start(self.docker, item.service)
 
     def _give_up(self, item: Watched, action: Action) -> None:

@@ -346,14 +346,20 @@ def _names(entry: Mapping[str, Any]) -> list[str]:
     return [*entry["damaged"], *entry["missing"], *(["its manifest"] if entry["error"].startswith(LIST) else [])]
 
 
-def mark_served(docker: Docker, reason: str) -> list[str]:
-    """Mark the models that running engines of ours serve, once an answer made no sense: the next fetch hashes them.
+def _ports(item: Mapping[str, Any]) -> list[Any]:
+    return [one.get("PublicPort") for one in item.get("Ports") or []]
+
+
+def mark_served(docker: Docker, reason: str, service: str = "", port: int = 0) -> list[str]:
+    """Mark the model that an engine of ours serves, once an answer made no sense: the next fetch hashes it. Of which
+    engine, its `service` says, or the `port` that it is published on; all that run where neither does.
     "ORG/NAME@COMMIT" of each; [] where Docker does not say."""
     marked = []
     with contextlib.suppress(DockerError, KeyError, TypeError, AttributeError):
-        for item in engine.ours(docker):
-            if item["State"] != "running":
-                continue
+        running = [item for item in engine.ours(docker) if item["State"] == "running"]
+        named = [item for item in running if service and engine.service_of(item) == service]
+        named += [item for item in running if port and port in _ports(item)]
+        for item in named or ([] if service else running):
             container = docker.container(item["Id"]) or {}
             words = {str(word) for word in (container.get("Config") or {}).get("Cmd") or []}
             for mount in container.get("Mounts") or []:

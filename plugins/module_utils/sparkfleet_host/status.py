@@ -123,6 +123,7 @@ def look(store: Store, docker: Docker, log_lines: int) -> dict[str, Any]:
         **{"releases": releases, "containers": containers, "docker": there, "gpu": gpu(), "engines": engines},
         "engine": overall(engines, containers, bool(releases["switch_active"]), there),
         "healthy": bool(engines) and all(row["healthy"] for row in engines),
+        "log": [f"{row['service']}  {line}" if len(engines) > 1 else line for row in engines for line in row["log"]],
     }
 
 

@@ -210,13 +210,10 @@ class Switch:
             return {}
         try:
             engines = self.store.engines(to)
+            same = {item.service for item in engines} if before == to else self._unchanged(before, to)
             if self.request.get("mode") == RESTART:
-                named = self.journal["services"]
-                same = {item.service for item in engines if named and item.service not in named}
-            elif before == to:
-                same = {item.service for item in engines}
-            else:
-                same = self._unchanged(before, to)
+                named = {*self.journal["services"]}
+                same = same - named if named else set()
             verified = (self.store.outcome(before) or {}).get("container_ids") or {}
             wanted = {item.service: verified.get(item.service, "") for item in engines if item.service in same}
             return self._serving(engines, wanted)
@@ -476,7 +473,7 @@ class Switch:
         self.journal["verifications"] = {**results}
         if not result["verified"]:
             if result["failure"] in integrity.NONSENSE:
-                integrity.mark_served(self.docker, f"a verification failed ({result['failure']})")
+                integrity.mark_served(self.docker, f"a verification failed ({result['failure']})", service)
             integrity.request(str(result["failure"]))
             facts = {"failure": result["failure"], "checks": result["checks"], "answer": result["answer"]}
             raise FailedError(result["msg"], **self.facts(service, facts))

@@ -147,8 +147,11 @@ class Follower:
         return models
 
     def _name(self, which: str) -> str:
-        models = ", ".join(dict.fromkeys(self._models(which)))
+        models = self._named(which)
         return f"release {self._journal[which]}" + (f" ({models})" if models else "")
+
+    def _named(self, which: str) -> str:
+        return ", ".join(dict.fromkeys(self._models(which)))
 
     # -- the end ---------------------------------------------------------------------------------------------
 
@@ -193,7 +196,7 @@ class Follower:
         number = self._journal[which]
         if number is None:
             return None
-        return {"number": number, "models": self._models(which)}
+        return {"number": number, "model": self._named(which), "models": self._models(which)}
 
     def _became(self) -> str:
         """What became of the release before, as a sentence."""
@@ -249,7 +252,7 @@ class Follower:
         begins, ends = ("starting", "restoring") if leg == "there" else ("restore-waiting", "done")
         # Of several engines, those of this one, and those of all of them.
         steps = [step for step in self._journal["steps"] if step.get("container", service) == service]
-        at = {step["phase"]: float(step["at"]) for step in steps}
+        at = {step["phase"]: float(step["at"]) for step in reversed(steps)}  # of each the first
         return max(at.get(ends, 0.0) - at.get(begins, 0.0), 0.0)
 
 

@@ -392,6 +392,42 @@ def test_only_what_a_running_engine_serves_is_marked(cache: Path, state: str, wo
     assert model_state(cache, REPO, COMMIT)["complete"] is not marked
 
 
+@pytest.mark.parametrize(
+    ("chosen", "marked"),
+    [
+        ({}, ["a/one", "a/two"]),
+        ({"service": "vllm-b"}, ["a/two"]),
+        ({"service": "vllm-c"}, []),
+        ({"port": 8000}, ["a/one"]),
+        ({"port": 9999}, ["a/one", "a/two"]),  # behind something that is not ours
+    ],
+)
+def test_the_model_of_the_engine_that_answered_is_marked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, chosen: dict[str, Any], marked: list[str]
+) -> None:
+    names = {"1": "a/one", "2": "a/two"}
+    for name in names:
+        (tmp_path / name / ".sparkfleet").mkdir(parents=True)
+
+    class Docker:
+        def containers(self, **_: Any) -> list[dict[str, Any]]:
+            return [
+                {
+                    **{"Id": name, "State": "running", "Ports": [{"PublicPort": 8000 + place}, {}]},
+                    "Labels": {"com.docker.compose.service": f"vllm-{'ab'[place]}"},
+                }
+                for place, name in enumerate(names)
+            ]
+
+        def container(self, name: str) -> dict[str, Any]:
+            return {"Config": {"Cmd": [COMMIT]}, "Mounts": [{"Source": str(tmp_path / name)}]}
+
+    monkeypatch.setattr(integrity, "finished", lambda place: [(names[Path(place).name], COMMIT)])
+    monkeypatch.setattr(integrity, "mark_suspect", lambda *_: True)
+    docker: Any = Docker()
+    assert integrity.mark_served(docker, "odd", **chosen) == [f"{name}@{COMMIT}" for name in marked]
+
+
 def test_no_more_models_are_marked_than_are_looked_at(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Docker:
         def containers(self, **_: Any) -> list[dict[str, Any]]:

@@ -305,3 +305,19 @@ def test_a_log_line_without_an_end_is_cut(engine: Engine, docker: Docker, monkey
     engine.routes["GET", "/containers/c/logs"] = endless
     lines = list(docker.frames("/containers/c/logs?", tty=False))
     assert len(lines) > 1 and max(map(len, lines)) <= 200 and sum(map(len, lines)) == 1000
+
+
+def test_every_engine_of_a_release_is_checked(spark: Spark) -> None:
+    both = (
+        fake_release.an_engine("vllm-m", spark.port, repo="org/m", revision=COMMIT, image=IMAGE),
+        fake_release.an_engine("vllm-b", 1, image="other:1"),
+    )
+    spark.number = spark.store.stage("b\n", fake_release.plan(*both), fake_release.lock(*both))
+    assert "has no service vllm-b" in spark.failures()["compose-invalid"]
+    spark.document["services"]["vllm-b"] = {"image": "other:1", "networks": {"default": None}}
+    assert spark.failures() == {"image-missing": "Docker does not have the image other:1"}
+    spark.document["services"]["vllm-b"]["image"] = IMAGE
+    assert spark.failures() == {}
+    del spark.engine.routes["GET", f"/images/{IMAGE}/json"]
+    problems = spark.problems()
+    assert [problem.failure for problem in problems] == ["image-missing"]  # that both lack is said once

@@ -831,7 +831,7 @@ def test_nonsense_makes_the_files_of_the_model_suspect(
     store: Store, world: World, deployed: int, monkeypatch: pytest.MonkeyPatch, failure: str, marks: bool
 ) -> None:
     did: list[str] = []
-    monkeypatch.setattr(switch.integrity, "mark_served", lambda docker, why: did.append(why))
+    monkeypatch.setattr(switch.integrity, "mark_served", lambda docker, why, service: did.append(f"{service}: {why}"))
     monkeypatch.setattr(switch.integrity, "request", did.append)
 
     def verify(params: dict[str, Any]) -> dict[str, Any]:
@@ -840,7 +840,7 @@ def test_nonsense_makes_the_files_of_the_model_suspect(
 
     monkeypatch.setattr(switch, "verify", verify)
     journal = run(store, stage(store, NEW))
-    assert did == [f"a verification failed ({failure})"] * marks + [failure]
+    assert did == [f"{NEW}: a verification failed ({failure})"] * marks + [failure]
     error = journal["error"]
     assert (error["message"], error["failure"], error["answer"]) == ("no", failure, "x")
     assert error["checks"] == [{"name": "chat"}] and journal["verifications"][OLD]["verified"]
@@ -1922,3 +1922,35 @@ def test_releases_that_never_served_do_not_pile_up(store: Store, world: World, d
     assert run(store, first)["outcome"] == how and first in store.numbers()  # the one that was asked for stays
     store.remove([10])
     assert store.numbers() == [1, 2, 3, 7, 8, 9] and store.find("attempt 5\n", store.plan(9)) == 9
+
+
+def test_a_restart_of_a_release_that_is_not_the_current_one_keeps_only_what_is_the_same(
+    store: Store, world: World, both: int
+) -> None:
+    assert run(store, stage_all(store, world, first="2", second="1"))["outcome"] == "verified"
+    for tags, kept in (({"first": "1", "second": "2"}, []), ({"first": "2", "second": "3"}, [FIRST])):
+        request = {"id": "a", "to": stage_all(store, world, **tags), "mode": "restart", "services": [SECOND]}
+        job = Switch(store, Docker("/nowhere"), request, now=lambda: 5.0)
+        job.begin(int(request["to"]))
+        assert [*job.to_keep(int(request["to"]))] == kept
+
+
+def test_what_a_container_is_made_from() -> None:
+    service = {
+        **{"image": "x", "networks": {"default": None}, "secrets": [{"source": "key", "target": "/run/key"}]},
+        "volumes": [{"type": "volume", "source": "v", "target": "/v"}, {"type": "bind", "source": "/opt/hf"}],
+    }
+    document = {
+        "services": {"a": service, "b": {"image": "y"}, "c": "odd"},
+        "networks": {"default": {"name": "n"}, "other": {}},
+        "secrets": {"key": {"file": "/etc/key"}, "unused": {}},
+        "volumes": {"v": {"name": "p_v"}},
+    }
+    assert engine.definition(document, "a") == {
+        **{"service": service, "networks": {"default": {"name": "n"}}, "secrets": {"key": {"file": "/etc/key"}}},
+        **{"volumes": {"v": {"name": "p_v"}}, "configs": {}},
+    }
+    assert engine.definition(document, "b") != engine.definition({**document, "services": {"b": {"image": "z"}}}, "b")
+    assert engine.definition({**document, "networks": {}}, "b") == engine.definition(document, "b")
+    for odd in (document, {}, {"services": None}, {"services": {"c": []}}):
+        assert engine.definition(odd, "c") is None

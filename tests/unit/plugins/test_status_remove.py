@@ -101,6 +101,54 @@ def test_a_host_without_anything(store: Store, engine: Engine, docker: Docker, t
     assert status.look(store, Docker(str(tmp_path / "none.sock")), 0)["engine"] == "docker-down"
 
 
+def test_each_engine_of_a_release_has_a_row(store: Store, engine: Engine, docker: Docker, vllm: Vllm) -> None:
+    first = fake_release.an_engine("vllm-m", int(vllm.url.rpartition(":")[2]), repo="org/m", image="i:1")
+    both = (first, fake_release.an_engine("vllm-b", 1))
+    store.commit(store.stage("services: {}\n", fake_release.plan(*both), fake_release.lock(*both)), 100.0)
+    labels = {**LABELS, "com.docker.compose.service": "vllm-b"}
+    engine.routes["GET", "/containers/json"] = [
+        {"Id": "abc", "Names": ["/vllm-m"], "State": "running", "Labels": LABELS},
+        {"Id": "def", "Names": ["/vllm-b"], "State": "exited", "Labels": labels},
+    ]
+    guards = {"vllm-m": {"engine": "serving"}, "vllm-b": {"given_up": {"at": 1.0, "reason": "3 restarts"}}}
+    write_json(store.state_dir / "guard-state.json", {"at": 1.0, "engines": guards})
+    found = status.look(store, docker, 0)
+    rows = [(row["service"], row["state"], row["healthy"], row["guard"]) for row in found["engines"]]
+    assert rows == [
+        ("vllm-m", "serving", True, guards["vllm-m"]),
+        ("vllm-b", "given-up", False, guards["vllm-b"]),
+    ]
+    assert (found["engine"], found["healthy"], found["log"]) == ("given-up", False, [])
+    assert {key: found["engines"][0][key] for key in ("model", "profile", "repo", "image", "port")} == {
+        key: first[key] for key in ("model", "profile", "repo", "image", "port")
+    }
+    store.write_switch({"to": 2, "from": 1, "phase": "waiting", "kept": ["vllm-m"], "began": 1.0})
+    with store.exclusive():
+        found = status.look(store, docker, 0)
+    assert [row["state"] for row in found["engines"]] == ["serving", "switching"] and found["engine"] == "switching"
+
+
+def test_the_log_names_the_engine_where_there_are_several(
+    store: Store, engine: Engine, docker: Docker, vllm: Vllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status.engine, "read_log", lambda docker, service, *_: [f"token=hf_abcdefghijkl {service}"])
+    deploy(store, engine, vllm)
+    assert status.look(store, docker, 5)["log"] == ["token=*** vllm-m"]
+    both = (fake_release.an_engine("vllm-m"), fake_release.an_engine("vllm-b", 8001))
+    store.commit(store.stage("b\n", fake_release.plan(*both), fake_release.lock(*both)), 100.0)
+    assert status.look(store, docker, 5)["log"] == ["vllm-m  token=*** vllm-m", "vllm-b  token=*** vllm-b"]
+
+
+def test_an_engine_of_a_release_that_cannot_be_read_is_found_by_its_container(
+    store: Store, engine: Engine, docker: Docker, vllm: Vllm
+) -> None:
+    deploy(store, engine, vllm)
+    (store.folder(1) / "lock.json").unlink()
+    engine.routes["GET", "/containers/json"][0]["Ports"] = [{"PublicPort": int(vllm.url.rpartition(":")[2])}]
+    found = status.look(store, docker, 0)
+    assert [(row["service"], row["model"], row["state"]) for row in found["engines"]] == [("vllm-m", None, "serving")]
+
+
 @pytest.fixture
 def remove(
     tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -199,6 +247,23 @@ def test_remove_leaves_models_that_sparkfleet_did_not_download(
         *("models--org--byhand", "models--org--checked", "models--org--link"),
     ]
     assert (tmp_path / "elsewhere").exists()
+
+
+def test_remove_takes_the_images_of_every_engine_and_release(
+    remove: Callable[..., dict[str, Any]], engine: Engine, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "project", tmp_path / "state", str(tmp_path / "lock"))
+    both = (fake_release.an_engine("a", image="x:1"), fake_release.an_engine("b", 8001, image="x:2"))
+    store.stage("services: {}\n", fake_release.plan(*both), fake_release.lock(*both))
+    store.folder(2).mkdir()
+    plan, lock = fake_release.flat(fake_release.an_engine("c", image="x:3"))
+    write_json(store.folder(2) / "plan.json", plan)
+    write_json(store.folder(2) / "lock.json", lock)
+    store.folder(3).mkdir()  # damaged: what it needs is not known
+    for name in ("x:1", "x:2", "x:3"):
+        engine.routes["GET", f"/images/{name}/json"] = {"Id": name}
+    removed = remove(check=True, images=True)["removed"]
+    assert [name for name in removed if name.startswith("image x")] == ["image x:1", "image x:2", "image x:3"]
 
 
 @pytest.mark.parametrize("check", [True, False])

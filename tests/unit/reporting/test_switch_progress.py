@@ -76,8 +76,8 @@ def test_phases_and_the_log_in_the_order_of_time() -> None:
     assert follower.take(answer(done)) == ["spark-1  40 s  it is the current release now"]
     assert follower.done
     result = follower.result()
-    assert result["release"] == {"number": 8, "models": ["new-model"]}
-    assert result["previous"] == {"number": 7, "models": ["old-model"]}
+    assert result["release"] == {"number": 8, "model": "new-model", "models": ["new-model"]}
+    assert result["previous"] == {"number": 7, "model": "old-model", "models": ["old-model"]}
     assert (result["outcome"], result["seconds"], result["changed"]) == ("verified", 50.0, True)
     assert "failed" not in result
 
@@ -98,7 +98,7 @@ def test_a_failure_names_both_releases_the_cause_and_how_long_nothing_served() -
     assert BY_ID["argument-unknown"].remedy in first and first.endswith("[argument-unknown]")
     assert second == "  release 7 (old-model) was started again and is verified; no service for 50 s."
     assert [line.strip() for line in log] == ["vllm: error: unrecognized arguments: --unknown-thing 3"]
-    assert result["release"] == {"number": 7, "models": ["old-model"]}
+    assert result["release"] == {"number": 7, "model": "old-model", "models": ["old-model"]}
 
 
 def test_a_first_deployment_that_failed() -> None:
@@ -173,6 +173,103 @@ def test_what_was_reclaimed_is_printed_and_counted() -> None:
         *("spark-1  would prune release 1, 2", lines[0].replace("reclaimed", "would reclaim")),
     ]
     assert foreseen("spark-1", {"pruned": []}) == []
+
+
+# -- more than one engine ----------------------------------------------------------------------------------------------
+
+
+def steps(*names: str) -> list[dict[str, Any]]:
+    """Phases, ten seconds each; PHASE SERVICE is of an engine."""
+    made = [name.partition(" ")[::2] for name in names]
+    return [
+        {"phase": phase, "at": BEGAN + 10 * place, **({"container": service} if service else {})}
+        for place, (phase, service) in enumerate(made)
+    ]
+
+
+def both(*names: str, **more: Any) -> dict[str, Any]:
+    """The journal of a release with the engines a and b."""
+    made = steps(*names)
+    last = {"phase": made[-1]["phase"], "container": made[-1].get("container", "")}
+    models = {"models": ["a", "b"], "from_models": ["a", "old-b"]}
+    return {**journal("stopping"), **models, **last, "steps": made, "kept": [], "container_ids": {}, **more}
+
+
+def test_each_engine_is_named_where_there_are_several() -> None:
+    follower = Follower("spark-1", 3)
+    assert follower.take(answer(both("stopping"))) == ["spark-1  0 s  stopping release 7 (a, old-b)"]
+    lines = follower.take(answer(both("stopping", "starting vllm-a", "waiting vllm-a"), LOG[:1]))
+    assert lines == ["spark-1  10 s  starting vllm-a of release 8 (a, b)", "spark-1  4 s  starting, vLLM 0.10.1.1"]
+    names = ("stopping", "starting vllm-a", "waiting vllm-a", "starting vllm-b", "waiting vllm-b")
+    lines = follower.take(answer(both(*names, container_ids={"vllm-a": "1"}), LOG[:1], now=BEGAN + 31))
+    assert [line.split("  ", 2)[2] for line in lines] == [
+        *("ready", "starting vllm-b of release 8 (a, b)", "starting, vLLM 0.10.1.1"),
+    ]
+    whole = (*names, "verifying vllm-a", "verifying vllm-b", "committing", "done")
+    ids = {"vllm-a": "1", "vllm-b": "2"}
+    found = {"vllm-a": {"verified": True, "ttft_ms": 5.0}, "vllm-b": {"verified": True}}
+    ended = both(*whole, container_ids=ids, verifications=found, outcome="verified", ended=BEGAN + 99)
+    lines = follower.take(answer(ended, now=BEGAN + 60))
+    assert [line.split("  ", 2)[2] for line in lines] == [
+        *("ready", "asking vllm-a", "asking vllm-b", "it is the current release now"),
+    ]
+    result = follower.result()
+    assert result["release"] == {"number": 8, "model": "a, b", "models": ["a", "b"]} and {*result["starts"]} == {
+        "vllm-a",
+        "vllm-b",
+    }
+    assert result["verifications"] == found and result["verification"] == found["vllm-a"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"kept": ["vllm-a"]}, "stopping release 7 (a, old-b) but for vllm-a"),
+        ({"kept": ["vllm-a", "vllm-b"]}, "vllm-a, vllm-b of release 7 (a, old-b) keep running for release 8 (a, b)"),
+        (
+            {"kept": ["vllm-a"], "models": ["a"], "from_models": ["a"]},
+            "the engine of release 7 (a) keeps running for release 8 (a)",
+        ),
+    ],
+)
+def test_engines_that_keep_running_are_said(more: dict[str, Any], words: str) -> None:
+    assert Follower("spark-1", 3).take(answer(both("stopping", **more))) == [f"spark-1  0 s  {words}"]
+
+
+def test_a_failure_of_one_engine_names_it() -> None:
+    names = ("stopping", "starting vllm-a", "waiting vllm-a", "starting vllm-b", "waiting vllm-b", "restoring")
+    back = (
+        "restoring vllm-b",
+        "restore-waiting vllm-b",
+        "restore-verifying vllm-a",
+        "restore-verifying vllm-b",
+        "done",
+    )
+    more = {"kept": ["vllm-a"], "container_ids": {"vllm-a": "1", "vllm-b": "2"}, "ended": BEGAN + 99}
+    told = error(message="vllm-b ended", container="vllm-b")
+    follower = Follower("spark-1", 3)
+    ended = both(*names, *back, error=told, outcome="restored", out_of_service_s=9.0, **more)
+    lines = [line.split("  ", 2)[2] for line in follower.take(answer(ended))]
+    assert "release 8 (a, b) failed; bringing back release 7 (a, old-b)" in lines
+    assert "starting vllm-b of release 7 (a, old-b)" in lines and lines[-2:] == ["asking vllm-a", "asking vllm-b"]
+    head = follower.result()["msg"].splitlines()[0]
+    assert head.startswith("spark-1: release 8 (a, b) does not serve: vllm-b ended with exit code 2 after 20 s")
+    wrong = error(message="chat: got Rome", container="vllm-b", failure="answer-wrong", state="running", checks=[{}])
+    follower = Follower("spark-1", 3)
+    follower.take(answer(both(*names, *back, error=wrong, outcome="restored", **more)))
+    assert "does not serve: vllm-b: chat: got Rome. " in follower.result()["msg"]
+
+
+def test_what_still_serves_is_said() -> None:
+    right = {"vllm-a": {"verified": True}}
+    told = error(message="vllm-b ended", container="vllm-b")
+    same = both("stopping", "done", error=told, outcome="failed", verifications=right, ended=BEGAN, **{"from": 8})
+    follower = Follower("spark-1", 3)
+    follower.take(answer(same))
+    assert "\n  vllm-b was stopped; vllm-a serves." in follower.result()["msg"]
+    follower = Follower("spark-1", 3)
+    follower.take(answer({**same, "from": 7, "restore_error": told}))
+    assert "could not be brought back as a whole, vllm-a serves: vllm-b ended" in follower.result()["msg"]
 
 
 # -- a Spark that says anything --------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import release_format
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.http import Client, HttpError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.switch import verify_params
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.verify import verify
@@ -21,6 +22,7 @@ from simulator.spark import QUESTION
 from sparkfleet.diagnosis import failures
 from sparkfleet.diagnosis.startup_log import Tracker
 from tests.unit import ROOT
+from tests.unit.fakes import fake_release
 
 VLLM = ROOT / "simulator" / "fault_engine" / "vllm"
 MODEL = "org/model"
@@ -65,8 +67,9 @@ class Engine:
 
     def verify(self) -> dict[str, Any]:
         asked = {"question": QUESTION, "expect": "Paris", "prompt": "The capital of France is"}
-        plan = {"repo": MODEL, "verify": {**asked, "prompt_expect": "Paris"}}
-        result: dict[str, Any] = verify({**verify_params(plan, self.port), "timeout": 5})
+        questions = {**asked, "prompt_expect": "Paris", "max_tokens": 32}
+        made = release_format.Engine(**fake_release.an_engine("vllm-m", self.port, repo=MODEL, verify=questions))
+        result: dict[str, Any] = verify({**verify_params(made), "timeout": 5})
         return result
 
 
