@@ -172,7 +172,7 @@ def test_a_blob_with_another_content_is_never_kept(
 ) -> None:
     monkeypatch.setattr(f"{Layout.__module__}.TRIES", 1)
     upstream.spoil = True
-    with pytest.raises(OSError, match="another content"):
+    with pytest.raises(OSError, match="different content"):
         layout.fetch([digest(upstream.layers[1])], lambda done: None)
     assert not layout.path(digest(upstream.layers[1])).exists()
 
@@ -727,7 +727,7 @@ def test_one_fetches_and_the_others_take() -> None:
     assert made.sources["a"].images == [IMAGE]
     assert made.image_from == {"a": "a", "b": "a", "c": "a"}  # Docker of the source asks the source's own registry
     assert made.model_from == {"b": "a", "c": "a"}
-    assert made.summary("a") == [f"a gives {IMAGE} and org/a to b, c"]
+    assert made.summary("a") == [f"a serves {IMAGE} and org/a to b, c"]
 
 
 def test_one_alone_fetches_by_itself() -> None:

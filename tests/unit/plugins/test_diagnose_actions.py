@@ -94,7 +94,7 @@ def test_an_answer_without_facts_is_passed_on(stage: Stage) -> None:
 
 def test_a_folder_that_cannot_be_written_is_named(stage: Stage, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(AnsibleActionFail, match=r"file.*set another path"):
+    with pytest.raises(AnsibleActionFail, match=r"file.*choose another path"):
         stage.run(facts(), report="file/a.json")
 
 

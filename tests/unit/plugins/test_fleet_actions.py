@@ -115,7 +115,7 @@ def test_a_spark_that_cannot_be_planned_stops_the_rollout(monkeypatch: pytest.Mo
     stage = Stage(monkeypatch, "rollout_schedule")
     # Ansible registers what it has of a host that it does not reach.
     made = stage.run(fleet(s1=planned(), s2={"unreachable": True, "msg": "no route"}, s4={"unreachable": True}))
-    assert made["waves"] == [] and stage.printed == ["rollout  no wave begins: s2 cannot be planned"]
+    assert made["waves"] == [] and stage.printed == ["rollout  no wave starts: s2 cannot be planned"]
 
 
 def test_status_takes_one_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:

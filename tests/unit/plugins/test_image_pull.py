@@ -105,7 +105,7 @@ def test_layer_that_starts_again_does_not_go_back() -> None:
         ("manifest for nvcr.io/nvidia/vllm:9 not found: manifest unknown", "image-unknown", "check name and tag"),
         ("pull access denied for x, repository does not exist", "image-denied", "docker login nvcr.io"),
         ("unauthorized: authentication required", "image-denied", "docker login nvcr.io"),
-        ("write /var/lib/docker/tmp/x: no space left on device", "disk-full", "make room"),
+        ("write /var/lib/docker/tmp/x: no space left on device", "disk-full", "free some space"),
         ('Get "https://nvcr.io/v2/": x509: certificate signed by unknown authority', "registry-tls", "certs.d/nvcr.io"),
         ("tls: failed to verify certificate: x509: ...", "registry-tls", "certs.d/nvcr.io"),
         ("dial tcp: lookup nvcr.io on 1.1.1.1:53: no such host", "registry-name", "DNS"),
