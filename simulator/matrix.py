@@ -128,7 +128,7 @@ def slow_tokens(spark: Spark) -> str:
 
 
 def quiet_hour(spark: Spark) -> str:
-    """An hour at the pace of BASE: long prefills, each longer than what a wedge is told by, and nothing in between."""
+    """An hour at the pace of BASE: long prefills, each longer than the wedge threshold, and nothing in between."""
     before = spark.guard()["restarts_total"]
     end = time.monotonic() + HOUR
     for seconds in itertools.cycle((7, 9)):
@@ -409,7 +409,7 @@ def rows() -> list[Row]:
         Row(
             "stopped by hand",
             "host",
-            "docker stop by a person",
+            "docker stop by hand",
             stopped_by_hand,
             ("stopped",),
             STOPPED,

@@ -57,7 +57,7 @@ def first_ipv4(name: str) -> str:
 
 
 def resolve(params: dict[str, Any], interfaces: dict[str, list[str]]) -> dict[str, Any]:
-    """What the module returns. Raises ValueError saying what cannot be told, and what to set."""
+    """What the module returns. Raises ValueError with what cannot be determined, and what to set."""
     others = {
         item["name"]: first_ipv4(item["address"]) for item in params["gateways"] if item["name"] != params["name"]
     }

@@ -452,7 +452,7 @@ def check_expected(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def died(params: dict[str, Any], state: dict[str, Any], lines: deque[str]) -> str:
-    """Why a container that said nothing at its end ended."""
+    """Why a container ended without reporting a result."""
     if state.get("OOMKilled"):
         return f"the download of {params['repo']} exceeded its {params['memory'] >> 20} MiB; raise its memory limit"
     last = f"; last output: {' | '.join(list(lines)[-3:])[:400]}" if lines else ""

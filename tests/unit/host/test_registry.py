@@ -907,14 +907,14 @@ def test_a_registry_that_sends_the_whole_again(upstream: FakeRegistry, layout: L
     assert layout.path(blob).read_bytes() == body
 
 
-@pytest.mark.parametrize("told", ["bytes 0-299999/300000", "bytes 1001-299999/300000", "bytes 1000-300000/300001"])
-def test_a_part_that_was_not_asked_for_is_refused(upstream: FakeRegistry, layout: Layout, told: str) -> None:
+@pytest.mark.parametrize("reported", ["bytes 0-299999/300000", "bytes 1001-299999/300000", "bytes 1000-300000/300001"])
+def test_a_part_that_was_not_asked_for_is_refused(upstream: FakeRegistry, layout: Layout, reported: str) -> None:
     body, blob = upstream.layers[0], digest(upstream.layers[0])
     kept = partial(layout, blob, body[:1000])
 
     def other(handler: Handler) -> None:
         del handler.headers["Range"]
-        reply(handler, body[1000:], 206, {"Content-Range": told})
+        reply(handler, body[1000:], 206, {"Content-Range": reported})
 
     upstream.answers[blob_path(blob)] = other
     with pytest.raises(OSError, match="asked for bytes from 1000 on"):
