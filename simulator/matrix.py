@@ -638,7 +638,7 @@ def markdown(outcomes: Sequence[Outcome], before: str = "") -> str:
         "Rows marked “new” are from a second round, about outside influences: people, neighbours, disks and clocks.",
         "“Without an answer” was measured by an outside prober, with an engine that loads in a second.",
         "",
-        "| fault | where | what is done | the operator sees | the host ends | diagnose names | without an answer |",
+        "| fault | where | action | the operator sees | final state | `diagnose` names | without an answer |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     known = {line.split(" | ")[0].removeprefix("| "): line for line in before.splitlines() if line.startswith("| ")}
