@@ -6,8 +6,8 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: gateway_network
-short_description: Find the network that a gateway shares with the other gateways, and the interface for a floating
-address description:
+short_description: Find the network between gateways, and the interface for a floating address
+description:
   - Resolves the gateways' names on this host, and finds its own address facing them with its interface.
   - keepalived takes addresses only, no names. Reads only.
 options:
