@@ -69,8 +69,9 @@ EXAMPLES = r"""
     image: nvcr.io/nvidia/vllm:25.09-py3
   async: "{{ ansible_check_mode | ternary(0, 7200) }}"
   poll: 0
-  changed_when: ansible_check_mode and fetch_image.changed  # a launch always reports changed; fetch_wait has the real
-  result register: fetch_image
+  # A launch always reports changed; fetch_wait has the real result.
+  changed_when: ansible_check_mode and fetch_image.changed
+  register: fetch_image
 """
 
 RETURN = r"""

@@ -117,8 +117,9 @@ EXAMPLES = r"""
     revision: main
   async: "{{ ansible_check_mode | ternary(0, 7200) }}"
   poll: 0
-  changed_when: ansible_check_mode and fetch_model.changed  # a launch always reports changed; fetch_wait has the real
-  result register: fetch_model
+  # A launch always reports changed; fetch_wait has the real result.
+  changed_when: ansible_check_mode and fetch_model.changed
+  register: fetch_model
 """
 
 RETURN = r"""
