@@ -1,4 +1,4 @@
-"""Adds the collection to a wheel, in the place beside Python's packages where ansible-core looks for collections."""
+"""Adds the collection to a wheel, next to Python's packages, where ansible-core searches for collections."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ export PATH="$PWD/.venv/bin:$PATH" ANSIBLE_CONFIG="$PWD/ansible.cfg"
 say() { printf '%s\n' "$*" >&2; }
 die() { say "error: $*"; exit 1; }
 
-# during TEXT COMMAND...: run a command quietly, say every ten seconds that it goes on, show its output if it fails.
+# during TEXT COMMAND...: run a command quietly, report progress every ten seconds, show its output if it fails.
 during() {
     local text=$1 log start status=0 pid waited=0
     shift

@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"simulator: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("simulator: interrupted; the same command goes on from here", file=sys.stderr)
+        print("simulator: interrupted; the same command resumes from here", file=sys.stderr)
         return 130
 
 

@@ -131,7 +131,7 @@ def _start(home: Path, say: Say) -> None:
 
 
 def _restore_network(before: Path) -> None:
-    """Take back what dockerd leaves behind when it stops: its bridge and its packet filter rules."""
+    """Clean up what dockerd leaves behind when it stops: its bridge and its packet filter rules."""
     if shutil.which("ip"):
         subprocess.run(["ip", "link", "delete", "docker0"], capture_output=True, check=False)
     if before.exists():
@@ -153,7 +153,7 @@ def _stop(pid: int) -> None:
         name = Path(f"/proc/{pid}/comm").read_text(encoding="ascii").strip()
     except OSError:
         return
-    if name != "dockerd":  # the number was given to somebody else meanwhile
+    if name != "dockerd":  # the PID was reused meanwhile
         return
     os.kill(pid, signal.SIGTERM)
     end = time.monotonic() + START_SECONDS

@@ -26,7 +26,7 @@ VERSION_ID=42
 VERSION_CODENAME=""
 """
 OLD_COMPOSE = """#!/bin/sh
-# Stand-in for an old Compose: tells its version and can do nothing.
+# Stand-in for an old Compose: prints its version and can do nothing else.
 case $* in
 docker-cli-plugin-metadata)
     echo '{"SchemaVersion":"0.1.0","Vendor":"Docker Inc.","Version":"v2.10.2","ShortDescription":"Docker Compose"}' ;;
@@ -117,7 +117,7 @@ FAULTS = {
         *_cover("/usr/lib/os-release", _text(OTHER_OS)),
     ),
     "machine": Fault(
-        "what ssh starts runs on a 32-bit processor, as uname tells it",
+        "what ssh starts runs on a 32-bit processor, according to uname",
         # setarch fails where the processor has no 32-bit mode; sshd would then not start. KillMode ends the sessions
         # as well: Ansible keeps them open for long.
         f"""
@@ -222,7 +222,7 @@ def _run(world: World, host: str, name: str, script: str) -> None:
     container = world.container(host)
     sparks = world.state()["sparks"]
     if host not in sparks:
-        raise SimulatorError(f"{host} is no Spark and has no faults: there are {', '.join(sparks)}")
+        raise SimulatorError(f"{host} is not a Spark and has no faults: there are {', '.join(sparks)}")
     code, output = run_in(container, ["sh", "-euc", f"mkdir -p {FOLDER}/gpu.d\n{script}"])
     if code != 0:
         raise SimulatorError(f"{host}: fault {name}: {output.strip() or f'exit code {code}'}")

@@ -38,7 +38,7 @@ NEXT = "nvcr.io/nvidia/vllm:25.10-py3"
 PORT, MODEL_PORT, ENGINE_PORT = 8080, 8081, 8000
 MODEL = SERVICE.removeprefix("vllm-")
 CLIENT_KEY = "a-key-of-a-client"
-GAP_SECONDS = 6.0  # in which somebody must get an answer whatever becomes of a gateway
+GAP_SECONDS = 6.0  # within which clients must get an answer, whatever happens to a gateway
 PREFILL = 30  # seconds; longer than the gateway takes to notice
 COST_STREAMS, COST_ROUNDS, COST_SECONDS = (1, 8, 64), 3, 4.0
 BASE = {"sparkfleet_start_timeout": 30, "sparkfleet_guard_interval": 0.5, "sparkfleet_rollout_waves": "50%"}
@@ -78,8 +78,8 @@ class Fleet:
         """Run a program of ours with the world's inventory; exit code, what it printed, seconds."""
         began = time.monotonic()
         done = self.start(program, *words, **variables)
-        said, _ = done.communicate(timeout=900)
-        return done.returncode, said, time.monotonic() - began
+        printed, _ = done.communicate(timeout=900)
+        return done.returncode, printed, time.monotonic() - began
 
     def start(self, program: str, *words: str, **variables: Any) -> subprocess.Popen[str]:
         """Begin to run it."""
@@ -105,15 +105,15 @@ class Fleet:
 
     def gateway(self, **variables: Any) -> str:
         """Redeploy the gateways; what was printed. Raises SimulatorError."""
-        code, said, _ = self.run("ansible-playbook", "playbooks/gateway.yml", **variables)
-        expect(code == 0, "playbooks/gateway.yml failed", said)
-        return said
+        code, printed, _ = self.run("ansible-playbook", "playbooks/gateway.yml", **variables)
+        expect(code == 0, "playbooks/gateway.yml failed", printed)
+        return printed
 
     def logged(self, spark: Spark, since: float, words: str) -> list[float]:
         """When a gateway logged something, as seconds since a moment."""
         journal = f"journalctl --no-pager -o short-unix --since @{int(since)} -t haproxy"
-        said = spark.sh(f"{journal} | grep -F '{words}' || true")
-        times = sorted(float(text.split()[0]) - since for text in said.splitlines())
+        printed = spark.sh(f"{journal} | grep -F '{words}' || true")
+        times = sorted(float(text.split()[0]) - since for text in printed.splitlines())
         return [round(at, 2) for at in times if at >= 0]
 
     def under_load(self, scene: Callable[[], object]) -> dict[str, Any]:
@@ -168,8 +168,8 @@ def good(fleet: Fleet) -> dict[str, Any]:
     took: list[float] = []
 
     def scene() -> None:
-        code, said, seconds = fleet.sparkfleet("rollout", sparkfleet_image=NEXT)
-        expect(code == 0, "the rollout failed", said)
+        code, printed, seconds = fleet.sparkfleet("rollout", sparkfleet_image=NEXT)
+        expect(code == 0, "the rollout failed", printed)
         took.append(seconds)
 
     before = fleet.releases()
@@ -181,13 +181,13 @@ def good(fleet: Fleet) -> dict[str, Any]:
 
 
 def bad(fleet: Fleet) -> dict[str, Any]:
-    """A release that answers wrong: the canary is taken back, nobody else is touched."""
+    """A release that answers wrong: the canary is rolled back, no other Spark is touched."""
     before = fleet.releases()
 
     def scene() -> None:
         wrong = {"SIMULATED_FAULT": "answer-wrong"}
-        code, said, _ = fleet.sparkfleet("rollout", sparkfleet_image=NEXT, sparkfleet_environment=wrong)
-        expect(code == 5, "the rollout did not end as restored (5)", f"{code} {said}")
+        code, printed, _ = fleet.sparkfleet("rollout", sparkfleet_image=NEXT, sparkfleet_environment=wrong)
+        expect(code == 5, "the rollout did not end as restored (5)", f"{code} {printed}")
 
     result = fleet.under_load(scene)
     after = fleet.releases()
@@ -263,7 +263,7 @@ def unplugged(fleet: Fleet) -> dict[str, Any]:
 
 def unreachable(fleet: Fleet) -> dict[str, Any]:
     """A Spark of the second wave of a rollout cannot be reached when its turn comes: its neighbour ends its turn, the
-    third wave is untouched, and the same command goes on once it is back."""
+    third wave is untouched, and the same command continues once it is back."""
     expect(len(fleet.names) > 3, "at least four Sparks are needed", fleet.names)
     order = sorted(fleet.names)  # as the inventory has them
     canary, victim, untouched = fleet.spark(order[0]), fleet.spark(order[2]), order[3:]
@@ -280,24 +280,24 @@ def unreachable(fleet: Fleet) -> dict[str, Any]:
         rollout = fleet.start("sparkfleet", "rollout", **wanted)
         first = canary.release()
         canary.until("the canary has its release", lambda: canary.release() != first, 400)
-        # It goes on to serve: only its SSH is gone, the connection that is kept open too.
+        # It keeps serving: only its SSH is gone, the connection that is kept open too.
         victim.sh("systemctl stop ssh.socket ssh.service; pkill -9 -x 'sshd|sshd-session' || true")
-        said, _ = rollout.communicate(timeout=600)
-        found.update(exit_code=rollout.returncode, rollout_s=round(time.monotonic() - began, 1), said=said)
+        printed, _ = rollout.communicate(timeout=600)
+        found.update(exit_code=rollout.returncode, rollout_s=round(time.monotonic() - began, 1), printed=printed)
 
     try:
         result = fleet.under_load(scene)
     finally:
         victim.sh("systemctl start ssh.service")
-    said = found.pop("said")
-    expect(found["exit_code"] == UNREACHABLE, "it did not end as unreachable (7)", f"{found} {said}")
+    printed = found.pop("printed")
+    expect(found["exit_code"] == UNREACHABLE, "it did not end as unreachable (7)", f"{found} {printed}")
     after = fleet.releases()
-    expect(all(before[name] == after[name] for name in untouched), "a later wave was touched", said)
-    expect(before[order[1]] != after[order[1]], "the other Spark of its wave did not end its turn", said)
+    expect(all(before[name] == after[name] for name in untouched), "a later wave was touched", printed)
+    expect(before[order[1]] != after[order[1]], "the other Spark of its wave did not end its turn", printed)
     expect(result["failed"] == 0, "requests failed", line(result))
-    code, said, seconds = fleet.sparkfleet("rollout", **wanted)
+    code, printed, seconds = fleet.sparkfleet("rollout", **wanted)
     last = fleet.releases()
-    expect(code == 0, "it was not resumed", said)
+    expect(code == 0, "it was not resumed", printed)
     expect(all(last[name] != before[name] for name in order), "not every Spark was rolled out", last)
     return {**result, **found, "untouched": len(untouched), "resumed_s": round(seconds, 1)}
 
@@ -389,8 +389,8 @@ def door(fleet: Fleet) -> dict[str, Any]:
     on over both reloads."""
     stream = Asked(fleet, "prefill 9")
     wanted = {"sparkfleet_gateway_keys": [CLIENT_KEY], "sparkfleet_gateway_ports": {MODEL: MODEL_PORT}}
-    said = fleet.gateway(**wanted, sparkfleet_gateway_certificate="self-signed")
-    expect(CLIENT_KEY not in said, "a key was printed")
+    printed = fleet.gateway(**wanted, sparkfleet_gateway_certificate="self-signed")
+    expect(CLIENT_KEY not in printed, "a key was printed")
     holder, model = fleet.holder(), f"/{MODEL}"
     forbidden = ("/tokenize", "/metrics", "/v1", f"{model}/pause")
     wishes: list[tuple[int, dict[str, Any]]] = [
@@ -417,7 +417,7 @@ def door(fleet: Fleet) -> dict[str, Any]:
 
 
 def drained(fleet: Fleet) -> dict[str, Any]:
-    """A Spark is drained: its stream goes on to its end, new requests go elsewhere, those of its sessions too."""
+    """A Spark is drained: its stream completes, new requests go elsewhere, including those of its sessions."""
     stream = Asked(fleet, "prefill 5", session="drained")
     holder = fleet.holder()
     time.sleep(1)  # it is on its way
@@ -430,10 +430,10 @@ def drained(fleet: Fleet) -> dict[str, Any]:
     for _ in range(2 * len(fleet.names)):
         expect(ask(fleet, session="drained") == 200, "a request was refused")
     expect(statistics(holder, victim)["stot"] == before, "a drained Spark got a request")
-    said, _ = draining.communicate(timeout=60)
+    printed, _ = draining.communicate(timeout=60)
     seconds = time.monotonic() - began
     code, more, _ = fleet.run("ansible", *words, json.dumps({"servers": [victim], "state": "ready"}))
-    expect(draining.returncode == 0 and code == 0, "it was not drained and put back", said + more)
+    expect(draining.returncode == 0 and code == 0, "it was not drained and put back", printed + more)
     expect(stream.whole(), "the stream was cut", stream.text)
     return {"waited_s": round(seconds, 1)}
 
@@ -545,25 +545,29 @@ def stuck(gateway: Spark, session: str) -> str:
 
 
 def drift(fleet: Fleet) -> dict[str, Any]:
-    """Nothing differs; then one engine is stopped by hand, and it is told."""
+    """Nothing differs; then one engine is stopped by hand, and it is reported."""
     for name in fleet.names:  # a wrong answer had the files of the model checked
         spark = fleet.spark(name)
         spark.until("its model is no longer suspect", functools.partial(trusted, spark))
-    code, said, _ = fleet.sparkfleet("drift", "--json", sparkfleet_image=NEXT)
-    expect(code == 0, "there is drift", said)
+    code, printed, _ = fleet.sparkfleet("drift", "--json", sparkfleet_image=NEXT)
+    expect(code == 0, "there is drift", printed)
     victim = fleet.spark(fleet.names[-1])
     victim.sh(f"docker stop -t 2 {SERVICE}")
-    code, said, seconds = fleet.sparkfleet("drift", sparkfleet_image=NEXT)
-    expect(code == DRIFT and f"{victim.name} differs from the inventory" in said, "it is not told", f"{code} {said}")
-    code, said, _ = fleet.sparkfleet("start", "-l", victim.name)
-    expect(code == 0, "it does not start again", said)
+    code, printed, seconds = fleet.sparkfleet("drift", sparkfleet_image=NEXT)
+    expect(
+        code == DRIFT and f"{victim.name} differs from the inventory" in printed,
+        "it is not reported",
+        f"{code} {printed}",
+    )
+    code, printed, _ = fleet.sparkfleet("start", "-l", victim.name)
+    expect(code == 0, "it does not start again", printed)
     return {"seconds": round(seconds, 1)}
 
 
 def resumed(fleet: Fleet) -> dict[str, Any]:
     """A rollout of what all have is nothing to do."""
-    code, said, seconds = fleet.sparkfleet("rollout", sparkfleet_image=NEXT)
-    expect(code == 0 and "has it already" in said, "it was rolled out again", said)
+    code, printed, seconds = fleet.sparkfleet("rollout", sparkfleet_image=NEXT)
+    expect(code == 0 and "up to date" in printed, "it was rolled out again", printed)
     return {"seconds": round(seconds, 1)}
 
 

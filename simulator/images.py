@@ -114,7 +114,7 @@ def _relabel(saved: Path, changed: Path, architecture: str, name: str) -> None:
 def _member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
     file = archive.extractfile(name)
     if file is None:
-        raise SimulatorError(f"{name} is no file in the saved image")
+        raise SimulatorError(f"{name} is not a file in the saved image")
     return file
 
 

@@ -122,10 +122,10 @@ class Load:
             if not text.rstrip().endswith("data: [DONE]"):
                 raise ValueError("the stream ended without [DONE]")
             events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
-            said = "".join(part["delta"].get("content") or "" for event in events for part in event["choices"])
+            printed = "".join(part["delta"].get("content") or "" for event in events for part in event["choices"])
         else:
-            said = json.loads(text)["choices"][0]["message"]["content"]
-        if EXPECT not in said:
+            printed = json.loads(text)["choices"][0]["message"]["content"]
+        if EXPECT not in printed:
             raise ValueError("another answer than expected")
 
 

@@ -128,7 +128,7 @@ def slow_tokens(spark: Spark) -> str:
 
 
 def quiet_hour(spark: Spark) -> str:
-    """An hour at the pace of BASE: long prefills, each longer than what a wedge is told by, and nothing in between."""
+    """An hour at the pace of BASE: long prefills, each longer than the wedge threshold, and nothing in between."""
     before = spark.guard()["restarts_total"]
     end = time.monotonic() + HOUR
     for seconds in itertools.cycle((7, 9)):
@@ -409,7 +409,7 @@ def rows() -> list[Row]:
         Row(
             "stopped by hand",
             "host",
-            "docker stop by a person",
+            "docker stop by hand",
             stopped_by_hand,
             ("stopped",),
             STOPPED,
@@ -638,7 +638,7 @@ def markdown(outcomes: Sequence[Outcome], before: str = "") -> str:
         "Rows marked “new” are from a second round, about outside influences: people, neighbours, disks and clocks.",
         "“Without an answer” was measured by an outside prober, with an engine that loads in a second.",
         "",
-        "| fault | where | what is done | the operator sees | the host ends | diagnose names | without an answer |",
+        "| fault | where | action | the operator sees | final state | `diagnose` names | without an answer |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     known = {line.split(" | ")[0].removeprefix("| "): line for line in before.splitlines() if line.startswith("| ")}

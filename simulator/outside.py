@@ -73,13 +73,13 @@ def key_replaced(spark: Spark) -> str:
         "ssh-keygen -q -t ed25519 -N '' -f ssh_host_ed25519_key && systemctl restart ssh && "
         "(kill -9 $(pgrep -x sshd-session) || true)"
     )
-    said = ""
+    printed = ""
     for verb in CHECKED_VERBS:
         code, output = spark.verb(verb)
-        said += output
+        printed += output
         if code != UNREACHABLE:
             raise SimulatorError(f"sparkfleet {verb}: exit code {code}\n{output[-600:]}")
-    return said + spark.play()
+    return printed + spark.play()
 
 
 KEY_BACK = (
@@ -127,7 +127,7 @@ def docker_dead_at_remove(spark: Spark) -> str:
 
 
 def foreigner(spark: Spark) -> str:
-    """A container of somebody else has our name, and no label of ours; the guard lets it run."""
+    """Someone else's container has our name, but not our label; the guard leaves it running."""
     image = spark.sh(f"docker inspect -f '{{{{.Config.Image}}}}' {SERVICE}").strip()
     spark.sh(f"docker rm -f {SERVICE} && docker run -d --name {SERVICE} --entrypoint sleep {image} 3600")
     time.sleep(4)
@@ -139,7 +139,7 @@ def foreigner(spark: Spark) -> str:
 
 
 def foreign_port(spark: Spark) -> str:
-    """A container of somebody else holds the port of a stopped engine."""
+    """Someone else's container holds the port of a stopped engine."""
     image = spark.sh(f"docker inspect -f '{{{{.Config.Image}}}}' {SERVICE}").strip()
     spark.play("playbooks/stop.yml")
     spark.sh(f"docker run -d --name foreign -p 8000:8000 --entrypoint python3 {image} -m http.server 8000")
@@ -230,15 +230,15 @@ def token_rotated(spark: Spark) -> str:
     """HF_TOKEN is another one, then the first again: the file follows, the engine stays."""
     started = spark.sh(f"docker inspect -f '{{{{.State.StartedAt}}}}' {SERVICE}")
     other = (spark.world.folder / "hf_token_without_access").read_text(encoding="utf-8").strip()
-    said = spark.play(sparkfleet_hf_token=other)
+    printed = spark.play(sparkfleet_hf_token=other)
     if other not in spark.sh("cat /etc/sparkfleet/hf_token"):
-        raise SimulatorError(f"the token is not on the host:\n{said[-800:]}")
-    if other in said:
+        raise SimulatorError(f"the token is not on the host:\n{printed[-800:]}")
+    if other in printed:
         raise SimulatorError("the token was printed")
-    said += spark.play()
+    printed += spark.play()
     if spark.sh(f"docker inspect -f '{{{{.State.StartedAt}}}}' {SERVICE}") != started:
         raise SimulatorError("the engine was restarted")
-    return said
+    return printed
 
 
 def bridge_deleted(spark: Spark) -> str:
@@ -259,10 +259,10 @@ def lost_restart_of_docker(spark: Spark) -> str:
         "d=json.load(open(f)); d.pop('runtimes'); d.pop('default-runtime', 0); json.dump(d, open(f,'w'))\" && "
         "systemctl restart docker && cp -p /run/daemon.json /etc/docker/daemon.json"
     )
-    said = spark.play()
+    printed = spark.play()
     if "nvidia" not in spark.sh("docker info -f '{{json .Runtimes}}'"):
-        raise SimulatorError(f"Docker still runs without the runtime:\n{said[-800:]}")
-    return said + spark.play()
+        raise SimulatorError(f"Docker still runs without the runtime:\n{printed[-800:]}")
+    return printed + spark.play()
 
 
 def lost_restart_of_the_guard(spark: Spark) -> str:
@@ -291,8 +291,8 @@ def pruned_while_stopped(spark: Spark) -> str:
     """The image is removed while the engine is stopped."""
     spark.play("playbooks/stop.yml")
     spark.sh(f"docker rm -f {SERVICE} >/dev/null; docker image prune -af >/dev/null")
-    said = f"diagnose: {' '.join(spark.diagnose())}\n"
-    return said + spark.play()
+    printed = f"diagnose: {' '.join(spark.diagnose())}\n"
+    return printed + spark.play()
 
 
 def damaged(file: str, content: str) -> Callable[[Spark], str]:
@@ -301,8 +301,8 @@ def damaged(file: str, content: str) -> Callable[[Spark], str]:
     def act(spark: Spark) -> str:
         spark.sh(f"printf %s {shlex.quote(content)} >{file} && systemctl restart sparkfleet-guard")
         spark.until("the guard serves", lambda: spark.guard()["engine"] == "serving", 30)
-        said = spark.play()
-        return said + spark.sh("systemctl is-active sparkfleet-guard; ls /var/lib/sparkfleet /etc/sparkfleet")
+        printed = spark.play()
+        return printed + spark.sh("systemctl is-active sparkfleet-guard; ls /var/lib/sparkfleet /etc/sparkfleet")
 
     return act
 
@@ -391,7 +391,7 @@ def rows() -> list[Row]:
         Row(
             "guard.json damaged",
             "guard",
-            "the guard's settings are no JSON",
+            "the guard's settings are not JSON",
             after("echo nonsense >/etc/sparkfleet/guard.json"),
             ("failed=0",),
             SERVES,
@@ -713,7 +713,7 @@ def rows() -> list[Row]:
         Row(
             "foreign Compose project",
             "host",
-            "a docker-compose.yml of somebody else in the folder",
+            "someone else's docker-compose.yml in the folder",
             after(f"printf 'services:\\n  other:\\n    image: other\\n' >{PROJECT}/docker-compose.yml", **OTHER),
             ("it is the current",),
             SERVES_NEW,

@@ -1,4 +1,4 @@
-"""The path of somebody who owns one Spark, walked inside a simulated one.
+"""The steps of a single-Spark owner, run inside a simulated Spark.
 
     python -m simulator.owner --world NAME [--spark spark-1] [--json FILE]
 
@@ -110,7 +110,7 @@ class Owner:
         return output
 
     def note(self, name: str, seconds: float, problem: str = "") -> None:
-        """Note something that is no command."""
+        """Record something that is not a command."""
         self.steps.append(Step(name, 0, 1 if problem else 0, seconds, problem))
         self.say(f"{seconds:6.1f} s  {name}{'  FAILED: ' + problem if problem else ''}")
 
@@ -167,7 +167,7 @@ def furnish(spark: Spark, folder: Path) -> None:
 
 
 def verbs(owner: Owner) -> None:
-    """Every verb with the default inventory, in an order that somebody might try them in."""
+    """Every verb with the default inventory, in a plausible order."""
     run = owner.run
     run("sparkfleet models", sees="llama31-8b-fp8")
     run("sparkfleet plan llama31-8b-fp8", sees="FITS")

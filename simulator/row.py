@@ -22,7 +22,7 @@ BASE = {
 }
 SERVES, SERVES_NEW, BEFORE = "serves the old", "serves the new", "untouched"
 STOPPED, CLEAN = "stopped", "no container is left"
-#: Either release, the old one or a newer; and what the row itself has looked at.
+#: Either release, the old one or a newer; and what the row itself has checked.
 ANY, AS_SEEN = "serves", "as said"
 
 
@@ -90,7 +90,7 @@ def healed(harm: Callable[[Spark], None]) -> Callable[[Spark], str]:
         known = len(spark.guard()["restarts"])
         harm(spark)
         spark.until(
-            "the guard heals it",
+            "the guard recovers it",
             lambda: len(spark.guard()["restarts"]) > known and spark.guard()["engine"] == "serving",
         )
         return spark.sh(GUARD_SAYS)

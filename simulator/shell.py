@@ -13,7 +13,7 @@ class SimulatorError(Exception):
 
 
 def run(command: Sequence[str], what: str, say: Callable[[str], None], every: float = 10.0) -> str:
-    """Run a command, say every ``every`` seconds that it goes on, return its output; raise with its last lines."""
+    """Run a command, report progress every ``every`` seconds, return its output; raise with its last lines."""
     began = time.monotonic()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)

@@ -236,13 +236,13 @@ class World:
             self.say(f"pushing nvcr.io/{tag}")
             for name in (f"{registry}/{tag}", f"{registry}/{repository}:{mark}"):
                 client.images.get(image).tag(name)
-                began = said = time.monotonic()
+                began = reported = time.monotonic()
                 for event in client.images.push(name, stream=True, decode=True):
                     if "error" in event:
                         raise SimulatorError(f"pushing {tag} failed: {event['error']}")
-                    if time.monotonic() - said > 10:
-                        said = time.monotonic()
-                        self.say(f"pushing: {said - began:.0f} s")
+                    if time.monotonic() - reported > 10:
+                        reported = time.monotonic()
+                        self.say(f"pushing: {reported - began:.0f} s")
                 with suppress(docker.errors.APIError):
                     client.images.remove(name)
         wanted = model.mark()
@@ -288,7 +288,7 @@ class World:
             put(
                 container,
                 {
-                    # Of one image all would have the same; by it one host under two names is told.
+                    # Of one image all would have the same; it is used to detect one host under two names.
                     "etc/machine-id": f"{secrets.token_hex(16)}\n".encode(),
                     "etc/simulator/nameserver": f"nameserver {state['address']}\n".encode(),
                     "etc/simulator/meminfo": MEMINFO.encode(),
@@ -323,13 +323,13 @@ class World:
         self._until(ready, name)
 
     def _until(self, ready: Callable[[], bool], what: str) -> None:
-        began = said = time.monotonic()
+        began = reported = time.monotonic()
         while not ready():
             now = time.monotonic()
             if now - began > READY_SECONDS:
                 raise SimulatorError(f"{what} is not ready after {READY_SECONDS} s: docker logs, or `down` and `up`")
-            if now - said > 10:
-                said = now
+            if now - reported > 10:
+                reported = now
                 self.say(f"waiting for {what}: {now - began:.0f} s")
             time.sleep(0.5)
 

@@ -25,7 +25,7 @@ from sparkfleet.packaging import wheels
 from sparkfleet.packaging.bundle import LAYOUT, Bundle, Collected, Entry, Item, total
 
 display = Display()
-#: Files that travel before the host is told to put them where they belong, bytes.
+#: Bytes to transfer before the host is asked to install the files.
 BATCH = 256 << 20
 #: What this process may write to other files while one comes from a Spark, bytes.
 SLACK = 64 << 20
@@ -44,14 +44,14 @@ class TransferProgress:
         return f"{self.host}  {self.what} {text} ({size / 1e9:.2f} GB) for {time.monotonic() - began:.0f} s"
 
     def carry(self, work: Callable[[], Any], size: int) -> None:
-        """Do one file, and say that it goes on."""
+        """Process one file, and report progress."""
         over, began = threading.Event(), time.monotonic()
 
-        def tell() -> None:
+        def report_progress() -> None:
             while not over.wait(AT_LEAST):
                 display.display(self.line(size, began))
 
-        thread = threading.Thread(target=tell, daemon=True)
+        thread = threading.Thread(target=report_progress, daemon=True)
         thread.start()
         try:
             work()
@@ -205,9 +205,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         if images:
             texts.update({"image/index.json": bundle.index(images), "image/oci-layout": LAYOUT})
         names = [name for name in [*fetched, *packages] if name not in texts]
-        lacking = [name for name in names if not bundle.has(name, bundle.files[name].size)]
-        if lacking:
-            raise SparkfleetError(f"the bundle {bundle.folder} lacks {lacking[0]}, or it is cut: recreate it")
+        missing = [name for name in names if not bundle.has(name, bundle.files[name].size)]
+        if missing:
+            raise SparkfleetError(f"the bundle {bundle.folder} lacks {missing[0]}, or it is cut: recreate it")
         want = {"texts": texts, "packages": bool(packages), "user": self._user(task_vars)}
         if self._connection.transport == "local":
             # Image and model are read where they lie: Docker and the Hub's client check each file by its digest. What
@@ -228,7 +228,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             self._put(progress, bundle, name, f"{there['incoming']}/{place}")
             moves[str(place)] = _entry(name, bundle.files[name])
             size += sizes[name]
-            if size >= BATCH:  # what was interrupted goes on from here
+            if size >= BATCH:  # an interrupted transfer resumes here
                 self._receive(task_vars, user=want["user"], moves=moves)
                 moves, size = {}, 0
         self._receive(task_vars, **want, moves=moves)

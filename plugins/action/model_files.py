@@ -40,7 +40,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
     )
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        """{"expected", "reason"}; raises AnsibleActionFail for what is not a model, and as told."""
+        """{"expected", "reason"}; raises AnsibleActionFail for an invalid model, and if verification is required."""
         result: dict[str, Any] = super().run(tmp, task_vars)
         arguments, variables = self._task.args, task_vars or {}
         host = str(variables.get("inventory_hostname"))

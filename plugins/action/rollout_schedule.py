@@ -30,9 +30,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         result: dict[str, Any] = super().run(tmp, task_vars)
         hostvars, names = task_vars["hostvars"], list(task_vars["groups"].get("sparks", ()))
         drained = [name for name in names if gateway.truth(hostvars[name].get("sparkfleet_drained", False))]
-        looked = [name for name in names if "sparkfleet_inspection" in hostvars[name]]
-        planned = [name for name in looked if "plan" in hostvars[name]["sparkfleet_inspection"]]
-        lost = [name for name in looked if name not in planned and name not in drained]
+        inspected = [name for name in names if "sparkfleet_inspection" in hostvars[name]]
+        planned = [name for name in inspected if "plan" in hostvars[name]["sparkfleet_inspection"]]
+        lost = [name for name in inspected if name not in planned and name not in drained]
         if lost:
             display.display(f"rollout  no wave starts: {report.names(lost)} cannot be planned")
             planned = []

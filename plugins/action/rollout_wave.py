@@ -23,7 +23,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
     _VALID_ARGS = frozenset(("schedule",))
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return whether to go on, and which Sparks of earlier waves do not serve."""
+        """Return whether to continue, and which Sparks of earlier waves do not serve."""
         task_vars = task_vars or {}
         result: dict[str, Any] = super().run(tmp, task_vars)
         schedule, hostvars = self._task.args["schedule"], task_vars["hostvars"]

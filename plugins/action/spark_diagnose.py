@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Action: finds out what is wrong with a Spark, prints it, and writes a bundle to attach to a report. It fails where
-something is wrong now that a person or the guard has to see to.
+something is wrong that needs an operator or the guard.
 
 - sparkfleet.dgx.spark_diagnose:
     report: .sparkfleet/reports/spark-1-diagnose.json       # on the controller

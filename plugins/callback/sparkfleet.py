@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person wants to read of a run: changes, failures, and what actions say of their progress."""
+"""The relevant output of a run: changes, failures, and the progress of actions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ requirements: ["ansible-core 2.19 or newer"]
 author: ["The Sparkfleet developers"]
 """
 
-#: Actions that tell of their progress themselves.
+#: Actions that report their progress themselves.
 PROGRESS = frozenset(f"sparkfleet.dgx.{name}" for name in ("bundle", "fetch_wait", "release_switch", "vllm_wait"))
 #: Characters of a task's name or an item's label that are shown.
 SHOWN = 300
@@ -67,8 +67,8 @@ def cleaned(value: Any) -> Any:
 
 
 class Silence(threading.Thread):
-    """Says every `seconds` which task runs, while nothing else is said. Display may be called from any thread of the
-    controller's process, as the one that takes the workers' results does."""
+    """Reports every `seconds` which task runs, while nothing else is printed. Display may be called from any thread of
+    the controller's process, as the one that takes the workers' results does."""
 
     def __init__(self, display: Any, seconds: float) -> None:
         super().__init__(name="sparkfleet-silence", daemon=True)
@@ -86,7 +86,7 @@ class Silence(threading.Thread):
         self._over.set()
 
     def run(self) -> None:
-        """Look four times in each interval."""
+        """Check four times in each interval."""
         while not self._over.wait(self._seconds / 4):
             task, now = self._task, time.monotonic()
             if task and now >= self._next:

@@ -16,7 +16,7 @@ name: host_program
 short_description: Path of the program that the services on a host run
 description:
   - Packs plugins/module_utils/sparkfleet_host into one file that runs under a host's own Python, and
-    gives its path on the controller. The same sources give the same bytes; it is made once and kept.
+    returns its path on the controller. Identical sources produce identical bytes; it is built once and cached.
 author: ["The Sparkfleet developers"]
 """
 

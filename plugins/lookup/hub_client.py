@@ -16,7 +16,7 @@ name: hub_client
 short_description: Path of the Hub's client as one file
 description:
   - Packs huggingface_hub of the controller's environment into one file that runs under a host's own Python, and
-    gives its path on the controller. The same versions give the same bytes; it is made once and kept.
+    returns its path on the controller. Identical versions produce identical bytes; it is built once and cached.
 author: ["The Sparkfleet developers"]
 """
 

@@ -109,7 +109,7 @@ def collect_image(params: dict[str, Any], job: Job) -> tuple[dict[str, Any], lis
 
 
 def collect_model(params: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The model's list, and its files. Raises JobError where the cache lacks it."""
+    """The model's list, and its files. Raises JobError if the cache does not have it."""
     if not params["repo"]:
         return {}, []
     code = bool(params.get("remote_code"))

@@ -78,7 +78,7 @@ NOISE = ("diff", "invocation", "ansible_job_id", "finished", "started", "stderr"
 
 
 def job_state(job: dict[str, Any], now: float | None = None) -> dict[str, Any]:
-    """The state of one job from its files; `died` is what it looks like at this instant."""
+    """The state of one job from its files; `died` is how it appears at this instant."""
     now = time.time() if now is None else now
     outcome, launched = async_outcome(job.get("results_file"))
     status = read_status(job["status_file"])
@@ -96,7 +96,7 @@ def job_state(job: dict[str, Any], now: float | None = None) -> dict[str, Any]:
         result = {key: value for key, value in outcome.items() if key not in NOISE}
         return {**entry, "state": "done", "phase": "done", "percent": 100, "result": result}
     if outcome:
-        # Another job does the work; before it wrote its first status the file still tells of one long ended.
+        # Another job does the work; until it writes its first status, the file still describes an earlier job.
         if status is None or (status["state"] != "running" and status["pid"] != outcome.get("holder_pid")):
             late = now - launched > START_WITHIN
             return {**entry, "state": "died" if late else "starting", "message": "no status" if late else ""}

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: gateway_network
-short_description: Find the network that a gateway shares with the other gateways, and the interface for a floating
-address description:
+short_description: Find the network between gateways, and the interface for a floating address
+description:
   - Resolves the gateways' names on this host, and finds its own address facing them with its interface.
   - keepalived takes addresses only, no names. Reads only.
 options:
@@ -57,7 +57,7 @@ def first_ipv4(name: str) -> str:
 
 
 def resolve(params: dict[str, Any], interfaces: dict[str, list[str]]) -> dict[str, Any]:
-    """What the module returns. Raises ValueError saying what cannot be told, and what to set."""
+    """What the module returns. Raises ValueError with what cannot be determined, and what to set."""
     others = {
         item["name"]: first_ipv4(item["address"]) for item in params["gateways"] if item["name"] != params["name"]
     }

@@ -50,7 +50,7 @@ from ansible.module_utils.basic import AnsibleModule
 SOCKET_SECONDS = 10.0
 POLL = 0.25
 FORCED = 0x01 | 0x08  # of srv_admin_state: maintenance and drain by a command
-#: HAProxy's own drain goes on to send what a session sticks with; maintenance lets streams end all the same.
+#: HAProxy's own drain keeps sending requests of sticky sessions; maintenance also lets streams finish.
 WORDS = {"drain": "maint", "ready": "ready"}
 
 

@@ -69,8 +69,9 @@ EXAMPLES = r"""
     image: nvcr.io/nvidia/vllm:25.09-py3
   async: "{{ ansible_check_mode | ternary(0, 7200) }}"
   poll: 0
-  changed_when: ansible_check_mode and fetch_image.changed  # a launch always reports changed; fetch_wait has the real
-  result register: fetch_image
+  # A launch always reports changed; fetch_wait has the real result.
+  changed_when: ansible_check_mode and fetch_image.changed
+  register: fetch_image
 """
 
 RETURN = r"""
@@ -296,7 +297,7 @@ def describe(image: dict[str, Any], ref: Reference) -> dict[str, Any]:
 
 
 def pull(docker: Docker, ref: Reference, config: Path, job: Job) -> dict[str, Any]:
-    """Pulls, telling `job`; what `describe` says afterwards. Raises JobError and DockerError."""
+    """Pulls, reporting to `job`; returns the result of `describe`. Raises JobError and DockerError."""
     auth = credentials(config, ref.registry)
     headers = {}
     if auth:
@@ -382,7 +383,7 @@ def check_mirror(docker: Docker, ref: Reference, known: str, params: dict[str, A
                 f"host could ask {ref.registry} ({printable(str(error), 120)}); an image @sha256:... avoids this"
             )
     if known and offered != known:
-        raise JobError("image-differs", f"{params['mirror']} gives {offered} for {ref.local}, which is {known}")
+        raise JobError("image-differs", f"{params['mirror']} offers {offered} for {ref.local}, which is {known}")
     return ""
 
 

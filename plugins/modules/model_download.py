@@ -117,8 +117,9 @@ EXAMPLES = r"""
     revision: main
   async: "{{ ansible_check_mode | ternary(0, 7200) }}"
   poll: 0
-  changed_when: ansible_check_mode and fetch_model.changed  # a launch always reports changed; fetch_wait has the real
-  result register: fetch_model
+  # A launch always reports changed; fetch_wait has the real result.
+  changed_when: ansible_check_mode and fetch_model.changed
+  register: fetch_model
 """
 
 RETURN = r"""
@@ -452,7 +453,7 @@ def check_expected(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def died(params: dict[str, Any], state: dict[str, Any], lines: deque[str]) -> str:
-    """Why a container that said nothing at its end ended."""
+    """Why a container ended without reporting a result."""
     if state.get("OOMKilled"):
         return f"the download of {params['repo']} exceeded its {params['memory'] >> 20} MiB; raise its memory limit"
     last = f"; last output: {' | '.join(list(lines)[-3:])[:400]}" if lines else ""

@@ -59,7 +59,7 @@ def configured(text: str) -> bool:
 
 
 def engine_lacks_it() -> bool:
-    """Whether a Docker engine answers that was started without the runtime; one that does not run lacks nothing."""
+    """Whether the running Docker engine was started without the runtime; a stopped one does not count."""
     try:
         return "nvidia" not in (Docker(timeout=ENGINE_SECONDS).info().get("Runtimes") or {})
     except (DockerError, OSError):

@@ -1,6 +1,6 @@
 #!/usr/bin/python
 # SPDX-License-Identifier: Apache-2.0
-"""Ansible module: one Spark gives to others what it fetches."""
+"""Ansible module: one Spark serves others what it fetches."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ READY_SECONDS = 60.0
 
 
 def systemctl(*words: str) -> None:
-    """Stopping what does not run is no failure."""
+    """Stopping a unit that is not running is not a failure."""
     subprocess.run(["systemctl", *words], capture_output=True, timeout=60, check=False)
 
 
@@ -107,7 +107,7 @@ def start(verb: str, settings: dict[str, Any], pairs: dict[str, str], program: P
     if verb == "serve" and not settings.get("offline"):
         writable.append(str(settings.get("store") or STORE))
         Path(writable[-1]).mkdir(parents=True, exist_ok=True)
-    # Restarted after a crash; what it says itself is no failure.
+    # Restarted after a crash; an error it reports itself is not a failure.
     argv += hardening.arguments(["Restart=on-failure", "RestartSec=1", *hardening.share(writable)])
     argv += ["--", python, str(program), "share", verb, str(place / "settings.json")]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)

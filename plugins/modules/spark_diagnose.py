@@ -1,6 +1,6 @@
 #!/usr/bin/python
 # SPDX-License-Identifier: Apache-2.0
-"""All that tells what is wrong with a Spark, in one look."""
+"""Everything needed to find out what is wrong with a Spark, in one round trip."""
 
 from __future__ import annotations
 

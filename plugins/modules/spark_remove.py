@@ -119,7 +119,7 @@ def is_there(docker: Docker) -> bool:
 
 def downloaded(cache_dir: Path) -> list[Path]:
     """Folders of the models that Sparkfleet downloaded, with its lists of them. One that it only found and checked, or
-    that has no list, is somebody's own."""
+    without a list, belongs to someone else."""
     found = []
     for place in sorted((cache_dir / FOLDER).glob("models--*")):
         lists = []

@@ -1,6 +1,6 @@
 #!/usr/bin/python
 # SPDX-License-Identifier: Apache-2.0
-"""The one look at a Spark."""
+"""Ansible module: the state of a Spark."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def operating_system() -> dict[str, Any]:
 
 
 def gpu() -> dict[str, str] | None:
-    """Name, driver and compute capability of the first GPU, as nvidia-smi gives them."""
+    """Name, driver and compute capability of the first GPU, as nvidia-smi reports them."""
     out = run("nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader")
     if not out:
         return None
@@ -181,11 +181,11 @@ def gpu_error() -> str:
         done = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
     except (OSError, subprocess.SubprocessError):
         return ""
-    said = (done.stdout + done.stderr).strip()
+    output = (done.stdout + done.stderr).strip()
     lost = any(
-        word in said for word in ("No devices were found", "GPU is lost", "Unable to determine the device handle")
+        word in output for word in ("No devices were found", "GPU is lost", "Unable to determine the device handle")
     )
-    return said.splitlines()[0][:200] if lost else ""
+    return output.splitlines()[0][:200] if lost else ""
 
 
 def disk(path: str) -> dict[str, Any]:
@@ -229,7 +229,7 @@ def token_file(path: str, token: str) -> dict[str, Any]:
 
 
 def listener(port: int) -> dict[str, Any] | None:
-    """The process that listens on a TCP port; the pid is missing when it cannot be told."""
+    """The process that listens on a TCP port; the pid is missing if unknown."""
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         try:
@@ -281,7 +281,7 @@ def opener(url: str, proxy: str, no_proxy: str, context: ssl.SSLContext | None =
 
 
 def patiently(ask: Callable[[float], dict[str, Any]]) -> dict[str, Any]:
-    """Ask a service that may be slow; once more, with more time, where it said nothing in the usual."""
+    """Ask a service that may be slow; once more, with more time, if it did not answer in time."""
     answer = ask(REACH_SECONDS)
     return ask(PROBE_SECONDS) if "timed out" in answer["error"] else answer
 
@@ -344,8 +344,8 @@ def registry_access(
 
 
 def service_environment(unit: str, names: Sequence[str]) -> tuple[str, ...]:
-    """Variables of the environment that the main process of a unit was started with; "" for what it lacks, or does not
-    run. Read from the process, since a unit's files may be newer than it."""
+    """Variables of the environment that the main process of a unit was started with; "" for those not set, or if it
+    does not run. Read from the process, since a unit's files may be newer than it."""
     pid = run("systemctl", "show", "--property=MainPID", "--value", unit) or "0"
     try:
         pairs = Path(f"/proc/{int(pid)}/environ").read_bytes().decode("utf-8", "replace").split("\0")
@@ -455,7 +455,7 @@ def container(docker: Docker, item: dict[str, Any], project: str) -> dict[str, A
             "restart": (host.get("RestartPolicy") or {}).get("Name", ""),
         }
         result["restart_count"] = detail.get("RestartCount", 0)
-        # A published port is held by a running container only; a stopped one must not look like a holder.
+        # A published port is held by a running container only; a stopped one must not appear as the holder.
         result["ports"] = result["started_with"]["ports"] if item["State"] == "running" else result["ports"]
     return result
 
@@ -475,17 +475,17 @@ def healthy(port: int) -> bool:
             f"http://127.0.0.1:{port}/health", timeout=3
         ) as answer:
             return bool(answer.status == 200)
-    except (OSError, ValueError, http.client.HTTPException):  # whoever listens there may not speak HTTP
+    except (OSError, ValueError, http.client.HTTPException):  # the listener may not speak HTTP
         return False
 
 
 def toolkit() -> dict[str, Any]:
     """The NVIDIA Container Toolkit's command, and whether Docker's configuration names the runtime."""
     daemon = read_json(Path("/etc/docker/daemon.json")) or {}
-    said = re.search(r"version (\S+)", run("nvidia-ctk", "--version") or "")
+    output = re.search(r"version (\S+)", run("nvidia-ctk", "--version") or "")
     return {
         "installed": shutil.which("nvidia-ctk") is not None,
-        "version": said[1] if said else "",
+        "version": output[1] if output else "",
         "configured": "nvidia" in (daemon.get("runtimes") or {}),
     }
 
@@ -527,7 +527,7 @@ def checksum(path: Path) -> str:
 
 def status(store: Store) -> dict[str, Any]:
     """What the module spark_status sees."""
-    from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.status import look as served  # noqa: PLC0415 - most looks can do without
+    from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.status import look as served  # noqa: PLC0415 - most runs do not need it
 
     found: dict[str, Any] = served(store, Docker(timeout=PROBE_SECONDS), 0)
     return found

@@ -1,6 +1,6 @@
 #!/usr/bin/python
 # SPDX-License-Identifier: Apache-2.0
-"""A look at an engine that starts: one long poll."""
+"""Ansible module: observe a starting engine, one long poll."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def main() -> None:
     model.save_pretrained(folder, max_shard_size="150MB")
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     tokenizer.save_pretrained(folder)
-    # vLLM's parser of Llama's tool calls looks for this token; the small model never says the one that it replaces.
+    # vLLM's parser of Llama's tool calls uses this token; the small model never produces the one that it replaces.
     for file in folder.glob("*.json"):
         text = file.read_text(encoding="utf-8")
         file.write_text(text.replace("<jupyter_script>", "<|python_tag|>"), encoding="utf-8")

@@ -101,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         began = time.monotonic()
-        self.status, self.sent = 0, 0  # counted as they go out, so that a transfer that was cut is told truly
+        self.status, self.sent = 0, 0  # counted as they go out, so that an interrupted transfer is reported correctly
         try:
             self._route(unquote(urlsplit(self.path).path))
         except Refusal as refusal:
@@ -165,7 +165,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             return Repository(self.root, name)
         except Refusal:
-            if self._account() is None:  # the real Hub does not tell strangers what exists
+            if self._account() is None:  # the real Hub does not reveal to strangers what exists
                 raise Refusal(401, "RepoNotFound", "Invalid username or password.") from None
             raise
 

@@ -7,7 +7,7 @@ import socket
 
 
 def name() -> str:
-    """The operator as other operators are told: USER@HOST."""
+    """The operator as shown to other operators: USER@HOST."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):

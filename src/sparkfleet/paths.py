@@ -8,7 +8,7 @@ from pathlib import Path
 
 def _collection() -> Path:
     """The folder with playbooks, roles and model cards: a checkout, an installed collection, or the wheel's copy of it,
-    which lies where ansible-core looks for collections."""
+    which is where ansible-core searches for collections."""
     here = Path(__file__).resolve()
     for folder in (here.parents[2], here.parents[1] / "ansible_collections" / "sparkfleet" / "dgx"):
         if (folder / "meta" / "runtime.yml").is_file():

@@ -305,12 +305,12 @@ def _module(rest: list[str]) -> str:
 
 def _parsed(parse: Callable[[], T]) -> tuple[T | None, str]:
     """What a parser makes of a command, or what it says is wrong."""
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
             return parse(), ""
     except SystemExit:
-        return None, (said.getvalue().strip().splitlines() or ["it ends at once"])[-1]
+        return None, (printed.getvalue().strip().splitlines() or ["it ends at once"])[-1]
 
 
 def wrong_words(text: str) -> str:

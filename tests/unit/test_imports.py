@@ -84,8 +84,8 @@ def constants(path: Path) -> Iterator[tuple[str, str]]:
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
             name = node.targets[0].id
-            told = isinstance(node.value, ast.Constant | ast.Tuple | ast.Set | ast.Dict)
-            if told and name.isupper() and name not in ("DOCUMENTATION", "EXAMPLES", "RETURN"):
+            reported = isinstance(node.value, ast.Constant | ast.Tuple | ast.Set | ast.Dict)
+            if reported and name.isupper() and name not in ("DOCUMENTATION", "EXAMPLES", "RETURN"):
                 yield name, ast.unparse(node.value)
 
 

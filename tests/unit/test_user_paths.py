@@ -31,7 +31,7 @@ def test_a_home_folder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        (NOBODY, "there is no home directory for ~nobody-has-this-name; write the path in full"),
+        (NOBODY, "there is no home directory for ~nobody-has-this-name; use the full path"),
         ("/" + "x" * 300, "File name too long"),
         ("\ud800", "surrogates not allowed"),
     ],
@@ -73,8 +73,8 @@ def test_whoever_takes_a_path_says_so(use: Callable[[], Any]) -> None:
 )
 def test_a_command_ends_with_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(words) == main.BAD_INPUT
-    said = capsys.readouterr().err
-    assert said.startswith("sparkfleet: ") and said.count("\n") == 1 and "no home directory" in said
+    printed = capsys.readouterr().err
+    assert printed.startswith("sparkfleet: ") and printed.count("\n") == 1 and "no home directory" in printed
 
 
 def test_who_has_no_home_has_no_logins() -> None:

@@ -13,7 +13,7 @@ PROGRAMS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin
 
 
 def complete_path(path: str) -> str:
-    """A search path with all folders of PROGRAMS, those that it lacks at its end."""
+    """A search path with all folders of PROGRAMS, missing ones appended."""
     parts = [part for part in path.split(os.pathsep) if part]
     return os.pathsep.join([*parts, *(part for part in PROGRAMS if part not in parts)])
 

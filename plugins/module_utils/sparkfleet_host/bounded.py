@@ -205,7 +205,7 @@ def read_json(path: str | Path, limit: int = STATE_FILE, follow: bool = True) ->
 def read_all(
     read: Callable[[int], bytes], what: str, limit: int, deadline: float | None = None, chunk: int = 64 * KIB
 ) -> bytes:
-    """All that `read(size)` gives until it gives b"". `deadline` is monotonic. Raises BoundsError for more than
+    """Everything that `read(size)` returns until b"". `deadline` is monotonic. Raises BoundsError for more than
     `limit` bytes, TimeoutError, and what `read` raises."""
     parts: list[bytes] = []
     size = 0
@@ -257,9 +257,9 @@ def fitting(items: Iterable[str], most: int, limit: int) -> list[str]:
 
 
 def in_time(work: Callable[[], Result], seconds: float) -> Result:
-    """What `work` gives, whatever it waits for: a name server, one address after the other, an answer without end. Work
-    that lasts longer is left alone, in a thread that does not keep the process. Raises TimeoutError, and what the work
-    raises."""
+    """The result of `work`, whatever it waits for: a name server, one address after the other, an answer without end.
+    Work that lasts longer is left alone, in a thread that does not keep the process. Raises TimeoutError, and what the
+    work raises."""
     given: list[Result] = []
     failed: list[BaseException] = []
 

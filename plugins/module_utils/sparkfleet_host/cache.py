@@ -138,7 +138,8 @@ def _entry(entry: Mapping[str, Any] | None) -> str:
 
 
 def was_downloaded(listing: Mapping[str, Any]) -> bool:
-    """Whether Sparkfleet downloaded a model, by a list of its own. One that it only found and checked is somebody's."""
+    """Whether Sparkfleet downloaded a model, according to its own list. One that it only found and checked is not its
+    own."""
     return "files" in listing and listing.get("downloaded_bytes", 1) != 0
 
 

@@ -91,7 +91,7 @@ class Docker:
     ) -> Iterator[dict[str, Any]]:
         """The JSON objects of a progress stream (pull, import, events), as they come.
 
-        `timeout`: seconds without a word from the engine before DockerUnavailable; None waits for ever.
+        `timeout`: seconds of silence from the engine before DockerUnavailable; None waits indefinitely.
         An error status raises DockerError; an error within the stream is an object with the key `error`.
         """
         connection, response = self._open(method, path, body, headers, timeout)

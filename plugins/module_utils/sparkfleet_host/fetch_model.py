@@ -7,7 +7,7 @@ standard library, huggingface_hub and two files of the host package. Speaks JSON
     {"listing": {"commit", "files": {name: {"size", "sha256" | "sha1"}}}}   with --list, which downloads nothing
     {"error": {"id", "message"}}               with exit code 1; ids as in failures.py
 
-With --expected, what is offered must be the commit and the files of that list, whoever offers it.
+With --expected, any source must offer exactly the commit and files of that list.
 
 The client (2.x) throws a partial file away when it is interrupted, and takes as many bytes as it is sent. Files are
 therefore fetched here, with the client's own `http_get`, locks, names and links, into `blobs/HASH.incomplete`, hashed
@@ -63,7 +63,7 @@ IGNORE = (
     *("original/*", "metal/*", "onnx/*", "openvino/*", "consolidated*"),
 )
 CHUNK = 4 << 20
-ANSWER = MANIFEST_BYTES  # of the Hub's API; a peer gives its whole list in one, 7 MB with MOST_FILES files
+ANSWER = MANIFEST_BYTES  # of the Hub's API; a peer sends its complete list in one answer, 7 MB with MOST_FILES files
 REFUSAL = 1 << 20  # bytes of an error or of a redirect; the client keeps up to 20 of these until it has its answer
 VALUES = 400_000  # arrays, objects and commas in an answer; that list has 200,000
 MOST_PAGES = 400  # of a list; the Hub's have 1,000 entries
@@ -169,8 +169,8 @@ class Pace:
     def too_slow(self, came: int, spent: float) -> FetchError:
         return FetchError(
             "hub-unreachable",
-            f"{constants.ENDPOINT} gives {self.name} too slowly ({came} bytes in {spent:.0f} s); check it, network and "
-            "proxy of this host, then run again: it resumes",
+            f"{constants.ENDPOINT} sends {self.name} too slowly ({came} bytes in {spent:.0f} s); check it, and this "
+            "host's network and proxy, then run again: it resumes",
         )
 
 
@@ -347,11 +347,11 @@ class Fetch:
 
     # -- what there is -------------------------------------------------------------------------------------
 
-    def in_time(self, look: Callable[[], None]) -> None:
+    def in_time(self, request: Callable[[], None]) -> None:
         """Does `resolve` or `look_up` within the time of the request. What lasts longer ends with the process (`run`).
         Raises FetchError, and what they raise."""
         try:
-            bounded.in_time(look, self.request.seconds)
+            bounded.in_time(request, self.request.seconds)
         except TimeoutError:
             raise FetchError(
                 "hub-unreachable",
@@ -530,7 +530,7 @@ class Fetch:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _next(self, done: queue.SimpleQueue[Future[Any]]) -> Future[Any]:
-        """The next of the futures, while the pace of the files is looked at. Raises FetchError."""
+        """The next of the futures, while the transfer rate is checked. Raises FetchError."""
         while True:
             with contextlib.suppress(queue.Empty):
                 return done.get(timeout=1)

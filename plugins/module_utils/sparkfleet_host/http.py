@@ -238,7 +238,7 @@ class Stream:
     def events(self) -> Iterator[str]:
         """The data of each server-sent event (https://html.spec.whatwg.org/multipage/server-sent-events.html).
 
-        Raises HttpError (malformed) for a line that is no field of an event, and for an event without its blank line.
+        Raises HttpError (malformed) for an invalid event line, and for an event without its blank line.
         """
         data: list[str] = []
         for raw in self.lines():

@@ -57,16 +57,16 @@ REQUEST = "/run/sparkfleet/check-models"
 NONSENSE = ("answer-wrong", "answer-degenerate")
 CHUNK = 4 << 20
 #: A file that is larger than HOLES times what it occupies on the disk, and SPARE bytes, is damaged: it is made of
-#: holes, which cost whoever made them nothing, and the check days. Weights do not compress that far.
+#: holes, which cost an attacker nothing, and the check days. Weights do not compress that far.
 HOLES, SPARE = 4, 64 << 20
 #: Of the time that passes; the rest is left to others.
 SHARE = 0.25
-#: Models that are looked at, the first by name; a cache has a handful.
+#: Maximum number of models to check, in order of name; a cache has a handful.
 MOST_MODELS = 256
 #: In the result, of a model: names of damaged files and names of missing ones, the bytes of either, characters of the
 #: error. With MOST_MODELS of them it stays within bounded.STATE_FILE.
 MOST_NAMES, NAMES_BYTES, ERROR = 20, 4096, 400
-#: Between two results while a check goes on, seconds: each is written whole.
+#: Seconds between two results during a check: each is written completely.
 WRITE_SECONDS = 30.0
 LIST = "the manifest is damaged"
 SOUND, DAMAGED, USAGE, BUSY = 0, 1, 2, 3
@@ -375,7 +375,7 @@ def mark_served(docker: Docker, reason: str, service: str = "", port: int = 0) -
 
 def main(argv: Sequence[str]) -> int:
     """`integrity [--cache-dir D] [--model ORG/NAME@COMMIT]… [--share F] [--rate BYTES] [--result FILE]`. The exit code:
-    0 sound, 1 something is damaged or was not looked at, 2 usage, 3 another one runs."""
+    0 intact, 1 something is damaged or was not checked, 2 usage, 3 another check is running."""
     parser = argparse.ArgumentParser(prog="sparkfleet_host.pyz integrity")
     parser.add_argument("--cache-dir", default="/opt/hf")
     parser.add_argument("--model", action="append", default=None, metavar="ORG/NAME@COMMIT")

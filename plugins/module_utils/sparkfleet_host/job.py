@@ -53,7 +53,7 @@ class JobError(Exception):
 
 
 class Job:
-    """Takes the lock with `acquire`, tells with `update`, ends with `done` or `failed`. Safe across threads."""
+    """Takes the lock with `acquire`, reports with `update`, ends with `done` or `failed`. Safe across threads."""
 
     def __init__(self, status_file: str | Path, name: str, what: str) -> None:
         self.path = Path(status_file)
@@ -143,7 +143,7 @@ class Job:
 
 @contextlib.contextmanager
 def hold(status_file: Path) -> Iterator[dict[str, Any] | None]:
-    """Keep jobs with this status file from beginning. Gives the holder, and holds nothing, where one runs."""
+    """Prevent jobs with this status file from starting. Yields the holder, without locking, if one is running."""
     status_file.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(f"{status_file}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:

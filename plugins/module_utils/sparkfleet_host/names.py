@@ -2,7 +2,7 @@
 """Names of servers of HAProxy, resolved again and again as this host does it: hosts file, mDNS (NAME.local) and DNS.
 
 HAProxy's own `resolvers` ask DNS servers alone: a name of the hosts file or of mDNS would be declared dead by them.
-HAProxy begins with what the name stands for at that moment, or with an address that leads nowhere; `step` gives it
+HAProxy starts with the address that the name resolves to at that moment, or with an unreachable one; `step` gives it
 the address when the name comes back or stands for another one.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 SOCKET = "/run/haproxy/admin.sock"
-SECONDS = 2.0  # between two looks
+SECONDS = 2.0  # between two checks
 SOCKET_SECONDS = 5.0
 LIMIT = 4 << 20  # bytes of an answer
 STUCK_SECONDS = 60.0  # after which a name that is still being resolved is no longer waited for
@@ -64,10 +64,10 @@ class Names:
     ) -> None:
         self.path, self.find, self.say = path, find, say
         self.known: dict[str, list[str]] = {}  # what each name stood for last; one that is lost keeps its address
-        self._began: dict[str, float] = {}  # monotonic, of look-ups that run
+        self._began: dict[str, float] = {}  # monotonic start times of running lookups
 
     def step(self) -> None:
-        """One look: begin to resolve every name, set what is known and differs. Raises OSError of the socket."""
+        """One step: start resolving every name, set known addresses that differ. Raises OSError of the socket."""
         rows = servers(ask(self.path, "show servers state"))
         for name in {row["srv_fqdn"] for row in rows}:
             self._begin(name)
@@ -96,7 +96,7 @@ class Names:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`names [--socket PATH]`: for ever."""
+    """`names [--socket PATH]`: runs forever."""
     parser = argparse.ArgumentParser(prog="sparkfleet_host names", description="Resolve the names of HAProxy servers.")
     parser.add_argument("--socket", default=SOCKET)
     options = parser.parse_args(argv)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Addresses of this host, and which of them others reach it at. Nothing here sends a packet but name look-ups."""
+"""Addresses of this host, and at which of them others reach it. Only name lookups send packets."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def overlap(one: str, other: str) -> bool:
 
 
 def listeners(port: int) -> list[dict[str, Any]]:
-    """Who listens on a TCP port: [{address, pid, process}]; pid None and process "" where that cannot be told."""
+    """Who listens on a TCP port: [{address, pid, process}]; pid None and process "" if unknown."""
     found: dict[str, str] = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError, ValueError, IndexError):

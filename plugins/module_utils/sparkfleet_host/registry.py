@@ -303,7 +303,7 @@ class _Https(urllib.request.HTTPSHandler):
 class Registry:
     """The registry of an image. `info` is what `docker info` says (proxies, registries without TLS), `auth` what
     `credentials` gives, `host` where to ask instead of the registry itself. Every method raises OSError
-    (`RegistryError` for a bad answer) when there is no good answer."""
+    (`RegistryError` for a bad answer) on failure."""
 
     def __init__(
         self,
@@ -570,9 +570,9 @@ def layer_sizes(ref: Reference, arch: str, info: dict[str, Any], auth: dict[str,
 
 
 class TailingBlob:
-    """A file that somebody else may still be writing, read as it grows.
+    """A file that another process may still be writing, read as it grows.
 
-    `find` opens the file to read now, or gives None while there is none; `size` is that of the whole file in bytes;
+    `find` opens the file to read, or returns None while there is none; `size` is the final size in bytes;
     `alive` says whether the writer still works (asked when nothing comes).
     """
 
@@ -643,7 +643,7 @@ def opened(root: str | Path, *candidates: tuple[str, ...]) -> BinaryIO | None:
 class Layout:
     """Images in a folder, as an OCI image layout: `blobs/sha256/HEX`, `index.json`, `oci-layout`.
 
-    What is missing is fetched when it is asked for, once, whoever asks. Safe across threads.
+    Missing blobs are fetched on demand, once for all clients. Safe across threads.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -693,8 +693,8 @@ class Layout:
         return body
 
     def know(self, digest: str) -> list[str]:
-        """Note the blobs that a manifest or index in the folder names, each once; what is there of them, by digest. An
-        index in an index is not looked into. Raises OSError and BoundsError."""
+        """Note the blobs that a manifest or index in the folder names, each once; what is there of them, by digest. A
+        nested index is ignored. Raises OSError and BoundsError."""
         top = self._note(digest)
         found = dict.fromkeys([digest, *(blob for blob, _ in top.blobs)])
         for child in dict.fromkeys(child for child, _ in top.children):
@@ -748,8 +748,9 @@ class Layout:
         places = [("blobs", "sha256", name) for name in (path.name, f"{path.name}.incomplete")]
         return TailingBlob(lambda: opened(self.folder, *places), size, lambda: path.is_file() or self._works(digest))
 
-    def fetch(self, digests: list[str], tell: Callable[[int], Any]) -> None:
-        """Fetch blobs to their end, three at a time as Docker does; `tell` hears bytes there are. Raises OSError."""
+    def fetch(self, digests: list[str], report: Callable[[int], Any]) -> None:
+        """Fetch blobs completely, three at a time like Docker; `report` gets the number of bytes present. Raises
+        OSError."""
         waiting = list(dict.fromkeys(digests))
         total = dict.fromkeys(waiting, 0)
         while waiting:
@@ -761,7 +762,7 @@ class Layout:
                 partial = path.with_name(f"{path.name}.incomplete")
                 with contextlib.suppress(OSError):
                     total[digest] = (path if path.is_file() else partial).stat().st_size
-            tell(sum(total.values()))
+            report(sum(total.values()))
             for digest in waiting[:3]:
                 if self.path(digest).is_file():
                     waiting.remove(digest)
@@ -798,7 +799,7 @@ class Layout:
 
 
 def _download(registry: Registry, digest: str, size: int, path: Path) -> None:
-    """Fetch a blob of `size` bytes, or what lacks of it. What has another content is removed. Raises OSError."""
+    """Fetch a blob of `size` bytes, or its missing part. A blob with different content is removed. Raises OSError."""
     partial = path.with_name(f"{path.name}.incomplete")
     sha = hashlib.sha256()
     with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644), "r+b") as file:
@@ -825,14 +826,14 @@ def _download(registry: Registry, digest: str, size: int, path: Path) -> None:
 
 
 def _continues(answer: http.client.HTTPResponse, start: int, size: int) -> bool:
-    """Whether an answer goes on at byte `start`; one with the whole does not, and one with another part is an error."""
+    """Whether an answer continues at byte `start`; a complete answer does not, and a different range is an error."""
     if answer.status != 206:
         return False
-    told = re.fullmatch(
+    content_range = re.fullmatch(
         r"bytes ([0-9]{1,15})-([0-9]{1,15})/(?:[0-9]{1,15}|\*)", answer.headers.get("Content-Range", "")
     )
-    if told and (int(told[1]) != start or int(told[2]) >= size):
-        raise RegistryError(f"asked for bytes from {start} on, got {told[0]}")
+    if content_range and (int(content_range[1]) != start or int(content_range[2]) >= size):
+        raise RegistryError(f"asked for bytes from {start} on, got {content_range[0]}")
     return True
 
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shares what one Spark fetches with the other Sparks: image by digest, model by the Hub's own protocol.
 
-`share serve FILE`   on the source: a registry that fetches what it lacks once, and the Hub's answers for models in the
+`share serve FILE`   on the source: a registry that fetches missing blobs once, and the Hub's answers for models in the
                      cache folder, also while they are still being downloaded. Other Sparks come in over TLS, with a
                      key pair made for this run; this host's own Docker over the loopback interface.
-`share connect FILE` on the others: the source's services on ports of the loopback interface, which Docker takes for a
+`share connect FILE` on receivers: the source's services on ports of the loopback interface, which Docker takes for a
                      registry without TLS by itself.
 
-FILE is JSON (see `Settings`). What is ready, or why it is not, is told in `ready.json` beside it. Both end when nobody
+FILE is JSON (see `Settings`). `ready.json` next to it reports what is ready, or why not. Both stop when nobody
 has asked for anything for `idle` seconds.
 """
 
@@ -89,7 +89,7 @@ class Refused(Exception):
 
 
 class Model:
-    """A model in a Hub cache folder, as the Hub would tell of it."""
+    """A model in a Hub cache folder, described as the Hub would."""
 
     def __init__(self, cache_dir: str, repo: str, revision: str, jobs: str = JOBS) -> None:
         self.cache_dir, self.repo, self.revision = Path(cache_dir), repo, revision
@@ -118,7 +118,7 @@ class Model:
             time.sleep(0.2)
 
     def _read(self, name: str) -> dict[str, Any]:
-        """A list of the cache's own folder. Whoever writes to the cache writes it: what is in it is matched."""
+        """A list from the cache folder. Anyone who can write to the cache can write it, so its content is validated."""
         with bounded.open_below(self.cache_dir, ".sparkfleet", self.folder.name, name) as file:
             body = file.read(LISTING_BYTES + 1)
         found = bounded.as_dict(bounded.parse_json(body, name, LISTING_BYTES), name)
@@ -255,7 +255,7 @@ class Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def handle_one_request(self) -> None:
-        """A place is for whoever asks."""
+        """Connection slots are for clients that send a request."""
         self.connection.settimeout(BETWEEN_SECONDS)
         super().handle_one_request()
 
@@ -315,7 +315,7 @@ class Handler(BaseHTTPRequestHandler):
         headers["Content-Type"] = (
             source.layout.media_type(wanted) if kind == "manifests" else "application/octet-stream"
         )
-        # Looking at a blob does not fetch it: Docker looks at all before it takes any.
+        # HEAD does not fetch a blob: Docker checks all before it pulls any.
         content = source.layout.open(wanted) if self.command == "GET" else None
         self._content(content, source.layout.sizes[wanted], headers)
 
@@ -362,7 +362,7 @@ class Handler(BaseHTTPRequestHandler):
             for chunk in content.read(start, end):
                 self.wfile.write(chunk)
         except OSError as error:
-            # The length was promised: whoever reads sees that it was cut.
+            # The length was announced, so the client sees that it was truncated.
             print(f"{self.path}: {error}", file=sys.stderr, flush=True)
             self.close_connection = True
 
@@ -444,7 +444,7 @@ class Limited(socketserver.ThreadingMixIn):
             return
         try:
             super().process_request(request, client_address)
-        except BaseException:  # no thread to be had: nobody else gives the place back
+        except BaseException:  # no thread available: nothing else would release the slot
             self._leave(client_address[0])
             raise
 
@@ -585,7 +585,7 @@ def client_context(pair: Path) -> ssl.SSLContext:
     return context
 
 
-def tell(folder: Path, **what: Any) -> None:
+def write_ready(folder: Path, **what: Any) -> None:
     """`ready.json`, replaced as a whole."""
     temporary = folder / ".ready.json.new"
     temporary.write_text(json.dumps(what) + "\n", "utf-8")
@@ -593,7 +593,7 @@ def tell(folder: Path, **what: Any) -> None:
 
 
 def serve(file: Path) -> int:
-    """Serve until idle or told to stop."""
+    """Serve until idle or stopped."""
     folder = file.parent
     settings = Settings(**json.loads(file.read_text("utf-8")))
     activity = Activity()
@@ -608,10 +608,10 @@ def serve(file: Path) -> int:
         if settings.models and settings.offline:
             servers.append(Server(("127.0.0.1", HUB_PORT), source, activity, None))
     except JobError as error:
-        tell(folder, error=str(error))
+        write_ready(folder, error=str(error))
         return 0
     except (OSError, DockerError) as error:
-        tell(folder, error=f"ports {settings.port} and {REGISTRY_PORT}: {error}")
+        write_ready(folder, error=f"ports {settings.port} and {REGISTRY_PORT}: {error}")
         return 0
     _run(servers, activity, settings.idle, folder, digests=digests)
     _clean(source)
@@ -619,7 +619,7 @@ def serve(file: Path) -> int:
 
 
 def connect(file: Path) -> int:
-    """Lead to the sources until idle or told to stop."""
+    """Tunnel to the sources until idle or stopped."""
     folder = file.parent
     settings = json.loads(file.read_text("utf-8"))
     activity = Activity()
@@ -632,7 +632,7 @@ def connect(file: Path) -> int:
             tunnel.connect().close()
     except OSError as error:
         where = ", ".join(sorted({f"{item['address']}:{item['port']}" for item in settings["tunnels"]}))
-        tell(folder, error=f"cannot reach {where}: {error}")
+        write_ready(folder, error=f"cannot reach {where}: {error}")
         return 0
     _run(tunnels, activity, float(settings.get("idle", 900)), folder)
     return 0
@@ -644,7 +644,7 @@ def _run(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     for server in servers:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-    tell(folder, error="", **ready)
+    write_ready(folder, error="", **ready)
     while activity.idle() < idle:
         time.sleep(1)
 

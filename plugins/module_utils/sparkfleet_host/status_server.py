@@ -14,8 +14,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-CONNECTIONS = 64  # in all; beyond, the oldest of those that have not asked yet gives way
-PER_ADDRESS = 16  # of one address; beyond, its oldest gives way
+CONNECTIONS = 64  # in total; beyond, the oldest that has not sent a request is closed
+PER_ADDRESS = 16  # per address; beyond, its oldest is closed
 HEAD_BYTES = 8192  # of a request line with its headers
 REQUEST_SECONDS = 5.0  # from the first byte to the last of the answer
 BACKLOG = 128
@@ -180,7 +180,7 @@ class StatusServer:
             method = words[0]
             try:
                 status, text = self.answer(words[1])
-            except Exception as error:  # the server goes on
+            except Exception as error:  # the server continues
                 status, text = 500, f"{type(error).__name__}\n"
         body = text.encode()
         head = (

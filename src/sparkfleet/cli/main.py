@@ -256,7 +256,7 @@ _SIMPLE = re.compile(r"[A-Za-z0-9_.*?-]+(,[A-Za-z0-9_.*?-]+)*")
 def _limit(options: argparse.Namespace) -> list[str]:
     """`--limit` for ansible-playbook, with localhost, where the plays of the controller run. What cannot simply be
     added to (`!spark-3`, `sparks:&rack1`) is resolved to names first. Raises SparkfleetError for one that matches
-    nothing or is no pattern."""
+    nothing or is not a pattern."""
     limit = options.limit if options.limit is not None else getattr(options, "host", None)
     if limit is None:
         return []

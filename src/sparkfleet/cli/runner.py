@@ -33,7 +33,7 @@ from sparkfleet.paths import COLLECTIONS, ROOT
 from sparkfleet.reporting.host_result import HostResult
 from sparkfleet.reporting.progress import Board, phase_of
 
-#: Where ansible-core looks by default; an inventory plugin may be there.
+#: ansible-core's default search path; an inventory plugin may be there.
 FURTHER_COLLECTIONS = ("~/.ansible/collections", "/usr/share/ansible/collections")
 #: Name of the only run in a folder of ansible-runner.
 IDENT = "run"
@@ -42,7 +42,7 @@ OF_ALL = frozenset(("all-at-once", "same-host"))
 REFUSALS = OF_ALL | {"switch-running-other", "bad-input"}
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _FAILURE = re.compile(r"\[([a-z][a-z0-9-]+)\]")
-#: What a host said last is a line of its own: "HOST  12 s  loading weights".
+#: A host's latest message is a separate line: "HOST  12 s  loading weights".
 _LINE = re.compile(r"^(?P<host>\S+)  (?P<text>.*)")
 
 
@@ -63,7 +63,7 @@ class Collector:
         self.hosts: dict[str, HostResult] = {}
         self.error = ""  # of the run itself, such as an inventory that cannot be read
         self._began = time.monotonic()
-        self._said: list[str] = []
+        self._output: list[str] = []
 
     def take(self, event: Mapping[str, Any]) -> None:
         """Note one event of ansible-runner."""
@@ -110,7 +110,7 @@ class Collector:
         for line in lines:
             found = _LINE.match(line)
             if "[ERROR]" in line or "[WARNING]" in line:
-                self._said.append(line)
+                self._output.append(line)
                 continue
             host = found["host"] if found and found["host"] in self.board.rows else ""
             text = line.removeprefix(host).strip() if host else line
@@ -123,7 +123,7 @@ class Collector:
     def _result(self, kind: str, host: HostResult, data: Mapping[str, Any]) -> None:
         res, before = data.get("res") or {}, host.result
         self._note(kind, host, res, bool(data.get("ignore_errors")))
-        if phase_of(data):  # a last word to all is no work of each
+        if phase_of(data):  # a final message to all is not work of each host
             host.seconds = round(time.monotonic() - self._began, 1)
         for key in ("plan", "summary", "release"):
             if models := _models(res.get(key)):
@@ -142,7 +142,7 @@ class Collector:
         if "outcome" in res:
             host.release, host.out_of_service_s = res.get("release"), res.get("out_of_service_s")
         if kind == "runner_on_ok" and res.get("summary"):
-            # Status tells what is, whatever stood in the way of a plan.
+            # Status reports the current state even if planning failed.
             host.result, host.message, host.failure, host.findings = "ok", "", "", []
         elif kind == "runner_on_ok":
             if res.get("changed") and host.result == "ok":
@@ -169,7 +169,7 @@ class Collector:
             return BAD_INPUT
         code = max(map(_code, self.hosts.values()), default=OK)
         if code == OK and rc != 0:
-            self.error = _ANSI.sub("", " ".join(self._said)) or f"ansible-playbook ended with {rc}"
+            self.error = _ANSI.sub("", " ".join(self._output)) or f"ansible-playbook ended with {rc}"
             return BAD_INPUT
         if not self.hosts:
             self.error = (
@@ -261,7 +261,7 @@ def run(verb: str, inventory: str, arguments: Sequence[str], collector: Collecto
 def _environment() -> dict[str, str]:
     """What ansible-playbook gets beside our own environment.
 
-    ansible-runner switches the check of host keys off unless it is told otherwise. Here it is always on, whatever
+    ansible-runner disables host key checking by default. Here it is always on, whatever
     the environment says: a connection stays open for the runs after it (ControlPersist), which must be able to trust
     that its host was verified. Programs beside our Python are found without an activated environment.
     """
@@ -333,7 +333,7 @@ def _memory_folder() -> str | None:
 
 
 def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
-    """Take back Ctrl-C, which ansible-runner has for itself from its first run on."""
+    """Restore our Ctrl-C handler, which ansible-runner replaces at its first run."""
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -36,7 +36,7 @@ Tokens, keys and passwords were replaced by *** on the host. Host names, paths a
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """Something that is wrong (or harmless, and said so). `now`: it still is."""
+    """Something that is wrong (or harmless, and marked so). `now`: it still is."""
 
     id: str
     evidence: tuple[str, ...] = ()
@@ -154,7 +154,7 @@ def _deployed(facts: Mapping[str, Any]) -> list[Finding]:
     if numbers or containers:
         there = f"releases {', '.join(map(str, numbers))}" if numbers else "no release"
         running = f"; container {containers[0].get('name')} is {containers[0].get('state')}" if containers else ""
-        # One that failed and nothing before it is no damage.
+        # A failed one with nothing before it is not damaged.
         outcomes = [outcome for outcome in (releases.get("outcomes") or {}).values() if outcome]
         if numbers and not any(outcome.get("verified_at") for outcome in outcomes):
             return [Finding("nothing-deployed", (f"{there}, none of them verified{running}",))]

@@ -9,7 +9,7 @@ from typing import Any
 from sparkfleet.diagnosis import failures, startup_log
 
 AT_LEAST = 10.0  # seconds after which a line is printed though nothing moved
-KEPT = 4000  # log lines that a failure is looked for in
+KEPT = 4000  # log lines that are searched for a failure
 
 
 class Watch:
@@ -59,7 +59,7 @@ class Watch:
         return [f"{self.host}  {max(step.at - self._offset, 0):.0f} s  {step}" for step in steps]
 
     def crashed(self, answer: dict[str, Any]) -> bool:
-        """Whether the container has ended, or was restarted by Docker since the first look."""
+        """Whether the container has ended, or was restarted by Docker since the first observation."""
         return bool(answer["state"] != "running" or answer["restart_count"] > self.restarts)
 
     def phases(self) -> list[dict[str, Any]]:

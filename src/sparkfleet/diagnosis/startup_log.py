@@ -23,7 +23,7 @@ CAPTURING = "capturing graphs"
 SERVING = "starting server"
 READY = "ready"
 
-#: Characters of a line that are read, and those in which a message of a start is looked for.
+#: Characters of a line that are read, and those searched for a startup message.
 LINE, MESSAGE = 8192, 500
 
 # `(EngineCore_DP0 pid=77) (Worker_TP0 pid=80) INFO 09-29 09:51:29 [backends.py:559] message`; `ERROR 08-06 … ` too.
@@ -175,12 +175,12 @@ class Tracker:
         self.step = Step(STARTING, "", began)
         self.kv: dict[str, float | int] = {}
         self.weights_gib: float | None = None
-        self.served: float | None = None  # when the server said that it listens
+        self.served: float | None = None  # when the server reported that it listens
         self.graphs = True  # whether CUDA graphs are captured after the KV cache is made
         self._began: list[tuple[str, float]] = [(STARTING, began)]
 
     def feed(self, lines: Iterable[str], at: float) -> list[Step]:
-        """Read log lines seen at `at`; the steps they tell, at most one a phase and in order.
+        """Read log lines seen at `at`; the steps they show, at most one per phase and in order.
 
         A line may start with Docker's own RFC 3339 time stamp, which then counts instead of `at`.
         """
@@ -211,7 +211,7 @@ class Tracker:
         return [step]
 
     def ready(self, at: float) -> Step:
-        """The engine answers at `at`; ready it was when its server said so, if it did."""
+        """The engine answers at `at`; it was ready when its server reported so, if it did."""
         self._enter(Step(READY, "", at if self.served is None else min(at, self.served)))
         return self.step
 

@@ -60,7 +60,7 @@ def variables(inventory: str, limit: str | None, extra: Sequence[str]) -> dict[s
 
 def matching(inventory: str, limit: str) -> list[str]:
     """The names of the hosts that a pattern of Ansible (`-l`) leaves. Raises SparkfleetError for one that leaves none
-    or has a part that matches none (one that excludes nothing is a slip), for what is no pattern, and for an inventory
+    or has a part that matches none (one that excludes nothing is a slip), for an invalid pattern, and for an inventory
     that cannot be read."""
     usual, constants.HOST_PATTERN_MISMATCH = constants.HOST_PATTERN_MISMATCH, "error"
     try:
@@ -124,7 +124,7 @@ def _files(inventory: Path) -> list[Path]:
 @functools.cache
 def _prepared() -> Any:
     """Make Ansible ready, once a process; the passwords of vaults that its configuration names. Nobody is asked."""
-    with contextlib.suppress(ValueError):  # somebody else did
+    with contextlib.suppress(ValueError):  # another run did
         init_plugin_loader()
     return CLI.setup_vault_secrets(DataLoader(), list(constants.DEFAULT_VAULT_IDENTITY_LIST), auto_prompt=False)
 

@@ -29,7 +29,7 @@ def _pattern(_: Any, pattern: str, instance: Any, __: Any) -> Iterator[jsonschem
         yield jsonschema.ValidationError(f"{instance!r} does not match {pattern!r}")
 
 
-#: 1.0 is no whole number: vLLM would be given "1.0".
+#: 1.0 is not an integer: vLLM would be given "1.0".
 _Validator = jsonschema.validators.extend(  # type: ignore[no-untyped-call]
     jsonschema.Draft202012Validator,
     {"pattern": _pattern},

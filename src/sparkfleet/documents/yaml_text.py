@@ -163,8 +163,8 @@ def parse(text: str, limit: int = CHARACTERS) -> tuple[yaml.Node | None, Any]:
 
 
 def measure(text: str, what: str, values: int = 1_000_000, depth: int = 100) -> None:
-    """Refuse YAML that somebody else is going to read (Ansible) and that would take its memory or its stack: nested
-    too deep, or large once its anchors are followed. Any tags may be in it, and what is no YAML is left to the reader.
+    """Refuse YAML that another reader (Ansible) will parse and that would exhaust its memory or stack: nested
+    too deep, or large once its anchors are followed. Any tags may be in it, and invalid YAML is left to the reader.
     Raises SparkfleetError."""
     sizes: dict[str | None, int] = {}
     opened: list[tuple[str | None, int]] = []
@@ -193,7 +193,7 @@ def measure(text: str, what: str, values: int = 1_000_000, depth: int = 100) -> 
 
 
 def check(value: Any, what: str, depth: int = DEPTH) -> None:
-    """Check data that somebody else read (Ansible) to be such that this module would have read. Raises
+    """Check that data read by another reader (Ansible) is within this module's limits. Raises
     SparkfleetError naming the place below `what`."""
     _check(value, what, depth, [VALUES])
 

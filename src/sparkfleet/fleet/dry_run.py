@@ -1,7 +1,7 @@
 """A dry run of a rollout: plan, input and schedule of a whole inventory, with no host contacted.
 
-What only a look at a host tells (free memory, what is deployed) is taken as usual: a Spark with nothing else on it, and
-every Spark in need of the change.
+What only an inspection shows (free memory, what is deployed) is assumed to be usual: a Spark with nothing else on it,
+and every Spark in need of the change.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class Way:
 
 def resolve(repo: str, revision: str, way: Way, remote_code: bool = False) -> Answer:
     """Ask the Hub; `remote_code`: for the repository's code too, as the host fetches it. Raises SparkfleetError for
-    what is no model or revision."""
+    an invalid model or revision."""
     if not cache.valid_repo(repo) or not cache.valid_revision(revision):
         shown = bounded.printable(repr(f"{repo}@{revision}"), 200)
         raise SparkfleetError(f"{shown} is not ORG/NAME and a branch, tag or commit")

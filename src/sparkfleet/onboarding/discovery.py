@@ -27,7 +27,7 @@ RESOLVE_MS = 1500
 #: Maximum number of announcements, and of addresses per host.
 MOST, ADDRESSES = 512, 16
 _SPARK = re.compile(r"(dgx-?)?spark|gx10|promaxgb10|edgexpert")
-#: Avahi gives a host such a name when it hears its own announced by others, as Sparks do over their fabric
+#: Avahi assigns such a name to a host that hears its own name announced by others, as Sparks do over their fabric
 #: (NVIDIA/dgx-spark-playbooks issue 56); it is another one tomorrow.
 _RENAMED = re.compile(r"-\d+$")
 _FABRIC = re.compile(r"np\d+$")  # netdevs of the ConnectX

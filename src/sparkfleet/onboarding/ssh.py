@@ -1,6 +1,6 @@
 """Hosts over ssh, with the user's ssh and settings: their keys, a login, and one inspection.
 
-Nothing is accepted silently: a host key that is not known is shown, and written down only when a person output so.
+Nothing is accepted silently: a host key that is not known is shown, and saved only if the user agrees.
 """
 
 from __future__ import annotations

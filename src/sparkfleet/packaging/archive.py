@@ -11,7 +11,7 @@ from sparkfleet_host import releases
 
 
 def write(target: Path, content: Mapping[str, bytes], key: str) -> Path:
-    """Write `content` (name in the archive -> bytes) to `target`, as a whole or not at all. `key` tells what it was
+    """Write `content` (name in the archive -> bytes) to `target`, atomically. `key` identifies what it was
     made from; see `key_of`."""
     with io.BytesIO() as raw:
         with zipfile.ZipFile(raw, "w") as archive:

@@ -30,7 +30,7 @@ _SECRETS = (
     # http://user:password@proxy; a password may have an @ of its own
     re.compile(r"(\b\w{1,16}://[^\s/:@]{1,256}:)[^\s/]{1,1024}(?=@)"),
 )
-#: Shortest value that is looked for: of a shorter one every word would be full.
+#: Shortest value to search for: shorter ones would match everywhere.
 SHORTEST = 4
 
 
@@ -42,8 +42,8 @@ class EventLog:
         self.problem = ""  # why the log ended before the run
 
     def __call__(self, item: dict[str, Any]) -> None:
-        """Write one event, without what looks like a secret. A log that can no longer be written ends; the run does
-        not."""
+        """Write one event, without anything that looks like a secret. A log that can no longer be written ends; the
+        run does not."""
         if self.file is None or self.problem:
             return
         text = json.dumps({"at": round(time.time(), 2), **self.redacted(item)}, ensure_ascii=False, default=str)

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: one table, redrawn in place on a terminal; elsewhere plain lines."""
+"""What a run shows in progress: one table, redrawn in place on a terminal; elsewhere plain lines."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Live:
         self.terminal = is_terminal(stream) if terminal is None else terminal
         self.stand = False  # whether the last frame stays when it ends
         self._above: list[str] = []
-        self._reported: set[str] = set()  # lines of hosts that were above; a second look says most of them again
+        self._reported: set[str] = set()  # lines of hosts already shown; a second inspection repeats most of them
         self._drawn: list[str] = []  # the lines of the last frame
         self._seen: object = None
         self._said_at = time.monotonic()

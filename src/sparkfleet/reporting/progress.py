@@ -1,4 +1,4 @@
-"""How far each host of a run is: its wave, phase and last words, made of what ansible-runner tells. Contacts nobody."""
+"""How far each host of a run is: its wave, phase and latest message, from ansible-runner's events. Contacts no host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparkfleet.reporting import report, switch_progress
 WAITING, DONE, RESTORE = "waiting", "done", "restore"
 #: Phase -> what a host does in it, for totals.
 DOING = {
-    "look": "looking",
+    "inspect": "inspecting",
     "plan": "planning",
     "prepare": "preparing",
     "fetch": "fetching",
@@ -34,7 +34,7 @@ DOING = {
 #: Before the names of the collection's own actions and roles.
 NAMESPACE = "sparkfleet.dgx."
 _ACTIONS = {
-    **{"spark_plan": "plan", "spark_status": "plan", "spark_diagnose": "look", "spark_drift": "plan"},
+    **{"spark_plan": "plan", "spark_status": "plan", "spark_diagnose": "inspect", "spark_drift": "plan"},
     **{"stop_services": "stop", "release_switch": "start", "vllm_wait": "wait", "vllm_verify": "verify"},
     **{"ansible.builtin.pause": "soak", "gateway_plan": "gateway", "spark_remove": "remove"},
 }
@@ -97,7 +97,7 @@ class Row:
 
 
 class Board:
-    """All hosts of a run. `log` is told of each change of phase; `clock` gives seconds."""
+    """All hosts of a run. `log` gets each change of phase; `clock` gives seconds."""
 
     def __init__(
         self, log: Callable[[dict[str, Any]], None] | None = None, clock: Callable[[], float] = time.monotonic
@@ -106,7 +106,7 @@ class Board:
         self.began = clock()
         self.rows: dict[str, Row] = {}
         self.waves: list[list[str]] = []
-        self.wave = 0  # the one that goes on, from 1; 0 before the first
+        self.wave = 0  # the current one, from 1; 0 before the first
         self.skipped: dict[str, str] = {}  # host -> why a rollout leaves it out
 
     def row(self, host: str) -> Row:
@@ -230,7 +230,7 @@ class Board:
 
     def passing(self, host: str, text: str) -> bool:
         """Whether a line of a host is only of the moment, so that its row is place enough."""
-        again = bool(self.waves) and host in self.rows and self.rows[host].phase == "plan"  # said before the waves
+        again = bool(self.waves) and host in self.rows and self.rows[host].phase == "plan"  # reported before the waves
         return bool(host) and (again or is_step(text))
 
     # -- in words --------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
         code = main.main(words)
     except SystemExit as stop:  # argparse
         code = int(stop.code or 0)
-    said = capsys.readouterr()
-    return code, said.out, said.err
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
 
 
 def test_plan_for_programs(capsys: pytest.CaptureFixture[str]) -> None:

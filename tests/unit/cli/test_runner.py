@@ -84,12 +84,12 @@ def test_bad_input_is_told_apart() -> None:
 
 
 def test_lines_of_hosts_are_shown() -> None:
-    said: list[tuple[str, str]] = []
-    collector = Collector(lambda host, line: said.append((host, line)))
+    printed: list[tuple[str, str]] = []
+    collector = Collector(lambda host, line: printed.append((host, line)))
     collector.take(event("runner_on_start"))
     for text in ("spark-1  12 s  loading weights\n", "spark-1  repo at url\n  check  result", "rollout  wave 1 of 1"):
         collector.take({"event": "verbose", "stdout": text})
-    assert said == [
+    assert printed == [
         ("spark-1", "spark-1  12 s  loading weights"),
         # A table belongs to nobody's row, and what no host has said neither.
         *(("", "spark-1  repo at url"), ("", "  check  result"), ("", "rollout  wave 1 of 1")),
@@ -364,9 +364,9 @@ def test_a_rollout_ends_with_what_runs_where(
     calls = Calls(HostResult("spark-1", "changed", release=RELEASE, summary=row))
     words = ("rollout", "-l", "spark-1", "-e", "sparkfleet_image=i:2")
     assert command(monkeypatch, calls, *words) == OK
-    said = capsys.readouterr().out
-    assert "spark-1  serving" in said and "events" in said
-    # The look at the end is one at what was asked for.
+    printed = capsys.readouterr().out
+    assert "spark-1  serving" in printed and "events" in printed
+    # The final inspection covers only the requested hosts.
     assert calls.made[1] == ("status", ["--limit", "spark-1,localhost", "-e", "sparkfleet_image=i:2"])
     assert command(monkeypatch, calls, *words, "--json") == OK
     made = json.loads(capsys.readouterr().out)
@@ -389,8 +389,8 @@ def test_remove_shows_first_and_asks(monkeypatch: pytest.MonkeyPatch, capsys: py
     calls = Calls(HostResult("spark-1", removed=["container vllm-m", "/opt/sparkfleet/"]))
     monkeypatch.setattr("builtins.input", lambda prompt: "no")
     assert command(monkeypatch, calls, "remove") == BAD_INPUT
-    said = capsys.readouterr()
-    assert "spark-1: container vllm-m, /opt/sparkfleet/" in said.out and "nothing was removed" in said.err
+    printed = capsys.readouterr()
+    assert "spark-1: container vllm-m, /opt/sparkfleet/" in printed.out and "nothing was removed" in printed.err
     assert [words[-1] for _, words in calls.made] == ["--check"]
     monkeypatch.setattr("builtins.input", lambda prompt: "yes")
     assert command(monkeypatch, calls, "remove", "--models") == 0
@@ -475,7 +475,7 @@ def test_nothing_that_is_shown_moves_the_terminal(
     host.summary = row if verb == "status" else None
     monkeypatch.setattr("builtins.input", lambda prompt: "no")
     command(monkeypatch, Calls(host, code=DOWN), verb)
-    said = "".join(capsys.readouterr())
-    assert said.strip() and not re.search("[\x1b\x07\x9b\u202e]", said)
+    printed = "".join(capsys.readouterr())
+    assert printed.strip() and not re.search("[\x1b\x07\x9b\u202e]", printed)
     if verb == "logs":
-        assert "(EngineCore) up" in said  # colours alone go without a trace
+        assert "(EngineCore) up" in printed  # colours alone go without a trace

@@ -170,7 +170,7 @@ def found(secrets: dict[str, str], folders: Iterable[Path]) -> list[str]:
 def test_roles_are_those_of_the_playbooks(
     where: str, inventory: Path, calls: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Whatever else is installed for the user: another version of the collection, or a path that lacks ours."""
+    """Whatever else is installed for the user: another version of the collection, or a path without ours."""
     if where == "home":
         other = tmp_path / ".ansible" / "collections" / "ansible_collections" / "sparkfleet" / "dgx"
         (other / "roles" / "sparkfleet" / "tasks").mkdir(parents=True)
@@ -249,12 +249,12 @@ def test_several_sparks_are_not_stopped_at_once(
     made = json.loads(capsys.readouterr().out)
     assert {host["name"]: host["result"] for host in made["hosts"]} == {"spark-1": "refused", "spark-2": "refused"}
     assert made["hosts"][0]["failure"] == "all-at-once" and "spark-1, spark-2" in made["hosts"][0]["message"]
-    looked = {"spark_status", "spark_state"}
-    assert set(ran.read_text(encoding="utf-8").split()) <= looked
+    inspected = {"spark_status", "spark_state"}
+    assert set(ran.read_text(encoding="utf-8").split()) <= inspected
     if verb in ("stop", "restart"):
         assert main.main([*words, "-l", "!spark-1"]) == 0
         assert main.main([*words, "--yes"]) == 0
-        names = [name for name in ran.read_text(encoding="utf-8").split() if name not in looked]
+        names = [name for name in ran.read_text(encoding="utf-8").split() if name not in inspected]
         assert len(names) == 3
 
 
@@ -266,10 +266,10 @@ def test_without_root(verb: str, fleet: tuple[Path, Path], capsys: pytest.Captur
     text = module.read_text(encoding="utf-8").replace("'os': {", "'user': {'id': 1000, 'name': 'nvidia'}, 'os': {", 1)
     module.write_text(text, encoding="utf-8")
     main.main((verb, "-i", str(inventory), "-l", "spark-1", "--json"))
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert "spark_state" in ran.read_text(encoding="utf-8")
-    assert ("needs root, runs as nvidia. Set become: true" in said) == (verb in ("preflight", "deploy")), said
-    assert ('"not-root"' in said) == (verb in ("preflight", "deploy")), said
+    assert ("needs root, runs as nvidia. Set become: true" in printed) == (verb in ("preflight", "deploy")), printed
+    assert ('"not-root"' in printed) == (verb in ("preflight", "deploy")), printed
 
 
 @pytest.mark.parametrize(
@@ -300,8 +300,8 @@ def test_limits(words: tuple[str, ...], names: set[str], calls: Path, tmp_path: 
 def test_limits_that_are_none(limit: str, inventory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An empty one is not all hosts; one that excludes nothing is a slip."""
     assert main.main(["stop", "-l", limit, "-i", str(inventory)]) == exit_codes.BAD_INPUT
-    said = capsys.readouterr().err
-    assert said.startswith("sparkfleet: --limit ") and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("sparkfleet: --limit ") and printed.count("\n") == 1
 
 
 NOISY = """#!/bin/sh
@@ -335,9 +335,9 @@ def test_what_ansible_says_of_itself_has_its_remedy(
         done = subprocess.run(
             command, capture_output=True, text=True, env=environment, check=False, stdin=subprocess.DEVNULL
         )
-        said = done.stdout + done.stderr
-        assert done.returncode == 2 and said.count(words) == 1, said
-        assert "Origin:" not in said and "[ERROR]" not in said
+        printed = done.stdout + done.stderr
+        assert done.returncode == 2 and printed.count(words) == 1, printed
+        assert "Origin:" not in printed and "[ERROR]" not in printed
     collected = runner.Collector(lambda host, line: None)
     runner.run("stop", str(inventory), extra, collected)
     assert words in collected.hosts["spark-1"].message

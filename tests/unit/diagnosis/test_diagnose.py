@@ -174,8 +174,8 @@ def test_every_issue_of_the_guide_is_in_the_table(issue: str) -> None:
     ],
 )
 def test_secrets_are_removed(line: str) -> None:
-    said = redact(line)
-    assert "topsecret" not in said and "abcdefghij" not in said and "***" in said
+    printed = redact(line)
+    assert "topsecret" not in printed and "abcdefghij" not in printed and "***" in printed
 
 
 def test_the_token_itself_is_removed_wherever_it_stands() -> None:

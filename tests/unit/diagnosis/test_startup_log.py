@@ -17,13 +17,13 @@ def read(name: str) -> list[str]:
     return (DATA / name).read_bytes().decode().removesuffix("\n").split("\n")
 
 
-def told(tracker: Tracker, lines: list[str]) -> list[str]:
+def reported(tracker: Tracker, lines: list[str]) -> list[str]:
     return [str(step) for number, line in enumerate(lines) for step in tracker.feed([line], float(number))]
 
 
 def test_start_on_a_gpu() -> None:
     tracker = Tracker(0.0)
-    assert told(tracker, read("vllm-0.10.1.1-gpu.log")) == [
+    assert reported(tracker, read("vllm-0.10.1.1-gpu.log")) == [
         "starting, vLLM 0.10.1.1",
         "loading weights",
         "downloading",
@@ -52,7 +52,7 @@ def test_start_on_a_gpu() -> None:
 
 def test_start_on_a_cpu_has_no_graphs() -> None:
     tracker = Tracker(0.0)
-    assert told(tracker, read("vllm-0.32-cpu.log")) == [
+    assert reported(tracker, read("vllm-0.32-cpu.log")) == [
         "starting, vLLM 0.32.0",
         "loading weights",
         "loading weights, shard 0/2",

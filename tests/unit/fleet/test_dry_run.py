@@ -41,8 +41,8 @@ def run(inventory: Path, *words: str) -> tuple[int, str, float]:
 
 def test_two_hundred_sparks(tmp_path: Path) -> None:
     inventory = fleet(tmp_path, 200, sparkfleet_rollout_waves="10%")
-    code, said, seconds = run(inventory, "--json")
-    made = json.loads(said)
+    code, printed, seconds = run(inventory, "--json")
+    made = json.loads(printed)
     assert code == 0 and made["fits"] is True and seconds < 10
     assert {kind["engines"][0]["model"]: len(kind["hosts"]) for kind in made["kinds"]} == {
         "llama31-8b-fp8": 149,
@@ -50,21 +50,21 @@ def test_two_hundred_sparks(tmp_path: Path) -> None:
     }
     assert [len(wave) for wave in made["waves"][:3]] == [1, 1, 19] and sum(map(len, made["waves"])) == 198
     assert made["drained"] == ["spark-007", "spark-008"]
-    code, said, _ = run(inventory)
-    assert "(149 Sparks): llama31-8b-fp8" in said and "rollout  wave 1 of 13: spark-001" in said
+    code, printed, _ = run(inventory)
+    assert "(149 Sparks): llama31-8b-fp8" in printed and "rollout  wave 1 of 13: spark-001" in printed
 
 
 def test_what_does_not_work_is_told_for_all_at_once(tmp_path: Path) -> None:
     inventory = fleet(tmp_path, 8, sparkfleet_vllm_max_model_len="abc")
-    code, said, _ = run(inventory)
-    assert code == 2 and said.count("sparkfleet_vllm_max_model_len: must be a whole number") == 2
+    code, printed, _ = run(inventory)
+    assert code == 2 and printed.count("sparkfleet_vllm_max_model_len: must be a whole number") == 2
 
 
 def test_what_a_limit_leaves(tmp_path: Path) -> None:
-    code, said, _ = run(fleet(tmp_path, 8), "-l", "spark-001,spark-002", "-e", "sparkfleet_profile=low_latency")
-    assert code == 0 and "spark-001, spark-002: llama31-8b-fp8 (low_latency)" in said
-    code, said, _ = run(tmp_path, "-l", "nobody")
-    assert code == 2 and "spark" in said
+    code, printed, _ = run(fleet(tmp_path, 8), "-l", "spark-001,spark-002", "-e", "sparkfleet_profile=low_latency")
+    assert code == 0 and "spark-001, spark-002: llama31-8b-fp8 (low_latency)" in printed
+    code, printed, _ = run(tmp_path, "-l", "nobody")
+    assert code == 2 and "spark" in printed
 
 
 def test_a_plan_that_does_not_fit() -> None:

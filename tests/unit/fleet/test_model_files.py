@@ -144,8 +144,8 @@ def test_odd_answers_are_typed(hub: Hub, verb: str, body: bytes) -> None:
         ),
     ).map(lambda value: json.dumps(value).encode())
 )
-def test_whatever_the_client_says_is_understood(said: bytes) -> None:
-    found = model_files.understand(said, "main")
+def test_whatever_the_client_says_is_understood(printed: bytes) -> None:
+    found = model_files.understand(printed, "main")
     assert bool(found.expected) != bool(found.reason)
 
 
@@ -369,23 +369,23 @@ def test_a_bundle_says_what_it_has_and_a_collected_list_is_compared(tmp_path: Pa
 
 def act(monkeypatch: pytest.MonkeyPatch, folder: Path, **arguments: Any) -> tuple[dict[str, Any], list[str]]:
     """Run the action; its result and its warnings."""
-    said: list[str] = []
-    monkeypatch.setattr(action, "display", SimpleNamespace(warning=said.append))
+    printed: list[str] = []
+    monkeypatch.setattr(action, "display", SimpleNamespace(warning=printed.append))
     monkeypatch.setattr(action.constants, "DEFAULT_LOCAL_TMP", str(folder))
     given = {"repo": "acme/tiny", "revision": "main", **arguments}
     task = SimpleNamespace(args=given, async_val=0, check_mode=False, diff=False, environment=None, delegate_to=None)
     made = action.ActionModule(task, *(SimpleNamespace(_shell=SimpleNamespace(tmpdir="none")) for _ in range(5)))
-    return made.run(task_vars={"inventory_hostname": "spark-1"}), said
+    return made.run(task_vars={"inventory_hostname": "spark-1"}), printed
 
 
 def test_what_was_not_verified_is_said_once_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     away = {"endpoint": "http://127.0.0.1:9", "token": TOKEN}
-    result, said = act(monkeypatch, tmp_path, **away)
+    result, printed = act(monkeypatch, tmp_path, **away)
     assert result["expected"] == {} and "127.0.0.1:9" in result["reason"]
-    assert len(said) == 1 and said[0].startswith("acme/tiny@main: not verified by this controller")
+    assert len(printed) == 1 and printed[0].startswith("acme/tiny@main: not verified by this controller")
     again, more = act(monkeypatch, tmp_path, **away)
     assert (again["expected"], more) == ({}, [])
-    assert TOKEN not in f"{result} {said}"
+    assert TOKEN not in f"{result} {printed}"
     with pytest.raises(AnsibleActionFail, match="sparkfleet_controller_verifies") as refused:
         act(monkeypatch, tmp_path, **away, controller_verifies=True)
     assert refused.value.result["failure"] == "hub-unreachable"
@@ -394,8 +394,8 @@ def test_what_was_not_verified_is_said_once_a_run(monkeypatch: pytest.MonkeyPatc
 def test_the_action_gives_the_list_and_refuses_another(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    result, said = act(monkeypatch, tmp_path, endpoint=hub.url, controller_verifies=True)
-    assert (result["expected"], said) == ({"commit": hub.commit, "files": has(hub)}, [])
+    result, printed = act(monkeypatch, tmp_path, endpoint=hub.url, controller_verifies=True)
+    assert (result["expected"], printed) == ({"commit": hub.commit, "files": has(hub)}, [])
     with pytest.raises(AnsibleActionFail, match="spark-1 has a different acme/tiny@main") as refused:
         act(monkeypatch, tmp_path, endpoint=hub.url, listing=LISTING)
     assert refused.value.result["failure"] == "model-differs"

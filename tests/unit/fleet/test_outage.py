@@ -113,9 +113,9 @@ def test_one_host_under_two_names(tmp_path: Path) -> None:
         "spark-one": {"sparkfleet_inspection": inspected(False, machine="m1")},
     }
     done = play(tmp_path, DEPLOY, hosts, "-e", "sparkfleet_all_at_once=true")
-    said = done.stdout + done.stderr
-    assert done.returncode == 2 and "spark-1 and spark-one are the same host (machine ID m1)" in said
-    assert "it goes on" not in said
+    printed = done.stdout + done.stderr
+    assert done.returncode == 2 and "spark-1 and spark-one are the same host (machine ID m1)" in printed
+    assert "it goes on" not in printed
     del hosts["spark-one"]
     assert play(tmp_path, DEPLOY, hosts).returncode == 0
 

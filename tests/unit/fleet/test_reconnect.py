@@ -1,4 +1,4 @@
-"""A connection that breaks while a job of the host goes on."""
+"""A connection that breaks while a job on the host continues."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("clock")
 def test_a_host_that_comes_back() -> None:
-    said: list[str] = []
+    printed: list[str] = []
     action = Action(away=5)
-    assert ReconnectingExecutor(action, "spark-1", said.append).execute(module_name="m") == {"module_name": "m"}
-    assert said == [
+    assert ReconnectingExecutor(action, "spark-1", printed.append).execute(module_name="m") == {"module_name": "m"}
+    assert printed == [
         "spark-1  connection lost; jobs on the host continue; reconnecting (No route to host)",
         "spark-1  reconnected after 10 s",
     ]
@@ -56,5 +56,5 @@ def test_a_host_that_stays_away() -> None:
 
 
 def test_a_host_that_is_there_needs_no_word() -> None:
-    said: list[str] = []
-    assert ReconnectingExecutor(Action(0), "spark-1", said.append).execute(a=1) == {"a": 1} and said == []
+    printed: list[str] = []
+    assert ReconnectingExecutor(Action(0), "spark-1", printed.append).execute(a=1) == {"a": 1} and printed == []

@@ -115,9 +115,9 @@ def test_result_of_the_async_job_counts(job: Job, tmp_path: Path) -> None:
     results.write_text('{"changed": true, "digest": "sha256:1", "diff": {}, "invocation": {}}')
     found = fetch_status.job_state(asked(job, results))
     assert (found["state"], found["result"]) == ("done", {"changed": True, "digest": "sha256:1"})
-    results.write_text('{"failed": true, "msg": "no space; make room", "failure": "disk-full"}')
+    results.write_text('{"failed": true, "msg": "no space; free some space", "failure": "disk-full"}')
     found = fetch_status.job_state(asked(job, results))
-    assert (found["state"], found["failure"], found["message"]) == ("failed", "disk-full", "no space; make room")
+    assert (found["state"], found["failure"], found["message"]) == ("failed", "disk-full", "no space; free some space")
     results.write_text('{"failed": true, "msg": "Traceback\\n  x\\nKeyError: 1"}')
     assert fetch_status.job_state(asked(job, results))["message"] == "KeyError: 1"
 

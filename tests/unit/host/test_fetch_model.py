@@ -348,9 +348,9 @@ def test_a_list_that_comes_byte_by_byte_is_given_up(
 def test_a_file_that_comes_byte_by_byte_is_given_up(client: Path, hub: Hub, tmp_path: Path, part: str) -> None:
     hub.drip["model-1.safetensors"] = part
     error = fetch(client, hub, tmp_path, WINDOW=0.5)[-1]["error"]
-    assert error["id"] == "hub-unreachable" and "gives model-1.safetensors too slowly" in error["message"], error
+    assert error["id"] == "hub-unreachable" and "sends model-1.safetensors too slowly" in error["message"], error
     assert len(hub.gets("model-1.safetensors")) == fetch_model.SLOW_ANSWERS
-    if part == "rest":  # and what had come is there to go on with
+    if part == "rest":  # and the received part is kept for resuming
         partial = tmp_path / "models--acme--tiny/blobs" / f"{hub.hash('model-1.safetensors')}.incomplete"
         assert partial.stat().st_size >= 2 << 20
 
@@ -358,7 +358,7 @@ def test_a_file_that_comes_byte_by_byte_is_given_up(client: Path, hub: Hub, tmp_
 def test_a_file_whose_head_comes_byte_by_byte_is_given_up(client: Path, hub: Hub, tmp_path: Path) -> None:
     hub.drip["model-1.safetensors"] = "head"
     error = fetch(client, hub, tmp_path, LONGEST=0.5)[-1]["error"]
-    assert error["id"] == "hub-unreachable" and "gives model-1.safetensors too slowly" in error["message"], error
+    assert error["id"] == "hub-unreachable" and "sends model-1.safetensors too slowly" in error["message"], error
 
 
 def test_a_file_that_becomes_slow_is_resumed(client: Path, hub: Hub, tmp_path: Path) -> None:

@@ -221,9 +221,9 @@ def test_the_verb_writes_what_it_found_and_marks_the_model(cache: Path, tmp_path
     assert suspicion(cache, REPO, COMMIT) == ""
     flip(blob(cache, "w.safetensors"))
     assert run(cache, result, "--model", f"{REPO}@{COMMIT}") == integrity.DAMAGED
-    told = integrity.read_result(result)
-    assert told["finished"] is True
-    assert integrity.damaged(told) == [(REPO, COMMIT, ["w.safetensors"], 0)]
+    reported = integrity.read_result(result)
+    assert reported["finished"] is True
+    assert integrity.damaged(reported) == [(REPO, COMMIT, ["w.safetensors"], 0)]
     state = model_state(cache, REPO, COMMIT)
     assert state["complete"] is False and "w.safetensors" in state["suspect"]
 
@@ -237,7 +237,7 @@ def test_what_was_found_before_of_another_model_stays(cache: Path, tmp_path: Pat
     other.write_text(json.dumps({"files": {}}))
     assert run(cache, result, "--model", f"acme/other@{'b' * 40}") == integrity.DAMAGED
     assert sorted(integrity.read_result(result)["models"]) == [f"acme/other@{'b' * 40}", f"{REPO}@{COMMIT}"]
-    manifest_path(cache, REPO, COMMIT).unlink()  # removed: nobody is to be alarmed for ever
+    manifest_path(cache, REPO, COMMIT).unlink()  # removed: no permanent alarm
     assert run(cache, result, "--model", f"acme/other@{'b' * 40}") == integrity.SOUND
 
 
@@ -279,17 +279,17 @@ def test_whatever_is_found_can_be_read_again(cache: Path, tmp_path: Path) -> Non
         add(cache, f"a{index:03}{'o' * 90}/{'m' * 96}", names)
     result = tmp_path / "integrity.json"
     assert run(cache, result) == integrity.DAMAGED
-    told = integrity.read_result(result)
-    assert told["finished"] and told["left_out"] == 10 and len(told["models"]) == integrity.MOST_MODELS
+    reported = integrity.read_result(result)
+    assert reported["finished"] and reported["left_out"] == 10 and len(reported["models"]) == integrity.MOST_MODELS
     assert result.stat().st_size <= bounded.STATE_FILE
-    for _, _, shown, more in integrity.damaged(told):
+    for _, _, shown, more in integrity.damaged(reported):
         assert 0 < len(shown) <= 20 and len(shown) + more == 40
     last, commit = f"{REPO}", COMMIT  # behind them by name
-    assert f"{last}@{commit}" not in told["models"]
+    assert f"{last}@{commit}" not in reported["models"]
     assert run(cache, result, "--model", f"{last}@{commit}") == integrity.DAMAGED
-    told = integrity.read_result(result)
-    assert f"{last}@{commit}" in told["models"] and len(told["models"]) == integrity.MOST_MODELS
-    assert integrity.damaged(told)[0][3] > 20  # what was left out before is still counted
+    reported = integrity.read_result(result)
+    assert f"{last}@{commit}" in reported["models"] and len(reported["models"]) == integrity.MOST_MODELS
+    assert integrity.damaged(reported)[0][3] > 20  # what was left out before is still counted
 
 
 def test_the_largest_result_fits(tmp_path: Path) -> None:
@@ -308,9 +308,16 @@ def test_the_largest_result_fits(tmp_path: Path) -> None:
                 "error": "\u56fe" * 9999,
             }
             models[f"{repo}@{COMMIT}"] = integrity._brief(found)
-        told = {"version": 1, "cache_dir": "x" * 4096, "began": 1, "updated": 1, "finished": True, "left_out": 1 << 62}
+        reported = {
+            "version": 1,
+            "cache_dir": "x" * 4096,
+            "began": 1,
+            "updated": 1,
+            "finished": True,
+            "left_out": 1 << 62,
+        }
         place = tmp_path / "integrity.json"
-        integrity.write_json(place, {**told, "models": models})
+        integrity.write_json(place, {**reported, "models": models})
         assert place.stat().st_size <= bounded.STATE_FILE * 3 // 4
         assert len(integrity.damaged(integrity.read_result(place))) == integrity.MOST_MODELS
 
@@ -322,7 +329,7 @@ def test_the_result_is_written_now_and_then(
     """All of it each time: after each model the cost would grow with the square of their number."""
     written: list[int] = []
     monkeypatch.setattr(integrity, "WRITE_SECONDS", seconds)
-    monkeypatch.setattr(integrity, "write_json", lambda path, told: written.append(len(told["models"])))
+    monkeypatch.setattr(integrity, "write_json", lambda path, reported: written.append(len(reported["models"])))
     for index in range(40):
         add(cache, f"a/m{index}", [])
     integrity.verify_all(cache, tmp_path / "integrity.json", share=1)

@@ -184,11 +184,11 @@ def test_swapoff_that_fails_leaves_fstab(tmp_path: Path, run: Run) -> None:
 
 
 def test_swap_that_comes_back_is_named(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(swap.AnsibleModule, "warn", lambda _, text: said.append(text))
-    assert run()["changed"] and not said
+    printed: list[str] = []
+    monkeypatch.setattr(swap.AnsibleModule, "warn", lambda _, text: printed.append(text))
+    assert run()["changed"] and not printed
     (tmp_path / "fstab").write_text("", encoding="utf-8")
-    assert run()["changed"] and "/swap.img" in said[0]
+    assert run()["changed"] and "/swap.img" in printed[0]
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,8 @@ WAYS: dict[str, Callable[[str, str], str]] = {
 @pytest.mark.parametrize("way", WAYS)
 @given(name=NAMES, secret=SECRETS, before=AROUND, after=AROUND)
 def test_a_named_secret_goes(way: str, name: str, secret: str, before: str, after: str) -> None:
-    said = redact(f"{before} {WAYS[way](name, secret)} {after}")
-    assert "Zq" not in said and "***" in said
+    printed = redact(f"{before} {WAYS[way](name, secret)} {after}")
+    assert "Zq" not in printed and "***" in printed
 
 
 @given(token=PREFIXED, before=AROUND, after=AROUND)
@@ -74,7 +74,7 @@ def test_a_password_in_a_url_goes(around: str, secret: str, user: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "printed"),
     [
         ("Authorization: Bearer Zq9.abc~def==", "Authorization: ***"),
         ("{'Authorization': 'Bearer Zq9abcdef'}", "{'Authorization': '***'}"),
@@ -91,8 +91,8 @@ def test_a_password_in_a_url_goes(around: str, secret: str, user: str) -> None:
         ('{"password": "Zq9 without an end', '{"password": "***'),
     ],
 )
-def test_each_form(line: str, said: str | None) -> None:
-    assert "Zq" not in redact(line) and (said is None or redact(line) == said)
+def test_each_form(line: str, printed: str | None) -> None:
+    assert "Zq" not in redact(line) and (printed is None or redact(line) == printed)
 
 
 @pytest.mark.parametrize(

@@ -827,7 +827,7 @@ def test_no_more_of_a_blob_is_taken_than_its_size(upstream: FakeRegistry, layout
     blob = digest(upstream.layers[1])
     sent = endless(upstream, blob_path(blob))
     sizes: list[int] = []
-    with pytest.raises(OSError, match="another content"):
+    with pytest.raises(OSError, match="different content"):
         layout.fetch([blob], sizes.append)
     assert sum(sent) < 64 << 20
     assert [path for path in layout.blobs.iterdir() if blob[7:] in path.name] == []
@@ -907,14 +907,14 @@ def test_a_registry_that_sends_the_whole_again(upstream: FakeRegistry, layout: L
     assert layout.path(blob).read_bytes() == body
 
 
-@pytest.mark.parametrize("told", ["bytes 0-299999/300000", "bytes 1001-299999/300000", "bytes 1000-300000/300001"])
-def test_a_part_that_was_not_asked_for_is_refused(upstream: FakeRegistry, layout: Layout, told: str) -> None:
+@pytest.mark.parametrize("reported", ["bytes 0-299999/300000", "bytes 1001-299999/300000", "bytes 1000-300000/300001"])
+def test_a_part_that_was_not_asked_for_is_refused(upstream: FakeRegistry, layout: Layout, reported: str) -> None:
     body, blob = upstream.layers[0], digest(upstream.layers[0])
     kept = partial(layout, blob, body[:1000])
 
     def other(handler: Handler) -> None:
         del handler.headers["Range"]
-        reply(handler, body[1000:], 206, {"Content-Range": told})
+        reply(handler, body[1000:], 206, {"Content-Range": reported})
 
     upstream.answers[blob_path(blob)] = other
     with pytest.raises(OSError, match="asked for bytes from 1000 on"):
@@ -925,7 +925,7 @@ def test_a_part_that_was_not_asked_for_is_refused(upstream: FakeRegistry, layout
 def test_a_partial_blob_with_another_content_is_removed(upstream: FakeRegistry, layout: Layout) -> None:
     body, blob = upstream.layers[0], digest(upstream.layers[0])
     kept = partial(layout, blob, b"!" * 1000)
-    with pytest.raises(OSError, match="another content"):
+    with pytest.raises(OSError, match="different content"):
         layout.fetch([blob], lambda done: None)
     assert not kept.exists() and not layout.path(blob).exists()
     layout.fetch([blob], lambda done: None)
@@ -1034,7 +1034,7 @@ def test_a_manifest_that_was_changed_in_the_folder_is_refused(upstream: FakeRegi
         *[n for n, _ in parse_manifest(upstream.manifest).blobs],
     ]
     layout.path(digest(upstream.manifest)).write_bytes(image_manifest([b"other"]))
-    with pytest.raises(BoundsError, match="another content"):
+    with pytest.raises(BoundsError, match="different content"):
         layout.know(name)
     assert layout.media_type(name) == registries.INDEXES[0]
     assert layout.media_type(digest(upstream.manifest)) == "application/octet-stream"

@@ -172,7 +172,7 @@ def test_a_blob_with_another_content_is_never_kept(
 ) -> None:
     monkeypatch.setattr(f"{Layout.__module__}.TRIES", 1)
     upstream.spoil = True
-    with pytest.raises(OSError, match="another content"):
+    with pytest.raises(OSError, match="different content"):
         layout.fetch([digest(upstream.layers[1])], lambda done: None)
     assert not layout.path(digest(upstream.layers[1])).exists()
 
@@ -394,8 +394,8 @@ def test_verb_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
     assert host_share.main(["give"]) == 2
     assert "serve|connect" in capsys.readouterr().err
     assert host_share.main(["--help"]) == 0
-    said = capsys.readouterr()
-    assert "serve|connect" in said.out and not said.err
+    printed = capsys.readouterr()
+    assert "serve|connect" in printed.out and not printed.err
 
 
 # -- what the engine's container may have put into the cache ---------------------------------------------------------
@@ -717,33 +717,33 @@ def test_a_place_comes_back_where_there_is_no_thread(monkeypatch: pytest.MonkeyP
 # -- who takes from whom -----------------------------------------------------------------------------------
 
 
-def lack(host: str, *, image: bool = True, model: bool = True, has: bool = False, repo: str = "org/a") -> Missing:
+def needing(host: str, *, image: bool = True, model: bool = True, has: bool = False, repo: str = "org/a") -> Missing:
     return Missing(host, IMAGE, image, repo, "main", model and not has, has)
 
 
 def test_one_fetches_and_the_others_take() -> None:
-    made = fetch_schedule.schedule([lack("a"), lack("b"), lack("c")])
+    made = fetch_schedule.schedule([needing("a"), needing("b"), needing("c")])
     assert list(made.sources) == ["a"]
     assert made.sources["a"].images == [IMAGE]
     assert made.image_from == {"a": "a", "b": "a", "c": "a"}  # Docker of the source asks the source's own registry
     assert made.model_from == {"b": "a", "c": "a"}
-    assert made.summary("a") == [f"a gives {IMAGE} and org/a to b, c"]
+    assert made.summary("a") == [f"a serves {IMAGE} and org/a to b, c"]
 
 
 def test_one_alone_fetches_by_itself() -> None:
-    assert fetch_schedule.schedule([lack("a")]) == fetch_schedule.Schedule()
-    assert fetch_schedule.schedule([lack("a"), lack("b", image=False, model=False)]).sources == {}
+    assert fetch_schedule.schedule([needing("a")]) == fetch_schedule.Schedule()
+    assert fetch_schedule.schedule([needing("a"), needing("b", image=False, model=False)]).sources == {}
 
 
 def test_a_newcomer_takes_the_model_from_one_that_has_it() -> None:
-    made = fetch_schedule.schedule([lack("a", image=False, has=True), lack("b")])
+    made = fetch_schedule.schedule([needing("a", image=False, has=True), needing("b")])
     assert made.model_from == {"b": "a"}
     assert made.image_from == {}  # Docker of a keeps no copy as it travelled
     assert made.sources["a"].leader == "b"  # a has nothing to do itself
 
 
 def test_different_models_share_an_image() -> None:
-    made = fetch_schedule.schedule([lack("a"), lack("b", repo="org/b"), lack("c", repo="org/b"), lack("d")])
+    made = fetch_schedule.schedule([needing("a"), needing("b", repo="org/b"), needing("c", repo="org/b"), needing("d")])
     assert set(made.image_from.values()) == {"a"}
     assert made.model_from == {"d": "a", "c": "b"}
     assert [source.host for source in made.leads("b")] == ["b"]
@@ -751,7 +751,7 @@ def test_different_models_share_an_image() -> None:
 
 def test_who_must_not_serve_does_not() -> None:
     drained = Missing("a", IMAGE, True, "org/a", "main", True, False, serves=False)
-    made = fetch_schedule.schedule([drained, lack("b"), lack("c")])
+    made = fetch_schedule.schedule([drained, needing("b"), needing("c")])
     assert set(made.image_from.values()) == {"b"}
     assert made.model_from == {"a": "b", "c": "b"}
 

@@ -85,8 +85,8 @@ def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Network:
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     def made(*words: str) -> tuple[int, str, str]:
         code = main.main(["init", *words])
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
 
     return made
 
@@ -96,7 +96,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def person(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Puts a person at a terminal, with the beginning of each question and the answers to it, in order. A question
+    """Simulates a user at a terminal, with the beginning of each question and the answers to it, in order. A question
     beside these fails the test, and so does an answer that nobody asked for."""
     left: list[tuple[str, str]] = []
 
@@ -229,7 +229,7 @@ def test_what_keeps_hosts_out(net: Network, run: Run, tmp_path: Path) -> None:
     assert rows["192.0.2.20"] == "unreachable" and rows["192.0.2.21"] == "key-unknown"
     assert rows["192.0.2.22"] == rows["192.0.2.23"] == "login" and rows["192.0.2.28"] == "same"
     assert rows["pc"] == rows["bare"] == rows["poor"] == "refused" and rows["busy"] == "new"
-    for said in (
+    for printed in (
         "No route to host. Is it powered on, and is the address right? `ssh nvidia@192.0.2.20` must work from here",
         "Log in once with `ssh nvidia@192.0.2.21`, or run this with --accept-host-keys",
         "Copy your key there: `ssh-copy-id nvidia@192.0.2.22`",
@@ -242,7 +242,7 @@ def test_what_keeps_hosts_out(net: Network, run: Run, tmp_path: Path) -> None:
         "busy: sudo asks for a password there, which is fine: run with -K",
         "sparkfleet deploy -i inv -K",
     ):
-        assert said in out
+        assert printed in out
     assert not net.calls("ssh-copy-id") and not net.calls("ssh-keyscan")
 
 
@@ -282,8 +282,8 @@ def test_bad_input(
         code = main.main(["init", *(() if "one/" in words else ("inv/",)), *words])
     except SystemExit as stop:
         code = int(stop.code or 0)
-    said = capsys.readouterr()
-    assert code == 2 and complaint in said.err and "Traceback" not in said.err
+    printed = capsys.readouterr()
+    assert code == 2 and complaint in printed.err and "Traceback" not in printed.err
     assert [path for path in sorted(tmp_path.rglob("*")) if path not in before and path.name != "calls"] == []
 
 
@@ -293,7 +293,7 @@ def test_a_folder_that_is_no_inventory(net: Network, run: Run, tmp_path: Path) -
     (tmp_path / "inv/hosts.ini").write_text("[sparks]\nspark-7 ansible_host=192.0.2.11\n")
     code, _, err = run("inv/", "192.0.2.14")
     assert code == 2 and "no YAML file there has the group sparks" in err
-    assert run("inv/")[0] == 0  # but it can be looked at
+    assert run("inv/")[0] == 0  # but it can be inspected
     (tmp_path / "inv/hosts.ini").unlink()
     (tmp_path / "inv/hosts.yml").write_text("sparks: [")
     code, _, err = run("inv/", "192.0.2.14")
@@ -348,8 +348,8 @@ def test_all_questions(net: Network, run: Run, tmp_path: Path, person: Sits) -> 
 
 def test_a_person_who_says_no(net: Network, run: Run, tmp_path: Path, person: Sits) -> None:
     words = two(net)
-    said = (("Profile", ""), ("Gateway", ""), ("Write this?", "no"))
-    person(*said)
+    printed = (("Profile", ""), ("Gateway", ""), ("Write this?", "no"))
+    person(*printed)
     code, _, err = run("inv/", *words, "--model", "llama31-8b-fp8")
     assert code == 2 and err.endswith("sparkfleet: nothing was written\n") and not (tmp_path / "inv").exists()
     net.host("192.0.2.21", "new", known=False)
@@ -529,7 +529,7 @@ def test_hosts_as_people_write_them(text: str, place: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "problem", "message"),
+    ("printed", "problem", "message"),
     [
         ("ssh: connect to host 192.0.2.1 port 22: Connection timed out", "unreachable", "Connection timed out"),
         ("ssh: Could not resolve hostname x: Name or service not known", "unreachable", "Name or service not known"),
@@ -545,8 +545,8 @@ def test_hosts_as_people_write_them(text: str, place: Place) -> None:
         ("", "unreachable", "no reason given"),
     ],
 )
-def test_what_ssh_says(said: str, problem: str, message: str) -> None:
-    kind, line = ssh.problem(said)
+def test_what_ssh_says(printed: str, problem: str, message: str) -> None:
+    kind, line = ssh.problem(printed)
     assert kind == problem and message in line and not line.startswith(("ssh: ", "nvidia@"))
 
 
@@ -617,7 +617,7 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_name_or_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that Avahi may change, or that this machine does not find, is no address to write down."""
+    """A name that Avahi may change, or that this machine does not find, is not an address to save."""
     monkeypatch.setattr(discovery, "resolved", lambda name: [] if name.startswith("gone") else ["192.0.2.11"])
     for name, address in (
         ("spark-1a2b", "spark-1a2b.local"),

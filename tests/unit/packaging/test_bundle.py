@@ -1,4 +1,4 @@
-"""A bundle: what is in it, what a host gets of it, and what is said when something lacks."""
+"""A bundle: what is in it, what a host gets of it, and what is reported when something is missing."""
 
 from __future__ import annotations
 
@@ -154,32 +154,32 @@ def test_what_is_added_later_stays_beside(bundle: Bundle) -> None:
 # -- who gets it -------------------------------------------------------------------------------------------
 
 
-def lack(host: str, image: bool = True, model: bool = True) -> Missing:
+def needing(host: str, image: bool = True, model: bool = True) -> Missing:
     return Missing(host, IMAGE, image, REPO, "main", model, not model)
 
 
 def test_one_spark_gets_the_bundle_and_gives_it_to_all() -> None:
-    made = fetch_schedule.schedule([lack("a"), lack("b"), lack("c", image=False)], bundle=True)
+    made = fetch_schedule.schedule([needing("a"), needing("b"), needing("c", image=False)], bundle=True)
     assert list(made.sources) == ["a"]
     assert made.image_from == {"a": "a", "b": "a"}
     assert made.model_from == {"a": "a", "b": "a", "c": "a"}
 
 
 def test_who_gets_it_gives_what_it_has_itself_as_well() -> None:
-    made = fetch_schedule.schedule([lack("a", model=False), lack("b")], bundle=True)
+    made = fetch_schedule.schedule([needing("a", model=False), needing("b")], bundle=True)
     assert list(made.sources) == ["a"]  # not two, whose ports would be in each other's way
     assert (made.image_from, made.model_from) == ({"a": "a", "b": "a"}, {"b": "a"})
 
 
 def test_one_alone_gets_it_too() -> None:
-    made = fetch_schedule.schedule([lack("a")], bundle=True)
+    made = fetch_schedule.schedule([needing("a")], bundle=True)
     assert (made.image_from, made.model_from) == ({"a": "a"}, {"a": "a"})
     assert made.summary("a") == []
-    assert fetch_schedule.schedule([lack("a", image=False, model=False)], bundle=True).sources == {}
+    assert fetch_schedule.schedule([needing("a", image=False, model=False)], bundle=True).sources == {}
 
 
 def test_without_sharing_each_gets_it() -> None:
-    made = fetch_schedule.schedule([lack("a"), lack("b")], bundle=True, alone=True)
+    made = fetch_schedule.schedule([needing("a"), needing("b")], bundle=True, alone=True)
     assert made.image_from == {"a": "a", "b": "b"} and made.model_from == {"a": "a", "b": "b"}
 
 
@@ -295,10 +295,10 @@ def test_a_folder_of_the_host_itself_is_linked_and_packages_are_copied(tmp_path:
 
 
 def test_packages_become_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[tuple[str, ...]] = []
+    reported: list[tuple[str, ...]] = []
 
     def apt(*words: str, seconds: float = 0) -> str:
-        told.append(words)
+        reported.append(words)
         if "madison" in words:
             return " a | 1 | somewhere\n"
         if "install" in words:
@@ -313,7 +313,7 @@ def test_packages_become_a_repository(tmp_path: Path, monkeypatch: pytest.Monkey
     index = (tmp_path / "packages" / "Packages").read_text()
     assert "Filename: ./a_1_arm64.deb" in index and hashlib.sha256(b"deb").hexdigest() in index
     assert [item["name"] for item in files] == ["packages/a_1_arm64.deb", "packages/Packages"]
-    assert any("--download-only" in words and words[-1] == "a" for words in told)
+    assert any("--download-only" in words and words[-1] == "a" for words in reported)
 
 
 def test_a_model_that_is_not_complete_is_not_collected(tmp_path: Path) -> None:
@@ -350,9 +350,12 @@ def test_wheels_are_checked_before_anything_is_installed(tmp_path: Path, capsys:
     (folder / "python" / "b-1-py3-none-any.whl").write_bytes(b"Wheel b-1-py3-none-any.whl")  # of the same size
     (other := tmp_path / "other").mkdir()
     assert wheels.main([str(folder), "", str(other)]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {folder}/python/b-1-py3-none-any.whl does not have the sha256") and said[-1] == "\n"
-    assert said.count("\n") == 1 and "nothing was installed" in said
+    printed = capsys.readouterr().err
+    assert (
+        printed.startswith(f"error: {folder}/python/b-1-py3-none-any.whl does not have the sha256")
+        and printed[-1] == "\n"
+    )
+    assert printed.count("\n") == 1 and "nothing was installed" in printed
 
 
 @pytest.mark.parametrize(

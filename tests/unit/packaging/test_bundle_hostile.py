@@ -27,7 +27,7 @@ from tests.unit.packaging.test_bundle import BLOB, CONTENT, IMAGE, REPO, SHA, SY
 from tests.unit.plugins.test_fleet_actions import Stage
 
 MODEL = f"{REPO}@main"
-LOOK = {
+INSPECTION = {
     "plan": {"engines": [{"image": IMAGE, "repo": REPO, "revision": "main"}]},
     "state": {"os": SYSTEM},
 }
@@ -85,7 +85,7 @@ class Runs:
                 return {"failed": True, "msg": str(error), "failure": error.id}
 
         plugin._execute_module = execute
-        known = {"inventory_hostname": "s1", "sparkfleet_inspection": LOOK, "sparkfleet_bundle_digest": digest}
+        known = {"inventory_hostname": "s1", "sparkfleet_inspection": INSPECTION, "sparkfleet_bundle_digest": digest}
         found: dict[str, Any] = plugin.run(task_vars=known)
         return found
 

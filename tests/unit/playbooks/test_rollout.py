@@ -141,13 +141,13 @@ def fleet(tmp_path: Path) -> Fleet:
 
 
 def test_in_waves_to_the_end_and_nothing_the_second_time(fleet: Fleet) -> None:
-    code, said = fleet.run()
-    assert code == 0, said
+    code, printed = fleet.run()
+    assert code == 0, printed
     assert fleet.released() == fleet.names
-    assert "wave 3 of 3: s4, s5" in said
-    code, said = fleet.run()
-    assert code == 0 and "has it already: s1, s2, s3, s4, s5" in said, said
-    assert "changed=1" not in said
+    assert "wave 3 of 3: s4, s5" in printed
+    code, printed = fleet.run()
+    assert code == 0 and "up to date: s1, s2, s3, s4, s5" in printed, printed
+    assert "changed=1" not in printed
 
 
 @pytest.mark.parametrize("action", ["spark_plan_2", "vllm_verify"])
@@ -155,20 +155,20 @@ def test_a_spark_that_is_lost_in_the_second_wave_ends_the_rollout_and_the_next_r
     fleet: Fleet, action: str
 ) -> None:
     """At the beginning of its turn, or after it was switched."""
-    code, said = fleet.run(**{f"s2_{action}": "unreachable"})
-    assert code == 4, said
+    code, printed = fleet.run(**{f"s2_{action}": "unreachable"})
+    assert code == 4, printed
     touched = {entry["host"] for name in ACTIONS[1:-1] for entry in fleet.log(name)}
     assert touched <= {"s1", "s2", "s3"}
     assert {"s1", "s3"} <= set(fleet.released()) and not {"s4", "s5"} & set(fleet.released())
-    assert "rollout  stops before wave 3 of 3: s2 do not serve; untouched: s4, s5" in said
-    code, said = fleet.run()
-    assert code == 0 and fleet.released() == fleet.names, said
+    assert "rollout  stops before wave 3 of 3: s2 do not serve; untouched: s4, s5" in printed
+    code, printed = fleet.run()
+    assert code == 0 and fleet.released() == fleet.names, printed
 
 
 def test_a_spark_that_fails_lets_its_wave_end_and_nothing_after_it_begin(fleet: Fleet) -> None:
     fleet.inventory(gateways=("g1",))
-    code, said = fleet.run(s2_vllm_verify="failed")
-    assert code == 2, said
+    code, printed = fleet.run(s2_vllm_verify="failed")
+    assert code == 2, printed
     assert not {"s4", "s5"} & {entry["host"] for entry in fleet.log("release_switch")}
     # The other Spark of the wave is verified and put back, although its neighbour failed first.
     assert {entry["host"] for entry in fleet.log("vllm_verify")} == {"s1", "s2", "s3"}
@@ -178,8 +178,8 @@ def test_a_spark_that_fails_lets_its_wave_end_and_nothing_after_it_begin(fleet: 
 
 
 def test_a_canary_that_is_lost(fleet: Fleet) -> None:
-    code, said = fleet.run(s1_release_switch="unreachable")
-    assert code != 0 and fleet.released() == [], said
+    code, printed = fleet.run(s1_release_switch="unreachable")
+    assert code != 0 and fleet.released() == [], printed
     assert {entry["host"] for entry in fleet.log("release_switch")} == {"s1"}
 
 
@@ -192,8 +192,8 @@ def test_a_canary_that_is_lost(fleet: Fleet) -> None:
 )
 def test_going_on_all_the_same_ends_with_an_error(fleet: Fleet, fates: dict[str, str], missing: str) -> None:
     fleet.inventory(sparkfleet_rollout_on_failure="continue")
-    code, said = fleet.run(**fates)
-    assert code != 0 and f"{missing} was not rolled out: see above" in said, said
+    code, printed = fleet.run(**fates)
+    assert code != 0 and f"{missing} was not rolled out: see above" in printed, printed
     assert {*fleet.released(), missing} == set(fleet.names)
 
 
@@ -208,14 +208,14 @@ def test_going_on_all_the_same_puts_back_and_deploys_the_gateways(fleet: Fleet) 
 
 @pytest.mark.parametrize(("limit", "expected"), [("!s3", ["s1", "s2", "s4", "s5"]), ("sparks:&s4", ["s4"])])
 def test_a_limit_is_rolled_out(fleet: Fleet, limit: str, expected: list[str]) -> None:
-    code, said = fleet.run("--limit", limit)
-    assert code == 0 and fleet.released() == expected, said
+    code, printed = fleet.run("--limit", limit)
+    assert code == 0 and fleet.released() == expected, printed
 
 
 def test_a_limit_without_sparks_is_refused(fleet: Fleet) -> None:
     fleet.inventory(gateways=("g1",))
-    code, said = fleet.run("--limit", "g1")
-    assert code != 0 and "--limit g1 leaves no host of the group sparks" in said, said
+    code, printed = fleet.run("--limit", "g1")
+    assert code != 0 and "--limit g1 leaves no host of the group sparks" in printed, printed
 
 
 def test_one_call_a_gateway_puts_back_what_has_the_release_already(fleet: Fleet) -> None:
@@ -229,5 +229,5 @@ def test_one_call_a_gateway_puts_back_what_has_the_release_already(fleet: Fleet)
 
 
 def test_check_mode_releases_nothing(fleet: Fleet) -> None:
-    code, said = fleet.run("--check")
-    assert code == 0 and fleet.released() == [], said
+    code, printed = fleet.run("--check")
+    assert code == 0 and fleet.released() == [], printed

@@ -19,7 +19,7 @@ def fleet(tmp_path: Path) -> Fleet:
 
 
 def called(fleet: Fleet) -> set[str]:
-    """Actions that were called, the look left out."""
+    """Actions that were called, without the inspection."""
     return {path.name.rpartition(".")[2] for path in fleet.folder.glob("calls.*")} - {"spark_plan"}
 
 
@@ -28,15 +28,15 @@ def called(fleet: Fleet) -> set[str]:
 )
 def test_a_spark_that_is_lost_keeps_no_other_one_from_its_deployment(fleet: Fleet, fate: str, code: int) -> None:
     """`any_errors_fatal` once was a template, which ansible-core takes for true."""
-    ended, said = fleet.run(playbook=SITE, s2_spark_plan=fate)
-    assert ended == code, said
+    ended, printed = fleet.run(playbook=SITE, s2_spark_plan=fate)
+    assert ended == code, printed
     assert fleet.released() == ["s1", "s3"]
     assert sorted(entry["host"] for entry in fleet.log("vllm_verify")) == ["s1", "s3"]
 
 
 def test_a_rollout_does_not_begin_without_one_of_its_sparks(fleet: Fleet) -> None:
-    code, said = fleet.run(s2_spark_plan="unreachable")
-    assert code == UNREACHABLE, said
+    code, printed = fleet.run(s2_spark_plan="unreachable")
+    assert code == UNREACHABLE, printed
     assert fleet.released() == []
 
 
@@ -53,16 +53,16 @@ def test_a_rollout_does_not_begin_without_one_of_its_sparks(fleet: Fleet) -> Non
     ],
 )
 def test_each_stage_by_its_tag(fleet: Fleet, tag: str, actions: set[str]) -> None:
-    code, said = fleet.run("--tags", tag, playbook=SITE)
-    assert code == 0, said
-    assert called(fleet) == actions, said
-    code, said = fleet.run("--skip-tags", tag, playbook=SITE, needed=[])
-    assert code == 0, said
-    assert not called(fleet) & actions, said
+    code, printed = fleet.run("--tags", tag, playbook=SITE)
+    assert code == 0, printed
+    assert called(fleet) == actions, printed
+    code, printed = fleet.run("--skip-tags", tag, playbook=SITE, needed=[])
+    assert code == 0, printed
+    assert not called(fleet) & actions, printed
 
 
 def test_everything_tagged_from_outside(fleet: Fleet) -> None:
     (fleet.folder / "own.yml").write_text(f"- import_playbook: {ROOT / SITE}\n  tags: [sparks]\n", encoding="utf-8")
-    code, said = fleet.run("--tags", "sparks", playbook=str(fleet.folder / "own.yml"))
-    assert code == 0, said
+    code, printed = fleet.run("--tags", "sparks", playbook=str(fleet.folder / "own.yml"))
+    assert code == 0, printed
     assert fleet.released() == ["s1", "s2", "s3"] and "vllm_verify" in called(fleet)

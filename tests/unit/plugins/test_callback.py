@@ -81,25 +81,25 @@ def lines(tmp_path: Path, text: str, *words: str, **environment: str) -> list[st
 
 
 def test_changes_alone_are_shown(tmp_path: Path) -> None:
-    said = lines(tmp_path, QUIET)
-    assert said[:2] == ["localhost  Something new", "localhost  Each of them: second"]
-    assert "shown all the same" in "".join(said[2:])
-    assert not [line for line in said if "PLAY" in line or "Right already" in line or "Not for this host" in line]
+    printed = lines(tmp_path, QUIET)
+    assert printed[:2] == ["localhost  Something new", "localhost  Each of them: second"]
+    assert "shown all the same" in "".join(printed[2:])
+    assert not [line for line in printed if "PLAY" in line or "Right already" in line or "Not for this host" in line]
 
 
 def test_with_v_nothing_is_hidden(tmp_path: Path) -> None:
-    said = "\n".join(lines(tmp_path, QUIET, "-v"))
+    printed = "\n".join(lines(tmp_path, QUIET, "-v"))
     for name in ("PLAY [Some play]", "TASK [Right already]", "TASK [Not for this host]", "TASK [Something new]"):
-        assert name in said
-    assert "(item=first)" in said and "skipping: [localhost]" in said
+        assert name in printed
+    assert "(item=first)" in printed and "skipping: [localhost]" in printed
 
 
 def test_a_task_that_lasts_says_so(tmp_path: Path) -> None:
     text = "- hosts: localhost\n  connection: local\n  gather_facts: false\n  tasks:\n" + (
         "    - {name: Wait for it, ansible.builtin.command: sleep 2, changed_when: false}\n"
     )
-    said = lines(tmp_path, text, SPARKFLEET_QUIET_SECONDS="0.5")
-    assert len(said) >= 2 and all(line.startswith("Wait for it (") for line in said)
+    printed = lines(tmp_path, text, SPARKFLEET_QUIET_SECONDS="0.5")
+    assert len(printed) >= 2 and all(line.startswith("Wait for it (") for line in printed)
     assert lines(tmp_path, text, SPARKFLEET_QUIET_SECONDS="60") == []
 
 
@@ -126,8 +126,8 @@ def test_a_host_says_nothing_in_the_name_of_another(tmp_path: Path, action: str)
     command += ["-e", f"ansible_python_interpreter={interpreter}"]
     settings = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=settings, check=False)
-    said = done.stdout + done.stderr
-    assert done.returncode == 2 and "release 8 (m) is verified" in said, said
-    assert "\x1b" not in said and "\x07" not in said
-    assert not [line for line in said.splitlines() if line.startswith("spark-2")]
-    assert said.count("\nPLAY RECAP") == 1
+    printed = done.stdout + done.stderr
+    assert done.returncode == 2 and "release 8 (m) is verified" in printed, printed
+    assert "\x1b" not in printed and "\x07" not in printed
+    assert not [line for line in printed.splitlines() if line.startswith("spark-2")]
+    assert printed.count("\nPLAY RECAP") == 1

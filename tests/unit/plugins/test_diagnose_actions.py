@@ -95,7 +95,7 @@ def test_an_answer_without_facts_is_passed_on(stage: Stage) -> None:
 
 def test_a_folder_that_cannot_be_written_is_named(stage: Stage, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(AnsibleActionFail, match=r"file.*set another path"):
+    with pytest.raises(AnsibleActionFail, match=r"file.*choose another path"):
         stage.run(facts(), report="file/a.json")
 
 
@@ -307,24 +307,24 @@ def test_damaged_files_are_named(host: SimpleNamespace, text: str) -> None:
 def test_what_the_check_of_the_models_found_is_named(host: SimpleNamespace) -> None:
     host.state_dir.mkdir()
     entry = {"repo": "a/b", "commit": "c" * 40, "checked": 1, "damaged": ["m"], "missing": [], "more": 2, "error": ""}
-    told = {"version": 1, "models": {f"a/b@{'c' * 40}": entry}, "left_out": 3}
-    (host.state_dir / "integrity.json").write_text(json.dumps(told))
+    reported = {"version": 1, "models": {f"a/b@{'c' * 40}": entry}, "left_out": 3}
+    (host.state_dir / "integrity.json").write_text(json.dumps(reported))
     found = host.run()
     assert found["damaged_models"] == [{"repo": "a/b", "commit": "c" * 40, "names": ["m"], "more": 2}]
     assert found["unchecked_models"] == 3
 
 
 @pytest.mark.parametrize(
-    ("names", "more", "said"),
+    ("names", "more", "output"),
     [
         (["a"], 0, "the hash of a is wrong"),
         (["a", "b", "c", "d"], 5, "the hash of a, b, c and 6 more is wrong"),
         ([], 2, "the hash of 2 files is wrong"),
     ],
 )
-def test_damaged_files_are_counted(names: list[str], more: int, said: str) -> None:
+def test_damaged_files_are_counted(names: list[str], more: int, output: str) -> None:
     damaged = [{"repo": "o/m", "commit": "c", "names": names, "more": more}]
-    assert diagnose.findings({**HEALTHY, "damaged_models": damaged})[0].evidence == (f"o/m: {said}",)
+    assert diagnose.findings({**HEALTHY, "damaged_models": damaged})[0].evidence == (f"o/m: {output}",)
 
 
 def test_a_mount_that_is_missing_is_named(host: SimpleNamespace) -> None:

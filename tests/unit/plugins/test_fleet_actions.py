@@ -61,11 +61,11 @@ class Stage:
         return found
 
 
-def fleet(**looks: dict[str, Any]) -> dict[str, Any]:
+def fleet(**inspections: dict[str, Any]) -> dict[str, Any]:
     """Variables of a run over Sparks that were looked at with these results."""
-    hostvars = {name: {"sparkfleet_inspection": look} if look else {} for name, look in looks.items()}
+    hostvars = {name: {"sparkfleet_inspection": look} if look else {} for name, look in inspections.items()}
     hostvars.get("s4", {}).update(sparkfleet_drained=True)
-    return {"hostvars": hostvars, "groups": {"sparks": list(looks)}}
+    return {"hostvars": hostvars, "groups": {"sparks": list(inspections)}}
 
 
 def planned(model: str = "m", needed: bool = True) -> dict[str, Any]:
@@ -74,8 +74,15 @@ def planned(model: str = "m", needed: bool = True) -> dict[str, Any]:
 
 def test_waves_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(monkeypatch, "rollout_schedule")
-    looks = {"s1": planned(), "s2": planned("n"), "s3": planned(), "s5": planned(needed=False), "s4": {}, "s6": {}}
-    made = stage.run(fleet(**looks))
+    inspections = {
+        "s1": planned(),
+        "s2": planned("n"),
+        "s3": planned(),
+        "s5": planned(needed=False),
+        "s4": {},
+        "s6": {},
+    }
+    made = stage.run(fleet(**inspections))
     assert made["waves"] == [["s1"], ["s2"], ["s3"]] and made["labels"] == ["canary", "canary", "3/3"]
     assert made["drained"] == ["s4"]  # s6 is out of the limit
     assert "rollout  up to date: s5" in stage.printed
@@ -118,7 +125,7 @@ def test_a_spark_that_cannot_be_planned_stops_the_rollout(monkeypatch: pytest.Mo
     stage = Stage(monkeypatch, "rollout_schedule")
     # Ansible registers what it has of a host that it does not reach.
     made = stage.run(fleet(s1=planned(), s2={"unreachable": True, "msg": "no route"}, s4={"unreachable": True}))
-    assert made["waves"] == [] and stage.printed == ["rollout  no wave begins: s2 cannot be planned"]
+    assert made["waves"] == [] and stage.printed == ["rollout  no wave starts: s2 cannot be planned"]
 
 
 def test_status_takes_one_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A server that a command drains and puts back, as HAProxy tells of it while its health check fails."""
+"""A server that a command drains and puts back, as HAProxy reports it while its health check fails."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Socket(haproxy_server.Haproxy):
 
     def __init__(self, status: str, admin: int) -> None:
         super().__init__("")
-        self.status, self.admin, self.said = status, admin, list[str]()
+        self.status, self.admin, self.printed = status, admin, list[str]()
 
     def ask(self, command: str) -> str:
-        self.said.append(command)
+        self.printed.append(command)
         if command == "show servers state":
             return f"1\n{STATE}\n3 m 1 spark-1 192.0.2.1 2 {self.admin} 1\n3 m 2 spark-2 192.0.2.2 2 8 1\n"
         return f"# pxname,svname,scur,status,\nm,spark-1,0,{self.status},\n" if command.startswith("show") else "\n"
@@ -28,7 +28,7 @@ class Two(Socket):
     """Two servers in two backends; one of the four is out, one more only seems so."""
 
     def ask(self, command: str) -> str:
-        self.said.append(command)
+        self.printed.append(command)
         rows = ["m,a,0,UP,", "m,b,0,MAINT,", "n,a,0,DOWN,", "n,b,0,UP,", "n,c,0,MAINT,"]
         if command == "show servers state":
             return f"1\n{STATE}\n3 n 1 a - 0 1 1\n3 n 3 c - 0 1 1\n"
@@ -38,8 +38,8 @@ class Two(Socket):
 def test_several_servers_are_one_call_and_only_what_differs_is_changed() -> None:
     haproxy = Two("", 0)
     assert haproxy_server.change(haproxy, ["a", "b"], "ready", 0.0, check=False)["changed"]
-    said = [text for text in haproxy.said if text.startswith("set")]
-    assert said == ["set server m/b state ready", "set server n/a state ready"]
+    printed = [text for text in haproxy.printed if text.startswith("set")]
+    assert printed == ["set server m/b state ready", "set server n/a state ready"]
 
 
 @pytest.mark.parametrize(
@@ -60,4 +60,4 @@ def test_what_was_set_by_command_counts(status: str, admin: int, state: str, ask
     assert result["changed"] is asked
     # Sessions stick with what HAProxy calls drained.
     word = "maint" if state == "drain" else state
-    assert (f"set server m/spark-1 state {word}" in haproxy.said) is asked
+    assert (f"set server m/spark-1 state {word}" in haproxy.printed) is asked

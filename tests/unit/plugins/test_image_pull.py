@@ -105,7 +105,7 @@ def test_layer_that_starts_again_does_not_go_back() -> None:
         ("manifest for nvcr.io/nvidia/vllm:9 not found: manifest unknown", "image-unknown", "check name and tag"),
         ("pull access denied for x, repository does not exist", "image-denied", "docker login nvcr.io"),
         ("unauthorized: authentication required", "image-denied", "docker login nvcr.io"),
-        ("write /var/lib/docker/tmp/x: no space left on device", "disk-full", "make room"),
+        ("write /var/lib/docker/tmp/x: no space left on device", "disk-full", "free some space"),
         ('Get "https://nvcr.io/v2/": x509: certificate signed by unknown authority', "registry-tls", "certs.d/nvcr.io"),
         ("tls: failed to verify certificate: x509: ...", "registry-tls", "certs.d/nvcr.io"),
         ("dial tcp: lookup nvcr.io on 1.1.1.1:53: no such host", "registry-name", "DNS"),
@@ -213,9 +213,9 @@ def from_mirror(
 
 
 def test_mirror_first_then_the_own_name(ready: Engine, docker: Docker, tmp_path: Path) -> None:
-    result, told = from_mirror(ready, docker, tmp_path, {MIRROR, "reg.test:5000"})
+    result, reported = from_mirror(ready, docker, tmp_path, {MIRROR, "reg.test:5000"})
     assert (result["digest"], result["mirror_failed"]) == (DIGEST, "")
-    assert told == [
+    assert reported == [
         f"POST /images/create?fromImage={MIRROR}/nvidia/vllm&tag={DIGEST}",
         f"POST /images/create?fromImage=reg.test:5000/nvidia/vllm&tag={DIGEST}",
         f"POST /images/{OWN}/tag?repo=reg.test:5000/nvidia/vllm&tag=1",
@@ -224,24 +224,24 @@ def test_mirror_first_then_the_own_name(ready: Engine, docker: Docker, tmp_path:
 
 
 def test_mirror_that_fails_is_gone_round(ready: Engine, docker: Docker, tmp_path: Path) -> None:
-    result, told = from_mirror(ready, docker, tmp_path, {"reg.test:5000"})
+    result, reported = from_mirror(ready, docker, tmp_path, {"reg.test:5000"})
     assert MIRROR in result["mirror_failed"]
-    assert told[-2:] == [
+    assert reported[-2:] == [
         f"POST /images/create?fromImage=reg.test:5000/nvidia/vllm&tag={DIGEST}",
         f"POST /images/{OWN}/tag?repo=reg.test:5000/nvidia/vllm&tag=1",
     ]
 
 
 def test_without_internet_the_mirrors_name_stays(ready: Engine, docker: Docker, tmp_path: Path) -> None:
-    result, told = from_mirror(ready, docker, tmp_path, {MIRROR})
+    result, reported = from_mirror(ready, docker, tmp_path, {MIRROR})
     assert result["mirror_failed"] == ""
-    assert told[-1] == f"POST /images/{THERE}/tag?repo=reg.test:5000/nvidia/vllm&tag=1"
+    assert reported[-1] == f"POST /images/{THERE}/tag?repo=reg.test:5000/nvidia/vllm&tag=1"
 
 
 def test_where_there_is_no_internet_nobody_else_is_asked(ready: Engine, docker: Docker, tmp_path: Path) -> None:
-    _, told = from_mirror(ready, docker, tmp_path, {MIRROR}, internet=False)
-    assert not any("fromImage=reg.test" in line for line in told)
-    assert told[-1] == f"POST /images/{THERE}/tag?repo=reg.test:5000/nvidia/vllm&tag=1"
+    _, reported = from_mirror(ready, docker, tmp_path, {MIRROR}, internet=False)
+    assert not any("fromImage=reg.test" in line for line in reported)
+    assert reported[-1] == f"POST /images/{THERE}/tag?repo=reg.test:5000/nvidia/vllm&tag=1"
     with pytest.raises(JobError, match=MIRROR):
         from_mirror(ready, docker, tmp_path, set(), internet=False)
     assert not any("fromImage=reg.test" in urllib.parse.unquote(path) for _, path, *_ in ready.seen)
@@ -255,9 +255,9 @@ def test_a_mirror_with_another_digest_than_the_controller_knows_is_not_used(
 ) -> None:
     ready.routes["POST", f"/images/reg.test:5000/nvidia/vllm@{OTHER}/tag"] = lambda handler: handler.answer(201, None)
     ready.routes["GET", "/images/reg.test:5000/nvidia/vllm:1/json"] = {**INSPECT, "RepoDigests": []}
-    result, told = from_mirror(ready, docker, tmp_path, {MIRROR, "reg.test:5000"}, digest=OTHER)
-    assert f"gives {DIGEST} for reg.test:5000/nvidia/vllm:1, which is {OTHER}" in result["mirror_failed"]
-    assert not any(f"fromImage={MIRROR}" in line for line in told)
+    result, reported = from_mirror(ready, docker, tmp_path, {MIRROR, "reg.test:5000"}, digest=OTHER)
+    assert f"offers {DIGEST} for reg.test:5000/nvidia/vllm:1, which is {OTHER}" in result["mirror_failed"]
+    assert not any(f"fromImage={MIRROR}" in line for line in reported)
     assert result["digest"] == OTHER
     with pytest.raises(JobError) as refused:
         from_mirror(ready, docker, tmp_path, {MIRROR}, internet=False, digest=OTHER)
@@ -283,8 +283,8 @@ def test_without_the_controllers_word_the_host_asks_the_registry_itself(
         return str(answer)
 
     monkeypatch.setattr(image_pull, "digest_of", digest_of)
-    result, told = from_mirror(ready, docker, tmp_path, {MIRROR, "reg.test:5000"}, digest="")
-    assert any(f"fromImage={MIRROR}" in line for line in told) is used
+    result, reported = from_mirror(ready, docker, tmp_path, {MIRROR, "reg.test:5000"}, digest="")
+    assert any(f"fromImage={MIRROR}" in line for line in reported) is used
     assert bool(result["mirror_failed"]) is not used
     assert ("claimed by the source Spark" in result["unverified"]) is unverified
 

@@ -1,4 +1,4 @@
-"""The parts of the one look that can be tried on any machine."""
+"""The parts of the inspection that can be tested on any machine."""
 
 from __future__ import annotations
 

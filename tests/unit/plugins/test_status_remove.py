@@ -272,9 +272,9 @@ def test_remove_does_nothing_while_docker_is_down(
 ) -> None:
     monkeypatch.setattr(spark_remove, "Docker", lambda timeout: Docker(str(tmp_path / "none.sock"), timeout))
     monkeypatch.setattr(spark_remove.shutil, "which", lambda name: f"/usr/bin/{name}")
-    said = remove(check=check)
-    assert said["failed"] is True and said["failure"] == "docker"
-    assert "nothing was removed. Start it (`systemctl start docker`)" in said["msg"]
+    printed = remove(check=check)
+    assert printed["failed"] is True and printed["failure"] == "docker"
+    assert "nothing was removed. Start it (`systemctl start docker`)" in printed["msg"]
     assert (tmp_path / "unit").exists() and (tmp_path / "project").exists()
     monkeypatch.setattr(spark_remove.shutil, "which", lambda name: None)  # there never was a Docker
     assert f"{tmp_path}/project/" in remove(check=check)["removed"]
@@ -284,8 +284,8 @@ def test_remove_stops_at_what_cannot_be_removed_and_says_what_went(
     remove: Callable[..., dict[str, Any]], engine: Engine, tmp_path: Path
 ) -> None:
     engine.routes["DELETE", "/networks/net"] = lambda handler: handler.answer(403, {"message": "has active endpoints"})
-    said = remove()["msg"]
-    assert said == (
+    printed = remove()["msg"]
+    assert printed == (
         "cannot remove network sparkfleet_default: has active endpoints; removed so far: service unit, container vllm-m"
     )
     assert (tmp_path / "project" / "file").exists()

@@ -69,7 +69,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("point", ["write", "make", "close"])
 def test_a_full_disk_does_not_end_a_run(point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The log ends, the run goes on, and that is said."""
+    """The log ends, the run continues, and that is reported."""
     full = OSError(errno.ENOSPC, "No space left on device")
 
     def fails(*_: object, **__: object) -> int:

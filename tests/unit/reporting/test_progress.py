@@ -1,4 +1,4 @@
-"""Phases of hosts, made of the tasks that begin and the lines that are said."""
+"""Phases of hosts, from the tasks that start and the lines that are printed."""
 
 from __future__ import annotations
 

@@ -152,8 +152,8 @@ def test_a_certificate_shows_its_names_as_openssl_prints_them(tmp_path: Path) ->
     words += ["-addext", f"subjectAltName={','.join(wanted)}", "-out", str(tmp_path / "pem")]
     subprocess.run(words, check=True, capture_output=True)
     show = ["openssl", "x509", "-noout", "-ext", "subjectAltName", "-in", str(tmp_path / "pem")]
-    said = subprocess.run(show, check=True, capture_output=True, text=True).stdout
-    assert said.splitlines()[1].strip().split(", ") == gateway.shown(wanted)
+    output = subprocess.run(show, check=True, capture_output=True, text=True).stdout
+    assert output.splitlines()[1].strip().split(", ") == gateway.shown(wanted)
 
 
 PLAY = """
@@ -257,8 +257,8 @@ def test_a_floating_address_is_one() -> None:
 
 
 def test_a_certificate_names_every_way_to_the_gateway() -> None:
-    said = gateway.names("gateway-1", "localhost", "192.0.2.5", "192.0.2.4/24", "")
-    assert said == ["DNS:gateway-1", "DNS:localhost", "IP:192.0.2.5", "IP:192.0.2.4"]
+    output = gateway.names("gateway-1", "localhost", "192.0.2.5", "192.0.2.4/24", "")
+    assert output == ["DNS:gateway-1", "DNS:localhost", "IP:192.0.2.5", "IP:192.0.2.4"]
 
 
 GATEWAYS = [{"name": "gateway-1", "address": "192.0.2.5"}, {"name": "gateway-2", "address": "192.0.2.6"}]

@@ -179,8 +179,8 @@ def test_a_body_without_a_key_is_not_waited_for(tmp_path: Path, spark: Make) -> 
     with running(tmp_path, {"spark-1": host(engine)}, gateway_keys=[KEY], gateway_request_timeout="60s") as gateway:
         gateway.until(llama31_8b_fp8_spark_1="UP")
         began = time.monotonic()
-        said = gateway.raw(b"POST /v1/x HTTP/1.1\r\nHost: g\r\nContent-Length: 250000\r\n\r\n" + b"x" * 1000, 20)
-        assert said.startswith(b"HTTP/1.1 401 ") and time.monotonic() - began < 15
+        printed = gateway.raw(b"POST /v1/x HTTP/1.1\r\nHost: g\r\nContent-Length: 250000\r\n\r\n" + b"x" * 1000, 20)
+        assert printed.startswith(b"HTTP/1.1 401 ") and time.monotonic() - began < 15
 
 
 def test_the_engines_key_takes_the_place_of_the_clients(tmp_path: Path, spark: Make) -> None:
@@ -215,8 +215,8 @@ def test_before_the_first_byte_another_spark_is_asked_and_never_after_it(tmp_pat
         assert {body for _, _, _, body in (*one.asked, *two.asked)} == {b'{"prompt": "all of it"}'}
         before = len(one.asked) + len(two.asked)
         one.behaviour = two.behaviour = ["half"]
-        said = gateway.raw(b"GET /v1/x HTTP/1.1\r\nHost: g\r\nX-Client: t\r\n\r\n", 5)
-        assert said.endswith(b"half") and len(one.asked) + len(two.asked) == before + 1
+        printed = gateway.raw(b"GET /v1/x HTTP/1.1\r\nHost: g\r\nX-Client: t\r\n\r\n", 5)
+        assert printed.endswith(b"half") and len(one.asked) + len(two.asked) == before + 1
 
 
 def test_an_engine_may_be_silent_only_for_so_long(tmp_path: Path, spark: Make) -> None:
@@ -388,10 +388,10 @@ def test_a_name_that_stands_for_nothing_joins_when_it_comes_back(tmp_path: Path,
     with running(tmp_path, hosts) as gateway:
         gateway.until(llama31_8b_fp8_spark_1="UP", llama31_8b_fp8_spark_2="DOWN")
         assert [gateway.ask().spark for _ in range(4)] == ["spark-1"] * 4
-        said: list[str] = []
-        keeper = names.Names(str(tmp_path / "admin.sock"), lambda name: answers.get(name, []), said.append)
+        printed: list[str] = []
+        keeper = names.Names(str(tmp_path / "admin.sock"), lambda name: answers.get(name, []), printed.append)
         keeper.step()
-        assert said == []
+        assert printed == []
         answers["no-such-spark.invalid"] = ["127.0.0.1"]
         keeper.step()
         time.sleep(0.2)
@@ -411,7 +411,7 @@ def test_a_name_that_stands_for_nothing_joins_when_it_comes_back(tmp_path: Path,
         answers.clear()
         keeper.step()
         gateway.until(llama31_8b_fp8_spark_2="UP")
-        assert len(said) == 3 and "no-such-spark.invalid is 127.0.0.1, was 100::1" in said[0]
+        assert len(printed) == 3 and "no-such-spark.invalid is 127.0.0.1, was 100::1" in printed[0]
 
 
 def test_names_are_resolved_as_the_host_does() -> None:

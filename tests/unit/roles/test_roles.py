@@ -80,9 +80,9 @@ def test_the_cache_has_no_mode_that_was_not_written(tmp_path: Path, mode: str, t
     done = subprocess.run(
         [*command, *python, tmp_path / "play.yml"], capture_output=True, text=True, env=environment, check=False
     )
-    said = " ".join((done.stdout + done.stderr).split())
-    assert (done.returncode == 0) == taken == (tmp_path / "cache").exists(), said
-    assert taken or "sparkfleet_cache_mode: must be octal digits as text, not " in said
+    printed = " ".join((done.stdout + done.stderr).split())
+    assert (done.returncode == 0) == taken == (tmp_path / "cache").exists(), printed
+    assert taken or "sparkfleet_cache_mode: must be octal digits as text, not " in printed
     if taken:
         assert f"{(tmp_path / 'cache').stat().st_mode & 0o7777:04o}" == mode.strip('"')
 
@@ -96,9 +96,9 @@ def test_the_cache_has_no_mode_that_was_not_written(tmp_path: Path, mode: str, t
     ],
 )
 def test_check_mode_installs_what_is_not_there(tasks: str, packages: list[str], tmp_path: Path) -> None:
-    """A role alone does not know what a look at the host saw."""
+    """A role alone does not know what the inspection found."""
     file = ROOT / "roles" / tasks
-    cut = yaml.safe_load(file.read_text(encoding="utf-8"))[:2]  # the look, and what it says
+    cut = yaml.safe_load(file.read_text(encoding="utf-8"))[:2]  # the inspection, and its result
     (tmp_path / "cut.yml").write_text(yaml.safe_dump(cut), encoding="utf-8")
     variables = {
         "sparkfleet_docker_source": "distribution",
@@ -131,9 +131,11 @@ def test_check_mode_installs_what_is_not_there(tasks: str, packages: list[str], 
         environment["ANSIBLE_CONFIG"] = str(ROOT / "ansible.cfg")
         python = ["-e", f"ansible_python_interpreter={sys.executable}"]
         done = subprocess.run([*command, *python], capture_output=True, text=True, env=environment, check=False)
-        said = " ".join((done.stdout + done.stderr).split())
-        assert done.returncode == 0 and f"changed={int(bool(missing))} " in said, said
-        assert (f"would install {', '.join(missing)}" in said) if missing else ("would install" not in said), said
+        printed = " ".join((done.stdout + done.stderr).split())
+        assert done.returncode == 0 and f"changed={int(bool(missing))} " in printed, printed
+        assert (f"would install {', '.join(missing)}" in printed) if missing else ("would install" not in printed), (
+            printed
+        )
 
 
 def tasks(found: Any) -> Iterator[dict[str, Any]]:

@@ -145,8 +145,8 @@ def test_systemd_understands_every_line(units: Path) -> None:
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", *files], capture_output=True, text=True, check=False, timeout=60
     )
-    said = [line for line in done.stderr.splitlines() if "sparkfleet" in line]
-    assert [line for line in said if "is not executable" not in line] == []
+    printed = [line for line in done.stderr.splitlines() if "sparkfleet" in line]
+    assert [line for line in printed if "is not executable" not in line] == []
 
 
 def test_the_role_has_the_same_properties_as_transient_units() -> None:

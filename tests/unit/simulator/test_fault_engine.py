@@ -151,9 +151,9 @@ def test_once_is_once(engine: Engine) -> None:
 
 def test_the_page_of_the_matrix_has_its_rows() -> None:
     page = (ROOT / "docs" / "fault-matrix.md").read_text(encoding="utf-8").splitlines()
-    told = [line.split(" | ")[0].removeprefix("| ") for line in page if line.startswith("| ")][2:]
+    reported = [line.split(" | ")[0].removeprefix("| ") for line in page if line.startswith("| ")][2:]
     names = [f"{row.name} (new)" if row.new else row.name for row in matrix.rows()]
-    assert told == names
+    assert reported == names
 
 
 def test_a_row_that_did_not_hold_leaves_its_line_on_the_page() -> None:

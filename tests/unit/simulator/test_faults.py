@@ -278,6 +278,6 @@ def test_a_fault_that_fails_says_why(host: Host, capsys: pytest.CaptureFixture[s
 
 def test_the_internet_has_no_faults(host: Host) -> None:
     quiet: Any = lambda text: None  # noqa: E731
-    with pytest.raises(SimulatorError, match="internet is no Spark and has no faults: there are spark-1"):
+    with pytest.raises(SimulatorError, match="internet is not a Spark and has no faults: there are spark-1"):
         faults.fix(World("demo", quiet), "internet", [])
     assert host.scripts == []

@@ -57,7 +57,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def said() -> list[str]:
+def printed() -> list[str]:
     return []
 
 
@@ -433,12 +433,12 @@ def test_ssh_does_not_answer_where_nobody_listens() -> None:
     assert not world.ssh_answers(world.free_port())
 
 
-def test_until_gives_up(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
+def test_until_gives_up(monkeypatch: pytest.MonkeyPatch, printed: list[str]) -> None:
     clock = iter(range(0, 1000, 7))
     monkeypatch.setattr(world, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None))
     with pytest.raises(shell.SimulatorError, match="spark-1 is not ready after 120 s"):
-        World("demo", said.append)._until(lambda: False, "spark-1")
-    assert "waiting for spark-1: 14 s" in said
+        World("demo", printed.append)._until(lambda: False, "spark-1")
+    assert "waiting for spark-1: 14 s" in printed
 
 
 # -- verbs on a fake engine ---------------------------------------------------------------------------------------
@@ -578,12 +578,12 @@ def test_an_image_is_named_after_what_goes_into_it(tmp_path: Path, monkeypatch: 
 # -- Docker on this machine ---------------------------------------------------------------------------------------
 
 
-def test_ensure_uses_the_engine_that_answers(home: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
+def test_ensure_uses_the_engine_that_answers(home: Path, monkeypatch: pytest.MonkeyPatch, printed: list[str]) -> None:
     client = object()
     monkeypatch.setattr(docker_host, "connect", lambda: client)
     monkeypatch.setattr(docker_host, "shutil", SimpleNamespace(which=lambda name: f"/usr/bin/{name}"))
     monkeypatch.setattr(docker_host, "_install", lambda *arguments: pytest.fail("installs"))
-    assert docker_host.ensure(home, said.append) is client
+    assert docker_host.ensure(home, printed.append) is client
 
 
 @pytest.mark.parametrize(
@@ -642,25 +642,25 @@ def removals(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_what_was_installed_is_removed_and_nothing_else(
-    home: Path, dpkg: set[str], removals: list[str], said: list[str]
+    home: Path, dpkg: set[str], removals: list[str], printed: list[str]
 ) -> None:
-    docker_host._install(home, ["docker.io"], said.append)
+    docker_host._install(home, ["docker.io"], printed.append)
     dpkg.add("vim")  # somebody else, meanwhile
-    docker_host._install(home, ("mmdebstrap",), said.append)
+    docker_host._install(home, ("mmdebstrap",), printed.append)
     assert json.loads((home / "installed.json").read_text()) == ["docker.io", "mmdebstrap", "runc"]
-    docker_host.remove(home, said.append)
+    docker_host.remove(home, printed.append)
     packages = [name for name in removals if not name.startswith("/")]
     assert packages == ["docker.io", "mmdebstrap", "runc"] and "/var/lib/docker" in removals
     removals.clear()
-    docker_host.remove(home, said.append)
+    docker_host.remove(home, printed.append)
     assert removals == []
 
 
 def test_a_docker_that_was_there_keeps_its_data(
-    home: Path, dpkg: set[str], removals: list[str], said: list[str]
+    home: Path, dpkg: set[str], removals: list[str], printed: list[str]
 ) -> None:
-    docker_host._install(home, ("mmdebstrap",), said.append)
-    docker_host.remove(home, said.append)
+    docker_host._install(home, ("mmdebstrap",), printed.append)
+    docker_host.remove(home, printed.append)
     assert removals == ["mmdebstrap"]
 
 
@@ -695,11 +695,12 @@ def test_stop_ends_the_dockerd_that_was_started(home: Path, tmp_path: Path, monk
 # -- running commands ---------------------------------------------------------------------------------------------
 
 
-def test_run_shows_signs_of_life(said: list[str]) -> None:
+def test_run_shows_signs_of_life(printed: list[str]) -> None:
     assert (
-        shell.run(["sh", "-c", "sleep 0.3; echo out; echo err >&2"], "waiting", said.append, every=0.1) == "out\nerr\n"
+        shell.run(["sh", "-c", "sleep 0.3; echo out; echo err >&2"], "waiting", printed.append, every=0.1)
+        == "out\nerr\n"
     )
-    assert said and said[0].startswith("waiting: ")
+    assert printed and printed[0].startswith("waiting: ")
 
 
 def test_run_fails_with_the_last_lines() -> None:
