@@ -144,7 +144,7 @@ def test_what_is_no_object_is_one_typed_error(engine: Engine, docker: Docker, od
         engine.routes["GET", path] = lambda handler: handler.answer(200, odd)
     named = ((docker.container, "c"), (docker.image, "i:1"), (docker.network, "n"))
     for ask in (docker.info, docker.version, *(partial(inspect, name) for inspect, name in named)):
-        with pytest.raises(DockerError, match="no object"):
+        with pytest.raises(DockerError, match="not an object"):
             ask()
 
 
@@ -171,5 +171,5 @@ def test_an_answer_that_is_nested_too_deep_is_no_json(engine: Engine, docker: Do
         handler.wfile.write(raw)
 
     engine.routes["GET", "/info"] = deep
-    with pytest.raises(DockerError, match="no object"):
+    with pytest.raises(DockerError, match="not an object"):
         docker.info()
