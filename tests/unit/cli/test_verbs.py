@@ -198,14 +198,7 @@ print(json.dumps({answer!r}))
 """
 SERVED: dict[str, Any] = {
     "changed": False,
-    **{
-        "engine": "serving",
-        "healthy": True,
-        "figures": {},
-        "guard": None,
-        "gpu": {"temperature": 41.0},
-        "tokens_per_second": 0.0,
-    },
+    **{"engine": "serving", "healthy": True, "engines": [], "gpu": {"temperature": 41.0}},
     **{"containers": [{"service": "vllm-m", "state": "running"}], "log": []},
     "releases": {
         **{"current": 2, "previous": 1, "numbers": [1, 2], "outcomes": {}, "switch": None, "switch_active": False},
