@@ -22,7 +22,7 @@ from sparkfleet import (
     __version__,
     paths,
 )
-from sparkfleet.cli import summary
+from sparkfleet.cli import card, summary
 from sparkfleet.cli.runner import Collector, default_inventory, run
 from sparkfleet.documents import yaml_text
 from sparkfleet.exit_codes import DOWN, INTERRUPTED, OK
@@ -30,7 +30,7 @@ from sparkfleet.fleet import (
     dry_run,
     outage,
 )
-from sparkfleet.onboarding import init
+from sparkfleet.onboarding import hub_card, init
 from sparkfleet.onboarding.prompts import tell
 from sparkfleet.paths import ROOT
 from sparkfleet.planning import (
@@ -105,7 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sparkfleet {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("model", metavar="MODEL|FILE", help=f"one of {', '.join(catalog.names())}, or a card's path")
+    model.add_argument(
+        "model",
+        metavar="MODEL|FILE|ORG/NAME",
+        help=f"one of {', '.join(catalog.names())}, a card's path, or a model of the Hub",
+    )
     model.add_argument("--profile", default="throughput", help="profile of the card (default: %(default)s)")
     model.add_argument(
         "--set",
@@ -139,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         help="local: fetched before and served offline; hub: the server downloads (default: %(default)s)",
     )
     show.set_defaults(run=_compose)
+    card.add_parser(verbs)
     init.add_parser(verbs)
     _add_verbs(verbs)
     return parser
@@ -471,6 +476,7 @@ def _target(options: argparse.Namespace, source: str) -> Target:
             arguments[name.replace("-", "_")] = yaml_text.load(value)
         except yaml_text.YamlError as error:
             raise SparkfleetError(f"--set {printable(pair, 80)}: {error}") from None
+    hub_card.told(options.model)
     return Target.of(Settings(model=options.model, profile=options.profile, model_source=source, arguments=arguments))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparkfleet import SparkfleetError
+from sparkfleet.onboarding import hub_card
 from sparkfleet.onboarding.prompts import Prompter, tell
 from sparkfleet.planning import catalog, memory_plan, target
 from sparkfleet.planning.catalog import Card
@@ -78,6 +79,7 @@ def choose(person: Prompter, model: str, profile: str, room: memory_plan.Memory,
 
 def _asked(person: Prompter, model: str, profile: str, room: memory_plan.Memory) -> Choice:
     def known(name: str) -> str:
+        hub_card.told(name)
         catalog.load(name)
         return name
 
@@ -97,7 +99,7 @@ def _asked(person: Prompter, model: str, profile: str, room: memory_plan.Memory)
 def offer(model: str, profile: str, room: memory_plan.Memory) -> Choice:
     """A model with its plan on a Spark with this memory. Raises SparkfleetError for one that there is not."""
     card = catalog.load(model)
-    path = "/" in model or model.endswith((".yml", ".yaml"))
+    path = ("/" in model or model.endswith((".yml", ".yaml"))) and catalog.hub_name(model) is None
     name = str(expanded("model card", model).absolute()) if path else model
     arguments = card.with_profile(profile)
     try:

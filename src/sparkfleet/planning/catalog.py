@@ -12,6 +12,8 @@ import difflib
 import functools
 import itertools
 import json
+import re
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from sparkfleet_host.bounded import printable, read_file
 from sparkfleet import SparkfleetError
 from sparkfleet.documents import yaml_text
 from sparkfleet.documents.schema import MOST, Document, joined, problems
-from sparkfleet.paths import ROOT
+from sparkfleet.paths import ROOT, STATE
 from sparkfleet.user_paths import expanded
 
 #: A card's file, bytes.
@@ -170,9 +172,40 @@ def names(folder: Path | None = None) -> list[str]:
     return sorted(path.stem for path in (folder or catalogue_folder()).glob("*.yml"))
 
 
+#: ORG/NAME of the Hub, with @REVISION.
+_HUB = re.compile(
+    r"(?P<repo>[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95})(@(?P<revision>[A-Za-z0-9_][\w./+-]{0,99}))?",
+    re.ASCII,
+)
+
+
+def hub_name(model: str) -> tuple[str, str] | None:
+    """Repository and revision (main) of a model given as ORG/NAME[@REVISION]; None for a name of the catalogue and for
+    a path: one that ends like a card or is there."""
+    found = _HUB.fullmatch(model)
+    if not found or model.endswith((".yml", ".yaml")) or ".." in model or Path(model).is_file():
+        return None
+    return found["repo"], found["revision"] or "main"
+
+
+def made_card(repo: str, revision: str) -> Path:
+    """Where the card lies that was made for a model of the Hub (`onboarding.hub_card` makes it)."""
+    quoted = urllib.parse.quote(revision, safe="")
+    return STATE / "cards" / f"{repo.replace('/', '--')}@{quoted}.yml"
+
+
 def load(model: str, folder: Path | None = None) -> Card:
-    """The card of ``model``: a name of the catalogue, or the path of a card of the user's own."""
+    """The card of ``model``: a name of the catalogue, the path of a card of the user's own, or ORG/NAME of the Hub with
+    a card that was made before."""
     folder = folder or catalogue_folder()
+    if named := hub_name(model):
+        made = made_card(*named)
+        if not made.is_file():
+            raise SparkfleetError(
+                f"{model} has no card yet: `sparkfleet plan {model}` makes one from the Hub, and so does a run that "
+                "reaches it (a card of your own in a file is written with .yml at its end)"
+            )
+        return parse(made)
     if model.endswith((".yml", ".yaml")) or "/" in model:
         path = expanded("model card", model)
         if not path.is_file():
@@ -199,6 +232,11 @@ def parse(path: Path) -> Card:
         text = read_file(path, LARGEST).decode("utf-8")
     except (OSError, ValueError) as error:
         raise SparkfleetError(f"model card {path} cannot be read: {error}") from None
+    return of_text(path, text)
+
+
+def of_text(path: Path, text: str) -> Card:
+    """The card in a text; errors name `path`."""
     document = Document(path, text)
     document.check(schema())
     data = document.data

@@ -311,10 +311,7 @@ class _Reader:
         dense = set(text.numbers("mlp_only_layers") or ())
         step = max(text.integer_or(1, "decoder_sparse_step", "interleave_moe_layer_step"), 1)
         first = text.integer_or(0, "first_k_dense_replace")
-        return sum(
-            layer >= first and layer not in dense and (layer + 1) % step == 0 for layer in range(self.layers)
-        )
-
+        return sum(layer >= first and layer not in dense and (layer + 1) % step == 0 for layer in range(self.layers))
 
 
 # -- kinds of model --------------------------------------------------------------------------------------------------
