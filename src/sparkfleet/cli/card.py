@@ -106,6 +106,7 @@ def _made(options: argparse.Namespace) -> Draft:
         made.origin["image"] = where
     card_draft.settings(made, settings.arguments, settings.environment, settings.tool_call_parser, where)
     made.left = settings.left
+    made.unknown += settings.doubts
     hub_card.check(made, made.data["repo"])
     return made
 

@@ -78,6 +78,7 @@ _FACTORS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2*
 _SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL)", re.I)
 #: Names that only look as if they held a secret.
 _NO_SECRET = re.compile(r"(TOKENIZER|TOKENS|MAX_TOKEN|KEYED|MONKEY|NUM_TOKEN)", re.I)
+_COMMAND = re.compile(r"(^|[\s/])(vllm\s+serve|vllm\.entrypoints|vllm-openai[:@]|docker\s+run)")
 _NUMBER = re.compile(r"[+-]?[0-9]{1,18}(\.[0-9]{0,18})?(e[+-]?[0-9]{1,2})?", re.I | re.ASCII)
 _OPERATORS = frozenset(("&&", "||", ";", "|", "&", ">", ">>", "<", "<<", "2>&1", ">&"))
 #: Keys of a recipe that describe it and change nothing.
@@ -108,7 +109,8 @@ _ELSEWHERE = {
 @dataclasses.dataclass
 class Settings:
     """What a recipe or command says, in a card's terms; ``left`` lists what was not taken: a line each, name and
-    reason. ``model`` is ORG/NAME or "", ``image`` "" where none can be taken."""
+    reason; ``doubts`` say what of the rest may not work here. ``model`` is ORG/NAME or "", ``image`` "" where none can
+    be taken."""
 
     kind: str
     model: str = ""
@@ -118,6 +120,7 @@ class Settings:
     arguments: dict[str, ArgumentValue] = dataclasses.field(default_factory=dict)
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     left: list[str] = dataclasses.field(default_factory=list)
+    doubts: list[str] = dataclasses.field(default_factory=list)
 
     def leave(self, what: str, why: str) -> None:
         """Note that something is not taken."""
@@ -129,9 +132,7 @@ def read(text: str, place: str) -> Settings:
     SparkfleetError."""
     if len(text) > CHARACTERS:
         raise SparkfleetError(f"{place}: more than {CHARACTERS} characters: that is no recipe")
-    if re.search(r"(^|\s)(vllm\s+serve|vllm\.entrypoints)", text) and not re.search(
-        r"^\s*(command|model)\s*:", text, re.M
-    ):
+    if _COMMAND.search(text) and not re.search(r"^\s*(command|model|container)\s*:", text, re.M):
         return command(text, place)
     try:
         data = yaml_text.load(_without_tabs(text), CHARACTERS)
@@ -190,11 +191,21 @@ def recipe(data: Mapping[str, Any], place: str) -> Settings:
             "",
         ):
             continue
-        if key in _DESCRIBING:
+        if key in _DESCRIBING or _is_one_spark(key, value):
             continue
         made.leave(key, _ELSEWHERE.get(key, "unknown key"))
     _settle(made)
     return made
+
+
+def _is_one_spark(key: str, value: Any) -> bool:
+    """Whether a key says what a card says anyway."""
+    return (
+        (key == "min_nodes" and value == 1)
+        or (key == "max_nodes" and isinstance(value, int))
+        or (key == "solo_only" and value is True)
+        or (key == "mode" and value in ("auto", "solo"))
+    )
 
 
 def _check_runtime(data: Mapping[str, Any], place: str) -> None:
@@ -208,24 +219,25 @@ def _check_runtime(data: Mapping[str, Any], place: str) -> None:
 def _command_of(made: Settings, template: str, values: Mapping[str, Any], place: str) -> set[str]:
     """Settings of a recipe's command; the names of the defaults that it uses."""
     used: set[str] = set()
-    text = template
-    if "{{" in text:  # format 1 doubles a brace that is meant
-        text = re.sub(r"\{\{(?=[\s\"'])", "{", text).replace("}}'", "}'") if "'{{" in text else text
 
     def value(found: re.Match[str]) -> str:
-        name = found[1]
-        if name not in values:
+        if found[0] in ("{{", "}}"):
+            return found[0][0]
+        if found[1] not in values:
             return found[0]
-        used.add(name)
-        item = values[name]
-        return _word(item)
+        used.add(found[1])
+        return _word(values[found[1]])
 
+    # In format 1 a doubled brace is one that is meant; sparkrun tells by the first.
+    pattern = r"\{\{|\{([A-Za-z_]\w{0,63})\}|\}\}" if "{{" in template else r"\{([A-Za-z_]\w{0,63})\}"
+    text = template
     for _ in range(5):  # a default may name another one
-        before, text = text, re.sub(r"\{([A-Za-z_][A-Za-z0-9_]{0,63})\}", value, text)
+        before, text = text, re.sub(pattern, value, text, flags=re.ASCII)
         if len(text) > CHARACTERS:
             raise SparkfleetError(f"{place}: command: more than {CHARACTERS} characters once its defaults are put in")
         if before == text:
             break
+        pattern = r"\{([A-Za-z_]\w{0,63})\}"
     _line(made, text, place)
     return used
 
@@ -415,6 +427,8 @@ def _argument(made: Settings, name: str, value: Any) -> None:
         made.leave(f"--{name.replace('_', '-')}", "its value is of a shell: write it out")
     elif isinstance(value, str) and re.fullmatch(r"\{[A-Za-z_]\w*\}", value):
         made.leave(shown, "nothing stands for the placeholder")
+    elif name == "hf_token" or "password" in name:
+        made.leave(f"--{name.replace('_', '-')} (value not shown)", "it is a secret; the Hub's is sparkfleet_hf_token")
     elif name in ("model", "model_tag"):
         _model(made, value, None)
     elif name == "revision":
@@ -437,8 +451,8 @@ def _argument(made: Settings, name: str, value: Any) -> None:
         _amount(made, name, value, shown)
     elif isinstance(value, list) or value is None:
         made.leave(shown, "a card's arguments are texts, numbers, true, false and mappings")
-    elif not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name):
-        made.leave(shown, "it is not among the arguments of vllm serve")
+    elif name == "O" or not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name):
+        made.leave("-O" if name == "O" else shown, "it is not among the arguments of vllm serve")
     elif name == "kv_cache_dtype" and value not in _kv_dtypes():
         made.leave(shown, f"the memory plan knows {', '.join(_kv_dtypes())}")
     elif isinstance(value, str | int | float | bool):
@@ -458,7 +472,9 @@ def _kv_dtypes() -> list[str]:
 
 def _amount(made: Settings, name: str, value: Any, shown: str) -> None:
     """A number that may be written as 32k or 8G."""
-    rule = catalog.schema()["$defs"]["arguments"]["properties"][name]
+    schema = catalog.schema()["$defs"]
+    rule = schema["arguments"]["properties"][name]
+    rule = schema[rule["$ref"].rpartition("/")[2]] if "$ref" in rule else rule
     if isinstance(value, str):
         found = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)([kmgtKMGT]?)i?[bB]?", value.strip(), re.ASCII)
         if found:
@@ -519,6 +535,19 @@ def _settle(made: Settings) -> None:
     yaml_text.check(made.arguments, made.kind)
     yaml_text.check(made.environment, made.kind)
     made.left = list(dict.fromkeys(made.left))
+    given = made.arguments
+    speculative = given.get("speculative_config")
+    drafter = speculative.get("model") if isinstance(speculative, Mapping) else None
+    if isinstance(drafter, str) and drafter != made.model:
+        made.doubts.append(
+            f"whether the engine finds {printable(drafter, 100)} (speculative_config): only the model itself is "
+            "fetched, and the engine is offline"
+        )
+    for name in ("chat_template", "reasoning_parser_plugin", "tool_parser_plugin"):
+        if isinstance(given.get(name), str) and re.search(r"\.(jinja|py)$", str(given[name])):
+            made.doubts.append(f"whether the image holds {printable(str(given[name]), 100)} ({name})")
+    if given.get("runner") == "pooling" or given.get("task") in ("embed", "classify", "score", "reward"):
+        made.doubts.append("how to verify it: it answers no questions (runner pooling)")
 
 
 def fit_context(made: Settings, context: int) -> None:

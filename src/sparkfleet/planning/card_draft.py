@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from sparkfleet_host.bounded import GIB, printable
 
+from sparkfleet.planning import catalog
 from sparkfleet.planning.catalog import Arguments
 from sparkfleet.planning.model_config import Description, Quantisation
 
@@ -130,6 +131,7 @@ def name_of(repo: str) -> str:
 
 def draft(model: Description, quantisation: Quantisation, facts: Facts, image: str = "") -> Draft:
     """The card of a model that nobody tried on a Spark: figures are the model's, settings are ours and say so."""
+    facts = dataclasses.replace(facts, where=_line(facts.where), licence=_line(facts.licence).strip())
     name = name_of(facts.repo)
     origin = {
         "name": "of the repository",
@@ -146,6 +148,8 @@ def draft(model: Description, quantisation: Quantisation, facts: Facts, image: s
     origin["image"] = "as you asked" if image else f"{OURS}; nobody is known to have run this model with it"
     shape = dict(model.shape)
     shape["kv_cache_dtype"] = "fp8" if quantisation.fp8_kv_cache else "auto"
+    if quantisation.linear and "quantization" in catalog.schema()["properties"]["shape"]["properties"]:
+        shape["quantization"], origin["shape.quantization"] = quantisation.linear, quantisation.place
     data: dict[str, Any] = {
         "name": name,
         "service": f"vllm-{name}",
@@ -222,6 +226,8 @@ def _weights(
                 "how much of the experts one token reads: read_gb_per_token is that of all weights, so that the plan "
                 "shows too few tokens a second"
             )
+    if model.vision or any("multi-token" in words for words in model.unknown):
+        how += "; those of pictures and of multi-token prediction are counted, so that it is too much"
     made["read_gb_per_token"] = _rounded(max(read, 1_000_000) / 1e9)
     origin["weights.read_gb_per_token"] = f"calculated: {how}"
     unknown.append(

@@ -18,6 +18,7 @@ from sparkfleet_host import bounded
 from sparkfleet_host.bounded import BoundsError, printable
 
 from sparkfleet import SparkfleetError
+from sparkfleet.planning import catalog
 
 CONFIG = "config.json"
 MOST_LAYERS = 10_000
@@ -64,7 +65,7 @@ class Description:
     @property
     def hybrid(self) -> bool:
         """Whether some layers keep a state in place of a cache that grows."""
-        return any(entry["kind"] not in ("full", "sliding", "mla") for entry in self.shape["attention"])
+        return any(entry["kind"] not in ("full", "sliding", "mla", "none") for entry in self.shape["attention"])
 
     @property
     def embedding_parameters(self) -> int:
@@ -161,7 +162,7 @@ class Layer:
     """What one layer keeps: an entry of a card's ``attention`` without its number of layers."""
 
     kind: str
-    figures: tuple[tuple[str, int], ...] = ()
+    figures: tuple[tuple[str, int | str], ...] = ()
 
 
 class _Reader:
@@ -235,18 +236,16 @@ class _Reader:
             )
         return found
 
-    def by_type(self, types: Iterable[str], known: Mapping[str, Callable[[], Layer | None]]) -> list[Layer]:
-        """A layer for each of `types`; None are layers that keep nothing. Refuses a type that is not known."""
-        made: dict[str, Layer | None] = {}
+    def by_type(self, types: Iterable[str], known: Mapping[str, Callable[[], Layer]]) -> list[Layer]:
+        """A layer for each of `types`. Refuses a type that is not known."""
+        made: dict[str, Layer] = {}
         found = []
         for name in types:
             if name not in known:
                 raise _refused(self.model_type, f"layers of type {name!r} keep a cache that a card cannot describe")
             if name not in made:
                 made[name] = known[name]()
-            layer = made[name]
-            if layer is not None:
-                found.append(layer)
+            found.append(made[name])
         return found
 
     # -- what all models have ----------------------------------------------------------------------------------------
@@ -384,13 +383,12 @@ def _mla(reader: _Reader) -> list[Layer]:
     return [reader.mla()] * reader.layers
 
 
-def _bytes(reader: _Reader, *names: str) -> int:
-    """Bytes of a value of the state that a layer keeps; vLLM's default for all these models is float32."""
+def _state_dtype(reader: _Reader, *names: str) -> tuple[tuple[str, int | str], ...]:
+    """What a state is kept in, where that is not float32, vLLM's default for all these models."""
     dtype = next((reader.text.text(name) for name in names if reader.text.text(name)), "float32")
-    sizes = {"float32": 4, "float16": 2, "bfloat16": 2}
-    if dtype not in sizes:
+    if dtype not in ("float32", "float16", "bfloat16"):
         raise _refused(reader.model_type, f"its state is kept in {dtype}")
-    return sizes[dtype]
+    return (("state_dtype", dtype),) if dtype != "float32" else ()
 
 
 def _gdn(reader: _Reader) -> list[Layer]:
@@ -400,13 +398,13 @@ def _gdn(reader: _Reader) -> list[Layer]:
     def linear() -> Layer:
         names = {
             "key_heads": "linear_num_key_heads",
-            "value_heads": "linear_num_value_heads",
             "key_dim": "linear_key_head_dim",
+            "value_heads": "linear_num_value_heads",
             "value_dim": "linear_value_head_dim",
             "conv": "linear_conv_kernel_dim",
         }
         figures = [(figure, text.integer(name)) for figure, name in names.items()]
-        return Layer("gdn", (*figures, ("state_size", _bytes(reader, "mamba_ssm_dtype"))))
+        return Layer("gdn", (*figures, *_state_dtype(reader, "mamba_ssm_dtype")))
 
     types = reader.types()
     if types is None:
@@ -421,7 +419,8 @@ def _mamba2(heads: str, head_dim: str, state: str, groups: str, conv: str, *dtyp
     def read(reader: _Reader) -> Layer:
         names = {"heads": heads, "head_dim": head_dim, "state": state, "groups": groups, "conv": conv}
         figures = [(figure, reader.text.integer(name)) for figure, name in names.items()]
-        return Layer("mamba2", (*figures, ("state_size", _bytes(reader, *dtype))))
+        chunk = reader.text.integer_or(0, "chunk_size", "mamba_chunk_size")
+        return Layer("mamba2", (*figures, *((("chunk", chunk),) if chunk else ()), *_state_dtype(reader, *dtype)))
 
     return read
 
@@ -442,12 +441,13 @@ def _nemotron_h(reader: _Reader) -> list[Layer]:
     types = [_LETTERS[letter] for letter in letters] or reader.text.words("layers_block_type") or reader.types()
     if not types or len(types) != reader.layers:
         raise SparkfleetError(f"{CONFIG}: hybrid_override_pattern or layers_block_type is missing; {BY_HAND}")
-    return reader.by_type(types, {**_mixed(reader, _NEMOTRON_MAMBA), "moe": lambda: None, "mlp": lambda: None})
+    nothing = dict.fromkeys(("moe", "mlp"), lambda: Layer("none"))
+    return reader.by_type(types, {**_mixed(reader, _NEMOTRON_MAMBA), **nothing})
 
 
-def _mixed(reader: _Reader, mamba: Callable[[_Reader], Layer]) -> dict[str, Callable[[], Layer | None]]:
+def _mixed(reader: _Reader, mamba: Callable[[_Reader], Layer]) -> dict[str, Callable[[], Layer]]:
     """Names of layers, old and new, in models with Mamba-2."""
-    names: dict[str, Callable[[], Layer | None]] = dict.fromkeys(("attention", "full_attention"), reader.full)
+    names: dict[str, Callable[[], Layer]] = dict.fromkeys(("attention", "full_attention"), reader.full)
     return names | dict.fromkeys(("mamba", "linear_attention"), lambda: mamba(reader))
 
 
@@ -466,6 +466,21 @@ def _bamba(reader: _Reader) -> list[Layer]:
     return reader.by_type(types, _mixed(reader, _GRANITE_MAMBA))
 
 
+def _lfm2(reader: _Reader) -> list[Layer]:
+    """Short convolutions and attention."""
+    text = reader.text
+
+    def convolution() -> Layer:
+        width = text.integer("conv_dim", "hidden_size")
+        return Layer("conv", (("width", width), ("conv", text.integer("conv_L_cache"))))
+
+    types = reader.types()
+    if types is None:
+        attention = set(text.numbers("full_attn_idxs") or ())
+        types = ["full_attention" if layer in attention else "conv" for layer in range(reader.layers)]
+    return reader.by_type(types, {"full_attention": reader.full, "conv": convolution})
+
+
 def _kimi_linear(reader: _Reader) -> list[Layer]:
     """Kimi Delta Attention beside MLA; layers are counted from 1."""
     inner = reader.text.inner("linear_attn_config")
@@ -477,7 +492,7 @@ def _kimi_linear(reader: _Reader) -> list[Layer]:
             ("heads", inner.integer("num_heads")),
             ("head_dim", inner.integer("head_dim")),
             ("conv", inner.integer("short_conv_kernel_size")),
-            ("state_size", _bytes(reader, "mamba_ssm_dtype")),
+            *_state_dtype(reader, "mamba_ssm_dtype"),
         ),
     )
     linear, full = (inner.numbers(name) or [] for name in ("kda_layers", "full_attn_layers"))
@@ -524,6 +539,7 @@ READERS: dict[str, Callable[[_Reader], list[Layer]]] = {
     "granitemoehybrid": _granite_hybrid,
     "bamba": _bamba,
     "kimi_linear": _kimi_linear,
+    **dict.fromkeys(("lfm2", "lfm2_moe"), _lfm2),
 }
 #: Kinds of model that are known and whose cache a card cannot describe.
 REFUSED = {
@@ -536,7 +552,6 @@ REFUSED = {
     "falcon_h1": "attention and Mamba-2 side by side in one layer",
     **dict.fromkeys(("jamba", "mamba", "falcon_mamba", "plamo2", "zamba", "zamba2"), "Mamba layers of another kind"),
     **dict.fromkeys(("minimax", "minimax_text_01", "bailing_moe_linear"), "lightning attention"),
-    **dict.fromkeys(("lfm2", "lfm2_moe"), "convolutions beside attention"),
     "nemotron-nas": "each layer has a shape of its own (block_configs)",
     **dict.fromkeys(("step3p5", "step3p7"), "layers with a window have heads of another number"),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "t5", "whisper"), "it does not generate text as vLLM serves it"),
@@ -576,52 +591,66 @@ def _described(reader: _Reader, top: _Config, architecture: str) -> Description:
         "context": reader.context(),
     }
     layers = READERS[reader.model_type](reader)
-    attention = _attention(reader.model_type, layers, reader.layers)
+    attention = _attention(reader.model_type, layers)
     reader.origin["shape.attention"] = f"{CONFIG}: {reader.model_type}"
-    kinds = sorted({layer.kind for layer in layers} - {"full", "sliding", "mla"})
-    if kinds and any(entry["kind"] == "linear" for entry in attention):
+    if any(entry["kind"] == "linear" for entry in attention):
         reader.unknown.append(
-            f"how much memory a sequence takes: layers of {' and '.join(kinds)} keep a state, which the memory plan "
-            "does not know; it refuses this model unless sparkfleet_memory_plan is warn"
+            "how much memory a sequence takes: some layers keep a state, which the memory plan does not know; it "
+            "refuses this model unless sparkfleet_memory_plan is warn"
         )
-    reader.unknown.extend(_unsaid(text))
+    more = _more(reader)
     vision = any(isinstance(top.data.get(name), Mapping) for name in ("vision_config", "audio_config"))
     return Description(
         model_type=reader.model_type,
         architecture=architecture,
-        shape={**figures, "attention": attention},
+        shape={**figures, "attention": attention, **more},
         origin=reader.origin,
         unknown=tuple(reader.unknown),
-        tied_embeddings=text.true("tie_word_embeddings") or top.true("tie_word_embeddings"),
+        tied_embeddings=_tied(top, text, reader.model_type),
         experts=experts,
         vision=vision,
         remote_code=isinstance(top.data.get("auto_map"), Mapping),
     )
 
 
-def _unsaid(text: _Config) -> Iterable[str]:
-    """What a card has no place for."""
-    mtp = text.integer_or(
-        0, "num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "mtp_num_layers", most=MOST_LAYERS
-    )
-    if mtp:
-        yield (
-            f"multi-token prediction: {CONFIG} has {mtp} {'layer' if mtp == 1 else 'layers'} of it; it is left off "
-            "until `speculative_config` is among the arguments"
-        )
+def _tied(top: _Config, text: _Config, model_type: str) -> bool:
+    """Whether the output layer is the embedding table; what is not said is so for models of Google and Cohere."""
+    said = [
+        part.data["tie_word_embeddings"] for part in (top, text) if part.data.get("tie_word_embeddings") is not None
+    ]
+    return any(value is True for value in said) if said else model_type.startswith(("gemma", "cohere"))
 
 
-def _attention(model_type: str, layers: list[Layer], wanted: int) -> list[dict[str, Any]]:
-    """Entries of a card's `attention`: one a kind of layer."""
-    if len(layers) != wanted:
-        raise _refused(
-            model_type, f"{wanted - len(layers)} of its {wanted} layers keep nothing, which a card cannot say yet"
+def _more(reader: _Reader) -> dict[str, int]:
+    """What a card may say beside: query heads, layers of multi-token prediction."""
+    text, made = reader.text, {}
+    fields = catalog.schema()["properties"]["shape"]["properties"]
+    if "heads" in fields and text.get("num_attention_heads", "n_head")[0]:
+        made["heads"] = reader.take("shape.heads", "num_attention_heads", "n_head")
+    names = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "mtp_num_layers")
+    layers = text.integer_or(0, *names, most=MOST_LAYERS)
+    if layers and "mtp_layers" in fields:
+        made["mtp_layers"] = layers
+        reader.origin["shape.mtp_layers"] = f"{CONFIG}: {text.where(text.get(*names)[0])}"
+    if layers:
+        reader.unknown.append(
+            f"whether multi-token prediction helps: {CONFIG} has {layers} {'layer' if layers == 1 else 'layers'} of "
+            "it, which are left off until `speculative_config` is among the arguments"
         )
-    found: Counter[tuple[str, tuple[tuple[str, int], ...]]] = Counter()
+    return made
+
+
+def _attention(model_type: str, layers: list[Layer]) -> list[dict[str, Any]]:
+    """Entries of a card's `attention`: one a kind of layer, as far as a card has that kind."""
+    kinds = catalog.schema()["$defs"]["attention"]["properties"]["kind"]["enum"]
+    found: Counter[tuple[str, tuple[tuple[str, int | str], ...]]] = Counter()
     for layer in layers:
-        # A card says of a layer with a state only that it has one.
-        known = layer.kind in ("full", "sliding", "mla")
-        found[(layer.kind, layer.figures) if known else ("linear", ())] += 1
+        if layer.kind in kinds:
+            found[(layer.kind, layer.figures)] += 1
+        elif layer.kind == "none":
+            raise _refused(model_type, "it has layers that keep nothing, which a card cannot say")
+        else:  # a state of a size that is not known
+            found[("linear", ())] += 1
     return [{"kind": kind, "layers": number, **dict(figures)} for (kind, figures), number in found.items()]
 
 
@@ -661,6 +690,7 @@ class Quantisation:
     fp8_kv_cache: bool
     place: str
     unknown: tuple[str, ...] = ()
+    linear: str = ""  # of the linear layers, in a card's words: fp8, block_fp8, nvfp4, mxfp4
 
 
 def quantisation(data: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> Quantisation:
@@ -686,7 +716,16 @@ def quantisation(data: Mapping[str, Any], beside: Mapping[str, Any] | None = Non
     bits = _bits(chosen, algorithm)
     if bits is None:
         unknown.append(f"bits a weight of {algorithm or 'its quantisation'}")
-    return Quantisation(algorithm or "unnamed", bits, _fp8_kv(chosen), place, tuple(unknown))
+    return Quantisation(
+        algorithm or "unnamed", bits, _fp8_kv(chosen), place, tuple(unknown), _linear(chosen, algorithm)
+    )
+
+
+def _linear(part: _Config, algorithm: str) -> str:
+    """How the linear layers are quantised, "" for a way that a card has no word for."""
+    if algorithm in ("FP8", "FBGEMM_FP8"):
+        return "block_fp8" if part.data.get("weight_block_size") is not None else "fp8"
+    return {"NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4", "NVFP4_AWQ": "nvfp4", "MXFP4": "mxfp4"}.get(algorithm, "")
 
 
 def _fp8_kv(part: _Config) -> bool:
