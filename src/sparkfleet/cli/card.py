@@ -104,7 +104,9 @@ def _made(options: argparse.Namespace) -> Draft:
     where = f"the {settings.kind} in {place.removeprefix('--from ')}"
     if settings.image and not options.image:
         made.origin["image"] = where
-    card_draft.settings(made, settings.arguments, settings.environment, settings.tool_call_parser, where)
+    card_draft.settings(
+        made, settings.arguments, settings.environment, settings.tool_call_parser, settings.sparks, where
+    )
     made.left = settings.left
     made.unknown += settings.doubts
     hub_card.check(made, made.data["repo"])

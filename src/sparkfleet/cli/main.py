@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import yaml
-from sparkfleet_host.bounded import printable
+from sparkfleet_host.bounded import GIB, printable
 
 from sparkfleet import (
     SparkfleetError,
@@ -126,6 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument(
         "--reserve-gib", type=_gib_or_none, default=4.0, help="floor that the plan leaves to the host (default: 4)"
+    )
+    plan.add_argument(
+        "--kv-gib", type=_gib, help="size of the KV cache (default: what is left of the budget), as vLLM logs it"
     )
     plan.add_argument("--engine", metavar="VERSION", help="version of vLLM (default: that of the card's image)")
     plan.add_argument("--json", action="store_true", help="for programs")
@@ -486,13 +489,12 @@ def _plan(options: argparse.Namespace) -> int:
     available = options.available_gib or max(total - memory_plan.USUAL_HOST_GIB, 0.0)
     if available > total:
         raise SparkfleetError(f"--available-gib {available:g} is more than the host has in all ({total:g})")
+    fixed = {"kv_cache_memory_bytes": int(options.kv_gib * GIB)} if options.kv_gib else {}
     made = memory_plan.make(
         target.card,
-        target.arguments,
+        target.arguments | fixed,
         profile=options.profile,
-        version=vllm_versions.Engine(vllm_versions.parse_version(options.engine))
-        if options.engine is not None
-        else target.engine,
+        version=vllm_versions.Engine.parse(options.engine) if options.engine is not None else target.engine,
         memory=memory_plan.Memory(total, available, options.reserve_gib),
         others=_cards,
     ).as_dict()

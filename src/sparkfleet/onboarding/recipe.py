@@ -117,6 +117,7 @@ class Settings:
     revision: str = ""
     image: str = ""
     tool_call_parser: str = ""
+    sparks: int = 1
     arguments: dict[str, ArgumentValue] = dataclasses.field(default_factory=dict)
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     left: list[str] = dataclasses.field(default_factory=list)
@@ -436,6 +437,9 @@ def _argument(made: Settings, name: str, value: Any) -> None:
     elif name == "served_model_name":
         if value != made.model:
             made.leave(shown, "clients ask for the model by its name on the Hub here")
+    elif name == "tensor_parallel_size" and value in catalog.schema()["properties"]["sparks"]["enum"]:
+        if value != 1:
+            made.sparks = made.arguments[name] = int(value)
     elif name in PLACEMENT:
         if value not in (1, 0, "mp", "uni"):
             made.leave(shown, "how many Sparks an engine spans is the inventory's")
@@ -471,7 +475,10 @@ def _kv_dtypes() -> list[str]:
 
 
 def _amount(made: Settings, name: str, value: Any, shown: str) -> None:
-    """A number that may be written as 32k or 8G."""
+    """A number that may be written as 32k or 8G; the longest length that fits, as `auto`."""
+    if name == "max_model_len" and value in ("auto", -1):
+        made.arguments[name] = "auto"
+        return
     schema = catalog.schema()["$defs"]
     rule = schema["arguments"]["properties"][name]
     rule = schema[rule["$ref"].rpartition("/")[2]] if "$ref" in rule else rule

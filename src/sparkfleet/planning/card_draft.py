@@ -14,7 +14,6 @@ from typing import Any
 import yaml
 from sparkfleet_host.bounded import GIB, printable
 
-from sparkfleet.planning import catalog
 from sparkfleet.planning.catalog import Arguments
 from sparkfleet.planning.model_config import Description, Quantisation
 
@@ -148,7 +147,7 @@ def draft(model: Description, quantisation: Quantisation, facts: Facts, image: s
     origin["image"] = "as you asked" if image else f"{OURS}; nobody is known to have run this model with it"
     shape = dict(model.shape)
     shape["kv_cache_dtype"] = "fp8" if quantisation.fp8_kv_cache else "auto"
-    if quantisation.linear and "quantization" in catalog.schema()["properties"]["shape"]["properties"]:
+    if quantisation.linear:
         shape["quantization"], origin["shape.quantization"] = quantisation.linear, quantisation.place
     data: dict[str, Any] = {
         "name": name,
@@ -282,8 +281,13 @@ def _parser(repo: str, kind: str) -> str:
     return found or PARSERS.get(kind, "")
 
 
-def settings(made: Draft, arguments: Arguments, environment: Mapping[str, str], parser: str, where: str) -> None:
+def settings(
+    made: Draft, arguments: Arguments, environment: Mapping[str, str], parser: str, sparks: int, where: str
+) -> None:
     """Put settings that somebody else wrote (a recipe, a command line: `where`) in place of ours."""
+    if sparks != 1:
+        made.data = _after(made.data, "image", {"sparks": sparks})
+        made.origin["sparks"] = where
     made.origin = {key: words for key, words in made.origin.items() if not key.startswith("arguments.")}
     made.data["arguments"], made.origin["arguments"] = dict(arguments), where
     made.data["profiles"] = {"throughput": {}}

@@ -24,6 +24,8 @@ from sparkfleet import SparkfleetError
 from sparkfleet.documents import yaml_text
 from sparkfleet.documents.schema import MOST, Document, joined, problems
 from sparkfleet.paths import ROOT, STATE
+from sparkfleet.planning import vllm_versions
+from sparkfleet.planning.vllm_versions import Engine
 from sparkfleet.user_paths import expanded
 
 #: A card's file, bytes.
@@ -83,24 +85,53 @@ class Weights:
 class Attention:
     """A kind of attention and the number of layers that have it.
 
-    ``full`` and ``sliding`` keep keys and values for ``kv_heads`` heads of ``head_dim``, for all tokens or for the
-    last ``window``; ``mla`` keeps one compressed vector of ``rank + rope_dim``; ``linear`` keeps a state whose size
-    does not follow from these figures.
+    ``full`` and ``sliding`` keep keys of ``head_dim`` and values of ``value_dim`` (the same by default) for
+    ``kv_heads`` heads, for all tokens or for the last ``window``; ``mla`` keeps one compressed vector of ``rank +
+    rope_dim``. Beside them a layer may keep an index: ``index_bytes`` for ``index_tokens`` tokens.
+    ``gdn``, ``mamba2`` and ``kda`` keep a state of fixed size, a convolution of ``conv`` taps and a matrix in
+    ``state_dtype``. ``conv`` keeps the convolution alone, ``width`` wide. ``none`` keeps nothing, and ``linear`` a
+    state whose size is not known.
     """
 
     kind: str
     layers: int
     kv_heads: int = 0
     head_dim: int = 0
+    value_dim: int = 0
     window: int = 0
     rank: int = 0
     rope_dim: int = 0
+    index_bytes: int = 0
+    index_tokens: int = 0
+    heads: int = 0
+    key_heads: int = 0
+    value_heads: int = 0
+    key_dim: int = 0
+    state: int = 0
+    groups: int = 0
+    conv: int = 0
+    chunk: int = 0
+    width: int = 0
+    state_dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A model of its own that drafts tokens: its layers that keep keys and values (none where it reads the target's),
+    and what its weights take in memory, GiB."""
+
+    repo: str
+    attention: tuple[Attention, ...]
+    loaded_gib: float
+    #: The shape is not published: what stands here is an assumption, and plans say so.
+    assumed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """What of a model's configuration decides about memory: ``context`` in tokens, ``mlp`` the width of the MLP, of a
-    mixture of experts that of one expert."""
+    mixture of experts that of one expert; ``mtp_layers`` those of multi-token prediction, on top of ``layers``;
+    ``quantization`` how activations are brought to the weights' type, as far as memory differs."""
 
     layers: int
     hidden: int
@@ -108,8 +139,11 @@ class Shape:
     vocab: int
     context: int
     attention: tuple[Attention, ...]
+    heads: int = 0
     experts_per_token: int = 0
+    mtp_layers: int = 0
     kv_cache_dtype: str = "auto"
+    quantization: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +178,17 @@ class Card:
     source: Path
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     profiles_line: int = dataclasses.field(default=1, compare=False)
+    sparks: int = 1
+    draft: Draft | None = None
+    #: vLLM in the image, where the image's name does not say it.
+    vllm: str = ""
+
+    def engine(self, image: str = "") -> Engine:
+        """vLLM in the card's image, or in another that takes its place; not known when neither name nor card says."""
+        named = vllm_versions.of_image(image or self.image)
+        if named.version or not self.vllm or image not in ("", self.image):
+            return named
+        return Engine.parse(self.vllm)
 
     def with_profile(self, profile: str) -> Arguments:
         """Arguments of ``vllm serve`` under a profile; raises when the card has no such profile."""
@@ -241,6 +286,7 @@ def of_text(path: Path, text: str) -> Card:
     document.check(schema())
     data = document.data
     shape = {**data["shape"], "attention": tuple(Attention(**entry) for entry in data["shape"]["attention"])}
+    draft = data.get("draft")
     card = Card(
         **{key: data[key] for key in ("name", "service", "repo", "revision", "image", "verified")},
         **{key: data[key] for key in ("arguments", "profiles")},
@@ -249,10 +295,15 @@ def of_text(path: Path, text: str) -> Card:
         shape=Shape(**shape),
         tool_call_parser=data.get("tool_call_parser", ""),
         verify=Question(**data["verify"]),
-        measured=tuple(Measurement(**entry) for entry in data["measured"]),
+        measured=tuple(Measurement(**entry) for entry in data.get("measured", ())),
         source=path,
         environment={name: str(value) for name, value in data.get("environment", {}).items()},
         profiles_line=document.line(("profiles",)),
+        sparks=data.get("sparks", 1),
+        draft=Draft(**{**draft, "attention": tuple(Attention(**entry) for entry in draft["attention"])})
+        if draft
+        else None,
+        vllm=data.get("vllm", ""),
     )
     _check_sense(card, document)
     return card
@@ -265,6 +316,17 @@ def _check_sense(card: Card, document: Document) -> None:
         raise document.error(
             ("shape", "attention"),
             f"shape.attention: describes {described} layers, but shape.layers says {card.shape.layers}",
+        )
+    if card.vllm:
+        try:
+            vllm_versions.parse_version(card.vllm)
+        except SparkfleetError as error:
+            raise document.error(("vllm",), f"vllm: {error}") from None
+    ranks = card.arguments.get("tensor_parallel_size", 1)
+    if ranks != card.sparks:
+        raise document.error(
+            ("sparks",) if card.sparks != 1 else ("arguments", "tensor_parallel_size"),
+            f"sparks: {card.sparks}, but arguments.tensor_parallel_size is {ranks}: each Spark has one GPU",
         )
     places: list[tuple[Arguments, tuple[str, ...]]] = [(card.arguments, ("arguments",))]
     places += [(arguments, ("profiles", name)) for name, arguments in card.profiles.items()]

@@ -18,7 +18,6 @@ from sparkfleet_host import bounded
 from sparkfleet_host.bounded import BoundsError, printable
 
 from sparkfleet import SparkfleetError
-from sparkfleet.planning import catalog
 
 CONFIG = "config.json"
 MOST_LAYERS = 10_000
@@ -224,7 +223,7 @@ class _Reader:
 
     def mla(self) -> Layer:
         rank = self.text.integer("kv_lora_rank")
-        return Layer("mla", (("rank", rank), ("rope_dim", self.text.integer("qk_rope_head_dim"))))
+        return Layer("mla", (("rank", rank), ("rope_dim", self.text.integer("qk_rope_head_dim", least=0))))
 
     def types(self) -> list[str] | None:
         """`layer_types`, one a layer."""
@@ -591,13 +590,8 @@ def _described(reader: _Reader, top: _Config, architecture: str) -> Description:
         "context": reader.context(),
     }
     layers = READERS[reader.model_type](reader)
-    attention = _attention(reader.model_type, layers)
+    attention = _attention(layers)
     reader.origin["shape.attention"] = f"{CONFIG}: {reader.model_type}"
-    if any(entry["kind"] == "linear" for entry in attention):
-        reader.unknown.append(
-            "how much memory a sequence takes: some layers keep a state, which the memory plan does not know; it "
-            "refuses this model unless sparkfleet_memory_plan is warn"
-        )
     more = _more(reader)
     vision = any(isinstance(top.data.get(name), Mapping) for name in ("vision_config", "audio_config"))
     return Description(
@@ -624,15 +618,13 @@ def _tied(top: _Config, text: _Config, model_type: str) -> bool:
 def _more(reader: _Reader) -> dict[str, int]:
     """What a card may say beside: query heads, layers of multi-token prediction."""
     text, made = reader.text, {}
-    fields = catalog.schema()["properties"]["shape"]["properties"]
-    if "heads" in fields and text.get("num_attention_heads", "n_head")[0]:
+    if text.get("num_attention_heads", "n_head")[0]:
         made["heads"] = reader.take("shape.heads", "num_attention_heads", "n_head")
     names = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "mtp_num_layers")
     layers = text.integer_or(0, *names, most=MOST_LAYERS)
-    if layers and "mtp_layers" in fields:
+    if layers:
         made["mtp_layers"] = layers
         reader.origin["shape.mtp_layers"] = f"{CONFIG}: {text.where(text.get(*names)[0])}"
-    if layers:
         reader.unknown.append(
             f"whether multi-token prediction helps: {CONFIG} has {layers} {'layer' if layers == 1 else 'layers'} of "
             "it, which are left off until `speculative_config` is among the arguments"
@@ -640,17 +632,9 @@ def _more(reader: _Reader) -> dict[str, int]:
     return made
 
 
-def _attention(model_type: str, layers: list[Layer]) -> list[dict[str, Any]]:
-    """Entries of a card's `attention`: one a kind of layer, as far as a card has that kind."""
-    kinds = catalog.schema()["$defs"]["attention"]["properties"]["kind"]["enum"]
-    found: Counter[tuple[str, tuple[tuple[str, int | str], ...]]] = Counter()
-    for layer in layers:
-        if layer.kind in kinds:
-            found[(layer.kind, layer.figures)] += 1
-        elif layer.kind == "none":
-            raise _refused(model_type, "it has layers that keep nothing, which a card cannot say")
-        else:  # a state of a size that is not known
-            found[("linear", ())] += 1
+def _attention(layers: list[Layer]) -> list[dict[str, Any]]:
+    """Entries of a card's `attention`: one a kind of layer."""
+    found = Counter((layer.kind, layer.figures) for layer in layers)
     return [{"kind": kind, "layers": number, **dict(figures)} for (kind, figures), number in found.items()]
 
 

@@ -13,7 +13,7 @@ from sparkfleet_host.bounded import printable
 from sparkfleet import SparkfleetError
 from sparkfleet.packaging.bundle import Bundle
 from sparkfleet.paths import ROOT
-from sparkfleet.planning import catalog, compose, variables, vllm_versions
+from sparkfleet.planning import catalog, compose, variables
 from sparkfleet.planning.catalog import Arguments, Card
 from sparkfleet.planning.variables import ARGUMENT_PREFIX, PREFIX
 from sparkfleet.planning.vllm_versions import Engine
@@ -176,8 +176,8 @@ class Target:
 
     @property
     def engine(self) -> Engine:
-        """The version of vLLM in the image, as far as it can be told by its name."""
-        return vllm_versions.of_image(self.image)
+        """The version of vLLM in the image, as far as its name or the card says it."""
+        return self.card.engine(self.image)
 
     @property
     def remote_code(self) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 from sparkfleet_host.bounded import printable
 
 from sparkfleet.planning.catalog import Card
-from sparkfleet.planning.vllm_versions import of_image
 
 WIDTH = 60
 #: Parts of the bar: key of the plan, letter on a plain terminal, colour, name.
@@ -90,7 +89,7 @@ def models(cards: Sequence[Card], fits: Mapping[str, bool | None]) -> str:
                 card.repo,
                 f"{card.weights.download_gib:.1f}",
                 f"{card.shape.context:,}",
-                of_image(card.image).text if of_image(card.image).version else "?",
+                card.engine().text if card.engine().version else "newest",
                 f"{speed:.1f}" if speed else "-",
                 "accept" if card.licence.gated else "open",
                 "yes" if card.verified else "unverified",

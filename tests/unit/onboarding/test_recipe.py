@@ -40,7 +40,7 @@ def test_a_recipe(name: str) -> None:
         return
     made = read(text(name), f"{name}.yml")
     assert (made.model, made.revision, made.image) == (wanted["model"], wanted["revision"], wanted["image"])
-    assert made.tool_call_parser == wanted["tool_call_parser"]
+    assert (made.tool_call_parser, made.sparks) == (wanted["tool_call_parser"], wanted["sparks"])
     assert made.arguments == wanted["arguments"]
     assert made.environment == wanted["environment"]
     assert [words.partition(": ")[0] for words in made.left] == wanted["left"]
@@ -100,7 +100,7 @@ def test_braces_of_both_formats() -> None:
 
 def test_a_command_line_with_all_that_one_can_have() -> None:
     made = read(
-        "HF_TOKEN=hf_canary VLLM_X=1 vllm serve --trust-remote-code org/name -tp 2 -pp=1 \\\n"
+        "HF_TOKEN=hf_canary VLLM_X=1 vllm serve --trust-remote-code org/name -tp 2 -pp=1 -dp 2 \\\n"
         "  --max-model-len 32K --kv-cache-memory-bytes 8G --gpu-memory-utilization=0.85 --swap-space -1 \\\n"
         '  --speculative-config \'{"method": "mtp", "num_speculative_tokens": 3}\' -cc.mode 3 \\\n'
         "  --no-enable-prefix-caching --enable-auto-tool-choice --tool-call-parser hermes \\\n"
@@ -109,6 +109,7 @@ def test_a_command_line_with_all_that_one_can_have() -> None:
     )
     assert (made.model, made.tool_call_parser) == ("org/name", "hermes")
     assert made.environment == {"VLLM_X": "1"}
+    assert made.sparks == 2
     assert made.arguments == {
         "trust_remote_code": True,
         "max_model_len": 32768,
@@ -117,10 +118,11 @@ def test_a_command_line_with_all_that_one_can_have() -> None:
         "swap_space": -1,
         "speculative_config": {"method": "mtp", "num_speculative_tokens": 3},
         "compilation_config": {"mode": 3},
+        "tensor_parallel_size": 2,
         "no_enable_prefix_caching": True,
     }
     left = "\n".join(made.left)
-    for words in ("--tensor-parallel-size 2", "--cudagraph-capture-sizes 1 2 4", "--port", "HF_TOKEN", "--api-key"):
+    for words in ("--cudagraph-capture-sizes 1 2 4", "--data-parallel-size 2", "--port", "HF_TOKEN", "--api-key"):
         assert words in left
     assert "canary" not in json.dumps([made.left, made.arguments, made.environment, made.doubts])
 
@@ -155,6 +157,11 @@ def test_a_length_beyond_the_context() -> None:
     made = read("vllm serve o/m --max-model-len 300000", "it")
     recipe.fit_context(made, 262144)
     assert made.arguments == {"max_model_len": 262144} and "300000" in made.left[0]
+
+
+def test_the_longest_length_that_fits() -> None:
+    for words in ("auto", "-1"):
+        assert read(f"vllm serve o/m --max-model-len {words}", "it").arguments == {"max_model_len": "auto"}
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,6 @@ def test_whether_the_engine_starts(entry: dict[str, Any]) -> None:
 @pytest.mark.parametrize("entry", RUNS["activations"], ids=lambda entry: str(entry["name"]))
 def test_activations_grow_with_batched_tokens(entry: dict[str, Any]) -> None:
     card = load("qwen3-32b-fp8")
-    few, many = (memory_plan.activation_gib(card, tokens, 1) for tokens in entry["tokens"])
+    few, many = (memory_plan.activation_gib(card, tokens, 1, card.engine()) for tokens in entry["tokens"])
     logged_few, logged_many = entry["peak_gib"]
     assert many / few == pytest.approx(logged_many / logged_few, rel=memory_plan.ERROR)
