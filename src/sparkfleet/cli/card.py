@@ -49,7 +49,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     where = parser.add_mutually_exclusive_group()
     where.add_argument("-o", "--output", metavar="FILE", help="where to (default: standard output)")
     where.add_argument(
-        "--refresh", action="store_true", help="make the card anew that `plan` and sparkfleet_model: ORG/NAME use"
+        "--refresh", action="store_true", help="make again the card that `plan` and sparkfleet_model: ORG/NAME use"
     )
     parser.add_argument("--force", action="store_true", help="replace a file that is there")
     parser.set_defaults(run=run)
