@@ -13,7 +13,8 @@ import yaml
 
 from sparkfleet import SparkfleetError
 from sparkfleet.cli import main
-from sparkfleet.fleet.model_files import Way
+from sparkfleet.fleet import model_files
+from sparkfleet.fleet.model_files import Answer, Way
 from sparkfleet.onboarding import hub_card
 from sparkfleet.onboarding.hub_card import About
 from sparkfleet.planning import catalog
@@ -35,7 +36,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(catalog, "STATE", tmp_path / "state")
     monkeypatch.setattr(hub_card, "ask", asked)
-    monkeypatch.setattr(hub_card.model_files, "resolve", lambda *_: hub_card.Answer("1" * 40))
+    monkeypatch.setattr(model_files, "resolve", lambda *_: Answer("1" * 40))
     return tmp_path
 
 
@@ -148,7 +149,7 @@ def test_plan_makes_a_card_and_uses_it_again(
     monkeypatch.setattr(hub_card, "ask", lambda *_: pytest.fail("asked again"))
     code, again, err = run(capsys, "plan", "Qwen/Qwen3-8B", "--json")
     assert (code, json.loads(again), err) == (0, made, "")
-    monkeypatch.setattr(hub_card.model_files, "resolve", lambda *_: hub_card.Answer("2" * 40))
+    monkeypatch.setattr(model_files, "resolve", lambda *_: Answer("2" * 40))
     code, _, err = run(capsys, "compose", "Qwen/Qwen3-8B")
     assert code == 0 and "main on the Hub is 222222222222 by now; the card stays at 111111111111" in err
     monkeypatch.setattr(hub_card, "ask", asked)

@@ -18,10 +18,11 @@ from simulator.internet import hub as stand_in
 from sparkfleet import SparkfleetError
 from sparkfleet.fleet import model_files
 from sparkfleet.fleet.model_files import Way
-from sparkfleet.onboarding import hub_card
+from sparkfleet.onboarding import hub_card, model_choice
 from sparkfleet.onboarding.hub_card import About
 from sparkfleet.packaging import hub_client
 from sparkfleet.planning import catalog, memory_plan, model_config
+from sparkfleet.planning.card_draft import Draft
 from tests.unit.fakes.fake_hub import Hub, serve
 from tests.unit.planning.test_model_config import FOLDER, SHAPES, config
 
@@ -57,7 +58,7 @@ def hub() -> Iterator[Hub]:
         yield served
 
 
-def draft(hub: Hub, revision: str = "main", **way: str) -> hub_card.Draft:
+def draft(hub: Hub, revision: str = "main", **way: str) -> Draft:
     return hub_card.draft(hub_card.ask(hub.repo, revision, Way(hub.url, **way)))
 
 
@@ -279,6 +280,13 @@ def test_a_card_that_is_there_needs_no_hub(hub: Hub) -> None:
     assert hub_card.ensure(hub.repo, Way("http://127.0.0.1:9"), print)
     assert hub_card.ensure("llama31-8b-fp8", Way("http://127.0.0.1:9"), print) is None
     assert hub_card.ensure("./card.yml", Way("http://127.0.0.1:9"), print) is None
+
+
+def test_init_names_a_model_of_the_hub_as_it_was_given(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_card, "way", lambda: Way(hub.url))
+    hub_card.told(hub.repo)
+    made = model_choice.offer(hub.repo, "throughput", memory_plan.Memory())
+    assert made.model == hub.repo and made.variables({})["sparkfleet_model"] == hub.repo
 
 
 def test_a_pinned_commit_is_never_asked_for_again(hub: Hub) -> None:
