@@ -178,8 +178,8 @@ def draft(model: Description, quantisation: Quantisation, facts: Facts, image: s
         unknown.append("memory of pictures and sound: the plan counts text alone")
     if model.remote_code:
         unknown.append(
-            "whether this vLLM has the model built in: its repository has code of its own (auto_map); "
-            "`trust_remote_code: true` among the arguments lets the engine run it"
+            "whether the engine needs code of the model's repository (auto_map): it is left off; `trust_remote_code: "
+            "true` among the arguments lets the engine run it"
         )
     data["measured"] = []
     data["sources"] = [f"{facts.where}: config.json and list of files at {facts.revision}", "settings are ours"]
