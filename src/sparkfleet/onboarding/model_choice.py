@@ -102,6 +102,10 @@ def offer(model: str, profile: str, room: memory_plan.Memory) -> Choice:
     path = ("/" in model or model.endswith((".yml", ".yaml"))) and catalog.hub_name(model) is None
     name = str(expanded("model card", model).absolute()) if path else model
     arguments = card.with_profile(profile)
+    if card.sparks > 1:
+        return Choice(
+            card, name, profile, None, f"{card.name} spans {card.sparks} Sparks, which is planned only so far"
+        )
     try:
         plan = memory_plan.make(card, arguments, profile=profile, memory=room, others=_catalogue)
     except SparkfleetError as error:

@@ -43,6 +43,8 @@ OURS = {
     "download_dir": "sparkfleet_cache_dir",
     "config": "the arguments one by one",
 }
+#: Kinds of attention that count as no layer.
+BESIDE = ("conv", "cache")
 ArgumentValue = str | int | float | bool | dict[str, Any]
 Arguments = dict[str, ArgumentValue]
 
@@ -89,8 +91,10 @@ class Attention:
     ``kv_heads`` heads, for all tokens or for the last ``window``; ``mla`` keeps one compressed vector of ``rank +
     rope_dim``. Beside them a layer may keep an index: ``index_bytes`` for ``index_tokens`` tokens.
     ``gdn``, ``mamba2`` and ``kda`` keep a state of fixed size, a convolution of ``conv`` taps and a matrix in
-    ``state_dtype``. ``conv`` keeps the convolution alone, ``width`` wide. ``none`` keeps nothing, and ``linear`` a
-    state whose size is not known.
+    ``state_dtype``. ``none`` keeps nothing, and ``linear`` a state whose size is not known.
+    What stands beside a layer's own is an entry that counts as no layer: ``conv`` a convolution alone, ``width`` wide;
+    ``cache`` ``bytes`` for every ``every`` tokens, for all or the last ``window``, in blocks of ``block`` tokens (the
+    engine's by default) that are padded to a multiple of ``align``.
     """
 
     kind: str
@@ -112,6 +116,10 @@ class Attention:
     conv: int = 0
     chunk: int = 0
     width: int = 0
+    bytes: int = 0
+    every: int = 1
+    block: int = 0
+    align: int = 1
     state_dtype: str = "float32"
 
 
@@ -311,7 +319,7 @@ def of_text(path: Path, text: str) -> Card:
 
 def _check_sense(card: Card, document: Document) -> None:
     """What a schema cannot say: figures that contradict each other."""
-    described = sum(entry.layers for entry in card.shape.attention)
+    described = sum(entry.layers for entry in card.shape.attention if entry.kind not in BESIDE)
     if described != card.shape.layers:
         raise document.error(
             ("shape", "attention"),

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from sparkfleet import SparkfleetError
 from sparkfleet.planning.catalog import Arguments, Attention, Card
-from sparkfleet.planning.vllm_versions import Engine, Rules
+from sparkfleet.planning.vllm_versions import Engine, Rules, since
 
 #: Tokens of a block that every attention backend of a GB10 takes and prefers.
 BLOCK = 16
@@ -100,8 +100,8 @@ class Layout:
 
     @property
     def block(self) -> int:
-        """Tokens of a block, the shortest of the groups: reuse of prefixes goes in steps of it."""
-        return min(group.block for group in self.groups if not group.specs[0].fixed) if self.groups else BLOCK
+        """Tokens of a block, the shortest of those that grow: reuse of prefixes goes in steps of it."""
+        return min(group.block for group in self.groups if group.grows)
 
     @property
     def bytes_per_token(self) -> int:
@@ -240,6 +240,7 @@ class _Cut:
         self.dtype = kv_dtype(card, arguments, version)
         self.drafting = speculation(card, arguments)
         self.attention = [entry for entry in card.shape.attention if entry.kind in ("full", "sliding", "mla")]
+        self.caches = [entry for entry in card.shape.attention if entry.kind == "cache"]
         self.states = [entry for entry in card.shape.attention if entry.kind in STATES]
         self.batched = int(number(arguments, "max_num_batched_tokens", DEFAULT_BATCHED_TOKENS))
         self.refusals: list[str] = []
@@ -274,7 +275,14 @@ class _Cut:
                 "does not know and does not guess: write them as gdn (key_heads, key_dim, value_heads, value_dim, "
                 "conv), mamba2 (heads, head_dim, state, groups, conv) or kda (heads, head_dim, conv)"
             )
-        if not self.attention:
+        beside = bool(self.caches) or any(entry.index_bytes for entry in self.attention)
+        if beside and not self.rules.packs_groups:
+            first = ".".join(map(str, since("packs_groups")))
+            raise SparkfleetError(
+                f"{self.card.source}: shape.attention: what it keeps beside its attention (an index, caches) is "
+                f"planned from vLLM {first} on; of {self.version.text} the planner does not know it, and does not guess"
+            )
+        if not self.attention and not self.caches:
             raise SparkfleetError(
                 f"{self.card.source}: shape.attention: no layer of attention (full, sliding or mla): the planner does "
                 "not know such models, and does not guess"
@@ -371,6 +379,8 @@ class _Cut:
                     "assumption of the card's"
                 )
             return found + list(card.draft.attention)
+        if self.caches and not self.attention:  # what drafts is among them
+            return found
         if not card.shape.mtp_layers:
             raise SparkfleetError(
                 f"{card.source}: speculative_config: method {drafting.method} without a model, but the card has no "
@@ -395,9 +405,16 @@ class _Cut:
                         (entry.index_tokens + self.drafting.tokens) / entry.index_tokens
                     )
                     specs.append(Spec("ring", entry.layers, ring, ring * entry.index_bytes, ("ring",), fixed=1))
+        for entry in self.caches:
+            held = entry.block or block
+            page = math.ceil(held // entry.every * entry.bytes / entry.align) * entry.align
+            kind = "sliding" if entry.window else "full"
+            specs.append(Spec(kind, entry.layers, held, page, (True, "index", entry.bytes, entry.every), entry.window))
         return _merged(specs)
 
     def _state_specs(self, block: int, mode: Mode) -> list[Spec]:
+        if not self.states:
+            return []
         main = next((entry for entry in self.attention if entry.kind != "sliding"), self.attention[0])
         padded = block * token_bytes(main, self.dtype, self.gpus)
         rules, drafted = self.rules, self.drafting.tokens

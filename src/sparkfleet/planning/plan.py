@@ -14,7 +14,7 @@ from typing import Any
 
 from sparkfleet import operator_name
 from sparkfleet.documents import yaml_text
-from sparkfleet.planning import compose, preflight
+from sparkfleet.planning import compose, preflight, vllm_versions
 from sparkfleet.planning.target import State, Target
 
 
@@ -199,6 +199,11 @@ def notes(target: Target, state: State) -> list[str]:
         found.append(
             f"port {settings.port} is open to the network without a key: sparkfleet_listen: loopback closes it, "
             "sparkfleet_engine_key asks for a key"
+        )
+    if vllm_versions.moves(target.image):
+        found.append(
+            f"the tag of {target.image} moves: another run may find another vLLM under it; sparkfleet_image with a "
+            "digest (NAME@sha256:...) pins it"
         )
     if settings.model_source != "local":
         found.append(

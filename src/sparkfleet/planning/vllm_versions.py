@@ -218,6 +218,11 @@ def of_image(image: str) -> Engine:
     return Engine(())
 
 
+def moves(image: str) -> bool:
+    """Whether the image's tag is one that is given to another image tomorrow, and no digest pins it."""
+    return "@" not in image and _repository(image)[1] in ("", "latest", "nightly", "main")
+
+
 def starts_with_serve(image: str) -> bool:
     """Whether the image's own entry point is ``vllm serve``, as upstream's is; NVIDIA's takes any command."""
     return bool(re.search(r"(^|/)vllm-openai(-\w+)?$", _repository(image)[0]))
@@ -235,7 +240,7 @@ def unfit(image: str) -> str:
         return ""
     if "x86_64" in tag or "amd64" in tag:
         return f"{image} is built for x86_64; a Spark is aarch64"
-    if tag in ("", "latest", "nightly"):
+    if tag in ("", "latest"):
         return (
             f"{image} names no version: `latest` of 2025 fails on the GB10 (FP8 in CUTLASS, Triton on sm_121a), and "
             "a moving tag is another engine tomorrow"

@@ -22,6 +22,10 @@ PARTS = (
 )
 
 
+#: Whether a model fits a Spark; "?" where the planner does not know.
+FITS = {True: "yes", False: "no", None: "?"}
+
+
 def brief(plan: Mapping[str, Any]) -> str:
     """The memory plan in a line."""
     parts = ", ".join(f"{name} {plan[key]:.1f}" for key, _, _, name in PARTS if plan[key])
@@ -93,7 +97,7 @@ def models(cards: Sequence[Card], fits: Mapping[str, bool | None]) -> str:
                 f"{speed:.1f}" if speed else "-",
                 "accept" if card.licence.gated else "open",
                 "yes" if card.verified else "unverified",
-                {True: "yes", False: "no", None: "?"}[fits[card.name]],
+                f"{card.sparks} Sparks" if card.sparks > 1 and fits[card.name] else FITS[fits[card.name]],
             )
         )
     return table(rows)
