@@ -101,7 +101,8 @@ class Layout:
     @property
     def block(self) -> int:
         """Tokens of a block, the shortest of those that grow: reuse of prefixes goes in steps of it."""
-        return min(group.block for group in self.groups if group.grows)
+        growing = [group.block for group in self.groups if group.grows]
+        return min(growing or [group.block for group in self.groups])  # a window in every layer: none grows
 
     @property
     def bytes_per_token(self) -> int:
