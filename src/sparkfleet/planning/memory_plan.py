@@ -237,7 +237,6 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
     activation = activation_gib(card, batched, sequences, version, gpus=gpus, v2=v2)
     captured = 0.0 if arguments.get("enforce_eager") is True else CUDA_GRAPHS_GIB
     graphs = captured if (rules.v2_counts_cuda_graphs if v2 else rules.v1_counts_cuda_graphs) else 0.0
-    beyond = BEYOND_BUDGET_GIB
     runtime = OLD_RUNTIME_GIB if rules.counts_host_growth else RUNTIME_GIB
     spent = weights + activation + runtime + graphs
     if fixed:  # vLLM then leaves the utilization aside
@@ -258,7 +257,7 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
         length = int(_number(arguments, "max_model_len", longest))
     each = cut.blocks(length)
     concurrency = pool / each
-    left = memory.available - requested - beyond
+    left = memory.available - requested - BEYOND_BUDGET_GIB
 
     reasons = list(cut.refusals)
     if dtype == "fp8" and not rules.has_fp8_kv:

@@ -97,7 +97,7 @@ def models(cards: Sequence[Card], fits: Mapping[str, bool | None]) -> str:
                 f"{speed:.1f}" if speed else "-",
                 "accept" if card.licence.gated else "open",
                 "yes" if card.verified else "unverified",
-                f"{card.sparks} Sparks" if card.sparks > 1 and fits[card.name] else FITS[fits[card.name]],
+                f"{card.sparks} Sparks" if card.sparks > 1 and fits[card.name] is not False else FITS[fits[card.name]],
             )
         )
     return table(rows)
