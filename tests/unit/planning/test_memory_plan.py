@@ -389,6 +389,12 @@ def test_images_that_cannot_run(image: str, reason: str) -> None:
     assert (reason in said) if reason else said == ""
 
 
+def test_a_loader_that_keeps_memory_is_counted() -> None:
+    plain, kept = plan("llama31-8b-fp8"), plan("llama31-8b-fp8", load_format="instanttensor")
+    assert plain.kv_cache_gib - kept.kv_cache_gib == pytest.approx(memory_plan.LOADER_GIB["instanttensor"])
+    assert plan("llama31-8b-fp8", load_format="fastsafetensors").kv_cache_gib == plain.kv_cache_gib
+
+
 load = functools.cache(catalog.load)
 
 
