@@ -380,6 +380,8 @@ def _ways_out(
     here: list[Suggestion] = []
     if made.kv_cache_dtype == "fp8" and not version.rules.has_fp8_kv:
         here += offer("kv_cache", {"kv_cache_dtype": "auto"})
+    if version.rules.batch_holds_block and made.mamba_cache_mode == "align" and made.kv_block_tokens > batched:
+        here += offer("batch", {"max_num_batched_tokens": made.kv_block_tokens})
     if highest > 0 and abs(highest - made.gpu_memory_utilization) >= 0.005:
         here += offer("utilization", {SHARE: highest})
     here += first("context", "max_model_len", _lengths(made.max_model_len))

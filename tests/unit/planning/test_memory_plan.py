@@ -389,6 +389,14 @@ def test_images_that_cannot_run(image: str, reason: str) -> None:
     assert (reason in said) if reason else said == ""
 
 
+def test_a_batch_that_holds_a_block_is_proposed_where_vllm_asks_for_one() -> None:
+    made = plan("nemotron3-super-120b-a12b-nvfp4", max_num_batched_tokens=8192)
+    assert not made.fits and "a block of this model is 8432 tokens long" in made.reasons[0]
+    assert ways(made, "batch") == [{"max_num_batched_tokens": 8432}]
+    assert plan("nemotron3-super-120b-a12b-nvfp4", max_num_batched_tokens=8432).fits
+    assert plan("nemotron3-super-120b-a12b-nvfp4", max_num_batched_tokens=8192, version=Engine((0, 28))).fits
+
+
 def test_a_loader_that_keeps_memory_is_counted() -> None:
     plain, kept = plan("llama31-8b-fp8"), plan("llama31-8b-fp8", load_format="instanttensor")
     assert plain.kv_cache_gib - kept.kv_cache_gib == pytest.approx(memory_plan.LOADER_GIB["instanttensor"])
