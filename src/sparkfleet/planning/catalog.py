@@ -24,7 +24,7 @@ from sparkfleet import SparkfleetError
 from sparkfleet.documents import yaml_text
 from sparkfleet.documents.schema import MOST, Document, joined, problems
 from sparkfleet.paths import ROOT, STATE
-from sparkfleet.planning import vllm_versions
+from sparkfleet.planning import vllm_versions, weights
 from sparkfleet.planning.vllm_versions import Engine
 from sparkfleet.user_paths import expanded
 
@@ -71,16 +71,20 @@ class Licence:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Sizes: files in GiB, memory in GiB as vLLM logs it, and GB (1e9 bytes) read for one token of output."""
+    """Sizes: files in GiB, memory in GiB as vLLM logs it, and GB (1e9 bytes) read for one token of output.
+
+    ``parameters``: 1e9 of them in each format (``weights.BYTES``), where nobody has logged the memory.
+    """
 
     download_gib: float
     read_gb_per_token: float
     loaded_gib: float = 0.0
+    parameters: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def memory_gib(self) -> float:
-        """What the loaded weights take."""
-        return self.loaded_gib or self.download_gib
+        """What the loaded weights take: as logged, from the parameters, or the size of the files."""
+        return self.loaded_gib or (weights.gib(self.parameters) if self.parameters else self.download_gib)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +110,7 @@ class Attention:
     rank: int = 0
     rope_dim: int = 0
     index_bytes: int = 0
-    index_tokens: int = 0
+    index_tokens: int = 1
     heads: int = 0
     key_heads: int = 0
     value_heads: int = 0
@@ -276,7 +280,15 @@ def load(model: str, folder: Path | None = None) -> Card:
             f"unknown model '{printable(model, 100)}': {hint}The catalogue has {', '.join(known)}; "
             "a card of your own is given by its path (sparkfleet_model: /path/to/card.yml)"
         )
-    return parse(folder / f"{model}.yml")
+    path = folder / f"{model}.yml"
+    there = path.stat()
+    return _kept(path, there.st_mtime_ns, there.st_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _kept(path: Path, changed: int, size: int) -> Card:
+    """A card of the catalogue, read once while its file stays: what fits is searched for among all of them."""
+    return parse(path)
 
 
 def parse(path: Path) -> Card:

@@ -149,7 +149,7 @@ def ranks(card: Card, arguments: Arguments) -> int:
                 f"{card.source}: {name} {arguments[name]}: the planner knows only tensor_parallel_size and does not "
                 "guess; leave it at 1"
             )
-    return int(number(arguments, "tensor_parallel_size", card.sparks))
+    return max(int(number(arguments, "tensor_parallel_size", card.sparks)), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +254,11 @@ class _Cut:
         block = self._block(mode)
         specs = self._attention_specs(block) + self._state_specs(block, mode)
         if self.arguments.get("disable_hybrid_kv_cache_manager") is True:
-            specs = [dataclasses.replace(spec, kind="full", window=0) for spec in specs]
+            specs = [dataclasses.replace(spec, kind="full", window=0) if spec.window else spec for spec in specs]
+            if self.states:
+                self.refusals.append(
+                    "disable_hybrid_kv_cache_manager: vLLM does not start a hybrid with it; leave it out"
+                )
         groups, block_bytes = grouped(specs, self.rules, self.card)
         return Layout(
             groups=tuple(groups),
@@ -321,7 +325,7 @@ class _Cut:
         else:
             chosen = rules.mamba2_speculative_mode if self.drafting.tokens else rules.mamba2_mode
         if chosen == "align":
-            if self.arguments.get("enable_chunked_prefill") is False and "no_enable_chunked_prefill" in self.arguments:
+            if self.arguments.get("no_enable_chunked_prefill") is True:
                 self.refusals.append("mamba_cache_mode align needs enable_chunked_prefill")
             if self.drafting.tokens and not rules.align_speculates:
                 self.refusals.append(
@@ -333,9 +337,8 @@ class _Cut:
     def _block(self, mode: Mode) -> int:
         """Tokens of a block of attention."""
         given = int(number(self.arguments, "block_size", 0))
-        sizes = [state_bytes(entry, self.arguments, self._drafted(entry), self.gpus) for entry in self.states]
-        # The n-gram layer's own convolution does not lengthen blocks unless it is the only state.
-        state = max(sizes, default=0)
+        drafted = self.drafting.tokens
+        state = max((state_bytes(entry, self.arguments, drafted, self.gpus) for entry in self.states), default=0)
         if not state:
             return given or BLOCK
         main = next((entry for entry in self.attention if entry.kind != "sliding"), self.attention[0])
@@ -358,9 +361,6 @@ class _Cut:
                 f"vLLM {self.version.text} refuses: set max_num_batched_tokens to {block} or more"
             )
         return block
-
-    def _drafted(self, entry: Attention) -> int:
-        return self.drafting.tokens
 
     def _layers(self) -> list[Attention]:
         """Entries of attention, with what drafts: layers of the model's own, or another model's."""
@@ -421,7 +421,7 @@ class _Cut:
         rules, drafted = self.rules, self.drafting.tokens
         specs: list[Spec] = []
         for entry in self.states:
-            size = state_bytes(entry, self.arguments, self._drafted(entry), self.gpus)
+            size = state_bytes(entry, self.arguments, drafted, self.gpus)
             checkpoint = {"mamba2": rules.mamba2_checkpoint, "kda": rules.kda_checkpoint}.get(entry.kind, 0)
             fixed = {"none": 1 + drafted, "align": 2 + drafted + checkpoint, "all": 0}[mode]
             extra = drafted if rules.all_counts_speculation else 0

@@ -14,7 +14,7 @@ from typing import Any
 
 from sparkfleet import operator_name
 from sparkfleet.documents import yaml_text
-from sparkfleet.planning import compose, preflight, vllm_versions
+from sparkfleet.planning import compose, kv_layout, preflight, vllm_versions
 from sparkfleet.planning.target import State, Target
 
 
@@ -204,6 +204,12 @@ def notes(target: Target, state: State) -> list[str]:
         found.append(
             f"the tag of {target.image} moves: another run may find another vLLM under it; sparkfleet_image with a "
             "digest (NAME@sha256:...) pins it"
+        )
+    draft = kv_layout.speculation(target.card, target.arguments).model
+    if draft and settings.model_source == "local":
+        found.append(
+            f"the engine, which is offline, needs the draft {draft} as well, which Sparkfleet does not fetch: "
+            f"`hf download {draft} --cache-dir {settings.cache_dir}` on the host does"
         )
     if settings.model_source != "local":
         found.append(

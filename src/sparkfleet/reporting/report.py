@@ -22,6 +22,8 @@ PARTS = (
 )
 
 
+#: Blocks that are longer are worth a word: prefixes are reused in steps of them, tokens.
+LONG_BLOCK = 256
 #: Whether a model fits a Spark; "?" where the planner does not know.
 FITS = {True: "yes", False: "no", None: "?"}
 
@@ -53,7 +55,8 @@ def bar(plan: Mapping[str, Any], colour: bool) -> str:
 def page(plan: Mapping[str, Any], colour: bool = False) -> str:
     """The memory plan for people."""
     lines = [
-        f"{plan['model']} ({plan['profile']}) with vLLM {plan['engine']}, KV cache in {plan['kv_cache_dtype']}",
+        f"{plan['model']} ({plan['profile']}) with vLLM {plan['engine']}, KV cache in {plan['kv_cache_dtype']}"
+        + (f", one of {plan['sparks']} Sparks" if plan.get("sparks", 1) > 1 else ""),
         "",
         f"  [{bar(plan, colour)}] {plan['total_gib']:.1f} GiB",
     ]
@@ -67,7 +70,8 @@ def page(plan: Mapping[str, Any], colour: bool = False) -> str:
         f"(floor {plan['reserve_gib']:g})",
         "",
         f"  asked for      {plan['requested_gib']:.2f} GiB, utilization {plan['gpu_memory_utilization']:.2f}",
-        f"  KV cache       {plan['kv_cache_tokens']:,} tokens, {plan['kv_bytes_per_token']:,} bytes each",
+        f"  KV cache       {plan['kv_cache_tokens']:,} tokens, {plan['kv_bytes_per_token']:,} bytes each"
+        + (f", in blocks of {plan['kv_block_tokens']:,}" if plan.get("kv_block_tokens", 0) > LONG_BLOCK else ""),
         f"  at a time      {plan['full_length_sequences']} of full length ({plan['max_model_len']:,} tokens), "
         f"or {plan['typical_sequences']} usual ones (4,096)",
         f"  one stream     at most {plan['decode_tok_s_limit']:.1f} tokens a second"
@@ -97,7 +101,7 @@ def models(cards: Sequence[Card], fits: Mapping[str, bool | None]) -> str:
                 f"{speed:.1f}" if speed else "-",
                 "accept" if card.licence.gated else "open",
                 "yes" if card.verified else "unverified",
-                f"{card.sparks} Sparks" if card.sparks > 1 and fits[card.name] else FITS[fits[card.name]],
+                f"{card.sparks} Sparks" if card.sparks > 1 and fits[card.name] is not False else FITS[fits[card.name]],
             )
         )
     return table(rows)

@@ -202,6 +202,13 @@ def test_what_is_missing_is_named(card: Card, arguments: dict[str, Any], words: 
         cut(card, **arguments)
 
 
+def test_without_the_hybrid_manager_windows_keep_all_tokens() -> None:
+    half = model(Attention("full", 16, 8, 128), Attention("sliding", 16, 8, 128, window=1024))
+    made = cut(half, disable_hybrid_kv_cache_manager=True)
+    assert made.blocks(131072) == 131072 // 16 and len(made.groups) == 1 and not made.refusals
+    assert "does not start a hybrid" in cut(model(GDN, FULL), disable_hybrid_kv_cache_manager=True).refusals[0]
+
+
 def test_tokens_from_the_text_itself_need_no_layers() -> None:
     made = cut(model(GDN, FULL), speculative_config={"method": "ngram", "num_speculative_tokens": 2})
     assert made.speculative_tokens == 2 and len(made.groups) == 4

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sparkfleet_host.bounded import GIB
 
 from sparkfleet import SparkfleetError
-from sparkfleet.planning import catalog, kv_layout, memory_plan, vllm_versions
+from sparkfleet.planning import catalog, kv_layout, memory_plan, vllm_versions, weights
 from sparkfleet.planning.memory_plan import Memory
 from sparkfleet.planning.vllm_versions import Engine
 
@@ -384,3 +387,56 @@ def test_engine_of_an_image(image: str, version: tuple[int, ...]) -> None:
 def test_images_that_cannot_run(image: str, reason: str) -> None:
     said = vllm_versions.unfit(image)
     assert (reason in said) if reason else said == ""
+
+
+def test_a_batch_that_holds_a_block_is_proposed_where_vllm_asks_for_one() -> None:
+    made = plan("nemotron3-super-120b-a12b-nvfp4", max_num_batched_tokens=8192)
+    assert not made.fits and "a block of this model is 8432 tokens long" in made.reasons[0]
+    assert ways(made, "batch") == [{"max_num_batched_tokens": 8432}]
+    assert plan("nemotron3-super-120b-a12b-nvfp4", max_num_batched_tokens=8432).fits
+    assert plan("nemotron3-super-120b-a12b-nvfp4", max_num_batched_tokens=8192, version=Engine((0, 28))).fits
+
+
+def test_a_loader_that_keeps_memory_is_counted() -> None:
+    plain, kept = plan("llama31-8b-fp8"), plan("llama31-8b-fp8", load_format="instanttensor")
+    assert plain.kv_cache_gib - kept.kv_cache_gib == pytest.approx(memory_plan.LOADER_GIB["instanttensor"])
+    assert plan("llama31-8b-fp8", load_format="fastsafetensors").kv_cache_gib == plain.kv_cache_gib
+
+
+load = functools.cache(catalog.load)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(catalog.names()),
+    total=st.floats(20, 130),
+    more=st.floats(0, 20),
+    share=st.floats(0.05, 1),
+    batched=st.integers(256, 65536),
+)
+def test_more_memory_never_holds_less(name: str, total: float, more: float, share: float, batched: int) -> None:
+    """For every card: figures are never negative, the parts never exceed what is asked for, more memory never hurts."""
+    card = load(name)
+    arguments = {key: value for key, value in card.arguments.items() if key != "kv_cache_memory_bytes"}
+    arguments |= {"gpu_memory_utilization": share, "max_num_batched_tokens": batched}
+    small, large = (memory_plan.make(card, arguments, memory=Memory(host, host)) for host in (total, total + more))
+    for made in (small, large):
+        assert min(made.kv_cache_gib, made.kv_cache_tokens, made.max_concurrency, made.kv_blocks) >= 0
+        assert made.kv_blocks * made.kv_block_bytes <= made.kv_cache_gib * GIB + 1
+        parts = made.weights_gib + made.activation_gib + made.runtime_gib + made.cuda_graphs_gib + made.kv_cache_gib
+        assert parts == pytest.approx(made.requested_gib) or made.kv_cache_gib == 0
+        assert not made.fits or made.max_concurrency >= 1
+    assert small.kv_cache_tokens <= large.kv_cache_tokens or arguments.get("max_model_len") == "auto"
+
+
+def test_weights_by_their_formats() -> None:
+    """As vLLM counts Llama-3.1-8B in FP8 on the meta device, 8.458 GiB, and what it logs more."""
+    linear = 32 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336) / 1e9
+    made = weights.gib({"fp8": linear, "bf16": 2 * 128256 * 4096 / 1e9})
+    assert made == pytest.approx(8.51, abs=0.06)
+    assert weights.gib({"nvfp4": 16}) == pytest.approx(16e9 * 0.5625 / GIB + weights.BUFFERS_GIB)
+    assert weights.gib({"mxfp4": 32}) < weights.gib({"nvfp4": 32}) < weights.gib({"block_fp8": 32})
+    sizes = catalog.Weights(download_gib=9.0, read_gb_per_token=8.0, parameters={"fp8": 8.0})
+    assert sizes.memory_gib == weights.gib({"fp8": 8.0})
+    assert dataclasses.replace(sizes, loaded_gib=7.7).memory_gib == 7.7
+    assert dataclasses.replace(sizes, parameters={}).memory_gib == 9.0

@@ -16,13 +16,13 @@ from tests.unit import ROOT
 KEPT: dict[str, dict[str, dict[str, Any]]] = json.loads(
     (ROOT / "tests" / "unit" / "data" / "oracle.json").read_text(encoding="utf-8")
 )
-DTYPES = ("auto", "fp8")
+CARDS = {name: catalog.load(name) for name in catalog.names()}
 
 
 def planned(version: str, asked: str) -> dict[str, Any]:
     """What the planner answers, in the oracle's terms."""
     name, profile, dtype, gib = asked.rsplit(" ", 3)
-    card = catalog.load(name)
+    card = CARDS[name]
     arguments = {**card.with_profile(profile), "kv_cache_dtype": "bfloat16" if dtype == "auto" else dtype}
     try:
         cut = kv_layout.layout(card, arguments, Engine.parse(version))
@@ -54,7 +54,6 @@ def test_every_card_and_profile_to_the_block(version: str) -> None:
 
 def test_every_card_and_profile_was_asked() -> None:
     """A new card is asked about with `scripts/oracle`."""
-    cards = [catalog.load(name) for name in catalog.names()]
-    wanted = {f"{card.name} {profile}" for card in cards for profile in card.profiles}
+    wanted = {f"{card.name} {profile}" for card in CARDS.values() for profile in card.profiles}
     for version, answers in KEPT.items():
         assert {asked.rsplit(" ", 2)[0] for asked in answers} == wanted, version

@@ -55,7 +55,7 @@ def test_a_recipe_is_a_card_flag_by_flag(recipe: dict[str, Any]) -> None:
     if recipe["vllm"]:
         assert card.engine() == vllm_versions.Engine.parse(recipe["vllm"])
     assert vllm_versions.moves(card.image) == recipe["image"]["mutable"]
-    assert f"{recipe['commit']}, {recipe['file']}" in card.source.read_text(encoding="utf-8")
+    assert f"{recipe['commit']}, {recipe['file']}" in " ".join(card.source.read_text(encoding="utf-8").split())
     speeds = {entry.tok_s: entry for entry in card.measured}
     for figure in recipe["measured"]:
         entry = speeds[figure["decode_tok_s_per_user"]]
