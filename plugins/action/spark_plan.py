@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import time
+from pathlib import Path
 from typing import Any
 
+from ansible import constants
 from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
@@ -15,6 +17,8 @@ from sparkfleet_host.engine import PROJECT
 
 from sparkfleet import SparkfleetError, paths
 from sparkfleet.fleet import gateway
+from sparkfleet.fleet.model_files import Way
+from sparkfleet.onboarding import hub_card
 from sparkfleet.packaging import host_program
 from sparkfleet.planning import plan, variables
 from sparkfleet.planning.target import Settings, Target, listen
@@ -38,11 +42,13 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         if "plan" in before and not gateway.truth(self._task.args.get("again", True)):
             return {**result, "changed": False, "plan": before["plan"], "state": before["state"]}
         try:
-            target = Target.of(self._settings(task_vars))
+            settings = self._settings(task_vars)
+            if not (settings.bundle or status):
+                self._make_card(settings, task_vars)
+            target = Target.of(settings)
         except SparkfleetError as error:
             raise _bad_input(f"{host}: {error}") from None
 
-        settings = target.settings
         request = {
             "engines": [
                 {
@@ -98,6 +104,21 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             self._display.display(report.clean(f"{host}  {line}"))
         result.update(changed=False, plan=made, state=answer["state"])
         return result
+
+    def _make_card(self, settings: Settings, task_vars: dict[str, Any]) -> None:
+        """The card of a model given as ORG/NAME, made from the Hub where there is none. Raises SparkfleetError."""
+        hub = Way(
+            endpoint=str(self._templar.template(task_vars.get("sparkfleet_controller_hub")) or settings.hub_endpoint),
+            token=settings.hf_token,
+            proxy=settings.proxy,
+            no_proxy=settings.no_proxy,
+        )
+        hub_card.ensure(
+            settings.model,
+            hub,
+            lambda text: self._display.display(report.clean(text)),
+            once=Path(constants.DEFAULT_LOCAL_TMP),
+        )
 
     def _settings(self, task_vars: dict[str, Any]) -> Settings:
         """The settings of this host, out of its variables. Raises SparkfleetError with each problem."""

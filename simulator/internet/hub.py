@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Stand-in for huggingface.co: as much of the Hub's protocol as the real client uses. Standard library only.
 
-Repositories lie in ROOT/ORG/NAME/{repo.json,files/*}; repo.json is {"gated": bool}. TOKENS is a JSON file
-{token: {"name": str, "accepted": [repository, ...]}}, read for each request. Messages are the real Hub's.
+Repositories lie in ROOT/ORG/NAME/{repo.json,files/*}; repo.json is {"gated": bool, "license": str}. TOKENS is a JSON
+file {token: {"name": str, "accepted": [repository, ...]}}, read for each request. Messages are the real Hub's.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Repository:
         self.name, self.folder = name, root / name / "files"
         if not self.folder.is_dir():
             raise Refusal(404, "RepoNotFound", "Repository not found")
-        self.gated = bool(json.loads((root / name / "repo.json").read_text(encoding="utf-8")).get("gated"))
+        said = json.loads((root / name / "repo.json").read_text(encoding="utf-8"))
+        self.gated, self.license = bool(said.get("gated")), said.get("license")
 
     def entry(self, path: Path) -> dict[str, Any]:
         """A file as the Hub's tree lists it."""
@@ -187,6 +188,7 @@ class Handler(BaseHTTPRequestHandler):
                 "sha": commit,
                 "private": False,
                 "gated": gated,
+                "cardData": {"license": repository.license} if repository.license else None,
                 "disabled": False,
                 "tags": [],
                 "siblings": siblings,

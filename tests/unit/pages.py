@@ -207,7 +207,7 @@ def _sparkfleet(rest: list[str]) -> str:
     if more and (not hasattr(known, "words") or any(word.startswith("-") for word in more)):
         return f"unrecognized arguments: {' '.join(more)}"
     model = getattr(known, "model", None)
-    if model and not model.endswith((".yml", ".yaml")) and model not in catalog.names():
+    if model and not (model.endswith((".yml", ".yaml")) or catalog.hub_name(model) or model in catalog.names()):
         return f"no model {model} in the catalogue"
     return _extra(getattr(known, "extra_vars", []))
 

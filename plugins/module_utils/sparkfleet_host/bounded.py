@@ -38,14 +38,23 @@ class BoundsError(ValueError):
 # -- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def parse_json(data: bytes | str, what: str, limit: int = 16 * MIB, depth: int = DEPTH, quote: bool = True) -> Any:
+def parse_json(
+    data: bytes | str,
+    what: str,
+    limit: int = 16 * MIB,
+    depth: int = DEPTH,
+    quote: bool = True,
+    constants: bool = False,
+) -> Any:
     """Decode JSON (RFC 8259: no NaN, no Infinity, no number beyond a float). `what` names the data in the error, which
-    shows its beginning too unless `quote` is false: a file may be another one than its name says. Raises
+    shows its beginning too unless `quote` is false: a file may be another one than its name says. With `constants`,
+    NaN and Infinity are read as null: Python writes them (`time_step_limit` in config.json of Mamba models). Raises
     BoundsError."""
     if len(data) > limit:
         raise BoundsError(f"{what}: more than {limit} bytes")
     try:
-        value = json.loads(data, parse_constant=_constant, parse_float=_float, parse_int=_int)
+        constant = _null if constants else _constant
+        value = json.loads(data, parse_constant=constant, parse_float=_float, parse_int=_int)
         _check_depth(value, depth)
         return value
     except RecursionError:
@@ -60,6 +69,10 @@ def parse_json(data: bytes | str, what: str, limit: int = 16 * MIB, depth: int =
 
 def _reason(error: ValueError) -> str:
     return f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def _null(_: str) -> None:
+    return None
 
 
 def _constant(text: str) -> Any:

@@ -5,6 +5,8 @@ standard library, huggingface_hub and two files of the host package. Speaks JSON
     {"progress": {"phase", "done", "total"}}   bytes; phases: resolving, downloading, checking
     {"result": {"commit", "path", "files", "bytes", "downloaded"}}
     {"listing": {"commit", "files": {name: {"size", "sha256" | "sha1"}}}}   with --list, which downloads nothing
+    {"about": {"listing", "gated", "licence", "texts": {name: content}, "left_out": {name: size}, "tensor_bytes"}}
+                                               with --about, what a model card is made of
     {"error": {"id", "message"}}               with exit code 1; ids as in failures.py
 
 With --expected, any source must offer exactly the commit and files of that list.
@@ -62,6 +64,10 @@ IGNORE = (
     *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite", "*.gguf"),
     *("original/*", "metal/*", "onnx/*", "openvino/*", "consolidated*"),
 )
+#: Small files that say what a model is, and the most bytes that are read of one.
+TEXTS = ("config.json", "hf_quant_config.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
+TEXT_BYTES = 4 << 20
+INDEX = "model.safetensors.index.json"
 CHUNK = 4 << 20
 ANSWER = MANIFEST_BYTES  # of the Hub's API; a peer sends its complete list in one answer, 7 MB with MOST_FILES files
 REFUSAL = 1 << 20  # bytes of an error or of a redirect; the client keeps up to 20 of these until it has its answer
@@ -306,6 +312,7 @@ class Fetch:
         self.request = request
         self.commit = ""
         self.files: list[RemoteFile] = []
+        self.info: Any = None  # what the Hub says of the repository
         self.downloaded = 0
         self._known: dict[str, str] = {}  # blob -> hash computed while it was written
         self._checked = 0
@@ -385,7 +392,7 @@ class Fetch:
         info = HfApi().model_info(repo, revision=revision)
         if not info.sha or not COMMIT.fullmatch(info.sha):
             raise FetchError("hub-revision-unknown", f"the Hub named no commit for {repo} at {revision}")
-        self.commit = info.sha
+        self.commit, self.info = info.sha, info
         found = []
         for place, entry in enumerate(itertools.chain.from_iterable(self._pages())):
             if place >= MOST_FILES:
@@ -399,6 +406,53 @@ class Fetch:
             raise FetchError("hub-answer-odd", f"the Hub lists {twice[0]} of {repo} twice, with different content")
         if not self.files:
             raise FetchError("hub-revision-unknown", f"{repo} at {self.commit} has none of the requested files")
+
+    def about(self) -> dict[str, Any]:
+        """What a model card is made of: the list, the small files, licence and gating. Raises FetchError, and what
+        `explain` understands."""
+        self.look_up()
+        named = {file.name: file for file in self.files}
+        texts, left_out = {}, {}
+        for name in filter(named.__contains__, TEXTS):
+            if named[name].size > TEXT_BYTES:
+                left_out[name] = named[name].size
+            else:
+                texts[name] = self._content(named[name]).decode("utf-8", "replace")
+        tensors = 0
+        if INDEX in named and named[INDEX].size <= ANSWER:
+            tensors = self._tensor_bytes(self._content(named[INDEX]))
+        gated, licence = _terms(self.info)
+        return {
+            "listing": self.listing(),
+            "gated": gated,
+            "licence": licence,
+            "texts": texts,
+            "left_out": left_out,
+            "tensor_bytes": tensors,
+        }
+
+    def _content(self, file: RemoteFile) -> bytes:
+        """A small file, which must be what the list says."""
+        response = http_backoff(
+            "GET", hf_hub_url(self.request.repo, file.name, revision=self.commit), headers=build_hf_headers()
+        )
+        hf_raise_for_status(response)
+        content: bytes = response.content
+        sha = file.hasher()
+        sha.update(content)
+        if len(content) != file.size or sha.hexdigest() != file.hash:
+            raise FetchError(
+                "checksum", f"{file.name} of {self.request.repo} arrived with a content other than the Hub names"
+            )
+        return content
+
+    def _tensor_bytes(self, content: bytes) -> int:
+        """`metadata.total_size` of the index, 0 where it does not say."""
+        try:
+            metadata = bounded.as_dict(bounded.parse_json(content, INDEX, ANSWER), INDEX).get("metadata")
+            return bounded.as_int(bounded.as_dict(metadata, INDEX).get("total_size"), INDEX, 0, MOST_BYTES * 1000)
+        except bounded.BoundsError:
+            return 0
 
     def _pages(self) -> Iterator[list[Any]]:
         """The list of files as `HfApi.list_repo_tree` asks for it, which follows any number of pages."""
@@ -635,6 +689,19 @@ class Fetch:
             thread.join()
 
 
+def _terms(info: Any) -> tuple[bool | None, str]:
+    """Whether the Hub asks to accept a licence (None where it does not say), and the licence's name or ""."""
+    gated = getattr(info, "gated", None)
+    card = getattr(info, "card_data", None)
+    named = [card.get(key) for key in ("license_name", "license")] if card is not None else []
+    tags = getattr(info, "tags", None)
+    tagged = tags[:1000] if isinstance(tags, list) else []
+    named += [tag.partition(":")[2] for tag in tagged if isinstance(tag, str) and tag.startswith("license:")]
+    names = [name for name in named if isinstance(name, str) and name.strip()]
+    licence = bounded.printable(names[0].strip(), 100) if names else ""
+    return (gated not in (False, "") if gated is not None else None), licence
+
+
 def _remote_file(repo: str, entry: dict[str, Any]) -> RemoteFile:
     """A file of the Hub's list. Raises FetchError for a name, size or hash that it cannot have, and what any other form
     raises."""
@@ -762,6 +829,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for the commit and the list of files")
     parser.add_argument("--expected", type=Path, metavar="FILE", help="list that the offered files must match")
     parser.add_argument("--list", action="store_true", help="print what the Hub has, and download nothing")
+    parser.add_argument("--about", action="store_true", help="print what a model card is made of, and download nothing")
     given = parser.parse_args(argv)
     request = Request(
         repo=given.repo,
@@ -778,7 +846,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.expected:
             request.expected = check_listing(bounded.read_json(given.expected, MANIFEST_BYTES), "expected")
         fetch = Fetch(request)
-        if given.list:
+        if given.about:
+            said: list[dict[str, Any]] = []
+            fetch.in_time(lambda: said.append(fetch.about()))
+            say(about=said[0])
+        elif given.list:
             fetch.in_time(fetch.look_up)
             say(listing=fetch.listing())
         else:

@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import yaml
-from sparkfleet_host.bounded import printable
+from sparkfleet_host.bounded import GIB, printable
 
 from sparkfleet import (
     SparkfleetError,
     __version__,
     paths,
 )
-from sparkfleet.cli import summary
+from sparkfleet.cli import card, summary
 from sparkfleet.cli.runner import Collector, default_inventory, run
 from sparkfleet.documents import yaml_text
 from sparkfleet.exit_codes import DOWN, INTERRUPTED, OK
@@ -30,7 +30,7 @@ from sparkfleet.fleet import (
     dry_run,
     outage,
 )
-from sparkfleet.onboarding import init
+from sparkfleet.onboarding import hub_card, init
 from sparkfleet.onboarding.prompts import report_line
 from sparkfleet.paths import ROOT
 from sparkfleet.planning import (
@@ -105,7 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sparkfleet {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("model", metavar="MODEL|FILE", help=f"one of {', '.join(catalog.names())}, or a card's path")
+    model.add_argument(
+        "model",
+        metavar="MODEL|FILE|ORG/NAME",
+        help=f"one of {', '.join(catalog.names())}, a card's path, or a model of the Hub",
+    )
     model.add_argument("--profile", default="throughput", help="profile of the card (default: %(default)s)")
     model.add_argument(
         "--set",
@@ -125,6 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--reserve-gib", type=_gib_or_none, default=4.0, help="memory that the plan leaves to the host (default: 4)"
     )
+    plan.add_argument(
+        "--kv-gib", type=_gib, help="size of the KV cache as vLLM logs it (default: what is left of the budget)"
+    )
     plan.add_argument("--engine", metavar="VERSION", help="vLLM version (default: that of the card's image)")
     plan.add_argument("--json", action="store_true", help="for programs")
     plan.set_defaults(run=_plan)
@@ -141,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         help="local: fetched first and served offline; hub: the server downloads (default: %(default)s)",
     )
     show.set_defaults(run=_compose)
+    card.add_parser(verbs)
     init.add_parser(verbs)
     _add_verbs(verbs)
     return parser
@@ -475,6 +483,7 @@ def _target(options: argparse.Namespace, source: str) -> Target:
             arguments[name.replace("-", "_")] = yaml_text.load(value)
         except yaml_text.YamlError as error:
             raise SparkfleetError(f"--set {printable(pair, 80)}: {error}") from None
+    hub_card.ensure_reported(options.model)
     return Target.of(Settings(model=options.model, profile=options.profile, model_source=source, arguments=arguments))
 
 
@@ -484,13 +493,12 @@ def _plan(options: argparse.Namespace) -> int:
     available = options.available_gib or max(total - memory_plan.USUAL_HOST_GIB, 0.0)
     if available > total:
         raise SparkfleetError(f"--available-gib {available:g} is more than the host's total ({total:g})")
+    fixed = {"kv_cache_memory_bytes": int(options.kv_gib * GIB)} if options.kv_gib else {}
     made = memory_plan.make(
         engine.card,
-        engine.arguments,
+        engine.arguments | fixed,
         profile=options.profile,
-        version=vllm_versions.Engine(vllm_versions.parse_version(options.engine))
-        if options.engine is not None
-        else engine.version,
+        version=vllm_versions.Engine.parse(options.engine) if options.engine is not None else engine.version,
         memory=memory_plan.Memory(total, available, options.reserve_gib),
         others=_cards,
     ).as_dict()

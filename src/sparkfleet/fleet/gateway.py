@@ -132,6 +132,7 @@ def _server(host: str, values: Mapping[str, Any]) -> dict[str, Any]:
         "name": _word(host),
         "address": values["address"],
         "literal": is_address(values["address"]),
+        "port": port_number(f"{host}: sparkfleet_port", values["engines"][0]["port"]),
         "check_port": port_number(f"{host}: sparkfleet_guard_port", values["guard_port"]) if guarded else 0,
     }
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,31 +62,37 @@ class Way:
 
 def resolve(repo: str, revision: str, way: Way, remote_code: bool = False) -> Answer:
     """Ask the Hub; `remote_code`: for the repository's code too, as the host fetches it. Raises SparkfleetError for
-    an invalid model or revision."""
+    what is no model or revision."""
+    output = run_client(repo, revision, way, ["--list", *(["--remote-code"] if remote_code else [])], SECONDS)
+    answer = output if isinstance(output, Answer) else understand(output, revision, way.endpoint)
+    if way.token:
+        answer = dataclasses.replace(answer, reason=answer.reason.replace(way.token, "***"))
+    return answer
+
+
+def run_client(repo: str, revision: str, way: Way, words: Sequence[str], seconds: float) -> bytes | Answer:
+    """What the packed client prints with these words, or the Answer that says why it printed nothing. Raises
+    SparkfleetError for what is no model or revision."""
     if not cache.valid_repo(repo) or not cache.valid_revision(revision):
         shown = bounded.printable(repr(f"{repo}@{revision}"), 200)
         raise SparkfleetError(f"{shown} is not ORG/NAME and a branch, tag or commit")
     client = hub_client.build(CACHE)
     with tempfile.TemporaryDirectory(prefix="sparkfleet-hub-") as folder:
-        argv = [sys.executable, "-I", "-S", "-B", str(client), "--list", f"--repo={repo}", f"--revision={revision}"]
-        argv += ["--remote-code"] if remote_code else []
+        argv = [sys.executable, "-I", "-S", "-B", str(client), f"--repo={repo}", f"--revision={revision}", *words]
         try:
             done = subprocess.run(
                 [*argv, f"--cache-dir={folder}/cache"],
                 env=environment(way, Path(folder)),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
-                timeout=SECONDS,
+                timeout=seconds,
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return Answer(reason=f"{way.endpoint} has not answered within {SECONDS:.0f} s", failure="hub-unreachable")
+            return Answer(reason=f"{way.endpoint} has not answered within {seconds:g} s", failure="hub-unreachable")
         except OSError as error:
             return Answer(reason=f"the Hub's client did not start: {error}", failure="internal")
-    answer = understand(done.stdout, revision, way.endpoint)
-    if way.token:
-        answer = dataclasses.replace(answer, reason=answer.reason.replace(way.token, "***"))
-    return answer
+    return done.stdout
 
 
 def environment(way: Way, folder: Path) -> dict[str, str]:

@@ -25,7 +25,7 @@ from sparkfleet_host.bounded import GIB, printable
 from sparkfleet import SparkfleetError, paths
 from sparkfleet.exit_codes import CODES, INTERRUPTED, OK, REFUSED
 from sparkfleet.fleet.gateway import truth
-from sparkfleet.onboarding import enrol, inventory_file, model_choice, ssh
+from sparkfleet.onboarding import enrol, hub_card, inventory_file, model_choice, ssh
 from sparkfleet.onboarding.enrol import Host
 from sparkfleet.onboarding.inventory_file import Entry
 from sparkfleet.onboarding.model_choice import Choice
@@ -161,6 +161,7 @@ def _check_options(options: argparse.Namespace) -> None:
     if options.private_key or options.ssh_common_args:
         ssh.settings(Place("host", "", 0, _key(options), options.ssh_common_args))
     if options.model or options.profile:
+        hub_card.ensure_reported(options.model or model_choice.default())
         catalog.load(options.model or model_choice.default()).with_profile(options.profile or model_choice.PROFILE)
 
 

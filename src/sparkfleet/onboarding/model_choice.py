@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparkfleet import SparkfleetError
+from sparkfleet.onboarding import hub_card
 from sparkfleet.onboarding.prompts import Prompter, report_line
 from sparkfleet.planning import catalog, memory_plan, target
 from sparkfleet.planning.catalog import Card
@@ -78,6 +79,7 @@ def choose(person: Prompter, model: str, profile: str, room: memory_plan.Memory,
 
 def _asked(person: Prompter, model: str, profile: str, room: memory_plan.Memory) -> Choice:
     def known(name: str) -> str:
+        hub_card.ensure_reported(name)
         catalog.load(name)
         return name
 
@@ -97,9 +99,13 @@ def _asked(person: Prompter, model: str, profile: str, room: memory_plan.Memory)
 def offer(model: str, profile: str, room: memory_plan.Memory) -> Choice:
     """A model with its plan on a Spark with this memory. Raises SparkfleetError for one that there is not."""
     card = catalog.load(model)
-    path = "/" in model or model.endswith((".yml", ".yaml"))
+    path = ("/" in model or model.endswith((".yml", ".yaml"))) and catalog.hub_name(model) is None
     name = str(expanded("model card", model).absolute()) if path else model
     arguments = card.with_profile(profile)
+    if card.sparks > 1:
+        return Choice(
+            card, name, profile, None, f"{card.name} spans {card.sparks} Sparks, which is planned only so far"
+        )
     try:
         plan = memory_plan.make(card, arguments, profile=profile, memory=room, others=_catalogue)
     except SparkfleetError as error:

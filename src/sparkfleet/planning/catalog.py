@@ -12,6 +12,8 @@ import difflib
 import functools
 import itertools
 import json
+import re
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ from sparkfleet_host.bounded import printable, read_file
 from sparkfleet import SparkfleetError
 from sparkfleet.documents import yaml_text
 from sparkfleet.documents.schema import MOST, Document, joined, problems
-from sparkfleet.paths import ROOT
+from sparkfleet.paths import ROOT, STATE
+from sparkfleet.planning import vllm_versions, weights
+from sparkfleet.planning.vllm_versions import Engine
 from sparkfleet.user_paths import expanded
 
 #: A card's file, bytes.
@@ -39,6 +43,8 @@ OURS = {
     "download_dir": "sparkfleet_cache_dir",
     "config": "the arguments one by one",
 }
+#: Kinds of attention that count as no layer.
+BESIDE = ("conv", "cache")
 ArgumentValue = str | int | float | bool | dict[str, Any]
 Arguments = dict[str, ArgumentValue]
 
@@ -65,40 +71,79 @@ class Licence:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Sizes: files in GiB, memory in GiB as vLLM logs it, and GB (1e9 bytes) read for one token of output."""
+    """Sizes: files in GiB, memory in GiB as vLLM logs it, and GB (1e9 bytes) read for one token of output.
+
+    ``parameters``: 1e9 of them in each format (``weights.BYTES``), where nobody has logged the memory.
+    """
 
     download_gib: float
     read_gb_per_token: float
     loaded_gib: float = 0.0
+    parameters: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def memory_gib(self) -> float:
-        """What the loaded weights take."""
-        return self.loaded_gib or self.download_gib
+        """What the loaded weights take: as logged, from the parameters, or the size of the files."""
+        return self.loaded_gib or (weights.gib(self.parameters) if self.parameters else self.download_gib)
 
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
     """A kind of attention and the number of layers that have it.
 
-    ``full`` and ``sliding`` keep keys and values for ``kv_heads`` heads of ``head_dim``, for all tokens or for the
-    last ``window``; ``mla`` keeps one compressed vector of ``rank + rope_dim``; ``linear`` keeps a state whose size
-    does not follow from these figures.
+    ``full`` and ``sliding`` keep keys of ``head_dim`` and values of ``value_dim`` (the same by default) for
+    ``kv_heads`` heads, for all tokens or for the last ``window``; ``mla`` keeps one compressed vector of ``rank +
+    rope_dim``. Beside them a layer may keep an index: ``index_bytes`` for ``index_tokens`` tokens.
+    ``gdn``, ``mamba2`` and ``kda`` keep a state of fixed size, a convolution of ``conv`` taps and a matrix in
+    ``state_dtype``. ``none`` keeps nothing, and ``linear`` a state whose size is not known.
+    What stands beside a layer's own is an entry that counts as no layer: ``conv`` a convolution alone, ``width`` wide;
+    ``cache`` ``bytes`` for every ``every`` tokens, for all or the last ``window``, in blocks of ``block`` tokens (the
+    engine's by default) that are padded to a multiple of ``align``.
     """
 
     kind: str
     layers: int
     kv_heads: int = 0
     head_dim: int = 0
+    value_dim: int = 0
     window: int = 0
     rank: int = 0
     rope_dim: int = 0
+    index_bytes: int = 0
+    index_tokens: int = 1
+    heads: int = 0
+    key_heads: int = 0
+    value_heads: int = 0
+    key_dim: int = 0
+    state: int = 0
+    groups: int = 0
+    conv: int = 0
+    chunk: int = 0
+    width: int = 0
+    bytes: int = 0
+    every: int = 1
+    block: int = 0
+    align: int = 1
+    state_dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A model of its own that drafts tokens: its layers that keep keys and values (none where it reads the target's),
+    and what its weights take in memory, GiB."""
+
+    repo: str
+    attention: tuple[Attention, ...]
+    loaded_gib: float
+    #: The shape is not published: what stands here is an assumption, and plans say so.
+    assumed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """What of a model's configuration decides about memory: ``context`` in tokens, ``mlp`` the width of the MLP, of a
-    mixture of experts that of one expert."""
+    mixture of experts that of one expert; ``mtp_layers`` those of multi-token prediction, on top of ``layers``;
+    ``quantization`` how activations are brought to the weights' type, as far as memory differs."""
 
     layers: int
     hidden: int
@@ -106,8 +151,11 @@ class Shape:
     vocab: int
     context: int
     attention: tuple[Attention, ...]
+    heads: int = 0
     experts_per_token: int = 0
+    mtp_layers: int = 0
     kv_cache_dtype: str = "auto"
+    quantization: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +190,17 @@ class Card:
     source: Path
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     profiles_line: int = dataclasses.field(default=1, compare=False)
+    sparks: int = 1
+    draft: Draft | None = None
+    #: vLLM in the image, where the image's name does not say it.
+    vllm: str = ""
+
+    def engine(self, image: str = "") -> Engine:
+        """vLLM in the card's image, or in another that takes its place; not known when neither name nor card says."""
+        named = vllm_versions.of_image(image or self.image)
+        if named.version or not self.vllm or image not in ("", self.image):
+            return named
+        return Engine.parse(self.vllm)
 
     def with_profile(self, profile: str) -> Arguments:
         """Arguments of ``vllm serve`` under a profile; raises when the card has no such profile."""
@@ -170,9 +229,40 @@ def names(folder: Path | None = None) -> list[str]:
     return sorted(path.stem for path in (folder or catalogue_folder()).glob("*.yml"))
 
 
+#: ORG/NAME of the Hub, with @REVISION.
+_HUB = re.compile(
+    r"(?P<repo>[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95})(@(?P<revision>[A-Za-z0-9_][\w./+-]{0,99}))?",
+    re.ASCII,
+)
+
+
+def hub_name(model: str) -> tuple[str, str] | None:
+    """Repository and revision (main) of a model given as ORG/NAME[@REVISION]; None for a name of the catalogue and for
+    a path: one that ends like a card or is there."""
+    found = _HUB.fullmatch(model)
+    if not found or model.endswith((".yml", ".yaml")) or ".." in model or Path(model).is_file():
+        return None
+    return found["repo"], found["revision"] or "main"
+
+
+def made_card(repo: str, revision: str) -> Path:
+    """Where the card lies that was made for a model of the Hub (`onboarding.hub_card` makes it)."""
+    quoted = urllib.parse.quote(revision, safe="")
+    return STATE / "cards" / f"{repo.replace('/', '--')}@{quoted}.yml"
+
+
 def load(model: str, folder: Path | None = None) -> Card:
-    """The card of ``model``: a name of the catalogue, or the path of a card of the user's own."""
+    """The card of ``model``: a name of the catalogue, the path of a card of the user's own, or ORG/NAME of the Hub with
+    a card that was made before."""
     folder = folder or catalogue_folder()
+    if named := hub_name(model):
+        made = made_card(*named)
+        if not made.is_file():
+            raise SparkfleetError(
+                f"{model} has no card yet: `sparkfleet plan {model}` makes one from the Hub, and so does a run that "
+                "reaches it (a card of your own in a file is written with .yml at its end)"
+            )
+        return parse(made)
     if model.endswith((".yml", ".yaml")) or "/" in model:
         path = expanded("model card", model)
         if not path.is_file():
@@ -190,7 +280,15 @@ def load(model: str, folder: Path | None = None) -> Card:
             f"unknown model '{printable(model, 100)}': {hint}The catalogue has {', '.join(known)}; "
             "a card of your own is given by its path (sparkfleet_model: /path/to/card.yml)"
         )
-    return parse(folder / f"{model}.yml")
+    path = folder / f"{model}.yml"
+    there = path.stat()
+    return _kept(path, there.st_mtime_ns, there.st_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _kept(path: Path, changed: int, size: int) -> Card:
+    """A card of the catalogue, read once while its file stays: what fits is searched for among all of them."""
+    return parse(path)
 
 
 def parse(path: Path) -> Card:
@@ -199,10 +297,16 @@ def parse(path: Path) -> Card:
         text = read_file(path, LARGEST).decode("utf-8")
     except (OSError, ValueError) as error:
         raise SparkfleetError(f"model card {path} cannot be read: {error}") from None
+    return of_text(path, text)
+
+
+def of_text(path: Path, text: str) -> Card:
+    """The card in a text; errors name `path`."""
     document = Document(path, text)
     document.check(schema())
     data = document.data
     shape = {**data["shape"], "attention": tuple(Attention(**entry) for entry in data["shape"]["attention"])}
+    draft = data.get("draft")
     card = Card(
         **{key: data[key] for key in ("name", "service", "repo", "revision", "image", "verified")},
         **{key: data[key] for key in ("arguments", "profiles")},
@@ -211,10 +315,15 @@ def parse(path: Path) -> Card:
         shape=Shape(**shape),
         tool_call_parser=data.get("tool_call_parser", ""),
         verify=Question(**data["verify"]),
-        measured=tuple(Measurement(**entry) for entry in data["measured"]),
+        measured=tuple(Measurement(**entry) for entry in data.get("measured", ())),
         source=path,
         environment={name: str(value) for name, value in data.get("environment", {}).items()},
         profiles_line=document.line(("profiles",)),
+        sparks=data.get("sparks", 1),
+        draft=Draft(**{**draft, "attention": tuple(Attention(**entry) for entry in draft["attention"])})
+        if draft
+        else None,
+        vllm=data.get("vllm", ""),
     )
     _check_sense(card, document)
     return card
@@ -222,11 +331,22 @@ def parse(path: Path) -> Card:
 
 def _check_sense(card: Card, document: Document) -> None:
     """What a schema cannot say: figures that contradict each other."""
-    described = sum(entry.layers for entry in card.shape.attention)
+    described = sum(entry.layers for entry in card.shape.attention if entry.kind not in BESIDE)
     if described != card.shape.layers:
         raise document.error(
             ("shape", "attention"),
             f"shape.attention: describes {described} layers, but shape.layers says {card.shape.layers}",
+        )
+    if card.vllm:
+        try:
+            vllm_versions.parse_version(card.vllm)
+        except SparkfleetError as error:
+            raise document.error(("vllm",), f"vllm: {error}") from None
+    ranks = card.arguments.get("tensor_parallel_size", 1)
+    if ranks != card.sparks:
+        raise document.error(
+            ("sparks",) if card.sparks != 1 else ("arguments", "tensor_parallel_size"),
+            f"sparks: {card.sparks}, but arguments.tensor_parallel_size is {ranks}: each Spark has one GPU",
         )
     places: list[tuple[Arguments, tuple[str, ...]]] = [(card.arguments, ("arguments",))]
     places += [(arguments, ("profiles", name)) for name, arguments in card.profiles.items()]

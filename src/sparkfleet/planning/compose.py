@@ -18,6 +18,7 @@ from typing import Any, Literal
 from sparkfleet_host.engine import PROJECT
 from sparkfleet_host.http import KEY_FILE
 
+from sparkfleet import SparkfleetError
 from sparkfleet.planning.catalog import Arguments, ArgumentValue, Card
 from sparkfleet.planning.vllm_versions import starts_with_serve
 
@@ -115,7 +116,13 @@ def document(
     ``ca_file``: certificate authorities on the host that a server which downloads by itself trusts.
     What the engine compiles is kept in ``compile_cache_dir``, one folder an image digest: another image's
     compiled code does not fit.
+    Raises for a model that spans several Sparks.
     """
+    if card.sparks > 1:
+        raise SparkfleetError(
+            f"model {card.name} spans {card.sparks} Sparks (sparks in {card.source}): Sparkfleet plans it, but does "
+            "not deploy one engine across Sparks yet; choose a model for one Spark (`sparkfleet models`)"
+        )
     image = image or card.image
     volumes = [literal(f"{cache_dir}:{CACHE_IN_CONTAINER}")]
     command = [

@@ -3,7 +3,8 @@
 Pure functions of card, arguments, engine version and memory figures. GiB is 1024**3 bytes, GB 1e9. The budget is
 vLLM's own (``v1/worker/gpu_worker.py``): utilization x total, less weights, less the peak of activations in a dummy
 run of max_num_batched_tokens, less what the process takes beside torch, from 0.21 on less CUDA graphs; the rest is KV
-cache. How far that is from logs of real hosts is in docs/memory-plan.md, which tests recompute.
+cache, which ``kv_layout`` cuts into blocks. Of a model that spans several Sparks the figures are those of one of them.
+How far that is from logs of real hosts is in docs/memory-plan.md, which tests recompute.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from typing import Any
 from sparkfleet_host.bounded import GIB
 
 from sparkfleet import SparkfleetError
-from sparkfleet.planning import vllm_versions
-from sparkfleet.planning.catalog import Arguments, Attention, Card
+from sparkfleet.planning import catalog, kv_layout, vllm_versions
+from sparkfleet.planning.catalog import Arguments, Card
+from sparkfleet.planning.kv_layout import DEFAULT_BATCHED_TOKENS
+from sparkfleet.planning.kv_layout import number as _number
 from sparkfleet.planning.vllm_versions import Engine
 
 #: Memory bandwidth of a GB10, GB/s (NVIDIA's data sheet).
@@ -31,11 +34,18 @@ USUAL_HOST_GIB = 4.5
 #: weights load counts as well.
 RUNTIME_GIB = 2.2
 OLD_RUNTIME_GIB = 2.5
+#: What a loader keeps beside the weights: 4.43 GiB less KV cache with instanttensor than without, on a Spark
+#: (MiaAI-Lab/GLM-5.3-Flash-EXL3-2x-DGX-Sparks issue 204).
+LOADER_GIB = {"instanttensor": 4.4}
 #: What the engine takes beyond its budget: 2.6 and 2.8 GiB measured at utilization 0.20 and 0.40 of a GB10
 #: (public preflight script of a vLLM fork); API server, allocator, workspaces.
 BEYOND_BUDGET_GIB = 2.8
-#: Estimate of vLLM >= 0.21 for its graphs; 0.36 to 0.64 GiB in logs with default capture sizes.
+#: Estimate of vLLM >= 0.21 for its graphs; 0.36 to 0.64 GiB in logs with default capture sizes. Where it is not
+#: subtracted, the graphs come on top of the budget.
 CUDA_GRAPHS_GIB = 0.5
+#: Bytes a token and hidden unit of what a mixture of experts keeps beside its experts' own: residual, norms, router,
+#: shared expert, output (fitted to one run of gpt-oss-20b, docs/gpu-runs.yml).
+EXPERT_STREAMS = 19
 #: Bytes a logit (max_num_seqs x vocab) of the sampler's dummy run: 38.4 to 38.9 in logs of five models
 #: (public table of vLLM 0.11 on H100).
 SAMPLER_BYTES = 38.6
@@ -45,9 +55,7 @@ ERROR = 0.10
 TYPICAL_TOKENS = 4096
 #: vLLM's defaults where a card says nothing (openai api server, less than 70 GiB or unknown GPU memory).
 DEFAULT_UTILIZATION = 0.92
-DEFAULT_BATCHED_TOKENS = 2048
 DEFAULT_SEQUENCES = 256
-BLOCK = 16
 SHARE = "gpu_memory_utilization"
 #: Below this one stream reads slower than people do.
 SLOW_TOK_S = 6.0
@@ -102,6 +110,14 @@ class Plan:
     suggestions: tuple[Suggestion, ...]
     decode_tok_s_limit: float
     measured_tok_s: float | None
+    sparks: int = 1
+    kv_block_tokens: int = 0
+    kv_block_bytes: int = 0
+    kv_blocks: int = 0
+    kv_blocks_per_sequence: int = 0
+    prefix_caching: bool = True
+    mamba_cache_mode: str = "none"
+    speculative_tokens: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, rounded for reading."""
@@ -112,75 +128,58 @@ class Plan:
         return data
 
 
-def kv_dtype(card: Card, arguments: Arguments, version: Engine) -> str:
-    """``bf16`` or ``fp8``: what this version of vLLM keeps keys and values in."""
-    asked = str(arguments.get("kv_cache_dtype", "auto"))
-    if asked.startswith("fp8"):
-        return "fp8"
-    if asked == "auto" and card.shape.kv_cache_dtype == "fp8" and version.kv_follows_checkpoint:
-        return "fp8"
-    return "bf16"
+def v2_runner(card: Card, version: Engine) -> bool:
+    """Whether vLLM's V2 model runner takes the model: the environment's say, or this version's choice."""
+    asked = card.environment.get("VLLM_USE_V2_MODEL_RUNNER")
+    if asked is not None:
+        return asked not in ("0", "")
+    dense = not card.shape.experts_per_token and not any(e.kind in kv_layout.STATES for e in card.shape.attention)
+    return version.rules.v2_runner == "all" or (version.rules.v2_runner == "dense" and dense)
 
 
-def layer_bytes(entry: Attention, dtype: str) -> int:
-    """Bytes that one layer keeps for one token; raises for a layout whose size is not known."""
-    size = 1 if dtype == "fp8" else 2
-    if entry.kind in ("full", "sliding"):
-        return 2 * entry.kv_heads * entry.head_dim * size
-    if entry.kind == "mla" and dtype == "bf16":
-        return (entry.rank + entry.rope_dim) * size
-    what = "MLA with an FP8 KV cache" if entry.kind == "mla" else f"attention of kind {entry.kind}"
-    raise SparkfleetError(f"the planner does not know how vLLM lays out {what}, and does not guess")
+def activation_gib(
+    card: Card, batched_tokens: int, sequences: int, version: Engine, *, gpus: int = 1, v2: bool = False
+) -> float:
+    """Peak of the dummy run on one of ``gpus``: the widest layer for all batched tokens, or the sampler for all
+    sequences.
 
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How vLLM cuts the KV cache: layers in groups of equal number, one block of every group from one pool."""
-
-    block_bytes: int
-    full_groups: int
-    windows: tuple[int, ...]
-    bytes_per_token: int
-
-    def blocks(self, tokens: int, batched_tokens: int) -> int:
-        """Blocks of one sequence of ``tokens`` (vLLM: ``max_memory_usage_bytes`` of each group)."""
-        needed = self.full_groups * math.ceil(tokens / BLOCK)
-        for window in self.windows:
-            needed += math.ceil(min(window - 1 + batched_tokens, tokens) / BLOCK) + 1
-        return needed
-
-
-def layout(card: Card, dtype: str) -> Layout:
-    """The layout of a model; raises when it is not known."""
-    entries = card.shape.attention
-    sizes = {layer_bytes(entry, dtype) for entry in entries}
-    if len(sizes) > 1:
-        raise SparkfleetError(
-            f"{card.source}: its kinds of attention keep {' and '.join(map(str, sorted(sizes)))} bytes a token and "
-            "layer; the planner knows only layouts with one size, and does not guess"
-        )
-    size = sizes.pop()
-    group = min(entry.layers for entry in entries)
-    full = [entry for entry in entries if entry.kind != "sliding"]
-    return Layout(
-        block_bytes=size * group * BLOCK,
-        full_groups=sum(math.ceil(entry.layers / group) for entry in full),
-        windows=tuple(
-            entry.window for entry in entries if entry.kind == "sliding" for _ in range(math.ceil(entry.layers / group))
-        ),
-        bytes_per_token=size * sum(entry.layers for entry in full),
-    )
-
-
-def activation_gib(card: Card, batched_tokens: int, sequences: int) -> float:
-    """Peak of the dummy run: one layer's MLP for all batched tokens, or the sampler for all sequences."""
+    Bytes a batched token were fitted to a real engine (docs/gpu-runs.yml): static FP8 dense 7 mlp + 4 hidden with the
+    ``v2`` runner and 5 mlp + 8 hidden with V1; block FP8 the queries on top. In a mixture of experts gate, up, their
+    product and the output of every expert; of linear attention its projections, convolution and states a chunk.
+    """
     shape = card.shape
-    paths = max(shape.experts_per_token, 1)
-    # gate and up in bf16, their product quantized, the output of each expert, the residual stream and its norm
-    widths = 2.5 * shape.mlp * paths + (shape.hidden * paths if paths > 1 else 0) + 2 * shape.hidden
-    forward = batched_tokens * widths * 2
+    if shape.experts_per_token:
+        expert = max(2 * shape.mlp, shape.hidden) + shape.mlp
+        width = 2 * shape.experts_per_token * expert / gpus + EXPERT_STREAMS * shape.hidden
+    else:
+        width = (
+            (7 * shape.mlp / gpus + 4 * shape.hidden)
+            if v2
+            else (5 * shape.mlp / gpus + version.rules.v1_hidden_bytes * shape.hidden)
+        )
+        if shape.quantization == "block_fp8":
+            head_dim = max((entry.head_dim for entry in shape.attention), default=0)
+            width += 2 * shape.heads * head_dim / gpus
+    linear = max((_linear_width(entry) for entry in shape.attention), default=0.0) / gpus
     sampler = sequences * shape.vocab * SAMPLER_BYTES
-    return max(forward, sampler) / GIB
+    return max(batched_tokens * (width + linear), sampler) / GIB
+
+
+def _linear_width(entry: catalog.Attention) -> float:
+    """Bytes a token of a layer of linear attention: projections, convolution, q, k and v apart, output, and the states
+    that are kept for each chunk of 64 tokens."""
+    if entry.kind == "gdn":
+        keys, values = entry.key_heads * entry.key_dim, entry.value_heads * entry.value_dim
+        states = values * entry.key_dim / 64
+    elif entry.kind == "kda":
+        keys = values = entry.heads * entry.head_dim
+        states = values * entry.head_dim / 64
+    elif entry.kind == "mamba2":
+        keys, values = entry.groups * entry.state, entry.heads * entry.head_dim
+        states = values * entry.state / max(entry.chunk, 64)
+    else:
+        return 0.0
+    return 2 * ((2 * keys + 2 * values) + (2 * keys + values) + 3 * values + values + states)
 
 
 def kv_cache_gib(utilization: float, total: float, consumed: float, activation: float, graphs: float = 0.0) -> float:
@@ -215,7 +214,7 @@ def make(
     ``others`` gives the cards that may be proposed instead; it is called only when one is needed. Raises when the
     layout of the KV cache is not known.
     """
-    version = version or vllm_versions.of_image(card.image)
+    version = version or card.engine()
     made = _budget(card, arguments, profile, version, memory)
     if not made.fits:
         found = list(_ways_out(card, arguments, profile, version, memory, made, others()))
@@ -226,38 +225,46 @@ def make(
     return dataclasses.replace(made, suggestions=tuple(found))
 
 
-def _number(arguments: Arguments, key: str, default: float) -> float:
-    value = arguments.get(key)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else default
-
-
-def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, memory: Memory, ranks: int = 1) -> Plan:
-    length = int(_number(arguments, "max_model_len", card.shape.context))
+def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, memory: Memory) -> Plan:
     batched = int(_number(arguments, "max_num_batched_tokens", DEFAULT_BATCHED_TOKENS))
     sequences = int(_number(arguments, "max_num_seqs", DEFAULT_SEQUENCES))
     utilization = _number(arguments, SHARE, DEFAULT_UTILIZATION)
     fixed = int(_number(arguments, "kv_cache_memory_bytes", 0))
 
-    dtype = kv_dtype(card, arguments, version)
-    cut = layout(card, dtype)
-    weights = card.weights.memory_gib / ranks
-    activation = activation_gib(card, batched, sequences)
-    graphs = CUDA_GRAPHS_GIB if version.counts_cuda_graphs and arguments.get("enforce_eager") is not True else 0.0
-    runtime = OLD_RUNTIME_GIB if version.counts_host_growth else RUNTIME_GIB
+    rules, gpus = version.rules, kv_layout.ranks(card, arguments)
+    dtype = kv_layout.kv_dtype(card, arguments, version)
+    cut = kv_layout.layout(card, arguments, version)
+    drafted = card.draft is not None and kv_layout.speculation(card, arguments).model == card.draft.repo
+    weights = (card.weights.memory_gib + (card.draft.loaded_gib if card.draft and drafted else 0)) / gpus
+    v2 = v2_runner(card, version)
+    activation = activation_gib(card, batched, sequences, version, gpus=gpus, v2=v2)
+    captured = 0.0 if arguments.get("enforce_eager") is True else CUDA_GRAPHS_GIB
+    graphs = captured if (rules.v2_counts_cuda_graphs if v2 else rules.v1_counts_cuda_graphs) else 0.0
+    runtime = OLD_RUNTIME_GIB if rules.counts_host_growth else RUNTIME_GIB
+    runtime += LOADER_GIB.get(str(arguments.get("load_format", "")), 0.0)
     spent = weights + activation + runtime + graphs
     if fixed:  # vLLM then leaves the utilization aside
         cache = fixed / GIB
         requested = spent + cache
         utilization = requested / memory.total
+        pool = cut.pool(fixed)
     else:
         requested = utilization * memory.total
         cache = kv_cache_gib(utilization, memory.total, weights + runtime, activation, graphs)
-    blocks = max(int(cache * GIB) * ranks // cut.block_bytes, 0)
-    concurrency = blocks / cut.blocks(length, batched)
+        pool = cut.pool(int(cache * GIB))
+    if isinstance(arguments.get("num_gpu_blocks_override"), int):
+        pool = int(_number(arguments, "num_gpu_blocks_override", pool))
+    longest = card.shape.context
+    if arguments.get("max_model_len") == "auto":  # vLLM takes the longest that fits
+        length = cut.longest(pool, longest) or longest
+    else:
+        length = int(_number(arguments, "max_model_len", longest))
+    each = cut.blocks(length)
+    concurrency = pool / each
     left = memory.available - requested - BEYOND_BUDGET_GIB
 
-    reasons = []
-    if dtype == "fp8" and not version.has_fp8_kv:
+    reasons = list(cut.refusals)
+    if dtype == "fp8" and not rules.has_fp8_kv:
         reasons.append(
             f"vLLM {version.text} has no FP8 KV cache on a GB10: leave kv_cache_dtype out, or take a newer image"
         )
@@ -274,16 +281,16 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
             f"{left:.1f} GiB to the host; below {memory.reserve:g} GiB a Spark is in danger of freezing"
         )
     if concurrency < 1:
-        one = cut.blocks(length, batched) * cut.block_bytes / GIB / ranks
+        one = each * cut.block_bytes / GIB
         reasons.append(
             f"weights ({weights:.1f} GiB), activations ({activation:.1f}) and runtime ({runtime + graphs:.1f}) "
             f"leave {max(cache, 0):.1f} GiB for the KV cache; one sequence of {length} tokens needs {one:.1f}"
         )
-    typical = min(blocks // cut.blocks(min(TYPICAL_TOKENS, length), batched), sequences)
+    typical = min(pool // cut.blocks(min(TYPICAL_TOKENS, length)), sequences)
     full = min(int(concurrency), sequences)
-    limit = BANDWIDTH_GB_S * ranks / card.weights.read_gb_per_token
+    limit = BANDWIDTH_GB_S * gpus / card.weights.read_gb_per_token
     measured = max((entry.tok_s for entry in card.measured), default=None)
-    notes = []
+    notes = list(cut.notes) if not reasons else []
     if not reasons:
         if concurrency < 1 + ERROR:
             notes.append(
@@ -300,15 +307,21 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
                 f"each token reads {card.weights.read_gb_per_token:g} GB of weights: one stream cannot be faster than "
                 f"{limit:.1f} tokens a second" + (f" (measured: {measured:g})" if measured else "")
             )
-        if "speculative_config" in arguments:
+        if cut.speculative_tokens:
             notes.append("with speculative decoding a stream can be faster than the weights can be read for each token")
-        if version.counts_page_cache:
+        if rules.counts_page_cache:
             counts = "counts" if version.version else "may count"
             notes.append(f"vLLM {version.text} {counts} the page cache as used: it is dropped just before the start")
         if card.shape.kv_cache_dtype == "fp8" and dtype == "bf16":
             notes.append(
                 f"the checkpoint asks for an FP8 KV cache, vLLM {version.text} keeps it in bf16; from "
-                f"{'.'.join(map(str, vllm_versions.KV_FOLLOWS_CHECKPOINT))} on it follows, and twice as many tokens fit"
+                f"{'.'.join(map(str, vllm_versions.since('kv_follows_checkpoint')))} on it follows, and twice as many "
+                "tokens fit"
+            )
+        if cut.mode == "align" and cut.prefix_caching:
+            notes.append(
+                f"prefixes are reused in steps of {cut.block:,} tokens, a block of this model: shorter ones are "
+                "computed again each time"
             )
     return Plan(
         model=card.name,
@@ -323,7 +336,7 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
         cuda_graphs_gib=graphs,
         kv_bytes_per_token=cut.bytes_per_token,
         kv_cache_gib=max(cache, 0.0),
-        kv_cache_tokens=int(concurrency * length),
+        kv_cache_tokens=cut.tokens(pool, length),
         max_concurrency=concurrency,
         full_length_sequences=full,
         typical_sequences=typical,
@@ -338,6 +351,14 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
         suggestions=(),
         decode_tok_s_limit=limit,
         measured_tok_s=measured,
+        sparks=gpus,
+        kv_block_tokens=cut.block,
+        kv_block_bytes=cut.block_bytes,
+        kv_blocks=pool,
+        kv_blocks_per_sequence=each,
+        prefix_caching=cut.prefix_caching,
+        mamba_cache_mode=cut.mode,
+        speculative_tokens=cut.speculative_tokens,
     )
 
 
@@ -357,8 +378,10 @@ def _ways_out(
     batched = int(_number(arguments, "max_num_batched_tokens", DEFAULT_BATCHED_TOKENS))
     sequences = int(_number(arguments, "max_num_seqs", DEFAULT_SEQUENCES))
     here: list[Suggestion] = []
-    if made.kv_cache_dtype == "fp8" and not version.has_fp8_kv:
+    if made.kv_cache_dtype == "fp8" and not version.rules.has_fp8_kv:
         here += offer("kv_cache", {"kv_cache_dtype": "auto"})
+    if version.rules.batch_holds_block and made.mamba_cache_mode == "align" and made.kv_block_tokens > batched:
+        here += offer("batch", {"max_num_batched_tokens": made.kv_block_tokens})
     if highest > 0 and abs(highest - made.gpu_memory_utilization) >= 0.005:
         here += offer("utilization", {SHARE: highest})
     here += first("context", "max_model_len", _lengths(made.max_model_len))
@@ -371,7 +394,10 @@ def _ways_out(
         if name != profile:
             yield from _with_room("profile", {"profile": name}, card, {**card.arguments, **replaced}, memory, version)
     if not here:
-        yield from _with_room("two_sparks", {"ranks": 2}, card, arguments, memory, version)
+        two = kv_layout.ranks(card, arguments) * 2
+        yield from _with_room(
+            "two_sparks", {"ranks": 2}, card, {**arguments, "tensor_parallel_size": two}, memory, version
+        )
     yield from _models(card, memory, others, lambda other: other.weights.memory_gib < made.weights_gib)
 
 
@@ -384,9 +410,9 @@ def _with_room(
     kind: str, change: dict[str, Any], card: Card, arguments: Arguments, memory: Memory, version: Engine
 ) -> Iterable[Suggestion]:
     """Another plan, with its own utilization or, if that is too much, the highest that the host can give."""
-    profile, ranks = str(change.get("profile", "throughput")), int(change.get("ranks", 1))
+    profile = str(change.get("profile", "throughput"))
     for share in ({}, {SHARE: highest_share(memory)}):
-        plan = _budget(card, {**arguments, **share}, profile, version, memory, ranks)
+        plan = _budget(card, {**arguments, **share}, profile, version, memory)
         if plan.fits:
             yield _suggestion(kind, {**change, **share}, plan)
             return
@@ -414,12 +440,12 @@ def _models(card: Card, memory: Memory, others: Sequence[Card], wanted: Callable
     """Two models of the catalogue that fit: first of the same family, then the largest."""
     family = card.name.rsplit("-", 1)[0]
     ranked = sorted(
-        (other for other in others if other.name != card.name and wanted(other)),
+        (other for other in others if other.name != card.name and other.sparks == 1 and wanted(other)),
         key=lambda other: (not other.name.startswith(family), -other.weights.memory_gib),
     )
     found: list[Suggestion] = []
     for other in ranked:
-        version, arguments = vllm_versions.of_image(other.image), other.with_profile("throughput")
+        version, arguments = other.engine(), other.with_profile("throughput")
         try:
             found += _with_room("model", {"model": other.name}, other, arguments, memory, version)
         except SparkfleetError:  # a layout that is not known

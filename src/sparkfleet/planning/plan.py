@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from sparkfleet import operator_name
 from sparkfleet.documents import yaml_text
-from sparkfleet.planning import compose, preflight
+from sparkfleet.planning import compose, kv_layout, preflight, vllm_versions
 from sparkfleet.planning.target import EngineTarget, State, Target
 
 #: Of the files that `release` describes.
@@ -227,6 +227,18 @@ def notes(target: Target, state: State) -> list[str]:
             f"{which} open to the network without a key: sparkfleet_listen: loopback closes "
             f"{'it' if len(ports) == 1 else 'them'}, sparkfleet_engine_key asks for a key"
         )
+    for engine in target.engines:
+        if vllm_versions.moves(engine.image):
+            found.append(
+                f"the tag of {engine.image} moves: another run may find another vLLM under it; sparkfleet_image with a "
+                "digest (NAME@sha256:...) pins it"
+            )
+        draft = kv_layout.speculation(engine.card, engine.arguments).model
+        if draft and settings.model_source == "local":
+            found.append(
+                f"the engine, which is offline, needs the draft {draft} as well, which Sparkfleet does not fetch: "
+                f"`hf download {draft} --cache-dir {settings.cache_dir}` on the host does"
+            )
     for engine in target.engines if settings.model_source != "local" else ():
         found.append(
             "model_source hub starts the engine with --trust-remote-code: code in the model's repository, at whatever "

@@ -17,7 +17,7 @@ from sparkfleet_host.bounded import printable
 from sparkfleet import SparkfleetError
 from sparkfleet.packaging.bundle import Bundle
 from sparkfleet.paths import ROOT
-from sparkfleet.planning import catalog, compose, variables, vllm_versions
+from sparkfleet.planning import catalog, compose, variables
 from sparkfleet.planning.catalog import Arguments, Card
 from sparkfleet.planning.variables import ARGUMENT_PREFIX, PREFIX
 from sparkfleet.planning.vllm_versions import Engine
@@ -206,8 +206,8 @@ class EngineTarget:
 
     @property
     def version(self) -> Engine:
-        """The version of vLLM in the image, as far as its name shows it."""
-        return vllm_versions.of_image(self.image)
+        """The version of vLLM in the image, as far as its name or the card shows it."""
+        return self.card.engine(self.image)
 
     @property
     def remote_code(self) -> bool:

@@ -62,7 +62,7 @@ _LINE = (r"[^\x00-\x1f\x7f]{0,4000}", "a line of text")
 _URL = r"https?://[!-~]{1,500}"
 #: Of each text the form it must have as a whole, and that form in words. "" is "not set", where that is the default.
 FORMS: dict[str, tuple[str, str]] = {
-    "sparkfleet_model": (r"[^\x00-\x1f\x7f]{1,1000}", "a name of the catalogue or the path of a card"),
+    "sparkfleet_model": (r"[^\x00-\x1f\x7f]{1,1000}", "a name of the catalogue, ORG/NAME of the Hub or a path"),
     "sparkfleet_profile": (r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", "the name of a profile"),
     "sparkfleet_project_dir": _ABSOLUTE,
     "sparkfleet_cache_dir": _ABSOLUTE,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
+from typing import Any, Literal
 
 from sparkfleet_host.bounded import printable
 
@@ -31,53 +33,154 @@ NGC_VERSIONS = {
 FIRST_NGC = "25.09"
 FIRST_UPSTREAM: Version = (0, 18)
 
-#: From here on vLLM takes an FP8 KV cache for a checkpoint that asks for one, by default (vllm pull 30785).
-KV_FOLLOWS_CHECKPOINT: Version = (0, 14)
-#: V1 has no FP8 KV cache on compute capability 12.1 before (spark-facts; vLLM 0.10.1.1).
-FP8_KV: Version = (0, 11)
-#: From here on an estimate for CUDA graphs is taken out of the budget (vLLM's own log: "default since v0.21.0").
-CUDA_GRAPHS_COUNTED: Version = (0, 21)
-#: Before, the page cache counts as used at the start (vllm 48140 on 0.24; 35356; cured in 0.33).
-PAGE_CACHE_FORGIVEN: Version = (0, 33)
-#: Before, memory that the host takes while the weights load counts as the engine's own (see memory.py).
-HOST_GROWTH_FORGIVEN: Version = (0, 11, 1)
+#: Dates of vLLM's changes are those of the first release that has them: read from the wheels of 0.11.0 to 0.32.0 on
+#: PyPI, unless a line names another source.
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What a version of vLLM does about memory; the fields start as the oldest version known here has them."""
+
+    #: ``kv_cache_dtype: auto`` is FP8 for a checkpoint that asks for it.
+    kv_follows_checkpoint: bool = False
+    #: An FP8 KV cache works on compute capability 12.1.
+    has_fp8_kv: bool = False
+    #: Memory that the host takes while the weights load counts as the engine's own (see memory_plan.OLD_RUNTIME_GIB).
+    counts_host_growth: bool = True
+    #: The page cache counts as used memory at the start.
+    counts_page_cache: bool = True
+    #: An estimate for CUDA graphs is taken out of the budget by the V1 model runner, and by the V2 one.
+    v1_counts_cuda_graphs: bool = False
+    v2_counts_cuda_graphs: bool = False
+    #: Bytes a batched token and hidden unit at the peak of a dense model's dummy run with the V1 model runner.
+    v1_hidden_bytes: int = 4
+    #: Which models the V2 model runner takes unless VLLM_USE_V2_MODEL_RUNNER says otherwise: none, dense (full or
+    #: sliding attention, no experts), all.
+    v2_runner: Literal["none", "dense", "all"] = "none"
+    #: The largest bucket of layers sets the layers a group if it is smaller than the smallest times this.
+    group_factor: float = 1.0
+    #: Attention of different page sizes in one model: blocks are lengthened, or (True) pages padded as well.
+    pads_pages: bool = False
+    #: A state's page grows to that of a draft's attention.
+    pads_states: bool = False
+    #: Groups of layers with pages of different size share blocks (vLLM: packed groups), where an index is kept.
+    packs_groups: bool = False
+    #: Batches in flight that a sliding window holds blocks for, with asynchronous scheduling.
+    batches_in_flight: int = 1
+    #: States are cached by prefix at all; and prefix caching is on for hybrids unless it is asked for.
+    caches_states: bool = False
+    hybrid_prefix_caching: bool = False
+    #: ``align`` takes a draft's tokens; before, it refuses speculation.
+    align_speculates: bool = False
+    #: ``mamba_cache_mode`` of Mamba2 models that is chosen with prefix caching; and with speculation.
+    mamba2_mode: Literal["all", "align"] = "all"
+    mamba2_speculative_mode: Literal["all", "align"] = "all"
+    #: Mode ``all`` exists; it keeps blocks for speculative tokens.
+    has_mode_all: bool = True
+    all_counts_speculation: bool = False
+    #: In ``align`` a block may not be longer than a batch.
+    batch_holds_block: bool = False
+    #: A block beside those of a sequence, for a checkpoint of a prefill.
+    mamba2_checkpoint: int = 0
+    kda_checkpoint: int = 0
+    #: The block of a hybrid is a multiple of ``block_size`` (before: of 16, and block_size is a floor).
+    block_size_aligns: bool = False
+    #: The block of a hybrid with MLA is a multiple of this.
+    mla_alignment: int = 64
+    #: ``GPU KV cache size`` is concurrency x max_model_len (before: blocks of a group x tokens of a block).
+    prints_by_concurrency: bool = False
+
+
+#: (first version, what changes, where that is seen)
+CHANGES: tuple[tuple[Version, dict[str, Any], str], ...] = (
+    ((0, 11), {"has_fp8_kv": True}, "spark-facts: 0.10.1.1 has none on capability 12.1"),
+    ((0, 11, 1), {"counts_host_growth": False}, "docs/logged-runs.yml"),
+    ((0, 12), {"group_factor": 1.25}, "kv_cache_utils.py"),
+    ((0, 14), {"kv_follows_checkpoint": True}, "vllm pull 30785"),
+    ((0, 15), {"caches_states": True}, "config/cache.py, MambaCacheMode"),
+    ((0, 16), {"align_speculates": True}, "models/config.py"),
+    ((0, 18), {"group_factor": 1.5, "batch_holds_block": True}, "kv_cache_utils.py, config/vllm.py"),
+    (
+        (0, 20),
+        {"block_size_aligns": True, "mla_alignment": 1, "mamba2_speculative_mode": "align"},
+        "platforms/interface.py, models/config.py",
+    ),
+    ((0, 20, 1), {"prints_by_concurrency": True}, "kv_cache_utils.py"),
+    ((0, 21), {"v1_counts_cuda_graphs": True}, "vLLM's own log: default since v0.21.0"),
+    (
+        (0, 22),
+        {"all_counts_speculation": True, "mamba2_speculative_mode": "all"},
+        "kv_cache_interface.py, models/config.py",
+    ),
+    ((0, 24), {"pads_pages": True, "v2_runner": "dense"}, "kv_cache_utils.py, config/vllm.py (0.24: six families)"),
+    ((0, 25), {"v1_hidden_bytes": 8}, "docs/gpu-runs.yml (0.25.1); before: the guide's 70B starts with 0.10.1.1"),
+    (
+        (0, 26),
+        {"batches_in_flight": 2, "hybrid_prefix_caching": True},
+        "kv_cache_interface.py, config/model.py",
+    ),
+    (
+        (0, 27),
+        {"batch_holds_block": False, "pads_states": True, "mla_alignment": 128},
+        "config/vllm.py, kv_cache_utils.py, platforms/interface.py",
+    ),
+    (
+        (0, 28),
+        {"mamba2_mode": "align", "mamba2_speculative_mode": "align"},
+        "models/config.py",
+    ),
+    (
+        (0, 29),
+        {"packs_groups": True, "v2_runner": "all", "v2_counts_cuda_graphs": True},
+        "kv_cache_utils.py, config/vllm.py, worker/gpu/model_runner.py",
+    ),
+    ((0, 32), {"has_mode_all": False, "mamba2_checkpoint": 1, "kda_checkpoint": 1}, "mamba_mixer2.py, glm5next"),
+    ((0, 33), {"counts_page_cache": False}, "vllm 48140 (on 0.24), 35356"),
+)
+
+
+@functools.cache
+def _rules(version: Version) -> Rules:
+    made = Rules()
+    for since, changed, _ in CHANGES:
+        if not version or version >= since:
+            made = dataclasses.replace(made, **changed)
+    # A version that is not known is planned as the newest, but its page cache is dropped to be on the safe side.
+    return made if version else dataclasses.replace(made, counts_page_cache=True)
+
+
+def since(field: str) -> Version:
+    """The version that changed a rule first."""
+    return next(version for version, changed, _ in CHANGES if field in changed)
 
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """A version of vLLM and what follows from it; ``version`` is () when it is not known."""
+    """A version of vLLM and what follows from it; ``version`` is () when it is not known.
+
+    ``development``: a build between releases, ``0.26.1rc1.dev1231``; its rules are those of the release that follows.
+    """
 
     version: Version
+    development: bool = False
 
     @property
     def text(self) -> str:
         """The version as people write it."""
-        return ".".join(map(str, self.version)) or "of unknown version"
+        return ".".join(map(str, self.version)) + ".dev" * self.development or "of unknown version"
 
     @property
-    def kv_follows_checkpoint(self) -> bool:
-        """Whether ``kv_cache_dtype: auto`` is FP8 for a checkpoint that asks for it."""
-        return not self.version or self.version >= KV_FOLLOWS_CHECKPOINT
+    def rules(self) -> Rules:
+        """What this version does about memory."""
+        return _rules((self.version[0], self.version[1] + 1) if self.development else self.version)
 
-    @property
-    def has_fp8_kv(self) -> bool:
-        """Whether an FP8 KV cache works on a GB10."""
-        return not self.version or self.version >= FP8_KV
-
-    @property
-    def counts_cuda_graphs(self) -> bool:
-        """Whether CUDA graphs are taken out of the budget."""
-        return not self.version or self.version >= CUDA_GRAPHS_COUNTED
-
-    @property
-    def counts_page_cache(self) -> bool:
-        """Whether the page cache counts as used memory at the start."""
-        return not self.version or self.version < PAGE_CACHE_FORGIVEN
-
-    @property
-    def counts_host_growth(self) -> bool:
-        """Whether what the host takes while loading counts against the KV cache."""
-        return bool(self.version) and self.version < HOST_GROWTH_FORGIVEN
+    @classmethod
+    def parse(cls, text: str) -> Engine:
+        """Of a version as vLLM logs it; raises when the text is none. ``0.1.dev20482`` (built from a copy without
+        tags) is not known."""
+        numbers = parse_version(text)
+        between = bool(re.search(r"\.dev[0-9]", text)) and len(numbers) > 2 and numbers[2] > 0
+        return cls(()) if numbers == (0, 1) else cls(numbers, between)
 
 
 def parse_version(text: str) -> Version:
@@ -115,6 +218,11 @@ def of_image(image: str) -> Engine:
     return Engine(())
 
 
+def moves(image: str) -> bool:
+    """Whether the image's tag is one that is given to another image tomorrow, and no digest pins it."""
+    return "@" not in image and _repository(image)[1] in ("", "latest", "nightly", "main")
+
+
 def starts_with_serve(image: str) -> bool:
     """Whether the image's own entry point is ``vllm serve``, as upstream's is; NVIDIA's takes any command."""
     return bool(re.search(r"(^|/)vllm-openai(-\w+)?$", _repository(image)[0]))
@@ -132,7 +240,7 @@ def unfit(image: str) -> str:
         return ""
     if "x86_64" in tag or "amd64" in tag:
         return f"{image} is built for x86_64; a Spark is aarch64"
-    if tag in ("", "latest", "nightly"):
+    if tag in ("", "latest"):
         return (
             f"{image} names no version: `latest` of 2025 fails on the GB10 (FP8 in CUTLASS, Triton on sm_121a), and "
             "a moving tag is another engine tomorrow"

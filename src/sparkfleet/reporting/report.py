@@ -10,7 +10,6 @@ from typing import Any
 from sparkfleet_host.bounded import printable
 
 from sparkfleet.planning.catalog import Card
-from sparkfleet.planning.vllm_versions import of_image
 
 WIDTH = 60
 #: Parts of the bar: key of the plan, letter on a plain terminal, colour, name.
@@ -21,6 +20,12 @@ PARTS = (
     ("cuda_graphs_gib", "G", "46", "CUDA graphs"),
     ("kv_cache_gib", "K", "42", "KV cache"),
 )
+
+
+#: Blocks that are longer are worth a word: prefixes are reused in steps of them, tokens.
+LONG_BLOCK = 256
+#: Whether a model fits a Spark; "?" where the planner does not know.
+FITS = {True: "yes", False: "no", None: "?"}
 
 
 def brief(plan: Mapping[str, Any]) -> str:
@@ -50,7 +55,8 @@ def bar(plan: Mapping[str, Any], colour: bool) -> str:
 def page(plan: Mapping[str, Any], colour: bool = False) -> str:
     """The memory plan for people."""
     lines = [
-        f"{plan['model']} ({plan['profile']}) with vLLM {plan['engine']}, KV cache in {plan['kv_cache_dtype']}",
+        f"{plan['model']} ({plan['profile']}) with vLLM {plan['engine']}, KV cache in {plan['kv_cache_dtype']}"
+        + (f", one of {plan['sparks']} Sparks" if plan.get("sparks", 1) > 1 else ""),
         "",
         f"  [{bar(plan, colour)}] {plan['total_gib']:.1f} GiB",
     ]
@@ -64,7 +70,8 @@ def page(plan: Mapping[str, Any], colour: bool = False) -> str:
         f"(floor {plan['reserve_gib']:g})",
         "",
         f"  asked for      {plan['requested_gib']:.2f} GiB, utilization {plan['gpu_memory_utilization']:.2f}",
-        f"  KV cache       {plan['kv_cache_tokens']:,} tokens, {plan['kv_bytes_per_token']:,} bytes each",
+        f"  KV cache       {plan['kv_cache_tokens']:,} tokens, {plan['kv_bytes_per_token']:,} bytes each"
+        + (f", in blocks of {plan['kv_block_tokens']:,}" if plan.get("kv_block_tokens", 0) > LONG_BLOCK else ""),
         f"  at a time      {plan['full_length_sequences']} of full length ({plan['max_model_len']:,} tokens), "
         f"or {plan['typical_sequences']} usual ones (4,096)",
         f"  one stream     at most {plan['decode_tok_s_limit']:.1f} tokens a second"
@@ -90,11 +97,11 @@ def models(cards: Sequence[Card], fits: Mapping[str, bool | None]) -> str:
                 card.repo,
                 f"{card.weights.download_gib:.1f}",
                 f"{card.shape.context:,}",
-                of_image(card.image).text if of_image(card.image).version else "?",
+                card.engine().text if card.engine().version else "newest",
                 f"{speed:.1f}" if speed else "-",
                 "accept" if card.licence.gated else "open",
                 "yes" if card.verified else "unverified",
-                {True: "yes", False: "no", None: "?"}[fits[card.name]],
+                f"{card.sparks} Sparks" if card.sparks > 1 and fits[card.name] is not False else FITS[fits[card.name]],
             )
         )
     return table(rows)

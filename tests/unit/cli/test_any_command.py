@@ -16,9 +16,11 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from sparkfleet import SparkfleetError
 from sparkfleet.cli import main
-from sparkfleet.onboarding import discovery
+from sparkfleet.onboarding import discovery, hub_card
 from sparkfleet.onboarding.ssh import Inspection
+from sparkfleet.planning import catalog
 from sparkfleet.reporting import event_log
 
 CODES = {0, 2, 3, 4, 5, 6, 7, 130}
@@ -36,11 +38,12 @@ FLAGS = st.sampled_from(
     [
         *("-i", "-l", "-e", "-C", "-K", "--json", "--yes", "--profile", "--set", "--total-gib", "--available-gib"),
         *("--reserve-gib", "--engine", "--source", "--dry", "--watch", "-w", "-n", "--models", "--images", "--token"),
+        *("--from", "--repo", "--image", "--output", "--refresh"),
         *("--user", "--private-key", "--ssh-common-args", "--model", "--gateway", "--force", "--no-discover", "--help"),
         "--version",
     ]
 )
-VERBS = st.sampled_from([*main.PLAYBOOKS, "plan", "models", "compose", "init"])
+VERBS = st.sampled_from([*main.PLAYBOOKS, "plan", "models", "compose", "init", "card"])
 SOUND = st.sampled_from(["llama31-8b-fp8", "qwen3-32b-fp8", "throughput", "max_model_len=4096", "64", "192.0.2.1"])
 ARGV = st.tuples(VERBS, st.lists(st.one_of(FLAGS, ODD, SOUND), max_size=6)).map(lambda pair: [pair[0], *pair[1]])
 
@@ -63,11 +66,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(main, "default_inventory", lambda: str(folder / "hosts.yml"))
         patch.setattr("time.sleep", stop)
         patch.setattr(discovery, "browse", lambda *_: [])
+        patch.setattr(hub_card, "ask", no_hub)
+        patch.setattr(catalog, "STATE", folder / "events")
         patch.setattr("sparkfleet.onboarding.ssh.inspect", lambda place: Inspection(None, "unreachable", "no route"))
         patch.setattr("sparkfleet.paths.INVENTORY", folder / "inventory" / "mine")
         patch.setattr(sys, "stdin", io.StringIO(""))
         patch.chdir(folder)
         yield folder
+
+
+def no_hub(repo: str, *_: Any) -> None:
+    raise SparkfleetError(f"no card for {repo}: the Hub cannot be reached")
 
 
 def stop(seconds: float) -> None:

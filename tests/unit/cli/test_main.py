@@ -101,4 +101,4 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "models", "--json")
     data = json.loads(out)
     assert [entry["name"] for entry in data] == catalog.names()
-    assert {entry["fits"] for entry in data} == {True, None}  # None: a layout that is not known
+    assert {entry["fits"] for entry in data} == {True}

@@ -24,6 +24,7 @@ class Hub:
     large: tuple[str, ...] = ()
     branch: str = "main"
     gated: bool = False
+    licence: str = ""
     tokens: dict[str, bool] = field(default_factory=dict)  # token: has access
     corrupt: dict[str, int] = field(default_factory=dict)  # name: how many times it is sent wrong
     cut_at: dict[str, int] = field(default_factory=dict)  # name: connection closed after so many bytes, once
@@ -101,7 +102,9 @@ def serve(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
                     return self.refuse(404, "RevisionNotFound")
                 tree = hub.tree()
                 names = [{"rfilename": entry["path"]} for entry in tree]
-                info = {"id": hub.repo, "sha": hub.commit, "siblings": names}
+                info: dict[str, Any] = {"id": hub.repo, "sha": hub.commit, "siblings": names}
+                info["gated"] = "auto" if hub.gated else False
+                info["cardData"] = {"license": hub.licence} if hub.licence else None
                 body = json.dumps(info if verb == "revision" else tree).encode()
                 return self.send_body(hub.answer.get(verb, body), verb)
             name = path.removeprefix(f"/{hub.repo}/resolve/{hub.commit}/")

@@ -744,7 +744,7 @@ def test_settings_that_are_not_known_are_named() -> None:
     [
         ({"interval": "2"}, "interval: not a number: '2'"),
         ({"interval": 0}, "interval: 0 is not between 0.01"),
-        ({"max_restarts": 1.5}, "max_restarts: not a whole number"),
+        ({"max_restarts": 1.5}, "max_restarts: not an integer"),
         ({"listen_port": 70000}, "listen_port: 70000 is not between 0 and 65535"),
         ({"listen_address": "localhost"}, "listen_address: 'localhost' is not an IP address"),
         ({"listen_address": [1]}, "listen_address: not a string"),

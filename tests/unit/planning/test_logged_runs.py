@@ -34,6 +34,33 @@ def test_tokens_follow_exactly_from_the_logged_gib(run: dict[str, Any]) -> None:
         assert plan.max_concurrency == pytest.approx(logged["max_concurrency"], rel=0.002)
 
 
+@pytest.mark.parametrize("entry", RUNS["layouts"], ids=lambda entry: str(entry["name"]))
+def test_printed_tokens_follow_from_the_size_of_the_cache(entry: dict[str, Any]) -> None:
+    """To the token; GiB is printed with two decimals."""
+    least, most = (logged_runs.layout_tokens(entry, off) for off in (-0.005, 0.005))
+    if entry.get("fork"):
+        assert not least <= entry["tokens"] <= most, "no longer another layout: drop `fork`"
+    elif entry.get("rank") == "unknown":  # the log is of one rank, the pool that of the one with less
+        assert most == pytest.approx(entry["tokens"], rel=0.01)
+    else:
+        assert least <= entry["tokens"] <= most
+
+
+@pytest.mark.parametrize("run", logged_runs.load_gpu_runs(), ids=lambda run: str(run["id"]))
+def test_a_cuda_engine_with_dummy_weights(run: dict[str, Any]) -> None:
+    """Tokens and concurrency exact for the engine's own bytes. Its KV cache within 3% once the logged memory outside
+    torch replaces RUNTIME_GIB, of which a GPU with its own memory needs a tenth."""
+    logged = run["logged"]
+    exact = logged_runs.gpu_plan(run, kv_cache_memory_bytes=logged["kv_available_bytes"])
+    assert exact.kv_blocks == logged["num_blocks"]
+    assert exact.kv_cache_tokens == logged["kv_cache_tokens"]
+    assert exact.max_concurrency == pytest.approx(logged["max_concurrency"], abs=0.006)
+    made = logged_runs.gpu_plan(run)
+    beside = memory_plan.RUNTIME_GIB - logged["non_torch_gib"]
+    assert made.kv_cache_gib + beside == pytest.approx(logged["kv_cache_gib"], rel=0.03)
+    assert made.kv_cache_gib <= logged["kv_cache_gib"]
+
+
 @pytest.mark.parametrize("total", [119.7, 121.69])
 def test_the_guides_run_with_either_total(total: float) -> None:
     """Its log does not tell the total; both that are seen give what it logged, within 10%."""
@@ -70,6 +97,6 @@ def test_whether_the_engine_starts(entry: dict[str, Any]) -> None:
 @pytest.mark.parametrize("entry", RUNS["activations"], ids=lambda entry: str(entry["name"]))
 def test_activations_grow_with_batched_tokens(entry: dict[str, Any]) -> None:
     card = load("qwen3-32b-fp8")
-    few, many = (memory_plan.activation_gib(card, tokens, 1) for tokens in entry["tokens"])
+    few, many = (memory_plan.activation_gib(card, tokens, 1, card.engine()) for tokens in entry["tokens"])
     logged_few, logged_many = entry["peak_gib"]
     assert many / few == pytest.approx(logged_many / logged_few, rel=memory_plan.ERROR)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sparkfleet_host.bounded import GIB
 
 from sparkfleet import SparkfleetError
-from sparkfleet.planning import catalog, memory_plan, vllm_versions
-from sparkfleet.planning.catalog import Attention, Card
+from sparkfleet.planning import catalog, kv_layout, memory_plan, vllm_versions, weights
 from sparkfleet.planning.memory_plan import Memory
 from sparkfleet.planning.vllm_versions import Engine
 
@@ -153,7 +155,7 @@ def test_fewer_sequences_are_proposed_only_where_they_are_fewer() -> None:
     # The largest number that is both fewer and enough, down to 8.
     for sequences, expected in ((64, 32), (32, 16), (16, 8), (8, None)):
         asked = plan("llama31-8b-fp8", max_num_seqs=sequences, max_num_batched_tokens=64)
-        room = memory_plan.activation_gib(catalog.load("llama31-8b-fp8"), 64, (expected or 4))
+        room = memory_plan.activation_gib(catalog.load("llama31-8b-fp8"), 64, (expected or 4), V010)
         cache = (
             asked.available_gib
             - 4
@@ -204,9 +206,9 @@ def test_what_vllm_does_unasked() -> None:
     said: dict[str, Any] = {"max_num_batched_tokens": 2048, "max_num_seqs": 256, "gpu_memory_utilization": 0.92}
     bare = memory_plan.make(card, {}, version=V010)
     assert bare == memory_plan.make(card, said, version=V010) and bare.max_model_len == card.shape.context
-    assert bare.activation_gib == memory_plan.activation_gib(card, 2048, 256)
+    assert bare.activation_gib == memory_plan.activation_gib(card, 2048, 256, V010)
     one = memory_plan.make(card, {"max_num_seqs": 1}, version=V010)
-    assert one.activation_gib == memory_plan.activation_gib(card, 2048, 1) < bare.activation_gib
+    assert one.activation_gib == memory_plan.activation_gib(card, 2048, 1, V010) < bare.activation_gib
 
 
 @pytest.mark.parametrize(("read", "slow"), [(273 / 6.0, False), (273 / 5.99, True)])
@@ -232,8 +234,8 @@ def test_kv_cache_memory_bytes_leaves_the_utilization_aside() -> None:
 
 def one_sequence(length: int, batched: int) -> int:
     """Bytes of KV cache that one sequence of llama31-8b-fp8 takes."""
-    cut = memory_plan.layout(catalog.load("llama31-8b-fp8"), "bf16")
-    return cut.blocks(length, batched) * cut.block_bytes
+    cut = kv_layout.layout(catalog.load("llama31-8b-fp8"), {"max_num_batched_tokens": batched}, V010)
+    return cut.blocks(length) * cut.block_bytes
 
 
 @pytest.mark.parametrize(("more", "fits"), [(0, True), (-1, False), (-(2 << 20), False)])
@@ -276,12 +278,18 @@ def test_the_highest_share_is_rounded_down(available: float, share: float) -> No
 def test_activations_are_those_of_the_mlp_or_of_the_sampler() -> None:
     card = catalog.load("llama31-8b-fp8")
     shape = card.shape
-    dense = 1000 * (2.5 * shape.mlp + 2 * shape.hidden) * 2 / GIB
-    assert memory_plan.activation_gib(card, 1000, 1) == pytest.approx(dense)
-    assert memory_plan.activation_gib(card, 1, 256) == pytest.approx(256 * shape.vocab * 38.6 / GIB)
+    peak = memory_plan.activation_gib
+    assert peak(card, 1000, 1, V010) == pytest.approx(1000 * (5 * shape.mlp + 4 * shape.hidden) / GIB)
+    assert peak(card, 1000, 1, V031) == pytest.approx(1000 * (5 * shape.mlp + 8 * shape.hidden) / GIB)
+    assert peak(card, 1000, 1, V031, v2=True) == pytest.approx(1000 * (7 * shape.mlp + 4 * shape.hidden) / GIB)
+    assert peak(card, 1, 256, V010) == pytest.approx(256 * shape.vocab * 38.6 / GIB)
+    halved = peak(card, 1000, 1, V031, gpus=2, v2=True)
+    assert halved == pytest.approx(1000 * (3.5 * shape.mlp + 4 * shape.hidden) / GIB)
     experts = dataclasses.replace(card, shape=dataclasses.replace(shape, experts_per_token=4))
-    mixture = 1000 * (2.5 * shape.mlp * 4 + shape.hidden * 4 + 2 * shape.hidden) * 2 / GIB
-    assert memory_plan.activation_gib(experts, 1000, 1) == pytest.approx(mixture)
+    mixture = 1000 * (2 * 4 * 3 * shape.mlp + memory_plan.EXPERT_STREAMS * shape.hidden) / GIB
+    assert peak(experts, 1000, 1, V010) == pytest.approx(mixture)
+    queries = dataclasses.replace(card, shape=dataclasses.replace(shape, quantization="block_fp8", heads=32))
+    assert peak(queries, 1000, 1, V010) - peak(card, 1000, 1, V010) == pytest.approx(1000 * 2 * 32 * 128 / GIB)
 
 
 def test_sequences_are_no_more_than_are_taken_at_a_time() -> None:
@@ -317,45 +325,6 @@ def test_graphs_count_from_their_version_on_and_not_where_there_are_none() -> No
 def test_figures_of_a_command_that_no_engine_runs_with_count_as_nothing(value: str) -> None:
     for flag in ("--gpu-memory-utilization", "--kv-cache-memory-bytes"):
         assert memory_plan.requested_gib(["vllm", flag, value], 100) == pytest.approx(0, abs=2)
-
-
-def layers(*entries: Attention) -> Card:
-    card = catalog.load("llama31-8b-fp8")
-    shape = dataclasses.replace(card.shape, attention=entries, layers=sum(entry.layers for entry in entries))
-    return dataclasses.replace(card, shape=shape)
-
-
-def test_sliding_windows_cost_little_and_stay_bounded() -> None:
-    half = layers(Attention("full", 16, 8, 128), Attention("sliding", 16, 8, 128, window=1024))
-    made = memory_plan.layout(half, "bf16")
-    assert made.bytes_per_token == 65_536
-    # vLLM: the window, a batch that is being computed, and one block more
-    assert made.blocks(131072, 2048) == 131072 // 16 + -(-(1023 + 2048) // 16) + 1
-    assert made.blocks(512, 2048) == 512 // 16 + 512 // 16 + 1
-    assert made.block_bytes == 16 * 16 * 2 * 8 * 128 * 2
-
-
-def test_mla_keeps_one_vector() -> None:
-    assert (
-        memory_plan.layout(layers(Attention("mla", 61, rank=512, rope_dim=64)), "bf16").bytes_per_token == 61 * 576 * 2
-    )
-
-
-@pytest.mark.parametrize(
-    ("entries", "dtype", "words"),
-    [
-        ((Attention("full", 8, 8, 128), Attention("linear", 24)), "bf16", "attention of kind linear"),
-        ((Attention("mla", 61, rank=512, rope_dim=64),), "fp8", "MLA with an FP8 KV cache"),
-        (
-            (Attention("full", 8, 8, 128), Attention("sliding", 8, 4, 256, 1024), Attention("full", 1, 1, 64)),
-            "bf16",
-            "size",
-        ),
-    ],
-)
-def test_unknown_layouts_are_refused(entries: tuple[Attention, ...], dtype: str, words: str) -> None:
-    with pytest.raises(SparkfleetError, match=words):
-        memory_plan.layout(layers(*entries), dtype)
 
 
 def test_what_a_running_engine_holds() -> None:
@@ -418,3 +387,56 @@ def test_engine_of_an_image(image: str, version: tuple[int, ...]) -> None:
 def test_images_that_cannot_run(image: str, reason: str) -> None:
     said = vllm_versions.unfit(image)
     assert (reason in said) if reason else said == ""
+
+
+def test_a_batch_that_holds_a_block_is_proposed_where_vllm_asks_for_one() -> None:
+    made = plan("nemotron3-super-120b-a12b-nvfp4", max_num_batched_tokens=8192)
+    assert not made.fits and "a block of this model is 8432 tokens long" in made.reasons[0]
+    assert ways(made, "batch") == [{"max_num_batched_tokens": 8432}]
+    assert plan("nemotron3-super-120b-a12b-nvfp4", max_num_batched_tokens=8432).fits
+    assert plan("nemotron3-super-120b-a12b-nvfp4", max_num_batched_tokens=8192, version=Engine((0, 28))).fits
+
+
+def test_a_loader_that_keeps_memory_is_counted() -> None:
+    plain, kept = plan("llama31-8b-fp8"), plan("llama31-8b-fp8", load_format="instanttensor")
+    assert plain.kv_cache_gib - kept.kv_cache_gib == pytest.approx(memory_plan.LOADER_GIB["instanttensor"])
+    assert plan("llama31-8b-fp8", load_format="fastsafetensors").kv_cache_gib == plain.kv_cache_gib
+
+
+load = functools.cache(catalog.load)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(catalog.names()),
+    total=st.floats(20, 130),
+    more=st.floats(0, 20),
+    share=st.floats(0.05, 1),
+    batched=st.integers(256, 65536),
+)
+def test_more_memory_never_holds_less(name: str, total: float, more: float, share: float, batched: int) -> None:
+    """For every card: figures are never negative, the parts never exceed what is asked for, more memory never hurts."""
+    card = load(name)
+    arguments = {key: value for key, value in card.arguments.items() if key != "kv_cache_memory_bytes"}
+    arguments |= {"gpu_memory_utilization": share, "max_num_batched_tokens": batched}
+    small, large = (memory_plan.make(card, arguments, memory=Memory(host, host)) for host in (total, total + more))
+    for made in (small, large):
+        assert min(made.kv_cache_gib, made.kv_cache_tokens, made.max_concurrency, made.kv_blocks) >= 0
+        assert made.kv_blocks * made.kv_block_bytes <= made.kv_cache_gib * GIB + 1
+        parts = made.weights_gib + made.activation_gib + made.runtime_gib + made.cuda_graphs_gib + made.kv_cache_gib
+        assert parts == pytest.approx(made.requested_gib) or made.kv_cache_gib == 0
+        assert not made.fits or made.max_concurrency >= 1
+    assert small.kv_cache_tokens <= large.kv_cache_tokens or arguments.get("max_model_len") == "auto"
+
+
+def test_weights_by_their_formats() -> None:
+    """As vLLM counts Llama-3.1-8B in FP8 on the meta device, 8.458 GiB, and what it logs more."""
+    linear = 32 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336) / 1e9
+    made = weights.gib({"fp8": linear, "bf16": 2 * 128256 * 4096 / 1e9})
+    assert made == pytest.approx(8.51, abs=0.06)
+    assert weights.gib({"nvfp4": 16}) == pytest.approx(16e9 * 0.5625 / GIB + weights.BUFFERS_GIB)
+    assert weights.gib({"mxfp4": 32}) < weights.gib({"nvfp4": 32}) < weights.gib({"block_fp8": 32})
+    sizes = catalog.Weights(download_gib=9.0, read_gb_per_token=8.0, parameters={"fp8": 8.0})
+    assert sizes.memory_gib == weights.gib({"fp8": 8.0})
+    assert dataclasses.replace(sizes, loaded_gib=7.7).memory_gib == 7.7
+    assert dataclasses.replace(sizes, parameters={}).memory_gib == 9.0

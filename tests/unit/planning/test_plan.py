@@ -835,3 +835,17 @@ def test_plan_does_not_touch_the_state() -> None:
 )
 def test_version(text: str | None, numbers: tuple[int, ...]) -> None:
     assert preflight.version(text) == numbers
+
+
+def test_what_an_operator_should_know_of_a_draft_and_of_a_tag_that_moves() -> None:
+    notes = plan.make(target(model="gemma4-31b-nvfp4"), bare())["notes"]
+    assert any("needs the draft google/gemma-4-31B-it-assistant as well" in note for note in notes)
+    assert not any("moves" in note for note in notes)
+    notes = plan.make(target(model="diffusiongemma-26b-a4b-nvfp4"), bare())["notes"]
+    assert any("the tag of eugr/spark-vllm:latest moves" in note for note in notes)
+    assert not any("needs the draft" in note for note in notes)
+
+
+def test_a_model_that_spans_sparks_is_not_deployed() -> None:
+    with pytest.raises(SparkfleetError, match="minimax-m27-nvfp4-2x spans 2 Sparks"):
+        plan.make(target(model="minimax-m27-nvfp4-2x"), bare())

@@ -287,7 +287,7 @@ def test_where_gateways_meet(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"address": "198.51.100.4"}, "198.51.100.4 is not in the network of eth0"),
         ({"address": "192.0.2.6"}, "192.0.2.6 is a gateway's own address"),
         ({"interface": "eth9"}, "eth9 has no IPv4 address here; there are lo, eth0, fabric0"),
-        ({"own": ""}, "no way leads to 192.0.2.6"),
+        ({"own": ""}, "no route to 192.0.2.6"),
         (
             {"gateways": [GATEWAYS[0], {"name": "gateway-2", "address": "127.0.1.1"}]},
             "does not resolve to an IPv4 address here",
