@@ -21,7 +21,6 @@ options:
     description: File of the token; its content is removed wherever it appears.
     type: path
     default: /etc/sparkfleet/hf_token
-  port: {description: Without effect; a release tells the ports of its engines., type: int, default: 8000}
 author: ["The Sparkfleet developers"]
 attributes:
   check_mode: {support: full, description: Reads only.}
@@ -279,7 +278,6 @@ def main() -> None:
             "state_dir": {"type": "path", "default": "/var/lib/sparkfleet"},
             "cache_dir": {"type": "path", "default": "/opt/hf"},
             "token_file": {"type": "path", "default": "/etc/sparkfleet/hf_token"},
-            "port": {"type": "int", "default": 8000},
         },
         supports_check_mode=True,
     )

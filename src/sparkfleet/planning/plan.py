@@ -12,13 +12,12 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from sparkfleet_host.release_format import FORMAT
+
 from sparkfleet import operator_name
 from sparkfleet.documents import yaml_text
 from sparkfleet.planning import compose, kv_layout, preflight, vllm_versions
 from sparkfleet.planning.target import EngineTarget, State, Target
-
-#: Of the files that `release` describes.
-RELEASE_FORMAT = 2
 
 
 @dataclasses.dataclass
@@ -293,9 +292,9 @@ def release(
             }
         )
     return {
-        "plan": {"format": RELEASE_FORMAT, "engines": plans},
+        "plan": {"format": FORMAT, "engines": plans},
         "lock": {
-            "format": RELEASE_FORMAT,
+            "format": FORMAT,
             "engines": locks,
             "cache_dir": target.settings.cache_dir,
             "compile_cache_dir": target.settings.compile_cache_dir,
@@ -322,6 +321,7 @@ def deploy(target: Target, state: State, document: compose.Document) -> dict[str
 
     new_key = settings.api_key_enabled and not state["engine_key"]["current"]
     stage, start, stop, wait = Work(), Work(), Work(), Work()
+    restarts: list[str] = []
     drifted = [name for name in running if deployed and not _matches(current[name], document["services"][name])]
     if settings.service_state == "started":
         what = "the first release" if releases["current"] is None else f"a release after {releases['current']}"
@@ -332,6 +332,8 @@ def deploy(target: Target, state: State, document: compose.Document) -> dict[str
             start.add(name in current and name not in running, f"start {name} ({current.get(name, {}).get('state')})")
             start.add(name in drifted, f"restart {name}: it runs with other settings than its file")
             start.add(name in running and name not in drifted and new_key, f"restart {name}: its key has changed")
+            if name not in running or name in drifted or new_key:
+                restarts.append(name)
         stop.add(others and not start.reasons, f"stop {', '.join(others)}")
         for engine, known in pairs(target, state):
             wait.add(not start.reasons and not known["healthy"], f"wait for {engine.service}")
@@ -346,6 +348,8 @@ def deploy(target: Target, state: State, document: compose.Document) -> dict[str
         "start": start.reasons,
         "mode": "restart" if deployed else "deploy",
         "release": releases["current"] if deployed else None,
+        # Of a restart; none where all engines are restarted.
+        "services": restarts if len(restarts) < len(services) else [],
         "recreate": bool(drifted),
         "new_key": new_key,
         "wait": wait.reasons,

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 from sparkfleet_host.bounded import printable
+from sparkfleet_host.release_format import MOST_ENGINES
 
 from sparkfleet import SparkfleetError
 from sparkfleet.packaging.bundle import Bundle
@@ -23,8 +24,6 @@ from sparkfleet.planning.variables import ARGUMENT_PREFIX, PREFIX
 from sparkfleet.planning.vllm_versions import Engine
 
 State = Mapping[str, Any]
-#: More than a Spark has memory for.
-MAX_ENGINES = 16
 DEFAULTS = ROOT / "roles" / "sparkfleet" / "defaults" / "main.yml"
 
 
@@ -281,8 +280,8 @@ class Target:
 
 def _check_engines(engines: Sequence[EngineTarget]) -> None:
     """Whether services, models and ports tell the engines of a host apart. Raises SparkfleetError."""
-    if len(engines) > MAX_ENGINES:
-        raise SparkfleetError(f"{len(engines)} engines on one host: at most {MAX_ENGINES}")
+    if len(engines) > MOST_ENGINES:
+        raise SparkfleetError(f"{len(engines)} engines on one host: at most {MOST_ENGINES}")
     seen: dict[tuple[str, str], str] = {}
     for engine in engines:
         for what, value in (("service", engine.service), ("model", engine.card.repo), ("port", str(engine.port))):

@@ -235,7 +235,7 @@ def test_what_keeps_hosts_out(net: Network, run: Run, tmp_path: Path) -> None:
         "Copy your key there: `ssh-copy-id nvidia@192.0.2.22`",
         "It does not accept passwords: have your public key added to ~/.ssh/authorized_keys there",
         "not a Spark: nvidia-smi reports NVIDIA GeForce RTX 4090.",
-        "Python 3.10 or newer is needed there, found none: install python3",
+        "Python 3.10 or newer is required there, found none: install python3",
         "sudo is not installed",
         "59.8 GiB of its memory are available now, 115.2 when it is idle",
         "the same machine as spark-1a2b",

@@ -302,7 +302,8 @@ def test_each_engine_is_seen_to() -> None:
     services = list(document["services"])
     state["docker"]["containers"] = [started(document, services[0], 8000)]
     state["engines"][0]["healthy"] = True
-    assert plan.make(goal, state)["deploy"]["start"] == [f"create and start {services[1]}"]
+    made = plan.make(goal, state)["deploy"]
+    assert made["start"] == [f"create and start {services[1]}"] and made["services"] == services[1:]
     state["docker"]["containers"].append(started(document, services[1], 8001))
     made = plan.make(goal, state)["deploy"]
     assert made["start"] == [] and made["wait"] == [f"wait for {services[1]}"]

@@ -52,7 +52,7 @@ class ActionModule(ActionBase):
 
 def plan(needed):
     deploy = {"needed": needed, "stage": [], "start": ["x"], "stop": [], "wait": [], "release": 2, "mode": "deploy",
-              "recreate": False, "new_key": False, "stop_services": []}
+              "recreate": False, "services": [], "new_key": False, "stop_services": []}
     verify = {"question": "q", "expect": "e", "prompt": "p", "prompt_expect": "e"}
     engine = {"model": "m", "profile": "throughput", "repo": "o/m", "service": "vllm-m", "port": 8000, "verify": verify,
               "image": "i:1", "revision": "main", "remote_code": False, "fetch_image": False, "fetch_model": False}
