@@ -237,7 +237,7 @@ def test_what_keeps_hosts_out(net: Network, run: Run, tmp_path: Path) -> None:
         "not a Spark: nvidia-smi reports NVIDIA GeForce RTX 4090.",
         "Python 3.10 or newer is required there, found none: install python3",
         "sudo is not installed",
-        "59.8 GiB of its memory are available now, 115.2 when it is idle",
+        "59.8 GiB of its memory is available now, 115.2 when idle",
         "the same machine as spark-1a2b",
         "busy: sudo asks for a password there, which is fine: run with -K",
         "sparkfleet deploy -i inv -K",
