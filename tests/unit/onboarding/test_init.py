@@ -239,7 +239,7 @@ def test_what_keeps_hosts_out(net: Network, run: Run, tmp_path: Path) -> None:
         "sudo is not installed",
         "59.8 GiB of its memory is available now, 115.2 when idle",
         "the same machine as spark-1a2b",
-        "busy: sudo asks for a password there, which is fine: run with -K",
+        "busy: sudo asks for a password there; that is fine: run with -K",
         "sparkfleet deploy -i inv -K",
     ):
         assert printed in out
