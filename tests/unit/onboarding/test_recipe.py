@@ -179,7 +179,7 @@ def test_the_longest_length_that_fits() -> None:
         ("model: o/m\ndefaults: [1]", "defaults: must be a mapping, not [1]"),
         ("model: o/m\nenv: x", "env: must be a mapping, not x"),
         ("model: o/m\ncommand: {a: 1}", "command: must be a text"),
-        ("a: &x [*x]", "refers to what it is a part of"),
+        ("a: &x [*x]", "refers to its own parent"),
         ("x" * 300_000, "more than 262144 characters"),
         ("vllm serve " + "-a " * 3000, "more than 2000 words"),
     ],

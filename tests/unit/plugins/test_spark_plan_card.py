@@ -69,7 +69,7 @@ def test_a_model_of_the_hub_is_planned_at_the_commit_of_its_card(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     said, asked = run(hub)
-    assert (asked["repo"], asked["revision"]) == ("acme/tiny", hub.commit)
+    assert (asked["engines"][0]["repo"], asked["engines"][0]["revision"]) == ("acme/tiny", hub.commit)
     assert len(said) == 1 and said[0].startswith("acme/tiny: a card was made from the Hub")
     assert run(hub)[0] == []
     hub.files["README.md"] = b"new"
@@ -79,12 +79,12 @@ def test_a_model_of_the_hub_is_planned_at_the_commit_of_its_card(
     (line,) = run(hub)[0]
     assert f"main on the Hub is {hub.commit[:12]} by now; the card stays at {asked['revision'][:12]}" in line
     said, again = run(hub)
-    assert said == [] and again["revision"] == asked["revision"]
+    assert said == [] and again["revision"] == asked["engines"][0]["revision"]
 
 
 def test_the_hub_of_the_controller_comes_first(hub: Hub) -> None:
     _, asked = run(hub, sparkfleet_hub_endpoint="http://127.0.0.1:9", sparkfleet_controller_hub=hub.url)
-    assert asked["revision"] == hub.commit
+    assert asked["engines"][0]["revision"] == hub.commit
 
 
 def test_a_hub_that_is_not_reached_is_bad_input_that_says_so(hub: Hub) -> None:
