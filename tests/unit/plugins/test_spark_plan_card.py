@@ -77,9 +77,10 @@ def test_a_model_of_the_hub_is_planned_at_the_commit_of_its_card(
     (tmp_path / "next").mkdir()
     monkeypatch.setattr(constants, "DEFAULT_LOCAL_TMP", str(tmp_path / "next"))
     (line,) = run(hub)[0]
-    assert f"main on the Hub is {hub.commit[:12]} by now; the card stays at {asked['revision'][:12]}" in line
+    revision = asked["engines"][0]["revision"]
+    assert f"main on the Hub is {hub.commit[:12]} by now; the card stays at {revision[:12]}" in line
     said, again = run(hub)
-    assert said == [] and again["revision"] == asked["engines"][0]["revision"]
+    assert said == [] and again["engines"][0]["revision"] == revision
 
 
 def test_the_hub_of_the_controller_comes_first(hub: Hub) -> None:
