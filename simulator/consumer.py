@@ -134,7 +134,7 @@ def walk(world: str, folder: Path) -> int:
 def _both(consumer: Consumer, spark: Spark) -> None:
     consumer.play("where.yml", sees=f"state: {consumer.state / 'sparkfleet'}")
     consumer.play("site.yml", sees="failed=0")
-    if not spark.answers():
+    if not spark.answers(60):
         raise SimulatorError(f"{spark.name} does not answer right after {consumer.folder.name}'s site.yml")
     if not (consumer.state / "sparkfleet" / "reports" / f"{spark.name}.json").exists():
         raise SimulatorError(f"no report of the verification in {consumer.state}")

@@ -87,14 +87,14 @@ class Spark:
         )
         return done.returncode, done.stdout
 
-    def answers(self) -> bool:
-        """Whether it answers the question right, asked from outside."""
+    def answers(self, seconds: float = 2) -> bool:
+        """Whether it answers the question right within so many seconds, asked from outside."""
         body = {"model": REPOSITORY, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 32}
         url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
         headers = {"Content-Type": "application/json", **bearer(engine_key())}
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=2) as answer:  # noqa: S310 - http, loopback
+            with urllib.request.urlopen(request, timeout=seconds) as answer:  # noqa: S310 - http, loopback
                 return "Paris" in json.load(answer)["choices"][0]["message"]["content"]
         except (OSError, http.client.HTTPException, ValueError, KeyError):
             return False
