@@ -110,7 +110,11 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.doc
     DockerError,
     DockerUnavailable,
 )
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.engine import just_before, look, new_lines
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.engine import (
+    inspect,
+    just_before,
+    new_lines,
+)
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.guard import SETTINGS_FILE
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.precheck import precheck
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.release_format import DONE
@@ -180,7 +184,7 @@ def runs(store: Store, docker: Docker, number: int) -> bool:
         return False
     try:
         for item in store.engines(number):
-            found = look(docker, item.service)
+            found = inspect(docker, item.service)
             if found["state"] != "running" or not found["id"] or found["id"] != verified_in.get(item.service):
                 return False
     except (DockerError, ReleaseError):
@@ -271,7 +275,7 @@ def log(docker: Docker, journal: dict[str, Any], container: str, cursor: str) ->
         "cursor": cursor,
     }
     with contextlib.suppress(DockerError):
-        seen = look(docker, name) if name else None
+        seen = inspect(docker, name) if name else None
         if seen and seen["state"] != "missing":
             # The log of an earlier start is not that of this one.
             since = cursor if name == container else ""

@@ -53,7 +53,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.mem
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.redaction import redacted
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.release_format import MOST_ENGINES, Engine
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.status import look
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.status import inspect_host
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.switch import boot_id, verify_params
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.verify import verify
 
@@ -105,7 +105,7 @@ def part(read: Callable[[], Any]) -> Any:
 
 def engine_log(docker: Docker, service: str) -> dict[str, Any]:
     """State and log of a container of ours."""
-    found = engine.look(docker, service)
+    found = engine.inspect(docker, service)
     return {**found, "log": engine.read_log(docker, service, "", found["tty"], LOG_LINES)}
 
 
@@ -235,7 +235,7 @@ def optional(read: Callable[[], Any]) -> Any:
 def collect(params: dict[str, Any]) -> dict[str, Any]:
     """Everything."""
     store, docker = Store(params["project_dir"], params["state_dir"]), Docker(timeout=10.0)
-    status = part(lambda: look(store, docker, 0))
+    status = part(lambda: inspect_host(store, docker, 0))
     current = store.current()
     engines: Sequence[Engine] = (optional(lambda: store.engines(current)) or ()) if current else ()
     rows = {row["service"]: row for row in status.get("engines") or ()}

@@ -99,7 +99,7 @@ def _created(item: Mapping[str, Any]) -> int:
     return made if isinstance(made, int) else 0
 
 
-def look(docker: Docker, service: str) -> dict[str, Any]:
+def inspect(docker: Docker, service: str) -> dict[str, Any]:
     """State of a service's container, as the module returns it, with its `id` ("" for none). Raises DockerError."""
     known = identity(docker, service)
     found = docker.container(known) if known else None
@@ -182,7 +182,7 @@ def wait(docker: Docker, client: Client, name: str, seconds: float, restarts: in
     """The long poll. Raises DockerError."""
     deadline = time.monotonic() + seconds
     while True:
-        found = look(docker, name)
+        found = inspect(docker, name)
         found["ready"] = found["state"] == "running" and healthy(client)
         over = found["ready"] or found["state"] != "running" or 0 <= restarts < found["restart_count"]
         left = deadline - time.monotonic()

@@ -48,7 +48,7 @@ STATE_FILE = "guard-state.json"
 METRICS_FILE = "metrics/sparkfleet.prom"
 DOCKER_PID = "/run/docker.pid"
 STOP_SECONDS = 10  # until an engine that crashed or hangs is killed
-LOOK_SECONDS = 5.0  # for /health and /metrics
+PROBE_SECONDS = 5.0  # for /health and /metrics
 DOCKER_SECONDS = 10.0  # for an answer of Docker
 BACK_SECONDS = 10.0  # after a start of the host or of Docker in which it may still bring its containers back
 START_PAUSES = (10.0, 30.0, 60.0)  # before a start is tried again that Docker refused
@@ -818,7 +818,7 @@ class Watcher:
         """The engine's container, its log while it loads, its metrics when it is ready."""
         if item.engine is None:
             return {"state": "missing"}
-        found = engine.look(self.docker, item.service)
+        found = engine.inspect(self.docker, item.service)
         seen = {key: found[key] for key in ("state", "started_at", "restart_count")}
         killed = ", out of memory" if found["oom_killed"] else ""
         seen["how"] = found["error"] or f"exit code {found['exit_code']}{killed}"
@@ -827,7 +827,7 @@ class Watcher:
         seen["limit"] = item.engine.decode_limit
         if found["state"] != "running":
             return seen
-        client = engine_client(item.engine.url, LOOK_SECONDS)
+        client = engine_client(item.engine.url, PROBE_SECONDS)
         if not item.guard.known.get("ready"):
             seen["healthy"] = engine.healthy(client)
             lines = [] if seen["healthy"] else engine.read_log(self.docker, item.service, "", found["tty"], 1)
@@ -837,9 +837,9 @@ class Watcher:
         pause = min(self.settings.metrics_interval, self.settings.wedge_seconds / 4)
         began = clock()
         if began - item.read_at >= pause:
-            item.read_at, item.figures, seen["answered"] = began, None, LOOK_SECONDS
+            item.read_at, item.figures, seen["answered"] = began, None, PROBE_SECONDS
             with contextlib.suppress(HttpError):
-                answer = client.get("/metrics", LOOK_SECONDS, limit=METRICS_LIMIT)
+                answer = client.get("/metrics", PROBE_SECONDS, limit=METRICS_LIMIT)
                 if answer.status == 200:
                     item.figures, seen["answered"] = figures(answer.text), clock() - began
         values = item.figures
@@ -934,7 +934,7 @@ class Watcher:
 
     def _give_up(self, item: Watched, action: Action) -> None:
         engine.stop(self.docker, item.service, STOP_SECONDS)
-        found = engine.look(self.docker, item.service)
+        found = engine.inspect(self.docker, item.service)
         if item.guard.given_up is None:
             return
         # What it was started by; another start is a person's.

@@ -44,7 +44,7 @@ MOST_NAMES = 1000  # of an image
 OURS = 100  # names of an image that is noted
 MOST_BYTES = 1 << 62
 DEPTH = 64  # of folders in each other that are open at the same time
-LOOKS = 1000  # at a folder that is emptied, MOST_FILES of its files at a time
+PASSES = 1000  # at a folder that is emptied, MOST_FILES of its files at a time
 SECONDS = 120.0  # for all parts of a switch
 DELETE_SECONDS = 300.0  # that Docker has for an image
 ACTIVE = ("running", "paused", "restarting")
@@ -693,7 +693,7 @@ class _Emptied:
     folder: int
     below: list[str] = dataclasses.field(default_factory=list)
     more: bool = True
-    looks: int = 0
+    passes: int = 0
 
 
 def _remove(name: str, at: int, deadline: Deadline) -> None:
@@ -727,8 +727,8 @@ def _remove_tree(name: str, at: int, deadline: Deadline) -> int:
                         above = f".unneeded-{os.getpid()}-{time.monotonic_ns()}"
                         os.rename(inner, above, src_dir_fd=last.folder, dst_dir_fd=path[0].folder)
                         path[0].below.append(above)
-            elif last.more and last.looks < LOOKS and not (errors and last.looks):
-                last.looks += 1
+            elif last.more and last.passes < PASSES and not (errors and last.passes):
+                last.passes += 1
                 others: list[str] = []
                 last.more = False
                 with _noted_in(errors):

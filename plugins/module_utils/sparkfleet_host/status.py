@@ -18,7 +18,7 @@ from .redaction import redact
 from .release_format import MOST_ENGINES
 from .releases import ReleaseError, Store
 
-LOOK_SECONDS = 5.0
+TIMEOUT_SECONDS = 5.0
 PACE_SECONDS = 1.0  # between two looks at a counter, where requests run
 
 
@@ -27,7 +27,7 @@ def gpu() -> dict[str, float | None]:
     found: dict[str, float | None] = {"temperature": None, "watts": None}
     argv = ["nvidia-smi", "--query-gpu=temperature.gpu,power.draw", "--format=csv,noheader,nounits"]
     with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=LOOK_SECONDS, check=True)
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=True)
         for key, text in zip(found, done.stdout.split(","), strict=False):
             with contextlib.suppress(ValueError):
                 found[key] = float(text)
@@ -57,7 +57,7 @@ def pace(client: Client, before: dict[str, float]) -> float:
         return 0.0
     began = time.monotonic()
     time.sleep(PACE_SECONDS)
-    after = figures(client.get("/metrics", LOOK_SECONDS, LIMIT).text)
+    after = figures(client.get("/metrics", TIMEOUT_SECONDS, LIMIT).text)
     made = after.get("generation_tokens", 0.0) - before.get("generation_tokens", 0.0)
     return round(max(made, 0.0) / (time.monotonic() - began), 1)
 
@@ -81,19 +81,19 @@ def answers(docker: Docker, row: dict[str, Any], log_lines: int) -> dict[str, An
     """What an engine tells of itself: health, figures, log."""
     found: dict[str, Any] = {"healthy": False, "figures": {}, "tokens_per_second": None, "log": []}
     with contextlib.suppress(DockerError, HttpError):
-        client = engine_client(f"http://127.0.0.1:{row['port']}", LOOK_SECONDS)
+        client = engine_client(f"http://127.0.0.1:{row['port']}", TIMEOUT_SECONDS)
         found["healthy"] = engine.healthy(client)
         if log_lines:
-            seen = engine.look(docker, row["service"])
+            seen = engine.inspect(docker, row["service"])
             lines = engine.read_log(docker, row["service"], "", seen["tty"], log_lines)
             found["log"] = [redact(line) for line in lines]
         if found["healthy"]:
-            found["figures"] = figures(client.get("/metrics", LOOK_SECONDS, LIMIT).text)
+            found["figures"] = figures(client.get("/metrics", TIMEOUT_SECONDS, LIMIT).text)
             found["tokens_per_second"] = pace(client, found["figures"])
     return found
 
 
-def look(store: Store, docker: Docker, log_lines: int) -> dict[str, Any]:
+def inspect_host(store: Store, docker: Docker, log_lines: int) -> dict[str, Any]:
     """Everything that the module returns."""
     releases = store.summary()
     for name in ("newest_compose", "switch_compose"):

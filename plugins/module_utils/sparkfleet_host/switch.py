@@ -157,11 +157,11 @@ class Switch:
                     message = f"release {to} has no engine {printable(service, 200)}; it has {', '.join(there)}"
                     return [Problem("bad-input", message)]
 
-        def look() -> None:
+        def resolve() -> None:
             found.extend(precheck(self.store, self.docker, to))
 
         try:
-            self.patiently(look)
+            self.patiently(resolve)
         except FailedError as error:
             return [Problem("docker", str(error))]
         except Exception as error:
@@ -240,7 +240,7 @@ class Switch:
         for item in engines:
             if not wanted.get(item.service):
                 continue
-            seen = engine.look(self.docker, item.service)
+            seen = engine.inspect(self.docker, item.service)
             same = seen["state"] == "running" and seen["id"] == wanted[item.service]
             if same and engine.healthy(engine_client(item.url)):
                 found[item.service] = str(seen["id"])
@@ -434,7 +434,7 @@ class Switch:
         while True:
             now = time.monotonic()
             try:
-                found = engine.look(self.docker, service)
+                found = engine.inspect(self.docker, service)
                 if away:
                     away, settled = 0.0, now + SETTLE
                 # Docker restarts what crashes. One that stays down went down with Docker, which may not bring it back.
@@ -534,7 +534,7 @@ class Switch:
         state: dict[str, Any] = {}
         log: list[str] = []
         with contextlib.suppress(Exception):  # of a failure that is known already
-            state = engine.look(self.docker, service)
+            state = engine.inspect(self.docker, service)
             log = engine.read_log(self.docker, service, engine.just_before(state["started_at"]), state["tty"])
             if len(log) < 5 or (state["state"] == "running" and state["restart_count"]):  # why is in the run before
                 log = engine.read_log(self.docker, service, "", state["tty"], LOG_LINES)

@@ -116,7 +116,7 @@ def _made(options: argparse.Namespace) -> Draft:
 def _draft(options: argparse.Namespace, source: str, image: str) -> Draft:
     folder = expanded("FOLDER", source)
     if folder.is_dir():
-        return hub_card.draft(hub_card.look(folder, options.repo), image)
+        return hub_card.draft(hub_card.inspect_folder(folder, options.repo), image)
     named = catalog.hub_name(source)
     if named is None:
         raise SparkfleetError(

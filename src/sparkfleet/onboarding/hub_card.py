@@ -147,7 +147,7 @@ def _about(said: Mapping[str, Any], repo: str, revision: str, hub: Way) -> About
 # -- a folder --------------------------------------------------------------------------------------------------------
 
 
-def look(folder: Path, name: str = "") -> About:
+def inspect_folder(folder: Path, name: str = "") -> About:
     """What a folder with a model's files says; `name` is ORG/NAME[@REVISION], where it cannot be told by the folder's
     place in a Hub cache. Raises SparkfleetError."""
     folder = folder.absolute()

@@ -55,7 +55,7 @@ VERIFY = {
 THINKING_TOKENS = 1024
 OURS = "ours"
 NO_PARSER = "the parser of tool calls"
-UNTOLD = "not said anywhere"
+NOT_STATED = "not said anywhere"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,13 +187,13 @@ def draft(model: Description, quantisation: Quantisation, facts: Facts, image: s
 
 
 def _licence(facts: Facts, origin: dict[str, str], unknown: list[str]) -> dict[str, Any]:
-    origin["licence.name"] = facts.licence_origin if facts.licence else UNTOLD
+    origin["licence.name"] = facts.licence_origin if facts.licence else NOT_STATED
     origin["licence.page"] = "where it is read"
     if not facts.licence:
         unknown.append("the licence: read the model's page before you serve it")
     if facts.gated is None:
         unknown.append("whether the Hub asks to accept the licence (gated): a folder does not say it; false is written")
-        origin["licence.gated"] = UNTOLD
+        origin["licence.gated"] = NOT_STATED
     else:
         origin["licence.gated"] = "the Hub"
     return {

@@ -383,25 +383,25 @@ def _switch(target: Target, state: State) -> Check:
 
 def _bundle(bundle: Bundle, state: State, cases: Sequence[Case], work: Work) -> Check:
     """Whether a bundle has what is to be fetched and installed."""
-    system, lacks = state["os"], []
+    system, gaps = state["os"], []
     for case in cases:
         if case.pulls and case.engine.image not in bundle.images:
-            lacks.append(f"no image {case.engine.image} (it has {', '.join(sorted(bundle.images)) or 'none'})")
+            gaps.append(f"no image {case.engine.image} (it has {', '.join(sorted(bundle.images)) or 'none'})")
         wanted = f"{case.engine.card.repo}@{case.engine.revision}"
         if case.downloads and wanted not in bundle.models:
-            lacks.append(f"no model {wanted} (it has {', '.join(sorted(bundle.models)) or 'none'})")
+            gaps.append(f"no model {wanted} (it has {', '.join(sorted(bundle.models)) or 'none'})")
     here = {"id": system["id"], "codename": system["codename"], "machine": system["machine"]}
     if work.installs and bundle.system != here:
         packages = " ".join(bundle.system.values()) or "nothing"
-        lacks.append(f"packages for {packages}, the host is {' '.join(here.values())}")
+        gaps.append(f"packages for {packages}, the host is {' '.join(here.values())}")
     elif any(work.pulls) and bundle.system.get("machine") != here["machine"]:
-        lacks.append(f"an image for {bundle.system.get('machine')}, the host is {here['machine']}")
-    lacking = bundle.lacking()
-    if lacking:
-        lacks.append(f"{len(lacking)} of {len(bundle.files)} files missing or cut, such as {lacking[0]}")
-    if not lacks:
+        gaps.append(f"an image for {bundle.system.get('machine')}, the host is {here['machine']}")
+    incomplete = bundle.missing_files()
+    if incomplete:
+        gaps.append(f"{len(incomplete)} of {len(bundle.files)} files missing or cut, such as {incomplete[0]}")
+    if not gaps:
         return Check("bundle", f"{bundle.folder} has what is needed")
-    return Check("bundle", "; ".join(lacks), (known("bundle", f"the bundle {bundle.folder} has {'; '.join(lacks)}"),))
+    return Check("bundle", "; ".join(gaps), (known("bundle", f"the bundle {bundle.folder} has {'; '.join(gaps)}"),))
 
 
 def _registry(case: Case) -> Check:

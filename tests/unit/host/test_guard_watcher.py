@@ -113,7 +113,7 @@ class World:
         self.log_asked: list[tuple[Any, ...]] = []
         monkeypatch.setattr(module, "clock", lambda: self.now)
         monkeypatch.setattr(module, "engine_client", self.client.made)
-        monkeypatch.setattr(module.engine, "look", self.look)
+        monkeypatch.setattr(module.engine, "inspect", self.inspect)
         monkeypatch.setattr(module.engine, "stop", self.stop)
         monkeypatch.setattr(module.engine, "start", self.start)
         monkeypatch.setattr(module.engine, "healthy", lambda client: self.healthy)
@@ -132,7 +132,7 @@ class World:
         self.log_asked.append(args[1:])
         return self.log
 
-    def look(self, docker: Any, name: str) -> dict[str, Any]:
+    def inspect(self, docker: Any, name: str) -> dict[str, Any]:
         return dict(self.found)
 
     def stop(self, docker: Any, name: str, timeout: int) -> bool:
@@ -233,7 +233,7 @@ def test_a_canary_that_ends_while_it_reads_belongs_to_this_observation(
         world.watcher.item.canary = ended
         return dict(world.found)
 
-    monkeypatch.setattr(module.engine, "look", look)
+    monkeypatch.setattr(module.engine, "inspect", look)
     assert world.watcher.observe().canary is ended and world.watcher.item.canary is None
 
 
@@ -241,7 +241,7 @@ def test_no_observation_ends_it(world: World, monkeypatch: pytest.MonkeyPatch) -
     def look(docker: Any, name: str) -> dict[str, Any]:
         raise MemoryError("odd")
 
-    monkeypatch.setattr(module.engine, "look", look)
+    monkeypatch.setattr(module.engine, "inspect", look)
     for _ in range(5):
         world.watcher.survive()
     assert world.said == ["this observation failed: MemoryError: odd"]  # once, not at each
@@ -260,7 +260,7 @@ def test_docker_that_is_away_is_seen(world: World, monkeypatch: pytest.MonkeyPat
     def look(docker: Any, name: str) -> dict[str, Any]:
         raise DockerUnavailable("away")
 
-    monkeypatch.setattr(module.engine, "look", look)
+    monkeypatch.setattr(module.engine, "inspect", look)
     assert world.watcher.observe().docker is False
 
 
@@ -561,7 +561,7 @@ def test_nothing_is_done_where_docker_is_away_or_another_release_is_there(
     def away(docker: Any, name: str) -> Any:
         raise DockerUnavailable("away")
 
-    monkeypatch.setattr(module.engine, "look", away)
+    monkeypatch.setattr(module.engine, "inspect", away)
     world.watcher.do(Action(do, "crash"), seen)
     assert world.calls == [] and world.said[-1] == (
         f"vllm-m: {do} (crash) left alone: the engine has changed meanwhile"

@@ -58,7 +58,7 @@ class World:
         self.did: list[str] = []
         self.clock = 1000.0
         self.ports: dict[str, int] = {}  # by service; 8000 for the others
-        for name in ("ours", "start", "stop", "remove", "compose_up", "look", "healthy", "read_log", "resolved"):
+        for name in ("ours", "start", "stop", "remove", "compose_up", "inspect", "healthy", "read_log", "resolved"):
             monkeypatch.setattr(engine, name, getattr(self, name))
         monkeypatch.setattr(switch, "verify", self.verify)
         monkeypatch.setattr(switch, "precheck", self.precheck)
@@ -76,7 +76,7 @@ class World:
         monkeypatch.setattr(store, "write_switch", write_or_cut)
 
     def precheck(self, store: Store, docker: Docker, number: int) -> list[Problem]:
-        self.look(docker, "")
+        self.inspect(docker, "")
         return list(self.problems)
 
     def key(self) -> str:
@@ -140,7 +140,7 @@ class World:
         names = [name for name, state in self.containers.items() if state == "running"]
         return next((name for name in names if self.ports.get(name, 8000) == port), "")
 
-    def look(self, docker: Docker, name: str) -> dict[str, Any]:
+    def inspect(self, docker: Docker, name: str) -> dict[str, Any]:
         if self.away:
             self.away -= 1
             raise DockerUnavailable("nothing listens there")
@@ -575,7 +575,7 @@ class Waiting:
         self.switch.journal = {"container_ids": {}}
         self.started: list[float] = []
         self.ready_at = 10.0**9
-        monkeypatch.setattr(engine, "look", self.look)
+        monkeypatch.setattr(engine, "inspect", self.inspect)
         monkeypatch.setattr(engine, "start", lambda docker, name: self.started.append(self.now))
         monkeypatch.setattr(engine, "healthy", lambda client: self.now >= self.ready_at)
 
@@ -583,7 +583,7 @@ class Waiting:
     def now(self) -> float:
         return self.world.clock - self.began
 
-    def look(self, docker: Docker, name: str) -> dict[str, Any]:
+    def inspect(self, docker: Docker, name: str) -> dict[str, Any]:
         shown = self.shown[max(at for at in self.shown if at <= self.now)]
         if isinstance(shown, Exception):
             raise shown
@@ -790,7 +790,7 @@ def test_the_log_of_the_run_before_is_read_where_this_one_says_little(
 
     shown = {"state": state, "restart_count": restarts, "started_at": "2026-01-01T00:00:01Z", "tty": True}
     monkeypatch.setattr(
-        engine, "look", lambda docker, name: {**shown, "exit_code": 3, "oom_killed": True, "error": "e"}
+        engine, "inspect", lambda docker, name: {**shown, "exit_code": 3, "oom_killed": True, "error": "e"}
     )
     monkeypatch.setattr(engine, "read_log", read_log)
     facts = Switch(world.store, Docker("/nowhere"), {}).facts(NEW, {"failure": "x", "answer": "Rome", "state": "odd"})
@@ -1796,14 +1796,14 @@ def test_nothing_that_fails_on_the_way_back_keeps_the_old_one_down(
 def test_docker_s_odd_answers_are_a_failure_like_any_other(
     store: Store, world: World, deployed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    number, look = stage(store, NEW), world.look
+    number, inspect = stage(store, NEW), world.inspect
 
     def odd(docker: Docker, name: str) -> dict[str, Any]:
         if name == NEW:
             raise TypeError("'int' object is not subscriptable")
-        return look(docker, name)
+        return inspect(docker, name)
 
-    monkeypatch.setattr(engine, "look", odd)
+    monkeypatch.setattr(engine, "inspect", odd)
     journal = run(store, number)
     assert journal["outcome"] == "restored" and journal["error"]["failure"] == "internal"
     assert world.containers == {OLD: "running"}
