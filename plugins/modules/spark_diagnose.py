@@ -96,7 +96,7 @@ def command(argv: list[str]) -> list[str]:
 
 
 def part(read: Callable[[], Any]) -> Any:
-    """One part of the whole; what it raises is its value."""
+    """One part of the result; what it raises becomes its value."""
     try:
         return read()
     except Exception as error:
@@ -116,7 +116,7 @@ def asked(item: Engine) -> dict[str, Any]:
 
 
 def engine_facts(docker: Docker, item: Engine, row: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of an engine of the current release. `row`: what the status says of it."""
+    """What is known of an engine of the current release. `row`: its status."""
     there = optional(lambda: docker.image(item.image) is not None) if item.image else None
     healthy = bool(row.get("healthy"))
     return {

@@ -49,7 +49,7 @@ containers: {description: Name and state of each of ours., returned: always, typ
 healthy: {description: Whether all engines answer., returned: always, type: bool}
 gpu: {description: Temperature in degrees Celsius and power draw in W or null., returned: always, type: dict}
 log:
-  description: The last lines of the engines' logs; with several engines each line begins with the service.
+  description: The last lines of the engines' logs; with several engines each line starts with the service.
   returned: always
   type: list
   elements: str

@@ -119,7 +119,7 @@ def _port(docker: Docker, wanted: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _network(docker: Docker, wanted: Mapping[str, Any], document: Mapping[str, Any]) -> Iterator[Problem]:
-    """A network that Docker knows and whose bridge is gone. Compose makes one that Docker does not know."""
+    """A network that Docker knows and whose bridge is gone. Compose creates one that Docker does not know."""
     for key in wanted.get("networks") or {}:
         name = str(((document.get("networks") or {}).get(key) or {}).get("name") or "")
         found = docker.network(name) if name else None
@@ -132,7 +132,7 @@ def _network(docker: Docker, wanted: Mapping[str, Any], document: Mapping[str, A
 
 
 def _mounts(wanted: Mapping[str, Any], document: Mapping[str, Any]) -> Iterator[Problem]:
-    """Files and folders of the host that Docker would not make itself."""
+    """Files and folders of the host that Docker would not create itself."""
     for mount in wanted.get("volumes") or []:
         source = str(mount.get("source") or "")
         made = (mount.get("bind") or {}).get("create_host_path")

@@ -1,4 +1,4 @@
-"""Settings that somebody else wrote, as those of a card: a recipe of sparkrun (its formats 1 and 2, which
+"""Settings that someone else wrote, as those of a card: a recipe of sparkrun (its formats 1 and 2, which
 eugr/spark-vllm-docker shares) or a command line `vllm serve ...`.
 
 Nothing is run, and nothing is dropped in silence: what a card has no place for is listed, with the place it has here.
@@ -54,7 +54,7 @@ PLACEMENT = frozenset(
         *("data_parallel_size_local", "data_parallel_start_rank", "api_server_count"),
     )
 )
-#: Flags without a value beside those whose name says it.
+#: Flags without a value, besides those whose name shows it.
 BARE = frozenset(
     (
         *(
@@ -76,7 +76,7 @@ VALUED = frozenset(("enable_log_requests_level", "disable_log_stats_interval", "
 AMOUNTS = frozenset(("max_model_len", "max_num_batched_tokens", "max_num_seqs", "kv_cache_memory_bytes"))
 _FACTORS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL)", re.I)
-#: Names that only look as if they held a secret.
+#: Names that only seem to hold a secret.
 _NO_SECRET = re.compile(r"(TOKENIZER|TOKENS|MAX_TOKEN|KEYED|MONKEY|NUM_TOKEN)", re.I)
 _COMMAND = re.compile(r"(^|[\s/])(vllm\s+serve|vllm\.entrypoints|vllm-openai[:@]|docker\s+run)")
 _NUMBER = re.compile(r"[+-]?[0-9]{1,18}(\.[0-9]{0,18})?(e[+-]?[0-9]{1,2})?", re.I | re.ASCII)
@@ -108,7 +108,7 @@ _ELSEWHERE = {
 
 @dataclasses.dataclass
 class Settings:
-    """What a recipe or command says, in a card's terms; ``left`` lists what was not taken: a line each, name and
+    """The content of a recipe or command, in a card's terms; ``left`` lists what was not taken: a line each, name and
     reason; ``doubts`` say what of the rest may not work here. ``model`` is ORG/NAME or "", ``image`` "" where none can
     be taken."""
 
@@ -200,7 +200,7 @@ def recipe(data: Mapping[str, Any], place: str) -> Settings:
 
 
 def _is_one_spark(key: str, value: Any) -> bool:
-    """Whether a key says what a card says anyway."""
+    """Whether a key states what a card states anyway."""
     return (
         (key == "min_nodes" and value == 1)
         or (key == "max_nodes" and isinstance(value, int))
@@ -229,7 +229,7 @@ def _command_of(made: Settings, template: str, values: Mapping[str, Any], place:
         used.add(found[1])
         return _word(values[found[1]])
 
-    # In format 1 a doubled brace is one that is meant; sparkrun tells by the first.
+    # In format 1 a doubled brace is a literal one; sparkrun decides by the first.
     pattern = r"\{\{|\{([A-Za-z_]\w{0,63})\}|\}\}" if "{{" in template else r"\{([A-Za-z_]\w{0,63})\}"
     text = template
     for _ in range(5):  # a default may name another one
@@ -284,7 +284,7 @@ def _line(made: Settings, text: str, place: str) -> None:
 
 
 def _start(words: list[str]) -> tuple[int, int] | None:
-    """Where the words of vLLM begin, and where its arguments do."""
+    """Where the words of vLLM start, and where its arguments do."""
     for at, word in enumerate(words):
         if word.rpartition("/")[2] == "vllm" and words[at + 1 : at + 2] == ["serve"]:
             return at, at + 2
@@ -427,7 +427,7 @@ def _argument(made: Settings, name: str, value: Any) -> None:
     if isinstance(value, str) and re.search(r"\$[A-Za-z_{(]|`", value):
         made.leave(f"--{name.replace('_', '-')}", "its value is of a shell: write it out")
     elif isinstance(value, str) and re.fullmatch(r"\{[A-Za-z_]\w*\}", value):
-        made.leave(shown, "nothing stands for the placeholder")
+        made.leave(shown, "the placeholder has no value")
     elif name == "hf_token" or "password" in name:
         made.leave(f"--{name.replace('_', '-')} (value not shown)", "it is a secret; the Hub's is sparkfleet_hf_token")
     elif name in ("model", "model_tag"):
@@ -526,7 +526,7 @@ def _variable(made: Settings, name: str, value: Any) -> None:
     if _SECRET.search(name) and not _NO_SECRET.search(name):
         made.leave(f"{name} (value not shown)", "it may be a secret; the Hub's token is sparkfleet_hf_token")
     elif name in ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_CACHE"):
-        made.leave(name, "where the model lies in the container is Sparkfleet's")
+        made.leave(name, "Sparkfleet sets the model's place in the container")
     elif not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,127}", name):
         made.leave(name, "it is no variable in capitals")
     elif isinstance(value, bool) or not isinstance(value, str | int | float):

@@ -1,6 +1,6 @@
 """The plan for one Spark: a pure function of settings, model cards and host state.
 
-``state`` is what the module ``spark_state`` found. The plan says what must not go on (findings) and
+``state`` is what the module ``spark_state`` found. The plan lists what must not proceed (findings) and
 what there is to do (prepare, fetch, deploy); an empty list of reasons means that nothing is.
 """
 
@@ -217,14 +217,14 @@ def guard_settings(target: Target, state: State) -> dict[str, Any]:
 
 
 def notes(target: Target, state: State) -> list[str]:
-    """What an operator should know of what is to run, though nothing stands in its way."""
+    """What an operator should know of what is to run, though nothing prevents it."""
     settings, found = target.settings, []
     if target.is_open(state) and settings.service_state == "started":
         ports = [str(engine.port) for engine in target.engines]
         which = f"port {ports[0]} is" if len(ports) == 1 else f"ports {', '.join(ports)} are"
         found.append(
             f"{which} open to the network without a key: sparkfleet_listen: loopback closes "
-            f"{'it' if len(ports) == 1 else 'them'}, sparkfleet_engine_key asks for a key"
+            f"{'it' if len(ports) == 1 else 'them'}, sparkfleet_engine_key requires a key"
         )
     for engine in target.engines:
         if vllm_versions.moves(engine.image):

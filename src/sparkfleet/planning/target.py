@@ -35,7 +35,7 @@ def defaults() -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class EngineSettings:
-    """What the inventory says of one engine of a host."""
+    """What the inventory defines for one engine of a host."""
 
     model: str
     profile: str = "throughput"
@@ -49,7 +49,7 @@ class EngineSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the inventory says of one host; the fields are the variables ``sparkfleet_<field>``, with their defaults.
+    """The inventory's settings of one host; the fields are the variables ``sparkfleet_<field>``, with their defaults.
 
     Fields below ``arguments`` are not variables. The fields of `EngineSettings` are those of the host's only engine,
     unless ``engines`` lists them.
@@ -99,7 +99,7 @@ class Settings:
     guard_max_restarts: int = 3
     guard_restart_window: float = 3600.0
     guard_port: int = 9109
-    bundle: str = ""  # folder on the controller that stands for the internet
+    bundle: str = ""  # folder on the controller in place of the internet
     bundle_digest: str = ""  # what its bundle.json must have; empty: not checked
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # sparkfleet_vllm_<name>
     gateways: tuple[str, ...] = ()  # names or addresses of the inventory's gateways
@@ -279,7 +279,7 @@ class Target:
 
 
 def _check_engines(engines: Sequence[EngineTarget]) -> None:
-    """Whether services, models and ports tell the engines of a host apart. Raises SparkfleetError."""
+    """Whether services, models and ports distinguish the engines of a host. Raises SparkfleetError."""
     if len(engines) > MOST_ENGINES:
         raise SparkfleetError(f"{len(engines)} engines on one host: at most {MOST_ENGINES}")
     seen: dict[tuple[str, str], str] = {}

@@ -196,7 +196,7 @@ def test_nothing_is_done_once_a_switch_has_begun(world: World, store: Store, mon
     action, seen = world.wedge()
     with store.exclusive():
         world.watcher.do(action, seen)
-        assert world.calls == [] and "a switch has begun" in world.said[-1]
+        assert world.calls == [] and "a switch has started" in world.said[-1]
         assert world.watcher.one_step().do == "nothing"
     assert world.watcher.guard.restarts == [] and world.watcher.guard.totals == {"wedge": 0}
 
@@ -596,7 +596,7 @@ def test_a_switch_that_was_cut_is_ended_while_systemd_waits(world: World, monkey
             ("WATCHDOG_USEC=10800000000", "WATCHDOG=1"),
             ("WATCHDOG_USEC=90000000", "WATCHDOG=1"),
         ]
-        assert world.said[-2:] == ["a switch was cut; ending it", f"the switch ended: {said}"]
+        assert world.said[-2:] == ["a switch was interrupted; ending it", f"the switch ended: {said}"]
 
 
 def cut(store: Store) -> None:
@@ -764,7 +764,7 @@ def test_a_damaged_state_is_set_aside_and_said(world: World, store: Store) -> No
     (kept,) = path.parent.glob("guard-state.json.damaged-*")
     assert fresh.guard.engine == "missing" and not path.exists()
     assert said == [
-        f"{path} is damaged (engine: 'x' is not a state); it is kept as {kept}, and a new one is begun",
+        f"{path} is damaged (engine: 'x' is not a state); it is kept as {kept}, and a new one is started",
     ]
 
 

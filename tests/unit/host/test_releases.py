@@ -703,7 +703,7 @@ def test_every_release_is_repaired_and_what_was_done_is_said(store: Store) -> No
     for name in ("lock.json", ".sealed.json"):
         spoil(store.folder(3) / name)
     first, third = store.repair_all()
-    assert first == f"{store.folder(1) / 'compose.yml'} was changed; brought back, the other is kept beside it"
+    assert first == f"{store.folder(1) / 'compose.yml'} was changed; restored, the other is kept alongside it"
     assert third.startswith("release 3 is damaged, set aside as ") and "there are" not in third
     assert store.numbers() == [1, 2] and store.repair_all() == []
 

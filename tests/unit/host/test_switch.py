@@ -1060,7 +1060,7 @@ def test_why_a_switch_was_cut(store: Store, world: World, deployed: int, boot: s
     store.write_switch({**journal, **({"boot_id": boot} if boot else {})})
     ended = recover(store, Docker("/nowhere"))
     assert ended and ended["error"] == {
-        "message": f"the switch to release 2 was cut in the phase waiting: {why}",
+        "message": f"the switch to release 2 was interrupted in the phase waiting: {why}",
         **{"failure": "switch-interrupted", "state": "missing"},
     }
 
@@ -1751,7 +1751,7 @@ def test_a_link_that_is_made_and_reported_as_failed_is_taken_back(
     monkeypatch.setattr(releases, "write_json", unwritten)
     journal = run(store, number)
     assert journal["outcome"] == "restored" and world.containers == {OLD: "running"} and store.current() == deployed
-    assert journal["troubles"] == ["release 1 could not be noted as verified: Input/output error"]
+    assert journal["troubles"] == ["release 1 could not be recorded as verified: Input/output error"]
 
 
 @pytest.mark.parametrize("error", [*ERRORS, KeyError("surprise")])
@@ -1769,7 +1769,7 @@ def test_nothing_that_fails_after_the_commit_undoes_it(
     journal = run(store, stage(store, NEW))
     assert journal["outcome"] == "verified" and store.current() == 2 and world.containers[NEW] == "running"
     assert [line.partition(": ")[0] for line in journal["troubles"]] == [
-        *("the key of before could not be removed", "the container vllm-old could not be removed"),
+        *("the previous key could not be removed", "the container vllm-old could not be removed"),
         *("old releases could not be removed", "the files of the releases could not be checked"),
         "what no release needs could not be removed",
     ]

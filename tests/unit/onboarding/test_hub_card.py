@@ -87,7 +87,7 @@ def test_the_sizes_are_those_of_what_is_fetched(hub: Hub) -> None:
 
 
 def test_a_revision_is_asked_for(hub: Hub) -> None:
-    assert draft(hub, hub.commit).origin["revision"] == "the commit that was asked for"
+    assert draft(hub, hub.commit).origin["revision"] == "the requested commit"
     with pytest.raises(SparkfleetError, match=r"no card for acme/tiny-8b@v9: .*has no revision v9"):
         draft(hub, "v9")
 
@@ -211,7 +211,7 @@ def test_a_card_from_a_folder(tmp_path: Path) -> None:
     card = hub_card.check(made, "it")
     assert (card.repo, card.revision, card.licence.name) == ("acme/tiny", "v1", "acme-1")
     assert any("(gated)" in words for words in made.unknown)
-    assert made.origin["licence.gated"] == "not said anywhere"
+    assert made.origin["licence.gated"] == "not stated anywhere"
 
 
 def test_a_folder_of_the_hub_cache_says_what_it_is(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_a_folder_of_the_hub_cache_says_what_it_is(tmp_path: Path) -> None:
 
 def test_folders_that_will_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_of(tmp_path, FILES)
-    with pytest.raises(SparkfleetError, match="does not say which model of the Hub it holds: add --repo"):
+    with pytest.raises(SparkfleetError, match="does not show which model of the Hub it holds: add --repo"):
         hub_card.inspect_folder(folder)
     with pytest.raises(SparkfleetError, match="--repo 'acme': write ORG/NAME"):
         hub_card.inspect_folder(folder, "acme")

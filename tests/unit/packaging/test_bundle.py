@@ -470,7 +470,7 @@ def test_a_bundle_that_has_all_lets_the_plan_go_on(tmp_path: Path) -> None:
     made = plan.make(ready, spark_here())
     assert made["findings"] == []
     assert made["prepare"]["packages"] is True
-    assert {check["name"]: check["seen"] for check in made["checks"]}["registry"] == "not asked; there is a bundle"
+    assert {check["name"]: check["seen"] for check in made["checks"]}["registry"] == "not queried; there is a bundle"
 
 
 def test_what_a_bundle_lacks_is_one_finding(tmp_path: Path) -> None:
