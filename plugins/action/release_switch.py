@@ -57,7 +57,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 
 
 def refused(host: str, answer: dict[str, Any]) -> dict[str, Any]:
-    """The message of an answer that is no journal: check mode, or a refusal before anything has changed."""
+    """The message of an answer that is not a journal: check mode, or a refusal before anything has changed."""
     if not answer.get("failed") or not answer.get("failure"):
         return {}
     return {"msg": report.clean(f"{host}: {str(answer.get('msg') or '')[:4000]} [{str(answer['failure'])[:100]}]")}

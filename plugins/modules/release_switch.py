@@ -12,7 +12,7 @@ description:
     and makes the release the current one; on any failure the old ones are started and verified again. The job outlives
     the connection.
   - An engine that both releases define in the same way keeps running, and is verified with the others.
-- Whatever can be known is checked first; if there is a problem, nothing is stopped. A release that runs already,
+  - Whatever can be known is checked first; if there is a problem, nothing is stopped. A release that runs already,
     in the container that was verified, is left alone by O(mode=deploy).
   - The module alone starts the job, or joins one that switches to the same release, and follows it for O(slice)
     seconds. The action of the same name repeats that until the job is done, showing phases with their figures, and

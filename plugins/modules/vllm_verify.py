@@ -8,7 +8,7 @@ DOCUMENTATION = r"""
 module: vllm_verify
 short_description: Proves that a vLLM endpoint answers
 description:
-- Health tells little about an engine, so questions with known answers are asked, as chat, completion and
+  - A health check alone shows little, so questions with known answers are asked, as chat, completion and
     event stream, concurrently; the model list, counters and API description are checked as well.
   - Changes nothing, so it also runs in check mode.
   - The action of the same name prints the checks as a table and saves the result on the controller.

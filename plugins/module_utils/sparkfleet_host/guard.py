@@ -67,7 +67,7 @@ ANSWERS = 12  # that are kept; in half of them or more a slow engine stalls
 #: States of an engine, as state file and metrics name them.
 SERVED = ("serving", "loading", "healing", "wedged")
 STATES = (*("serving", "loading", "stopped", "wedged", "healing", "given-up", "missing", "switching", "docker-down"),)
-STUCK = "guard-stuck"  # what /ready says of an engine that the guard has not observed for long
+STUCK = "guard-stuck"  # what /ready answers for an engine that the guard has not observed for long
 #: The state of a host is the first of these that one of its engines is in.
 WORST_FIRST = (
     *("switching", "docker-down", "given-up", "missing", "stopped", "wedged", "healing", "loading", "serving"),

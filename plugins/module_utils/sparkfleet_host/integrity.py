@@ -352,7 +352,7 @@ def _ports(item: Mapping[str, Any]) -> list[Any]:
 
 def mark_served(docker: Docker, reason: str, service: str = "", port: int = 0) -> list[str]:
     """Mark the model that an engine of ours serves, once an answer made no sense: the next fetch hashes it. Of which
-    engine, its `service` tells, or the `port` that it is published on; all that run where neither is given.
+    engine: given by its `service`, or the `port` that it is published on; all that run where neither is given.
     "ORG/NAME@COMMIT" of each; [] where Docker does not report it."""
     marked = []
     with contextlib.suppress(DockerError, KeyError, TypeError, AttributeError):

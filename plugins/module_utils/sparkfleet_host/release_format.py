@@ -127,7 +127,7 @@ def merged(plan: Mapping[str, Any], lock: Mapping[str, Any]) -> tuple[Engine, ..
 
 
 def identity(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What makes two plans of the same compose file the same release. The figures of memory are no part of it: they
+    """What makes two plans of the same compose file the same release. The figures of memory are not part of it: they
     change with what is free on the host."""
     return [{key: engine[key] for key in ("service", "model", "profile", "verify")} for engine in plan["engines"]]
 

@@ -96,7 +96,7 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 def write_text(path: Path, text: str, mode: int = 0o644) -> None:
     """Write text as `write_bytes` does. Half of a surrogate pair, which JSON from outside may hold, is written as its
-    escape: a journal that cannot be written would end a switch half way."""
+    escape: a journal that cannot be written would end a switch halfway."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"), mode)
 
 
@@ -523,7 +523,7 @@ class Store:
 
     def switch(self) -> dict[str, Any] | None:
         """The journal of the switch that runs or ran last, with all its fields; None for none, and for one that cannot
-        be understood (`switch_damage` says why)."""
+        be understood (`switch_damage` gives the reason)."""
         spare = self._spare()
         if spare is not None:
             return spare

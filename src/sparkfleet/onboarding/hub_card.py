@@ -333,9 +333,9 @@ def _template(about: About) -> tuple[bool | None, str]:
 # -- cards that a run makes by itself --------------------------------------------------------------------------------
 
 
-def ensure(model: str, hub: Way, tell: Report, once: Path | None = None, refresh: bool = False) -> Path | None:
+def ensure(model: str, hub: Way, report: Report, once: Path | None = None, refresh: bool = False) -> Path | None:
     """The card of a model given as ORG/NAME[@REVISION], made where there is none (`refresh`: in any case); None for
-    another kind of model. `tell` reports a card that is new, and a Hub that has moved on since one was made;
+    another kind of model. `report` is called for a new card, and for a Hub that has moved on since one was made;
     with `once`, a folder that lives as long as a run, the Hub is queried once a run. Raises SparkfleetError."""
     named = catalog.hub_name(model)
     if named is None:
@@ -347,11 +347,11 @@ def ensure(model: str, hub: Way, tell: Report, once: Path | None = None, refresh
             made = draft(ask(*named, hub))
             _write(path, made.text())
             unsure = f"; {len(made.unknown)} things are not known, it lists them" if made.unknown else ""
-            tell(f"{model}: a card was made from the Hub at {made.data['revision'][:12]}: {path}{unsure}")
+            report(f"{model}: a card was made from the Hub at {made.data['revision'][:12]}: {path}{unsure}")
             return path
         with contextlib.suppress(SparkfleetError, OSError):
             if moved := _moved(named, catalog.parse(path), hub, once):
-                tell(
+                report(
                     f"{model}: {named[1]} on the Hub is {moved[:12]} by now; the card stays at "
                     f"{catalog.parse(path).revision[:12]} until `sparkfleet card {model} --refresh`"
                 )

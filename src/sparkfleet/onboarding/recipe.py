@@ -109,7 +109,7 @@ _ELSEWHERE = {
 @dataclasses.dataclass
 class Settings:
     """The content of a recipe or command, in a card's terms; ``left`` lists what was not taken: a line each, name and
-    reason; ``doubts`` say what of the rest may not work here. ``model`` is ORG/NAME or "", ``image`` "" where none can
+    reason; ``doubts`` what of the rest may not work here. ``model`` is ORG/NAME or "", ``image`` "" where none can
     be taken."""
 
     kind: str
@@ -132,7 +132,7 @@ def read(text: str, place: str) -> Settings:
     """A recipe (YAML with `model` or `command`) or a command line; `place` names it in errors. Raises
     SparkfleetError."""
     if len(text) > CHARACTERS:
-        raise SparkfleetError(f"{place}: more than {CHARACTERS} characters: that is no recipe")
+        raise SparkfleetError(f"{place}: more than {CHARACTERS} characters: that is not a recipe")
     if _COMMAND.search(text) and not re.search(r"^\s*(command|model|container)\s*:", text, re.M):
         return command(text, place)
     try:
@@ -272,7 +272,7 @@ def _line(made: Settings, text: str, place: str) -> None:
         for word in lexer:
             words.append(word)
             if len(words) > WORDS:
-                raise SparkfleetError(f"{place}: more than {WORDS} words: that is no command")
+                raise SparkfleetError(f"{place}: more than {WORDS} words: that is not a command")
     except ValueError as error:
         raise SparkfleetError(f"{place}: the command cannot be read: {error} (a quote that is not closed?)") from None
     start = _start(words)
@@ -339,7 +339,7 @@ def _flags(made: Settings, words: list[str]) -> None:
         at += 1
         if not _is_flag(word):
             if made.model or not _is_model(word):
-                made.leave(word, "a word that is no flag" if word != made.model else "the model, once more")
+                made.leave(word, "a word that is not a flag" if word != made.model else "the model, once more")
                 if word == made.model:
                     made.left.pop()
             else:
@@ -506,7 +506,7 @@ def _model(made: Settings, model: Any, revision: Any) -> None:
         if isinstance(revision, str) and cache.valid_revision(revision):
             made.revision = revision
         else:
-            made.leave(f"revision {_shown(revision)}", "it is no branch, tag or commit")
+            made.leave(f"revision {_shown(revision)}", "it is not a branch, tag or commit")
 
 
 def _image(made: Settings, image: Any) -> None:
@@ -514,7 +514,7 @@ def _image(made: Settings, image: Any) -> None:
         return
     rule = catalog.schema()["$defs"]["image"]
     if not isinstance(image, str) or not re.fullmatch(rule["pattern"], image):
-        made.leave(f"image {_shown(image)}", "it is no reference of an image")
+        made.leave(f"image {_shown(image)}", "it is not a reference to an image")
     elif "/" not in image:
         made.leave(f"image {image}", "it is built on the host, and no registry has it: name one with --image")
     else:
@@ -528,7 +528,7 @@ def _variable(made: Settings, name: str, value: Any) -> None:
     elif name in ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_CACHE"):
         made.leave(name, "Sparkfleet sets the model's place in the container")
     elif not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,127}", name):
-        made.leave(name, "it is no variable in capitals")
+        made.leave(name, "it is not a variable in capitals")
     elif isinstance(value, bool) or not isinstance(value, str | int | float):
         made.leave(name, "its value is neither a text nor a number")
     elif isinstance(value, str) and re.search(r"\$[A-Za-z_{(]|`", value):

@@ -81,7 +81,7 @@ class Suggestion:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Figures in GiB unless named otherwise; ``reasons`` say why it does not fit, ``notes`` what to know if it does."""
+    """Figures in GiB unless named otherwise; ``reasons`` why it does not fit, ``notes`` what to know if it does."""
 
     model: str
     profile: str

@@ -205,7 +205,7 @@ class _Reader:
         hidden, heads = self.text.integer("hidden_size", "n_embd"), self.heads
         if hidden % heads:
             raise SparkfleetError(
-                f"{CONFIG}: {self.text.where('hidden_size')} {hidden} is no multiple of num_attention_heads {heads}, "
+                f"{CONFIG}: {self.text.where('hidden_size')} {hidden} is not a multiple of num_attention_heads {heads}, "
                 f"and there is no head_dim; {BY_HAND}"
             )
         return hidden // heads
@@ -667,7 +667,7 @@ UNQUANTISED_BITS = 16.0
 @dataclasses.dataclass(frozen=True)
 class Quantisation:
     """How weights are kept: ``name`` in words, ``expert_bits`` a weight of a routed expert (None if not known), and
-    whether the checkpoint requests an FP8 KV cache; ``place`` says where that stands."""
+    whether the checkpoint requests an FP8 KV cache; ``place`` names where."""
 
     name: str
     expert_bits: float | None

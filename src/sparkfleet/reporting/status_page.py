@@ -202,7 +202,7 @@ def _notes(row: Mapping[str, Any], alone: bool) -> Iterator[str]:
     for engine in row["engines"]:
         if engine["given_up"]:
             yield f"the guard gave up{' ' + engine['service'] if several else ''}: {engine['given_up']}"
-    # Of many Sparks, the last switch of each is no news where it went well.
+    # Of many Sparks, the last switch of each is not news where it went well.
     if row.get("switch") and (alone or not row["switch"].endswith(": verified")):
         yield f"last switch {row['switch']}"
     for line in row.get("damaged") or ():

@@ -681,7 +681,7 @@ def test_a_note_of_another_form_counts_for_nothing(host: Host, part: dict[str, s
     ["", "vllm", "x:\x1b[2J", "a b:1", "../x:1", "x:1\n", "x@sha256:1", "x:\ud800", "x:\0", f"{'x' * 600}:1", "-x:1"],
 )
 def test_a_name_that_is_none_of_an_image_counts_for_nothing(host: Host, name: str) -> None:
-    """Of a note that somebody changed the rest counts; of a release such a name is not noted."""
+    """Of a note that someone changed the rest counts; of a release such a name is not noted."""
     host.store.state_dir.mkdir()
     good = {"kind": "image", "name": NAME, "place": ""}
     parts = [{**good, "name": name}, good, 5, {**good, "place": "/x"}]

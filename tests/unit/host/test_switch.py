@@ -504,7 +504,7 @@ def test_docker_is_waited_for_two_minutes_and_no_longer(store: Store, world: Wor
     def away(what: str) -> None:
         if what == f"stop {OLD}":
             began.append(world.clock)
-            assert world.clock - began[0] < 10 * switch.PATIENCE, "it waits for ever"
+            assert world.clock - began[0] < 10 * switch.PATIENCE, "it waits indefinitely"
             raise DockerUnavailable("nothing listens there")
 
     world.step = away
@@ -977,7 +977,7 @@ def test_why_the_old_one_does_not_come_back_is_explained(store: Store, world: Wo
     assert journal["outcome"] == "failed"
     assert journal["restore_error"]["message"] == "vllm-old ended: its image is gone"
     assert journal["restore_error"]["failure"] == "image-missing"
-    assert world.containers[OLD] == "exited"  # or Docker starts it again for ever
+    assert world.containers[OLD] == "exited"  # or Docker restarts it indefinitely
 
 
 def damage(store: Store, number: int, *names: str) -> None:

@@ -324,7 +324,7 @@ def test_engines_of_a_host_differ(changes: dict[str, Any], problem: str) -> None
 
 
 def switching(state: State, to: Target) -> State:
-    """The same host while somebody else switches it to ``to``."""
+    """The same host while someone else switches it to ``to``."""
     journal = {"to": 4, "models": [to.engines[0].card.name], "controller": "bob@laptop", "verb": "upgrade"}
     journal["phase"] = "waiting"
     text = yaml.safe_dump(to.document(state))
@@ -709,7 +709,7 @@ def test_hub_source_fetches_no_model() -> None:
 
 
 def test_wrong_argument_names_the_variable() -> None:
-    with pytest.raises(SparkfleetError, match=r"sparkfleet_vllm_max_num_seqs: must be a whole number from 1 to 65536"):
+    with pytest.raises(SparkfleetError, match=r"sparkfleet_vllm_max_num_seqs: must be an integer from 1 to 65536"):
         target(arguments={"max_num_seqs": "many"})
 
 

@@ -184,7 +184,7 @@ def test_how_it_ended_before_docker_started_it_again(poll: Poll, container: Cont
 
 def test_no_container(poll: Poll, engine: Engine) -> None:
     engine.routes["GET", "/containers/json"] = []
-    # One of that name which Sparkfleet did not make is somebody else's.
+    # One of that name which Sparkfleet did not make is someone else's.
     engine.routes["GET", "/containers/vllm/json"] = {"Id": "other", "State": {"Running": True}}
     result = poll(slice=30)
     assert result["state"] == "missing" and result["log_lines"] == []
