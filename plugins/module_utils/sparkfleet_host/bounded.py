@@ -133,7 +133,7 @@ def as_str(value: Any, what: str, limit: int = 64 * KIB) -> str:
 
 
 def as_int(value: Any, what: str, least: int = 0, most: int = 1 << 62) -> int:
-    """`value`, which must be an integer from `least` to `most`. Raises BoundsError."""
+    """`value`, which must be a whole number from `least` to `most`. Raises BoundsError."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise BoundsError(f"{what}: not an integer: {_shown(value)}")
     if not least <= value <= most:

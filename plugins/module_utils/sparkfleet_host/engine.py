@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our containers: what they do, what they log, how they are stopped and started."""
+"""Our containers: their state and logs, and how they are stopped and started."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def instant(stamp: str) -> tuple[int, int]:
         return 0, 0
     try:
         seconds = calendar.timegm(time.strptime(found[1], "%Y-%m-%dT%H:%M:%S"))
-    except ValueError:  # the 99th of a month
+    except ValueError:  # such as the 99th of a month
         return 0, 0
     return seconds, int((found[2] or "0").ljust(9, "0"))
 
 
 def just_before(stamp: str) -> str:
-    """A second before a start: Docker notes it when the first lines may be written already. "" for no time."""
+    """A second before a start: when Docker records it, the first lines may already be written. "" for no time."""
     seconds, _ = instant(stamp)
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds - 1)) if seconds else ""
 
@@ -139,7 +139,7 @@ def inspect(docker: Docker, service: str) -> dict[str, Any]:
 
 
 def _last_exit(docker: Docker, identity: str) -> int:
-    """Exit code of the last end that Docker still knows of (it keeps 256 events), or 0."""
+    """Exit code of the last exit that Docker still knows of (it keeps 256 events), or 0."""
     filters = json.dumps({"container": [identity], "event": ["die"]})
     query = urlencode({"since": "0", "until": f"{time.time():.9f}", "filters": filters})
     code = 0

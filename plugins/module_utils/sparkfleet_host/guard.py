@@ -257,7 +257,7 @@ class Guard:
         if seen.release is None or seen.state == "missing":
             return self._is("missing", seen)
         if seen.release != self.known.get("release"):
-            # A new deployment: a new start, and a clean slate.
+            # A new deployment starts with a clean slate.
             self.known = {"release": seen.release, "started_at": seen.started_at, "restart_count": seen.restart_count}
             self.given_up = self.healing = None
             self._forgive()
@@ -289,7 +289,7 @@ class Guard:
         return self._serving(seen)
 
     def _stopped(self, seen: Observation) -> Action:
-        """Docker starts what crashes. This one a person stopped, or we did, or it went down with host or Docker."""
+        """Docker restarts what crashes. This one was stopped by a person or by us, or went down with host or Docker."""
         if self.given_up:
             return self._is("given-up", seen)
         if self.healing and not self.healing.get("started") and seen.state == "exited":
@@ -297,7 +297,7 @@ class Guard:
         if self._exited is None:
             self._exited = seen.clock
         if self.lost and seen.state == "exited":
-            # Docker 26 forgets an engine that ran when dockerd was killed.
+            # Docker 26 does not restart an engine that ran when dockerd was killed.
             if seen.clock - self._exited < BACK_SECONDS:
                 return self._is("loading", seen)
             self.healing = {"reason": self.lost, "before": seen.started_at, "tries": 0, **_stamp(seen)}
@@ -409,7 +409,7 @@ class Guard:
             self.given_up = None
 
     def docker_restarts(self) -> None:
-        """Docker is being restarted for another engine: this one does not ask for the same again."""
+        """Docker is being restarted for another engine: this one does not request it again."""
         self._docker_restarted = True
         if self.healing:
             self.healing.update(docker_restarted=True, tries=0)
@@ -430,7 +430,7 @@ class Guard:
         self._answers.clear()
 
     def _forgive(self) -> None:
-        """Discard what was measured before."""
+        """Exclude past restarts from the limit."""
         self.restarts = [{**item, "forgiven": True} for item in self.restarts]
 
     def _back(self, seen: Observation) -> None:
@@ -440,13 +440,13 @@ class Guard:
             self.restarts[-1]["back_after_s"] = round(lasted, 1)
 
     def _started_since_giving_up(self, seen: Observation) -> bool:
-        """Whether it runs by another start than the one that the guard ended."""
+        """Whether it has been started again since the guard gave it up."""
         ended = (self.given_up or {}).get("started_at")
         return seen.state == "running" and ended is not None and seen.started_at != ended
 
     def _measure(self, seen: Observation) -> None:
         """Tokens a second over half a minute or more in which exactly one request ran, and whether /metrics, which
-        costs an engine nothing, takes long again and again."""
+        costs an engine nothing, is slow repeatedly."""
         if seen.answered is not None:
             self._answers.append(seen.answered)
             late = sum(seconds > STALL_SECONDS for seconds in self._answers)
@@ -462,7 +462,7 @@ class Guard:
         lasted = seen.clock - self._rate[0]
         if lasted >= 30:
             self.tokens_per_second = round((seen.tokens - self._rate[1]) / lasted, 2)
-            # A prefill gives no tokens: zero is not a rate.
+            # A prefill generates no tokens: zero is not a rate.
             self.slow = 0 < self.tokens_per_second < seen.limit / 4
             self._rate = (seen.clock, seen.tokens)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether the files of the models on a host still have the content that the Hub named.
 
-`sparkfleet_host.pyz integrity` hashes every model of a cache that was fetched to its end, at a bounded share of the
+`sparkfleet_host.pyz integrity` hashes every completely fetched model of a cache, at a bounded share of the
 disk's speed, and writes what it found to /var/lib/sparkfleet/integrity.json:
 
     {"version": 1, "cache_dir", "began", "updated", "finished": bool,          Unix times
@@ -151,7 +151,7 @@ def check_file(
         handle = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return "missing"
-    except (OSError, RuntimeError):  # RuntimeError: links in a circle, before Python 3.13
+    except (OSError, RuntimeError):  # RuntimeError: a loop of links, before Python 3.13
         return "damaged"
     with os.fdopen(handle, "rb", buffering=0) as file:
         about = os.fstat(handle)
@@ -207,7 +207,7 @@ class _Pace:
 
 
 def _mark(cache_dir: str | Path, repo: str, commit: str) -> tuple[int, int, int] | None:
-    """Which mark a model has; None for none."""
+    """The mark of a model; None for none."""
     with contextlib.suppress(OSError):
         return _identity(suspect_path(cache_dir, repo, commit))
     return None
@@ -219,7 +219,7 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
 
 
 def request(failure: str = NONSENSE[0], path: str = REQUEST) -> bool:
-    """Have the models checked now, in the background, where `failure` is one that damaged weights explain; whether that
+    """Have the models checked now, in the background, if damaged weights would explain `failure`; whether that
     could be requested."""
     if failure not in NONSENSE or not Path(path).parent.is_dir():
         return False

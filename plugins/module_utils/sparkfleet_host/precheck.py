@@ -76,7 +76,7 @@ def _image(docker: Docker, wanted: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _name(docker: Docker, wanted: Mapping[str, Any], service: str) -> Iterator[Problem]:
-    """A container of the name that is not ours."""
+    """A container of that name that is not ours."""
     name = str(wanted.get("container_name") or "")
     found = docker.container(name) if name else None
     labels = ((found or {}).get("Config") or {}).get("Labels") or {}
@@ -93,7 +93,7 @@ def _published(wanted: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def _port(docker: Docker, wanted: Mapping[str, Any]) -> Iterator[Problem]:
-    """Who else holds the port, and an address that the host does not have."""
+    """A port that is in use by others, and an address that the host does not have."""
     running = [item for item in docker.containers(all=False) if item.get("State") in (None, "running", "paused")]
     for address, port in dict.fromkeys(_published(wanted)):
         if address and not network.is_wildcard(address) and not network.is_own(address):
@@ -147,7 +147,7 @@ def _mounts(wanted: Mapping[str, Any], document: Mapping[str, Any]) -> Iterator[
 
 
 def _model(wanted: Mapping[str, Any], item: Engine) -> Iterator[Problem]:
-    """The files of the model, by their sizes, where the engine may not fetch any."""
+    """The files of the model, by their sizes, if the engine may not fetch any."""
     environment = wanted.get("environment") or {}
     folder = environment.get("HF_HUB_CACHE")
     if str(environment.get("HF_HUB_OFFLINE") or "") != "1" or not folder:

@@ -71,7 +71,7 @@ def counters(text: str) -> dict[str, float]:
 
 
 class Verification:
-    """The checks of one endpoint. `run` does them, as much as possible at once; the rest are its results."""
+    """The checks of one endpoint. `run` does them, concurrently where possible; the rest are its results."""
 
     def __init__(self, params: dict[str, Any]) -> None:
         self.params = params
@@ -85,7 +85,7 @@ class Verification:
         self.checks: list[dict[str, Any]] = []
 
     def run(self) -> None:
-        """Do all checks; `checks` has them in a fixed order."""
+        """Run all checks; `checks` has them in a fixed order."""
         with ThreadPoolExecutor(max_workers=7) as pool:
             before = pool.submit(self._counters)
             probes = {
@@ -368,7 +368,7 @@ class StreamReader:
 
 
 def verify(params: dict[str, Any]) -> dict[str, Any]:
-    """Ask, and judge: the result of the module `vllm_verify`, with `msg` and `failure` unless `verified`.
+    """Ask, and assess the answers: the result of the module `vllm_verify`, with `msg` and `failure` unless `verified`.
 
     Of `params` (the module's options) all but ASKED, `timeout` (seconds), `max_tokens` and `chat_template_kwargs` are
     ignored. Raises HttpError for an address that is none.

@@ -43,7 +43,7 @@ OURS = {
     "download_dir": "sparkfleet_cache_dir",
     "config": "the arguments one by one",
 }
-#: Kinds of attention that count as no layer.
+#: Kinds of attention that are not counted as layers.
 EXTRA_KINDS = ("conv", "cache")
 ArgumentValue = str | int | float | bool | dict[str, Any]
 Arguments = dict[str, ArgumentValue]
@@ -171,7 +171,7 @@ class Measurement:
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """A model card. ``arguments`` are those of ``vllm serve`` in snake_case; a profile replaces some of them."""
+    """A model card. ``arguments`` are those of ``vllm serve`` in snake_case; a profile overrides some of them."""
 
     name: str
     service: str
@@ -287,7 +287,7 @@ def load(model: str, folder: Path | None = None) -> Card:
 
 @functools.lru_cache(maxsize=256)
 def _kept(path: Path, changed: int, size: int) -> Card:
-    """A card of the catalogue, read once while its file stays: what fits is searched for among all of them."""
+    """A card of the catalogue, read once while its file stays: suggestions search all of them."""
     return parse(path)
 
 
@@ -352,7 +352,7 @@ def _check_sense(card: Card, document: Document) -> None:
     places += [(arguments, ("profiles", name)) for name, arguments in card.profiles.items()]
     for arguments, place in places:
         length = arguments.get("max_model_len")
-        # rope scaling through hf_overrides stretches a context on purpose
+        # rope scaling through hf_overrides extends a context on purpose
         if isinstance(length, int) and length > card.shape.context and "hf_overrides" not in card.arguments:
             raise document.error(
                 (*place, "max_model_len"),

@@ -24,14 +24,14 @@ from sparkfleet.planning.vllm_versions import starts_with_serve
 
 CACHE_IN_CONTAINER = "/root/.cache/huggingface"
 CA_IN_CONTAINER = "/etc/ssl/certs/sparkfleet-ca.pem"
-#: What Python's HTTP clients take their certificate authorities from: httpx and ssl, requests.
+#: Where Python's HTTP clients read their certificate authorities: httpx and ssl, requests.
 CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 ENGINE_PORT = 8000
 LOOPBACK = "127.0.0.1"
 #: On the host, 0600; in the container Docker mounts it under the name of the secret.
 KEY_NAME = "engine_key"
-#: vLLM reads its key from the environment. What Compose puts there `docker inspect` shows, so this does. (`$$` is
-#: Compose's way to write `$`.)
+#: vLLM reads its key from the environment. `docker inspect` shows what Compose puts there, so the command does it. (`$$`
+#: is Compose's way to write `$`.)
 KEYED = ["sh", "-c", f'VLLM_API_KEY=$$(cat /run/secrets/{KEY_NAME}) && export VLLM_API_KEY && exec "$$@"', "sh"]
 #: Where vLLM, Triton, FlashInfer, the CUDA driver and torch keep what they compile, by default.
 COMPILE_CACHES = {
@@ -43,7 +43,7 @@ COMPILE_CACHES = {
 }
 #: Docker's default keeps a log indefinitely.
 LOGGING = {"driver": "json-file", "options": {"max-size": "50m", "max-file": "5"}}
-#: What the guide's service has by default and the engine does without. It runs as root of the container, which without
+#: Defaults of the guide's service that the engine does not need. It runs as root of the container, which without
 #: DAC_OVERRIDE cannot write into a cache of another owner (vLLM locks a file there as it loads). Threads count as
 #: processes: compilers and OpenMP start hundreds.
 HARDENING: dict[str, Any] = {
@@ -110,7 +110,7 @@ def document(
 
     ``environment`` comes on top of the card's. ``image_digest`` (``sha256:...``) and ``commit`` (40 hex digits) pin
     what was fetched; they are left out as long as nothing has been fetched. They mean nothing to ``source="hub"``.
-    ``image_known_as`` (NAME@DIGEST) is how Docker knows an image that came without internet.
+    ``image_known_as`` (NAME@DIGEST) is Docker's name for an image that was brought offline.
     ``addresses`` are those of the host that the port is published on, besides loopback; all if there are none.
     ``api_key_enabled``: the engine takes only requests with the key in `KEY_FILE`.
     ``ca_file``: certificate authorities on the host that a server which downloads by itself trusts.

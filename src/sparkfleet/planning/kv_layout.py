@@ -176,7 +176,7 @@ def speculation(card: Card, arguments: Arguments) -> Speculation:
     tokens = given.get("num_speculative_tokens")
     if not isinstance(tokens, int) or isinstance(tokens, bool) or not 0 < tokens <= 1024:
         raise SparkfleetError(
-            f"{card.source}: speculative_config.num_speculative_tokens: must be an integer from 1 to 1024, "
+            f"{card.source}: speculative_config.num_speculative_tokens: must be a whole number from 1 to 1024, "
             f"not {tokens!r}"
         )
     model = str(given.get("model") or "")

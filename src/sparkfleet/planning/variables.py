@@ -1,4 +1,4 @@
-"""The variables of the inventory: which there are, and what each may be.
+"""The variables of the inventory: which exist, and what each may be.
 
 Types, choices and defaults are those of the role's argument specs; ranges and forms are here, for all that checks them:
 the plan before it inspects a host, a rollout on paper, and the documentation. Names that start with `sparkfleet_` are
@@ -28,7 +28,7 @@ ARGUMENT_PREFIX = "sparkfleet_vllm_"
 SPECS = ROOT / "roles" / "sparkfleet" / "meta" / "argument_specs.yml"
 
 _DAY = 86400
-#: Of each number the least and the most it may be.
+#: Lower and upper bound of each number.
 RANGES: dict[str, tuple[float, float]] = {
     "sparkfleet_port": (1, 65535),
     "sparkfleet_image_disk_gib": (0, 100_000),
@@ -91,14 +91,14 @@ PARAMETERS = frozenset(
         *("simulated_token_file", "simulated_url"),
     )
 )
-#: Ports of which each may have one use on a Spark.
+#: Ports, each of which may have one use on a Spark.
 _PORTS = ("sparkfleet_port", "sparkfleet_guard_port", "sparkfleet_share_port")
 
 
 @functools.cache
 def options() -> dict[str, dict[str, Any]]:
     """Each variable with its type, choices, default and description, as argument specs have them."""
-    # In C where there is libyaml: each host of a run reads it.
+    # The C loader where there is libyaml: each host of a run reads it.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     found: dict[str, Any] = yaml.load(SPECS.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506 - both are safe
     options: dict[str, dict[str, Any]] = found["argument_specs"]["main"]["options"]
@@ -178,7 +178,7 @@ def _value(name: str, value: Any, option: Mapping[str, Any]) -> Any:
         return made
     if kind in ("str", "path"):
         if isinstance(value, int | float) and not isinstance(value, bool):
-            # YAML's reading is not what was written: 0775 is 509 there, and 25.10 is 25.1.
+            # YAML reads something other than what was written: 0775 is 509 there, and 25.10 is 25.1.
             shown = "" if secret else f" {_shown(value)}"
             raise SparkfleetError(f"{name}: must be text, not the number{shown}: write the value in quotes")
         if not isinstance(value, str):

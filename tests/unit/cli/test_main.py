@@ -72,7 +72,7 @@ def test_figures_change_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
         (("plan", "llama31-8b-fp8", "--total-gib", "64", "--available-gib", "65"), "is more than the host's total"),
         (("plan", "llama31-8b-fp8", "--engine", "new"), "'new' is not a version of vLLM"),
         (("plan", "llama31-8b-fp8", "--set", "max_num_seqs"), "write ARGUMENT=VALUE"),
-        (("plan", "llama31-8b-fp8", "--set", "max_num_seqs=0"), "max_num_seqs: must be an integer from 1 to 65536"),
+        (("plan", "llama31-8b-fp8", "--set", "max_num_seqs=0"), "max_num_seqs: must be a whole number from 1 to 65536"),
         (("plan", "/nowhere.yml"), "/nowhere.yml does not exist"),
         (("compose", "llama31-8b-fp8", "--profile", "fast"), "has no profile 'fast'"),
     ],

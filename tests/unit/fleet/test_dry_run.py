@@ -79,7 +79,7 @@ def test_a_plan_that_does_not_fit() -> None:
         ("image", "nvcr.io/nvidia/vllm:25.09-py3\n", "must be the reference of an image"),
         ("revision", "../../x", "must be a branch, tag or commit"),
         ("revision", "main\n", "must be a branch, tag or commit"),
-        ("port", "80; touch /tmp/x", "must be an integer from 1 to 65535, not '80; touch /tmp/x'"),
+        ("port", "80; touch /tmp/x", "must be a whole number from 1 to 65535, not '80; touch /tmp/x'"),
         ("port", 0, "from 1 to 65535, not 0"),
         ("port", 70000, "from 1 to 65535, not 70000"),
         ("port", 9109, "is sparkfleet_port already"),

@@ -935,7 +935,7 @@ def test_who_holds_a_lock_as_the_kernel_says(tmp_path: Path, monkeypatch: pytest
 
 
 def test_half_of_a_surrogate_pair_in_an_answer_is_written(tmp_path: Path) -> None:
-    """A journal that cannot be written would end a switch half way."""
+    """A journal that cannot be written would end a switch halfway."""
     answer = json.loads('{"answer": "Paris \\ud800 \u00e9"}')
     releases.write_json(tmp_path / "journal.json", answer)
     assert bounded.read_json(tmp_path / "journal.json") == answer

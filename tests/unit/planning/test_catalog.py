@@ -78,7 +78,7 @@ def test_settings_of_the_guide(service: str) -> None:
         (
             "max_num_seqs: 64",
             "max_num_seqs: -1",
-            "arguments.max_num_seqs: must be an integer from 1 to 65536, not -1",
+            "arguments.max_num_seqs: must be a whole number from 1 to 65536, not -1",
         ),
         ("gpu_memory_utilization: 0.90", "gpu_memory_utilization: 90", "must be a share from 0.01 to 1, not 90"),
         ("revision: main", "revison: main", "revison: unknown key; did you mean revision?"),
@@ -91,7 +91,7 @@ def test_settings_of_the_guide(service: str) -> None:
         ("gated: true", "gated: perhaps", "licence.gated: must be true or false, not 'perhaps'"),
         ("expect: Paris", "expect:", "verify.expect: must be a text of 1 to 4000 characters, not None"),
         ("  max_num_seqs: 64", "  --max-num-seqs: 64", "an argument of vllm serve in snake_case, without dashes"),
-        ("kv_heads: 8", "kv_heads: 0", "shape.attention[0].kv_heads: must be an integer from 1 to 10000000, not 0"),
+        ("kv_heads: 8", "kv_heads: 0", "shape.attention[0].kv_heads: must be a whole number from 1 to 10000000, not 0"),
         (
             "kind: full",
             "kind: round",

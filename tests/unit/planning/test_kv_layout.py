@@ -185,7 +185,7 @@ def test_a_draft_with_its_own_keys_and_values_adds_groups() -> None:
         (model(GDN), {}, "no layer of attention"),
         (model(FULL), mtp(3), "no shape.mtp_layers"),
         (model(FULL), mtp(3, model="org/draft"), "org/draft: the draft's attention is missing"),
-        (model(FULL), mtp(0), "num_speculative_tokens: must be an integer from 1 to 1024, not 0"),
+        (model(FULL), mtp(0), "num_speculative_tokens: must be a whole number from 1 to 1024, not 0"),
         (model(FULL), {"speculative_config": "mtp"}, "speculative_config: must be a mapping"),
         (model(FULL), {"pipeline_parallel_size": 2}, "pipeline_parallel_size 2: the planner knows only tensor"),
         (model(GDN, FULL), {"tensor_parallel_size": 3}, "tensor_parallel_size 3 does not divide"),

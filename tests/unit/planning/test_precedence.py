@@ -89,7 +89,7 @@ def test_arguments_merge_one_by_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "complaint"),
     [
-        ("max_num_seqs", "many", "sparkfleet_vllm_max_num_seqs: must be an integer from 1 to 65536, not 'many'"),
+        ("max_num_seqs", "many", "sparkfleet_vllm_max_num_seqs: must be a whole number from 1 to 65536, not 'many'"),
         ("max_num_seq", "8", "sparkfleet_vllm_max_num_seq: did you mean sparkfleet_vllm_max_num_seqs?"),
         ("gpu_memory_utilization", "1.2", "sparkfleet_vllm_gpu_memory_utilization: must be a share from 0.01 to 1"),
     ],

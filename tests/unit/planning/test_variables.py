@@ -197,7 +197,7 @@ def test_an_inventory_without_the_group(tmp_path: Path) -> None:
             '{"sparkfleet_image": 25}',
             "sparkfleet_image: must be text, not the number 25: write the value in quotes",
         ),
-        ("sparkfleet_port", "0", "sparkfleet_port: must be an integer from 1 to 65535, not '0'"),
+        ("sparkfleet_port", "0", "sparkfleet_port: must be a whole number from 1 to 65535, not '0'"),
         ("sparkfleet_port", "80; touch /tmp/x", "sparkfleet_port"),  # Ansible's own check of types
         ("sparkfleet_image", "x y", "sparkfleet_image: must be the reference of an image"),
         ("sparkfleet_bundle", "~nobody-is-called-so/x", "sparkfleet_bundle '~nobody-is-called-so/x': there is no home"),
