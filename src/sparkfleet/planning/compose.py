@@ -30,8 +30,8 @@ ENGINE_PORT = 8000
 LOOPBACK = "127.0.0.1"
 #: On the host, 0600; in the container Docker mounts it under the name of the secret.
 KEY_NAME = "engine_key"
-#: vLLM reads its key from the environment. `docker inspect` shows what Compose puts there, so the command does it. (`$$`
-#: is Compose's way to write `$`.)
+#: vLLM reads its key from the environment. `docker inspect` shows what Compose puts there, so the command does it.
+#: (`$$` is Compose's way to write `$`.)
 KEYED = ["sh", "-c", f'VLLM_API_KEY=$$(cat /run/secrets/{KEY_NAME}) && export VLLM_API_KEY && exec "$$@"', "sh"]
 #: Where vLLM, Triton, FlashInfer, the CUDA driver and torch keep what they compile, by default.
 COMPILE_CACHES = {

@@ -205,8 +205,8 @@ class _Reader:
         hidden, heads = self.text.integer("hidden_size", "n_embd"), self.heads
         if hidden % heads:
             raise SparkfleetError(
-                f"{CONFIG}: {self.text.where('hidden_size')} {hidden} is not a multiple of num_attention_heads {heads}, and "
-                f"there is no head_dim; {BY_HAND}"
+                f"{CONFIG}: {self.text.where('hidden_size')} {hidden} is not a multiple of num_attention_heads "
+                f"{heads}, and there is no head_dim; {BY_HAND}"
             )
         return hidden // heads
 

@@ -229,8 +229,8 @@ def notes(target: Target, state: State) -> list[str]:
     for engine in target.engines:
         if vllm_versions.moves(engine.image):
             found.append(
-                f"the tag of {engine.image} is mutable: another run may get another vLLM from it; sparkfleet_image with "
-                "a digest (NAME@sha256:...) pins it"
+                f"the tag of {engine.image} is mutable: another run may get another vLLM from it; sparkfleet_image "
+                "with a digest (NAME@sha256:...) pins it"
             )
         draft = kv_layout.speculation(engine.card, engine.arguments).model
         if draft and settings.model_source == "local":
