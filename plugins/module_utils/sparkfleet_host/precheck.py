@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must be there before a release may replace what runs: everything that can be known without stopping anything.
+"""What must be there before a release may replace what runs: everything that can be checked without stopping anything.
 
 Each problem names an entry in the table of failures. Nothing here changes the host.
 """
@@ -143,7 +143,7 @@ def _mounts(wanted: Mapping[str, Any], document: Mapping[str, Any]) -> Iterator[
         source = str((secret or {}).get("file") or "")
         staged = source == http.KEY_FILE and Path(f"{source}.next").is_file()
         if source and not staged and not Path(source).is_file():
-            yield Problem("mount-missing", f"{source} does not exist, which the engine reads its key from")
+            yield Problem("mount-missing", f"{source}, which the engine reads its key from, does not exist")
 
 
 def _model(wanted: Mapping[str, Any], item: Engine) -> Iterator[Problem]:

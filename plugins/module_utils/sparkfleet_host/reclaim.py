@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What pruned releases leave behind: images that were pulled, models that were downloaded, compile caches.
 
-Before a release is pruned, what it needed is noted. After a switch that was verified, each noted part is removed if no
-kept release needs it, Sparkfleet brought it to the host and no one uses it. A part in use stays noted, and the next
+Before a release is pruned, what it needed is recorded. After a verified switch, each recorded part is removed if no
+kept release needs it, Sparkfleet brought it to the host and no one uses it. A part in use stays recorded, and the next
 switch tries again. Below /var/lib/sparkfleet:
 
     unneeded.json     parts that pruned releases needed: {"parts": [{"kind", "name", "place"}]}
@@ -41,9 +41,9 @@ CACHE_DIR, COMPILE_CACHE_DIR = "/opt/hf", "/var/cache/sparkfleet"  # of releases
 SHARED = "/run/sparkfleet/share/serve/settings.json"
 MOST_PARTS = 1000
 MOST_NAMES = 1000  # of an image
-OURS = 100  # names of an image that is noted
+OURS = 100  # names of an image that is recorded
 MOST_BYTES = 1 << 62
-DEPTH = 64  # of folders in each other that are open at the same time
+DEPTH = 64  # of nested folders that are open at the same time
 PASSES = 1000  # over a folder that is emptied, MOST_FILES of its files at a time
 SECONDS = 120.0  # for all parts of a switch
 DELETE_SECONDS = 300.0  # that Docker has for an image
@@ -59,7 +59,7 @@ class LeftError(Exception):
 
 
 class LateError(LeftError):
-    """The time was over before a part was gone."""
+    """The time ran out before a part was removed."""
 
 
 class Deadline:
@@ -110,7 +110,7 @@ def _place(lock: Mapping[str, Any], key: str, default: str) -> str:
 
 
 def unneeded(store: Store) -> list[Part]:
-    """The parts that are noted, those left out that cannot be understood; [] where the entire note cannot be."""
+    """The parts that are recorded, those left out that cannot be understood; [] where the entire note cannot be."""
     try:
         return _noted(store)
     except (OSError, BoundsError):
@@ -142,7 +142,7 @@ def _part(entry: Any) -> Part:
 
 
 def note(store: Store, numbers: Iterable[int]) -> None:
-    """Note what releases need that are about to be pruned. Raises OSError."""
+    """Record what releases need that are about to be pruned. Raises OSError."""
     new = {part for number in numbers for part in _parts_of(store, number)}
     try:
         noted = _noted(store)
@@ -156,7 +156,7 @@ def note(store: Store, numbers: Iterable[int]) -> None:
 
 
 def _parts_of(store: Store, number: int) -> list[Part]:
-    """What may go with a release; an image whose name no pull can have is not ours."""
+    """What may be removed with a release; an image whose name no pull can have is not ours."""
     with contextlib.suppress(ReleaseError):
         return [part for part in parts(store.lock(number)) if part.kind != IMAGE or valid_image(part.name)]
     return []
@@ -187,9 +187,9 @@ def images_before(docker: Docker) -> dict[str, set[str]]:
 
 
 def note_image(state_dir: str | Path, image: Mapping[str, Any], before: Mapping[str, set[str]]) -> None:
-    """Note that a pull brought an image, or gave a name to one that an earlier pull had brought. One that was there
-    without Sparkfleet is someone's own. `before`: `images_before` the pull. A name that no pull can have is not noted,
-    so that it counts as someone's. Raises OSError, BoundsError."""
+    """Record that a pull brought an image, or gave a name to one that an earlier pull had brought. One that was there
+    without Sparkfleet is someone's own. `before`: `images_before` the pull. A name that no pull can have is not
+    recorded, so that it counts as someone's. Raises OSError, BoundsError."""
     names = {name for name in image_names(image) if valid_image(name)}
     if len(names) > OURS:
         raise BoundsError(f"an image with more than {OURS} names")
@@ -247,7 +247,7 @@ class Reclaim:
         self._repos = {item["repo"] for item in engines if not COMMIT.fullmatch(item["revision"])}
 
     def run(self, noted: Iterable[Part]) -> list[Part]:
-        """Remove what may go; the parts that are to be tried again, last the one that took too long: the others
+        """Remove what may be removed; returns the parts to be tried again, last the one that took too long: the others
         come first then."""
         again: list[Part] = []
         late: list[Part] = []
@@ -255,7 +255,7 @@ class Reclaim:
         work = {IMAGE: self._image, MODEL: self._model, COMPILED: self._compiled}
         for part in noted:
             if (part.kind, part.name) in self._needed:
-                continue  # noted again when the release that needs it is pruned
+                continue  # recorded again when the release that needs it is pruned
             started = False
             try:
                 self._deadline.check()
@@ -673,7 +673,7 @@ def _links(name: str, at: int | None, deadline: Deadline) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _noted_in(errors: list[Exception]) -> Iterator[None]:
-    """What cannot be removed is noted, and the rest still goes. What is gone already is not an error. Raises
+    """What cannot be removed is recorded, and the rest is still removed. What is gone already is not an error. Raises
     LateError."""
     try:
         yield

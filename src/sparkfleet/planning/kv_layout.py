@@ -330,7 +330,7 @@ class _Cut:
             if self.drafting.tokens and not rules.align_speculates:
                 self.refusals.append(
                     f"vLLM {self.version.text} does not speculate in mamba_cache_mode align: leave "
-                    "enable_prefix_caching or speculative_config out, or take a newer image"
+                    "enable_prefix_caching or speculative_config out, or use a newer image"
                 )
         return chosen
 

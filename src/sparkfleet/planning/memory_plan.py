@@ -266,7 +266,7 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
     reasons = list(cut.refusals)
     if dtype == "fp8" and not rules.has_fp8_kv:
         reasons.append(
-            f"vLLM {version.text} has no FP8 KV cache on a GB10: leave kv_cache_dtype out, or take a newer image"
+            f"vLLM {version.text} has no FP8 KV cache on a GB10: leave kv_cache_dtype out, or use a newer image"
         )
     if length > card.shape.context and "hf_overrides" not in arguments:
         reasons.append(f"max_model_len {length} is longer than the model's context of {card.shape.context} tokens")
