@@ -1016,7 +1016,7 @@ def test_after_a_switch_every_release_is_whole(store: Store, world: World, deplo
     number = stage(store, NEW)
     damage(store, other, "compose.yml")
     journal = run(store, number)
-    assert store.damage(other) == [] and "compose.yml was changed; brought back" in journal["repaired"][0]
+    assert store.damage(other) == [] and "compose.yml was changed; restored" in journal["repaired"][0]
 
 
 def test_an_old_release_that_is_damaged_for_good_cannot_come_back(store: Store, world: World, deployed: int) -> None:
@@ -1820,7 +1820,7 @@ def test_troubles_are_said_by_the_job(
     world.bad[NEW] = "crash"
     monkeypatch.setattr(store, "note_failure", lambda *_: (_ for _ in ()).throw(ValueError("odd\x1b[2J")))
     assert job.main(f"--to={number}") == 1
-    assert capsys.readouterr().out == "the failure of release 2 could not be noted: ValueError: odd\ufffd[2J\n"
+    assert capsys.readouterr().out == "the failure of release 2 could not be recorded: ValueError: odd\ufffd[2J\n"
     monkeypatch.setattr(switch, "recover", lambda store: {"outcome": "restored", "troubles": ["one"]})
     assert job.main("--recover") == 0 and capsys.readouterr().out == "one\n"
 
