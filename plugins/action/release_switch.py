@@ -34,17 +34,17 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
     TRANSFERS_FILES = False
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return what serves now; fail with cause, remedy, and what became of the release before."""
+        """Return what serves now; fail with cause, remedy, and what became of the previous release."""
         task_vars = task_vars or {}
         result: dict[str, Any] = super().run(tmp, task_vars)
         host = str(task_vars.get("inventory_hostname", "localhost"))
-        # With its name given here, a job that was begun by a call whose answer got lost is not begun twice.
+        # Named here, so that a job started by a call whose answer got lost is not started twice.
         options = {"controller": operator_name.name(), "slice": 3.0, "begin": secrets.token_hex(6), **self._task.args}
         follower, executor = Follower(host, float(options["slice"])), ReconnectingExecutor(self, host, display.display)
         while not follower.done:
             answer = executor.execute(
                 module_name="sparkfleet.dgx.release_switch",
-                module_args={**options, **follower.asks()},
+                module_args={**options, **follower.parameters()},
                 task_vars=task_vars,
             )
             if answer.get("failed") or not answer.get("journal"):
@@ -57,7 +57,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 
 
 def refused(host: str, answer: dict[str, Any]) -> dict[str, Any]:
-    """The message of an answer that is no journal: check mode, or a refusal before anything has changed."""
+    """The message of an answer that is not a journal: check mode, or a refusal before anything has changed."""
     if not answer.get("failed") or not answer.get("failure"):
         return {}
     return {"msg": report.clean(f"{host}: {str(answer.get('msg') or '')[:4000]} [{str(answer['failure'])[:100]}]")}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Look at a Spark, plan on the controller, refuse what cannot work. The settings are the host's variables."""
+"""Inspect a Spark, plan on the controller, refuse what cannot work. The settings are the host's variables."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             "proxy": settings.proxy,
             "no_proxy": settings.no_proxy,
             "now": time.time(),
-            # What is served needs no internet to be told.
+            # Reporting what is served needs no internet.
             "internet": target.bundle is None and not status,
             "status": status,
         }
@@ -84,7 +84,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         except AnsibleConnectionFailure as error:
             raise AnsibleConnectionFailure(_unreachable(host, task_vars, str(error))) from None
         if answer.get("failed"):
-            raise AnsibleActionFail(f"{host}: cannot look at the host: {_first_line(answer)}")
+            raise AnsibleActionFail(f"{host}: cannot inspect the host: {_first_line(answer)}")
 
         made = plan.make(target, answer["state"], reads=status or bool(task_vars.get("sparkfleet_inspection_reads")))
         if "preflight" in task_vars.get("ansible_run_tags", ()):
@@ -92,7 +92,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 self._display.display(report.clean(f"{host}  {line}"))
         if made["findings"]:
             lines = [f"  {finding['message']} [{finding['id']}]" for finding in made["findings"]]
-            # A later look of the same run comes after changes.
+            # A later inspection in the same run follows changes.
             untouched = "" if "sparkfleet_inspection" in task_vars else "; nothing was changed on it"
             models = " and ".join(engine["model"] for engine in made["engines"])
             message = f"{host} cannot serve {models} as it is{untouched}:\n" + "\n".join(lines)

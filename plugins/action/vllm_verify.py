@@ -8,7 +8,7 @@
         report: reports/spark-1.json      # on the controller; none when empty
 
 All other options are those of the module of the same name. With `engines`, as `spark_plan` returns them, each engine of
-the host is verified on 127.0.0.1 in its turn; those after one that fails are not asked. Where there are several, the
+the host is verified on 127.0.0.1 in turn; those after one that fails are not asked. Where there are several, the
 name of the report ends in that of the service (`reports/spark-1-SERVICE.json`).
 """
 
@@ -63,7 +63,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         results: list[dict[str, Any]] = []
         for index, engine in enumerate(engines):
             asked = {**arguments, **question(engine)}
-            path = report if len(engines) == 1 or not report else beside(report, str(engine.get("service") or index))
+            path = report if len(engines) == 1 or not report else sibling(report, str(engine.get("service") or index))
             answer = self._verify(asked, path, task_vars, result)
             results.append({"service": engine.get("service", ""), **answer})
             if answer.get("failed"):
@@ -78,7 +78,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         )
         if "checks" not in answer:
             return {**result, **answer}
-        answer.pop("exception", None)  # the module's own account of its failure; the message below says more
+        answer.pop("exception", None)  # the module's own account of its failure; the message below has more
         host = str(task_vars.get("inventory_hostname", "localhost"))
         display.display(table(host, answer))
         if report and not self._task.check_mode:
@@ -111,7 +111,7 @@ def question(engine: Any) -> dict[str, Any]:
     }
 
 
-def beside(report: str, service: str) -> str:
+def sibling(report: str, service: str) -> str:
     """The path of one engine's report."""
     path = Path(report)
     return str(path.with_name(f"{path.stem}-{service}{path.suffix}"))
@@ -135,7 +135,7 @@ def table(host: str, answer: dict[str, Any]) -> str:
     widths[2] = min(widths[2], 60)
     lines = [f"{host}  {asked['model']} at {asked['url']}"]
     for name, result, detail, seconds in rows:
-        # A long detail is one of a failure: it comes whole in the message.
+        # A long detail is one of a failure: it is shown in full in the message.
         short = detail if len(detail) <= widths[2] else f"{detail[: widths[2] - 3]}..."
         lines.append(f"  {name:<{widths[0]}}  {result:<{widths[1]}}  {short:<{widths[2]}}  {seconds:>7}")
     if answer.get("answer"):
@@ -154,7 +154,7 @@ def record(host: str, answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def save(path: Path, data: dict[str, Any]) -> None:
-    """Write JSON as a whole or not at all, mode 0644; folders are made. Raises AnsibleActionFail."""
+    """Write JSON completely or not at all, mode 0644; folders are made. Raises AnsibleActionFail."""
     try:
         releases.write_json(path, data)
     except OSError as error:

@@ -9,7 +9,7 @@
         download_bytes: 9083000000
       register: started               # started.seconds, started.phases, started.kv_cache
 
-The host is asked in slices of a few seconds, so a broken connection or Ctrl-C leaves nothing behind.
+The host is polled in slices of a few seconds, so a broken connection or Ctrl-C leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
     TRANSFERS_FILES = False
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return seconds, phases and KV cache figures; fail with cause, remedy and the lines that say why."""
+        """Return seconds, phases and KV cache figures; fail with cause, remedy and the lines that show why."""
         task_vars = task_vars or {}
         result: dict[str, Any] = super().run(tmp, task_vars)
         _, options = self.validate_argument_spec(

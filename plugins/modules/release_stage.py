@@ -6,21 +6,21 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: release_stage
-short_description: Keeps a release on the host, ready to be switched to
+short_description: Stores a release on the host, ready to be switched to
 description:
-  - Writes compose file, plan and lock to C(releases/N) under the project folder, as a whole or not at all, after Docker
+  - Writes compose file, plan and lock to C(releases/N) under the project folder, completely or not at all, after Docker
     Compose has accepted the file. What runs is not touched. A kept release that is the same is used again.
-  - Files of kept releases that were edited or damaged are set aside and written again from their copies; a release
-    that has none is set aside as a whole.
+  - Files of kept releases that were edited or damaged are set aside and rewritten from their copies; a release
+    that has none is set aside altogether.
 options:
-  compose: {description: The whole compose file., type: str, required: true}
+  compose: {description: The complete compose file., type: str, required: true}
   plan: {description: The plan that it was made by., type: dict, required: true}
   lock: {description: What it is pinned to., type: dict, required: true}
   project_dir: {description: Folder of the releases., type: path, default: /opt/sparkfleet}
-  state_dir: {description: Folder that keeps the highest number ever used., type: path, default: /var/lib/sparkfleet}
+  state_dir: {description: Folder that stores the highest number ever used., type: path, default: /var/lib/sparkfleet}
 author: ["The Sparkfleet developers"]
 attributes:
-  check_mode: {support: full, description: Says which release it would be.}
+  check_mode: {support: full, description: Reports which release it would be.}
   diff_mode: {support: full, description: Shows the compose file against the current release's.}
 """
 
@@ -36,7 +36,7 @@ EXAMPLES = r"""
 RETURN = r"""
 release: {description: Number of the release., returned: success, type: int}
 current: {description: Number of the release that is current; null for none., returned: success, type: int}
-repaired: {description: What was wrong with kept releases., returned: success, type: list, elements: str}
+repaired: {description: Damage to kept releases that was repaired., returned: success, type: list, elements: str}
 """
 
 import tempfile
@@ -92,7 +92,7 @@ def main() -> None:
     for reason in repaired:
         module.warn(f"a release was damaged: {reason}")
     module.exit_json(
-        changed=staged or number != current or bool(repaired),  # one that was kept is another than what runs, too
+        changed=staged or number != current or bool(repaired),  # a kept one differs from what runs, too
         repaired=repaired,
         release=number,
         current=current,

@@ -1,6 +1,6 @@
 #!/usr/bin/python
 # SPDX-License-Identifier: Apache-2.0
-"""The switch to a release: begin it, look at it."""
+"""The switch to a release: start it, follow it."""
 
 from __future__ import annotations
 
@@ -12,50 +12,50 @@ description:
     and makes the release the current one; on any failure the old ones are started and verified again. The job outlives
     the connection.
   - An engine that both releases define in the same way keeps running, and is verified with the others.
-  - Whatever can be known is checked first; where there is a problem nothing is stopped. A release that runs already,
+  - Whatever can be known is checked first; if there is a problem, nothing is stopped. A release that runs already,
     in the container that was verified, is left alone by O(mode=deploy).
-  - The module alone begins the job, or joins one that switches to the same release, and looks at it for O(slice)
+  - The module alone starts the job, or joins one that switches to the same release, and follows it for O(slice)
     seconds. The action of the same name repeats that until the job is done, showing phases with their figures, and
     fails naming both releases.
 options:
   to: {description: Number of the release., type: int, required: true}
   mode:
-    description: C(deploy) and C(rollback) differ in their words only; C(restart) is for the current release.
+    description: C(deploy) and C(rollback) differ in wording only; C(restart) is for the current release.
     type: str
     choices: [deploy, rollback, restart]
     default: deploy
-  verb: {description: What was called., type: str, default: ""}
-  controller: {description: Who; USER@HOST. The action knows., type: str, default: ""}
-  start_timeout: {description: Seconds that an engine has until it is ready., type: float, default: 1800}
+  verb: {description: The command that was run., type: str, default: ""}
+  controller: {description: "Operator, USER@HOST; the action sets it.", type: str, default: ""}
+  start_timeout: {description: Seconds that an engine may take to become ready., type: float, default: 1800}
   keep_releases: {description: Number of releases that are kept., type: int, default: 5}
   reclaim:
     description:
-      - Once the release is verified, remove what no kept release needs of what Sparkfleet brought - images that it
-        pulled, models that it downloaded, compile caches. What others use stays, and is tried again by the next switch.
+      - Once the release is verified, remove what no kept release needs of what Sparkfleet fetched - images that it
+        pulled, models that it downloaded, compile caches. What others use stays; the next switch tries again.
     type: bool
     default: true
-  lock: {description: In check mode what the release is pinned to where it is not staged., type: dict, default: {}}
+  lock: {description: "In check mode, what the release is pinned to if it is not staged.", type: dict, default: {}}
   services:
     description: With O(mode=restart) the engines (services of the compose file) that are restarted; empty for all.
     type: list
     elements: str
     default: []
-  recreate: {description: Recreate the container though its file has not changed., type: bool, default: false}
+  recreate: {description: Recreate the container even if its file has not changed., type: bool, default: false}
   new_key:
-    description: Take the key that is staged in C(/etc/sparkfleet/engine_key.next); a switch that fails gives it back.
+    description: Use the key staged in C(/etc/sparkfleet/engine_key.next); a failed switch restores the old one.
     type: bool
     default: false
   project_dir: {description: Folder of the releases., type: path, default: /opt/sparkfleet}
   state_dir: {description: Folder of the journal., type: path, default: /var/lib/sparkfleet}
-  begin: {description: Name of the job that this call begins unless it is there. The action's., type: str, default: ""}
-  id: {description: The job to look at; empty to begin one. The action's., type: str, default: ""}
+  begin: {description: Name of the job that this call starts unless there is one; the action's., type: str, default: ""}
+  id: {description: The job to follow; empty to start one. The action's., type: str, default: ""}
   slice: {description: Seconds of one long poll., type: float, default: 3}
   recover: {description: End a job that was killed., type: bool, default: true}
   container: {description: The container whose log was read last., type: str, default: ""}
   cursor: {description: RFC 3339 time of the last log line seen., type: str, default: ""}
 author: ["The Sparkfleet developers"]
 attributes:
-  check_mode: {support: full, description: Checks the release if it is there; says what would be pruned and reclaimed.}
+  check_mode: {support: full, description: Checks a staged release; reports what would be pruned and reclaimed.}
   diff_mode: {support: none, description: M(sparkfleet.dgx.release_stage) shows the file.}
 """
 
@@ -68,12 +68,12 @@ EXAMPLES = r"""
 
 RETURN = r"""
 id: {description: Of the job., returned: always, type: str}
-joined: {description: Whether the job was begun by another run., returned: always, type: bool}
-already: {description: Whether the release runs already; there was nothing to do., returned: always, type: bool}
+joined: {description: Whether the job was started by another run., returned: always, type: bool}
+already: {description: Whether the release already runs; there was nothing to do., returned: always, type: bool}
 done: {description: Whether the job has ended., returned: always, type: bool}
-cut: {description: "Whether the job was killed, and is now being ended.", returned: always, type: bool}
+cut: {description: "Whether the job was killed, and is now being finished.", returned: always, type: bool}
 journal: {description: Its journal., returned: always, type: dict}
-state: {description: State of the container now waited for; missing for none., returned: always, type: str}
+state: {description: State of the container it waits for; missing for none., returned: always, type: str}
 restart_count: {description: How often Docker restarted it., returned: always, type: int}
 started_at: {description: RFC 3339 time of its last start., returned: always, type: str}
 log_lines: {description: Its lines since the cursor., returned: always, type: list, elements: str}
@@ -86,9 +86,9 @@ outcome: {description: "By the action; verified, restored, removed, refused or f
 out_of_service_s: {description: By the action; seconds without an answer., returned: action, type: float}
 reclaimed: {description: By the action; kind name and bytes of what was removed., returned: action, type: list}
 reclaimed_bytes: {description: By the action; their sum., returned: action, type: int}
-left: {description: By the action; what no release needs and stays and why., returned: action, type: list}
-troubles: {description: By the action; what could not be written or removed on the way., returned: action, type: list}
-seconds: {description: By the action; of the whole., returned: action, type: float}
+left: {description: By the action; what stays though no release needs it, and why., returned: action, type: list}
+troubles: {description: By the action; what could not be written or removed., returned: action, type: list}
+seconds: {description: By the action; total., returned: action, type: float}
 verification: {description: By the action; result of the first engine's verification., returned: action, type: dict}
 verifications: {description: By the action; results of the verifications by service., returned: action, type: dict}
 failure: {description: By the action; entry in the table of failures., returned: failure, type: str}
@@ -110,7 +110,11 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.doc
     DockerError,
     DockerUnavailable,
 )
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.engine import just_before, look, new_lines
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.engine import (
+    inspect,
+    just_before,
+    new_lines,
+)
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.guard import SETTINGS_FILE
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.precheck import precheck
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.release_format import DONE
@@ -174,13 +178,13 @@ def spawn(module: AnsibleModule, store: Store, words: list[str]) -> None:
 
 
 def runs(store: Store, docker: Docker, number: int) -> bool:
-    """Whether the containers that run are those in which this release was verified, from files that are whole."""
+    """Whether the containers that run are those in which this release was verified, from intact files."""
     verified_in = (store.outcome(number) or {}).get("container_ids") or {}
     if store.current() != number or store.damage(number):
         return False
     try:
         for item in store.engines(number):
-            found = look(docker, item.service)
+            found = inspect(docker, item.service)
             if found["state"] != "running" or not found["id"] or found["id"] != verified_in.get(item.service):
                 return False
     except (DockerError, ReleaseError):
@@ -189,13 +193,13 @@ def runs(store: Store, docker: Docker, number: int) -> bool:
 
 
 def begin(module: AnsibleModule, store: Store) -> tuple[str, str]:
-    """Begin a job, or join the one that does the same: its id, and `begun`, `joined`, or `already` where the release
-    runs already."""
+    """Start a job, or join the one that does the same: its id, and `started`, `joined`, or `already` where the release
+    already runs."""
     params = module.params
     id_ = params["begin"] or secrets.token_hex(6)
     ended = store.switch()
-    if ended and ended["id"] == id_:  # begun by a call whose answer was lost with the connection
-        return id_, "begun"
+    if ended and ended["id"] == id_:  # started by a call whose answer was lost with the connection
+        return id_, "started"
     holder = store.holder()
     if holder and holder["holder"] == HELD_BY_SWITCH:
         journal = store.switch()
@@ -208,13 +212,13 @@ def begin(module: AnsibleModule, store: Store) -> tuple[str, str]:
     if holder and holder["holder"] == "other":
         process = f"{holder['process'] or 'a process'} (pid {holder['pid'] or '?'})"
         module.fail_json(
-            msg=f"{process} holds {store.lock_file} and is no switch of Sparkfleet; what runs is untouched",
+            msg=f"{process} holds {store.lock_file} and is not a switch of Sparkfleet; what runs is untouched",
             failure="lock-held",
         )
     plain = params["mode"] == "deploy" and not params["recreate"] and not params["new_key"]
     verified = plain and ended and ended["to"] == params["to"] and ended["outcome"] == VERIFIED
-    # It was not the current one when this run looked: another that wants the same was faster. The journal alone says
-    # nothing: files and containers are changed by hand.
+    # It was not the current one when this run checked: another run with the same aim was faster. The journal alone
+    # proves nothing: files and containers are changed by hand.
     if verified and ended and runs(store, Docker(), params["to"]):
         return str(ended["id"]), "already"
     words = [f"--{key}={params[key]}" for key in ("to", "mode", "controller", "verb")]
@@ -232,10 +236,10 @@ def begin(module: AnsibleModule, store: Store) -> tuple[str, str]:
                 who_else = who(store, store.switch(), holder)
                 module.fail_json(msg=f"{who_else}; run again when that is over", failure="switch-running-other")
             module.fail_json(
-                msg=f"the switch did not begin: see journalctl -u {UNIT}; what runs is untouched", failure="internal"
+                msg=f"the switch did not start: see journalctl -u {UNIT}; what runs is untouched", failure="internal"
             )
         time.sleep(0.05)
-    return id_, "begun"
+    return id_, "started"
 
 
 def foresee(params: dict[str, Any], store: Store) -> dict[str, Any]:
@@ -250,7 +254,7 @@ def watch(store: Store, id_: str, seconds: float) -> tuple[dict[str, Any], bool]
     first = (store.switch() or {}).get("phase")
     while True:
         journal = store.switch() or {}
-        # Active first: the journal is written before the lock is given back.
+        # Active first: the journal is written before the lock is released.
         over = not store.switch_active()
         journal = store.switch() or journal
         if journal.get("id") != id_ or journal.get("phase") == DONE or over or journal.get("phase") != first:
@@ -271,7 +275,7 @@ def log(docker: Docker, journal: dict[str, Any], container: str, cursor: str) ->
         "cursor": cursor,
     }
     with contextlib.suppress(DockerError):
-        seen = look(docker, name) if name else None
+        seen = inspect(docker, name) if name else None
         if seen and seen["state"] != "missing":
             # The log of an earlier start is not that of this one.
             since = cursor if name == container else ""
@@ -318,10 +322,10 @@ def main() -> None:
         module.exit_json(changed=True, done=True, journal={}, msg=message, would=foresee(params, store))
     try:
         if not there:
-            store.plan(params["to"])  # says which there are; damaged files are the job's to repair
+            store.plan(params["to"])  # its error names the releases there are; the job repairs damaged files
     except ReleaseError as error:
         module.fail_json(msg=str(error), failure="bad-input")
-    id_, how = (params["id"], "begun") if params["id"] else begin(module, store)
+    id_, how = (params["id"], "started") if params["id"] else begin(module, store)
     journal, done = watch(store, id_, params["slice"])
     if journal.get("id") != id_:
         another = who(store, store.switch())
@@ -330,7 +334,7 @@ def main() -> None:
     if cut and params["recover"]:
         spawn(module, store, ["--recover"])
     elif cut:
-        where = f"the switch to release {journal.get('to')} was cut in the phase {journal.get('phase')}"
+        where = f"the switch to release {journal.get('to')} was interrupted in the phase {journal.get('phase')}"
         module.fail_json(msg=f"{where}, and again when it was ended", failure="switch-interrupted")
     found = log(Docker(), journal, params["container"], params["cursor"])
     module.exit_json(

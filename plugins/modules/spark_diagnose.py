@@ -53,7 +53,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.mem
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.redaction import redacted
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.release_format import MOST_ENGINES, Engine
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.status import look
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.status import inspect_host
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.switch import boot_id, verify_params
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.verify import verify
 
@@ -96,7 +96,7 @@ def command(argv: list[str]) -> list[str]:
 
 
 def part(read: Callable[[], Any]) -> Any:
-    """One part of the whole; what it raises is its value."""
+    """One part of the result; what it raises becomes its value."""
     try:
         return read()
     except Exception as error:
@@ -105,7 +105,7 @@ def part(read: Callable[[], Any]) -> Any:
 
 def engine_log(docker: Docker, service: str) -> dict[str, Any]:
     """State and log of a container of ours."""
-    found = engine.look(docker, service)
+    found = engine.inspect(docker, service)
     return {**found, "log": engine.read_log(docker, service, "", found["tty"], LOG_LINES)}
 
 
@@ -116,7 +116,7 @@ def asked(item: Engine) -> dict[str, Any]:
 
 
 def engine_facts(docker: Docker, item: Engine, row: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of an engine of the current release. `row`: what the status says of it."""
+    """What is known of an engine of the current release. `row`: its status."""
     there = optional(lambda: docker.image(item.image) is not None) if item.image else None
     healthy = bool(row.get("healthy"))
     return {
@@ -235,7 +235,7 @@ def optional(read: Callable[[], Any]) -> Any:
 def collect(params: dict[str, Any]) -> dict[str, Any]:
     """Everything."""
     store, docker = Store(params["project_dir"], params["state_dir"]), Docker(timeout=10.0)
-    status = part(lambda: look(store, docker, 0))
+    status = part(lambda: inspect_host(store, docker, 0))
     current = store.current()
     engines: Sequence[Engine] = (optional(lambda: store.engines(current)) or ()) if current else ()
     rows = {row["service"]: row for row in status.get("engines") or ()}

@@ -527,7 +527,7 @@ def checksum(path: Path) -> str:
 
 def status(store: Store) -> dict[str, Any]:
     """What the module spark_status sees."""
-    from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.status import look as served  # noqa: PLC0415 - most runs do not need it
+    from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.status import inspect_host as served  # noqa: PLC0415 - most runs do not need it
 
     found: dict[str, Any] = served(store, Docker(timeout=PROBE_SECONDS), 0)
     return found

@@ -49,7 +49,7 @@ containers: {description: Name and state of each of ours., returned: always, typ
 healthy: {description: Whether all engines answer., returned: always, type: bool}
 gpu: {description: Temperature in degrees Celsius and power draw in W or null., returned: always, type: dict}
 log:
-  description: The last lines of the engines' logs; with several engines each line begins with the service.
+  description: The last lines of the engines' logs; with several engines each line starts with the service.
   returned: always
   type: list
   elements: str
@@ -61,7 +61,7 @@ from pathlib import Path
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.status import look
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.status import inspect_host
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def main() -> None:
     )
     params = module.params
     store = Store(Path(params["project_dir"]), Path(params["state_dir"]))
-    module.exit_json(changed=False, **look(store, Docker(timeout=10.0), params["log_lines"]))
+    module.exit_json(changed=False, **inspect_host(store, Docker(timeout=10.0), params["log_lines"]))
 
 
 if __name__ == "__main__":

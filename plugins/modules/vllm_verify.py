@@ -8,7 +8,7 @@ DOCUMENTATION = r"""
 module: vllm_verify
 short_description: Proves that a vLLM endpoint answers
 description:
-  - Health says little about an engine, so questions with known answers are asked, as chat, completion and
+  - A health check alone shows little, so questions with known answers are asked, as chat, completion and
     event stream, concurrently; the model list, counters and API description are checked as well.
   - Changes nothing, so it also runs in check mode.
   - The action of the same name prints the checks as a table and saves the result on the controller.
@@ -26,7 +26,7 @@ options:
     type: str
     default: What is the capital of France? Answer in one short sentence.
   expect:
-    description: What the answer must contain, as whole words; case does not count.
+    description: What the answer must contain, as whole words; case is ignored.
     type: str
     default: Paris
   prompt:
@@ -34,7 +34,7 @@ options:
     type: str
     default: The capital of France is
   prompt_expect:
-    description: What the completion must contain, as whole words; case does not count.
+    description: What the completion must contain, as whole words; case is ignored.
     type: str
     default: Paris
   timeout:
@@ -46,7 +46,7 @@ options:
     type: int
     default: 32
   chat_template_kwargs:
-    description: Handed to the model's chat template; templates ignore unknown keys.
+    description: Passed to the model's chat template; templates ignore unknown keys.
     type: dict
     default: {enable_thinking: false}
   report:

@@ -77,7 +77,7 @@ def test_runs_are_the_cards_for_one_spark(script: ModuleType, capsys: pytest.Cap
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert names == ["llama31-8b-fp8", "llama31-8b-fp8:2048", "llama31-8b-fp8:8192"]
     assert script.main(["--list", "--only", "nothing"]) == 2
-    assert "no run begins with nothing" in capsys.readouterr().err
+    assert "no run starts with nothing" in capsys.readouterr().err
 
 
 def test_every_config_is_of_a_card(script: ModuleType) -> None:

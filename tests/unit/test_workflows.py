@@ -64,7 +64,7 @@ def test_each_job_has_a_limit_and_actions_of_a_major_version(workflow: dict[str,
             assert re.fullmatch(r"actions/[a-z-]+@v\d+", step["uses"]), step
         if step.get("uses", "").startswith("actions/checkout@"):
             assert step["with"] == {"persist-credentials": False}
-        # What somebody names (a branch, a title, a tag) is never pasted into a shell.
+        # What someone names (a branch, a title, a tag) is never pasted into a shell.
         assert not re.search(r"\$\{\{(?! matrix\.)", step.get("run", "")), step
 
 

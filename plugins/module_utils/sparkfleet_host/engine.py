@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our containers: what they do, what they log, how they are stopped and started."""
+"""Our containers: their state and logs, and how they are stopped and started."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from .docker import Docker
 from .http import Client, HttpError
 from .redaction import redact
 
-POLL = 0.25  # seconds between two looks
+POLL = 0.25  # seconds between two polls
 HEALTH_TIMEOUT = 2.0  # seconds
 HEAD = 1500  # lines read at once, counted from the cursor
-TAIL = 400  # where there are more: the last lines, which tell how it stands
+TAIL = 400  # where there are more: the last lines, which show its state
 LINE = 4000  # characters of a line that are kept; the dump of vLLM's configuration is longer
 
 
 def instant(stamp: str) -> tuple[int, int]:
-    """Unix seconds and nanoseconds of an RFC 3339 time in UTC, as Docker writes it; (0, 0) if it is none."""
+    """Unix seconds and nanoseconds of an RFC 3339 time in UTC, as Docker writes it; (0, 0) if it is not one."""
     found = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z", stamp, re.ASCII)
     if not found or stamp.startswith("0001-"):
         return 0, 0
     try:
         seconds = calendar.timegm(time.strptime(found[1], "%Y-%m-%dT%H:%M:%S"))
-    except ValueError:  # the 99th of a month
+    except ValueError:  # such as the 99th of a month
         return 0, 0
     return seconds, int((found[2] or "0").ljust(9, "0"))
 
 
 def just_before(stamp: str) -> str:
-    """A second before a start: Docker notes it when the first lines may be written already. "" for no time."""
+    """A second before a start: when Docker records it, the first lines may already be written. "" for no time."""
     seconds, _ = instant(stamp)
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds - 1)) if seconds else ""
 
@@ -71,7 +71,7 @@ def name_of(item: Mapping[str, Any]) -> str:
     return printable(str(names[0] if isinstance(names, list) and names else item.get("Id")).lstrip("/"), 200)
 
 
-# What Docker says is of the form that the API has, or counts as not said.
+# What Docker reports has the form that the API defines, or counts as not reported.
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -87,8 +87,8 @@ def _int(value: Any) -> int:
 
 
 def identity(docker: Docker, service: str, project: str = PROJECT) -> str | None:
-    """The id of a service's container by its labels, or None; a container of that name alone is somebody else's. Of
-    several, the one that runs, then the youngest. The id of one of ours stands for itself. Raises DockerError."""
+    """The id of a service's container by its labels, or None; a container that only has that name is someone else's. Of
+    several, the one that runs, then the youngest. The id of one of ours is returned as it is. Raises DockerError."""
     found = [item for item in ours(docker, project) if service in (item["Id"], service_of(item))]
     best = max(found, key=lambda item: (item.get("State") == "running", _created(item)), default=None)
     return str(best["Id"]) if best else None
@@ -99,7 +99,7 @@ def _created(item: Mapping[str, Any]) -> int:
     return made if isinstance(made, int) else 0
 
 
-def look(docker: Docker, service: str) -> dict[str, Any]:
+def inspect(docker: Docker, service: str) -> dict[str, Any]:
     """State of a service's container, as the module returns it, with its `id` ("" for none). Raises DockerError."""
     known = identity(docker, service)
     found = docker.container(known) if known else None
@@ -117,7 +117,7 @@ def look(docker: Docker, service: str) -> dict[str, Any]:
     state = _dict(found.get("State"))
     if state.get("Restarting"):
         word = "restarting"
-    elif state.get("Paused"):  # Docker says of it that it is running, too
+    elif state.get("Paused"):  # Docker reports it as running, too
         word = "paused"
     elif state.get("Running"):
         word = "running"
@@ -128,7 +128,7 @@ def look(docker: Docker, service: str) -> dict[str, Any]:
     return {
         "id": name,
         "state": word,
-        # Of a container that Docker has started again `docker inspect` does not tell how it ended before.
+        # For a container that Docker has restarted, `docker inspect` does not show how it ended before.
         "exit_code": _last_exit(docker, name) if word == "running" and restarts else code,
         "restart_count": restarts,
         "oom_killed": bool(state.get("OOMKilled")),
@@ -139,7 +139,7 @@ def look(docker: Docker, service: str) -> dict[str, Any]:
 
 
 def _last_exit(docker: Docker, identity: str) -> int:
-    """Exit code of the last end that Docker still knows of (it keeps 256 events), or 0."""
+    """Exit code of the last exit that Docker still knows of (it keeps 256 events), or 0."""
     filters = json.dumps({"container": [identity], "event": ["die"]})
     query = urlencode({"since": "0", "until": f"{time.time():.9f}", "filters": filters})
     code = 0
@@ -182,7 +182,7 @@ def wait(docker: Docker, client: Client, name: str, seconds: float, restarts: in
     """The long poll. Raises DockerError."""
     deadline = time.monotonic() + seconds
     while True:
-        found = look(docker, name)
+        found = inspect(docker, name)
         found["ready"] = found["state"] == "running" and healthy(client)
         over = found["ready"] or found["state"] != "running" or 0 <= restarts < found["restart_count"]
         left = deadline - time.monotonic()
@@ -221,7 +221,7 @@ def stop(docker: Docker, service: str, timeout: int = STOP_SECONDS) -> bool:
     if status in (304, 404):  # stopped already, or gone
         return False
     if status >= 400:
-        raise EngineError(f"cannot stop {service}: {_said(answer)}")
+        raise EngineError(f"cannot stop {service}: {_message(answer)}")
     return True
 
 
@@ -232,7 +232,7 @@ def start(docker: Docker, service: str) -> None:
         raise EngineError(f"cannot start {service}: Sparkfleet has no container of it")
     status, answer = Docker(docker.socket_path, 60).request("POST", f"/containers/{quote(name, safe='')}/start")
     if status >= 400:
-        raise EngineError(f"cannot start {service}: {_said(answer)}")
+        raise EngineError(f"cannot start {service}: {_message(answer)}")
 
 
 def remove(docker: Docker, service: str) -> None:
@@ -243,13 +243,13 @@ def remove(docker: Docker, service: str) -> None:
     patient = Docker(docker.socket_path, 60)
     status, answer = patient.request("DELETE", f"/containers/{quote(name, safe='')}?force=1&v=1")
     if status >= 400 and status != 404:
-        raise EngineError(f"cannot remove {service}: {_said(answer)}")
+        raise EngineError(f"cannot remove {service}: {_message(answer)}")
 
 
 def compose(
     project_dir: str, file: str, *words: str, seconds: float = COMPOSE_SECONDS, absent: Mapping[str, str] | None = None
 ) -> str:
-    """Run a command of Docker Compose for a file of the project; its output. Raises EngineError with what Compose said,
+    """Run a command of Docker Compose for a file of the project; its output. Raises EngineError with Compose's message,
     and MissingError (an EngineError) where there is no Compose. `absent`: variables that count where there is no other
     value."""
     argv = ["docker", "compose", "--project-name", PROJECT, "--project-directory", project_dir, "--file", file]
@@ -278,22 +278,22 @@ def compose(
 
 
 class MissingError(EngineError):
-    """There is no Docker Compose that could be asked."""
+    """There is no Docker Compose that could be run."""
 
 
 def compose_up(project_dir: str, file: str, service: str, recreate: bool = False) -> None:
-    """Make the service's container as `file` says and start it; pulls nothing. Raises EngineError with what Compose
-    said."""
+    """Create the service's container as `file` defines it and start it; pulls nothing. Raises EngineError with
+    Compose's message."""
     words = ["up", "--detach", "--no-deps", "--pull", "never", "--quiet-pull"]
     compose(project_dir, file, *words, *(["--force-recreate"] if recreate else []), service)
 
 
 def resolved(project_dir: str, file: str) -> dict[str, Any]:
-    """The compose file as Compose understands it, variables and defaults filled in. Raises EngineError with what it has
-    against it, MissingError."""
-    said = compose(project_dir, file, "config", "--format", "json", seconds=60)
+    """The compose file as Compose understands it, variables and defaults filled in. Raises EngineError with its
+    complaint, MissingError."""
+    output = compose(project_dir, file, "config", "--format", "json", seconds=60)
     try:
-        return as_dict(parse_json(said, "docker compose config"), "docker compose config")
+        return as_dict(parse_json(output, "docker compose config"), "docker compose config")
     except BoundsError as error:
         raise EngineError(str(error)) from None
 
@@ -313,13 +313,13 @@ def definition(document: Mapping[str, Any], service: str) -> dict[str, Any] | No
     return found
 
 
-def _said(answer: Any) -> str:
-    said = str(answer.get("message") if isinstance(answer, dict) else answer)
-    return redact(said[: 2 * LINE].strip())[:LINE]
+def _message(answer: Any) -> str:
+    message = str(answer.get("message") if isinstance(answer, dict) else answer)
+    return redact(message[: 2 * LINE].strip())[:LINE]
 
 
 def validate_compose(project_dir: str, file: Path) -> str:
-    """What Compose says against a file; "" for nothing, and where there is no Compose."""
+    """Compose's complaint about a file; "" for none, and where there is no Compose."""
     try:
         # With interpolation, as `up` reads it; the token of `model_source: hub` need not be there yet.
         compose(project_dir, str(file), "config", "--quiet", seconds=60, absent={"HF_TOKEN": "unknown"})

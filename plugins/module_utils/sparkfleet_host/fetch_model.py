@@ -299,7 +299,7 @@ class Hashed:
         return self._file.seek(offset, whence)
 
     def truncate(self) -> int:
-        """Called by http_get when the server ignored the range: what is left is hashed afresh."""
+        """Called by http_get when the server ignored the range: what is left is hashed from the start."""
         size = self._file.truncate()
         self._hash_existing()
         return size

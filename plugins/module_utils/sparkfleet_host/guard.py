@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guard of a host: sees an engine that has crashed or hangs, restarts it, and knows when to stop.
 
-Health codes lie (vLLM's /health stays 200 with a wedged engine), so what counts is progress: counters of tokens that
-move, or a one-token canary that comes back. `Guard` decides for one engine, from observations and a clock alone;
-`Watcher` observes and acts, for each engine of the current release; `main` is the service, which no single observation
-can end.
+Health codes mislead (vLLM's /health stays 200 with a wedged engine), so what counts is progress: counters of
+tokens that move, or a one-token canary that is answered. `Guard` decides for one engine, from observations and a clock
+alone; `Watcher` observes and acts, for each engine of the current release; `main` is the service, which no single
+observation can end.
 
 Ages are compared on the clock since boot, which no time server moves. Unix time is for people, and for what happened
-before this boot; a stamp from the future tells nothing.
+before this boot; a stamp from the future means nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ STATE_FILE = "guard-state.json"
 METRICS_FILE = "metrics/sparkfleet.prom"
 DOCKER_PID = "/run/docker.pid"
 STOP_SECONDS = 10  # until an engine that crashed or hangs is killed
-LOOK_SECONDS = 5.0  # for /health and /metrics
+PROBE_SECONDS = 5.0  # for /health and /metrics
 DOCKER_SECONDS = 10.0  # for an answer of Docker
 BACK_SECONDS = 10.0  # after a start of the host or of Docker in which it may still bring its containers back
 START_PAUSES = (10.0, 30.0, 60.0)  # before a start is tried again that Docker refused
@@ -56,18 +56,18 @@ SAVE_SECONDS = 30.0  # at least so often the state is written, moved or not
 FRESH_SECONDS = 60.0  # an observation may take as long as Docker needs to stop an engine
 WINDOW_SECONDS = 60.0  # between two tries to listen
 REPEAT_SECONDS = 600.0  # after which the same complaint is written to the journal again
-RECOVER_SECONDS = 3 * 3600  # an engine, for the end of a switch that was cut: two starts of it, verified
+RECOVER_SECONDS = 3 * 3600  # an engine, for the end of an interrupted switch: two starts of it, verified
 LOAD_SECONDS = 900.0  # in which an engine that starts measures memory; another one waits no longer for it
 RECOVER_PAUSE = 60.0  # between two tries to end it, where the first one could not
-LOG_SECONDS = 600.0  # a start without a word for so long hangs
+LOG_SECONDS = 600.0  # a start that logs nothing for so long hangs
 LOG_LINES = 150  # of an engine that was given up
 KEPT_RESTARTS = 50
 STALL_SECONDS = 1.0  # an answer of /metrics takes milliseconds
-ANSWERS = 12  # of them that are kept; in half of them or more a slow engine stalls
+ANSWERS = 12  # that are kept; in half of them or more a slow engine stalls
 #: States of an engine, as state file and metrics name them.
 SERVED = ("serving", "loading", "healing", "wedged")
 STATES = (*("serving", "loading", "stopped", "wedged", "healing", "given-up", "missing", "switching", "docker-down"),)
-STUCK = "guard-stuck"  # what /ready says of an engine that the guard has not looked at for long
+STUCK = "guard-stuck"  # what /ready answers for an engine that the guard has not observed for long
 #: The state of a host is the first of these that one of its engines is in.
 WORST_FIRST = (
     *("switching", "docker-down", "given-up", "missing", "stopped", "wedged", "healing", "loading", "serving"),
@@ -138,7 +138,7 @@ def _address(value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Canary:
-    """A request of one token: when it began (seconds since boot), whether it came back, after how many seconds."""
+    """A request of one token: when it started (seconds since boot), whether it was answered, after how many seconds."""
 
     began: float
     ok: bool
@@ -147,8 +147,8 @@ class Canary:
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-    """What a look saw. `state`: missing, exited, restarting, running, paused; `progress`: counters that only a living
-    engine moves, None where /metrics does not answer; `canary`: the one that has ended since the last look."""
+    """What was observed. `state`: missing, exited, restarting, running, paused; `progress`: counters that only a living
+    engine moves, None where /metrics does not answer; `canary`: the one that has ended since the last observation."""
 
     now: float  # Unix time
     clock: float  # seconds since boot
@@ -170,11 +170,11 @@ class Observation:
     tokens: float = 0.0  # generated so far
     canary: Canary | None = None
     limit: float = 0.0  # tokens a second that memory bandwidth allows one stream; 0 for unknown
-    answered: float | None = None  # seconds that /metrics took, where it was asked
+    answered: float | None = None  # seconds that /metrics took, if requested
     busy: bool = False  # another engine of the host starts, and measures memory
 
     def finite(self) -> Observation:
-        """The same without figures that are none: NaN differs from itself, and would seem to move."""
+        """The same without figures that are not numbers: NaN differs from itself, and would seem to move."""
         fixed: dict[str, Any] = {}
         for name in ("running", "waiting", "tokens", "limit"):
             if not math.isfinite(getattr(self, name)):
@@ -198,7 +198,7 @@ NOTHING = Action()
 
 
 class Guard:
-    """Decides for one engine. `data` is what is kept across its own restarts: its part of the state file."""
+    """Decides for one engine. `data` is what survives its own restarts: its part of the state file."""
 
     def __init__(self, settings: Settings, data: Mapping[str, Any] | None = None) -> None:
         """Raises BoundsError for data that is not of the form it must have."""
@@ -208,7 +208,7 @@ class Guard:
         if self.engine not in STATES:
             raise BoundsError(f"engine: {printable(self.engine, 80)!r} is not a state")
         self.boot_id = _optional(data, "boot_id", as_str) or ""
-        forgiven = _optional(data, "forgiven", as_number) or 0.0  # of a version before: Unix time
+        forgiven = _optional(data, "forgiven", as_number) or 0.0  # written by an earlier version: Unix time
         items = as_list([] if data.get("restarts") is None else data["restarts"], "restarts", 1000)[-KEPT_RESTARTS:]
         self.restarts = [_restart(item, forgiven) for item in items]
         totals = as_dict({} if data.get("restarts_total") is None else data["restarts_total"], "restarts_total")
@@ -227,7 +227,7 @@ class Guard:
         self._answers: deque[float] = deque(maxlen=ANSWERS)
         self._progress: tuple[float, ...] | None = None
         self._moved: float | None = None  # when it last did, on the clock
-        self._asked: float | None = None  # when the last canary began, on the clock
+        self._asked: float | None = None  # when the last canary was sent, on the clock
         self._rate: tuple[float, float] | None = None  # clock and tokens at the beginning of a measurement
         self._exited: float | None = None  # since when, on the clock
         self._logged: tuple[float | None, float] = (None, 0.0)  # the last line's stamp, and when it was seen
@@ -257,7 +257,7 @@ class Guard:
         if seen.release is None or seen.state == "missing":
             return self._is("missing", seen)
         if seen.release != self.known.get("release"):
-            # Somebody deployed: a new start, and a clean slate.
+            # A new deployment starts with a clean slate.
             self.known = {"release": seen.release, "started_at": seen.started_at, "restart_count": seen.restart_count}
             self.given_up = self.healing = None
             self._forgive()
@@ -289,7 +289,7 @@ class Guard:
         return self._serving(seen)
 
     def _stopped(self, seen: Observation) -> Action:
-        """Docker starts what crashes. This one a person stopped, or we did, or it went down with host or Docker."""
+        """Docker restarts what crashes. This one was stopped by a person or by us, or went down with host or Docker."""
         if self.given_up:
             return self._is("given-up", seen)
         if self.healing and not self.healing.get("started") and seen.state == "exited":
@@ -297,7 +297,7 @@ class Guard:
         if self._exited is None:
             self._exited = seen.clock
         if self.lost and seen.state == "exited":
-            # Docker 26 forgets an engine that ran when dockerd was killed.
+            # Docker 26 does not restart an engine that ran when dockerd was killed.
             if seen.clock - self._exited < BACK_SECONDS:
                 return self._is("loading", seen)
             self.healing = {"reason": self.lost, "before": seen.started_at, "tries": 0, **_stamp(seen)}
@@ -308,7 +308,7 @@ class Guard:
         return self._is("stopped", seen)
 
     def _start_again(self, healing: dict[str, Any], seen: Observation) -> Action:
-        """Start what is to run and does not, after a pause and not for ever: Docker may refuse each time."""
+        """Start what should run but does not, after a pause and not indefinitely: Docker may refuse each time."""
         tries = int(healing.get("tries") or 0)
         waited = seen.clock - float(healing.get("tried") or 0.0)
         pause = START_PAUSES[min(tries, len(START_PAUSES)) - 1] if tries else 0.0
@@ -331,7 +331,7 @@ class Guard:
         return dataclasses.replace(self._is("healing", seen), do="start", reason=str(healing["reason"]))
 
     def _loading(self, seen: Observation) -> Action:
-        """Never ready since it was started: it may take its time, as long as its log moves."""
+        """Not ready since it was started: it may take as long as it needs while its log moves."""
         if seen.healthy:
             self.known["ready"] = True
             self._moved, self._progress = seen.clock, seen.progress
@@ -349,7 +349,7 @@ class Guard:
         return self._is("healing" if self.healing else "loading", seen)
 
     def _serving(self, seen: Observation) -> Action:
-        """It was ready: does it still get on?"""
+        """It was ready: does it still make progress?"""
         if self._moved is None:
             self._moved = seen.clock
         if seen.progress is not None and seen.progress != self._progress:
@@ -394,13 +394,13 @@ class Guard:
         self.healing["tries"] = 0
         self.restarts = [*self.restarts[1 - KEPT_RESTARTS :], {"reason": reason, "detail": detail, **stamp}]
         self.totals[reason] = self.totals.get(reason, 0) + 1
-        # What we start counts from nought.
+        # What we start counts from zero.
         self.known.update(restart_count=seen.restart_count if do == "adopt" else 0, ready=False, since=seen.clock)
         self._forget()
         return Action(do, reason, detail)
 
     def withdraw(self, action: Action) -> None:
-        """The action was not taken: another had begun to stop or start the engine."""
+        """The action was not taken: someone else was already stopping or starting the engine."""
         self.healing = None
         if action.do == "restart" and self.restarts:
             self.restarts = self.restarts[:-1]
@@ -409,7 +409,7 @@ class Guard:
             self.given_up = None
 
     def docker_restarts(self) -> None:
-        """Docker is being restarted for another engine: this one does not ask for the same again."""
+        """Docker is being restarted for another engine: this one does not request it again."""
         self._docker_restarted = True
         if self.healing:
             self.healing.update(docker_restarted=True, tries=0)
@@ -430,7 +430,7 @@ class Guard:
         self._answers.clear()
 
     def _forgive(self) -> None:
-        """What was before does not count any more."""
+        """Exclude past restarts from the limit."""
         self.restarts = [{**item, "forgiven": True} for item in self.restarts]
 
     def _back(self, seen: Observation) -> None:
@@ -440,13 +440,13 @@ class Guard:
             self.restarts[-1]["back_after_s"] = round(lasted, 1)
 
     def _started_since_giving_up(self, seen: Observation) -> bool:
-        """Whether it runs by another start than the one that the guard ended."""
+        """Whether it has been started again since the guard gave it up."""
         ended = (self.given_up or {}).get("started_at")
         return seen.state == "running" and ended is not None and seen.started_at != ended
 
     def _measure(self, seen: Observation) -> None:
         """Tokens a second over half a minute or more in which exactly one request ran, and whether /metrics, which
-        costs an engine nothing, takes long again and again."""
+        costs an engine nothing, is slow repeatedly."""
         if seen.answered is not None:
             self._answers.append(seen.answered)
             late = sum(seconds > STALL_SECONDS for seconds in self._answers)
@@ -462,12 +462,12 @@ class Guard:
         lasted = seen.clock - self._rate[0]
         if lasted >= 30:
             self.tokens_per_second = round((seen.tokens - self._rate[1]) / lasted, 2)
-            # A prefill gives no tokens: nought is no rate.
+            # A prefill generates no tokens: zero is not a rate.
             self.slow = 0 < self.tokens_per_second < seen.limit / 4
             self._rate = (seen.clock, seen.tokens)
 
     def data(self) -> dict[str, Any]:
-        """What is kept, and what status and diagnose read."""
+        """What is stored, and what status and diagnose read."""
         return {
             "engine": self.engine,
             "served": self.served,
@@ -621,7 +621,7 @@ def metrics(data: Mapping[str, Any]) -> str:
     add("release", "gauge", "Number of the current release, 0 for none.", [("", float(data["release"] or 0))])
     add("canary_ok", "gauge", "Whether the last canary was answered.", each(lambda item: canary(item, "ok")))
     add("canary_seconds", "gauge", "Duration of the last canary.", each(lambda item: canary(item, "seconds")))
-    lines.append("# HELP sparkfleet_guard_last_look_seconds Unix time of the guard's last look.")
+    lines.append("# HELP sparkfleet_guard_last_look_seconds Unix time of the guard's last observation.")
     lines.append("# TYPE sparkfleet_guard_last_look_seconds gauge")
     lines.append(f"sparkfleet_guard_last_look_seconds {data['at']:.0f}")
     return "\n".join(lines) + "\n"
@@ -644,7 +644,7 @@ def figures(text: str) -> dict[str, float]:
 
 
 class Notify:
-    """Tells systemd that the service lives (sd_notify(3)); nothing where it was not started by systemd."""
+    """Notifies systemd that the service is alive (sd_notify(3)); does nothing where systemd did not start it."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.path = environment.get("NOTIFY_SOCKET", "")
@@ -665,7 +665,7 @@ class Notify:
 
     @contextlib.contextmanager
     def patiently(self, seconds: float) -> Any:
-        """Within this the service may say nothing for so long."""
+        """Within this the service may be silent for so long."""
         if self.watchdog_usec:
             self(f"WATCHDOG_USEC={seconds * 1e6:.0f}", "WATCHDOG=1")
         try:
@@ -677,7 +677,7 @@ class Notify:
 
 class Watched:
     """An engine that is watched: its guard, what was read of it last, and its canary. `engine` is None while the files
-    of the current release do not tell of it."""
+    of the current release do not name it."""
 
     def __init__(self, service: str, guard: Guard) -> None:
         self.service, self.guard = service, guard
@@ -686,7 +686,7 @@ class Watched:
         self.asking = False
         self.figures: dict[str, float] | None = None
         self.read_at = -math.inf
-        self.start: tuple[str, float] | None = None  # the one that goes on, and since when it is known
+        self.start: tuple[str, float] | None = None  # the one in progress, and since when it is known
         self.looked_at = clock()
 
     @property
@@ -700,12 +700,12 @@ class Watched:
         return self.start is not None and clock() - self.start[1] < LOAD_SECONDS
 
     def note_start(self, seen: Mapping[str, Any]) -> None:
-        """Note by an observation whether it loads."""
-        begun, known = str(seen.get("started_at") or ""), self.guard.known
-        if seen["state"] not in ("running", "restarting") or (known.get("ready") and known.get("started_at") == begun):
+        """Record from an observation whether it loads."""
+        start, known = str(seen.get("started_at") or ""), self.guard.known
+        if seen["state"] not in ("running", "restarting") or (known.get("ready") and known.get("started_at") == start):
             self.start = None
-        elif self.start is None or self.start[0] != begun:
-            self.start = begun, clock()
+        elif self.start is None or self.start[0] != start:
+            self.start = start, clock()
 
 
 class Watcher:
@@ -729,7 +729,7 @@ class Watcher:
         self._complaints: dict[str, tuple[str, float]] = {}
         self._listening: set[str] = set()
         self._recover_at = -math.inf  # not before
-        self._ended: tuple[Any, ...] | None = None  # which switch was ended though its journal does not say so
+        self._ended: tuple[Any, ...] | None = None  # which switch was ended though its journal does not record it
         self.watched = {service: Watched(service, guard) for service, guard in self._load().items()}
         self.refresh()
         self.page = metrics(self._data())
@@ -739,7 +739,7 @@ class Watcher:
         self._say(printable(redact(text), 2000))
 
     def complain(self, what: str, text: str) -> None:
-        """The same, but of what goes on only now and then."""
+        """The same, but only now and then for what persists."""
         before = self._complaints.get(what)
         if before is None or before[0] != text or clock() - before[1] > REPEAT_SECONDS:
             self._complaints[what] = (text, clock())
@@ -747,7 +747,7 @@ class Watcher:
 
     def _load(self) -> dict[str, Guard]:
         """The guards with what they kept; a state file that cannot be understood is set aside, and a new one is
-        begun."""
+        started."""
         path = self.store.state_dir / STATE_FILE
         try:
             return guards(self.settings, bounded.read_json(path))
@@ -756,7 +756,7 @@ class Watcher:
         except (BoundsError, OSError) as error:
             kept = bounded.set_aside(path)
             where = f"it is kept as {kept}" if kept else "it could not be set aside"
-            self.say(f"{path} is damaged ({str(error).removeprefix(f'{path}: ')}); {where}, and a new one is begun")
+            self.say(f"{path} is damaged ({str(error).removeprefix(f'{path}: ')}); {where}, and a new one is started")
             return {}
 
     def refresh(self) -> None:
@@ -806,8 +806,8 @@ class Watcher:
         return journal["kept"] if journal and journal["phase"] not in ("", switch.CHECKING, DONE) else ()
 
     def _interrupted(self) -> bool:
-        """Whether there is a switch to be ended. One that was ended is not ended again because nothing can be written
-        of it, neither on the disk nor in memory."""
+        """Whether there is a switch to be ended. One that was ended is not ended again merely because nothing can be
+        recorded of it, neither on the disk nor in memory."""
         return switch.interrupted(self.store) and self._which() != self._ended
 
     def _which(self) -> tuple[Any, ...]:
@@ -818,7 +818,7 @@ class Watcher:
         """The engine's container, its log while it loads, its metrics when it is ready."""
         if item.engine is None:
             return {"state": "missing"}
-        found = engine.look(self.docker, item.service)
+        found = engine.inspect(self.docker, item.service)
         seen = {key: found[key] for key in ("state", "started_at", "restart_count")}
         killed = ", out of memory" if found["oom_killed"] else ""
         seen["how"] = found["error"] or f"exit code {found['exit_code']}{killed}"
@@ -827,19 +827,19 @@ class Watcher:
         seen["limit"] = item.engine.decode_limit
         if found["state"] != "running":
             return seen
-        client = engine_client(item.engine.url, LOOK_SECONDS)
+        client = engine_client(item.engine.url, PROBE_SECONDS)
         if not item.guard.known.get("ready"):
             seen["healthy"] = engine.healthy(client)
             lines = [] if seen["healthy"] else engine.read_log(self.docker, item.service, "", found["tty"], 1)
             seconds, nanos = engine.instant(lines[-1].partition(" ")[0]) if lines else (0, 0)
             return {**seen, "logged": seconds + nanos / 1e9 if seconds else None}
-        # More than once while an engine may stand still.
+        # More than once while an engine may be stuck.
         pause = min(self.settings.metrics_interval, self.settings.wedge_seconds / 4)
         began = clock()
         if began - item.read_at >= pause:
-            item.read_at, item.figures, seen["answered"] = began, None, LOOK_SECONDS
+            item.read_at, item.figures, seen["answered"] = began, None, PROBE_SECONDS
             with contextlib.suppress(HttpError):
-                answer = client.get("/metrics", LOOK_SECONDS, limit=METRICS_LIMIT)
+                answer = client.get("/metrics", PROBE_SECONDS, limit=METRICS_LIMIT)
                 if answer.status == 200:
                     item.figures, seen["answered"] = figures(answer.text), clock() - began
         values = item.figures
@@ -854,7 +854,7 @@ class Watcher:
         }
 
     def act(self, item: Watched, action: Action, seen: Observation) -> None:
-        """Do it; what fails is said, and tried again after the next observation, or after a pause."""
+        """Do it; what fails is logged, and retried after the next observation, or after a pause."""
         with self._going_on(action.do):
             if action.do == "canary":
                 self._ask(item)
@@ -875,12 +875,12 @@ class Watcher:
             self.say(f"{what}: {type(error).__name__}: {error}")
 
     def _recover(self) -> None:
-        """End a switch that was cut; again after a pause where that fails, and never again because its journal cannot
+        """End a switch that was interrupted; retry after a pause where that fails, but not because its journal cannot
         be written."""
         if clock() < self._recover_at:
             return
         self._recover_at = clock() + RECOVER_PAUSE
-        self.say("a switch was cut; ending it")
+        self.say("a switch was interrupted; ending it")
         with self.notify.patiently(RECOVER_SECONDS * max(len(self.watched), 1)):
             ended = switch.recover(self.store, self.docker)
         self.say(f"the switch ended: {ended['outcome'] if ended else 'by another'}")
@@ -893,14 +893,14 @@ class Watcher:
             self._ended = self._which()
 
     def _locked(self, item: Watched, action: Action, seen: Observation) -> None:
-        """What stops or starts, under the lock of switches: no switch begins meanwhile, and none is interfered with."""
+        """What stops or starts, under the lock of switches: no switch starts meanwhile, and none is disturbed."""
         with self.store.exclusive(HELD_BY_GUARD) as mine:
             now = self.observe(item, locked=True) if mine else None
             same = now is not None and now.docker and now.release == seen.release
             if now is not None and action.do in ("restart", "start"):
                 same = same and (now.state, now.started_at) == (seen.state, seen.started_at)
             if not same:
-                why = "the engine has changed meanwhile" if mine else "a switch has begun"
+                why = "the engine has changed meanwhile" if mine else "a switch has started"
                 self.say(f"{item.name}: {action.do} ({action.reason}) left alone: {why}")
                 item.guard.withdraw(action)
                 return
@@ -934,7 +934,7 @@ class Watcher:
 
     def _give_up(self, item: Watched, action: Action) -> None:
         engine.stop(self.docker, item.service, STOP_SECONDS)
-        found = engine.look(self.docker, item.service)
+        found = engine.inspect(self.docker, item.service)
         if item.guard.given_up is None:
             return
         # What it was started by; another start is a person's.
@@ -947,7 +947,7 @@ class Watcher:
                 self.say(f"  {line}")
 
     def _ask(self, item: Watched) -> None:
-        """Send a canary in a thread of its own: observations go on while it waits."""
+        """Send a canary in a thread of its own: observations continue while it waits."""
         asked = item.engine
         if item.asking or asked is None:
             return
@@ -968,7 +968,7 @@ class Watcher:
 
         try:
             threading.Thread(target=ask, name="canary", daemon=True).start()
-        except RuntimeError as error:  # no more threads: it says nothing about the engine
+        except RuntimeError as error:  # no more threads: this means nothing about the engine
             item.asking = False
             self.complain("canary", str(error))
 
@@ -1030,7 +1030,7 @@ class Watcher:
         return action
 
     def survive(self) -> None:
-        """`step`, whatever becomes of it: the guard goes on."""
+        """`step`, whatever happens in it: the guard continues."""
         try:
             self.step()
         except Exception as error:
@@ -1061,8 +1061,8 @@ class Watcher:
         return state if clock() - looked_at < FRESH_SECONDS else STUCK
 
     def open_window(self) -> bool:
-        """Serve /ready and /metrics, a thread an address; False, and a word, where one of them cannot be listened on:
-        it is taken, or the host does not have it yet."""
+        """Serve /ready and /metrics, a thread an address; False, and a message, if one of them cannot be listened on:
+        it is in use, or the host does not have it yet."""
         port = self.settings.listen_port
         for address in self.settings.listen_address:
             if address in self._listening:
@@ -1071,15 +1071,15 @@ class Watcher:
                 StatusServer([address], port, self.answer).start()
                 self._listening.add(address)
             except (OSError, RuntimeError) as error:
-                said = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+                reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
                 where = f"port {port} of /ready and /metrics" + (f" on {address}" if address else "")
-                self.complain(where, f"{said}; trying again")
+                self.complain(where, f"{reason}; trying again")
         return self._listening >= {*self.settings.listen_address}
 
 
 def readiness(query: str, engines: Sequence[tuple[str, str]], idle: str) -> tuple[int, str]:
     """Status and text of GET /ready. `engines`: model and state of each; `idle`: the state of a host without any. 200
-    while all serve; asked `model=REPO`, while one of that model does. The text names the models. Raises ValueError for
+    while all serve; with `model=REPO`, while one of that model does. The text names the models. Raises ValueError for
     a query of more than a few parameters."""
     wanted = parse_qs(query, keep_blank_values=True, max_num_fields=8).get("model") if query else None
     asked = engines if wanted is None else [pair for pair in engines if [pair[0]] == wanted]
@@ -1092,13 +1092,13 @@ def readiness(query: str, engines: Sequence[tuple[str, str]], idle: str) -> tupl
 
 
 def drop_page_cache() -> None:
-    """Drop it where that is allowed."""
+    """Drop the page cache where that is allowed."""
     with contextlib.suppress(OSError):
         memory.drop_page_cache()
 
 
 def foreign(docker: Docker) -> tuple[str, ...]:
-    """Names of the running containers that are not of ours. Raises DockerError."""
+    """Names of the running containers that are not ours. Raises DockerError."""
     own = {item["Id"] for item in engine.ours(docker)}
     return tuple(engine.name_of(item) for item in docker.containers(all=False) if item["Id"] not in own)
 
@@ -1130,7 +1130,8 @@ def read_settings(path: Path) -> Settings:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`guard [--settings FILE]`: for ever. 2 for settings that are damaged; systemd does not start it again then."""
+    """`guard [--settings FILE]`: runs until it is stopped. Exits with 2 for damaged settings; systemd does not
+    restart it then."""
     parser = argparse.ArgumentParser(prog="sparkfleet_host guard", description="Watch the engine, restart it.")
     parser.add_argument("--settings", default=SETTINGS_FILE)
     parser.add_argument("--docker", default=SOCKET, metavar="SOCKET")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether the files of the models on a host still have the content that the Hub named.
 
-`sparkfleet_host.pyz integrity` hashes every model of a cache that was fetched to its end, at a bounded share of the
+`sparkfleet_host.pyz integrity` hashes every completely fetched model of a cache, at a bounded share of the
 disk's speed, and writes what it found to /var/lib/sparkfleet/integrity.json:
 
     {"version": 1, "cache_dir", "began", "updated", "finished": bool,          Unix times
@@ -151,7 +151,7 @@ def check_file(
         handle = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return "missing"
-    except (OSError, RuntimeError):  # RuntimeError: links in a circle, before Python 3.13
+    except (OSError, RuntimeError):  # RuntimeError: a loop of links, before Python 3.13
         return "damaged"
     with os.fdopen(handle, "rb", buffering=0) as file:
         about = os.fstat(handle)
@@ -182,7 +182,7 @@ def _hash(handle: int, entry: Mapping[str, Any], tick: Callable[[int], Any]) -> 
         if not chunk:
             return False
         sha.update(chunk)
-        # Only clean pages that nobody has mapped go.
+        # Only clean, unmapped pages are dropped.
         os.posix_fadvise(handle, at, len(chunk), os.POSIX_FADV_DONTNEED)
         at += len(chunk)
         tick(len(chunk))
@@ -207,7 +207,7 @@ class _Pace:
 
 
 def _mark(cache_dir: str | Path, repo: str, commit: str) -> tuple[int, int, int] | None:
-    """Which mark a model has; None for none."""
+    """The mark of a model; None for none."""
     with contextlib.suppress(OSError):
         return _identity(suspect_path(cache_dir, repo, commit))
     return None
@@ -219,8 +219,8 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
 
 
 def request(failure: str = NONSENSE[0], path: str = REQUEST) -> bool:
-    """Have the models checked now, in the background, where `failure` is one that damaged weights explain; whether that
-    could be asked for."""
+    """Have the models checked now, in the background, if damaged weights would explain `failure`; whether that
+    could be requested."""
     if failure not in NONSENSE or not Path(path).parent.is_dir():
         return False
     with contextlib.suppress(OSError):
@@ -241,7 +241,7 @@ def verify_all(
     say: Callable[[str], Any] = print,
 ) -> dict[str, Any]:
     """Hash the models of a cache (`wanted`: some of them, as (repo, commit)), write `result` meanwhile and at the end,
-    and mark those with damage. What `result` says of models that are still there and were not hashed this time is kept.
+    and mark those with damage. What `result` holds of models still there that were not hashed now is kept.
     Raises OSError where the result cannot be written."""
     present, left_out = _first(finished(cache_dir))
     chosen = present if wanted is None else list(wanted)[:MOST_MODELS]
@@ -352,8 +352,8 @@ def _ports(item: Mapping[str, Any]) -> list[Any]:
 
 def mark_served(docker: Docker, reason: str, service: str = "", port: int = 0) -> list[str]:
     """Mark the model that an engine of ours serves, once an answer made no sense: the next fetch hashes it. Of which
-    engine, its `service` says, or the `port` that it is published on; all that run where neither does.
-    "ORG/NAME@COMMIT" of each; [] where Docker does not say."""
+    engine: given by its `service`, or the `port` that it is published on; all that run where neither is given.
+    "ORG/NAME@COMMIT" of each; [] where Docker does not report it."""
     marked = []
     with contextlib.suppress(DockerError, KeyError, TypeError, AttributeError):
         running = [item for item in engine.ours(docker) if item["State"] == "running"]
@@ -395,7 +395,7 @@ def main(argv: Sequence[str]) -> int:
             return USAGE
     if not Path(given.cache_dir).is_dir():
         print(
-            f"{given.cache_dir}: not visible to the check; if it is a link into /root or the like, "
+            f"{given.cache_dir}: not visible to the check; if it is a link into /root or similar, "
             "sparkfleet_cache_dir must name its target",
             file=sys.stderr,
         )

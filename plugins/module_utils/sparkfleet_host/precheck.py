@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must be there before a release may replace what runs: everything that can be known without stopping anything.
+"""What must be there before a release may replace what runs: everything that can be checked without stopping anything.
 
 Each problem names an entry in the table of failures. Nothing here changes the host.
 """
@@ -76,7 +76,7 @@ def _image(docker: Docker, wanted: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _name(docker: Docker, wanted: Mapping[str, Any], service: str) -> Iterator[Problem]:
-    """A container of the name that is not ours."""
+    """A container of that name that is not ours."""
     name = str(wanted.get("container_name") or "")
     found = docker.container(name) if name else None
     labels = ((found or {}).get("Config") or {}).get("Labels") or {}
@@ -93,7 +93,7 @@ def _published(wanted: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def _port(docker: Docker, wanted: Mapping[str, Any]) -> Iterator[Problem]:
-    """Who else holds the port, and an address that the host does not have."""
+    """A port that is in use by others, and an address that the host does not have."""
     running = [item for item in docker.containers(all=False) if item.get("State") in (None, "running", "paused")]
     for address, port in dict.fromkeys(_published(wanted)):
         if address and not network.is_wildcard(address) and not network.is_own(address):
@@ -119,7 +119,7 @@ def _port(docker: Docker, wanted: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _network(docker: Docker, wanted: Mapping[str, Any], document: Mapping[str, Any]) -> Iterator[Problem]:
-    """A network that Docker knows and whose bridge is gone. Compose makes one that Docker does not know."""
+    """A network that Docker knows and whose bridge is gone. Compose creates one that Docker does not know."""
     for key in wanted.get("networks") or {}:
         name = str(((document.get("networks") or {}).get(key) or {}).get("name") or "")
         found = docker.network(name) if name else None
@@ -132,7 +132,7 @@ def _network(docker: Docker, wanted: Mapping[str, Any], document: Mapping[str, A
 
 
 def _mounts(wanted: Mapping[str, Any], document: Mapping[str, Any]) -> Iterator[Problem]:
-    """Files and folders of the host that Docker would not make itself."""
+    """Files and folders of the host that Docker would not create itself."""
     for mount in wanted.get("volumes") or []:
         source = str(mount.get("source") or "")
         made = (mount.get("bind") or {}).get("create_host_path")
@@ -143,11 +143,11 @@ def _mounts(wanted: Mapping[str, Any], document: Mapping[str, Any]) -> Iterator[
         source = str((secret or {}).get("file") or "")
         staged = source == http.KEY_FILE and Path(f"{source}.next").is_file()
         if source and not staged and not Path(source).is_file():
-            yield Problem("mount-missing", f"{source} does not exist, which the engine reads its key from")
+            yield Problem("mount-missing", f"{source}, which the engine reads its key from, does not exist")
 
 
 def _model(wanted: Mapping[str, Any], item: Engine) -> Iterator[Problem]:
-    """The files of the model, by their sizes, where the engine may not fetch any."""
+    """The files of the model, by their sizes, if the engine may not fetch any."""
     environment = wanted.get("environment") or {}
     folder = environment.get("HF_HUB_CACHE")
     if str(environment.get("HF_HUB_OFFLINE") or "") != "1" or not folder:

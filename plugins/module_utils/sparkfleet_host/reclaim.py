@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What pruned releases leave behind: images that were pulled, models that were downloaded, compile caches.
 
-Before a release is pruned, what it needed is noted. After a switch that was verified, each noted part is removed if no
-kept release needs it, Sparkfleet brought it to the host and nobody uses it. A part in use stays noted, and the next
+Before a release is pruned, what it needed is recorded. After a verified switch, each recorded part is removed if no
+kept release needs it, Sparkfleet brought it to the host and no one uses it. A part in use stays recorded, and the next
 switch tries again. Below /var/lib/sparkfleet:
 
     unneeded.json     parts that pruned releases needed: {"parts": [{"kind", "name", "place"}]}
     images/HEX.json   an image that `image_pull` brought, by its digest: {"names": [its names then]}
 
-Others may write to the model cache, also while it is looked through: no link is followed in it, each removal is
+Others may write to the model cache, even while it is searched: no link is followed in it, each removal is
 relative to an open folder, and all of it together has SECONDS, since a switch holds its lock meanwhile.
 """
 
@@ -37,14 +37,14 @@ from .releases import ReleaseError, Store, write_json
 
 UNNEEDED, IMAGES = "unneeded.json", "images"
 IMAGE, MODEL, COMPILED = "image", "model", "compile cache"
-CACHE_DIR, COMPILE_CACHE_DIR = "/opt/hf", "/var/cache/sparkfleet"  # of releases that do not say
+CACHE_DIR, COMPILE_CACHE_DIR = "/opt/hf", "/var/cache/sparkfleet"  # of releases that do not name them
 SHARED = "/run/sparkfleet/share/serve/settings.json"
 MOST_PARTS = 1000
 MOST_NAMES = 1000  # of an image
-OURS = 100  # names of an image that is noted
+OURS = 100  # names of an image that is recorded
 MOST_BYTES = 1 << 62
-DEPTH = 64  # of folders in each other that are open at the same time
-LOOKS = 1000  # at a folder that is emptied, MOST_FILES of its files at a time
+DEPTH = 64  # of nested folders that are open at the same time
+PASSES = 1000  # over a folder that is emptied, MOST_FILES of its files at a time
 SECONDS = 120.0  # for all parts of a switch
 DELETE_SECONDS = 300.0  # that Docker has for an image
 ACTIVE = ("running", "paused", "restarting")
@@ -59,24 +59,24 @@ class LeftError(Exception):
 
 
 class LateError(LeftError):
-    """The time was over before a part was gone."""
+    """The time ran out before a part was removed."""
 
 
 class Deadline:
-    """Until when work may go on. `check` raises LateError from then on."""
+    """Until when work may continue. `check` raises LateError from then on."""
 
     def __init__(self, seconds: float = SECONDS) -> None:
         self._end = time.monotonic() + seconds
 
     def check(self) -> None:
         if time.monotonic() >= self._end:
-            raise LateError("not done in time; the next switch goes on")
+            raise LateError("not finished in time; the next switch continues")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Part:
     """Something that a release needs. `kind`: IMAGE, MODEL or COMPILED; `name`: the image's, ORG/NAME@COMMIT, or the
-    name of a compile cache; `place`: the folder that a model or a compile cache lies in."""
+    name of a compile cache; `place`: the folder that a model or a compile cache is stored in."""
 
     kind: str
     name: str
@@ -110,7 +110,7 @@ def _place(lock: Mapping[str, Any], key: str, default: str) -> str:
 
 
 def unneeded(store: Store) -> list[Part]:
-    """The parts that are noted, those left out that cannot be understood; [] where the whole note cannot be."""
+    """The parts that are recorded, those left out that cannot be understood; [] where the entire note cannot be."""
     try:
         return _noted(store)
     except (OSError, BoundsError):
@@ -142,7 +142,7 @@ def _part(entry: Any) -> Part:
 
 
 def note(store: Store, numbers: Iterable[int]) -> None:
-    """Note what releases need that are about to be pruned. Raises OSError."""
+    """Record what releases need that are about to be pruned. Raises OSError."""
     new = {part for number in numbers for part in _parts_of(store, number)}
     try:
         noted = _noted(store)
@@ -156,7 +156,7 @@ def note(store: Store, numbers: Iterable[int]) -> None:
 
 
 def _parts_of(store: Store, number: int) -> list[Part]:
-    """What may go with a release; an image whose name can be no pull's is not ours."""
+    """What may be removed with a release; an image whose name no pull can have is not ours."""
     with contextlib.suppress(ReleaseError):
         return [part for part in parts(store.lock(number)) if part.kind != IMAGE or valid_image(part.name)]
     return []
@@ -187,9 +187,9 @@ def images_before(docker: Docker) -> dict[str, set[str]]:
 
 
 def note_image(state_dir: str | Path, image: Mapping[str, Any], before: Mapping[str, set[str]]) -> None:
-    """Note that a pull brought an image, or gave a name to one that an earlier pull had brought. One that was there
-    without Sparkfleet is somebody's own. `before`: `images_before` the pull. A name that can be no pull's is not noted,
-    so that it counts as somebody's. Raises OSError, BoundsError."""
+    """Record that a pull brought an image, or gave a name to one that an earlier pull had brought. One that was there
+    without Sparkfleet is someone's own. `before`: `images_before` the pull. A name that no pull can have is not
+    recorded, so that it counts as someone's. Raises OSError, BoundsError."""
     names = {name for name in image_names(image) if valid_image(name)}
     if len(names) > OURS:
         raise BoundsError(f"an image with more than {OURS} names")
@@ -220,12 +220,12 @@ def _noted_names(path: Path) -> set[str]:
     return {name for name in names if isinstance(name, str) and valid_image(name)}
 
 
-# -- the whole -------------------------------------------------------------------------------------------------------
+# -- the removal -----------------------------------------------------------------------------------------------------
 
 
 class Reclaim:
     """Removes parts that are not needed. `kept`: the locks of the releases that are kept; `dry`: only finds out what
-    would go; `seconds`: for a run. `reclaimed` are {"kind", "name", "bytes"}, `left` sentences that say what stays and
+    would go; `seconds`: for a run. `reclaimed` are {"kind", "name", "bytes"}, `left` sentences that name what stays and
     why."""
 
     def __init__(
@@ -247,25 +247,25 @@ class Reclaim:
         self._repos = {item["repo"] for item in engines if not COMMIT.fullmatch(item["revision"])}
 
     def run(self, noted: Iterable[Part]) -> list[Part]:
-        """Remove what may go; the parts that are to be tried again, last the one that took too long: the others' turn
-        comes first then."""
+        """Remove what may be removed; returns the parts to be tried again, last the one that took too long: the others
+        come first then."""
         again: list[Part] = []
         late: list[Part] = []
         self._deadline = Deadline(self.seconds)
         work = {IMAGE: self._image, MODEL: self._model, COMPILED: self._compiled}
         for part in noted:
             if (part.kind, part.name) in self._needed:
-                continue  # noted again when the release that needs it is pruned
-            begun = False
+                continue  # recorded again when the release that needs it is pruned
+            started = False
             try:
                 self._deadline.check()
-                begun = True
+                started = True
                 size = work[part.kind](part)
             except Exception as error:  # a switch that was verified must not fail for this
                 expected = isinstance(error, LeftError | OSError | DockerError | BoundsError)
                 reason = str(error) if expected else f"{type(error).__name__}: {error}"
                 self.left.append(f"{printable(str(part), 600)}: {printable(reason, 300)}")
-                (late if begun and isinstance(error, LateError) else again).append(part)
+                (late if started and isinstance(error, LateError) else again).append(part)
                 continue
             if size is not None:
                 self.reclaimed.append({"kind": part.kind, "name": part.name, "bytes": size})
@@ -273,7 +273,7 @@ class Reclaim:
 
     @contextlib.contextmanager
     def _idle(self, kind: str) -> Iterator[None]:
-        """Keep fetches of a kind from beginning. Raises LeftError while one runs."""
+        """Keep fetches of a kind from starting. Raises LeftError while one runs."""
         if self.dry:
             yield
             return
@@ -284,7 +284,7 @@ class Reclaim:
 
     @contextlib.contextmanager
     def _unchecked(self) -> Iterator[None]:
-        """Keep a check of the models from beginning. Raises LeftError while one runs."""
+        """Keep a check of the models from starting. Raises LeftError while one runs."""
         if self.dry:
             yield
             return
@@ -312,7 +312,7 @@ class Reclaim:
                 return None
             others = sorted(names - set().union(*map(_noted_names, records)))
             if others:
-                raise LeftError(f"somebody named it {printable(others[0], 200)}")
+                raise LeftError(f"someone named it {printable(others[0], 200)}")
             for item in self.docker.containers():
                 if identity == item.get("ImageID") or any(name == item.get("Image") for name in names):
                     raise LeftError(f"the container {engine.name_of(item)} uses it")
@@ -383,7 +383,7 @@ class Reclaim:
                 if self.dry:
                     size += _tree_bytes(name, top, self._deadline)
                     continue
-                if name == part.name:  # cut half way through it must not be taken for a compile cache
+                if name == part.name:  # interrupted halfway, it must not be taken for a compile cache
                     try:
                         os.rename(name, aside, src_dir_fd=top, dst_dir_fd=top)
                     except NotADirectoryError:
@@ -409,7 +409,7 @@ def after_switch(store: Store, docker: Docker) -> tuple[list[dict[str, Any]], li
     if again != noted:
         try:
             _write(store, again)
-        except OSError as error:  # what is gone is looked for once more, and not found
+        except OSError as error:  # what is gone is searched for once more, and not found
             work.left.append(f"{UNNEEDED} cannot be written: {error.strerror}")
     return work.reclaimed, work.left
 
@@ -432,8 +432,8 @@ def foresee(
 
 
 def _mounts(item: Mapping[str, Any], folder: str) -> bool:
-    """Whether a container sees files of a folder. One that sees the whole host (a monitor) does not count. Raises
-    BoundsError where Docker does not say what it sees."""
+    """Whether a container sees files of a folder. One that sees the entire host (a monitor) does not count. Raises
+    BoundsError where Docker does not report what it sees."""
     wanted, what = Path(os.path.realpath(folder)), f"the mounts of the container {engine.name_of(item)}"
     for mount in bounded.as_list([] if item.get("Mounts") is None else item["Mounts"], what):
         path = bounded.as_str(bounded.as_dict(mount, what).get("Source") or "/", what)
@@ -547,7 +547,7 @@ class ModelFiles:
                 try:
                     fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise LeftError("somebody is downloading it") from None
+                    raise LeftError("someone is downloading it") from None
                 finally:
                     os.close(handle)
 
@@ -571,7 +571,7 @@ class ModelFiles:
             for name in names:
                 with _noted_in(errors):
                     if _file_bytes(name, folder) is None:
-                        continue  # a link, and the like: no ref
+                        continue  # a link or similar: not a ref
                     if _read(name, folder, 100)[:100].strip() == self.commit.encode():
                         os.unlink(name, dir_fd=folder)
 
@@ -631,7 +631,7 @@ def _content(folder: int) -> tuple[list[str], list[str], bool]:
 
 
 def _walk(name: str, at: int, deadline: Deadline, strict: bool = True) -> Iterator[tuple[int, list[str]]]:
-    """Each folder of a tree, opened, with the names of what in it is no folder. No link is followed. Raises LeftError
+    """Each folder of a tree, opened, with the names of its other entries. No link is followed. Raises LeftError
     for a tree that is too large or too deep (not `strict` passes over the rest of it), OSError."""
     path: list[tuple[int, list[str]]] = []  # from the topmost on, with the folders that are still to come
     inner, parent = name, at
@@ -642,7 +642,7 @@ def _walk(name: str, at: int, deadline: Deadline, strict: bool = True) -> Iterat
             path.append((folder, []))
             folders, others, more = _content(folder)
             if strict and (more or (folders and len(path) == DEPTH)):
-                raise LeftError(f"{printable(name, 80)} is too large or too deep to be looked through")
+                raise LeftError(f"{printable(name, 80)} is too large or too deep to be searched")
             path[-1][1].extend(folders if len(path) < DEPTH else ())
             yield folder, others
             while path and not path[-1][1]:
@@ -673,7 +673,7 @@ def _links(name: str, at: int | None, deadline: Deadline) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _noted_in(errors: list[Exception]) -> Iterator[None]:
-    """What cannot be removed is noted, and the rest still goes. What is gone already is no error. Raises
+    """What cannot be removed is recorded, and the rest is still removed. What is gone already is not an error. Raises
     LateError."""
     try:
         yield
@@ -693,7 +693,7 @@ class _Emptied:
     folder: int
     below: list[str] = dataclasses.field(default_factory=list)
     more: bool = True
-    looks: int = 0
+    passes: int = 0
 
 
 def _remove(name: str, at: int, deadline: Deadline) -> None:
@@ -706,9 +706,9 @@ def _remove(name: str, at: int, deadline: Deadline) -> None:
 
 def _remove_tree(name: str, at: int, deadline: Deadline) -> int:
     """Remove a tree, relative to an open folder; no link is followed. Bytes of its files. All that can be removed is,
-    and OSError raised in the end for the first that cannot. Raises LateError: somebody may add to it all the time.
+    and OSError raised in the end for the first that cannot. Raises LateError: someone may add to it all the time.
 
-    Neither the stack nor the open folders grow with the depth: what lies deeper than DEPTH is moved up to the topmost
+    Neither the stack nor the open folders grow with the depth: what is deeper than DEPTH is moved up to the topmost
     folder, and is removed from there."""
     errors: list[Exception] = []
     freed = 0
@@ -723,12 +723,12 @@ def _remove_tree(name: str, at: int, deadline: Deadline) -> int:
                     if len(path) < DEPTH:
                         path.append(_Emptied(inner, os.open(inner, _DIRECTORY, dir_fd=last.folder)))
                     else:
-                        # One that an earlier removal left here, cut half way, has another name.
+                        # One that an interrupted earlier removal left here has another name.
                         above = f".unneeded-{os.getpid()}-{time.monotonic_ns()}"
                         os.rename(inner, above, src_dir_fd=last.folder, dst_dir_fd=path[0].folder)
                         path[0].below.append(above)
-            elif last.more and last.looks < LOOKS and not (errors and last.looks):
-                last.looks += 1
+            elif last.more and last.passes < PASSES and not (errors and last.passes):
+                last.passes += 1
                 others: list[str] = []
                 last.more = False
                 with _noted_in(errors):

@@ -11,7 +11,7 @@ order, which is the order that they are started in:
     switch.json   see `_JOURNAL`
 
 Format 1, which has no "format", holds one engine with its fields at the top level. Each function here returns format 2,
-whichever it reads; the files of a release that was staged are never rewritten.
+whichever format it reads; the files of a release that was staged are never rewritten.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COMPOSE, PLAN = "compose.yml", "plan.json"
 HASHED = (COMPOSE, PLAN)  # whose hashes the lock has
 VERIFIED, FAILED = "verified", "failed"
 DONE = "done"
-NUMBERS = 10**9  # more than that is no release
+NUMBERS = 10**9  # a greater number is not a release
 LOG_LINES = 400  # of a failed start, kept in the journal
 #: As Docker Compose names services.
 SERVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
@@ -49,7 +49,7 @@ class NewerFormatError(BoundsError):
 @dataclasses.dataclass(frozen=True)
 class Engine:
     """An engine of a release. `model` is the name of its card; `verify` the questions that it must answer, see
-    `check_plan`; `memory` the figures of the plan, None where there are none. "" stands for what a release of format 1
+    `check_plan`; `memory` the figures of the plan, None where there are none. "" means what a release of format 1
     does not have."""
 
     service: str
@@ -127,7 +127,7 @@ def merged(plan: Mapping[str, Any], lock: Mapping[str, Any]) -> tuple[Engine, ..
 
 
 def identity(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What makes two plans of the same compose file the same release. The figures of memory are no part of it: they
+    """What makes two plans of the same compose file the same release. The figures of memory are not part of it: they
     change with what is free on the host."""
     return [{key: engine[key] for key in ("service", "model", "profile", "verify")} for engine in plan["engines"]]
 
@@ -303,7 +303,7 @@ _JOURNAL: dict[str, tuple[Callable[[Any, str], Any], Any]] = {
     "reclaimed": (_reclaimed, []),
     **dict.fromkeys(("left", "repaired", "troubles"), (_sentences, [])),
 }
-#: What a recovery needs of the journal, and what says how the switch ended.
+#: What a recovery needs from the journal, and what records how the switch ended.
 _NEEDED = (
     *("id", "to", "from", "mode", "controller", "verb", "models", "from_models", "services", "kept", "pid", "boot_id"),
     *("keep", "start_timeout", "began", "ended", "phase", "steps", "container", "container_ids", "outcome", "error"),
@@ -316,7 +316,7 @@ _FORMAT_1: dict[str, Callable[[Any, str], Any]] = {
 
 
 def check_journal(data: Any) -> dict[str, Any]:
-    """The journal of a switch, with all its fields; one that an earlier version wrote may lack some. Raises
+    """The journal of a switch, with all its fields; some may be missing from one that an earlier version wrote. Raises
     BoundsError."""
     journal = _migrated(as_dict(data, "the journal"))
     checked: dict[str, Any] = {"to": _number(journal.get("to"), "to")}
@@ -340,7 +340,7 @@ def _migrated(journal: dict[str, Any]) -> dict[str, Any]:
 
 def storable(journal: Mapping[str, Any]) -> dict[str, Any]:
     """A journal as it is written: plain data that `check_journal` takes when it is read back, since a recovery depends
-    on it. What is of another form or too long is cut or left out, and of one that is too large as a whole all that a
+    on it. What is of another form or too long is cut or left out, and of one that is too large altogether all that a
     recovery does not need."""
     kept = _fitting(journal, 64 * bounded.KIB)
     if len(as_json(kept).encode("utf-8", "backslashreplace")) > bounded.STATE_FILE:

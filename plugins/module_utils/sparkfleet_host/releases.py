@@ -7,16 +7,16 @@
     /var/lib/sparkfleet/{switch.json,last-release}
     /run/sparkfleet/{switch.lock,switch-spare.json}
 
-Every file is written as a whole or not at all, and links are replaced atomically, so a power cut leaves either the
+Every file is written completely or not at all, and links are replaced atomically, so a power cut leaves either the
 old or the new. A release that was staged never changes; only its outcome is written again. Its files are read-only,
 their hashes are in the lock, and `.sealed.json` has a copy of each: a file that was edited or damaged is set aside
-beside it and written again, and a release that cannot be repaired is set aside as a whole. A number is never used
+alongside it and rewritten, and a release that cannot be repaired is set aside altogether. A number is never used
 twice, whatever was removed.
 
 What the files hold is in `release_format`.
 
-A journal that cannot be written where it belongs (a full disk) is kept beside the lock, in memory, so that a switch
-that has ended is not ended once more.
+A journal that cannot be written where it belongs (a full disk) is kept next to the lock, in memory, so that a switch
+that has ended is not ended a second time.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ RUN_DIR = "/run/sparkfleet"
 LOCK_FILE = f"{RUN_DIR}/switch.lock"
 LOCK, OUTCOME, SEALED = "lock.json", "outcome.json", ".sealed.json"
 SWITCH, LAST, SPARE = "switch.json", "last-release", "switch-spare.json"
-LOG_LIMIT = 4 * bounded.MIB  # of the log that a failed release keeps
+LOG_LIMIT = 4 * bounded.MIB  # of the log that is kept of a failed release
 HELD_BY_SWITCH = "switch"
 HELD_BY_GUARD = "guard"
 GUARD_PATIENCE = 120.0  # seconds that a switch waits for what the guard does
@@ -72,11 +72,11 @@ class ReleaseError(Exception):
 
 
 class NewerReleaseError(ReleaseError):
-    """A newer version of Sparkfleet wrote the release: it is whole, and cannot be read."""
+    """A newer version of Sparkfleet wrote the release: it is intact, but cannot be read."""
 
 
 def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a file as a whole or not at all, on the disk when this returns; what `mode` keeps from others they cannot
+    """Write a file completely or not at all, on the disk when this returns; what `mode` keeps from others they cannot
     read even for a moment. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -96,7 +96,7 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 def write_text(path: Path, text: str, mode: int = 0o644) -> None:
     """Write text as `write_bytes` does. Half of a surrogate pair, which JSON from outside may hold, is written as its
-    escape: a journal that cannot be written would end a switch half way."""
+    escape: a journal that cannot be written would end a switch halfway."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"), mode)
 
 
@@ -143,7 +143,7 @@ class Store:
     # -- read ------------------------------------------------------------------------------------------------
 
     def folder(self, number: int) -> Path:
-        """Where a release lies."""
+        """The folder of a release."""
         return self.project_dir / "releases" / str(number)
 
     def numbers(self) -> list[int]:
@@ -185,8 +185,9 @@ class Store:
             ) from None
 
     def outcome(self, number: int) -> dict[str, Any] | None:
-        """How a release fared: {state: verified|failed, at, verified_at, failure, message, container_ids: {service: id
-        of the container that answered}}; None if it never ran, or what is written of it cannot be understood."""
+        """The outcome of a release: {state: verified|failed, at, verified_at, failure, message,
+        container_ids: {service: id of the container that answered}}; None if it never ran, or its record cannot be
+        understood."""
         try:
             data = bounded.read_json(self.folder(number) / OUTCOME)
             return check_outcome(data, self._first(number) if "container_id" in data else "")
@@ -260,11 +261,11 @@ class Store:
         except ReleaseError:
             return None
 
-    # -- what is damaged -------------------------------------------------------------------------------------
+    # -- damage ----------------------------------------------------------------------------------------------
 
     def damage(self, number: int) -> list[str]:
-        """What is wrong with a release's files, each with its name; [] where it is whole. Of a release of an earlier
-        version, which has no hashes, the form alone is looked at."""
+        """What is wrong with a release's files, each with its name; [] where it is intact. For a release of an earlier
+        version, which has no hashes, only the form is checked."""
         return list(self._damage(number).values())
 
     def _damage(self, number: int) -> dict[str, str]:
@@ -316,7 +317,7 @@ class Store:
         return texts if lock.get("number") == number else None
 
     def seal(self, number: int) -> None:
-        """Write the copies of a whole release that has none: one of an earlier version that was verified. Raises
+        """Write the copies of an intact release that has none: one of an earlier version that was verified. Raises
         OSError, ReleaseError."""
         if self._sealed(number) is not None or set(self._damage(number)) - {SEALED, OUTCOME}:
             return
@@ -326,8 +327,8 @@ class Store:
 
     def repair(self, number: int, discard: bool = True) -> list[str]:
         """Bring a release's files back as they were staged: what was wrong, [] for nothing. What was edited or damaged
-        is kept beside it (NAME.damaged-UNIXTIME). Raises ReleaseError for a release that has no whole copy; with
-        `discard` it is set aside as a whole, with all it has, so that nothing uses it. One of a newer version stays as
+        is kept alongside it (NAME.damaged-UNIXTIME). Raises ReleaseError for a release that has no intact copy; with
+        `discard` it is set aside altogether, with all it has, so that nothing uses it. One of a newer version stays as
         it is: NewerReleaseError."""
         found = self._damage(number)
         if not found:
@@ -366,7 +367,7 @@ class Store:
         return reasons
 
     def discard(self, number: int) -> Path | None:
-        """Set a whole release aside; where it is now, or None where that cannot be."""
+        """Set an entire release aside; its new place, or None where that is not possible."""
         with contextlib.suppress(OSError):
             self._note_number(number)
         kept = bounded.set_aside(self.folder(number))
@@ -376,14 +377,14 @@ class Store:
         return kept
 
     def repair_all(self) -> list[str]:
-        """Repair every release; what was wrong, with what was done about it. The current one is never set aside as a
-        whole: it is what serves."""
+        """Repair every release; what was wrong, with what was done about it. The current one is never set
+        aside altogether: it is what serves."""
         words: list[str] = []
         current = self.current()
         for number in self.numbers():
             try:
                 reasons = self.repair(number, discard=number != current)
-                words += [f"{reason}; brought back, the other is kept beside it" for reason in reasons]
+                words += [f"{reason}; restored, the other is kept alongside it" for reason in reasons]
             except ReleaseError as error:
                 words.append(str(error).partition("; there are")[0])
         return words
@@ -396,8 +397,8 @@ class Store:
     # -- write -----------------------------------------------------------------------------------------------
 
     def find(self, compose: str, plan: dict[str, Any]) -> int | None:
-        """A whole release that is the same, the newest, or None; see `release_format.identity`. Raises BoundsError for
-        what is no plan."""
+        """The newest intact release that is the same, or None; see `release_format.identity`. Raises BoundsError for
+        what is not a plan."""
         wanted = identity(check_plan(plan))
         for number in reversed(self.numbers()):
             with contextlib.suppress(ReleaseError):
@@ -432,12 +433,12 @@ class Store:
         handle = os.open(releases / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         with os.fdopen(handle, "rb") as file:
             if not _locked(file.fileno(), lambda: STAGE_PATIENCE):
-                raise TimeoutError(110, "another staging does not end")
+                raise TimeoutError(110, "another staging does not finish")
             yield
 
     def stage(self, compose: str, plan: dict[str, Any], lock: dict[str, Any]) -> int:
         """Keep a new release; its number. It is complete or not there at all. Raises OSError, BoundsError for what is
-        no plan or no lock."""
+        not a plan or a lock."""
         plan, lock = check_plan(plan), check_lock(lock)
         merged(plan, lock)
         releases = self.project_dir / "releases"
@@ -472,11 +473,11 @@ class Store:
             self.seal(number)
 
     def point(self, number: int) -> None:
-        """Make a release the current one, whatever is noted of it. Raises OSError."""
+        """Make a release the current one, whatever is recorded of it. Raises OSError."""
         link(self.project_dir / "current", f"releases/{number}")
 
     def _keep_edited(self) -> None:
-        """A file that somebody put in the place of the link is kept beside it."""
+        """A file that someone put in the place of the link is kept alongside it."""
         path = self.project_dir / COMPOSE
         if path.exists() and not path.is_symlink():
             bounded.set_aside(path)
@@ -513,7 +514,7 @@ class Store:
         return [number for number in numbers if number not in {*kept, *newest}]
 
     def never_verified(self, keep: int) -> list[int]:
-        """All but the newest `keep` of the releases that were refused, or tried in vain, and never served."""
+        """All but the newest `keep` of the releases that were refused, or tried without success, and never served."""
         current = self.current()
         verified = {number for number in self.numbers() if (self.outcome(number) or {}).get("verified_at")}
         return [number for number in self.numbers() if number not in {current, *verified}][: -max(keep, 1)]
@@ -522,7 +523,7 @@ class Store:
 
     def switch(self) -> dict[str, Any] | None:
         """The journal of the switch that runs or ran last, with all its fields; None for none, and for one that cannot
-        be understood (`switch_damage` says why)."""
+        be understood (`switch_damage` gives the reason)."""
         spare = self._spare()
         if spare is not None:
             return spare
@@ -547,8 +548,8 @@ class Store:
         return ""
 
     def set_journal_aside(self) -> Path | None:
-        """Set a journal aside that cannot be understood, so that a new one is begun; where it is kept, or None for
-        nothing to do."""
+        """Set a journal aside that cannot be understood, so that a new one is started; its new place, or None if
+        there is nothing to do."""
         return bounded.set_aside(self.state_dir / SWITCH) if self.switch_damage() else None
 
     def write_switch(self, journal: dict[str, Any]) -> None:
@@ -558,8 +559,8 @@ class Store:
             self._spare_file().unlink(missing_ok=True)
 
     def spare_switch(self, journal: dict[str, Any]) -> None:
-        """Keep a journal that cannot be written beside the lock. It counts until the next one is written, and until the
-        host is restarted. Raises OSError."""
+        """Keep a journal that cannot be written next to the lock. It counts until the next one is written, or the host
+        is restarted. Raises OSError."""
         instead_of = None
         with contextlib.suppress(OSError, BoundsError):
             instead_of = _identity(self._written())
@@ -582,7 +583,7 @@ class Store:
             return spare
         if data.get("instead_of") != _identity(written):
             return None
-        # The same switch could write again, and was cut before it removed what it had kept.
+        # The same switch could write again, and was interrupted before it removed the spare copy.
         outrun = _identity(spare) == _identity(written) and len(spare["steps"]) < len(written["steps"])
         return None if outrun else spare
 
@@ -593,8 +594,8 @@ class Store:
     # -- the lock of what acts on the engine -------------------------------------------------------------------
 
     def holder(self) -> dict[str, Any] | None:
-        """Who holds the lock: {holder: switch, guard, … or other, pid, process}; None where nobody does. `other` is a
-        process that is not of Sparkfleet."""
+        """Who holds the lock: {holder: switch, guard, … or other, pid, process}; None where no one does. `other` is a
+        process that is not Sparkfleet's."""
         try:
             handle = os.open(self.lock_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except PermissionError:
@@ -612,11 +613,11 @@ class Store:
                 pid, noted = _lock_pid(file.fileno()), _noted(file.fileno())
                 if noted is not None and pid in (None, noted["pid"]) and (name := _process(noted["pid"])):
                     return {**noted, "process": name}
-                time.sleep(0.01)  # it was taken this moment, and its holder has not written its name yet
+                time.sleep(0.01)  # it was just taken, and its holder has not written its name yet
         return {"holder": "other", "pid": pid, "process": _process(pid)}
 
     def _holder_by_journal(self) -> dict[str, Any] | None:
-        """For those who may not open the lock: whether the process of the journal still lives."""
+        """For users who may not open the lock: whether the process of the journal still lives."""
         journal = self.switch()
         if journal is None or journal["phase"] == DONE or not journal["pid"]:
             return None
@@ -625,7 +626,7 @@ class Store:
         return {"holder": HELD_BY_SWITCH, "pid": journal["pid"], "process": _process(journal["pid"])}
 
     def switch_active(self) -> bool:
-        """Whether a switch runs at this moment. What the guard does is none."""
+        """Whether a switch is running. What the guard does is not a switch."""
         return _is_switch(self.holder())
 
     @contextlib.contextmanager
@@ -641,7 +642,7 @@ class Store:
         def limit() -> float:
             if holder == HELD_BY_GUARD:
                 return patience
-            by = self.holder()  # None where it was given back this moment: then it can be had
+            by = self.holder()  # None where it was just released: then it can be taken
             return max(patience, GUARD_PATIENCE) if by is None or by["holder"] == HELD_BY_GUARD else patience
 
         with os.fdopen(handle, "r+b") as file:
@@ -659,7 +660,7 @@ class Store:
 
 
 def _unchanged(data: Any) -> dict[str, Any]:
-    """A lock as it is written, once it is known to be one."""
+    """A lock as it is written, once it is checked."""
     check_lock(data)
     return dict(data)
 
@@ -705,7 +706,7 @@ def _private_folder(path: Path) -> None:
 
 
 def _locked(handle: int, limit: Callable[[], float]) -> bool:
-    """Take an exclusive flock, waiting for at most `limit()` seconds, which is asked again and again."""
+    """Take an exclusive flock, waiting for at most `limit()` seconds, which is evaluated each time."""
     began, over = time.monotonic(), False
     while True:
         try:
@@ -713,7 +714,7 @@ def _locked(handle: int, limit: Callable[[], float]) -> bool:
         except BlockingIOError:
             if over:
                 return False
-            # `limit` may see that the lock was given back since: one more try then.
+            # `limit` may find that the lock was released in the meantime: try once more.
             over = time.monotonic() - began >= limit()
             if not over:
                 time.sleep(0.05)
@@ -731,7 +732,7 @@ def _noted(handle: int) -> dict[str, Any] | None:
 
 
 def _lock_pid(handle: int) -> int | None:
-    """The process that holds an exclusive flock of a file, as the kernel says; None where it does not."""
+    """The process that holds an exclusive flock of a file, as the kernel reports it; None where it does not."""
     info = os.fstat(handle)
     wanted = f"{os.major(info.st_dev):02x}:{os.minor(info.st_dev):02x}:{info.st_ino}"
     with contextlib.suppress(OSError, ValueError, IndexError):
@@ -743,7 +744,7 @@ def _lock_pid(handle: int) -> int | None:
 
 
 def _process(pid: int | None) -> str:
-    """The name of a process; "" where it cannot be told."""
+    """The name of a process; "" where it is not known."""
     with contextlib.suppress(OSError, ValueError):
         return Path(f"/proc/{pid}/comm").read_text("utf-8").strip() if pid else ""
     return ""

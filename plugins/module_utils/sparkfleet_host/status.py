@@ -18,16 +18,16 @@ from .redaction import redact
 from .release_format import MOST_ENGINES
 from .releases import ReleaseError, Store
 
-LOOK_SECONDS = 5.0
-PACE_SECONDS = 1.0  # between two looks at a counter, where requests run
+TIMEOUT_SECONDS = 5.0
+PACE_SECONDS = 1.0  # between two readings of a counter, while requests run
 
 
 def gpu() -> dict[str, float | None]:
-    """Temperature in °C and draw in W, as far as nvidia-smi tells."""
+    """Temperature in °C and draw in W, as far as nvidia-smi reports them."""
     found: dict[str, float | None] = {"temperature": None, "watts": None}
     argv = ["nvidia-smi", "--query-gpu=temperature.gpu,power.draw", "--format=csv,noheader,nounits"]
     with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=LOOK_SECONDS, check=True)
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=True)
         for key, text in zip(found, done.stdout.split(","), strict=False):
             with contextlib.suppress(ValueError):
                 found[key] = float(text)
@@ -35,7 +35,7 @@ def gpu() -> dict[str, float | None]:
 
 
 def state(row: dict[str, Any], containers: list[dict[str, Any]], switching: bool, docker: bool) -> str:
-    """An engine's state in a word: what a switch or the guard know counts before what a look tells."""
+    """An engine's state in a word: what a switch or the guard knows takes precedence over the observed state."""
     guard = row["guard"] or {}
     if switching:
         return "switching"
@@ -52,18 +52,18 @@ def state(row: dict[str, Any], containers: list[dict[str, Any]], switching: bool
 
 
 def pace(client: Client, before: dict[str, float]) -> float:
-    """Tokens a second of all requests together, over PACE_SECONDS; nought where none runs. Raises HttpError."""
+    """Tokens a second of all requests together, over PACE_SECONDS; zero where none runs. Raises HttpError."""
     if not before.get("num_requests_running"):
         return 0.0
     began = time.monotonic()
     time.sleep(PACE_SECONDS)
-    after = figures(client.get("/metrics", LOOK_SECONDS, LIMIT).text)
+    after = figures(client.get("/metrics", TIMEOUT_SECONDS, LIMIT).text)
     made = after.get("generation_tokens", 0.0) - before.get("generation_tokens", 0.0)
     return round(max(made, 0.0) / (time.monotonic() - began), 1)
 
 
 def rows(store: Store, current: int | None, containers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The engines of the current release; where its files do not tell, those whose containers run."""
+    """The engines of the current release; where its files do not name them, those whose containers run."""
     with contextlib.suppress(ReleaseError):
         keys = ("service", "model", "profile", "repo", "image", "port")
         if current is not None:
@@ -78,22 +78,22 @@ def rows(store: Store, current: int | None, containers: list[dict[str, Any]]) ->
 
 
 def answers(docker: Docker, row: dict[str, Any], log_lines: int) -> dict[str, Any]:
-    """What an engine tells of itself: health, figures, log."""
+    """What an engine reports of itself: health, figures, log."""
     found: dict[str, Any] = {"healthy": False, "figures": {}, "tokens_per_second": None, "log": []}
     with contextlib.suppress(DockerError, HttpError):
-        client = engine_client(f"http://127.0.0.1:{row['port']}", LOOK_SECONDS)
+        client = engine_client(f"http://127.0.0.1:{row['port']}", TIMEOUT_SECONDS)
         found["healthy"] = engine.healthy(client)
         if log_lines:
-            seen = engine.look(docker, row["service"])
+            seen = engine.inspect(docker, row["service"])
             lines = engine.read_log(docker, row["service"], "", seen["tty"], log_lines)
             found["log"] = [redact(line) for line in lines]
         if found["healthy"]:
-            found["figures"] = figures(client.get("/metrics", LOOK_SECONDS, LIMIT).text)
+            found["figures"] = figures(client.get("/metrics", TIMEOUT_SECONDS, LIMIT).text)
             found["tokens_per_second"] = pace(client, found["figures"])
     return found
 
 
-def look(store: Store, docker: Docker, log_lines: int) -> dict[str, Any]:
+def inspect_host(store: Store, docker: Docker, log_lines: int) -> dict[str, Any]:
     """Everything that the module returns."""
     releases = store.summary()
     for name in ("newest_compose", "switch_compose"):
@@ -112,10 +112,10 @@ def look(store: Store, docker: Docker, log_lines: int) -> dict[str, Any]:
     first = engines[0]["service"] if engines else ""
     guards = (read_state(store.state_dir, first)[0] or {}).get("engines") or {}
     with ThreadPoolExecutor(MOST_ENGINES) as pool:  # each may wait for its engine
-        told = [*pool.map(lambda row: answers(docker, row, log_lines), engines)] if there else []
+        found = [*pool.map(lambda row: answers(docker, row, log_lines), engines)] if there else []
     kept = (releases["switch"] or {}).get("kept") or ()
     for place, row in enumerate(engines):
-        row.update(told[place] if told else {"healthy": False, "figures": {}, "tokens_per_second": None, "log": []})
+        row.update(found[place] if found else {"healthy": False, "figures": {}, "tokens_per_second": None, "log": []})
         row["guard"] = guards.get(row["service"])
         switching = releases["switch_active"] and row["service"] not in kept
         row["state"] = state(row, containers, switching, there)

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The switch from one release to another: what runs in the end has answered a question, or is what ran before.
+"""The switch from one release to another: what runs at the end has answered a question, or is what ran before.
 
     check → stop the old engines → start the new ones, one after the other: drop the page cache → start → wait
       │       → verify all of them → commit
       │                                          any failure → the same back to the old ones
-      └ a problem that is known beforehand → nothing is stopped
+      └ a problem found beforehand → nothing is stopped
 
 An engine that both releases define in the same way keeps running, and is verified with the others. Engines start one
 after the other because vLLM measures the free memory while it starts.
 
-It runs on the host as the transient unit `sparkfleet-switch.service`, so that a controller may vanish half way. Each
-step is in the journal (/var/lib/sparkfleet/switch.json) before it begins; `recover` ends a switch that a power cut
-or a kill interrupted. Once the old engine has stopped, nothing that cannot be written or removed keeps the switch from
-its end: it is among the `troubles` of the journal.
+It runs on the host as the transient unit `sparkfleet-switch.service`, so that a controller may vanish halfway. Each
+step is in the journal (/var/lib/sparkfleet/switch.json) before it starts; `recover` ends a switch that a power cut
+or a kill interrupted. Once the old engine has stopped, nothing that cannot be written or removed keeps the switch
+from finishing: it is listed among the `troubles` of the journal.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SETTLE = 20.0  # seconds after its return in which containers come back
 
 
 def boot_id() -> str:
-    """What tells one boot of the host from another."""
+    """What distinguishes one boot of the host from another."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -72,7 +72,7 @@ def verify_params(engine: Engine) -> dict[str, Any]:
 
 
 class FailedError(Exception):
-    """A release does not work. `facts` say how that showed itself; see `Switch.failed`."""
+    """A release does not work. `facts` describe the failure; see `Switch.failed`."""
 
     def __init__(self, message: str, **facts: Any) -> None:
         super().__init__(message)
@@ -98,14 +98,14 @@ class Switch:
         self.running: set[str] = set()  # services that `activate` left running
         self.verified: set[str] = set()  # services that it found to answer right
 
-    # -- the whole -------------------------------------------------------------------------------------------
+    # -- the sequence ----------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Switch; the journal as it is in the end. The lock of switches must be held. Raises ReleaseError where there
+        """Switch; the final journal. The lock of switches must be held. Raises ReleaseError where there
         is no such release, OSError where the journal cannot be written."""
         to = int(self.request["to"])
         if to not in self.store.numbers():
-            self.store.plan(to)  # says which there are
+            self.store.plan(to)  # its error names the releases there are
         self.store.set_journal_aside()
         if not self.request.get("new_key"):
             key.forget_staged()
@@ -121,7 +121,7 @@ class Switch:
         return self.go()
 
     def begin(self, to: int, phase: str = CHECKING) -> None:
-        """Begin a journal. Raises OSError."""
+        """Start a journal. Raises OSError."""
         current = self.store.current()
         kept = {"keep": int(self.request.get("keep") or KEEP), "start_timeout": self.start_timeout}
         self.journal = {
@@ -136,8 +136,8 @@ class Switch:
         self.phase(phase)
 
     def problems(self, to: int) -> list[Problem]:
-        """What keeps the release from running that can be known now. Its files, and those of the release to go back to,
-        are repaired where they can be."""
+        """What is known in advance to keep the release from running. Its files, and those of the release to go back to,
+        are repaired where possible."""
         before = self.journal["from"]
         try:
             self.journal["repaired"] = self.store.repair(to)
@@ -150,18 +150,18 @@ class Switch:
                 self.journal["repaired"] += [str(error)]
         self.journal.update(models=self._models(to), from_models=self._models(before))
         found: list[Problem] = []
-        with contextlib.suppress(ReleaseError):  # the check says so
+        with contextlib.suppress(ReleaseError):  # precheck reports it
             there = [item.service for item in self.store.engines(to)]
             for service in self.journal["services"]:
                 if service not in there:
                     message = f"release {to} has no engine {printable(service, 200)}; it has {', '.join(there)}"
                     return [Problem("bad-input", message)]
 
-        def look() -> None:
+        def resolve() -> None:
             found.extend(precheck(self.store, self.docker, to))
 
         try:
-            self.patiently(look)
+            self.patiently(resolve)
         except FailedError as error:
             return [Problem("docker", str(error))]
         except Exception as error:
@@ -169,13 +169,13 @@ class Switch:
         return found
 
     def go(self) -> dict[str, Any]:
-        """Switch, all being checked."""
+        """Switch; everything has been checked."""
         to = self.journal["to"]
         self.journal["container_ids"] = kept = self.to_keep(to)
         self.journal["kept"] = [*kept]
         try:
             self.phase("stopping")
-        except Exception as error:  # a journal that cannot be written could not be recovered from
+        except Exception as error:  # without a journal there could be no recovery
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             self.journal["error"] = {
                 "message": f"the journal cannot be written: {_reason(error)}",
@@ -240,18 +240,18 @@ class Switch:
         for item in engines:
             if not wanted.get(item.service):
                 continue
-            seen = engine.look(self.docker, item.service)
+            seen = engine.inspect(self.docker, item.service)
             same = seen["state"] == "running" and seen["id"] == wanted[item.service]
             if same and engine.healthy(engine_client(item.url)):
                 found[item.service] = str(seen["id"])
         return found
 
     def _stays(self, to: int, error: Exception) -> bool:
-        """Whether a release stays that works and of which it could not be noted: there is none to go back to, and it is
+        """Whether a working release stays whose success could not be recorded: there is none to go back to, and it is
         the current one already, or can be made so."""
         if self.journal["from"] not in (None, to):
             return False
-        self._trouble(f"release {to} could not be noted as verified", error)
+        self._trouble(f"release {to} could not be recorded as verified", error)
         with self._regardless(f"release {to} could not be made current"):
             if self.store.current() != to:
                 self.store.point(to)
@@ -266,16 +266,16 @@ class Switch:
         """The new release is the current one, which nothing undoes: remove what the old one left."""
         self.tidy(to)
         if self.request.get("reclaim", True):
-            with self._regardless("what no release needs could not be removed"):  # it stays noted
+            with self._regardless("what no release needs could not be removed"):  # it stays recorded
                 self.journal["reclaimed"], self.journal["left"] = reclaim.after_switch(self.store, self.docker)
         self.end(VERIFIED)
 
     def tidy(self, to: int) -> None:
         """What is left to do once a release is the current one."""
-        with self._regardless("the key of before could not be removed"):
+        with self._regardless("the previous key could not be removed"):
             key.keep()
         self._remove_others(to)
-        # A release that goes without a note would leave for ever what it needed.
+        # A release removed without a note would leave behind indefinitely what it needed.
         with self._regardless("old releases could not be removed"):
             keep = int(self.journal.get("keep") or KEEP)
             reclaim.note(self.store, self.store.surplus(keep))
@@ -288,25 +288,25 @@ class Switch:
         to, before = self.journal["to"], self.journal["from"]
         error = self.journal["error"]
         self.phase("restoring")
-        with self._regardless(f"the failure of release {to} could not be noted"):
+        with self._regardless(f"the failure of release {to} could not be recorded"):
             self.store.note_failure(to, self.now(), error.get("failure", ""), error["message"], error.get("log", []))
-        with self._regardless("the key of before could not be brought back"):
+        with self._regardless("the previous key could not be restored"):
             key.give_back()
         if before is None or before == to:
-            # Nothing to go back to. A first deployment leaves no container; what served before stays to be looked at.
+            # Nothing to go back to. A first deployment leaves no container; what served before stays for inspection.
             self._clear(remove=before is None, spare=() if before is None else self._spared(self.verified))
             self.end(REMOVED if before is None else FAILED)
             return
         with self._regardless(f"release {before} could not be repaired"), contextlib.suppress(ReleaseError):
-            self.store.repair(before, discard=False)  # where it cannot be, `activate` says so
+            self.store.repair(before, discard=False)  # where that fails, `activate` reports it
         try:
             self.activate(before, ("restoring", "restoring", "restore-waiting", "restore-verifying"), False)
         except Exception as again:
             self.journal["restore_error"] = self._explained(before, _failure(again))
-            self._clear(remove=False, spare=self._spared(self.running))  # or Docker starts it again for ever
+            self._clear(remove=False, spare=self._spared(self.running))  # or Docker restarts it indefinitely
             self.end(FAILED)
             return
-        with self._regardless(f"release {before} could not be noted as verified"):
+        with self._regardless(f"release {before} could not be recorded as verified"):
             self.store.commit(before, self.now(), self.journal["container_ids"])
         with self._regardless(f"release {before} could not be made current again"):
             if self.store.current() != before:
@@ -315,7 +315,7 @@ class Switch:
         self.end(RESTORED)
 
     def _explained(self, number: int, facts: dict[str, Any]) -> dict[str, Any]:
-        """The failure of a release that was not checked before its start, with what the check would have said."""
+        """The failure of a release that was not checked before its start, with what the check would have found."""
         with contextlib.suppress(Exception):
             problems = [] if facts.get("failure") else precheck(self.store, self.docker, number)
             for problem in problems[:1]:
@@ -326,8 +326,8 @@ class Switch:
 
     def activate(self, number: int, names: Sequence[str], recreate: bool) -> None:
         """Stop what runs, start a release's engines one after the other, verify them. Those that are `kept` are only
-        verified. `names`: the phases, of which the first is noted already. Where there is no other release to go to, an
-        engine that fails does not keep the rest from starting. Raises FailedError, for the first that fails."""
+        verified. `names`: the phases, of which the first is recorded already. Where there is no other release to go to,
+        an engine that fails does not keep the rest from starting. Raises FailedError, for the first that fails."""
         stopping, starting, waiting, verifying = names
         forward = stopping == "stopping"
         self.running, self.verified = set(), set()
@@ -337,22 +337,22 @@ class Switch:
             raise FailedError(str(error), failure="release-damaged", state="missing") from None
         kept = self._still_kept(engines)
         self.running.update(kept)
-        anew = [item for item in engines if item.service not in kept]
+        fresh = [item for item in engines if item.service not in kept]
         results: dict[str, Any] = {}
         failed: dict[str, FailedError] = {}
 
-        def begin() -> None:
+        def prepare() -> None:
             self.patiently(lambda: self.stop_all(kept))
             if forward and self.request.get("new_key"):
                 key.take()
 
         def start(item: Engine) -> None:
             self.phase(starting, item.service)
-            with contextlib.suppress(OSError):  # not allowed in some containers; then the start itself will tell
+            with contextlib.suppress(OSError):  # not allowed in some containers; then the start itself shows it
                 memory.drop_page_cache()
             self.patiently(lambda: engine.compose_up(str(self.store.project_dir), file, item.service, recreate))
             self.phase(waiting, item.service)
-            self.wait(item.service, engine_client(item.url))  # with the key of now
+            self.wait(item.service, engine_client(item.url))  # with the current key
             self.running.add(item.service)
 
         def check(item: Engine) -> None:
@@ -361,7 +361,7 @@ class Switch:
                 with contextlib.suppress(FailedError):
                     self.verify(item, results)
                     return
-                # It may hang since long before: a fresh start is what any other engine had.
+                # It may have hung for a long time: give it a fresh start, as any other engine had.
                 del kept[item.service]
                 self.journal["kept"] = [*kept]
                 self.patiently(lambda: self.stop_all(self.running - {item.service}))
@@ -380,8 +380,8 @@ class Switch:
                     raise
                 failed[service] = error
 
-        self._attempt((anew or engines)[0].service, begin)
-        for item in anew:
+        self._attempt((fresh or engines)[0].service, prepare)
+        for item in fresh:
             attempt(item.service, functools.partial(start, item))
         for item in engines:
             if item.service in self.running and item.service not in failed:
@@ -390,7 +390,7 @@ class Switch:
             raise next(iter(failed.values()))
 
     def _still_kept(self, engines: Sequence[Engine]) -> dict[str, str]:
-        """Those that were kept when the switch began, and go on serving, service to container."""
+        """Those that were kept when the switch started, and are still serving, service to container."""
         ids = self.journal["container_ids"]
         kept: dict[str, str] = {}
         with contextlib.suppress(Exception):  # then they stop, as any other
@@ -408,12 +408,12 @@ class Switch:
             raise
         except OSError as error:
             raise FailedError(str(error), **self.facts(service, {"failure": "internal"})) from None
-        except Exception as error:  # a mistake of ours must not end the switch half way
+        except Exception as error:  # a bug of ours must not end the switch halfway
             message = f"{type(error).__name__}: {printable(str(error), 400)}"
             raise FailedError(message, **self.facts(service, {"failure": "internal"})) from error
 
     def stop_all(self, spared: Collection[str]) -> None:
-        """Stop every running engine of ours but those of some services; memory is given back before the next one
+        """Stop every running engine of ours but those of some services; memory is freed before the next one
         starts."""
         urls = self._urls()
         for item in engine.ours(self.docker):
@@ -434,7 +434,7 @@ class Switch:
         while True:
             now = time.monotonic()
             try:
-                found = engine.look(self.docker, service)
+                found = engine.inspect(self.docker, service)
                 if away:
                     away, settled = 0.0, now + SETTLE
                 # Docker restarts what crashes. One that stays down went down with Docker, which may not bring it back.
@@ -462,7 +462,7 @@ class Switch:
             time.sleep(self.pause)
 
     def verify(self, item: Engine, results: dict[str, Any]) -> None:
-        """Ask an engine its questions; `results`: of those that were asked before it. Raises FailedError unless the
+        """Ask an engine its questions; `results`: of the engines verified before it. Raises FailedError unless the
         answers are right."""
         service = item.service
         try:
@@ -483,7 +483,7 @@ class Switch:
     # -- parts -----------------------------------------------------------------------------------------------
 
     def phase(self, name: str, container: str = "") -> None:
-        """Note what is done next, before it is done. Raises OSError as long as nothing has changed; later on the way
+        """Record the next step before it is taken. Raises OSError as long as nothing has changed; later the step
         matters more than its record."""
         before, steps = self.journal["phase"], list(self.journal["steps"])
         several = max(len(self.journal.get(key) or ()) for key in ("models", "from_models")) > 1
@@ -502,7 +502,7 @@ class Switch:
                 self.store.spare_switch(self.journal)
 
     def end(self, outcome: str) -> None:
-        """Note how it ended."""
+        """Record how it ended."""
         stopped, answering = self.journal["stopped_at"], self.journal["answering_at"]
         served = outcome in (VERIFIED, RESTORED)
         if outcome != VERIFIED:
@@ -517,7 +517,7 @@ class Switch:
 
     @contextlib.contextmanager
     def _regardless(self, what: str) -> Iterator[None]:
-        """What fails here is noted and ends nothing: that an engine serves matters more."""
+        """What fails here is recorded and ends nothing: that an engine serves matters more."""
         try:
             yield
         except Exception as error:
@@ -530,13 +530,13 @@ class Switch:
             troubles.append(line)
 
     def facts(self, service: str, found: dict[str, Any]) -> dict[str, Any]:
-        """How a container stands, with what it logged last; what is known already (`found`) counts first."""
+        """The state of a container, with its last log lines; what is already known (`found`) wins."""
         state: dict[str, Any] = {}
         log: list[str] = []
         with contextlib.suppress(Exception):  # of a failure that is known already
-            state = engine.look(self.docker, service)
+            state = engine.inspect(self.docker, service)
             log = engine.read_log(self.docker, service, engine.just_before(state["started_at"]), state["tty"])
-            if len(log) < 5 or (state["state"] == "running" and state["restart_count"]):  # why is in the run before
+            if len(log) < 5 or (state["state"] == "running" and state["restart_count"]):  # see the run before
                 log = engine.read_log(self.docker, service, "", state["tty"], LOG_LINES)
         merged = {**state, **found}
         return {
@@ -551,7 +551,7 @@ class Switch:
         }
 
     def patiently(self, action: Callable[[], None]) -> None:
-        """Do something with Docker; again for a while when it is away. Raises FailedError."""
+        """Do something with Docker; retry for a while when it is unavailable. Raises FailedError."""
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
@@ -561,14 +561,14 @@ class Switch:
                 if time.monotonic() > deadline:
                     raise FailedError(str(error), failure="docker", state="missing") from None
             except EngineError as error:
-                # Compose has its own words for a daemon that is away.
+                # Compose has its own words for a daemon that is unavailable.
                 gone = any(word in str(error) for word in ("Cannot connect to the Docker daemon", "daemon running?"))
                 if not gone or time.monotonic() > deadline:
                     raise
             time.sleep(1)
 
     def _remove_others(self, number: int) -> None:
-        """Remove the containers of ours that are no part of a release."""
+        """Remove the containers of ours that are not part of a release."""
         try:
             services = {item.service for item in self.store.engines(number)}
         except ReleaseError:
@@ -579,7 +579,7 @@ class Switch:
                     engine.remove(self.docker, item["Id"])
 
     def _urls(self) -> dict[str, str]:
-        """Where engines answer, by service; those of the release before come first."""
+        """Where engines answer, by service; those of the previous release come first."""
         found: dict[str, str] = {}
         for number in (self.journal["from"], self.journal["to"]):
             with contextlib.suppress(ReleaseError):
@@ -622,14 +622,14 @@ def _reason(error: Exception) -> str:
 
 
 def _failure(error: Exception) -> dict[str, Any]:
-    """How a release failed, for the journal. What is no FailedError is a mistake of ours."""
+    """How a release failed, for the journal. What is not a FailedError is a bug of ours."""
     if isinstance(error, FailedError):
         return {"message": str(error), **error.facts}
     return {"message": _reason(error), "failure": "internal"}
 
 
 def interrupted(store: Store) -> bool:
-    """Whether a switch was begun that nobody goes on with. A journal that cannot be understood is set aside."""
+    """Whether a switch was started that no one continues. A journal that cannot be understood is set aside."""
     journal = store.switch()
     if journal is None:
         if store.switch_damage() and store.holder() is None:
@@ -640,7 +640,7 @@ def interrupted(store: Store) -> bool:
 
 def recover(store: Store | None = None, docker: Docker | None = None) -> dict[str, Any] | None:
     """End a switch that was interrupted: what was current is started and verified again. The journal, or None where
-    there was nothing to do. Raises OSError where the lock cannot be had."""
+    there was nothing to do. Raises OSError where the lock cannot be taken."""
     store = store or Store()
     with store.exclusive() as mine:
         if not mine:
@@ -654,22 +654,22 @@ def recover(store: Store | None = None, docker: Docker | None = None) -> dict[st
         request = {**{key: journal.get(key) for key in kept}, "reclaim": False}
         switch = Switch(store, docker or Docker(), request)
         switch.journal, switch.recovering = journal, True
-        # It becomes the current one when it is verified. The journal of then may not have been written.
+        # It becomes the current one when it is verified. That journal may not have been written.
         another = journal["to"] != journal["from"] and journal["phase"] in FORWARD
         if (journal["phase"] == "committing" or another) and store.current() == journal["to"]:
             switch.finish(journal["to"])
             return journal
         why = "the host was restarted" if journal["boot_id"] != boot_id() else "its process was killed"
         if journal["error"] is None:
-            message = f"the switch to release {journal['to']} was cut in the phase {journal['phase']}: {why}"
+            message = f"the switch to release {journal['to']} was interrupted in the phase {journal['phase']}: {why}"
             journal["error"] = {"message": message, "failure": "switch-interrupted", "state": "missing"}
         if journal["phase"] in ("", CHECKING):
             key.forget_staged()
             switch.end(REFUSED)  # nothing had changed
             return journal
         if journal["to"] == journal["from"] and journal["to"] in store.numbers():
-            # Nothing else to go back to: begin again. What was stopped is not kept down by a check.
-            with contextlib.suppress(Exception):  # where it cannot be, its start says so
+            # Nothing else to go back to: start over. What was stopped is not kept down by a check.
+            with contextlib.suppress(Exception):  # where that fails, its start reports it
                 store.repair(journal["to"])
             switch.request["new_key"] = key.is_staged()
             switch.begin(journal["to"], "stopping")
@@ -699,7 +699,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     store = Store(options.project_dir, options.state_dir)
     if options.recover:
         ended = recover(store)
-        _say_troubles(ended)
+        _print_troubles(ended)
         return 0 if ended is None or ended["outcome"] in (VERIFIED, RESTORED, REMOVED) else 1
     if options.to is None:
         parser.error("one of --to and --recover is needed")
@@ -714,11 +714,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ReleaseError, OSError) as error:
             print(error, flush=True)
             return 1
-    _say_troubles(journal)
+    _print_troubles(journal)
     return 0 if journal["outcome"] == VERIFIED else 1
 
 
-def _say_troubles(journal: dict[str, Any] | None) -> None:
-    """For journalctl: the journal of the switch may be what cannot be written."""
+def _print_troubles(journal: dict[str, Any] | None) -> None:
+    """Print them for journalctl: the journal of the switch may be what cannot be written."""
     for line in (journal or {}).get("troubles") or []:
         print(line, flush=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proof that an endpoint answers: questions with known answers, a whole stream, counters that move."""
+"""Proof that an endpoint answers: questions with known answers, a complete stream, counters that move."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from . import metrics
 from .bounded import BoundsError, as_dict, as_int, as_list, as_str, parse_json, printable
 from .http import Answer, HttpError, engine_client
 
-LOOK_TIMEOUT = 10.0  # seconds for what needs no model
+PROBE_TIMEOUT = 10.0  # seconds for what needs no model
 COUNTERS_WAIT = 3.0  # seconds until counters have moved; vLLM updates them just after an answer
 COUNTERS = ("generation_tokens", "prompt_tokens", "request_success")
 PATHS = ("/v1/models", "/v1/chat/completions", "/v1/completions")
 ASKED = ("url", "model", "question", "expect", "prompt", "prompt_expect")
 STOP = ["\n"]
 SHOWN = 4000  # characters of an answer that are kept
-TOKENS = 1 << 40  # more than that of them is no count
+TOKENS = 1 << 40  # more than that is not a count
 
 
 class CheckError(Exception):
@@ -41,21 +41,21 @@ def words(text: str) -> str:
 
 def check_answer(text: str, expect: str) -> None:
     """Raises CheckError unless the text contains what is expected, as whole words."""
-    # Thoughts are no answer; those that never end are all there is.
-    said = re.sub(r"<think>.*?(?:</think>|\Z)", "", text, flags=re.DOTALL).strip()
-    if not said:
+    # Thoughts are not an answer; unfinished ones are all there is.
+    answer = re.sub(r"<think>.*?(?:</think>|\Z)", "", text, flags=re.DOTALL).strip()
+    if not answer:
         raise CheckError("answer-degenerate", "the answer is empty" + (" but for thoughts" if text.strip() else ""))
-    parts = said.split()
-    if (len(parts) >= 4 and len(set(parts)) == 1) or (len(said) >= 8 and len(set(said)) == 1):
-        raise CheckError("answer-degenerate", f"the answer is one token over and over: {words(said)}")
-    if not re.search(rf"(?<!\w){re.escape(expect)}(?!\w)", said, re.IGNORECASE):
+    parts = answer.split()
+    if (len(parts) >= 4 and len(set(parts)) == 1) or (len(answer) >= 8 and len(set(answer)) == 1):
+        raise CheckError("answer-degenerate", f"the answer is one token over and over: {words(answer)}")
+    if not re.search(rf"(?<!\w){re.escape(expect)}(?!\w)", answer, re.IGNORECASE):
         raise CheckError(
-            "answer-wrong", f"expected {json.dumps(expect, ensure_ascii=False)} in the answer, got {words(said)}"
+            "answer-wrong", f"expected {json.dumps(expect, ensure_ascii=False)} in the answer, got {words(answer)}"
         )
 
 
 def refusal(answer: Answer) -> str:
-    """What an engine says with an error status."""
+    """What an engine answers with an error status."""
     try:
         data = answer.json()
         error = data.get("error", data) if isinstance(data, dict) else data
@@ -71,7 +71,7 @@ def counters(text: str) -> dict[str, float]:
 
 
 class Verification:
-    """The checks of one endpoint. `run` does them, as much as possible at once; the rest are its results."""
+    """The checks of one endpoint. `run` does them, concurrently where possible; the rest are its results."""
 
     def __init__(self, params: dict[str, Any]) -> None:
         self.params = params
@@ -85,10 +85,10 @@ class Verification:
         self.checks: list[dict[str, Any]] = []
 
     def run(self) -> None:
-        """Do all checks; `checks` has them in a fixed order."""
+        """Run all checks; `checks` has them in a fixed order."""
         with ThreadPoolExecutor(max_workers=7) as pool:
             before = pool.submit(self._counters)
-            looks = {
+            probes = {
                 "health": pool.submit(self._timed, self.health),
                 "models": pool.submit(self._timed, self.models),
             }
@@ -97,8 +97,8 @@ class Verification:
                 start: dict[str, float] | CheckError = before.result()
             except CheckError as error:
                 start = error
-            # Nobody is there: no need to ask seven times.
-            down = looks["health"].result()
+            # Nothing is there: no need to ask seven times.
+            down = probes["health"].result()
             if down["failure"] == "endpoint-down":
                 self.checks = [{"name": "health", **down}]
                 return
@@ -107,7 +107,7 @@ class Verification:
                 "completion": pool.submit(self._timed, self.complete),
                 "stream": pool.submit(self._timed, self.stream),
             }
-            done = {name: future.result() for name, future in {**looks, **asked}.items()}
+            done = {name: future.result() for name, future in {**probes, **asked}.items()}
             done["metrics"] = self._timed(lambda: self.metrics(start))
             done["openapi"] = api.result()
         self.checks = [{"name": name, **check} for name, check in done.items()]
@@ -137,14 +137,14 @@ class Verification:
 
     def health(self) -> str:
         """/health answers 200."""
-        answer = self.client.get("/health", LOOK_TIMEOUT)
+        answer = self.client.get("/health", PROBE_TIMEOUT)
         if answer.status != 200:
             raise CheckError("endpoint-down", f"expected 200 from /health, got {refusal(answer)}")
         return "200"
 
     def models(self) -> str:
         """/v1/models lists the model."""
-        answer = self.client.get("/v1/models", LOOK_TIMEOUT)
+        answer = self.client.get("/v1/models", PROBE_TIMEOUT)
         if answer.status != 200:
             raise CheckError("request-refused", refusal(answer))
         entries = as_list(as_dict(answer.json(), "/v1/models").get("data"), "data of /v1/models", 1000)
@@ -156,7 +156,7 @@ class Verification:
 
     def openapi(self) -> str:
         """/openapi.json names the paths that clients use."""
-        answer = self.client.get("/openapi.json", LOOK_TIMEOUT)
+        answer = self.client.get("/openapi.json", PROBE_TIMEOUT)
         if answer.status != 200:
             raise CheckError("api-incomplete", refusal(answer))
         paths = as_dict(as_dict(answer.json(), "/openapi.json").get("paths"), "paths of /openapi.json")
@@ -188,7 +188,7 @@ class Verification:
     def _ask(self, path: str, body: dict[str, Any], name: str) -> dict[str, Any]:
         answer = self.client.post(path, body, headers=self._headers(name))
         if answer.status == 400 and "chat_template" in answer.text and "chat_template_kwargs" in body:
-            del body["chat_template_kwargs"]  # Mistral's own tokenizer takes none
+            del body["chat_template_kwargs"]  # Mistral's own tokenizer accepts none
             answer = self.client.post(path, body, headers=self._headers(name))
         if answer.status != 200:
             raise CheckError("request-refused", refusal(answer))
@@ -211,19 +211,19 @@ class Verification:
         """/v1/chat/completions gives the expected answer."""
         choice = self._ask("/v1/chat/completions", self._chat_body(), "chat")
         message = as_dict(choice.get("message"), "message")
-        said = as_str(message.get("content") or "", "message.content").strip()
-        self.answer = said[:SHOWN]
-        check_answer(said, self.params["expect"])
-        return words(said)
+        content = as_str(message.get("content") or "", "message.content").strip()
+        self.answer = content[:SHOWN]
+        check_answer(content, self.params["expect"])
+        return words(content)
 
     def complete(self) -> str:
         """/v1/completions continues as expected."""
         body = self._body(prompt=self.params["prompt"], stop=STOP)
         body["max_tokens"] = min(self.params["max_tokens"], 12)
-        said = as_str(self._ask("/v1/completions", body, "completion").get("text") or "", "text").strip()
-        self.completion = said[:SHOWN]
-        check_answer(said, self.params["prompt_expect"])
-        return words(said)
+        text = as_str(self._ask("/v1/completions", body, "completion").get("text") or "", "text").strip()
+        self.completion = text[:SHOWN]
+        check_answer(text, self.params["prompt_expect"])
+        return words(text)
 
     def stream(self) -> str:
         """A streamed chat is a well-formed event stream that ends in [DONE] and holds the expected answer."""
@@ -267,7 +267,7 @@ class Verification:
 
     def _counters(self) -> dict[str, float]:
         try:
-            answer = self.client.get("/metrics", LOOK_TIMEOUT, metrics.LIMIT)
+            answer = self.client.get("/metrics", PROBE_TIMEOUT, metrics.LIMIT)
         except HttpError as error:
             raise CheckError("counters-still", str(error)) from error
         if answer.status != 200:
@@ -275,7 +275,7 @@ class Verification:
         return counters(answer.text)
 
     def metrics(self, before: dict[str, float] | CheckError) -> str:
-        """The counters moved between two looks."""
+        """The counters moved between two readings."""
         if isinstance(before, CheckError):
             raise before
         # With no request answered there is nothing to wait for.
@@ -310,7 +310,7 @@ class StreamReader:
         self._done = False
 
     def so_far(self) -> str:
-        """How far the stream came."""
+        """How far the stream got."""
         return f"after {self.events} events, text so far {words(self.text)}"
 
     def take(self, data: str) -> None:
@@ -325,16 +325,16 @@ class StreamReader:
         except BoundsError:
             raise CheckError("stream-broken", f"an event that is not JSON: {words(data)} ({self.so_far()})") from None
         if not isinstance(chunk, dict):
-            raise CheckError("stream-broken", f"an event that is no object: {words(data)}")
+            raise CheckError("stream-broken", f"an event that is not an object: {words(data)}")
         if "error" in chunk:
             raise CheckError("request-refused", f"an error within the stream: {words(json.dumps(chunk['error']))}")
         if chunk.get("object") != "chat.completion.chunk" or not isinstance(chunk.get("choices"), list):
-            raise CheckError("stream-broken", f"an event that is no chat.completion.chunk: {words(data)}")
+            raise CheckError("stream-broken", f"an event that is not a chat.completion.chunk: {words(data)}")
         if not chunk.get("id") or (self._id and chunk["id"] != self._id):
             got = printable(str(chunk.get("id")), 80)
             raise CheckError("stream-broken", f"expected the id {self._id or 'of the stream'}, got {got}")
         if not isinstance(chunk["id"], str):
-            raise CheckError("stream-broken", f"an id that is no string: {words(str(chunk['id']))}")
+            raise CheckError("stream-broken", f"an id that is not a string: {words(str(chunk['id']))}")
         self._id = chunk["id"]
         self.usage = chunk.get("usage") or self.usage
         for choice in chunk["choices"]:
@@ -347,7 +347,7 @@ class StreamReader:
         self._role = self._role or delta.get("role") == "assistant"
         text = delta.get("content") or ""
         if not isinstance(text, str):
-            raise CheckError("stream-broken", f"content that is no string: {words(json.dumps(text))}")
+            raise CheckError("stream-broken", f"content that is not a string: {words(json.dumps(text))}")
         if self._finish and text:
             raise CheckError("stream-broken", f"text after finish_reason: {words(text)}")
         if text:
@@ -358,7 +358,7 @@ class StreamReader:
         self._finish = str(choice.get("finish_reason") or self._finish)
 
     def end(self) -> None:
-        """The stream is over: was it whole?"""
+        """The stream is over: was it complete?"""
         if not self._done:
             raise CheckError("stream-broken", f"the stream ended without [DONE], {self.so_far()}")
         if not self._finish:
@@ -368,7 +368,7 @@ class StreamReader:
 
 
 def verify(params: dict[str, Any]) -> dict[str, Any]:
-    """Ask, and judge: the result of the module `vllm_verify`, with `msg` and `failure` unless `verified`.
+    """Ask, and assess the answers: the result of the module `vllm_verify`, with `msg` and `failure` unless `verified`.
 
     Of `params` (the module's options) all but ASKED, `timeout` (seconds), `max_tokens` and `chat_template_kwargs` are
     ignored. Raises HttpError for an address that is none.

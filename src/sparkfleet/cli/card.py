@@ -1,4 +1,4 @@
-"""`sparkfleet card`: a model card from the Hub, from a folder, or from a recipe or command that somebody else wrote."""
+"""`sparkfleet card`: a model card from the Hub, from a folder, or from a recipe or command that someone else wrote."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from sparkfleet.user_paths import expanded
 
 EPILOG = """examples:
   sparkfleet card Qwen/Qwen3-8B-FP8 --output cards/qwen3-8b.yml
-  sparkfleet card ./qwen3-8b --repo Qwen/Qwen3-8B-FP8      a folder with the model's files; asks nobody
+  sparkfleet card ./qwen3-8b --repo Qwen/Qwen3-8B-FP8      a folder with the model's files; no request is made
   sparkfleet card --from recipe.yaml                       a recipe of sparkrun, format 1 or 2
   echo 'vllm serve ORG/NAME -tp 1' | sparkfleet card --from -
 
-Behind each field of the card stands where it comes from; what is not known stands at its head, and on standard error.
+Each field of the card is followed by its source; what is not known is listed at its head, and on standard error.
 """
 
 
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
         sys.stdout.write(text)
         return 0
     _write(target, text)
-    report_line(f"{target}: the card of {made.data['repo']}; `sparkfleet plan {target}` says what it does on a Spark")
+    report_line(f"{target}: the card of {made.data['repo']}; `sparkfleet plan {target}` shows how it fits a Spark")
     return 0
 
 
@@ -116,7 +116,7 @@ def _made(options: argparse.Namespace) -> Draft:
 def _draft(options: argparse.Namespace, source: str, image: str) -> Draft:
     folder = expanded("FOLDER", source)
     if folder.is_dir():
-        return hub_card.draft(hub_card.look(folder, options.repo), image)
+        return hub_card.draft(hub_card.inspect_folder(folder, options.repo), image)
     named = catalog.hub_name(source)
     if named is None:
         raise SparkfleetError(
@@ -124,7 +124,7 @@ def _draft(options: argparse.Namespace, source: str, image: str) -> Draft:
             "ORG/NAME@REVISION, or a folder with the model's config.json"
         )
     if options.repo:
-        raise SparkfleetError("--repo says which model a folder holds; the Hub is asked by ORG/NAME alone")
+        raise SparkfleetError("--repo names the model that a folder holds; for the Hub, ORG/NAME alone is enough")
     return hub_card.draft(hub_card.ask(*named, hub_card.way()), image)
 
 

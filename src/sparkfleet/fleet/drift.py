@@ -10,14 +10,14 @@ from sparkfleet.documents import yaml_text
 from sparkfleet.planning import compose
 from sparkfleet.reporting import status_page
 
-#: Reasons that say nothing that the differences of the file do not say better.
+#: Reasons that add nothing to the differences of the file.
 _STAGE = ("stage", "switch to")
 
 
 def reasons(plan: Mapping[str, Any], state: Mapping[str, Any], answers: bool | None = None) -> list[str]:
-    """What would be done to bring the Spark back, in words; empty where it is as the inventory says.
+    """What would be done to bring the Spark back, in words; empty where it matches the inventory.
 
-    `answers`: whether the endpoint answered its question; None where nobody asked.
+    `answers`: whether the endpoint answered its question; None where it was not asked.
     """
     found: list[str] = []
     for stage in ("prepare", "fetch"):
@@ -39,7 +39,7 @@ def reasons(plan: Mapping[str, Any], state: Mapping[str, Any], answers: bool | N
 
 def differences(deployed: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """What differs between two compose files: "what: deployed → wanted", a line each; with more than one service the
-    line begins with its name."""
+    line starts with its name."""
     old, new = _services(deployed), _services(wanted)
     if len(old) <= 1 and len(new) == 1:
         lines = _renamed(next(iter(old), ""), next(iter(new))) + _changes(next(iter(old.values()), {}), *new.values())
@@ -60,7 +60,7 @@ def _renamed(old: str, new: str) -> list[str]:
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two services."""
     lines = []
-    # What is compiled lies in a folder of the image's digest.
+    # What is compiled is stored in a folder of the image's digest.
     follows = {"volumes"} if old.get("image") != new.get("image") else set()
     for key in sorted({*map(str, old), *new} - {"command", "environment"} - follows):
         if old.get(key) != new.get(key):
@@ -77,14 +77,14 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _services(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The services of a file, which somebody may have edited: of no certain form."""
+    """The services of a file, which someone may have edited: of unknown form."""
     services = document.get("services")
     found = services if isinstance(services, dict) else {}
     return {str(name): service if isinstance(service, dict) else {} for name, service in found.items()}
 
 
 def _flags(command: Any) -> dict[str, str]:
-    """Flags of a command with their values; what stands before them is the model."""
+    """Flags of a command with their values; what precedes them is the model."""
     found: dict[str, str] = {}
     flag = "model"
     words = command.split() if isinstance(command, str) else command if isinstance(command, list) else []

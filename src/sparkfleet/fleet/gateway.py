@@ -15,7 +15,7 @@ from sparkfleet_host.bounded import HOST, printable
 from sparkfleet import SparkfleetError
 from sparkfleet.planning import catalog, target
 
-#: HAProxy takes a line that begins with # for a comment, and a comma for the end of a header's value.
+#: HAProxy takes a line that starts with # for a comment, and a comma for the end of a header's value.
 KEY = re.compile(r"(?!#)[!-+\-.-~]{8,256}")
 #: Variables of a Spark that a gateway reads.
 VARIABLES = ("guard", "guard_port", "address", "drained", "engine_key")
@@ -64,8 +64,8 @@ def plan(
     check_port, check, meant}]}], the JSON document of GET /v1/models, the engines' keys by backend, the Sparks that
     were left out, and whether there are servers by name.
 
-    A Spark is a server of the backend of each model whose engines have its key: which of them it serves at the
-    moment, its guard says; which are `meant`, the inventory. Where one is not meant, it is expected on the port of the
+    A Spark is a server of the backend of each model whose engines have its key: which of them it serves now,
+    the guard reports; which are `meant`, the inventory. Where one is not meant, it is expected on the port of the
     Spark's first engine. `ports` are further ones, {model: port}; `models` have a backend although no Spark is to serve
     them.
     Raises SparkfleetError naming host and value."""
@@ -145,7 +145,7 @@ def _port(host: str, values: Mapping[str, Any], own: Sequence[catalog.Card], car
 
 
 def _check(server: Mapping[str, Any], repo: str) -> str:
-    """What a health check asks for: the guard whether the model is served, or the engine which models it has."""
+    """What a health check requests: the guard whether the model is served, or the engine which models it has."""
     return f"/ready?model={urllib.parse.quote(repo, safe='/')}" if server["check_port"] else "/v1/models"
 
 
@@ -161,7 +161,7 @@ def _one_name(hosts: Collection[str]) -> None:
 
 
 def _distinct(backends: Mapping[str, Mapping[str, Any]]) -> None:
-    """Whether a request's model says which backend is meant."""
+    """Whether a request's model selects its backend."""
     known: dict[str, str] = {}
     for name, item in backends.items():
         for word in (item["name"], item["repo"]):
@@ -201,7 +201,7 @@ def floating(value: str) -> str:
 
 
 def names(*addresses: str) -> list[str]:
-    """What a certificate says it is for (subjectAltName): names and addresses of a gateway, each once."""
+    """What a certificate is issued for (subjectAltName): names and addresses of a gateway, each once."""
     found = []
     for item in filter(None, addresses):
         try:
@@ -249,7 +249,7 @@ def check_key(name: str, key: Any) -> str:
         raise SparkfleetError(f"{name} must be text, not a number: write the key in quotes")
     if not isinstance(key, str) or not KEY.fullmatch(key):
         raise SparkfleetError(
-            f"{name} has blanks or commas, not 8 to 256 characters, or begins with #; `openssl rand -hex 24` makes one"
+            f"{name} has blanks or commas, not 8 to 256 characters, or starts with #; `openssl rand -hex 24` makes one"
         )
     return key
 

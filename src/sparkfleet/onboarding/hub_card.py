@@ -1,8 +1,8 @@
-"""A model card made from what the Hub, or a folder, says of a model: config.json, quantisation, sizes, licence.
+"""A model card made from what the Hub, or a folder, states of a model: config.json, quantisation, sizes, licence.
 
 The packed client asks the Hub (`fetch_model --about`), in a process of its own; whatever comes is bounded. A card that
-a run makes by itself (`sparkfleet_model: ORG/NAME`) lies among the state of the controller, is used again, and stays at
-the commit that it was made of: that the Hub has moved on is said.
+a run makes by itself (`sparkfleet_model: ORG/NAME`) is stored with the controller's state, is reused, and stays at the
+commit that it was made of: a newer commit on the Hub is reported.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ MOST_FILES = 20_000
 DEPTH = 16
 TOKEN_BYTES = 4096
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What is said of a model: `where` in words; `files` {name: bytes} that are fetched; `texts` of small files;
+    """What is known of a model: `where` in words; `files` {name: bytes} that are fetched; `texts` of small files;
     `tensor_bytes` of the index, 0 where there is none; `left_out` files that were too large to be read."""
 
     where: str
@@ -81,19 +81,19 @@ def _token() -> str:
 
 
 def ask(repo: str, revision: str, hub: Way) -> About:
-    """What the Hub says of a model. Raises SparkfleetError, which says why it does not, and what to do."""
+    """What the Hub states of a model. Raises SparkfleetError with the reason if it does not, and what to do."""
     words = ["--about", f"--seconds={SECONDS - 5:g}"]
     output = model_files.run_client(repo, revision, hub, words, SECONDS)
     problem = output if isinstance(output, Answer) else None
-    said: Mapping[str, Any] = {}
+    stated: Mapping[str, Any] = {}
     if problem is None:
         assert isinstance(output, bytes)
-        said, problem = _understood(output, hub.endpoint)
+        stated, problem = _understood(output, hub.endpoint)
     if problem is not None:
         reason = problem.reason.replace(hub.token, "***") if hub.token else problem.reason
         raise SparkfleetError(f"no card for {repo}@{revision}: {printable(reason, 400)}{_remedy(repo, problem)}")
     try:
-        return _about(said, repo, revision, hub)
+        return _about(stated, repo, revision, hub)
     except BoundsError as error:
         raise SparkfleetError(f"no card for {repo}@{revision}: {hub.endpoint} answers oddly: {error}") from None
 
@@ -102,11 +102,11 @@ def _understood(output: bytes, endpoint: str) -> tuple[Mapping[str, Any], Answer
     """The client's last line, or why there is none."""
     try:
         lines = output.splitlines() or [b"{}"]
-        said = bounded.as_dict(bounded.parse_json(lines[-1], "the Hub's client", LIMIT, quote=False), "its client")
-        if "error" in said:
-            error = bounded.as_dict(said["error"], "its client: error")
+        stated = bounded.as_dict(bounded.parse_json(lines[-1], "the Hub's client", LIMIT, quote=False), "its client")
+        if "error" in stated:
+            error = bounded.as_dict(stated["error"], "its client: error")
             return {}, Answer(reason=str(error.get("message"))[:400], failure=str(error.get("id")))
-        return bounded.as_dict(said.get("about"), "its client: about"), None
+        return bounded.as_dict(stated.get("about"), "its client: about"), None
     except BoundsError as error:
         return {}, Answer(reason=f"{endpoint}: {error}", failure="hub-answer-odd")
 
@@ -119,36 +119,36 @@ def _remedy(repo: str, problem: Answer) -> str:
     return ""
 
 
-def _about(said: Mapping[str, Any], repo: str, revision: str, hub: Way) -> About:
-    listing = cache.check_listing(said.get("listing"), "list")
+def _about(stated: Mapping[str, Any], repo: str, revision: str, hub: Way) -> About:
+    listing = cache.check_listing(stated.get("listing"), "list")
     commit = bounded.matched(bounded.COMMIT, listing.get("commit"), "commit")
     texts = {
         name: bounded.as_str(text, name, TEXT_BYTES)
-        for name, text in bounded.as_dict(said.get("texts"), "texts").items()
+        for name, text in bounded.as_dict(stated.get("texts"), "texts").items()
     }
-    gated = said.get("gated")
+    gated = stated.get("gated")
     host = hub.endpoint.partition("://")[2].rstrip("/")
-    licence = bounded.as_str(said.get("licence", ""), "licence", 100)
+    licence = bounded.as_str(stated.get("licence", ""), "licence", 100)
     return About(
         where=f"the Hub ({host})",
         repo=repo,
         revision=commit,
-        revision_origin=f"what {revision} is on the Hub" if revision != commit else "the commit that was asked for",
+        revision_origin=f"what {revision} is on the Hub" if revision != commit else "the requested commit",
         files={name: entry["size"] for name, entry in listing["files"].items()},
         texts=texts,
-        tensor_bytes=bounded.as_int(said.get("tensor_bytes", 0), "tensor_bytes"),
+        tensor_bytes=bounded.as_int(stated.get("tensor_bytes", 0), "tensor_bytes"),
         gated=gated if isinstance(gated, bool) else None,
         licence=licence,
         licence_origin="the Hub",
-        left_out=tuple(bounded.as_dict(said.get("left_out", {}), "left_out")),
+        left_out=tuple(bounded.as_dict(stated.get("left_out", {}), "left_out")),
     )
 
 
 # -- a folder --------------------------------------------------------------------------------------------------------
 
 
-def look(folder: Path, name: str = "") -> About:
-    """What a folder with a model's files says; `name` is ORG/NAME[@REVISION], where it cannot be told by the folder's
+def inspect_folder(folder: Path, name: str = "") -> About:
+    """What a folder with a model's files holds; `name` is ORG/NAME[@REVISION], where it is not known from the folder's
     place in a Hub cache. Raises SparkfleetError."""
     folder = folder.absolute()
     repo, revision, origin = _named(folder, name)
@@ -183,14 +183,14 @@ def _named(folder: Path, name: str) -> tuple[str, str, str]:
         found = catalog.hub_name(name)
         if found is None:
             raise SparkfleetError(f"--repo {printable(name, 200)!r}: write ORG/NAME or ORG/NAME@REVISION")
-        return *found, "as you said" if "@" in name else "not known of a folder; the branch main"
+        return *found, "as you gave it" if "@" in name else "not known of a folder; the branch main"
     snapshots = folder.parent
     if snapshots.name == "snapshots" and bounded.COMMIT.fullmatch(folder.name):
         repo = cache.repo_of(snapshots.parent.name)
         if repo and "/" in repo:
             return repo, folder.name, "the folder's name in the Hub cache"
     raise SparkfleetError(
-        f"folder {printable(str(folder), 200)} does not say which model of the Hub it holds: add --repo ORG/NAME, or "
+        f"folder {printable(str(folder), 200)} does not show which model of the Hub it holds: add --repo ORG/NAME, or "
         "ORG/NAME@COMMIT"
     )
 
@@ -226,7 +226,7 @@ def _fetched(files: Iterator[tuple[str, int]]) -> Iterator[tuple[str, int]]:
 
 
 def _index(folder: Path) -> int:
-    """Bytes of all tensors, 0 where the index does not say."""
+    """Bytes of all tensors, 0 where the index does not give them."""
     path = folder / "model.safetensors.index.json"
     with contextlib.suppress(OSError, BoundsError):
         metadata = bounded.as_dict(bounded.read_json(path, INDEX_BYTES).get("metadata"), "metadata")
@@ -250,7 +250,7 @@ def _licence(folder: Path) -> str:
 
 
 def draft(about: About, image: str = "") -> Draft:
-    """The card of what is said, checked as any card is. Raises SparkfleetError."""
+    """The card of what is known, checked as any card is. Raises SparkfleetError."""
     what = f"{about.repo}: {model_config.CONFIG}"
     config = _json(about, model_config.CONFIG)
     if config is None:
@@ -265,7 +265,7 @@ def draft(about: About, image: str = "") -> Draft:
     except SparkfleetError as error:
         raise SparkfleetError(f"{about.repo}: {error}") from None
     made = card_draft.draft(model, quantisation, _facts(about), image)
-    made.unknown += [f"what {name} says: it is too large to be read" for name in about.left_out]
+    made.unknown += [f"the content of {name}: it is too large to be read" for name in about.left_out]
     made.head = f"Made by `sparkfleet card` from {about.where}"
     check(made, about.repo)
     return made
@@ -333,10 +333,10 @@ def _template(about: About) -> tuple[bool | None, str]:
 # -- cards that a run makes by itself --------------------------------------------------------------------------------
 
 
-def ensure(model: str, hub: Way, say: Say, once: Path | None = None, refresh: bool = False) -> Path | None:
+def ensure(model: str, hub: Way, report: Report, once: Path | None = None, refresh: bool = False) -> Path | None:
     """The card of a model given as ORG/NAME[@REVISION], made where there is none (`refresh`: in any case); None for
-    another kind of model. `say` is told of a card that is new, and of a Hub that has moved on since one was made;
-    with `once`, a folder that lives as long as a run, the Hub is asked once a run. Raises SparkfleetError."""
+    another kind of model. `report` is called for a new card, and for a Hub that has moved on since one was made;
+    with `once`, a folder that lives as long as a run, the Hub is queried once a run. Raises SparkfleetError."""
     named = catalog.hub_name(model)
     if named is None:
         return None
@@ -347,11 +347,11 @@ def ensure(model: str, hub: Way, say: Say, once: Path | None = None, refresh: bo
             made = draft(ask(*named, hub))
             _write(path, made.text())
             unsure = f"; {len(made.unknown)} things are not known, it lists them" if made.unknown else ""
-            say(f"{model}: a card was made from the Hub at {made.data['revision'][:12]}: {path}{unsure}")
+            report(f"{model}: a card was made from the Hub at {made.data['revision'][:12]}: {path}{unsure}")
             return path
         with contextlib.suppress(SparkfleetError, OSError):
             if moved := _moved(named, catalog.parse(path), hub, once):
-                say(
+                report(
                     f"{model}: {named[1]} on the Hub is {moved[:12]} by now; the card stays at "
                     f"{catalog.parse(path).revision[:12]} until `sparkfleet card {model} --refresh`"
                 )
@@ -359,7 +359,7 @@ def ensure(model: str, hub: Way, say: Say, once: Path | None = None, refresh: bo
 
 
 def _moved(named: tuple[str, str], card: Card, hub: Way, once: Path | None) -> str:
-    """The commit that a branch is now, where that is another than the card's; "" if it is not or cannot be asked."""
+    """The commit that a branch is now, where that is another than the card's; "" if it is not, or without the Hub."""
     if named[1] == card.revision:
         return ""
 
@@ -389,5 +389,5 @@ def _write(path: Path, text: str) -> None:
 
 
 def ensure_reported(model: str) -> None:
-    """`ensure` for somebody at the command line."""
+    """`ensure` for the command line."""
     ensure(model, way(), report_line)

@@ -1,4 +1,4 @@
-"""Settings that somebody else wrote, as those of a card: a recipe of sparkrun (its formats 1 and 2, which
+"""Settings that someone else wrote, as those of a card: a recipe of sparkrun (its formats 1 and 2, which
 eugr/spark-vllm-docker shares) or a command line `vllm serve ...`.
 
 Nothing is run, and nothing is dropped in silence: what a card has no place for is listed, with the place it has here.
@@ -54,7 +54,7 @@ PLACEMENT = frozenset(
         *("data_parallel_size_local", "data_parallel_start_rank", "api_server_count"),
     )
 )
-#: Flags without a value beside those whose name says it.
+#: Flags without a value, besides those whose name shows it.
 BARE = frozenset(
     (
         *(
@@ -76,7 +76,7 @@ VALUED = frozenset(("enable_log_requests_level", "disable_log_stats_interval", "
 AMOUNTS = frozenset(("max_model_len", "max_num_batched_tokens", "max_num_seqs", "kv_cache_memory_bytes"))
 _FACTORS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL)", re.I)
-#: Names that only look as if they held a secret.
+#: Names that only seem to hold a secret.
 _NO_SECRET = re.compile(r"(TOKENIZER|TOKENS|MAX_TOKEN|KEYED|MONKEY|NUM_TOKEN)", re.I)
 _COMMAND = re.compile(r"(^|[\s/])(vllm\s+serve|vllm\.entrypoints|vllm-openai[:@]|docker\s+run)")
 _NUMBER = re.compile(r"[+-]?[0-9]{1,18}(\.[0-9]{0,18})?(e[+-]?[0-9]{1,2})?", re.I | re.ASCII)
@@ -108,8 +108,8 @@ _ELSEWHERE = {
 
 @dataclasses.dataclass
 class Settings:
-    """What a recipe or command says, in a card's terms; ``left`` lists what was not taken: a line each, name and
-    reason; ``doubts`` say what of the rest may not work here. ``model`` is ORG/NAME or "", ``image`` "" where none can
+    """The content of a recipe or command, in a card's terms; ``left`` lists what was not taken: a line each, name and
+    reason; ``doubts`` what of the rest may not work here. ``model`` is ORG/NAME or "", ``image`` "" where none can
     be taken."""
 
     kind: str
@@ -132,7 +132,7 @@ def read(text: str, place: str) -> Settings:
     """A recipe (YAML with `model` or `command`) or a command line; `place` names it in errors. Raises
     SparkfleetError."""
     if len(text) > CHARACTERS:
-        raise SparkfleetError(f"{place}: more than {CHARACTERS} characters: that is no recipe")
+        raise SparkfleetError(f"{place}: more than {CHARACTERS} characters: that is not a recipe")
     if _COMMAND.search(text) and not re.search(r"^\s*(command|model|container)\s*:", text, re.M):
         return command(text, place)
     try:
@@ -200,7 +200,7 @@ def recipe(data: Mapping[str, Any], place: str) -> Settings:
 
 
 def _is_one_spark(key: str, value: Any) -> bool:
-    """Whether a key says what a card says anyway."""
+    """Whether a key states what a card states anyway."""
     return (
         (key == "min_nodes" and value == 1)
         or (key == "max_nodes" and isinstance(value, int))
@@ -229,7 +229,7 @@ def _command_of(made: Settings, template: str, values: Mapping[str, Any], place:
         used.add(found[1])
         return _word(values[found[1]])
 
-    # In format 1 a doubled brace is one that is meant; sparkrun tells by the first.
+    # In format 1 a doubled brace is a literal one; sparkrun decides by the first.
     pattern = r"\{\{|\{([A-Za-z_]\w{0,63})\}|\}\}" if "{{" in template else r"\{([A-Za-z_]\w{0,63})\}"
     text = template
     for _ in range(5):  # a default may name another one
@@ -272,7 +272,7 @@ def _line(made: Settings, text: str, place: str) -> None:
         for word in lexer:
             words.append(word)
             if len(words) > WORDS:
-                raise SparkfleetError(f"{place}: more than {WORDS} words: that is no command")
+                raise SparkfleetError(f"{place}: more than {WORDS} words: that is not a command")
     except ValueError as error:
         raise SparkfleetError(f"{place}: the command cannot be read: {error} (a quote that is not closed?)") from None
     start = _start(words)
@@ -284,7 +284,7 @@ def _line(made: Settings, text: str, place: str) -> None:
 
 
 def _start(words: list[str]) -> tuple[int, int] | None:
-    """Where the words of vLLM begin, and where its arguments do."""
+    """Where the words of vLLM start, and where its arguments do."""
     for at, word in enumerate(words):
         if word.rpartition("/")[2] == "vllm" and words[at + 1 : at + 2] == ["serve"]:
             return at, at + 2
@@ -339,7 +339,7 @@ def _flags(made: Settings, words: list[str]) -> None:
         at += 1
         if not _is_flag(word):
             if made.model or not _is_model(word):
-                made.leave(word, "a word that is no flag" if word != made.model else "the model, once more")
+                made.leave(word, "a word that is not a flag" if word != made.model else "the model, once more")
                 if word == made.model:
                     made.left.pop()
             else:
@@ -427,7 +427,7 @@ def _argument(made: Settings, name: str, value: Any) -> None:
     if isinstance(value, str) and re.search(r"\$[A-Za-z_{(]|`", value):
         made.leave(f"--{name.replace('_', '-')}", "its value is of a shell: write it out")
     elif isinstance(value, str) and re.fullmatch(r"\{[A-Za-z_]\w*\}", value):
-        made.leave(shown, "nothing stands for the placeholder")
+        made.leave(shown, "the placeholder has no value")
     elif name == "hf_token" or "password" in name:
         made.leave(f"--{name.replace('_', '-')} (value not shown)", "it is a secret; the Hub's is sparkfleet_hf_token")
     elif name in ("model", "model_tag"):
@@ -506,7 +506,7 @@ def _model(made: Settings, model: Any, revision: Any) -> None:
         if isinstance(revision, str) and cache.valid_revision(revision):
             made.revision = revision
         else:
-            made.leave(f"revision {_shown(revision)}", "it is no branch, tag or commit")
+            made.leave(f"revision {_shown(revision)}", "it is not a branch, tag or commit")
 
 
 def _image(made: Settings, image: Any) -> None:
@@ -514,7 +514,7 @@ def _image(made: Settings, image: Any) -> None:
         return
     rule = catalog.schema()["$defs"]["image"]
     if not isinstance(image, str) or not re.fullmatch(rule["pattern"], image):
-        made.leave(f"image {_shown(image)}", "it is no reference of an image")
+        made.leave(f"image {_shown(image)}", "it is not a reference to an image")
     elif "/" not in image:
         made.leave(f"image {image}", "it is built on the host, and no registry has it: name one with --image")
     else:
@@ -526,9 +526,9 @@ def _variable(made: Settings, name: str, value: Any) -> None:
     if _SECRET.search(name) and not _NO_SECRET.search(name):
         made.leave(f"{name} (value not shown)", "it may be a secret; the Hub's token is sparkfleet_hf_token")
     elif name in ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_CACHE"):
-        made.leave(name, "where the model lies in the container is Sparkfleet's")
+        made.leave(name, "Sparkfleet sets the model's place in the container")
     elif not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,127}", name):
-        made.leave(name, "it is no variable in capitals")
+        made.leave(name, "it is not a variable in capitals")
     elif isinstance(value, bool) or not isinstance(value, str | int | float):
         made.leave(name, "its value is neither a text nor a number")
     elif isinstance(value, str) and re.search(r"\$[A-Za-z_{(]|`", value):

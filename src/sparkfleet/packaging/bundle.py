@@ -176,9 +176,9 @@ class Bundle:
 
     def complete(self) -> list[str]:
         """Files that are there with their size."""
-        return sorted(set(self.files) - set(self.lacking()))
+        return sorted(set(self.files) - set(self.missing_files()))
 
-    def lacking(self) -> list[str]:
+    def missing_files(self) -> list[str]:
         """Files that are absent, cut, or reached through a link."""
         return [name for name, entry in sorted(self.files.items()) if not self.has(name, entry.size)]
 

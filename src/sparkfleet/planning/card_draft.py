@@ -1,7 +1,7 @@
-"""A model card that is written by the program: its data, where each field comes from, and what nobody said. Pure.
+"""A model card that is written by the program: its data, the source of each field, and what is not stated. Pure.
 
 The text is a card of the catalogue's format (`models/schema.json`) whose comments name the source of each field, and
-begins with what is not known; `catalog.of_text` reads it as it reads any other card.
+starts with what is not known; `catalog.of_text` reads it as it reads any other card.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sparkfleet_host.bounded import GIB, printable
 from sparkfleet.planning.catalog import Arguments
 from sparkfleet.planning.model_config import Description, Quantisation
 
-#: The engine of a card that nobody tried: the newest that the catalogue has run on a Spark. gpt-oss has NVIDIA's,
+#: The engine of an untried card: the newest that the catalogue has run on a Spark. gpt-oss has NVIDIA's,
 #: since upstream's answered it with noise on a GB10 (models/gpt-oss-20b.yml).
 IMAGE = "vllm/vllm-openai:v0.28.0"
 IMAGES = {"gpt_oss": "nvcr.io/nvidia/vllm:26.05-py3"}
@@ -42,7 +42,7 @@ PARSERS_BY_NAME = (
     (re.compile(r"llama-3|llama3", re.I), "llama3_json"),
     (re.compile(r"hermes", re.I), "hermes"),
 )
-#: Usual settings of a card that nobody tuned.
+#: Usual settings of an untuned card.
 LENGTH = 32_768
 LONG, SHORT = 131_072, 16_384
 VERIFY = {
@@ -55,12 +55,12 @@ VERIFY = {
 THINKING_TOKENS = 1024
 OURS = "ours"
 NO_PARSER = "the parser of tool calls"
-UNTOLD = "not said anywhere"
+NOT_STATED = "not stated anywhere"
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What is known of a model beside its config.json. Bytes are those of files; 0 and "" are not known; `chat` and
+    """What is known of a model besides its config.json. Bytes are those of files; 0 and "" are not known; `chat` and
     `gated` None too. `where` names the place of files: the Hub's list, a folder."""
 
     repo: str
@@ -79,7 +79,7 @@ class Facts:
 
 @dataclasses.dataclass
 class Draft:
-    """A card's `data`, the `origin` of its fields {"shape.layers": words}, what is `unknown`, and what of somebody
+    """A card's `data`, the `origin` of its fields {"shape.layers": words}, what is `unknown`, and what of someone
     else's settings was `left` out: a line each."""
 
     data: dict[str, Any]
@@ -90,7 +90,7 @@ class Draft:
 
     def text(self) -> str:
         """The card as YAML."""
-        lines = [f"# {_line(self.head)}. Behind each field stands where it comes from."]
+        lines = [f"# {_line(self.head)}. Each field is followed by its source."]
         lines += ["#", "# Not known, to be checked:"] if self.unknown else []
         lines += [f"# - {_line(words)}" for words in self.unknown]
         lines += ["#", "# Not taken:", *(f"# - {_line(words)}" for words in self.left)] if self.left else []
@@ -129,7 +129,7 @@ def name_of(repo: str) -> str:
 
 
 def draft(model: Description, quantisation: Quantisation, facts: Facts, image: str = "") -> Draft:
-    """The card of a model that nobody tried on a Spark: figures are the model's, settings are ours and say so."""
+    """The card of a model that is untried on a Spark: figures are the model's, settings are ours and marked so."""
     facts = dataclasses.replace(facts, where=_line(facts.where), licence=_line(facts.licence).strip())
     name = name_of(facts.repo)
     origin = {
@@ -137,14 +137,14 @@ def draft(model: Description, quantisation: Quantisation, facts: Facts, image: s
         "service": "of the name",
         "repo": facts.where,
         "revision": facts.revision_origin,
-        "verified": "nobody is known to have run it",
+        "verified": "not known to have been run",
         **model.origin,
         "shape.kv_cache_dtype": f"{quantisation.place}",
     }
     unknown = [*model.unknown, *quantisation.unknown]
     kind = model.model_type
     chosen = image or IMAGES.get(kind, IMAGE)
-    origin["image"] = "as you asked" if image else f"{OURS}; nobody is known to have run this model with it"
+    origin["image"] = "as you asked" if image else f"{OURS}; not known to have been run with this model"
     shape = dict(model.shape)
     shape["kv_cache_dtype"] = "fp8" if quantisation.fp8_kv_cache else "auto"
     if quantisation.linear:
@@ -187,13 +187,15 @@ def draft(model: Description, quantisation: Quantisation, facts: Facts, image: s
 
 
 def _licence(facts: Facts, origin: dict[str, str], unknown: list[str]) -> dict[str, Any]:
-    origin["licence.name"] = facts.licence_origin if facts.licence else UNTOLD
+    origin["licence.name"] = facts.licence_origin if facts.licence else NOT_STATED
     origin["licence.page"] = "where it is read"
     if not facts.licence:
         unknown.append("the licence: read the model's page before you serve it")
     if facts.gated is None:
-        unknown.append("whether the Hub asks to accept the licence (gated): a folder does not say it; false is written")
-        origin["licence.gated"] = UNTOLD
+        unknown.append(
+            "whether the Hub asks to accept the licence (gated): a folder does not show it; false is written"
+        )
+        origin["licence.gated"] = NOT_STATED
     else:
         origin["licence.gated"] = "the Hub"
     return {
@@ -252,10 +254,10 @@ def _arguments(model: Description, facts: Facts, origin: dict[str, str]) -> Argu
     if facts.thinks == "switch":
         made["default_chat_template_kwargs"] = {"enable_thinking": False}
         origin["arguments.default_chat_template_kwargs"] = (
-            "its chat template has the switch; thinking is off unless a request asks for it, so that short answers "
+            "its chat template has the switch; thinking is off unless a request enables it, so that short answers "
             "stay short"
         )
-    origin["arguments"] = f"{OURS}; `sparkfleet plan` says what they make of a Spark"
+    origin["arguments"] = f"{OURS}; `sparkfleet plan` shows what they need on a Spark"
     return made
 
 
@@ -284,7 +286,7 @@ def _parser(repo: str, kind: str) -> str:
 def settings(
     made: Draft, arguments: Arguments, environment: Mapping[str, str], parser: str, sparks: int, where: str
 ) -> None:
-    """Put settings that somebody else wrote (a recipe, a command line: `where`) in place of ours."""
+    """Put settings that someone else wrote (a recipe, a command line: `where`) in place of ours."""
     if sparks != 1:
         made.data = _after(made.data, "image", {"sparks": sparks})
         made.origin["sparks"] = where

@@ -1,7 +1,7 @@
 """The model catalogue: one YAML file a model, read into a typed card.
 
-A card holds what is true of a model wherever it runs: where it lies on the Hub, its sizes and shape, how vLLM is to
-be started for it, its profiles, and the question whose answer is known. ``models/schema.json`` says what a card may
+A card holds what is true of a model wherever it runs: its place on the Hub, its sizes and shape, how vLLM is to
+be started for it, its profiles, and the question whose answer is known. ``models/schema.json`` defines what a card may
 hold; docs/models.md explains it.
 """
 
@@ -43,8 +43,8 @@ OURS = {
     "download_dir": "sparkfleet_cache_dir",
     "config": "the arguments one by one",
 }
-#: Kinds of attention that count as no layer.
-BESIDE = ("conv", "cache")
+#: Kinds of attention that are not counted as layers.
+EXTRA_KINDS = ("conv", "cache")
 ArgumentValue = str | int | float | bool | dict[str, Any]
 Arguments = dict[str, ArgumentValue]
 
@@ -73,7 +73,7 @@ class Licence:
 class Weights:
     """Sizes: files in GiB, memory in GiB as vLLM logs it, and GB (1e9 bytes) read for one token of output.
 
-    ``parameters``: 1e9 of them in each format (``weights.BYTES``), where nobody has logged the memory.
+    ``parameters``: 1e9 of them in each format (``weights.BYTES``), where the memory was never logged.
     """
 
     download_gib: float
@@ -93,10 +93,10 @@ class Attention:
 
     ``full`` and ``sliding`` keep keys of ``head_dim`` and values of ``value_dim`` (the same by default) for
     ``kv_heads`` heads, for all tokens or for the last ``window``; ``mla`` keeps one compressed vector of ``rank +
-    rope_dim``. Beside them a layer may keep an index: ``index_bytes`` for ``index_tokens`` tokens.
+    rope_dim``. Besides them a layer may keep an index: ``index_bytes`` for ``index_tokens`` tokens.
     ``gdn``, ``mamba2`` and ``kda`` keep a state of fixed size, a convolution of ``conv`` taps and a matrix in
     ``state_dtype``. ``none`` keeps nothing, and ``linear`` a state whose size is not known.
-    What stands beside a layer's own is an entry that counts as no layer: ``conv`` a convolution alone, ``width`` wide;
+    What a layer keeps besides is an entry that is not counted as a layer: ``conv`` a convolution alone, ``width`` wide;
     ``cache`` ``bytes`` for every ``every`` tokens, for all or the last ``window``, in blocks of ``block`` tokens (the
     engine's by default) that are padded to a multiple of ``align``.
     """
@@ -135,7 +135,7 @@ class Draft:
     repo: str
     attention: tuple[Attention, ...]
     loaded_gib: float
-    #: The shape is not published: what stands here is an assumption, and plans say so.
+    #: The shape is not published: what is given here is an assumption, and plans note it.
     assumed: bool = False
 
 
@@ -160,7 +160,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """Tokens a second of one stream that somebody measured on a Spark."""
+    """Tokens a second of one stream measured on a Spark."""
 
     tok_s: float
     source: str
@@ -171,7 +171,7 @@ class Measurement:
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """A model card. ``arguments`` are those of ``vllm serve`` in snake_case; a profile replaces some of them."""
+    """A model card. ``arguments`` are those of ``vllm serve`` in snake_case; a profile overrides some of them."""
 
     name: str
     service: str
@@ -192,11 +192,11 @@ class Card:
     profiles_line: int = dataclasses.field(default=1, compare=False)
     sparks: int = 1
     draft: Draft | None = None
-    #: vLLM in the image, where the image's name does not say it.
+    #: vLLM in the image, where the image's name does not show it.
     vllm: str = ""
 
     def engine(self, image: str = "") -> Engine:
-        """vLLM in the card's image, or in another that takes its place; not known when neither name nor card says."""
+        """vLLM in the card's image, or in another that takes its place; unknown when neither name nor card gives it."""
         named = vllm_versions.of_image(image or self.image)
         if named.version or not self.vllm or image not in ("", self.image):
             return named
@@ -246,7 +246,7 @@ def hub_name(model: str) -> tuple[str, str] | None:
 
 
 def made_card(repo: str, revision: str) -> Path:
-    """Where the card lies that was made for a model of the Hub (`onboarding.hub_card` makes it)."""
+    """The path of the card that was made for a model of the Hub (`onboarding.hub_card` makes it)."""
     quoted = urllib.parse.quote(revision, safe="")
     return STATE / "cards" / f"{repo.replace('/', '--')}@{quoted}.yml"
 
@@ -268,7 +268,7 @@ def load(model: str, folder: Path | None = None) -> Card:
         if not path.is_file():
             raise SparkfleetError(
                 f"model card {printable(str(path.absolute()), 400)} does not exist: give the path of a YAML file (of "
-                "one beside the inventory: sparkfleet_model: '{{ inventory_dir }}/cards/mine.yml'), or one of the "
+                "one next to the inventory: sparkfleet_model: '{{ inventory_dir }}/cards/mine.yml'), or one of the "
                 f"names {', '.join(names(folder))}"
             )
         return parse(path)
@@ -287,7 +287,7 @@ def load(model: str, folder: Path | None = None) -> Card:
 
 @functools.lru_cache(maxsize=256)
 def _kept(path: Path, changed: int, size: int) -> Card:
-    """A card of the catalogue, read once while its file stays: what fits is searched for among all of them."""
+    """A card of the catalogue, read once while its file stays: suggestions search all of them."""
     return parse(path)
 
 
@@ -330,12 +330,12 @@ def of_text(path: Path, text: str) -> Card:
 
 
 def _check_sense(card: Card, document: Document) -> None:
-    """What a schema cannot say: figures that contradict each other."""
-    described = sum(entry.layers for entry in card.shape.attention if entry.kind not in BESIDE)
+    """What a schema cannot express: figures that contradict each other."""
+    described = sum(entry.layers for entry in card.shape.attention if entry.kind not in EXTRA_KINDS)
     if described != card.shape.layers:
         raise document.error(
             ("shape", "attention"),
-            f"shape.attention: describes {described} layers, but shape.layers says {card.shape.layers}",
+            f"shape.attention: describes {described} layers, but shape.layers is {card.shape.layers}",
         )
     if card.vllm:
         try:
@@ -352,7 +352,7 @@ def _check_sense(card: Card, document: Document) -> None:
     places += [(arguments, ("profiles", name)) for name, arguments in card.profiles.items()]
     for arguments, place in places:
         length = arguments.get("max_model_len")
-        # rope scaling through hf_overrides stretches a context on purpose
+        # rope scaling through hf_overrides extends a context on purpose
         if isinstance(length, int) and length > card.shape.context and "hf_overrides" not in card.arguments:
             raise document.error(
                 (*place, "max_model_len"),
@@ -373,7 +373,7 @@ def check_environment(environment: Mapping[str, Any], prefix: str) -> None:
 def check_arguments(arguments: Mapping[str, Any], prefix: str) -> None:
     """Check arguments of ``vllm serve`` that do not come from a card; ``prefix`` is that of their variables."""
     for name, value in arguments.items():
-        yaml_text.check(name, f"a name that begins with {prefix}")
+        yaml_text.check(name, f"a name that starts with {prefix}")
         yaml_text.check(value, f"{prefix}{name}")
     found = [
         text
@@ -382,7 +382,7 @@ def check_arguments(arguments: Mapping[str, Any], prefix: str) -> None:
     known = schema()["$defs"]["arguments"]["properties"]
     for name in itertools.islice((name for name in arguments if name not in known), MOST):
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
-        if near:  # vLLM takes an unambiguous beginning for the whole, and the plan would not see it
+        if near:  # vLLM takes an unambiguous prefix for the full name, and the plan would not see it
             found.append(f"{prefix}{name}: did you mean {prefix}{near[0]}?")
         elif name in OURS:
             found.append(f"{prefix}{name}: Sparkfleet sets this argument itself; set {OURS[name]} instead")

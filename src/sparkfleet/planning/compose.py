@@ -24,14 +24,14 @@ from sparkfleet.planning.vllm_versions import starts_with_serve
 
 CACHE_IN_CONTAINER = "/root/.cache/huggingface"
 CA_IN_CONTAINER = "/etc/ssl/certs/sparkfleet-ca.pem"
-#: What Python's HTTP clients take their certificate authorities from: httpx and ssl, requests.
+#: Where Python's HTTP clients read their certificate authorities: httpx and ssl, requests.
 CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 ENGINE_PORT = 8000
 LOOPBACK = "127.0.0.1"
 #: On the host, 0600; in the container Docker mounts it under the name of the secret.
 KEY_NAME = "engine_key"
-#: vLLM reads its key from the environment. What Compose puts there `docker inspect` shows, so this does. (`$$` is
-#: Compose's way to write `$`.)
+#: vLLM reads its key from the environment. `docker inspect` shows what Compose puts there, so the command does it.
+#: (`$$` is Compose's way to write `$`.)
 KEYED = ["sh", "-c", f'VLLM_API_KEY=$$(cat /run/secrets/{KEY_NAME}) && export VLLM_API_KEY && exec "$$@"', "sh"]
 #: Where vLLM, Triton, FlashInfer, the CUDA driver and torch keep what they compile, by default.
 COMPILE_CACHES = {
@@ -41,9 +41,9 @@ COMPILE_CACHES = {
     "nv": "/root/.nv",
     "inductor": "/tmp/torchinductor_root",  # noqa: S108 - the container's
 }
-#: Docker's default keeps a log for ever.
+#: Docker's default keeps a log indefinitely.
 LOGGING = {"driver": "json-file", "options": {"max-size": "50m", "max-file": "5"}}
-#: What the guide's service has by default and the engine does without. It runs as root of the container, which without
+#: Defaults of the guide's service that the engine does not need. It runs as root of the container, which without
 #: DAC_OVERRIDE cannot write into a cache of another owner (vLLM locks a file there as it loads). Threads count as
 #: processes: compilers and OpenMP start hundreds.
 HARDENING: dict[str, Any] = {
@@ -52,7 +52,7 @@ HARDENING: dict[str, Any] = {
     "cap_add": ["DAC_OVERRIDE"],
     "pids_limit": 8192,
 }
-#: Stands in the file for the token, which Compose takes from `.env`.
+#: Placeholder in the file for the token, which Compose takes from `.env`.
 TOKEN = "${HF_TOKEN}"  # noqa: S105 - a name, not a value
 
 Source = Literal["local", "hub"]
@@ -110,8 +110,8 @@ def document(
 
     ``environment`` comes on top of the card's. ``image_digest`` (``sha256:...``) and ``commit`` (40 hex digits) pin
     what was fetched; they are left out as long as nothing has been fetched. They mean nothing to ``source="hub"``.
-    ``image_known_as`` (NAME@DIGEST) is how Docker knows an image that came without internet.
-    ``addresses`` are those of the host that the port is published on, beside loopback; all if there are none.
+    ``image_known_as`` (NAME@DIGEST) is Docker's name for an image that was brought offline.
+    ``addresses`` are those of the host that the port is published on, besides loopback; all if there are none.
     ``api_key_enabled``: the engine takes only requests with the key in `KEY_FILE`.
     ``ca_file``: certificate authorities on the host that a server which downloads by itself trusts.
     What the engine compiles is kept in ``compile_cache_dir``, one folder an image digest: another image's
@@ -140,7 +140,7 @@ def document(
             variables |= dict.fromkeys(CA_VARIABLES, CA_IN_CONTAINER)
             volumes.append(literal(f"{ca_file}:{CA_IN_CONTAINER}:ro"))
     else:
-        # HF_HUB_CACHE: vLLM looks for config and tokenizer there, for the weights in --download-dir.
+        # HF_HUB_CACHE: vLLM reads config and tokenizer there, for the weights in --download-dir.
         variables = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": CACHE_IN_CONTAINER}
         # Offline, vLLM replaces the model's name with a path; clients must still find the name.
         command += ["--served-model-name", card.repo]
@@ -197,5 +197,5 @@ def published(port: int, addresses: Sequence[str]) -> list[str]:
 
 
 def without_key(command: Sequence[Any]) -> list[Any]:
-    """A command without what hands it the key."""
+    """A command without the part that passes it the key."""
     return list(command[len(KEYED) :] if list(command[: len(KEYED)]) == KEYED else command)

@@ -1,10 +1,10 @@
 """How vLLM lays out the KV cache: tokens a block, bytes of a block, blocks of a sequence.
 
 Every layer keeps *pages*, one for each block of its block table; layers with the same needs form *groups*, and one
-pool of blocks serves all groups. A model with layers of fixed state (GDN, Mamba2, KDA) beside attention gets blocks so
+pool of blocks serves all groups. A model with layers of fixed state (GDN, Mamba2, KDA) and attention gets blocks so
 long that a page of attention holds a state. The code follows ``v1/core/kv_cache_utils.py``,
 ``v1/kv_cache_interface.py`` and ``platforms/interface.py`` of vLLM; what differs by version is in ``vllm_versions``,
-and vLLM's own code is asked by ``scripts/oracle``. All figures are for one GPU (one rank).
+and ``scripts/oracle`` compares with vLLM's own code. All figures are for one GPU (one rank).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sparkfleet.planning.vllm_versions import Engine, Rules, since
 
 #: Tokens of a block that every attention backend of a GB10 takes and prefers.
 BLOCK = 16
-#: vLLM's default where a card says nothing (openai api server, less than 70 GiB or unknown GPU memory).
+#: vLLM's default where a card gives none (openai api server, less than 70 GiB or unknown GPU memory).
 DEFAULT_BATCHED_TOKENS = 2048
 STATES = ("gdn", "mamba2", "kda", "conv")
 #: Methods of speculation that need no layers: tokens come from the text itself.
@@ -54,7 +54,7 @@ class Spec:
         if self.fixed:
             return self.fixed
         if self.kind == "sliding":
-            # The window, what is being computed, and a block more: a window need not begin with a block.
+            # The window, what is being computed, and a block more: a window need not start at a block.
             return math.ceil(min(self.window - 1 + in_flight, tokens) / self.block) + 1
         return math.ceil(tokens / self.block) + self.extra
 
@@ -162,7 +162,7 @@ class Speculation:
 
 
 def speculation(card: Card, arguments: Arguments) -> Speculation:
-    """What ``speculative_config`` asks for; raises when it is none that vLLM takes."""
+    """What ``speculative_config`` requests; raises when vLLM does not accept it."""
     given: Any = arguments.get("speculative_config")
     if not given:  # also false, which leaves the flag out
         return Speculation()
@@ -221,7 +221,7 @@ def state_bytes(entry: Attention, arguments: Arguments, drafted: int = 0, gpus: 
     elif entry.kind == "kda":
         width = 3 * entry.heads * entry.head_dim
         matrix = entry.heads // gpus * entry.head_dim * entry.head_dim
-    else:  # conv: every rank keeps the whole
+    else:  # conv: every rank keeps all of it
         return columns * entry.width * conv_size
     return columns * (width // gpus) * conv_size + matrix * size
 
@@ -232,7 +232,7 @@ def layout(card: Card, arguments: Arguments, version: Engine) -> Layout:
 
 
 class _Cut:
-    """One model's layout on its way: what is asked for, the specifications of its layers, their groups."""
+    """One model's layout in progress: what is requested, the specifications of its layers, their groups."""
 
     def __init__(self, card: Card, arguments: Arguments, version: Engine) -> None:
         self.card, self.arguments, self.rules = card, arguments, version.rules
@@ -280,11 +280,11 @@ class _Cut:
                 "does not know and does not guess: write them as gdn (key_heads, key_dim, value_heads, value_dim, "
                 "conv), mamba2 (heads, head_dim, state, groups, conv) or kda (heads, head_dim, conv)"
             )
-        beside = bool(self.caches) or any(entry.index_bytes for entry in self.attention)
-        if beside and not self.rules.packs_groups:
+        extra = bool(self.caches) or any(entry.index_bytes for entry in self.attention)
+        if extra and not self.rules.packs_groups:
             first = ".".join(map(str, since("packs_groups")))
             raise SparkfleetError(
-                f"{self.card.source}: shape.attention: what it keeps beside its attention (an index, caches) is "
+                f"{self.card.source}: shape.attention: what it keeps besides its attention (an index, caches) is "
                 f"planned from vLLM {first} on; of {self.version.text} the planner does not know it, and does not guess"
             )
         if not self.attention and not self.caches:
@@ -301,7 +301,7 @@ class _Cut:
                 )
 
     def _prefixes(self) -> bool:
-        """Whether prefix caching is on: asked for, or this version's default."""
+        """Whether prefix caching is on: requested, or this version's default."""
         given = self.arguments.get("enable_prefix_caching")
         if self.arguments.get("no_enable_prefix_caching") is True:
             return False
@@ -330,7 +330,7 @@ class _Cut:
             if self.drafting.tokens and not rules.align_speculates:
                 self.refusals.append(
                     f"vLLM {self.version.text} does not speculate in mamba_cache_mode align: leave "
-                    "enable_prefix_caching or speculative_config out, or take a newer image"
+                    "enable_prefix_caching or speculative_config out, or use a newer image"
                 )
         return chosen
 
@@ -439,7 +439,7 @@ class _Cut:
         return _merged(specs)
 
     def _in_flight(self) -> int:
-        """Tokens that are being computed while a sliding window still holds what lies behind it."""
+        """Tokens that are being computed while a sliding window still holds what is behind it."""
         serial = self.arguments.get("async_scheduling") is False or self.arguments.get("no_async_scheduling") is True
         serial = serial or self.drafting.method in ("ngram", "suffix")
         return self.batched * (1 if serial else self.rules.batches_in_flight)

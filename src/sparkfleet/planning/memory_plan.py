@@ -2,7 +2,7 @@
 
 Pure functions of card, arguments, engine version and memory figures. GiB is 1024**3 bytes, GB 1e9. The budget is
 vLLM's own (``v1/worker/gpu_worker.py``): utilization x total, less weights, less the peak of activations in a dummy
-run of max_num_batched_tokens, less what the process takes beside torch, from 0.21 on less CUDA graphs; the rest is KV
+run of max_num_batched_tokens, less what the process takes besides torch, from 0.21 on less CUDA graphs; the rest is KV
 cache, which ``kv_layout`` cuts into blocks. Of a model that spans several Sparks the figures are those of one of them.
 How far that is from logs of real hosts is in docs/memory-plan.md, which tests recompute.
 """
@@ -30,11 +30,11 @@ BANDWIDTH_GB_S = 273.0
 USUAL_TOTAL_GIB = 119.7
 USUAL_HOST_GIB = 4.5
 #: CUDA context, cuBLAS workspaces and host memory of the engine, which a GB10 counts against the budget: 1.5 and 2.2
-#: GiB in logs that tell it apart from the weights (docs/logged-runs.yml). Before 0.11.1 what the host takes while the
+#: GiB in logs that list it apart from the weights (docs/logged-runs.yml). Before 0.11.1 what the host takes while the
 #: weights load counts as well.
 RUNTIME_GIB = 2.2
 OLD_RUNTIME_GIB = 2.5
-#: What a loader keeps beside the weights: 4.43 GiB less KV cache with instanttensor than without, on a Spark
+#: What a loader keeps besides the weights: 4.43 GiB less KV cache with instanttensor than without, on a Spark
 #: (MiaAI-Lab/GLM-5.3-Flash-EXL3-2x-DGX-Sparks issue 204).
 LOADER_GIB = {"instanttensor": 4.4}
 #: What the engine takes beyond its budget: 2.6 and 2.8 GiB measured at utilization 0.20 and 0.40 of a GB10
@@ -43,7 +43,7 @@ BEYOND_BUDGET_GIB = 2.8
 #: Estimate of vLLM >= 0.21 for its graphs; 0.36 to 0.64 GiB in logs with default capture sizes. Where it is not
 #: subtracted, the graphs come on top of the budget.
 CUDA_GRAPHS_GIB = 0.5
-#: Bytes a token and hidden unit of what a mixture of experts keeps beside its experts' own: residual, norms, router,
+#: Bytes a token and hidden unit of what a mixture of experts keeps besides its experts' own: residual, norms, router,
 #: shared expert, output (fitted to one run of gpt-oss-20b, docs/gpu-runs.yml).
 EXPERT_STREAMS = 19
 #: Bytes a logit (max_num_seqs x vocab) of the sampler's dummy run: 38.4 to 38.9 in logs of five models
@@ -53,7 +53,7 @@ SAMPLER_BYTES = 38.6
 ERROR = 0.10
 #: Tokens of a usual request, question and answer, for "how many at a time".
 TYPICAL_TOKENS = 4096
-#: vLLM's defaults where a card says nothing (openai api server, less than 70 GiB or unknown GPU memory).
+#: vLLM's defaults where a card gives none (openai api server, less than 70 GiB or unknown GPU memory).
 DEFAULT_UTILIZATION = 0.92
 DEFAULT_SEQUENCES = 256
 SHARE = "gpu_memory_utilization"
@@ -81,7 +81,7 @@ class Suggestion:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Figures in GiB unless named otherwise; ``reasons`` say why it does not fit, ``notes`` what to know if it does."""
+    """Figures in GiB unless named otherwise; ``reasons`` why it does not fit, ``notes`` what to know if it does."""
 
     model: str
     profile: str
@@ -129,7 +129,7 @@ class Plan:
 
 
 def v2_runner(card: Card, version: Engine) -> bool:
-    """Whether vLLM's V2 model runner takes the model: the environment's say, or this version's choice."""
+    """Whether vLLM's V2 model runner takes the model: the environment's setting, or this version's choice."""
     asked = card.environment.get("VLLM_USE_V2_MODEL_RUNNER")
     if asked is not None:
         return asked not in ("0", "")
@@ -191,7 +191,7 @@ def requested_gib(command: Sequence[str], total: float) -> float:
     """What an engine that was started with this command holds, GiB; rather too little than too much."""
     given = dict(itertools.pairwise(command))
     try:
-        if "--kv-cache-memory-bytes" in given:  # and the weights, which the command does not tell
+        if "--kv-cache-memory-bytes" in given:  # and the weights, which the command does not show
             held = float(given["--kv-cache-memory-bytes"]) / GIB
         else:
             held = float(given.get("--gpu-memory-utilization", DEFAULT_UTILIZATION)) * total + BEYOND_BUDGET_GIB
@@ -266,18 +266,18 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
     reasons = list(cut.refusals)
     if dtype == "fp8" and not rules.has_fp8_kv:
         reasons.append(
-            f"vLLM {version.text} has no FP8 KV cache on a GB10: leave kv_cache_dtype out, or take a newer image"
+            f"vLLM {version.text} has no FP8 KV cache on a GB10: leave kv_cache_dtype out, or use a newer image"
         )
     if length > card.shape.context and "hf_overrides" not in arguments:
         reasons.append(f"max_model_len {length} is longer than the model's context of {card.shape.context} tokens")
     if memory.available < requested:
         reasons.append(
-            f"vLLM asks for {requested:.1f} GiB ({utilization:.2f} of {memory.total:.1f}), {memory.available:.1f} GiB "
+            f"vLLM requests {requested:.1f} GiB ({utilization:.2f} of {memory.total:.1f}), {memory.available:.1f} GiB "
             "are available: it would refuse to start"
         )
     elif left < memory.reserve:
         reasons.append(
-            f"with the {requested:.1f} GiB of its budget and {BEYOND_BUDGET_GIB} GiB beside it the engine leaves "
+            f"with the {requested:.1f} GiB of its budget and {BEYOND_BUDGET_GIB} GiB besides it the engine leaves "
             f"{left:.1f} GiB to the host; below {memory.reserve:g} GiB a Spark is in danger of freezing"
         )
     if concurrency < 1:
@@ -314,7 +314,7 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
             notes.append(f"vLLM {version.text} {counts} the page cache as used: it is dropped just before the start")
         if card.shape.kv_cache_dtype == "fp8" and dtype == "bf16":
             notes.append(
-                f"the checkpoint asks for an FP8 KV cache, vLLM {version.text} keeps it in bf16; from "
+                f"the checkpoint requests an FP8 KV cache, vLLM {version.text} keeps it in bf16; from "
                 f"{'.'.join(map(str, vllm_versions.since('kv_follows_checkpoint')))} on it follows, and twice as many "
                 "tokens fit"
             )
@@ -419,9 +419,9 @@ def _with_room(
 
 
 def _suggestion(kind: str, change: dict[str, Any], plan: Plan) -> Suggestion:
-    said = ["two Sparks, half of the model on each"] if kind == "two_sparks" else []
-    said += [f"{key if key in ('profile', 'model') else key + ':'} {change[key]}" for key in change if key != "ranks"]
-    return Suggestion(kind, f"{', '.join(said)} ({_room(plan)})", change)
+    words = ["two Sparks, half of the model on each"] if kind == "two_sparks" else []
+    words += [f"{key if key in ('profile', 'model') else key + ':'} {change[key]}" for key in change if key != "ranks"]
+    return Suggestion(kind, f"{', '.join(words)} ({_room(plan)})", change)
 
 
 def _lengths(now: int) -> list[int]:

@@ -48,8 +48,8 @@ class Experts:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What config.json says: ``shape`` as a card has it, ``origin`` {place in the card: where it comes from},
-    ``unknown`` what it does not say, or a card cannot hold; and what the weights' size follows from."""
+    """The content of config.json: ``shape`` as a card has it, ``origin`` {place in the card: where it comes from},
+    ``unknown`` what it does not give, or a card cannot hold; and what the weights' size follows from."""
 
     model_type: str
     architecture: str
@@ -73,7 +73,7 @@ class Description:
 
 
 class _Config:
-    """A mapping of config.json: values within bounds, and where each stands."""
+    """A mapping of config.json: values within bounds, and the place of each."""
 
     def __init__(self, data: Mapping[str, Any], place: str = "") -> None:
         self.data, self.place = data, place
@@ -86,7 +86,7 @@ class _Config:
         return next(((name, self.data[name]) for name in names if self.data.get(name) is not None), ("", None))
 
     def integer(self, *names: str, least: int = 1, most: int = MOST_WIDTH) -> int:
-        """The first of `names` that is there. Raises SparkfleetError if none is, or it is no whole number in bounds."""
+        """The first of `names` that is there. Raises SparkfleetError if none is, or it is not an integer in bounds."""
         name, value = self.get(*names)
         if not name:
             raise SparkfleetError(f"{CONFIG}: {' or '.join(map(self.where, names))} is missing; {BY_HAND}")
@@ -205,8 +205,8 @@ class _Reader:
         hidden, heads = self.text.integer("hidden_size", "n_embd"), self.heads
         if hidden % heads:
             raise SparkfleetError(
-                f"{CONFIG}: {self.text.where('hidden_size')} {hidden} is no multiple of num_attention_heads {heads}, "
-                f"and there is no head_dim; {BY_HAND}"
+                f"{CONFIG}: {self.text.where('hidden_size')} {hidden} is not a multiple of num_attention_heads "
+                f"{heads}, and there is no head_dim; {BY_HAND}"
             )
         return hidden // heads
 
@@ -250,7 +250,7 @@ class _Reader:
     # -- what all models have ----------------------------------------------------------------------------------------
 
     def context(self) -> int:
-        """The longest context in tokens, as vLLM derives it: a stretched one where rope scaling says so."""
+        """The longest context in tokens, as vLLM derives it: a stretched one where rope scaling defines it."""
         names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
         longest = self.take("shape.context", *names, most=MOST_COUNT)
         name = "rope_scaling" if self.text.inner("rope_scaling") else "rope_parameters"
@@ -291,7 +291,7 @@ class _Reader:
 
     def _shared_experts(self, width: int) -> int:
         """How many experts the shared ones are as wide as."""
-        if self.text.true("enable_moe_block"):  # Gemma 4: an MLP beside them
+        if self.text.true("enable_moe_block"):  # Gemma 4: an MLP besides them
             return math.ceil(self.text.integer("intermediate_size") / width)
         own = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size")
         if self.text.get(*own)[0]:
@@ -316,7 +316,7 @@ class _Reader:
 
 
 def _full(reader: _Reader) -> list[Layer]:
-    """Full attention in every layer; what a list of types says comes first."""
+    """Full attention in every layer; a list of types takes precedence."""
     types = reader.types()
     if types is None:
         return [reader.full()] * reader.layers
@@ -331,7 +331,7 @@ def _mistral(reader: _Reader) -> list[Layer]:
 
 
 def _qwen(reader: _Reader) -> list[Layer]:
-    """A window from layer `max_window_layers` on, if `use_sliding_window` says so."""
+    """A window from layer `max_window_layers` on, if `use_sliding_window` is set."""
     text = reader.text
     if text.data.get("layer_types") is not None or not text.true("use_sliding_window"):
         return _full(reader) if text.data.get("layer_types") is not None else [reader.full()] * reader.layers
@@ -378,7 +378,7 @@ def _gemma4(reader: _Reader) -> list[Layer]:
 def _mla(reader: _Reader) -> list[Layer]:
     """One compressed vector a token in every layer."""
     if reader.text.get("index_topk", "index_head_dim")[0]:
-        raise _refused(reader.model_type, "sparse attention keeps an index beside the cache (index_head_dim)")
+        raise _refused(reader.model_type, "sparse attention keeps an index besides the cache (index_head_dim)")
     return [reader.mla()] * reader.layers
 
 
@@ -391,7 +391,7 @@ def _state_dtype(reader: _Reader, *names: str) -> tuple[tuple[str, int | str], .
 
 
 def _gdn(reader: _Reader) -> list[Layer]:
-    """Gated DeltaNet beside full attention (Qwen3-Next, Qwen3.5 and later)."""
+    """Gated DeltaNet alongside full attention (Qwen3-Next, Qwen3.5 and later)."""
     text = reader.text
 
     def linear() -> Layer:
@@ -481,7 +481,7 @@ def _lfm2(reader: _Reader) -> list[Layer]:
 
 
 def _kimi_linear(reader: _Reader) -> list[Layer]:
-    """Kimi Delta Attention beside MLA; layers are counted from 1."""
+    """Kimi Delta Attention alongside MLA; layers are counted from 1."""
     inner = reader.text.inner("linear_attn_config")
     if inner is None:
         raise SparkfleetError(f"{CONFIG}: {reader.text.where('linear_attn_config')} is missing; {BY_HAND}")
@@ -542,7 +542,7 @@ READERS: dict[str, Callable[[_Reader], list[Layer]]] = {
 }
 #: Kinds of model that are known and whose cache a card cannot describe.
 REFUSED = {
-    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), "sparse attention keeps an index beside the cache"),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), "sparse attention keeps an index besides the cache"),
     **dict.fromkeys(("deepseek_v4", "deepseek_ref"), "its layers compress their cache by different ratios"),
     **dict.fromkeys(("qwen4_exp", "glm5_next", "minimax_m3", "minimax_m3_vl"), "sparse attention with an index"),
     "llama4": "attention in chunks",
@@ -608,15 +608,15 @@ def _described(reader: _Reader, top: _Config, architecture: str) -> Description:
 
 
 def _tied(top: _Config, text: _Config, model_type: str) -> bool:
-    """Whether the output layer is the embedding table; what is not said is so for models of Google and Cohere."""
-    said = [
+    """Whether the output layer is the embedding table; if not given, it is so for models of Google and Cohere."""
+    given = [
         part.data["tie_word_embeddings"] for part in (top, text) if part.data.get("tie_word_embeddings") is not None
     ]
-    return any(value is True for value in said) if said else model_type.startswith(("gemma", "cohere"))
+    return any(value is True for value in given) if given else model_type.startswith(("gemma", "cohere"))
 
 
 def _more(reader: _Reader) -> dict[str, int]:
-    """What a card may say beside: query heads, layers of multi-token prediction."""
+    """What a card may hold besides: query heads, layers of multi-token prediction."""
     text, made = reader.text, {}
     if text.get("num_attention_heads", "n_head")[0]:
         made["heads"] = reader.take("shape.heads", "num_attention_heads", "n_head")
@@ -667,7 +667,7 @@ UNQUANTISED_BITS = 16.0
 @dataclasses.dataclass(frozen=True)
 class Quantisation:
     """How weights are kept: ``name`` in words, ``expert_bits`` a weight of a routed expert (None if not known), and
-    whether the checkpoint asks for an FP8 KV cache; ``place`` says where that stands."""
+    whether the checkpoint requests an FP8 KV cache; ``place`` names where."""
 
     name: str
     expert_bits: float | None
@@ -677,14 +677,14 @@ class Quantisation:
     linear: str = ""  # of the linear layers, in a card's words: fp8, block_fp8, nvfp4, mxfp4
 
 
-def quantisation(data: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> Quantisation:
-    """Of config.json's ``quantization_config``, or of hf_quant_config.json (`beside`) where there is none: the order
+def quantisation(data: Mapping[str, Any], separate: Mapping[str, Any] | None = None) -> Quantisation:
+    """Of config.json's ``quantization_config``, or of hf_quant_config.json (`separate`) where there is none: the order
     in which vLLM reads them."""
     top = _Config(data)
     inner = _text_model(top)
     holders = ((top, "quantization_config"), (inner, "quantization_config"), (top, "compression_config"))
     found = next((part for holder, name in holders if (part := holder.inner(name)) is not None), None)
-    file = _Config(beside or {}, "hf_quant_config.json").inner("quantization")
+    file = _Config(separate or {}, "hf_quant_config.json").inner("quantization")
     if found is None and file is None:
         return Quantisation("none (16 bits)", UNQUANTISED_BITS, False, f"{CONFIG}: no quantization_config")
     chosen = found if found is not None else file
@@ -694,7 +694,7 @@ def quantisation(data: Mapping[str, Any], beside: Mapping[str, Any] | None = Non
     unknown = []
     if found is not None and file is not None and _fp8_kv(file) and not _fp8_kv(found):
         unknown.append(
-            f"FP8 KV cache: hf_quant_config.json asks for one, {place} does not; vLLM reads the latter (set the "
+            f"FP8 KV cache: hf_quant_config.json requests one, {place} does not; vLLM reads the latter (set the "
             "argument kv_cache_dtype: fp8 to have one)"
         )
     bits = _bits(chosen, algorithm)

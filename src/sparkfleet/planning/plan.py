@@ -1,6 +1,6 @@
 """The plan for one Spark: a pure function of settings, model cards and host state.
 
-``state`` is what the module ``spark_state`` found. The plan says what must not go on (findings) and
+``state`` is what the module ``spark_state`` found. The plan lists what must not proceed (findings) and
 what there is to do (prepare, fetch, deploy); an empty list of reasons means that nothing is.
 """
 
@@ -27,7 +27,7 @@ class Work:
     reasons: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, condition: object, reason: str) -> None:
-        """Note a reason if the condition holds."""
+        """Add a reason if the condition holds."""
         if condition:
             self.reasons.append(reason)
 
@@ -177,8 +177,8 @@ def prepare(target: Target, state: State) -> tuple[Work, Work, Work, Work, Work,
 
 
 def stale_proxy(target: Target, state: State) -> bool:
-    """Whether the Docker that runs has another proxy than it should. Its files may be right already: a run that fails
-    before it restarts Docker leaves it so."""
+    """Whether the running Docker uses the wrong proxy. Its files may already be right: a run that fails before it
+    restarts Docker leaves it so."""
     engine = state["docker"]
     return bool(target.settings.proxy and engine["running"] and not engine["proxy_current"])
 
@@ -198,7 +198,7 @@ def packages(target: Target, state: State) -> list[str]:
 
 
 def guard_settings(target: Target, state: State) -> dict[str, Any]:
-    """The content of the guard's file of settings. Its own port is open where the engine's is."""
+    """The content of the guard's settings file. Its own port is open where the engine's is."""
     settings, addresses = target.settings, target.addresses(state)
     where = list(dict.fromkeys((compose.LOOPBACK, *addresses))) if addresses else [""]
     return {
@@ -217,20 +217,20 @@ def guard_settings(target: Target, state: State) -> dict[str, Any]:
 
 
 def notes(target: Target, state: State) -> list[str]:
-    """What an operator should know of what is to run, though nothing stands in its way."""
+    """What an operator should know of what is to run, though nothing prevents it."""
     settings, found = target.settings, []
     if target.is_open(state) and settings.service_state == "started":
         ports = [str(engine.port) for engine in target.engines]
         which = f"port {ports[0]} is" if len(ports) == 1 else f"ports {', '.join(ports)} are"
         found.append(
             f"{which} open to the network without a key: sparkfleet_listen: loopback closes "
-            f"{'it' if len(ports) == 1 else 'them'}, sparkfleet_engine_key asks for a key"
+            f"{'it' if len(ports) == 1 else 'them'}, sparkfleet_engine_key requires a key"
         )
     for engine in target.engines:
         if vllm_versions.moves(engine.image):
             found.append(
-                f"the tag of {engine.image} moves: another run may find another vLLM under it; sparkfleet_image with a "
-                "digest (NAME@sha256:...) pins it"
+                f"the tag of {engine.image} is mutable: another run may get another vLLM from it; sparkfleet_image "
+                "with a digest (NAME@sha256:...) pins it"
             )
         draft = kv_layout.speculation(engine.card, engine.arguments).model
         if draft and settings.model_source == "local":
@@ -372,7 +372,7 @@ def _matches(container: Mapping[str, Any] | None, service: Mapping[str, Any]) ->
         started["image"] == compose.plain(service["image"])
         and started["command"] == [compose.plain(word) for word in service["command"]]
         and set(service["environment"]) <= set(started["environment"])
-        # Of a value its hash is there; of one that may be a secret nothing is.
+        # A value is there as its hash; one that may be a secret is left out.
         and all(
             started["environment"][name] in ("", hashlib.sha256(compose.plain(value).encode()).hexdigest())
             for name, value in environment.items()

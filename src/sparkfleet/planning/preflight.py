@@ -1,7 +1,7 @@
 """Preflight: everything about a host that would make a deployment fail, found before anything is changed.
 
-Each check says what it saw and, where that will not do, findings: an id of the table of failures and a sentence with
-the remedy. All are returned at once.
+Each check reports what it saw and, if that is insufficient, findings: an id of the table of failures and a sentence
+with the remedy. All are returned at once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MINIMUM_ENGINE = (20, 10)
 MINIMUM_TOOLKIT = (1, 12)
 #: A clock that is further off breaks certificates and signatures, seconds.
 CLOCK_TOLERANCE = 300
-#: containerd's image store keeps layers compressed beside those that it unpacked: 10 GiB beside 22 of the images that
+#: containerd's image store keeps layers compressed alongside the unpacked ones: 10 GiB for 22 GiB of the images that
 #: NVIDIA has for the GB10.
 BOTH_KEPT = 1.5
 #: Free space that a plan never uses: logs, package lists, a person's own files.
@@ -43,7 +43,7 @@ DISK_RESERVE = 2 * GIB
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A reason not to go on: an id of the table of failures, and the sentence for the operator."""
+    """A reason not to proceed: an id of the table of failures, and the sentence for the operator."""
 
     id: str
     message: str
@@ -51,7 +51,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: what was seen, and what is wrong with it."""
+    """One thing that was checked: what was seen, and what is wrong with it."""
 
     name: str
     seen: str
@@ -135,7 +135,7 @@ def _gpu(target: Target, state: State) -> Check:
             Finding(
                 "not-a-spark",
                 f"no GB10: nvidia-smi reports {gpu['name'] if gpu else 'nothing'}. Check the address in the inventory; "
-                "on a Spark, install its driver (nvidia-smi must answer); to go on all the same, set "
+                "on a Spark, install its driver (nvidia-smi must answer); to proceed anyway, set "
                 "sparkfleet_require_gb10: false",
             )
         )
@@ -283,7 +283,7 @@ def _memory_check(plan: memory_plan.Plan | SparkfleetError, seen: str, enforced:
         if not enforced:
             return Check("memory", f"{seen}; not planned: {plan}")
         return Check("memory", seen, (known("layout-unknown", str(plan)),))
-    seen += f", {plan.requested_gib:.1f} asked for, "
+    seen += f", {plan.requested_gib:.1f} requested, "
     seen += f"{plan.left_gib:.1f} left to the host" if plan.left_gib >= 0 else f"{-plan.left_gib:.1f} too little"
     if plan.fits or not enforced:
         return Check("memory", seen)
@@ -312,27 +312,27 @@ def _disk(target: Target, state: State, cases: Sequence[Case]) -> Check:
         what = "the model" if len(downloads) == 1 else f"{len(downloads)} models"
         needs.setdefault(where["device"], []).append((what, target.settings.cache_dir, rest))
         free[where["device"]] = where["free"]
-    found, wanted_at_all = [], 0.0
+    found, needed_in_all = [], 0.0
     for device, parts in needs.items():
-        wanted = sum(size for _, _, size in parts) + DISK_RESERVE
-        wanted_at_all += wanted
-        if free[device] < wanted:
+        needed = sum(size for _, _, size in parts) + DISK_RESERVE
+        needed_in_all += needed
+        if free[device] < needed:
             what = " and ".join(f"{size / GIB:.1f} GiB for {name} in {path}" for name, path, size in parts)
             found.append(
                 Finding(
                     "disk-full",
-                    f"{free[device] / GIB:.1f} GiB free, {wanted / GIB:.1f} GiB needed ({what}, "
+                    f"{free[device] / GIB:.1f} GiB free, {needed / GIB:.1f} GiB needed ({what}, "
                     f"{DISK_RESERVE / GIB:.0f} GiB kept free): free some (`docker system df` and `du -sh "
                     f"{target.settings.cache_dir}/*` show what is there), or set sparkfleet_cache_dir to a larger disk",
                 )
             )
-    return Check("disk", f"{least:.0f} GiB free, {wanted_at_all / GIB:.0f} needed", tuple(found))
+    return Check("disk", f"{least:.0f} GiB free, {needed_in_all / GIB:.0f} needed", tuple(found))
 
 
 def _image_store(target: Target, state: State) -> tuple[dict[str, Any], str, bool]:
-    """Free space of the file system where images lie or will lie, its folder, and whether layers are kept twice."""
+    """Free space of the file system where images are, or will be, its folder, and whether layers are kept twice."""
     docker = state["docker"]
-    if not docker["installed"]:  # Docker's own packages, from 29 on, begin with containerd's store
+    if not docker["installed"]:  # Docker's own packages, from 29 on, start with containerd's store
         own = target.settings.docker_source == "docker"
         return state["disk"]["containerd" if own else "docker"], f"/var/lib/{'containerd' if own else 'docker'}", own
     return state["disk"]["docker"], docker.get("images_at", "/var/lib/docker"), docker.get("store") == "containerd"
@@ -383,31 +383,31 @@ def _switch(target: Target, state: State) -> Check:
 
 def _bundle(bundle: Bundle, state: State, cases: Sequence[Case], work: Work) -> Check:
     """Whether a bundle has what is to be fetched and installed."""
-    system, lacks = state["os"], []
+    system, gaps = state["os"], []
     for case in cases:
         if case.pulls and case.engine.image not in bundle.images:
-            lacks.append(f"no image {case.engine.image} (it has {', '.join(sorted(bundle.images)) or 'none'})")
+            gaps.append(f"no image {case.engine.image} (it has {', '.join(sorted(bundle.images)) or 'none'})")
         wanted = f"{case.engine.card.repo}@{case.engine.revision}"
         if case.downloads and wanted not in bundle.models:
-            lacks.append(f"no model {wanted} (it has {', '.join(sorted(bundle.models)) or 'none'})")
+            gaps.append(f"no model {wanted} (it has {', '.join(sorted(bundle.models)) or 'none'})")
     here = {"id": system["id"], "codename": system["codename"], "machine": system["machine"]}
     if work.installs and bundle.system != here:
         packages = " ".join(bundle.system.values()) or "nothing"
-        lacks.append(f"packages for {packages}, the host is {' '.join(here.values())}")
+        gaps.append(f"packages for {packages}, the host is {' '.join(here.values())}")
     elif any(work.pulls) and bundle.system.get("machine") != here["machine"]:
-        lacks.append(f"an image for {bundle.system.get('machine')}, the host is {here['machine']}")
-    lacking = bundle.lacking()
-    if lacking:
-        lacks.append(f"{len(lacking)} of {len(bundle.files)} files missing or cut, such as {lacking[0]}")
-    if not lacks:
+        gaps.append(f"an image for {bundle.system.get('machine')}, the host is {here['machine']}")
+    incomplete = bundle.missing_files()
+    if incomplete:
+        gaps.append(f"{len(incomplete)} of {len(bundle.files)} files missing or cut, such as {incomplete[0]}")
+    if not gaps:
         return Check("bundle", f"{bundle.folder} has what is needed")
-    return Check("bundle", "; ".join(lacks), (known("bundle", f"the bundle {bundle.folder} has {'; '.join(lacks)}"),))
+    return Check("bundle", "; ".join(gaps), (known("bundle", f"the bundle {bundle.folder} has {'; '.join(gaps)}"),))
 
 
 def _registry(case: Case) -> Check:
     registry = case.found["registry"]
     if registry is None or not case.pulls:
-        return Check("registry", "image is there" if not case.pulls else "not asked; there is a bundle")
+        return Check("registry", "image is there" if not case.pulls else "not queried; there is a bundle")
     if registry["status"]:
         return Check("registry", f"{registry['host']} answers")
     fact = f"the host does not reach {registry['host']} ({registry['error']})"
@@ -417,9 +417,9 @@ def _registry(case: Case) -> Check:
 def _hub(state: State, case: Case) -> Check:
     hub, card, model = case.found["hub"], case.engine.card, case.found["model"]
     if model.get("suspect") and not model.get("missing"):
-        return Check("hub", "asked only if a file of the model is damaged")
+        return Check("hub", "queried only if a file of the model is damaged")
     if hub is None or not case.downloads:
-        return Check("hub", "model is there" if model["complete"] else "not asked; there is a bundle")
+        return Check("hub", "model is there" if model["complete"] else "not queried; there is a bundle")
     seen = f"{card.repo}: {hub['error'] or hub['status']}"
     if hub["status"] == 200 or hub["error"] == "EntryNotFound":  # not every format has a config.json
         return Check("hub", f"gives {card.repo}")

@@ -35,7 +35,7 @@ def defaults() -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class EngineSettings:
-    """What the inventory says of one engine of a host."""
+    """What the inventory defines for one engine of a host."""
 
     model: str
     profile: str = "throughput"
@@ -49,7 +49,7 @@ class EngineSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the inventory says of one host; the fields are the variables ``sparkfleet_<field>``, with their defaults.
+    """The inventory's settings of one host; the fields are the variables ``sparkfleet_<field>``, with their defaults.
 
     Fields below ``arguments`` are not variables. The fields of `EngineSettings` are those of the host's only engine,
     unless ``engines`` lists them.
@@ -99,8 +99,8 @@ class Settings:
     guard_max_restarts: int = 3
     guard_restart_window: float = 3600.0
     guard_port: int = 9109
-    bundle: str = ""  # folder on the controller that stands for the internet
-    bundle_digest: str = ""  # what its bundle.json must have; empty: not checked
+    bundle: str = ""  # folder on the controller in place of the internet
+    bundle_digest: str = ""  # of its bundle.json; empty: not checked
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # sparkfleet_vllm_<name>
     gateways: tuple[str, ...] = ()  # names or addresses of the inventory's gateways
     gateways_elsewhere: tuple[str, ...] = ()  # those on other hosts
@@ -109,8 +109,8 @@ class Settings:
 
     @classmethod
     def of(cls, settled: Mapping[str, Any], **known: Any) -> Settings:
-        """From a host's variables as `variables.settle` returns them; `known` are fields that others know better.
-        What is not set has its default."""
+        """From a host's variables as `variables.settle` returns them; `known` are fields known from elsewhere.
+        What is not set takes its default."""
         names = {PREFIX + field.name: field.name for field in dataclasses.fields(cls)}
         found = {names[name]: value for name, value in settled.items() if name in names and name in variables.options()}
         found.setdefault("model", variables.options()["sparkfleet_model"]["default"])
@@ -120,7 +120,7 @@ class Settings:
 
     @property
     def api_key_enabled(self) -> bool:
-        """Whether the engines ask for a key."""
+        """Whether the engines require a key."""
         return bool(self.engine_key)
 
     def each(self) -> tuple[EngineSettings, ...]:
@@ -131,7 +131,7 @@ class Settings:
 
 def listen(value: Any) -> str | list[str]:
     """`auto`, `all`, or addresses, of sparkfleet_listen; `loopback` is its address. Raises SparkfleetError naming what
-    is none."""
+    is invalid."""
     if value in ("auto", "all"):
         return str(value)
     if value == "loopback":
@@ -147,8 +147,8 @@ def listen(value: Any) -> str | list[str]:
         made.append(compose.LOOPBACK if address.is_loopback else str(address))
     if not made or any("%" in address for address in made):
         raise SparkfleetError(
-            f"sparkfleet_listen: {printable(str(value), 80)!r} will not do: write auto, all, loopback, or addresses of "
-            "the Spark"
+            f"sparkfleet_listen: {printable(str(value), 80)!r} is not valid: write auto, all, loopback, or addresses "
+            "of the Spark"
         )
     return list(dict.fromkeys(made))
 
@@ -268,18 +268,18 @@ class Target:
         wanted = listen(self.settings.listen)
         if isinstance(wanted, list):
             return wanted
-        # In an order that a name server does not change.
+        # In an order independent of the name server.
         return sorted((state or {}).get("reached_at") or []) if wanted == "auto" and self.settings.gateways else []
 
     def is_open(self, state: State | None = None) -> bool:
-        """Whether whoever reaches the host's network reaches the engines, or may: past no gateway and without a key."""
+        """Whether anyone on the host's network reaches, or may reach, the engines: without a gateway or a key."""
         addresses = self.addresses(state)
         everywhere = not addresses or not all(ipaddress.ip_address(address).is_loopback for address in addresses)
         return everywhere and not self.settings.gateways and not self.settings.api_key_enabled
 
 
 def _check_engines(engines: Sequence[EngineTarget]) -> None:
-    """Whether services, models and ports tell the engines of a host apart. Raises SparkfleetError."""
+    """Whether services, models and ports distinguish the engines of a host. Raises SparkfleetError."""
     if len(engines) > MOST_ENGINES:
         raise SparkfleetError(f"{len(engines)} engines on one host: at most {MOST_ENGINES}")
     seen: dict[tuple[str, str], str] = {}

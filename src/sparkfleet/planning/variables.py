@@ -1,7 +1,7 @@
-"""The variables of the inventory: which there are, and what each may be.
+"""The variables of the inventory: which exist, and what each may be.
 
 Types, choices and defaults are those of the role's argument specs; ranges and forms are here, for all that checks them:
-the plan before it looks at a host, a rollout on paper, and the documentation. Names that begin with `sparkfleet_` are
+the plan before it inspects a host, a rollout on paper, and the documentation. Names that start with `sparkfleet_` are
 Sparkfleet's own; variables of a user's own have other names.
 """
 
@@ -23,12 +23,12 @@ from sparkfleet.paths import ROOT
 from sparkfleet.planning import catalog
 
 PREFIX = "sparkfleet_"
-#: What the variables of vLLM's arguments begin with; Ansible's own precedence merges them.
+#: Prefix of the variables of vLLM's arguments; Ansible's own precedence merges them.
 ARGUMENT_PREFIX = "sparkfleet_vllm_"
 SPECS = ROOT / "roles" / "sparkfleet" / "meta" / "argument_specs.yml"
 
 _DAY = 86400
-#: Of each number the least and the most it may be.
+#: Lower and upper bound of each number.
 RANGES: dict[str, tuple[float, float]] = {
     "sparkfleet_port": (1, 65535),
     "sparkfleet_image_disk_gib": (0, 100_000),
@@ -60,7 +60,7 @@ _ABSOLUTE = (
 _NAME = (r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}\$?", "the name of a user or group")
 _LINE = (r"[^\x00-\x1f\x7f]{0,4000}", "a line of text")
 _URL = r"https?://[!-~]{1,500}"
-#: Of each text the form it must have as a whole, and that form in words. "" is "not set", where that is the default.
+#: For each text, the form it must have altogether, and that form in words. "" is "not set", where that is the default.
 FORMS: dict[str, tuple[str, str]] = {
     "sparkfleet_model": (r"[^\x00-\x1f\x7f]{1,1000}", "a name of the catalogue, ORG/NAME of the Hub or a path"),
     "sparkfleet_profile": (r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", "the name of a profile"),
@@ -91,14 +91,14 @@ PARAMETERS = frozenset(
         *("simulated_token_file", "simulated_url"),
     )
 )
-#: Ports of which each may have one use on a Spark.
+#: Ports, each of which may have one use on a Spark.
 _PORTS = ("sparkfleet_port", "sparkfleet_guard_port", "sparkfleet_share_port")
 
 
 @functools.cache
 def options() -> dict[str, dict[str, Any]]:
     """Each variable with its type, choices, default and description, as argument specs have them."""
-    # In C where there is libyaml: each host of a run reads it.
+    # The C loader where there is libyaml: each host of a run reads it.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     found: dict[str, Any] = yaml.load(SPECS.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506 - both are safe
     options: dict[str, dict[str, Any]] = found["argument_specs"]["main"]["options"]
@@ -107,7 +107,7 @@ def options() -> dict[str, dict[str, Any]]:
 
 @functools.cache
 def internal() -> frozenset[str]:
-    """Names that playbooks and roles keep for themselves: all that stand in them."""
+    """Names that playbooks and roles reserve: all that occur in them."""
     root = ROOT
     files = [*(root / "playbooks").rglob("*.yml"), *(root / "roles").glob("*/tasks/*.yml")]
     found = (re.findall(rf"\b{PREFIX}\w+", file.read_text(encoding="utf-8")) for file in files)
@@ -115,7 +115,7 @@ def internal() -> frozenset[str]:
 
 
 def unknown(names: Iterable[str]) -> list[str]:
-    """A problem in words for each name that begins with `sparkfleet_` and is no variable of Sparkfleet."""
+    """A problem in words for each name that starts with `sparkfleet_` and is not a variable of Sparkfleet."""
     found = []
     for name in sorted(name for name in names if name.startswith(PREFIX)):
         if name in options() or name.startswith(ARGUMENT_PREFIX) or name in PARAMETERS or name in internal():
@@ -178,7 +178,7 @@ def _value(name: str, value: Any, option: Mapping[str, Any]) -> Any:
         return made
     if kind in ("str", "path"):
         if isinstance(value, int | float) and not isinstance(value, bool):
-            # YAML's reading is not what was written: 0775 is 509 there, and 25.10 is 25.1.
+            # YAML reads something other than what was written: 0775 is 509 there, and 25.10 is 25.1.
             shown = "" if secret else f" {_shown(value)}"
             raise SparkfleetError(f"{name}: must be text, not the number{shown}: write the value in quotes")
         if not isinstance(value, str):
@@ -216,7 +216,7 @@ def _shown(value: Any) -> str:
         return "a number of thousands of digits"
 
 
-def _whole(value: Any) -> int | None:
+def _integer(value: Any) -> int | None:
     if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value.strip()):
         return int(value)
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
@@ -243,7 +243,7 @@ def _truth(value: Any) -> bool | None:
 
 
 _CONVERT: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "int": (_whole, "a whole number"),
+    "int": (_integer, "a whole number"),
     "float": (_number, "a number"),
     "bool": (_truth, "true or false"),
 }

@@ -41,7 +41,7 @@ FIRST_UPSTREAM: Version = (0, 18)
 class Rules:
     """What a version of vLLM does about memory; the fields start as the oldest version known here has them."""
 
-    #: ``kv_cache_dtype: auto`` is FP8 for a checkpoint that asks for it.
+    #: ``kv_cache_dtype: auto`` is FP8 for a checkpoint that requests it.
     kv_follows_checkpoint: bool = False
     #: An FP8 KV cache works on compute capability 12.1.
     has_fp8_kv: bool = False
@@ -54,7 +54,7 @@ class Rules:
     v2_counts_cuda_graphs: bool = False
     #: Bytes a batched token and hidden unit at the peak of a dense model's dummy run with the V1 model runner.
     v1_hidden_bytes: int = 4
-    #: Which models the V2 model runner takes unless VLLM_USE_V2_MODEL_RUNNER says otherwise: none, dense (full or
+    #: Which models the V2 model runner takes unless VLLM_USE_V2_MODEL_RUNNER overrides it: none, dense (full or
     #: sliding attention, no experts), all.
     v2_runner: Literal["none", "dense", "all"] = "none"
     #: The largest bucket of layers sets the layers a group if it is smaller than the smallest times this.
@@ -80,7 +80,7 @@ class Rules:
     all_counts_speculation: bool = False
     #: In ``align`` a block may not be longer than a batch.
     batch_holds_block: bool = False
-    #: A block beside those of a sequence, for a checkpoint of a prefill.
+    #: A block besides those of a sequence, for a checkpoint of a prefill.
     mamba2_checkpoint: int = 0
     kda_checkpoint: int = 0
     #: The block of a hybrid is a multiple of ``block_size`` (before: of 16, and block_size is a floor).

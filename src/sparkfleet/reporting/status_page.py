@@ -26,7 +26,7 @@ def summary(
     problem: str = "",
     drained: bool = False,
 ) -> dict[str, Any]:
-    """The row of a host: plain data, for tables and for JSON, with `engines`, a row of each engine. What is said of the
+    """The row of a host: plain data, for tables and for JSON, with `engines`, a row of each engine. What it has of the
     host is the sum or the worst of them, and its names are theirs. `found` is what the module spark_status returned,
     `drift` how the host differs from the inventory (None where that is not known), `problem` why it is not."""
     releases = found["releases"]
@@ -98,7 +98,7 @@ def damaged(releases: Mapping[str, Any]) -> list[str]:
 
 
 def absent(host: str, state: str, message: str) -> dict[str, Any]:
-    """The row of a host that could not be looked at."""
+    """The row of a host that could not be inspected."""
     empty = dict.fromkeys(
         (
             *("model", "profile", "release", "digest", "running", "waiting", "kv_cache", "tokens_per_second"),
@@ -202,7 +202,7 @@ def _notes(row: Mapping[str, Any], alone: bool) -> Iterator[str]:
     for engine in row["engines"]:
         if engine["given_up"]:
             yield f"the guard gave up{' ' + engine['service'] if several else ''}: {engine['given_up']}"
-    # Of many Sparks, the last switch of each is no news where it went well.
+    # Of many Sparks, the last switch of each is not news where it went well.
     if row.get("switch") and (alone or not row["switch"].endswith(": verified")):
         yield f"last switch {row['switch']}"
     for line in row.get("damaged") or ():

@@ -1,4 +1,4 @@
-"""A switch of releases as the controller follows it: what to print, and what came of it."""
+"""A switch of releases as the controller follows it: what to print, and the outcome."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparkfleet.diagnosis.startup import Watch, explain
 from sparkfleet.reporting import report
 
 VERIFIED, RESTORED, REMOVED, REFUSED = "verified", "restored", "removed", "refused"
-#: Phases of the journal in words; those that wait for an engine are told by its log.
+#: Phases of the journal in words; those that wait for an engine are shown by its log.
 WORDS = {
     "stopping": "stopping {before}",
     "starting": "starting {to}",
@@ -23,14 +23,14 @@ WORDS = {
     "restoring": "{to} failed; bringing back {before}",
     "restore-verifying": "asking it",
 }
-LATEST = 1e11  # Unix time, and seconds, beyond which a clock is none
+LATEST = 1e11  # Unix time, and seconds, beyond which a clock is wrong
 MOST = 1000  # parts that were reclaimed, sentences
 LOG_LINES = 2000  # of an answer
 TEXT, NAME = 1000, 300  # characters that are printed of a sentence, of a name
 _TIMES = ("ended", "stopped_at", "answering_at", "out_of_service_s")
 _WAITING = ("waiting", "restore-waiting")
 _ANSWERS = ("verifying", "restore-verifying")
-#: The same of one engine of several.
+#: The same for one engine of several.
 WORDS_OF_ONE = {
     "starting": "starting {service} of {to}",
     "verifying": "asking {service}",
@@ -54,12 +54,12 @@ class Follower:
         self._waits: tuple[str, str] | None = None  # for which of them
         self._cursor: tuple[str, str] = ("", "")
 
-    def asks(self) -> dict[str, Any]:
-        """What the next call of the module is to be told."""
+    def parameters(self) -> dict[str, Any]:
+        """Options for the next call of the module."""
         return {"id": self._id, "recover": not self._cut, "container": self._cursor[0], "cursor": self._cursor[1]}
 
     def take(self, answer: Mapping[str, Any]) -> list[str]:
-        """Note an answer; the lines to print. It comes from the Spark: see `understood`."""
+        """Record an answer; the lines to print. It comes from the Spark: see `understood`."""
         return [printable(line) for line in self._take(understood(answer))]
 
     def _take(self, answer: dict[str, Any]) -> list[str]:
@@ -91,18 +91,18 @@ class Follower:
         for step in news:
             container = step.get("container", "")
             if step["phase"] in _ANSWERS or container:
-                # What the log tells belongs between the steps before and after the wait.
+                # What the log shows belongs between the steps before and after the wait.
                 waited, self._waits = self._waits, None
                 own = waited == now
                 if waited and (not waited[1] or journal["container_ids"].get(waited[1])):
-                    told = answer if own else {**answer, "log_lines": [], "started_at": "", "cursor": ""}
-                    lines += self._watch(waited).take({**told, "ready": True})
+                    shown = answer if own else {**answer, "log_lines": [], "started_at": "", "cursor": ""}
+                    lines += self._watch(waited).take({**shown, "ready": True})
                     fed = fed or own
             elif step["phase"] == "restoring":
                 self._waits = None
             if step["phase"] in _WAITING:
                 self._waits = self._key("there" if step["phase"] == "waiting" else "back", container)
-            lines += self._said(step)
+            lines += self._line(step)
         if journal["phase"] in _WAITING or (answer["log_lines"] and now in self._watches and not fed):
             lines += self._watch(now).take({**answer, "ready": False})
         if self.done:
@@ -110,12 +110,12 @@ class Follower:
             lines += _reclaimed(self.host, "reclaimed", journal)
         return lines
 
-    def _said(self, step: Mapping[str, Any]) -> list[str]:
+    def _line(self, step: Mapping[str, Any]) -> list[str]:
         words = self._words(step["phase"], step.get("container", ""))
         return [f"{self.host}  {max(step['at'] - self._journal['began'], 0):.0f} s  {words}"] if words else []
 
     def _several(self) -> bool:
-        """Whether a release has more than one engine, which then have to be told from each other."""
+        """Whether a release has more than one engine, which then have to be distinguished."""
         return max(len(self._journal["models"]), len(self._journal["from_models"])) > 1
 
     def _key(self, leg: str, container: str) -> tuple[str, str]:
@@ -199,7 +199,7 @@ class Follower:
         return {"number": number, "model": self._named(which), "models": self._models(which)}
 
     def _became(self) -> str:
-        """What became of the release before, as a sentence."""
+        """What became of the previous release, as a sentence."""
         journal = self._journal
         if journal["outcome"] == RESTORED:
             gone = journal["out_of_service_s"]
@@ -218,7 +218,7 @@ class Follower:
         again = self._why(journal["restore_error"], "back")
         head = again["msg"].partition("\n")[0]
         if serving:
-            return f"\n  {self._name('from')} could not be brought back as a whole, {serving}: {head}"
+            return f"\n  {self._name('from')} could not be brought back completely, {serving}: {head}"
         return f"\n  {self._name('from')} could not be brought back either, nothing verified serves: {head}"
 
     def _why(self, error: Mapping[str, Any], leg: str) -> dict[str, Any]:
@@ -234,7 +234,7 @@ class Follower:
             text = f"{message}. {known.cause[0].upper()}{known.cause[1:]}. {known.remedy} [{known.id}]{shown}"
             return {"failure": known.id, "msg": text}
         watch = self._watches.get(self._key(leg, service)) or Watch(self.host, self.pause)
-        watch.restarts = 0  # the switch begins with a fresh start
+        watch.restarts = 0  # the switch starts with a fresh engine
         watch.log.extend(line for line in error.get("log", []) if line not in watch.log)
         answer = {
             "state": error.get("state", "missing"),
@@ -244,16 +244,16 @@ class Follower:
             "error": error.get("docker_error", ""),
         }
         if answer["error"] and answer["state"] == "missing":
-            answer["state"] = "exited"  # it never came to a container
+            answer["state"] = "exited"  # a container was never created
         return explain(service, answer, watch, again=False, elapsed=self._lasted(leg, service))
 
     def _lasted(self, leg: str, service: str) -> float:
-        """Seconds from the start of an engine to its failure; of the first leg, or of the way back."""
-        begins, ends = ("starting", "restoring") if leg == "there" else ("restore-waiting", "done")
+        """Seconds from the start of an engine to its failure; of the first leg, or of the restoration."""
+        first, last = ("starting", "restoring") if leg == "there" else ("restore-waiting", "done")
         # Of several engines, those of this one, and those of all of them.
         steps = [step for step in self._journal["steps"] if step.get("container", service) == service]
         at = {step["phase"]: float(step["at"]) for step in reversed(steps)}  # of each the first
-        return max(at.get(ends, 0.0) - at.get(begins, 0.0), 0.0)
+        return max(at.get(last, 0.0) - at.get(first, 0.0), 0.0)
 
 
 def foreseen(host: str, would: Any) -> list[str]:
@@ -275,12 +275,12 @@ def _reclaimed(host: str, verb: str, found: Mapping[str, Any]) -> list[str]:
     return [printable(line) for line in [*(lines if items else []), *left]]
 
 
-# -- what a Spark says -----------------------------------------------------------------------------------------------
+# -- what a Spark reports --------------------------------------------------------------------------------------------
 
 
 def understood(answer: Mapping[str, Any]) -> dict[str, Any]:
-    """What the module release_switch gives, of the form that it must have, though a Spark may send anything: what is of
-    another form counts as not said, and every text but the lines of the engine's log can be printed."""
+    """What the module release_switch returns, in the form that it must have, though a Spark may send anything: what has
+    another form counts as missing, and every text but the lines of the engine's log can be printed."""
     return {
         "journal": _journal(answer.get("journal")),
         **{key: answer.get(key) is True for key in ("done", "joined", "already", "cut")},

@@ -653,7 +653,7 @@ class Anything(RuleBasedStateMachine):
         self.host = Host(self.settings)
         self.host.load_seconds = 30
         self.host.run(10)
-        self.acted: list[tuple[float, str]] = []  # since somebody deployed or started it
+        self.acted: list[tuple[float, str]] = []  # since someone deployed or started it
         self.stopped = False
 
     def looked(self) -> None:
@@ -1046,7 +1046,7 @@ def test_the_rate_of_one_stream_is_measured_over_half_a_minute() -> None:
     assert rate(121, 1067) == 0.0 and not watched.guard.slow  # a prefill
     assert rate(130, 1100, running=2.0) == 0.0  # two share the bandwidth: measured again
     assert rate(140, 2000) == rate(169, 2100) == 0.0 and rate(170, 2150) == 5.0
-    assert rate(180, 10) == rate(209, 100) == 5.0 and rate(210, 100) == 3.0  # counters from nought
+    assert rate(180, 10) == rate(209, 100) == 5.0 and rate(210, 100) == 3.0  # counters from zero
 
 
 def test_a_new_start_forgets_what_was_measured() -> None:

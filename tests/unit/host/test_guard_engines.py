@@ -62,11 +62,11 @@ class Host:
         monkeypatch.setattr(module, "drop_page_cache", lambda: self.did.append("drop"))
         monkeypatch.setattr(module, "restart_docker", lambda: self.did.append("docker"))
         monkeypatch.setattr(module, "foreign", lambda docker: ())
-        for name in ("look", "stop", "start", "healthy", "read_log"):
+        for name in ("inspect", "stop", "start", "healthy", "read_log"):
             monkeypatch.setattr(module.engine, name, getattr(self, name))
         self.watcher = Watcher(Settings(), store, Docker("/nowhere"), self.said.append)
 
-    def look(self, docker: Docker, service: str) -> dict[str, Any]:
+    def inspect(self, docker: Docker, service: str) -> dict[str, Any]:
         if service in self.odd:
             raise self.odd[service]
         started = f"2026-01-01T00:00:{self.started[service]:02}Z"

@@ -113,7 +113,7 @@ class World:
         self.log_asked: list[tuple[Any, ...]] = []
         monkeypatch.setattr(module, "clock", lambda: self.now)
         monkeypatch.setattr(module, "engine_client", self.client.made)
-        monkeypatch.setattr(module.engine, "look", self.look)
+        monkeypatch.setattr(module.engine, "inspect", self.inspect)
         monkeypatch.setattr(module.engine, "stop", self.stop)
         monkeypatch.setattr(module.engine, "start", self.start)
         monkeypatch.setattr(module.engine, "healthy", lambda client: self.healthy)
@@ -132,7 +132,7 @@ class World:
         self.log_asked.append(args[1:])
         return self.log
 
-    def look(self, docker: Any, name: str) -> dict[str, Any]:
+    def inspect(self, docker: Any, name: str) -> dict[str, Any]:
         return dict(self.found)
 
     def stop(self, docker: Any, name: str, timeout: int) -> bool:
@@ -196,7 +196,7 @@ def test_nothing_is_done_once_a_switch_has_begun(world: World, store: Store, mon
     action, seen = world.wedge()
     with store.exclusive():
         world.watcher.do(action, seen)
-        assert world.calls == [] and "a switch has begun" in world.said[-1]
+        assert world.calls == [] and "a switch has started" in world.said[-1]
         assert world.watcher.one_step().do == "nothing"
     assert world.watcher.guard.restarts == [] and world.watcher.guard.totals == {"wedge": 0}
 
@@ -233,7 +233,7 @@ def test_a_canary_that_ends_while_it_reads_belongs_to_this_observation(
         world.watcher.item.canary = ended
         return dict(world.found)
 
-    monkeypatch.setattr(module.engine, "look", look)
+    monkeypatch.setattr(module.engine, "inspect", look)
     assert world.watcher.observe().canary is ended and world.watcher.item.canary is None
 
 
@@ -241,7 +241,7 @@ def test_no_observation_ends_it(world: World, monkeypatch: pytest.MonkeyPatch) -
     def look(docker: Any, name: str) -> dict[str, Any]:
         raise MemoryError("odd")
 
-    monkeypatch.setattr(module.engine, "look", look)
+    monkeypatch.setattr(module.engine, "inspect", look)
     for _ in range(5):
         world.watcher.survive()
     assert world.said == ["this observation failed: MemoryError: odd"]  # once, not at each
@@ -260,7 +260,7 @@ def test_docker_that_is_away_is_seen(world: World, monkeypatch: pytest.MonkeyPat
     def look(docker: Any, name: str) -> dict[str, Any]:
         raise DockerUnavailable("away")
 
-    monkeypatch.setattr(module.engine, "look", look)
+    monkeypatch.setattr(module.engine, "inspect", look)
     assert world.watcher.observe().docker is False
 
 
@@ -561,7 +561,7 @@ def test_nothing_is_done_where_docker_is_away_or_another_release_is_there(
     def away(docker: Any, name: str) -> Any:
         raise DockerUnavailable("away")
 
-    monkeypatch.setattr(module.engine, "look", away)
+    monkeypatch.setattr(module.engine, "inspect", away)
     world.watcher.do(Action(do, "crash"), seen)
     assert world.calls == [] and world.said[-1] == (
         f"vllm-m: {do} (crash) left alone: the engine has changed meanwhile"
@@ -596,7 +596,7 @@ def test_a_switch_that_was_cut_is_ended_while_systemd_waits(world: World, monkey
             ("WATCHDOG_USEC=10800000000", "WATCHDOG=1"),
             ("WATCHDOG_USEC=90000000", "WATCHDOG=1"),
         ]
-        assert world.said[-2:] == ["a switch was cut; ending it", f"the switch ended: {said}"]
+        assert world.said[-2:] == ["a switch was interrupted; ending it", f"the switch ended: {said}"]
 
 
 def cut(store: Store) -> None:
@@ -764,7 +764,7 @@ def test_a_damaged_state_is_set_aside_and_said(world: World, store: Store) -> No
     (kept,) = path.parent.glob("guard-state.json.damaged-*")
     assert fresh.guard.engine == "missing" and not path.exists()
     assert said == [
-        f"{path} is damaged (engine: 'x' is not a state); it is kept as {kept}, and a new one is begun",
+        f"{path} is damaged (engine: 'x' is not a state); it is kept as {kept}, and a new one is started",
     ]
 
 

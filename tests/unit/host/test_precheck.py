@@ -278,7 +278,7 @@ def test_look_stop_and_start_go_by_label(engine: Engine, docker: Docker) -> None
     engine.routes["GET", "/containers/json"] = [foreign]
     engine.routes["GET", "/containers/vllm-m/json"] = {"Id": "f" * 64, "State": {"Running": True}}
     engine.routes["POST", "/containers/vllm-m/stop"] = engine.routes["POST", "/containers/vllm-m/start"] = {}
-    assert host_engine.look(docker, "vllm-m")["state"] == "missing"
+    assert host_engine.inspect(docker, "vllm-m")["state"] == "missing"
     assert host_engine.read_log(docker, "vllm-m", "", False) == []
     assert host_engine.stop(docker, "vllm-m") is False
     host_engine.remove(docker, "vllm-m")

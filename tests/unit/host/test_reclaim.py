@@ -207,7 +207,7 @@ def test_an_image_that_somebody_named_stays(host: Host) -> None:
         **{"Id": "id-11", "RepoTags": [TAG, "mine:1"], "RepoDigests": [NAME]},
     }
     found = host.run()
-    assert found.left == [f"image {NAME}: somebody named it mine:1"] and host.deleted() == []
+    assert found.left == [f"image {NAME}: someone named it mine:1"] and host.deleted() == []
     assert host.again == [Part(IMAGE, NAME)]
 
 
@@ -292,7 +292,7 @@ def test_a_compile_cache_that_a_container_has_stays(host: Host) -> None:
 @pytest.mark.parametrize(
     ("lock", "reason"),
     [
-        ("hf/.locks/models--org--m/x.lock", "somebody is downloading it"),
+        ("hf/.locks/models--org--m/x.lock", "someone is downloading it"),
         ("state/integrity.json.lock", "the files of the models are being hashed"),
     ],
 )
@@ -526,7 +526,7 @@ class Clock:
         return self.now
 
 
-LATE = "not done in time; the next switch goes on"
+LATE = "not finished in time; the next switch continues"
 
 
 def limited(host: Host, seconds: float, *noted: Part, dry: bool = False) -> Reclaim:
@@ -681,7 +681,7 @@ def test_a_note_of_another_form_counts_for_nothing(host: Host, part: dict[str, s
     ["", "vllm", "x:\x1b[2J", "a b:1", "../x:1", "x:1\n", "x@sha256:1", "x:\ud800", "x:\0", f"{'x' * 600}:1", "-x:1"],
 )
 def test_a_name_that_is_none_of_an_image_counts_for_nothing(host: Host, name: str) -> None:
-    """Of a note that somebody changed the rest counts; of a release such a name is not noted."""
+    """Of a note that someone changed the rest counts; of a release such a name is not noted."""
     host.store.state_dir.mkdir()
     good = {"kind": "image", "name": NAME, "place": ""}
     parts = [{**good, "name": name}, good, 5, {**good, "place": "/x"}]
@@ -707,7 +707,7 @@ def test_what_is_left_is_said_without_control_characters(host: Host) -> None:
     host.image()
     host.engine.routes["GET", f"/images/{NAME}/json"] = image
     work.run([Part(IMAGE, NAME), Part(COMPILED, "\x1b[2J" + "x" * 5000, "/nowhere\0")])
-    assert work.left[0] == f"image {NAME}: somebody named it x\ufffd[31m:1"
+    assert work.left[0] == f"image {NAME}: someone named it x\ufffd[31m:1"
     assert work.left[1].startswith("compile cache \ufffd[2Jxxx") and len(work.left[1]) < 1000
 
 
@@ -786,7 +786,7 @@ def test_a_name_that_can_be_no_pull_s_is_not_noted_and_keeps_its_image(host: Hos
     assert json.loads(record.read_text()) == {"names": [TAG, NAME]}
     record.write_text(json.dumps({"names": [TAG, NAME, odd, 5]}))
     host.engine.routes["GET", f"/images/{NAME}/json"] = image
-    assert host.run().left == [f"image {NAME}: somebody named it {odd}"] and host.deleted() == []
+    assert host.run().left == [f"image {NAME}: someone named it {odd}"] and host.deleted() == []
 
 
 def test_the_names_of_an_image_that_are_noted_are_few(host: Host) -> None:

@@ -703,7 +703,7 @@ def test_every_release_is_repaired_and_what_was_done_is_said(store: Store) -> No
     for name in ("lock.json", ".sealed.json"):
         spoil(store.folder(3) / name)
     first, third = store.repair_all()
-    assert first == f"{store.folder(1) / 'compose.yml'} was changed; brought back, the other is kept beside it"
+    assert first == f"{store.folder(1) / 'compose.yml'} was changed; restored, the other is kept alongside it"
     assert third.startswith("release 3 is damaged, set aside as ") and "there are" not in third
     assert store.numbers() == [1, 2] and store.repair_all() == []
 
@@ -935,7 +935,7 @@ def test_who_holds_a_lock_as_the_kernel_says(tmp_path: Path, monkeypatch: pytest
 
 
 def test_half_of_a_surrogate_pair_in_an_answer_is_written(tmp_path: Path) -> None:
-    """A journal that cannot be written would end a switch half way."""
+    """A journal that cannot be written would end a switch halfway."""
     answer = json.loads('{"answer": "Paris \\ud800 \u00e9"}')
     releases.write_json(tmp_path / "journal.json", answer)
     assert bounded.read_json(tmp_path / "journal.json") == answer

@@ -58,7 +58,7 @@ class World:
         self.did: list[str] = []
         self.clock = 1000.0
         self.ports: dict[str, int] = {}  # by service; 8000 for the others
-        for name in ("ours", "start", "stop", "remove", "compose_up", "look", "healthy", "read_log", "resolved"):
+        for name in ("ours", "start", "stop", "remove", "compose_up", "inspect", "healthy", "read_log", "resolved"):
             monkeypatch.setattr(engine, name, getattr(self, name))
         monkeypatch.setattr(switch, "verify", self.verify)
         monkeypatch.setattr(switch, "precheck", self.precheck)
@@ -76,7 +76,7 @@ class World:
         monkeypatch.setattr(store, "write_switch", write_or_cut)
 
     def precheck(self, store: Store, docker: Docker, number: int) -> list[Problem]:
-        self.look(docker, "")
+        self.inspect(docker, "")
         return list(self.problems)
 
     def key(self) -> str:
@@ -140,7 +140,7 @@ class World:
         names = [name for name, state in self.containers.items() if state == "running"]
         return next((name for name in names if self.ports.get(name, 8000) == port), "")
 
-    def look(self, docker: Docker, name: str) -> dict[str, Any]:
+    def inspect(self, docker: Docker, name: str) -> dict[str, Any]:
         if self.away:
             self.away -= 1
             raise DockerUnavailable("nothing listens there")
@@ -504,7 +504,7 @@ def test_docker_is_waited_for_two_minutes_and_no_longer(store: Store, world: Wor
     def away(what: str) -> None:
         if what == f"stop {OLD}":
             began.append(world.clock)
-            assert world.clock - began[0] < 10 * switch.PATIENCE, "it waits for ever"
+            assert world.clock - began[0] < 10 * switch.PATIENCE, "it waits indefinitely"
             raise DockerUnavailable("nothing listens there")
 
     world.step = away
@@ -575,7 +575,7 @@ class Waiting:
         self.switch.journal = {"container_ids": {}}
         self.started: list[float] = []
         self.ready_at = 10.0**9
-        monkeypatch.setattr(engine, "look", self.look)
+        monkeypatch.setattr(engine, "inspect", self.inspect)
         monkeypatch.setattr(engine, "start", lambda docker, name: self.started.append(self.now))
         monkeypatch.setattr(engine, "healthy", lambda client: self.now >= self.ready_at)
 
@@ -583,7 +583,7 @@ class Waiting:
     def now(self) -> float:
         return self.world.clock - self.began
 
-    def look(self, docker: Docker, name: str) -> dict[str, Any]:
+    def inspect(self, docker: Docker, name: str) -> dict[str, Any]:
         shown = self.shown[max(at for at in self.shown if at <= self.now)]
         if isinstance(shown, Exception):
             raise shown
@@ -790,7 +790,7 @@ def test_the_log_of_the_run_before_is_read_where_this_one_says_little(
 
     shown = {"state": state, "restart_count": restarts, "started_at": "2026-01-01T00:00:01Z", "tty": True}
     monkeypatch.setattr(
-        engine, "look", lambda docker, name: {**shown, "exit_code": 3, "oom_killed": True, "error": "e"}
+        engine, "inspect", lambda docker, name: {**shown, "exit_code": 3, "oom_killed": True, "error": "e"}
     )
     monkeypatch.setattr(engine, "read_log", read_log)
     facts = Switch(world.store, Docker("/nowhere"), {}).facts(NEW, {"failure": "x", "answer": "Rome", "state": "odd"})
@@ -977,7 +977,7 @@ def test_why_the_old_one_does_not_come_back_is_explained(store: Store, world: Wo
     assert journal["outcome"] == "failed"
     assert journal["restore_error"]["message"] == "vllm-old ended: its image is gone"
     assert journal["restore_error"]["failure"] == "image-missing"
-    assert world.containers[OLD] == "exited"  # or Docker starts it again for ever
+    assert world.containers[OLD] == "exited"  # or Docker restarts it indefinitely
 
 
 def damage(store: Store, number: int, *names: str) -> None:
@@ -1016,7 +1016,7 @@ def test_after_a_switch_every_release_is_whole(store: Store, world: World, deplo
     number = stage(store, NEW)
     damage(store, other, "compose.yml")
     journal = run(store, number)
-    assert store.damage(other) == [] and "compose.yml was changed; brought back" in journal["repaired"][0]
+    assert store.damage(other) == [] and "compose.yml was changed; restored" in journal["repaired"][0]
 
 
 def test_an_old_release_that_is_damaged_for_good_cannot_come_back(store: Store, world: World, deployed: int) -> None:
@@ -1060,7 +1060,7 @@ def test_why_a_switch_was_cut(store: Store, world: World, deployed: int, boot: s
     store.write_switch({**journal, **({"boot_id": boot} if boot else {})})
     ended = recover(store, Docker("/nowhere"))
     assert ended and ended["error"] == {
-        "message": f"the switch to release 2 was cut in the phase waiting: {why}",
+        "message": f"the switch to release 2 was interrupted in the phase waiting: {why}",
         **{"failure": "switch-interrupted", "state": "missing"},
     }
 
@@ -1751,7 +1751,7 @@ def test_a_link_that_is_made_and_reported_as_failed_is_taken_back(
     monkeypatch.setattr(releases, "write_json", unwritten)
     journal = run(store, number)
     assert journal["outcome"] == "restored" and world.containers == {OLD: "running"} and store.current() == deployed
-    assert journal["troubles"] == ["release 1 could not be noted as verified: Input/output error"]
+    assert journal["troubles"] == ["release 1 could not be recorded as verified: Input/output error"]
 
 
 @pytest.mark.parametrize("error", [*ERRORS, KeyError("surprise")])
@@ -1769,7 +1769,7 @@ def test_nothing_that_fails_after_the_commit_undoes_it(
     journal = run(store, stage(store, NEW))
     assert journal["outcome"] == "verified" and store.current() == 2 and world.containers[NEW] == "running"
     assert [line.partition(": ")[0] for line in journal["troubles"]] == [
-        *("the key of before could not be removed", "the container vllm-old could not be removed"),
+        *("the previous key could not be removed", "the container vllm-old could not be removed"),
         *("old releases could not be removed", "the files of the releases could not be checked"),
         "what no release needs could not be removed",
     ]
@@ -1796,14 +1796,14 @@ def test_nothing_that_fails_on_the_way_back_keeps_the_old_one_down(
 def test_docker_s_odd_answers_are_a_failure_like_any_other(
     store: Store, world: World, deployed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    number, look = stage(store, NEW), world.look
+    number, inspect = stage(store, NEW), world.inspect
 
     def odd(docker: Docker, name: str) -> dict[str, Any]:
         if name == NEW:
             raise TypeError("'int' object is not subscriptable")
-        return look(docker, name)
+        return inspect(docker, name)
 
-    monkeypatch.setattr(engine, "look", odd)
+    monkeypatch.setattr(engine, "inspect", odd)
     journal = run(store, number)
     assert journal["outcome"] == "restored" and journal["error"]["failure"] == "internal"
     assert world.containers == {OLD: "running"}
@@ -1820,7 +1820,7 @@ def test_troubles_are_said_by_the_job(
     world.bad[NEW] = "crash"
     monkeypatch.setattr(store, "note_failure", lambda *_: (_ for _ in ()).throw(ValueError("odd\x1b[2J")))
     assert job.main(f"--to={number}") == 1
-    assert capsys.readouterr().out == "the failure of release 2 could not be noted: ValueError: odd\ufffd[2J\n"
+    assert capsys.readouterr().out == "the failure of release 2 could not be recorded: ValueError: odd\ufffd[2J\n"
     monkeypatch.setattr(switch, "recover", lambda store: {"outcome": "restored", "troubles": ["one"]})
     assert job.main("--recover") == 0 and capsys.readouterr().out == "one\n"
 

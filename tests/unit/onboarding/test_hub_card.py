@@ -87,7 +87,7 @@ def test_the_sizes_are_those_of_what_is_fetched(hub: Hub) -> None:
 
 
 def test_a_revision_is_asked_for(hub: Hub) -> None:
-    assert draft(hub, hub.commit).origin["revision"] == "the commit that was asked for"
+    assert draft(hub, hub.commit).origin["revision"] == "the requested commit"
     with pytest.raises(SparkfleetError, match=r"no card for acme/tiny-8b@v9: .*has no revision v9"):
         draft(hub, "v9")
 
@@ -205,13 +205,13 @@ def folder_of(tmp_path: Path, files: dict[str, bytes]) -> Path:
 def test_a_card_from_a_folder(tmp_path: Path) -> None:
     front = b"---\nlicense: other\nlicense_name: acme-1\n---\n# Tiny\n"
     folder = folder_of(tmp_path, {**FILES, "README.md": front, ".git/x": b"1", "modeling.py": b"code"})
-    about = hub_card.look(folder, "acme/tiny@v1")
+    about = hub_card.inspect_folder(folder, "acme/tiny@v1")
     assert set(about.files) == {*(name for name in FILES if not name.endswith(".bin")), "README.md"}
     made = hub_card.draft(about)
     card = hub_card.check(made, "it")
     assert (card.repo, card.revision, card.licence.name) == ("acme/tiny", "v1", "acme-1")
     assert any("(gated)" in words for words in made.unknown)
-    assert made.origin["licence.gated"] == "not said anywhere"
+    assert made.origin["licence.gated"] == "not stated anywhere"
 
 
 def test_a_folder_of_the_hub_cache_says_what_it_is(tmp_path: Path) -> None:
@@ -220,20 +220,20 @@ def test_a_folder_of_the_hub_cache_says_what_it_is(tmp_path: Path) -> None:
     snapshot.mkdir(parents=True)
     for name in ("config.json", "model.safetensors"):
         (snapshot / name).symlink_to(tmp_path / "blobs" / name)
-    about = hub_card.look(snapshot)
+    about = hub_card.inspect_folder(snapshot)
     assert (about.repo, about.revision) == ("acme/tiny", "1" * 40)
     assert about.files == {"config.json": len(CONFIG), "model.safetensors": 5000}
 
 
 def test_folders_that_will_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_of(tmp_path, FILES)
-    with pytest.raises(SparkfleetError, match="does not say which model of the Hub it holds: add --repo"):
-        hub_card.look(folder)
+    with pytest.raises(SparkfleetError, match="does not show which model of the Hub it holds: add --repo"):
+        hub_card.inspect_folder(folder)
     with pytest.raises(SparkfleetError, match="--repo 'acme': write ORG/NAME"):
-        hub_card.look(folder, "acme")
+        hub_card.inspect_folder(folder, "acme")
     monkeypatch.setattr(hub_card, "MOST_FILES", 3)
     with pytest.raises(SparkfleetError, match="more than 3 files"):
-        hub_card.look(folder, "acme/tiny")
+        hub_card.inspect_folder(folder, "acme/tiny")
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))

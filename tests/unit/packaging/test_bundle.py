@@ -91,7 +91,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 def test_what_is_written_is_read(bundle: Bundle) -> None:
     assert list(bundle.images) == [IMAGE] and list(bundle.models) == [f"{REPO}@main"]
-    assert bundle.lacking() == []
+    assert bundle.missing_files() == []
     assert bundle.system["machine"] == "aarch64"
     assert Layout(bundle.folder / "image").names() == {IMAGE: DIGEST}  # what serves it on a Spark
 
@@ -113,7 +113,7 @@ def test_files_of_a_fetch_and_of_apt(bundle: Bundle) -> None:
 
 def test_a_cut_file_is_told(bundle: Bundle) -> None:
     (bundle.folder / "packages" / "a_1_arm64.deb").write_bytes(b"d")
-    assert bundle.lacking() == ["packages/a_1_arm64.deb"]
+    assert bundle.missing_files() == ["packages/a_1_arm64.deb"]
     assert "packages/a_1_arm64.deb" not in bundle.complete()
 
 
@@ -148,7 +148,7 @@ def test_what_is_added_later_stays_beside(bundle: Bundle) -> None:
     more["files"] = [item for item in more["files"] if not item["name"].startswith("packages/")]
     bundle = fill(bundle, more)
     assert sorted(bundle.images) == [IMAGE, "other:1"]
-    assert bundle.packages == ["a"] and bundle.lacking() == []
+    assert bundle.packages == ["a"] and bundle.missing_files() == []
 
 
 # -- who gets it -------------------------------------------------------------------------------------------
@@ -470,7 +470,7 @@ def test_a_bundle_that_has_all_lets_the_plan_go_on(tmp_path: Path) -> None:
     made = plan.make(ready, spark_here())
     assert made["findings"] == []
     assert made["prepare"]["packages"] is True
-    assert {check["name"]: check["seen"] for check in made["checks"]}["registry"] == "not asked; there is a bundle"
+    assert {check["name"]: check["seen"] for check in made["checks"]}["registry"] == "not queried; there is a bundle"
 
 
 def test_what_a_bundle_lacks_is_one_finding(tmp_path: Path) -> None:

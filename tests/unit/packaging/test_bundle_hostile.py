@@ -364,7 +364,7 @@ def test_any_bundle_json_is_read_or_refused(tmp_path_factory: pytest.TempPathFac
         except SparkfleetError as error:
             assert str(folder) in str(error)
         else:
-            assert made.lacking() == sorted(made.files)
+            assert made.missing_files() == sorted(made.files)
 
 
 @given(path=st.sampled_from(["image", "listing", "files", "packages", "model", "left_out"]), value=json_values)

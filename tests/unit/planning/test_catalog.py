@@ -100,7 +100,7 @@ def test_settings_of_the_guide(service: str) -> None:
         ),
         ("kind: full", "kind: sliding", "shape.attention[0]: the key window is missing"),
         ("head_dim: 128", "head_dims: 128", "shape.attention[0].head_dims: unknown key; did you mean head_dim?"),
-        ("layers: 32,", "layers: 31,", "describes 31 layers, but shape.layers says 32"),
+        ("layers: 32,", "layers: 31,", "describes 31 layers, but shape.layers is 32"),
         ("max_model_len: 32768", "max_model_len: 262144", "is longer than the model's context of 131072 tokens"),
         ("throughput:", "througput:", "profiles: the key throughput is missing"),
         ("revision: main", "revision: main\nrevision: v1", "revision stands twice, in lines"),

@@ -364,7 +364,7 @@ def test_what_is_no_version(text: str) -> None:
         ("mirror.example:5000/nvidia/vllm:26.10-py3@sha256:" + "a" * 64, (0, 31, 0)),
         ("vllm/vllm-openai:v0.24.0-aarch64", (0, 24, 0)),
         ("nvcr.io/nvidia/vllm:27.01-py3", ()),
-        ("somebody/vllm:1", ()),
+        ("someone/vllm:1", ()),
     ],
 )
 def test_engine_of_an_image(image: str, version: tuple[int, ...]) -> None:
@@ -381,7 +381,7 @@ def test_engine_of_an_image(image: str, version: tuple[int, ...]) -> None:
         ("nvcr.io/nvidia/vllm:25.06-py3", "older than 25.09"),
         ("nvcr.io/nvidia/vllm:25.09-py3", ""),
         ("vllm/vllm-openai:v0.24.0", ""),
-        ("somebody/vllm:1", ""),
+        ("someone/vllm:1", ""),
     ],
 )
 def test_images_that_cannot_run(image: str, reason: str) -> None:

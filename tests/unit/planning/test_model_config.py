@@ -242,7 +242,7 @@ def test_a_quantisation_that_is_not_known_is_told() -> None:
         ({"num_hidden_layers": "36"}, "config.json: num_hidden_layers: not an integer: '36'"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000 is not between 1 and 10000"),
         ({"hidden_size": -1}, "hidden_size: -1 is not between 1 and 10000000"),
-        ({"head_dim": None, "num_attention_heads": 7}, "hidden_size 4096 is no multiple of num_attention_heads 7"),
+        ({"head_dim": None, "num_attention_heads": 7}, "hidden_size 4096 is not a multiple of num_attention_heads 7"),
         ({"layer_types": ["full_attention"]}, "layer_types has 1 entries for 36 layers"),
         ({"layer_types": ["chunked"] * 36}, "layers of type 'chunked' keep a cache that a card cannot describe"),
         ({"model_type": "qwen99"}, "model_type 'qwen99' (Qwen3ForCausalLM) is not known here"),

@@ -324,7 +324,7 @@ def test_engines_of_a_host_differ(changes: dict[str, Any], problem: str) -> None
 
 
 def switching(state: State, to: Target) -> State:
-    """The same host while somebody else switches it to ``to``."""
+    """The same host while someone else switches it to ``to``."""
     journal = {"to": 4, "models": [to.engines[0].card.name], "controller": "bob@laptop", "verb": "upgrade"}
     journal["phase"] = "waiting"
     text = yaml.safe_dump(to.document(state))
@@ -506,7 +506,7 @@ def test_where_gateways_reach_it_must_be_known() -> None:
         "192.0.2.11:8000:8000",
         "[fd00::11]:8000:8000",
     ]
-    with pytest.raises(SparkfleetError, match="sparkfleet_listen: 'spark-1' will not do: write auto"):
+    with pytest.raises(SparkfleetError, match="sparkfleet_listen: 'spark-1' is not valid: write auto"):
         target(listen="spark-1")
 
 
@@ -843,7 +843,7 @@ def test_what_an_operator_should_know_of_a_draft_and_of_a_tag_that_moves() -> No
     assert any("needs the draft google/gemma-4-31B-it-assistant as well" in note for note in notes)
     assert not any("moves" in note for note in notes)
     notes = plan.make(target(model="diffusiongemma-26b-a4b-nvfp4"), bare())["notes"]
-    assert any("the tag of eugr/spark-vllm:latest moves" in note for note in notes)
+    assert any("the tag of eugr/spark-vllm:latest is mutable" in note for note in notes)
     assert not any("needs the draft" in note for note in notes)
 
 

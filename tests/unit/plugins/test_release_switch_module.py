@@ -247,7 +247,7 @@ def test_a_job_that_cannot_be_started(run: Run, job: Job) -> None:
     job.error = "Failed to connect to bus"
     assert "cannot be started: Failed to connect to bus" in run()["msg"]
     job.error, job.writes = "", None
-    assert "did not begin: see journalctl -u sparkfleet-switch" in run()["msg"]
+    assert "did not start: see journalctl -u sparkfleet-switch" in run()["msg"]
 
 
 def test_the_program_must_be_there(run: Run, job: Job, store: Store) -> None:

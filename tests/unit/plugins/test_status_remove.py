@@ -38,7 +38,7 @@ def deploy(store: Store, engine: Engine, vllm: Vllm, state: str = "running") -> 
 
 def test_a_host_that_serves(store: Store, engine: Engine, docker: Docker, vllm: Vllm) -> None:
     deploy(store, engine, vllm)
-    found = status.look(store, docker, 0)
+    found = status.inspect_host(store, docker, 0)
     assert found["engine"] == "serving" and found["healthy"] is True
     assert found["containers"] == [{"name": "vllm-m", "service": "vllm-m", "state": "running"}]
     assert found["releases"]["current"] == 1 and "generation_tokens" in found["engines"][0]["figures"]
@@ -56,9 +56,9 @@ def test_tokens_a_second_are_measured_where_requests_run(
 
     clock = iter((10.0, 12.0))
     monkeypatch.setattr(status, "time", SimpleNamespace(sleep=pause, monotonic=lambda: next(clock)))
-    assert status.look(store, docker, 0)["engines"][0]["tokens_per_second"] == 0.0 and not paused
+    assert status.inspect_host(store, docker, 0)["engines"][0]["tokens_per_second"] == 0.0 and not paused
     vllm.counters["num_requests_running"] = 3.0
-    assert status.look(store, docker, 0)["engines"][0]["tokens_per_second"] == 150.0
+    assert status.inspect_host(store, docker, 0)["engines"][0]["tokens_per_second"] == 150.0
     assert paused == [status.PACE_SECONDS]
 
 
@@ -83,22 +83,22 @@ def test_what_the_guard_knows_counts(
     deploy(store, engine, vllm, state)
     if guard:
         write_json(store.state_dir / "guard-state.json", guard)
-    assert status.look(store, docker, 0)["engine"] == expected
+    assert status.inspect_host(store, docker, 0)["engine"] == expected
 
 
 def test_an_engine_that_loads_or_is_healed(store: Store, engine: Engine, docker: Docker, vllm: Vllm) -> None:
     vllm.faults.add("sick")
     deploy(store, engine, vllm)
-    assert status.look(store, docker, 0)["engine"] == "loading"
+    assert status.inspect_host(store, docker, 0)["engine"] == "loading"
     write_json(store.state_dir / "guard-state.json", {"engine": "healing"})
-    assert status.look(store, docker, 0)["engine"] == "healing"
+    assert status.inspect_host(store, docker, 0)["engine"] == "healing"
 
 
 def test_a_host_without_anything(store: Store, engine: Engine, docker: Docker, tmp_path: Path) -> None:
     engine.routes["GET", "/containers/json"] = []
-    found = status.look(store, docker, 0)
+    found = status.inspect_host(store, docker, 0)
     assert found["engine"] == "missing" and found["releases"]["current"] is None
-    assert status.look(store, Docker(str(tmp_path / "none.sock")), 0)["engine"] == "docker-down"
+    assert status.inspect_host(store, Docker(str(tmp_path / "none.sock")), 0)["engine"] == "docker-down"
 
 
 def test_each_engine_of_a_release_has_a_row(store: Store, engine: Engine, docker: Docker, vllm: Vllm) -> None:
@@ -112,7 +112,7 @@ def test_each_engine_of_a_release_has_a_row(store: Store, engine: Engine, docker
     ]
     guards = {"vllm-m": {"engine": "serving"}, "vllm-b": {"given_up": {"at": 1.0, "reason": "3 restarts"}}}
     write_json(store.state_dir / "guard-state.json", {"at": 1.0, "engines": guards})
-    found = status.look(store, docker, 0)
+    found = status.inspect_host(store, docker, 0)
     rows = [(row["service"], row["state"], row["healthy"], row["guard"]) for row in found["engines"]]
     assert rows == [
         ("vllm-m", "serving", True, guards["vllm-m"]),
@@ -124,7 +124,7 @@ def test_each_engine_of_a_release_has_a_row(store: Store, engine: Engine, docker
     }
     store.write_switch({"to": 2, "from": 1, "phase": "waiting", "kept": ["vllm-m"], "began": 1.0})
     with store.exclusive():
-        found = status.look(store, docker, 0)
+        found = status.inspect_host(store, docker, 0)
     assert [row["state"] for row in found["engines"]] == ["serving", "switching"] and found["engine"] == "switching"
 
 
@@ -133,10 +133,10 @@ def test_the_log_names_the_engine_where_there_are_several(
 ) -> None:
     monkeypatch.setattr(status.engine, "read_log", lambda docker, service, *_: [f"token=hf_abcdefghijkl {service}"])
     deploy(store, engine, vllm)
-    assert status.look(store, docker, 5)["log"] == ["token=*** vllm-m"]
+    assert status.inspect_host(store, docker, 5)["log"] == ["token=*** vllm-m"]
     both = (fake_release.an_engine("vllm-m"), fake_release.an_engine("vllm-b", 8001))
     store.commit(store.stage("b\n", fake_release.plan(*both), fake_release.lock(*both)), 100.0)
-    assert status.look(store, docker, 5)["log"] == ["vllm-m  token=*** vllm-m", "vllm-b  token=*** vllm-b"]
+    assert status.inspect_host(store, docker, 5)["log"] == ["vllm-m  token=*** vllm-m", "vllm-b  token=*** vllm-b"]
 
 
 def test_an_engine_of_a_release_that_cannot_be_read_is_found_by_its_container(
@@ -145,7 +145,7 @@ def test_an_engine_of_a_release_that_cannot_be_read_is_found_by_its_container(
     deploy(store, engine, vllm)
     (store.folder(1) / "lock.json").unlink()
     engine.routes["GET", "/containers/json"][0]["Ports"] = [{"PublicPort": int(vllm.url.rpartition(":")[2])}]
-    found = status.look(store, docker, 0)
+    found = status.inspect_host(store, docker, 0)
     assert [(row["service"], row["model"], row["state"]) for row in found["engines"]] == [("vllm-m", None, "serving")]
 
 

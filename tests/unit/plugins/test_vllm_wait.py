@@ -18,8 +18,8 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.eng
     HEAD,
     LINE,
     TAIL,
+    inspect,
     instant,
-    look,
     redact,
     wait,
 )
@@ -184,7 +184,7 @@ def test_how_it_ended_before_docker_started_it_again(poll: Poll, container: Cont
 
 def test_no_container(poll: Poll, engine: Engine) -> None:
     engine.routes["GET", "/containers/json"] = []
-    # One of that name which Sparkfleet did not make is somebody else's.
+    # One of that name which Sparkfleet did not make is someone else's.
     engine.routes["GET", "/containers/vllm/json"] = {"Id": "other", "State": {"Running": True}}
     result = poll(slice=30)
     assert result["state"] == "missing" and result["log_lines"] == []
@@ -236,7 +236,7 @@ def test_whatever_docker_says_of_a_container_is_understood_or_left_out(
         for name in ("abc", "def"):
             found = {"Id": odd, "Config": odd, "RestartCount": odd, **state}
             engine.routes["GET", f"/containers/{name}/json"] = found
-        seen = look(docker, "vllm")
+        seen = inspect(docker, "vllm")
         assert isinstance(seen["id"], str) and seen["id"]
         assert len(seen["error"]) <= LINE and len(seen["started_at"]) <= 100
         assert -(1 << 31) < seen["exit_code"] < 1 << 31 and 0 <= seen["restart_count"] < 1 << 31

@@ -59,13 +59,13 @@ def error(**facts: Any) -> dict[str, Any]:
 
 def test_phases_and_the_log_in_the_order_of_time() -> None:
     follower = Follower("spark-1", 3)
-    assert follower.asks() == {"id": "", "recover": True, "container": "", "cursor": ""}
+    assert follower.parameters() == {"id": "", "recover": True, "container": "", "cursor": ""}
     assert follower.take(answer(journal("stopping"))) == ["spark-1  0 s  stopping release 7 (old-model)"]
-    assert follower.asks()["id"] == "abc"
+    assert follower.parameters()["id"] == "abc"
     lines = follower.take(answer(journal("stopping", "starting", "waiting"), LOG[:1]))
     assert lines[0] == "spark-1  10 s  starting release 8 (new-model)"
     assert lines[1:] == ["spark-1  4 s  starting, vLLM 0.10.1.1"]
-    asked = follower.asks()
+    asked = follower.parameters()
     assert (asked["container"], asked["cursor"]) == ("vllm-new", "2026-11-23T10:00:04.000000000Z")
     lines = follower.take(answer(journal("stopping", "starting", "waiting", "verifying"), now=BEGAN + 31))
     assert [line.split("  ")[-1] for line in lines] == ["ready", "asking it"]
@@ -149,7 +149,7 @@ def test_a_job_that_was_killed_is_ended_once() -> None:
     follower = Follower("spark-1", 3)
     lines = follower.take(answer(journal("stopping", "starting"), cut=True))
     assert lines[0].startswith("spark-1  the job was killed in the phase starting")
-    assert follower.asks()["recover"] is False and not follower.done
+    assert follower.parameters()["recover"] is False and not follower.done
 
 
 def test_what_was_reclaimed_is_printed_and_counted() -> None:
@@ -269,7 +269,7 @@ def test_what_still_serves_is_said() -> None:
     assert "\n  vllm-b was stopped; vllm-a serves." in follower.result()["msg"]
     follower = Follower("spark-1", 3)
     follower.take(answer({**same, "from": 7, "restore_error": told}))
-    assert "could not be brought back as a whole, vllm-a serves: vllm-b ended" in follower.result()["msg"]
+    assert "could not be brought back completely, vllm-a serves: vllm-b ended" in follower.result()["msg"]
 
 
 # -- a Spark that says anything --------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def test_what_a_spark_says_does_nothing_to_the_terminal(text: str, outcome: str 
         first = journal("stopping", "starting", "waiting", **names)
         lines = follower.take(answer(first, [text, f"2026-11-23T10:00:04Z INFO Fetching 5 files: {text} 1/2"], **more))
         harmless(lines)
-        asked = follower.asks()
+        asked = follower.parameters()
         assert all(len(str(value)) <= 300 for value in asked.values())
         ended = journal(*PHASES, **names, **known, reclaimed=reclaimed, ended=BEGAN + 60)
         harmless(follower.take(answer(ended, [text])))

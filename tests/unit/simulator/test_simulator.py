@@ -645,7 +645,7 @@ def test_what_was_installed_is_removed_and_nothing_else(
     home: Path, dpkg: set[str], removals: list[str], printed: list[str]
 ) -> None:
     docker_host._install(home, ["docker.io"], printed.append)
-    dpkg.add("vim")  # somebody else, meanwhile
+    dpkg.add("vim")  # someone else, meanwhile
     docker_host._install(home, ("mmdebstrap",), printed.append)
     assert json.loads((home / "installed.json").read_text()) == ["docker.io", "mmdebstrap", "runc"]
     docker_host.remove(home, printed.append)
