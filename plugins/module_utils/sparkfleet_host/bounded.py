@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, TypeVar
 Result = TypeVar("Result")
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+LATEST = 1e11  # Unix time, and seconds, beyond which a clock is wrong
 DEPTH = 64  # of nested arrays and objects
 NUMBER = 400  # characters of a number
 STATE_FILE = 4 * MIB

@@ -1038,7 +1038,10 @@ class Watcher:
 
     def answer(self, target: str) -> tuple[int, str]:
         """Of /ready (200 only while all engines serve, with `?model=` while that model's does) and /metrics."""
-        parts = urlsplit(target)
+        try:
+            parts = urlsplit(target)
+        except ValueError:
+            return 400, "not a path\n"
         if parts.path == "/metrics":
             return 200, self.page
         if parts.path != "/ready":

@@ -330,7 +330,7 @@ def _migrated(journal: dict[str, Any]) -> dict[str, Any]:
     before = {key: check(journal[key], key) for key, check in _FORMAT_1.items() if key in journal}
     if not before:
         return journal
-    service = journal.get("container") or ""
+    service = _text(journal.get("container") or "", "container")
     made: dict[str, Any] = {
         **{f"{key}s": [before[key]] for key in ("model", "from_model") if before.get(key)},
         **{f"{key}s": {service: before[key]} for key in ("container_id", "verification") if before.get(key)},

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparkfleet_host.bounded import GIB
+from sparkfleet_host.bounded import GIB, LATEST
 
 from sparkfleet.diagnosis import failures
 from sparkfleet.diagnosis.failures import BY_ID
@@ -308,7 +308,7 @@ def _restarts(_facts: Mapping[str, Any], engine: Mapping[str, Any]) -> list[Find
     for item in guard.get("restarts") or []:
         if item.get("forgiven") or float(item["at"]) <= float(guard.get("forgiven") or 0):
             continue
-        when = time.strftime("%H:%M:%S", time.localtime(item["at"]))
+        when = time.strftime("%H:%M:%S", time.localtime(min(float(item["at"]), LATEST)))
         line = f"{when}: {item['detail']}; back after {item.get('back_after_s', '?')} s"
         name = "engine-wedged" if item["reason"] in ("wedge", "hung-start") else "engine-crashed"
         found.append(Finding(name, (line,), False))

@@ -75,9 +75,13 @@ VALUED = frozenset(("enable_log_requests_level", "disable_log_stats_interval", "
 #: Amounts that vLLM takes as 32k, 32K, 1.5M, 8G.
 AMOUNTS = frozenset(("max_model_len", "max_num_batched_tokens", "max_num_seqs", "kv_cache_memory_bytes"))
 _FACTORS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL)", re.I)
-#: Names that only seem to hold a secret.
-_NO_SECRET = re.compile(r"(TOKENIZER|TOKENS|MAX_TOKEN|KEYED|MONKEY|NUM_TOKEN)", re.I)
+_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.I)
+#: Parts of names that only seem to name a secret.
+_NO_SECRET = re.compile(r"TOKENIZER|TOKENS|MAX_TOKEN|KEYED|MONKEY|NUM_TOKEN", re.I)
+#: A URL with a user's name or password.
+_USERINFO = re.compile(r"://[^/\s@]*@")
+#: Arguments and variables that run code from outside the image.
+_CODE = frozenset(("trust_remote_code", "worker_extension_cls", "worker_cls", "middleware", "LD_PRELOAD", "PYTHONPATH"))
 _COMMAND = re.compile(r"(^|[\s/])(vllm\s+serve|vllm\.entrypoints|vllm-openai[:@]|docker\s+run)")
 _NUMBER = re.compile(r"[+-]?[0-9]{1,18}(\.[0-9]{0,18})?(e[+-]?[0-9]{1,2})?", re.I | re.ASCII)
 _OPERATORS = frozenset(("&&", "||", ";", "|", "&", ">", ">>", "<", "<<", "2>&1", ">&"))
@@ -133,7 +137,7 @@ def read(text: str, place: str) -> Settings:
     SparkfleetError."""
     if len(text) > CHARACTERS:
         raise SparkfleetError(f"{place}: more than {CHARACTERS} characters: that is not a recipe")
-    if _COMMAND.search(text) and not re.search(r"^\s*(command|model|container)\s*:", text, re.M):
+    if _COMMAND.search(text) and not re.search(r"^[ \t]*(command|model|container)[ \t]*:", text, re.M):
         return command(text, place)
     try:
         data = yaml_text.load(_without_tabs(text), CHARACTERS)
@@ -277,8 +281,7 @@ def _line(made: Settings, text: str, place: str) -> None:
         raise SparkfleetError(f"{place}: the command cannot be read: {error} (a quote that is not closed?)") from None
     start = _start(words)
     if start is None:
-        first = printable(" ".join(words[:3]), 80)
-        raise SparkfleetError(f"{place}: there is no `vllm serve` in the command ({first!r}); only vLLM is served here")
+        raise SparkfleetError(f"{place}: there is no `vllm serve` in the command; only vLLM is served here")
     _before(made, words[: start[0]])
     _flags(made, words[start[1] :])
 
@@ -305,7 +308,7 @@ def _before(made: Settings, words: list[str]) -> None:
         if equals and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             _variable(made, name, value)
         elif word not in ("exec", "sudo", "env", "export", "nohup", "time", "-m", "python", "python3"):
-            made.leave(word, "a word before the command")
+            made.leave("words before the command", "they may hold secrets, and are not shown")
     if docker is None:
         return
     rest = iter(words[docker + 1 :])
@@ -315,8 +318,11 @@ def _before(made: Settings, words: list[str]) -> None:
         if flag in ("-e", "--env"):
             name, _, content = (value if equals else next(rest, "")).partition("=")
             _variable(made, name, content)
+        elif word.startswith("-e") and not word.startswith("--"):  # -eNAME=VALUE
+            name, _, content = word[2:].partition("=")
+            _variable(made, name, content)
         elif word.startswith("-"):
-            left.append(word)
+            left.append(flag if word.startswith("--") else word[:2])
             last = ""
         else:
             last = word
@@ -330,7 +336,7 @@ def _flags(made: Settings, words: list[str]) -> None:
     """The arguments of vllm serve."""
     for at, word in enumerate(words):
         if word in _OPERATORS or word.endswith(";"):
-            made.leave(" ".join(words[at:]), "what follows the command")
+            made.leave("words after the command", "they may hold secrets, and are not shown")
             words = [*words[:at], *([word[:-1]] if word.endswith(";") and len(word) > 1 else [])]
             break
     at = 0
@@ -339,9 +345,8 @@ def _flags(made: Settings, words: list[str]) -> None:
         at += 1
         if not _is_flag(word):
             if made.model or not _is_model(word):
-                made.leave(word, "a word that is not a flag" if word != made.model else "the model, once more")
-                if word == made.model:
-                    made.left.pop()
+                if word != made.model:
+                    made.leave("a word that is not a flag", "it may be a secret, and is not shown")
             else:
                 _model(made, word, None)
             continue
@@ -382,6 +387,9 @@ def _given(made: Settings, name: str, values: list[str]) -> None:
     """One flag with its words."""
     if "." in name:  # --speculative-config.method mtp
         head, *path = name.split(".")
+        if head in OURS or head in PLACEMENT or head in _CODE or _is_secret(head) or not _NAME.fullmatch(head):
+            made.leave(f"--{head}.… (value not shown)", "it is not an argument that a card can have as a mapping")
+            return
         inner = made.arguments.setdefault(head, {})
         if not isinstance(inner, dict) or len(values) > 1 or len(path) > 8:
             made.leave(f"--{name}", "it contradicts what was given before")
@@ -398,7 +406,8 @@ def _given(made: Settings, name: str, values: list[str]) -> None:
     elif len(values) > 1 and name == "served_model_name":
         _argument(made, name, " ".join(values))
     elif len(values) > 1:
-        made.leave(f"--{name.replace('_', '-')} {' '.join(values)[:80]}", "a card has no arguments with several words")
+        words = " ".join(values)[:80] if all(map(_NUMBER.fullmatch, values)) else "(values not shown)"
+        made.leave(f"--{name.replace('_', '-')} {words}", "a card has no arguments with several words")
     else:
         _argument(made, name, _value(values[0]))
 
@@ -418,17 +427,27 @@ def _value(word: str) -> ArgumentValue:
     return word
 
 
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+
+def _is_secret(name: str) -> bool:
+    """Whether a name says that its value may be a secret."""
+    return _SECRET.search(_NO_SECRET.sub("", name)) is not None
+
+
 # -- single settings -------------------------------------------------------------------------------------------------
 
 
 def _argument(made: Settings, name: str, value: Any) -> None:
     """One argument of vllm serve, or where else it belongs."""
-    shown = f"--{name.replace('_', '-')}" + ("" if name in ("api_key",) or value is True else f" {_shown(value)}")
+    shown = f"--{name.replace('_', '-')}" + ("" if _is_secret(name) or value is True else f" {_shown(value)}")
     if isinstance(value, str) and re.search(r"\$[A-Za-z_{(]|`", value):
         made.leave(f"--{name.replace('_', '-')}", "its value is of a shell: write it out")
     elif isinstance(value, str) and re.fullmatch(r"\{[A-Za-z_]\w*\}", value):
         made.leave(shown, "the placeholder has no value")
-    elif name == "hf_token" or "password" in name:
+    elif isinstance(value, str) and value.startswith("-") and not _NUMBER.fullmatch(value):
+        made.leave(shown, "its value would be another flag of vllm serve")
+    elif name not in OURS and (_is_secret(name) or (isinstance(value, str) and _USERINFO.search(value))):
         made.leave(f"--{name.replace('_', '-')} (value not shown)", "it is a secret; the Hub's is sparkfleet_hf_token")
     elif name in ("model", "model_tag"):
         _model(made, value, None)
@@ -523,7 +542,7 @@ def _image(made: Settings, image: Any) -> None:
 
 def _variable(made: Settings, name: str, value: Any) -> None:
     """A variable of the engine's environment; never a secret."""
-    if _SECRET.search(name) and not _NO_SECRET.search(name):
+    if _is_secret(name) or (isinstance(value, str) and _USERINFO.search(value)):
         made.leave(f"{name} (value not shown)", "it may be a secret; the Hub's token is sparkfleet_hf_token")
     elif name in ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_CACHE"):
         made.leave(name, "Sparkfleet sets the model's place in the container")
@@ -550,6 +569,8 @@ def _settle(made: Settings) -> None:
             f"whether the engine finds {printable(drafter, 100)} (speculative_config): only the model itself is "
             "fetched, and the engine is offline"
         )
+    for name in sorted((_CODE - {"trust_remote_code"}) & {*given, *made.environment}):
+        made.doubts.append(f"whether what {name} runs can be trusted: it is code from outside the image")
     for name in ("chat_template", "reasoning_parser_plugin", "tool_parser_plugin"):
         if isinstance(given.get(name), str) and re.search(r"\.(jinja|py)$", str(given[name])):
             made.doubts.append(f"whether the image holds {printable(str(given[name]), 100)} ({name})")

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from sparkfleet_host.bounded import printable
 from sparkfleet_host.engine import PROJECT
 from sparkfleet_host.http import KEY_FILE
 
@@ -77,7 +79,10 @@ def flags(arguments: Arguments) -> list[str]:
         if value is True:
             words.append(flag)
         elif value is not False:
-            words += [flag, _text(name, value)]
+            text = _text(name, value)
+            if isinstance(value, str) and text.startswith("-") and not re.fullmatch(r"-[0-9.]+", text):
+                raise SparkfleetError(f"{name}: {printable(text, 60)!r} would be another flag of vllm serve")
+            words += [flag, text]
     return words
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from sparkfleet_host.bounded import printable
+from sparkfleet_host.bounded import LATEST, printable
+from sparkfleet_host.release_format import MOST_ENGINES
 
 from sparkfleet.reporting import report
 from sparkfleet.reporting.host_result import HostResult
@@ -29,6 +31,7 @@ def summary(
     """The row of a host: plain data, for tables and for JSON, with `engines`, a row of each engine. What it has of the
     host is the sum or the worst of them, and its names are theirs. `found` is what the module spark_status returned,
     `drift` how the host differs from the inventory (None where that is not known), `problem` why it is not."""
+    found = understood(found)
     releases = found["releases"]
     engines = [_engine(row) for row in found["engines"]]
     return {
@@ -54,6 +57,69 @@ def summary(
         "damaged": damaged(releases),
         "drained": drained,
     }
+
+
+def understood(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What the module spark_status returned, in the form that it must have: a Spark may answer anything. A text is cut
+    and printable, a number finite; what has another form counts as not known."""
+    releases, gpu, switched = (
+        _mapping(value)
+        for value in (found.get("releases"), found.get("gpu"), _mapping(found.get("releases")).get("switch"))
+    )
+    journal = {
+        **{key: _text(switched.get(key)) for key in ("phase", "outcome", "controller", "verb")},
+        **{key: _number(switched.get(key)) for key in ("began", "from", "to")},
+    }
+    unreadable = releases.get("unreadable")
+    return {
+        "engine": _text(found.get("engine"), 30) or "unknown",
+        "healthy": found.get("healthy") is True,
+        "gpu": {"temperature": _number(gpu.get("temperature"))},
+        "engines": [_checked_engine(_mapping(row)) for row in _listed(found.get("engines"))[:MOST_ENGINES]],
+        "releases": {
+            **{key: _number(releases.get(key)) for key in ("current", "previous")},
+            "switch": journal if switched else None,
+            "switch_active": releases.get("switch_active") is True,
+            "damaged": {_text(key): _text(value) for key, value in _mapping(releases.get("damaged")).items()},
+            "unreadable": [_text(line) for line in _listed(unreadable)[:100]],
+        },
+    }
+
+
+def _checked_engine(row: Mapping[str, Any]) -> dict[str, Any]:
+    guard = _mapping(row.get("guard"))
+    totals = {key: _number(value) or 0 for key, value in _mapping(guard.get("restarts_total")).items()}
+    return {
+        **{key: _text(row.get(key)) for key in ("service", "model", "profile", "repo", "image")},
+        "state": _text(row.get("state"), 30) or "unknown",
+        "healthy": row.get("healthy") is True,
+        "port": _number(row.get("port")),
+        "figures": {key: _number(value) for key, value in _mapping(row.get("figures")).items()},
+        "tokens_per_second": _number(row.get("tokens_per_second")),
+        "guard": {
+            "restarts_total": totals,
+            "given_up": {"reason": _text(_mapping(guard.get("given_up")).get("reason")) or None},
+            "tokens_per_second": _number(guard.get("tokens_per_second")),
+            "slow": guard.get("slow") is True,
+        },
+    }
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else []
+
+
+def _text(value: Any, longest: int = 600) -> str:
+    return printable(value, longest) if isinstance(value, str) else ""
+
+
+def _number(value: Any) -> Any:
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if plain and math.isfinite(value) and abs(value) < LATEST else None
 
 
 def _engine(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,7 +183,7 @@ def switch(journal: Mapping[str, Any] | None, active: bool) -> str | None:
     """The switch that runs or ran last, in a line."""
     if not journal:
         return None
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(journal["began"]))
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(journal["began"] or 0.0))
     way = f"{journal['from'] or 'none'} → {journal['to']}"
     state = f"phase {journal['phase']}" if active else (journal["outcome"] or f"cut in the phase {journal['phase']}")
     return f"{way} by {journal['controller'] or '?'} with {journal['verb'] or '?'} at {when}: {state}"
@@ -216,4 +282,4 @@ def _notes(row: Mapping[str, Any], alone: bool) -> Iterator[str]:
 
 def page(rows: Sequence[Mapping[str, Any]], width: int = 0) -> str:
     """The table, with the fleet summed up below it."""
-    return f"{table(rows, width)}{words(totals(rows))}\n"
+    return f"{table(rows, width)}{report.clean(words(totals(rows)))}\n"

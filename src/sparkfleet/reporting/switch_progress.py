@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any
 
-from sparkfleet_host.bounded import BoundsError, as_int, as_number, as_str, printable
+from sparkfleet_host.bounded import LATEST, BoundsError, as_int, as_number, as_str, printable
 from sparkfleet_host.release_format import NUMBERS, check_journal, storable
 
 from sparkfleet.diagnosis import failures, startup_log
@@ -23,7 +23,6 @@ WORDS = {
     "restoring": "{to} failed; bringing back {before}",
     "restore-verifying": "asking it",
 }
-LATEST = 1e11  # Unix time, and seconds, beyond which a clock is wrong
 MOST = 1000  # parts that were reclaimed, sentences
 LOG_LINES = 2000  # of an answer
 TEXT, NAME = 1000, 300  # characters that are printed of a sentence, of a name

@@ -414,3 +414,8 @@ def test_what_a_journal_lacks() -> None:
         **dict.fromkeys(texts, ""),
         **dict.fromkeys(nothing),
     }
+
+
+def test_a_journal_of_format_1_whose_container_is_no_text_is_refused() -> None:
+    with pytest.raises(BoundsError, match="container"):
+        check_journal({"to": 3, "from": 2, "model": "m", "container": {"a": 1}, "container_id": "x"})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import time
 from typing import Any
 
 import pytest
@@ -174,7 +176,7 @@ def test_the_longest_length_that_fits() -> None:
         ("model: o/m\nruntime: sglang", "runtime: sglang is not vLLM"),
         (
             "model: o/m\ncommand: llama-server -hf o/m",
-            "there is no `vllm serve` in the command ('llama-server -hf o/m')",
+            "there is no `vllm serve` in the command; only vLLM is served here",
         ),
         ("model: o/m\ndefaults: [1]", "defaults: must be a mapping, not [1]"),
         ("model: o/m\nenv: x", "env: must be a mapping, not x"),
@@ -263,3 +265,32 @@ def check(words: str) -> None:
         assert isinstance(made, Settings)
         json.dumps([made.arguments, made.environment], allow_nan=False)
         assert all("\n" not in line and "\x1b" not in line for line in made.left)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "hf auth login --token CANARY && docker run -eHF_TOKEN=CANARY i/m vllm serve o/m --api-key CANARY CANARY",
+        "curl -H CANARY; vllm serve o/m && curl -H 'Authorization: Bearer CANARY' x",
+        "MY_TOKENS_API_KEY=CANARY DB_PASS=CANARY AUTH=CANARY HTTPS_PROXY=http://u:CANARY@h vllm serve o/m",
+        "vllm serve o/m --api-key.x CANARY --port.x 9 --hf-token.y CANARY --trust-remote-code.x 1",
+        "vllm serve o/m --s3-url https://u:CANARY@h/b CANARY",
+    ],
+)
+def test_secrets_of_a_command_are_neither_taken_nor_shown(line: str) -> None:
+    made = read(line, "it")
+    assert "CANARY" not in json.dumps(dataclasses.asdict(made))
+    assert not {"api_key", "port", "hf_token", "trust_remote_code"} & {*made.arguments}
+
+
+def test_a_value_that_would_be_another_flag_is_not_taken() -> None:
+    made = read(
+        "model: o/m\ndefaults: {async_scheduling: '--port=9999', enable_log_requests: '--trust-remote-code'}", "it"
+    )
+    assert made.arguments == {} and len(made.left) == 2
+
+
+def test_blank_lines_cost_nothing() -> None:
+    began = time.monotonic()
+    read("vllm serve o/m\n" + "\n" * 100_000, "it")
+    assert time.monotonic() - began < 5

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.http import KEY_FILE
 
+from sparkfleet import SparkfleetError
 from sparkfleet.cli import main
 from sparkfleet.planning import catalog, compose
 from tests.unit import DATA
@@ -251,3 +252,9 @@ def test_profile_and_port(card: catalog.Card) -> None:
 )
 def test_flags(arguments: catalog.Arguments, words: list[str]) -> None:
     assert compose.flags(arguments) == words
+
+
+def test_a_text_that_would_be_another_flag_is_refused() -> None:
+    with pytest.raises(SparkfleetError, match="would be another flag of vllm serve"):
+        compose.flags({"enable_log_requests": "--trust-remote-code"})
+    assert compose.flags({"swap_space": "-1"}) == ["--swap-space", "-1"]
