@@ -113,7 +113,10 @@ def _understood(output: bytes, endpoint: str) -> tuple[Mapping[str, Any], Answer
 
 def _remedy(repo: str, problem: Answer) -> str:
     if problem.failure == "hub-unreachable":
-        return f"; where this machine has no way to the Hub, download the folder elsewhere: `sparkfleet card ./{repo}`"
+        return (
+            "; if this machine cannot reach the Hub, download the model elsewhere, copy its folder here, and run "
+            f"`sparkfleet card FOLDER --repo {repo}`"
+        )
     if problem.failure in ("hub-token-missing", "hub-no-access"):
         return "; here the token is that of HF_TOKEN or of `hf auth login`"
     return ""

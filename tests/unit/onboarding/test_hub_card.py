@@ -105,7 +105,7 @@ def test_a_gated_model_needs_a_token_and_says_so(hub: Hub) -> None:
 
 
 def test_a_hub_that_is_not_reached_or_slow(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SparkfleetError, match=r"cannot be reached.*sparkfleet card ./acme/tiny-8b"):
+    with pytest.raises(SparkfleetError, match=r"cannot be reached.*sparkfleet card FOLDER --repo acme/tiny-8b"):
         hub_card.ask("acme/tiny-8b", "main", Way("http://127.0.0.1:9"))
     monkeypatch.setattr(hub_card, "SECONDS", 5.05)
     hub.pause = 0.5
