@@ -86,7 +86,7 @@ outcome: {description: "By the action; verified, restored, removed, refused or f
 out_of_service_s: {description: By the action; seconds without an answer., returned: action, type: float}
 reclaimed: {description: By the action; kind name and bytes of what was removed., returned: action, type: list}
 reclaimed_bytes: {description: By the action; their sum., returned: action, type: int}
-left: {description: By the action; what stays though no release needs it, and why., returned: action, type: list}
+left: {description: "By the action; what stays although no release needs it, and why.", returned: action, type: list}
 troubles: {description: By the action; what could not be written or removed., returned: action, type: list}
 seconds: {description: By the action; total., returned: action, type: float}
 verification: {description: By the action; result of the first engine's verification., returned: action, type: dict}
