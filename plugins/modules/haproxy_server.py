@@ -10,6 +10,7 @@ short_description: Drain a server of HAProxy, or put it back
 description:
   - Uses HAProxy's runtime socket. A drained server (in maintenance, in HAProxy's terms) gets no new requests, not even
     from its sticky sessions; with O(timeout) the module waits for running requests to finish.
+  - C(ready) waits until a check has found the server up in one of its backends, 30 seconds at most.
   - Several servers are changed in one call. Servers already in the wanted state are left unchanged.
   - A server that is in no backend is not an error, so that a Spark which is not in the gateway yet can be rolled out.
 options:
@@ -51,6 +52,8 @@ SOCKET_SECONDS = 10.0
 POLL = 0.25
 FORCED = 0x01 | 0x08  # of srv_admin_state: maintenance and drain by a command
 #: HAProxy's own drain keeps sending requests of sticky sessions; maintenance also lets streams finish.
+#: That a server has until a check finds it up; one that serves none of the models stays down.
+READY_SECONDS = 30.0
 WORDS = {"drain": "maint", "ready": "ready"}
 
 
@@ -121,6 +124,12 @@ def change(haproxy: Haproxy, servers: Sequence[str], state: str, timeout: float,
         if result["sessions"] == 0 or time.monotonic() - began >= timeout:
             break
         time.sleep(POLL)
+    # Until a check has found it up, the others alone serve: the next one must not be drained meanwhile.
+    waiting = {server for _, server in wrong} if state == "ready" else set()
+    while waiting and time.monotonic() - began < READY_SECONDS:
+        waiting -= {row["svname"] for row in haproxy.rows(servers) if row["status"].startswith(("UP", "no check"))}
+        if waiting:
+            time.sleep(POLL)
     result["seconds"] = round(time.monotonic() - began, 1)
     return result
 

@@ -24,6 +24,30 @@ class Socket(haproxy_server.Haproxy):
         return f"# pxname,svname,scur,status,\nm,spark-1,0,{self.status},\n" if command.startswith("show") else "\n"
 
 
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(haproxy_server, "READY_SECONDS", 0.0)
+    monkeypatch.setattr(haproxy_server, "POLL", 0.01)
+
+
+class Coming(Socket):
+    """A server whose check finds it up only after a while."""
+
+    def ask(self, command: str) -> str:
+        if command.startswith("set"):
+            self.status, self.admin = "DOWN 1/2", 0
+        elif command.startswith("show stat") and len(self.printed) > 6:
+            self.status = "UP"
+        return super().ask(command)
+
+
+def test_a_server_is_ready_once_a_check_has_found_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(haproxy_server, "READY_SECONDS", 10.0)
+    haproxy = Coming("MAINT", 1)
+    assert haproxy_server.change(haproxy, ["spark-1"], "ready", 0.0, check=False)["changed"]
+    assert haproxy.status == "UP" and haproxy.printed[3].startswith("show stat")
+
+
 class Two(Socket):
     """Two servers in two backends; one of the four is out, one more only seems so."""
 
