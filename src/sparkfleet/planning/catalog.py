@@ -303,6 +303,10 @@ def parse(path: Path) -> Card:
 def of_text(path: Path, text: str) -> Card:
     """The card in a text; errors name `path`."""
     document = Document(path, text)
+    if not isinstance(document.data, Mapping):  # a script, say, which may hold secrets
+        raise document.error(
+            (), f"not a model card; `sparkfleet card --from {path}` makes one of a recipe or a command"
+        )
     document.check(schema())
     data = document.data
     shape = {**data["shape"], "attention": tuple(Attention(**entry) for entry in data["shape"]["attention"])}

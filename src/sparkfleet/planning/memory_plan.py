@@ -291,6 +291,8 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
     limit = BANDWIDTH_GB_S * gpus / card.weights.read_gb_per_token
     measured = max((entry.tok_s for entry in card.measured), default=None)
     notes = list(cut.notes) if not reasons else []
+    if gpus > 1:
+        notes.append(f"planned for each of {gpus} Sparks; Sparkfleet does not deploy one engine across Sparks yet")
     if not reasons:
         if concurrency < 1 + ERROR:
             notes.append(

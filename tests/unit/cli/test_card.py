@@ -12,12 +12,12 @@ import pytest
 import yaml
 
 from sparkfleet import SparkfleetError
-from sparkfleet.cli import main
 from sparkfleet.fleet import model_files
 from sparkfleet.fleet.model_files import Answer, Way
 from sparkfleet.onboarding import hub_card
 from sparkfleet.onboarding.hub_card import About
 from sparkfleet.planning import catalog
+from tests.unit.cli.test_main import run
 from tests.unit.planning.test_model_config import FOLDER, config
 
 RECIPE = """
@@ -46,15 +46,6 @@ def asked(repo: str, revision: str, hub: Way) -> About:
     texts = {"config.json": json.dumps(config("Qwen--Qwen3-8B"))}
     files = {"model.safetensors": 16_381_470_720, "config.json": 900}
     return About("the Hub", repo, "1" * 40, "what main is", files, texts, 0, False, "apache-2.0", "the Hub")
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    try:
-        code = main.main(words)
-    except SystemExit as stop:  # argparse
-        code = int(stop.code or 0)
-    said = capsys.readouterr()
-    return code, said.out, said.err
 
 
 def test_a_card_goes_to_standard_output_and_what_is_not_known_beside_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -170,3 +170,11 @@ def test_unknown_profile() -> None:
         match=r"llama31-8b-fp8\.yml:\d+: model llama31-8b-fp8 has no profile 'fast': choose one of throughput",
     ):
         catalog.load("llama31-8b-fp8").with_profile("fast")
+
+
+def test_a_script_in_place_of_a_card_is_not_quoted(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yml"
+    path.write_text("export HF_TOKEN=hf_secret vllm serve o/m\n", encoding="utf-8")
+    with pytest.raises(SparkfleetError, match="as a model card is; `sparkfleet card --from") as raised:
+        catalog.load(str(path))
+    assert "hf_secret" not in str(raised.value)

@@ -47,17 +47,20 @@ class ActionModule(ActionBase):
             done.write_text("")
         needed = host in script["needed"] and not done.exists()
         if name == "spark_plan":
-            return {"changed": False, "plan": plan(needed), "state": STATE}
+            return {"changed": False, "plan": plan(needed, script["fetches"].get(host, [])), "state": STATE}
+        if name == "share":
+            return {"changed": False, "sources": [], "takes": False, "takes_part": True}
         return {"changed": name == "release_switch", "release": {"number": 2, "engines": [{"model": "m"}]}}
 
-def plan(needed):
+def plan(needed, fetches):
     deploy = {"needed": needed, "stage": [], "start": ["x"], "stop": [], "wait": [], "release": 2, "mode": "deploy",
               "recreate": False, "services": [], "new_key": False, "stop_services": []}
     verify = {"question": "q", "expect": "e", "prompt": "p", "prompt_expect": "e"}
     engine = {"model": "m", "profile": "throughput", "repo": "o/m", "service": "vllm-m", "port": 8000, "verify": verify,
-              "image": "i:1", "revision": "main", "remote_code": False, "fetch_image": False, "fetch_model": False}
+              "image": "i:1", "revision": "main", "remote_code": False, "fetch_image": "image" in fetches,
+              "fetch_model": "model" in fetches}
     return {"engines": [engine], "compose": {}, "release": {"plan": {}, "lock": {}}, "prepare": {"needed": False},
-            "fetch": {"needed": False}, "deploy": deploy}
+            "fetch": {"needed": bool(fetches)}, "deploy": deploy}
 """
 ACTIONS = (
     "spark_plan",
@@ -67,6 +70,7 @@ ACTIONS = (
     "vllm_wait",
     "vllm_verify",
     "haproxy_server",
+    *("image_digest", "model_files", "share", "image_pull", "model_download", "fetch_wait"),
 )
 
 
@@ -97,12 +101,18 @@ class Fleet:
         (self.folder / "hosts.yml").write_text(json.dumps(groups), encoding="utf-8")
 
     def run(
-        self, *words: str, needed: list[str] | None = None, playbook: str = "playbooks/rollout.yml", **fates: str
+        self,
+        *words: str,
+        needed: list[str] | None = None,
+        fetches: dict[str, list[str]] | None = None,
+        playbook: str = "playbooks/rollout.yml",
+        **fates: str,
     ) -> tuple[int, str]:
-        """Roll out, or run another playbook; `fates` are HOST_ACTION[_CALL]="unreachable" or "failed". The exit code
-        and what was printed."""
+        """Roll out, or run another playbook. `fetches`: what a Spark has to fetch (image, model); `fates`:
+        HOST_ACTION[_CALL]="unreachable" or "failed". The exit code and what was printed."""
         script = {
             "needed": self.names if needed is None else needed,
+            "fetches": fetches or {},
             "fates": {split(key): value for key, value in fates.items()},
         }
         (self.folder / "script.json").write_text(json.dumps(script), encoding="utf-8")

@@ -61,6 +61,16 @@ def test_each_stage_by_its_tag(fleet: Fleet, tag: str, actions: set[str]) -> Non
     assert not called(fleet) & actions, printed
 
 
+@pytest.mark.parametrize("playbook", [SITE, "playbooks/rollout.yml"])
+def test_sparks_fetch_together_although_they_lack_different_things(fleet: Fleet, playbook: str) -> None:
+    """A source is there for the others only while it takes part itself: nobody may end before all have begun."""
+    fetches = {"s1": ["image"], "s2": ["image", "model"], "s3": ["model"]}
+    code, printed = fleet.run("--check", playbook=playbook, fetches=fetches)
+    assert code == 0, printed
+    states = [entry["state"] for entry in fleet.log("share")]
+    assert states[:3] == ["schedule"] * 3 and "schedule" not in states[3:] and len(states) == 6
+
+
 def test_everything_tagged_from_outside(fleet: Fleet) -> None:
     (fleet.folder / "own.yml").write_text(f"- import_playbook: {ROOT / SITE}\n  tags: [sparks]\n", encoding="utf-8")
     code, printed = fleet.run("--tags", "sparks", playbook=str(fleet.folder / "own.yml"))
