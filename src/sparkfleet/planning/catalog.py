@@ -304,9 +304,8 @@ def of_text(path: Path, text: str) -> Card:
     """The card in a text; errors name `path`."""
     document = Document(path, text)
     if not isinstance(document.data, Mapping):  # a script, say, which may hold secrets
-        raise document.error(
-            (), f"not a model card; `sparkfleet card --from {path}` makes one of a recipe or a command"
-        )
+        way = f"`sparkfleet card --from {path}` makes a card of a recipe or a command"
+        raise document.error((), f"the file: must be a mapping, as a model card is; {way}")
     document.check(schema())
     data = document.data
     shape = {**data["shape"], "attention": tuple(Attention(**entry) for entry in data["shape"]["attention"])}
