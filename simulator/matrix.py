@@ -247,7 +247,7 @@ def rows() -> list[Row]:
                 "host",
                 f"reset while {name}",
                 act,
-                ("connection lost", "connected again", BACK),
+                ("connection lost", "reconnected after", BACK),
                 SERVES,
                 diagnosis,
             )
@@ -332,7 +332,7 @@ def rows() -> list[Row]:
             "SSH",
             "every ssh session ended in a switch",
             meanwhile(("waiting",), cut_ssh),
-            ("connection lost", "connected again", "it is the current release now"),
+            ("connection lost", "reconnected after", "it is the current release now"),
             SERVES_NEW,
         ),
         Row(

@@ -24,7 +24,6 @@ from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 
 FOLDER = Path(os.environ["STAND_IN"])
-STATE = {"docker": {"containers": []}, "engines": [{"healthy": False}], "os": {}}
 
 class ActionModule(ActionBase):
     def run(self, tmp=None, task_vars=None):
@@ -47,7 +46,10 @@ class ActionModule(ActionBase):
             done.write_text("")
         needed = host in script["needed"] and not done.exists()
         if name == "spark_plan":
-            return {"changed": False, "plan": plan(needed, script["fetches"].get(host, [])), "state": STATE}
+            state = {"docker": {"containers": []}, "engines": [{"healthy": False}], "os": {}}
+            if host in script["twins"]:
+                state["os"] = {"machine_id": "m", "boot_id": "b"}
+            return {"changed": False, "plan": plan(needed, script["fetches"].get(host, [])), "state": state}
         if name == "share":
             return {"changed": False, "sources": [], "takes": False, "takes_part": True}
         return {"changed": name == "release_switch", "release": {"number": 2, "engines": [{"model": "m"}]}}
@@ -105,14 +107,16 @@ class Fleet:
         *words: str,
         needed: list[str] | None = None,
         fetches: dict[str, list[str]] | None = None,
+        twins: tuple[str, ...] = (),
         playbook: str = "playbooks/rollout.yml",
         **fates: str,
     ) -> tuple[int, str]:
-        """Roll out, or run another playbook. `fetches`: what a Spark has to fetch (image, model); `fates`:
-        HOST_ACTION[_CALL]="unreachable" or "failed". The exit code and what was printed."""
+        """Roll out, or run another playbook. `fetches`: what a Spark has to fetch (image, model); `twins`: names of
+        one host; `fates`: HOST_ACTION[_CALL]="unreachable" or "failed". The exit code and what was printed."""
         script = {
             "needed": self.names if needed is None else needed,
             "fetches": fetches or {},
+            "twins": twins,
             "fates": {split(key): value for key, value in fates.items()},
         }
         (self.folder / "script.json").write_text(json.dumps(script), encoding="utf-8")

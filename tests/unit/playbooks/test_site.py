@@ -62,6 +62,14 @@ def test_each_stage_by_its_tag(fleet: Fleet, tag: str, actions: set[str]) -> Non
 
 
 @pytest.mark.parametrize("playbook", [SITE, "playbooks/rollout.yml"])
+@pytest.mark.parametrize("needed", [[], ["s1"]], ids=["up to date", "one to deploy"])
+def test_one_host_under_two_names_is_refused(fleet: Fleet, playbook: str, needed: list[str]) -> None:
+    code, printed = fleet.run(playbook=playbook, needed=needed, twins=("s1", "s3"))
+    assert code == FAILED and "s1 and s3 are the same host" in printed, printed
+    assert not called(fleet) - {"rollout_schedule"}, printed
+
+
+@pytest.mark.parametrize("playbook", [SITE, "playbooks/rollout.yml"])
 def test_sparks_fetch_together_although_they_lack_different_things(fleet: Fleet, playbook: str) -> None:
     """A source is there for the others only while it takes part itself: nobody may end before all have begun."""
     fetches = {"s1": ["image"], "s2": ["image", "model"], "s3": ["model"]}
