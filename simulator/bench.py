@@ -155,7 +155,8 @@ def rollout(runs: int, world: World) -> None:
     world.up(FLEET, "dgxos", "fault")
     gateways = "spark-1"
     play(world.name, "site.yml", gateways=gateways)
-    site, rolled = [], []
+    site: list[float] = []
+    rolled: list[float] = []
     for _ in range(runs):
         for playbook, seconds in (("site.yml", site), ("playbooks/rollout.yml", rolled)):
             run = play(world.name, playbook, gateways=gateways)
