@@ -106,19 +106,20 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         return result
 
     def _make_card(self, settings: Settings, task_vars: dict[str, Any]) -> None:
-        """The card of a model given as ORG/NAME, made from the Hub where there is none. Raises SparkfleetError."""
+        """The card of each model given as ORG/NAME, made from the Hub where there is none. Raises SparkfleetError."""
         hub = Way(
             endpoint=str(self._templar.template(task_vars.get("sparkfleet_controller_hub")) or settings.hub_endpoint),
             token=settings.hf_token,
             proxy=settings.proxy,
             no_proxy=settings.no_proxy,
         )
-        hub_card.ensure(
-            settings.model,
-            hub,
-            lambda text: self._display.display(report.clean(text)),
-            once=Path(constants.DEFAULT_LOCAL_TMP),
-        )
+        for engine in settings.each():
+            hub_card.ensure(
+                engine.model,
+                hub,
+                lambda text: self._display.display(report.clean(text)),
+                once=Path(constants.DEFAULT_LOCAL_TMP),
+            )
 
     def _settings(self, task_vars: dict[str, Any]) -> Settings:
         """The settings of this host, out of its variables. Raises SparkfleetError with each problem."""

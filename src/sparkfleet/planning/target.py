@@ -52,7 +52,7 @@ class Settings:
     """The inventory's settings of one host; the fields are the variables ``sparkfleet_<field>``, with their defaults.
 
     Fields below ``arguments`` are not variables. The fields of `EngineSettings` are those of the host's only engine,
-    unless ``engines`` lists them.
+    unless ``engines`` lists several.
     """
 
     model: str = ""
@@ -63,6 +63,7 @@ class Settings:
     image: str = ""
     revision: str = ""
     port: int = 8000
+    engines: Sequence[EngineSettings] = ()
     listen: Any = "auto"
     address: str = ""  # where gateways reach the host
     engine_key: str = dataclasses.field(default="", repr=False)
@@ -105,7 +106,6 @@ class Settings:
     gateways: tuple[str, ...] = ()  # names or addresses of the inventory's gateways
     gateways_elsewhere: tuple[str, ...] = ()  # those on other hosts
     host_program: str = ""  # sha256 of the program that is to be on the host; empty: not checked
-    engines: Sequence[EngineSettings] = ()
 
     @classmethod
     def of(cls, settled: Mapping[str, Any], **known: Any) -> Settings:
@@ -116,7 +116,20 @@ class Settings:
         found.setdefault("model", variables.options()["sparkfleet_model"]["default"])
         for secret in ("engine_key", "hf_token"):
             found[secret] = found.get(secret, "").strip()
-        return cls(**{**found, "arguments": variables.arguments(settled), **known})
+        arguments = variables.arguments(settled)
+        shared = {"tool_calls": found.get("tool_calls", True)}
+        found["engines"] = tuple(
+            EngineSettings(
+                **{
+                    **shared,
+                    **engine,
+                    "environment": {**found.get("environment", {}), **engine.get("environment", {})},
+                    "arguments": {**arguments, **engine.get("arguments", {})},
+                }
+            )
+            for engine in found.get("engines", ())
+        )
+        return cls(**{**found, "arguments": arguments, **known})
 
     @property
     def api_key_enabled(self) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 from sparkfleet_host.bounded import printable
+from sparkfleet_host.release_format import MOST_ENGINES
 
 from sparkfleet import SparkfleetError
 from sparkfleet.documents import schema, yaml_text
@@ -93,6 +94,9 @@ PARAMETERS = frozenset(
 )
 #: Ports, each of which may have one use on a Spark.
 _PORTS = ("sparkfleet_port", "sparkfleet_guard_port", "sparkfleet_share_port")
+ENGINES = "sparkfleet_engines"
+#: What each entry of `sparkfleet_engines` says itself, so that it is not said for the whole host.
+_OF_ENGINES = ("sparkfleet_model", "sparkfleet_profile", "sparkfleet_image", "sparkfleet_revision")
 
 
 @functools.cache
@@ -146,17 +150,36 @@ def settle(values: Mapping[str, Any]) -> dict[str, Any]:
     found, made = unknown(values), {}
     for name, value in values.items():
         try:
-            if option := options().get(name):
+            if name == ENGINES:
+                made[name] = _engines(value)
+            elif option := options().get(name):
                 made[name] = _value(name, value, option)
             elif name.startswith(ARGUMENT_PREFIX):
                 yaml_text.check(value, name)
                 made[name] = value
         except SparkfleetError as error:
             found.append(str(error))
+    engines: list[dict[str, Any]] = made.get(ENGINES) or []
+    for index, engine in enumerate(engines):
+        before = engines[index - 1]["port"] + 1 if index else made.get("sparkfleet_port", _default("sparkfleet_port"))
+        engine.setdefault("port", before)
+        if engine["port"] > RANGES["sparkfleet_port"][1]:
+            found.append(f"{ENGINES}[{index}].port: none is left after {before - 1}; give it one")
+    if engines:
+        found += [
+            f"{name}: does not go with {ENGINES}, whose entries name it each; remove one of the two"
+            for name in _OF_ENGINES
+            if made.get(name, _default(name)) != _default(name)
+        ]
     used: dict[int, str] = {}
-    for name in _PORTS:
-        port = made.get(name, options()[name]["default"])
-        if port and port in used and not (name not in made and used[port] not in made):
+    for index, engine in enumerate(engines):
+        name = f"{ENGINES}[{index}].port"
+        if engine["port"] in used:
+            found.append(f"{name}: {engine['port']} is {used[engine['port']]} already; choose another port")
+        used.setdefault(engine["port"], name)
+    for name in _PORTS[1:] if engines else _PORTS:
+        port = made.get(name, _default(name))
+        if port and port in used and not (name not in made and used[port] not in made and not engines):
             found.append(f"{name}: {port} is {used[port]} already; choose another port")
         used.setdefault(port, name)
     if found:
@@ -164,16 +187,57 @@ def settle(values: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def _value(name: str, value: Any, option: Mapping[str, Any]) -> Any:
+def _default(name: str) -> Any:
+    return options()[name]["default"]
+
+
+def _engines(value: Any) -> list[dict[str, Any]]:
+    """The entries of `sparkfleet_engines`, each value of its type. Raises SparkfleetError with each problem."""
+    entries = _value(ENGINES, value, options()[ENGINES])
+    if len(entries) > MOST_ENGINES:
+        raise SparkfleetError(f"{ENGINES}: {len(entries)} entries, at most {MOST_ENGINES}")
+    keys: dict[str, dict[str, Any]] = options()[ENGINES]["options"]
+    engines, found = [], []
+    for index, entry in enumerate(entries):
+        at = f"{ENGINES}[{index}]"
+        if not isinstance(entry, Mapping):
+            found.append(f"{at}: must be a mapping with model, not {_shown(entry)}")
+            continue
+        engine: dict[str, Any] = {}
+        for key, given in entry.items():
+            if key not in keys:
+                near = difflib.get_close_matches(str(key)[:100], keys, n=1)
+                hint = f"; did you mean {near[0]}?" if near else f": {', '.join(keys)} are the keys"
+                found.append(f"{at}: unknown key {_shown(key)}{hint}")
+                continue
+            try:
+                engine[key] = _value(f"{at}.{key}", given, keys[key], rule=PREFIX + key)
+                if key == "arguments":
+                    engine[key] = {str(name): scalar(argument) for name, argument in given.items()}
+                    catalog.check_arguments(engine[key], f"{at}.{key}.")
+                elif key == "environment":
+                    catalog.check_environment(engine[key], f"{at}.{key}.")
+            except SparkfleetError as error:
+                found.append(str(error))
+        if "model" not in entry:
+            found.append(f"{at}: has no model")
+        engines.append(engine)
+    if found:
+        raise SparkfleetError(schema.joined(found))
+    return engines
+
+
+def _value(name: str, value: Any, option: Mapping[str, Any], rule: str = "") -> Any:
+    """`rule`: the variable whose range or form holds, if it is another one."""
     secret = bool(option.get("no_log"))
-    kind = option["type"]
+    kind, rule = option["type"], rule or name
     if kind in _CONVERT:
         convert, words = _CONVERT[kind]
-        least, most = RANGES.get(name, (-math.inf, math.inf))
-        if name in RANGES:
+        least, most = RANGES.get(rule, (-math.inf, math.inf))
+        if rule in RANGES:
             words = f"{words} from {least:g} to {most:g}" if most < 1e6 else f"{words} from {least:g} to {most:.0f}"
         made = convert(value)
-        if made is None or (name in RANGES and not least <= made <= most):
+        if made is None or (rule in RANGES and not least <= made <= most):
             raise _wrong(name, value, words, secret)
         return made
     if kind in ("str", "path"):
@@ -187,7 +251,7 @@ def _value(name: str, value: Any, option: Mapping[str, Any]) -> Any:
         text = str(value)
         if "choices" in option and text not in option["choices"]:
             raise _wrong(name, value, f"one of {', '.join(option['choices'])}", secret)
-        pattern, words = _form(name)
+        pattern, words = _form(rule)
         if (text or option.get("default") != "") and not re.fullmatch(pattern, text):
             raise _wrong(name, value, words, secret)
         return text

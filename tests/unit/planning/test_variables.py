@@ -51,6 +51,73 @@ def test_settings_of_variables_as_they_are_written() -> None:
     assert "secret" not in repr(settings) and "key-of-the-engine" not in repr(settings)
 
 
+ENGINES = [
+    {"model": "llama31-8b-fp8", "arguments": {"gpu_memory_utilization": "0.3"}},
+    {"model": "qwen3-8b-fp8", "profile": "latency", "port": "8100", "tool_calls": False, "environment": {"A": "2"}},
+    {"model": "gpt-oss-20b"},
+]
+
+
+def test_several_engines_of_an_inventory() -> None:
+    values = {
+        "sparkfleet_engines": ENGINES,
+        "sparkfleet_port": 8001,
+        "sparkfleet_environment": {"A": "1", "B": "1"},
+        "sparkfleet_vllm_max_num_seqs": 4,
+        "sparkfleet_vllm_gpu_memory_utilization": 0.2,
+    }
+    first, second, third = target.Settings.of(variables.settle(values)).each()
+    assert [engine.port for engine in (first, second, third)] == [8001, 8100, 8101]
+    assert first.arguments == {"max_num_seqs": 4, "gpu_memory_utilization": 0.3}
+    assert second.arguments == third.arguments == {"max_num_seqs": 4, "gpu_memory_utilization": 0.2}
+    assert (first.tool_calls, second.tool_calls, second.profile, third.profile) == (
+        True,
+        False,
+        "latency",
+        "throughput",
+    )
+    assert (first.environment, second.environment) == ({"A": "1", "B": "1"}, {"A": "2", "B": "1"})
+    assert len(target.Settings.of(variables.settle({"sparkfleet_engines": []})).each()) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"sparkfleet_engines": ["m"]}, r"sparkfleet_engines\[0\]: must be a mapping with model, not 'm'"),
+        ({"sparkfleet_engines": [{"port": 1}]}, r"sparkfleet_engines\[0\]: has no model"),
+        ({"sparkfleet_engines": [{"model": "m", "prot": 1}]}, r"\[0\]: unknown key 'prot'; did you mean port\?"),
+        ({"sparkfleet_engines": [{"model": "m", "port": 0}]}, r"sparkfleet_engines\[0\].port: must be .* 1 to 65535"),
+        (
+            {"sparkfleet_engines": [{"model": "m", "port": 65535}, {"model": "n"}]},
+            r"\[1\].port: none is left after 65535",
+        ),
+        ({"sparkfleet_engines": [{"model": "m", "image": "a b"}]}, r"sparkfleet_engines\[0\].image: must be"),
+        ({"sparkfleet_engines": [{"model": "m"}] * 99}, r"sparkfleet_engines: 99 entries, at most"),
+        (
+            {"sparkfleet_engines": [{"model": "m", "arguments": {"port": 1}}]},
+            r"\[0\].arguments.port: Sparkfleet sets this",
+        ),
+        ({"sparkfleet_engines": [{"model": "m", "environment": {"A B": "1"}}]}, r"\[0\].environment"),
+        (
+            {"sparkfleet_engines": [{"model": "m", "port": 8100}, {"model": "n", "port": 8100}]},
+            r"sparkfleet_engines\[1\].port: 8100 is sparkfleet_engines\[0\].port already",
+        ),
+        ({"sparkfleet_engines": [{"model": "m", "port": 9109}]}, r"sparkfleet_guard_port: 9109 is sparkfleet_engines"),
+        (
+            {"sparkfleet_engines": [{"model": "m"}], "sparkfleet_model": "qwen3-8b-fp8"},
+            "sparkfleet_model: does not go with sparkfleet_engines",
+        ),
+        (
+            {"sparkfleet_engines": [{"model": "m"}], "sparkfleet_image": "vllm/vllm-openai:v0.17.1"},
+            "sparkfleet_image: does not go with sparkfleet_engines",
+        ),
+    ],
+)
+def test_a_list_of_engines_that_is_refused(values: dict[str, Any], problem: str) -> None:
+    with pytest.raises(SparkfleetError, match=problem):
+        variables.settle(values)
+
+
 def _defined(data: Any) -> set[str]:
     """Names that a playbook or a list of tasks sets: vars, register, set_fact."""
     if isinstance(data, list):

@@ -84,3 +84,10 @@ def test_everything_tagged_from_outside(fleet: Fleet) -> None:
     code, printed = fleet.run("--tags", "sparks", playbook=str(fleet.folder / "own.yml"))
     assert code == 0, printed
     assert fleet.released() == ["s1", "s2", "s3"] and "vllm_verify" in called(fleet)
+
+
+def test_switch_is_refused_where_the_inventory_lists_engines(fleet: Fleet) -> None:
+    fleet.inventory(sparkfleet_engines=[{"model": "llama31-8b-fp8"}])
+    code, printed = fleet.run("-e", "sparkfleet_model=qwen3-8b-fp8", playbook="playbooks/switch.yml")
+    assert code == FAILED and "has sparkfleet_engines in the inventory: change its entries" in printed, printed
+    assert not called(fleet) and not fleet.released()
