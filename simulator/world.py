@@ -32,6 +32,10 @@ IMAGE = "nvidia/vllm:25.09-py3"
 #: Of a world with --engine fault: one to upgrade to, and one for another processor.
 IMAGE_NEXT, IMAGE_FOREIGN = "nvidia/vllm:25.10-py3", "nvidia/vllm:25.11-py3"
 REPOSITORY = "nvidia/Llama-3.1-8B-Instruct-FP8"
+#: The small model by its own name, for a second engine (simulator/cards).
+SECOND = "HuggingFaceTB/SmolLM2-135M-Instruct"
+#: What the simulated Hub has, and whether access is gated.
+REPOSITORIES = {REPOSITORY: True, SECOND: False}
 FLAVOURS = ("dgxos", "bare")
 #: Where Docker keeps images: its own graph drivers, or containerd's snapshotters, with which newer Docker begins.
 STORES = ("graph", "containerd")
@@ -246,15 +250,17 @@ class World:
                 with suppress(docker.errors.APIError):
                     client.images.remove(name)
         wanted = model.mark()
-        if run_in(internet, ["cat", f"/srv/hub/{REPOSITORY}/mark"])[1] != wanted:
+        for repository, gated in REPOSITORIES.items():
+            if run_in(internet, ["cat", f"/srv/hub/{repository}/mark"])[1] == wanted:
+                continue
             source = model.ensure_model(client, images.engine(client, cache, self.say), cache, self.say)
-            self.say("filling the simulated huggingface.co")
-            run_in(internet, ["rm", "-rf", f"/srv/hub/{REPOSITORY}"])
-            files = {f"srv/hub/{REPOSITORY}/files/{path.name}": path.read_bytes() for path in source.iterdir()}
+            self.say(f"filling the simulated huggingface.co: {repository}")
+            run_in(internet, ["rm", "-rf", f"/srv/hub/{repository}"])
+            files = {f"srv/hub/{repository}/files/{path.name}": path.read_bytes() for path in source.iterdir()}
             put(internet, files, mode=0o644)
             # The mark comes last: without it the next `up` fills again.
-            put(internet, {f"srv/hub/{REPOSITORY}/repo.json": b'{"gated": true}\n'}, mode=0o644)
-            put(internet, {f"srv/hub/{REPOSITORY}/mark": wanted.encode()}, mode=0o644)
+            put(internet, {f"srv/hub/{repository}/repo.json": json.dumps({"gated": gated}).encode()}, mode=0o644)
+            put(internet, {f"srv/hub/{repository}/mark": wanted.encode()}, mode=0o644)
 
     def _engines(self, client: docker.DockerClient, cache: Path, engine: str) -> dict[str, str]:
         """What the simulated nvcr.io serves: repository and tag -> local image."""
