@@ -14,6 +14,7 @@ from sparkfleet_host.bounded import HOST, printable
 
 from sparkfleet import SparkfleetError
 from sparkfleet.planning import catalog, target
+from sparkfleet.planning import variables as planned
 
 #: HAProxy takes a line that starts with # for a comment, and a comma for the end of a header's value.
 KEY = re.compile(r"(?!#)[!-+\-.-~]{8,256}")
@@ -35,9 +36,21 @@ def settings(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
             {key: variables.get(f"sparkfleet_{key}", defaults[f"sparkfleet_{key}"]) for key in keys}
             for keys in (VARIABLES, ENGINE_VARIABLES)
         )
-        values["address"], values["engines"] = address(host, variables), [engine]
+        values["address"], values["engines"] = address(host, variables), _engines(host, variables) or [engine]
         found[host] = values
     return found
+
+
+def _engines(host: str, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Model and port of each entry of a host's `sparkfleet_engines`. Raises SparkfleetError."""
+    if not variables.get(planned.ENGINES):
+        return []
+    names = (planned.ENGINES, "sparkfleet_port")
+    try:
+        settled = planned.settle({name: variables[name] for name in names if name in variables})
+    except SparkfleetError as error:
+        raise SparkfleetError(f"{host}: {error}") from None
+    return [{key: engine[key] for key in ENGINE_VARIABLES} for engine in settled[planned.ENGINES]]
 
 
 def address(host: str, variables: Mapping[str, Any]) -> str:

@@ -52,6 +52,7 @@ class Follower:
         self._watches: dict[tuple[str, str], Watch] = {}  # by release (there: the new one, back: the old) and service
         self._waits: tuple[str, str] | None = None  # for which of them
         self._cursor: tuple[str, str] = ("", "")
+        self._read: dict[str, str] = {}  # by container, the time of the last line of its log that was read
 
     def parameters(self) -> dict[str, Any]:
         """Options for the next call of the module."""
@@ -84,6 +85,10 @@ class Follower:
             return lines
         news = journal["steps"][self._steps :]
         self._steps = max(self._steps, len(journal["steps"]))
+        # The host reads on where it was with one container; of the one before it starts again.
+        read = self._read.get(journal["container"], "")
+        answer = {**answer, "log_lines": [line for line in answer["log_lines"] if line.partition(" ")[0] > read]}
+        self._read[journal["container"]] = answer["cursor"] or read
         self._cursor = (journal["container"], answer["cursor"])
         now = self._key("back" if journal["error"] else "there", journal["container"])
         fed = False

@@ -221,6 +221,18 @@ def test_each_engine_is_named_where_there_are_several() -> None:
     assert result["verifications"] == found and result["verification"] == found["vllm-a"]
 
 
+def test_a_log_that_was_read_is_not_read_again() -> None:
+    """The host reads on where it was with one container: asked for another one in between, it starts again."""
+    follower = Follower("spark-1", 3)
+    names = ("stopping", "starting vllm-a", "waiting vllm-a")
+    assert follower.take(answer(both(*names), LOG[:1]))[-1].endswith("starting, vLLM 0.10.1.1")
+    names = (*names, "starting vllm-b", "waiting vllm-b")
+    follower.take(answer(both(*names, container_ids={"vllm-a": "1"}), LOG[:1]))
+    names, ids = (*names, "verifying vllm-a"), {"vllm-a": "1", "vllm-b": "2"}
+    lines = follower.take(answer(both(*names, container_ids=ids), LOG[:1]))
+    assert [line.split("  ", 2)[2] for line in lines] == ["ready", "asking vllm-a"]
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

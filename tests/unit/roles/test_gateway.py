@@ -126,6 +126,16 @@ def test_a_port_has_one_use() -> None:
         gateway.check_ports({"sparkfleet_gateway_port": 8080, "sparkfleet_gateway_ports.a": "8080"})
 
 
+def test_each_engine_of_a_spark_is_a_server_of_its_model() -> None:
+    engines = [{"model": "llama31-8b-fp8"}, {"model": "gpt-oss-120b", "port": "8100"}]
+    made = plan({**HOSTS, "spark-2": {"ansible_host": "192.0.2.12", "sparkfleet_engines": engines}})
+    llama, oss = made["backends"]
+    own = [{item["name"]: (item["port"], item["meant"]) for item in backend["servers"]} for backend in (llama, oss)]
+    assert [found["spark-2"] for found in own] == [(8000, True), (8100, True)]
+    with pytest.raises(SparkfleetError, match=r"spark-1: sparkfleet_engines\[0\]: has no model"):
+        plan({"spark-1": {"sparkfleet_engines": [{"port": 8000}]}})
+
+
 def test_the_engines_of_a_model_have_one_key() -> None:
     api_key_enabled = {name: {**values, "sparkfleet_engine_key": "k" * 10} for name, values in HOSTS.items()}
     assert plan(api_key_enabled)["engine_keys"] == {"llama31-8b-fp8": "k" * 10, "gpt-oss-120b": "k" * 10}
