@@ -28,3 +28,4 @@ hypothesis.settings.load_profile(os.environ.get("SPARKFLEET_HYPOTHESIS", "quick"
 
 from tests.unit.fakes.fake_engine import docker, engine  # noqa: E402, F401  fixtures
 from tests.unit.fakes.fake_vllm import vllm  # noqa: E402, F401
+from tests.unit.fakes.unpacked_client import client  # noqa: E402, F401
