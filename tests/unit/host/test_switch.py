@@ -177,6 +177,38 @@ class World:
         return {"verified": True, "checks": [], "answer": "Paris"}
 
 
+class Power:
+    """The power goes before the n-th thing that is done: for the first of `cuts` in a switch, for the next ones each
+    time that the switch is recovered."""
+
+    def __init__(self, world: World, cuts: list[int]) -> None:
+        self._store, self._cuts, self._left = world.store, list(cuts), -1
+        world.step = self.tick
+
+    def tick(self, _what: str = "") -> None:
+        self._left -= self._left >= 0
+        if self._left == 0:
+            self._left = -1
+            raise PowerCut
+
+    def _arm(self) -> None:
+        self._left = self._cuts.pop(0) + 1 if self._cuts else -1
+
+    def ended(self, begin: Callable[[], Any]) -> bool:
+        """Switch, and recover until nothing is interrupted; whether anything of the switch was written."""
+        self._arm()
+        try:
+            begin()
+            return True
+        except PowerCut:
+            started = interrupted(self._store)
+        while interrupted(self._store):
+            self._arm()
+            with contextlib.suppress(PowerCut):
+                recover(self._store, Docker("/nowhere"))
+        return started
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "project", tmp_path / "state", str(tmp_path / "lock"))
@@ -1408,30 +1440,12 @@ def test_whatever_is_cut_all_engines_of_a_release_serve(
         assert run(store, stage_all(store, world, first="1", second="1"))["outcome"] == "verified"
         tags = {"other": {"first": "1", "second": "2"}, "same": {"second": "1", "first": "1"}}.get(to)
         number = stage_all(store, world, **tags) if tags else 1
-        left: list[int] = []
-
-        def tick(_what: str = "") -> None:
-            if left:
-                left[0] -= 1
-                if left[0] < 0:
-                    left.clear()
-                    raise PowerCut
-
-        world.step = tick
+        power = Power(world, cuts)
         world.bad = dict(bad)
-        begun = True
-        try:
-            left[:] = cuts[:1]
-            restart(store, *([SECOND] if to == "one" else [])) if number == 1 else run(store, number)
-        except PowerCut:
-            begun = interrupted(store)
-        waiting = cuts[1:]
-        while interrupted(store):
-            left[:], waiting = waiting[:1], waiting[1:]
-            with contextlib.suppress(PowerCut):
-                recover(store, Docker("/nowhere"))
+        services = [SECOND] if to == "one" else []
+        started = power.ended(lambda: restart(store, *services) if number == 1 else run(store, number))
         ended = store.switch()
-        if not begun or not ended:
+        if not started or not ended:
             return
         running = {name for name, state in world.containers.items() if state == "running"}
         if ended["outcome"] in ("verified", "restored"):
@@ -1469,38 +1483,17 @@ def test_whatever_is_cut_either_release_serves_verified_with_its_key(
         if to != "first":
             assert run(store, stage(store, OLD))["outcome"] == "verified"
         number = 1 if to == "restart" else stage(store, NEW)
-        left: list[int] = []
-
-        def tick(_what: str = "") -> None:
-            if left:
-                left[0] -= 1
-                if left[0] < 0:
-                    left.clear()
-                    raise PowerCut
-
-        world.step = tick
+        power = Power(world, cuts)
         for name in ("write_text", "link"):
             done = getattr(releases, name)
 
             def cut_before(*args: Any, _done: Callable[..., Any] = done, **more: Any) -> None:
-                tick()
+                power.tick()
                 _done(*args, **more)
 
             monkeypatch.setattr(releases, name, cut_before)
         world.bad = dict(bad)
-        begun = False
-        try:
-            left[:] = cuts[:1]
-            switch_with_key(store, number, "new", path) if rekeyed else run(store, number)
-            begun = True
-        except PowerCut:
-            begun = interrupted(store)
-        waiting = cuts[1:]
-        while interrupted(store):
-            left[:], waiting = waiting[:1], waiting[1:]
-            with contextlib.suppress(PowerCut):
-                recover(store, Docker("/nowhere"))
-        if not begun:
+        if not power.ended(lambda: switch_with_key(store, number, "new", path) if rekeyed else run(store, number)):
             return  # cut before anything was written of it
         ended, current = store.switch(), store.current()
         assert ended and ended["phase"] == "done" and not store.switch_damage()
