@@ -151,6 +151,11 @@ def as_number(value: Any, what: str, least: float = 0.0, most: float = 1e300) ->
     return float(value)
 
 
+def as_time(value: Any, what: str) -> float:
+    """`value`, which must be a Unix time, or seconds, of a clock that can be right. Raises BoundsError."""
+    return as_number(value, what, 0.0, LATEST)
+
+
 def _shown(value: Any) -> str:
     try:
         return printable(repr(value), 80)
