@@ -31,7 +31,7 @@ with open({calls!r}, "a", encoding="utf-8") as calls:
 print("nvidia@192.0.2.11: Permission denied (publickey).", file=sys.stderr)
 sys.exit(255)
 """
-#: What each verb needs beside its name.
+#: What each verb needs besides its name.
 WORDS = {
     "switch": ("qwen3-32b-fp8",),
     "upgrade": ("nvcr.io/nvidia/vllm:25.11-py3",),
@@ -184,7 +184,7 @@ def test_roles_are_those_of_the_playbooks(
 
 
 def test_without_an_activated_environment(inventory: Path, calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ansible-playbook is found beside the Python that runs sparkfleet."""
+    """ansible-playbook is found next to the Python that runs sparkfleet."""
     monkeypatch.setenv("PATH", f"{calls.parent / 'bin'}:/usr/bin:/bin")
     assert main.main(["stop", "-i", str(inventory), "--json"]) == exit_codes.UNREACHABLE
     assert calls.exists()

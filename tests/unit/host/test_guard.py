@@ -1031,7 +1031,7 @@ def test_a_start_of_docker_after_giving_up_is_stopped_again() -> None:
     assert (action.do, action.reason) == ("give-up", "again")
     watched.guard.given_up["started_at"] = "first"
     assert watched.see(30, restart_count=1) == "give-up"
-    assert watched.see(40, state="restarting", started_at="second") == "give-up"  # nobody has started it yet
+    assert watched.see(40, state="restarting", started_at="second") == "give-up"  # not started by anyone yet
     assert watched.see(50, started_at="second") == "nothing" and watched.guard.given_up is None
 
 

@@ -515,7 +515,7 @@ def test_a_file_in_the_place_of_what_is_left_of_a_compile_cache_is_no_obstacle(h
 
 
 class Clock:
-    """Goes on by a second whenever it is looked at."""
+    """Advances by a second each time it is read."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0

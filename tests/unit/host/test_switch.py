@@ -304,7 +304,7 @@ def test_both_fail(store: Store, world: World, deployed: int) -> None:
     assert "running" not in world.containers.values() and store.current() == 1
 
 
-def test_an_old_engine_that_runs_and_answers_wrong_is_left_to_be_looked_at(
+def test_an_old_engine_that_runs_and_answers_wrong_is_left_for_inspection(
     store: Store, world: World, deployed: int
 ) -> None:
     world.bad.update({NEW: "crash", OLD: "wrong"})
@@ -503,7 +503,7 @@ def test_a_journal_that_cannot_be_written_stops_nothing(
     journal = run(store, number)
     assert journal["outcome"] == "refused" and journal["error"]["failure"] == "disk-full" and world.did == []
     monkeypatch.setattr(store, "write_switch", write)
-    assert not interrupted(store)  # the end is kept beside the lock
+    assert not interrupted(store)  # the end is kept next to the lock
     (store.lock_file.parent / "switch-spare.json").unlink()  # the host was restarted
     ended = recover(store, Docker("/nowhere"))  # on the disk it is still checking
     assert ended and ended["outcome"] == "refused" and world.did == [] and world.containers == {OLD: "running"}
@@ -1018,9 +1018,7 @@ def damage(store: Store, number: int, *names: str) -> None:
         (store.folder(number) / name).write_text("{")
 
 
-def test_the_release_to_go_back_to_is_looked_at_before_anything_stops(
-    store: Store, world: World, deployed: int
-) -> None:
+def test_the_release_to_go_back_to_is_checked_before_anything_stops(store: Store, world: World, deployed: int) -> None:
     number = stage(store, NEW)
     job = Switch(store, Docker("/nowhere"), {"to": number})
     job.begin(number)
@@ -1331,7 +1329,7 @@ def test_a_kept_engine_that_hangs_is_started_anew_before_that_is_a_failure(
     world.step = lambda what: None
     journal = run(store, stage_all(store, world, first="1", second="3"))
     assert journal["outcome"] == "failed" and journal["error"]["container"] == FIRST
-    assert world.containers == {FIRST: "running", SECOND: "running"}  # to be looked at
+    assert world.containers == {FIRST: "running", SECOND: "running"}  # left for a person to inspect
 
 
 def restart(store: Store, *services: str) -> dict[str, Any]:
@@ -1565,7 +1563,7 @@ def test_whatever_cannot_be_written_an_engine_serves(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """From the n-th write on nothing can be written any more; perhaps the job is killed, and ended by the guard. In the
-    end an engine that works serves, `current` says which, and nobody ends the switch again; nor does it end otherwise
+    end an engine that works serves, `current` says which, and the switch is not ended again; nor does it end otherwise
     when the host restarts with an empty disk."""
     folder = tmp_path_factory.mktemp("world")
     store = Store(folder / "project", folder / "state", str(folder / "lock"))
@@ -1823,7 +1821,7 @@ def test_a_lock_that_is_given_back_while_its_holder_is_looked_up_is_taken(
 ) -> None:
     with contextlib.ExitStack() as held:
         assert held.enter_context(Store(lock_file=str(store.lock_file)).exclusive("guard"))
-        monkeypatch.setattr(Store, "holder", lambda self: held.close())  # at this very moment, and then nobody
+        monkeypatch.setattr(Store, "holder", lambda self: held.close())  # at this very moment, and then it is free
         with store.exclusive(patience=0.0) as mine:
             assert mine
 
