@@ -52,7 +52,8 @@ def test_a_rollout_does_not_start_without_one_of_its_sparks(fleet: Fleet) -> Non
         ("preflight,verify", {"vllm_verify"}),
     ],
 )
-def test_each_stage_by_its_tag(fleet: Fleet, tag: str, actions: set[str]) -> None:
+def test_each_stage_by_its_tag(tmp_path: Path, tag: str, actions: set[str]) -> None:
+    fleet = Fleet(tmp_path, 1)
     code, printed = fleet.run("--tags", tag, playbook=SITE)
     assert code == 0, printed
     assert called(fleet) == actions, printed
