@@ -47,7 +47,7 @@ from simulator.shell import SimulatorError
 from simulator.spark import ROOT, SERVICE, Prober, Spark
 from simulator.world import REPOSITORY, World
 
-#: An hour beside the default of 180 s for a wedge.
+#: An hour in place of the default of 180 s for a wedge.
 HOUR = 3600 * 5 / 180
 
 

@@ -1,4 +1,4 @@
-"""Rows of the fault matrix that nobody who wrote Sparkfleet would do: what people, neighbours, disks and clocks do to a
+"""Rows of the fault matrix for what comes from outside: what people, neighbours, disks and clocks do to a
 Spark that serves. Each was first tried by hand (issue 11), and ends well since."""
 
 from __future__ import annotations

@@ -504,7 +504,7 @@ def ssh_answers(port: int) -> bool:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody holds."""
+    """A TCP port of the loopback interface that is free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

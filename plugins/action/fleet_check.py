@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Action: refuses what would hurt the fleet as a whole, before anything changes. It runs once for all Sparks of a play
-and contacts nobody."""
+and contacts no host."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Action: works out backends and servers of a gateway from the inventory. It contacts nobody."""
+"""Action: works out backends and servers of a gateway from the inventory. It contacts no host."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Action: divides the planned Sparks into the waves of a rollout. It contacts nobody."""
+"""Action: divides the planned Sparks into the waves of a rollout. It contacts no host."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Action: whether the next wave of a rollout may begin: whether every Spark of the waves before it serves. It contacts
-nobody."""
+no host."""
 
 from __future__ import annotations
 

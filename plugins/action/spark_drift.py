@@ -15,7 +15,7 @@ display = Display()
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
-    """Compares; contacts nobody."""
+    """Compares; contacts no host."""
 
     TRANSFERS_FILES = False
     _VALID_ARGS = frozenset(("inspection", "verified"))

@@ -120,8 +120,8 @@ def incoming(folder: Path, user: str) -> Path:
 
 
 def take(folder: Path, source: Path, name: str, entry: Mapping[str, Any], stays: bool) -> None:
-    """Copy a file, so that nobody who has it open can change it any more, check it, and put it where it belongs. Raises
-    JobError for another content, a link, or a name outside; OSError."""
+    """Copy a file, so that a process that has it open can no longer change it, check it, and put it where it
+    belongs. Raises JobError for another content, a link, or a name outside; OSError."""
     place = inside(folder, str(entry["name"]))
     private = folder / PRIVATE
     private.mkdir(mode=0o700, exist_ok=True)

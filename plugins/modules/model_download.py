@@ -585,7 +585,7 @@ def main() -> None:
                 fail("fetch-busy", f"{other} is being downloaded on this host; wait for it, then ask for {what}")
             module.exit_json(changed=False, attached=True, holder_pid=holder["pid"], seconds=0.0)
         job = claim
-        # Again, now that nobody else writes: a job before may just have finished.
+        # Again, now that no one else writes: an earlier job may just have finished.
         state = hashed(params, current_state(params), job)
         if state["complete"]:
             result = {"commit": state["commit"], "snapshot": state["path"], "bytes": state["bytes"]}

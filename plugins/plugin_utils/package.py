@@ -2,7 +2,7 @@
 """Makes the package `sparkfleet` importable for this collection's plugins: the one that belongs to it.
 
 A collection that `ansible-galaxy` installed has the sources of the package within it, as a clone has; they come before
-an installed package of perhaps another version. The wheel's collection has none: there the package lies beside it.
+an installed package of perhaps another version. The wheel's collection has none: there the package is next to it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from sparkfleet import SparkfleetError
 
 def expanded(what: str, text: str | Path) -> Path:
     """The path with `~` and `~USER` replaced; the file need not be there. Raises SparkfleetError, which begins with
-    `what`, for what cannot be one: too long, with a NUL, `~USER` of nobody."""
+    `what`, for what cannot be one: too long, with a NUL, `~USER` of an unknown user."""
     shown = f"{what} {printable(str(text), 200)!r}"
     try:
         path = Path(text).expanduser()

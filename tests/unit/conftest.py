@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 
 import hypothesis
+import pytest
 
 from tests.unit import ROOT
 
@@ -28,3 +30,13 @@ hypothesis.settings.load_profile(os.environ.get("SPARKFLEET_HYPOTHESIS", "quick"
 
 from tests.unit.fakes.fake_engine import docker, engine  # noqa: E402, F401  fixtures
 from tests.unit.fakes.fake_vllm import vllm  # noqa: E402, F401
+from tests.unit.fakes.unpacked_client import client  # noqa: E402, F401
+
+
+@pytest.fixture(autouse=True, scope="session")
+def unsynced() -> Iterator[None]:
+    """Files of tests need not survive a power cut: waiting for the disk was half the time of those that switch
+    releases. What is synced, and in which order, is tested in host/test_releases.py."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(os, "fsync", lambda handle: None)
+        yield

@@ -35,7 +35,7 @@ from tests.unit import ROOT
 T = TypeVar("T")
 #: This repository as others write of it.
 OURS = re.compile(r"https://github\.com/sparkfleet/sparkfleet/(?:blob|tree)/main/([^#]*)(?:#(.*))?")
-#: Programs of others: that they are there, and how they are called, is not looked at.
+#: Programs of others: that they are there, and how they are called, is not checked.
 FOREIGN = frozenset(
     [
         ".",

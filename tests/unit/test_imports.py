@@ -13,11 +13,11 @@ from tests.unit import ROOT
 
 SOURCE = ROOT / "src" / "sparkfleet"
 HOST = ROOT / "plugins" / "module_utils" / "sparkfleet_host"
-#: From the ground up; a room imports from those before it and from itself. "" are the modules beside the rooms.
+#: From the ground up; a room imports from those before it and from itself. "" are the modules outside the rooms.
 ROOMS = ("", "documents", "diagnosis", "packaging", "planning", "reporting", "fleet", "onboarding", "cli")
-#: Of the modules beside the rooms, these are the way in from above.
+#: Of the modules outside the rooms, these are the way in from above.
 ENTRY = ("sparkfleet.__main__",)
-#: What runs on a host has the standard library alone; the download has the Hub's client packed beside it.
+#: What runs on a host has the standard library alone; the download has the Hub's client packed with it.
 PACKED = {"fetch_model": {"huggingface_hub", "httpx2"}}
 
 
@@ -90,7 +90,7 @@ def constants(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def test_no_constant_is_defined_twice() -> None:
-    """Of the same name and value. Numbers of seconds are nobody's but their module's."""
+    """Of the same name and value. Numbers of seconds belong to their module alone."""
     found: dict[tuple[str, str], list[str]] = {}
     for path in (*MODULES.values(), *(ROOT / "plugins").rglob("*.py")):
         for name, value in constants(path):

@@ -151,6 +151,11 @@ def as_number(value: Any, what: str, least: float = 0.0, most: float = 1e300) ->
     return float(value)
 
 
+def as_time(value: Any, what: str) -> float:
+    """`value`, which must be a Unix time, or seconds, of a clock that can be right. Raises BoundsError."""
+    return as_number(value, what, 0.0, LATEST)
+
+
 def _shown(value: Any) -> str:
     try:
         return printable(repr(value), 80)
@@ -366,8 +371,8 @@ def printable(text: str, limit: int = 4000) -> str:
 
 
 def set_aside(path: Path, now: float | None = None) -> Path | None:
-    """Rename a damaged file (or folder) to NAME.damaged-UNIXTIME beside it, so that a new one can be begun and nothing
-    is lost; the newest SET_ASIDE of them are kept. The new path, or None where it could not be renamed."""
+    """Rename a damaged file (or folder) to NAME.damaged-UNIXTIME next to it, so that a new one can be started and
+    nothing is lost; the newest SET_ASIDE of them are kept. The new path, or None where it could not be renamed."""
     stamp = int(time.time() if now is None else now)
     while (target := path.with_name(f"{path.name}.damaged-{stamp}")).exists():
         stamp += 1  # another one within this second

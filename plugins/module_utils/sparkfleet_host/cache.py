@@ -2,7 +2,7 @@
 """What a Hugging Face cache folder holds of a model, from the disk alone.
 
 A model is complete when the manifest that the download wrote last is there, every file it names lies in the snapshot
-with the size it names, and nobody has marked it suspect. Below `CACHE/.sparkfleet/models--ORG--NAME/`:
+with the size it names, and it is not marked as suspect. Below `CACHE/.sparkfleet/models--ORG--NAME/`:
 
     COMMIT.json           the manifest of a finished download
     COMMIT.suspect.json   why its files are to be hashed before they are used again (see `mark_suspect`)

@@ -540,7 +540,7 @@ class Fetch:
             if blob.exists():
                 return
             partial = blob.with_name(f"{file.hash}.incomplete")
-            # With the lock held nobody writes to these; the longest is worth most.
+            # With the lock held no one else writes to these; the longest is worth most.
             *rest, longest = sorted(self._partials(file), key=_size) or [partial]
             for path in rest:
                 path.unlink()

@@ -32,7 +32,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from . import bounded, engine, memory, switch
-from .bounded import BoundsError, as_dict, as_int, as_list, as_number, as_str, printable
+from .bounded import BoundsError, as_dict, as_int, as_list, as_number, as_str, as_time, printable
 from .docker import SOCKET, Docker, DockerError, DockerUnavailable
 from .engine import EngineError
 from .http import HttpError, engine_client
@@ -208,19 +208,19 @@ class Guard:
         if self.engine not in STATES:
             raise BoundsError(f"engine: {printable(self.engine, 80)!r} is not a state")
         self.boot_id = _optional(data, "boot_id", as_str) or ""
-        forgiven = _optional(data, "forgiven", as_number) or 0.0  # written by an earlier version: Unix time
+        forgiven = _optional(data, "forgiven", as_time) or 0.0  # written by an earlier version: Unix time
         items = as_list([] if data.get("restarts") is None else data["restarts"], "restarts", 1000)[-KEPT_RESTARTS:]
         self.restarts = [_restart(item, forgiven) for item in items]
         totals = as_dict({} if data.get("restarts_total") is None else data["restarts_total"], "restarts_total")
         self.totals = {as_str(key, "reason", 100): as_int(totals[key], "restarts_total") for key in [*totals][:100]}
-        self.given_up = _form(data.get("given_up"), "given_up", {"at": as_number, "reason": as_str}, _GIVEN_UP)
-        self.healing = _form(data.get("healing"), "healing", {"at": as_number, "reason": as_str}, _HEALING)
+        self.given_up = _form(data.get("given_up"), "given_up", {"at": as_time, "reason": as_str}, _GIVEN_UP)
+        self.healing = _form(data.get("healing"), "healing", {"at": as_time, "reason": as_str}, _HEALING)
         self.known: dict[str, Any] = _form(data.get("known"), "known", {}, _KNOWN) or {}
-        self.canary = _form(data.get("canary"), "canary", {"at": as_number, "ok": _as_bool, "seconds": as_number}, {})
+        self.canary = _form(data.get("canary"), "canary", {"at": as_time, "ok": _as_bool, "seconds": as_time}, {})
         # Before the host or Docker went down.
         self.served = _as_bool(data.get("served", self.engine in SERVED), "served")
         self.lost = ""  # what may have taken the engine along: boot, docker
-        self.since = _optional(data, "since", as_number) or 0.0
+        self.since = _optional(data, "since", as_time) or 0.0
         self.running = self.waiting = 0.0
         self.tokens_per_second: float | None = None
         self.slow = self.stalls = False
@@ -550,20 +550,20 @@ def _form(value: Any, what: str, needed: Mapping[str, Read], others: Mapping[str
     return read
 
 
-_STAMP: dict[str, Read] = {"clock": as_number, "boot_id": as_str}
+_STAMP: dict[str, Read] = {"clock": as_time, "boot_id": as_str}
 _GIVEN_UP: dict[str, Read] = {"log": _as_lines, "started_at": as_str}
 _HEALING: dict[str, Read] = {
-    **{"started": _as_bool, "before": as_str, "tries": as_int, "tried": as_number, "docker_restarted": _as_bool},
+    **{"started": _as_bool, "before": as_str, "tries": as_int, "tried": as_time, "docker_restarted": _as_bool},
     **_STAMP,
 }
 _KNOWN: dict[str, Read] = {
-    **{"release": as_int, "started_at": as_str, "restart_count": as_int, "ready": _as_bool, "since": as_number},
+    **{"release": as_int, "started_at": as_str, "restart_count": as_int, "ready": _as_bool, "since": as_time},
 }
 
 
 def _restart(value: Any, forgiven: float) -> dict[str, Any]:
-    others: dict[str, Read] = {**_STAMP, "back_after_s": as_number, "forgiven": _as_bool}
-    read = _form(as_dict(value, "restarts"), "restarts", {"at": as_number, "reason": as_str, "detail": as_str}, others)
+    others: dict[str, Read] = {**_STAMP, "back_after_s": as_time, "forgiven": _as_bool}
+    read = _form(as_dict(value, "restarts"), "restarts", {"at": as_time, "reason": as_str, "detail": as_str}, others)
     assert read is not None
     return {**read, "forgiven": True} if read["at"] <= forgiven else read
 

@@ -616,7 +616,7 @@ class TailingBlob:
             return os.fstat(file.fileno()).st_size > start
 
     def _replaced(self, file: BinaryIO) -> bool:
-        """Whether the name is another file by now (begun again, or a partial one that was removed)."""
+        """Whether the name is another file by now (started over, or a partial one that was removed)."""
         other = self._find()
         if other is None:
             return True

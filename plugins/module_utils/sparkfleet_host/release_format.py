@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import bounded
-from .bounded import BoundsError, as_dict, as_int, as_list, as_number, as_str
+from .bounded import BoundsError, as_dict, as_int, as_list, as_number, as_str, as_time
 
 FORMAT = 2
 MOST_ENGINES = 16  # of a release
@@ -200,9 +200,9 @@ def check_outcome(data: Any, first: str = "") -> dict[str, Any]:
     outcome = as_dict(data, "the outcome")
     if outcome.get("state") not in (VERIFIED, FAILED):
         raise BoundsError(f"state: {bounded.printable(repr(outcome.get('state')), 80)} is none")
-    as_number(outcome.get("at"), "at")
+    as_time(outcome.get("at"), "at")
     if outcome.get("verified_at") is not None:
-        as_number(outcome["verified_at"], "verified_at")
+        as_time(outcome["verified_at"], "verified_at")
     for key in ("failure", "message", "container_id"):
         if outcome.get(key) is not None:
             as_str(outcome[key], key)
@@ -223,7 +223,7 @@ def _steps(value: Any, what: str) -> list[dict[str, Any]]:
 
 
 def _step(step: dict[str, Any], what: str) -> dict[str, Any]:
-    made = {"phase": as_str(step.get("phase"), what, 100), "at": as_number(step.get("at"), what)}
+    made = {"phase": as_str(step.get("phase"), what, 100), "at": as_time(step.get("at"), what)}
     return {**made, "container": as_str(step["container"], what, 1000)} if step.get("container") else made
 
 
@@ -295,9 +295,9 @@ _JOURNAL: dict[str, tuple[Callable[[Any, str], Any], Any]] = {
     "container_ids": (_ids, {}),
     "verifications": (_results, {}),  # results of `verify`, by service
     **dict.fromkeys(("pid", "keep"), (_number, 0)),
-    "start_timeout": (as_number, 0.0),
-    "began": (as_number, 0.0),
-    **dict.fromkeys(("ended", "stopped_at", "answering_at", "out_of_service_s"), (_optional(as_number), None)),
+    "start_timeout": (as_time, 0.0),
+    "began": (as_time, 0.0),
+    **dict.fromkeys(("ended", "stopped_at", "answering_at", "out_of_service_s"), (_optional(as_time), None)),
     "steps": (_steps, []),
     **dict.fromkeys(("error", "restore_error"), (_optional(_error), None)),
     "reclaimed": (_reclaimed, []),

@@ -7,8 +7,8 @@
 `share connect FILE` on receivers: the source's services on ports of the loopback interface, which Docker takes for a
                      registry without TLS by itself.
 
-FILE is JSON (see `Settings`). `ready.json` next to it reports what is ready, or why not. Both stop when nobody
-has asked for anything for `idle` seconds.
+FILE is JSON (see `Settings`). `ready.json` next to it reports what is ready, or why not. Both stop after
+`idle` seconds without a request.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Settings:
     cache_dir: str = "/opt/hf"
     store: str = STORE
     offline: bool = False  # the store has all there is
-    room: int = 0  # that must stay free beside the image's blobs
+    room: int = 0  # that must stay free in addition to the image's blobs
     docker_config: str = "/root/.docker/config.json"
     idle: float = 900.0
 
@@ -133,7 +133,7 @@ class Model:
         return found
 
     def alive(self) -> bool:
-        """Whether the download may still bring something: it runs, or has not begun."""
+        """Whether the download may still bring something: it runs, or has not started."""
         status = read_status(self._status)
         if status is None or not str(status.get("what", "")).startswith(f"{self.repo}@"):
             return True
@@ -482,7 +482,7 @@ class Server(Limited, HTTPServer):
         return self._activity
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """In the connection's own thread: a slow handshake keeps nobody waiting."""
+        """In the connection's own thread: a slow handshake delays no other connection."""
         if self._context is None:
             super().finish_request(request, client_address)
             return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small HTTP server that nobody can hurt: one thread, a bounded number of connections, of bytes and of seconds each.
+"""A small HTTP server that withstands any client: one thread; connections, their bytes and their seconds are bounded.
 
 It answers one GET or HEAD a connection, from a function that must be quick. Standard library only.
 """
@@ -142,7 +142,7 @@ class StatusServer:
         sock.close()
 
     def _move(self, item: Connection) -> None:
-        """Read what has come, or send what goes; a peer that is gone is nobody's trouble."""
+        """Read what has come, or send what goes; a peer that is gone is ignored."""
         try:
             if not item.answered:
                 part = item.sock.recv(4096)

@@ -483,6 +483,7 @@ def _target(options: argparse.Namespace, source: str) -> Target:
             arguments[name.replace("-", "_")] = yaml_text.load(value)
         except yaml_text.YamlError as error:
             raise SparkfleetError(f"--set {printable(pair, 80)}: {error}") from None
+    catalog.check_typed(arguments, "--set ")
     hub_card.ensure_reported(options.model)
     return Target.of(Settings(model=options.model, profile=options.profile, model_source=source, arguments=arguments))
 
@@ -527,7 +528,7 @@ def _models(options: argparse.Namespace) -> int:
         data = [{**dataclasses.asdict(card), "source": str(card.source), "fits": fits[card.name]} for card in cards]
         print(json.dumps(data, indent=2))
     else:
-        print(report.models(cards, fits), end="")
+        print(report.models(cards, fits, columns(sys.stdout) or report.MODELS_WIDTH), end="")
     return 0
 
 

@@ -259,11 +259,11 @@ def run(verb: str, inventory: str, arguments: Sequence[str], collector: Collecto
 
 
 def _environment() -> dict[str, str]:
-    """What ansible-playbook gets beside our own environment.
+    """What ansible-playbook gets in addition to our own environment.
 
     ansible-runner disables host key checking by default. Here it is always on, whatever
     the environment says: a connection stays open for the runs after it (ControlPersist), which must be able to trust
-    that its host was verified. Programs beside our Python are found without an activated environment.
+    that its host was verified. Programs next to our Python are found without an activated environment.
     """
     # Roles and plugins must be those of the playbooks: another copy of the collection may be installed for the user. A
     # path that the operator has set stays first, and ansible.cfg is overridden by it.

@@ -123,7 +123,7 @@ def _files(inventory: Path) -> list[Path]:
 
 @functools.cache
 def _prepared() -> Any:
-    """Make Ansible ready, once a process; the passwords of vaults that its configuration names. Nobody is asked."""
+    """Make Ansible ready, once a process; the passwords of vaults that its configuration names. It never prompts."""
     with contextlib.suppress(ValueError):  # another run did
         init_plugin_loader()
     return CLI.setup_vault_secrets(DataLoader(), list(constants.DEFAULT_VAULT_IDENTITY_LIST), auto_prompt=False)

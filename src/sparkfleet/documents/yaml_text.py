@@ -25,8 +25,9 @@ VALUES = 20_000
 NUMBER = 40  # characters of a number
 #: What JSON readers elsewhere take as a whole number.
 LARGEST = 2**63 - 1
-#: What Compose and argv cannot carry.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+_PLANE_ENDS = "".join(chr(plane << 16 | last) for plane in range(17) for last in (0xFFFE, 0xFFFF))
+#: What Compose, argv and YAML cannot carry: control characters, surrogates, noncharacters.
+_CONTROL = re.compile(rf"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef{_PLANE_ENDS}]")
 _TAGS = {
     f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map", "merge", "value")
 }
@@ -41,10 +42,11 @@ class YamlError(SparkfleetError):
 
 
 class _Loader(yaml.SafeLoader):
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, limit: int) -> None:
         super().__init__(text)
-        self._depth = self._values = 0
-        self._sizes: dict[int, int] = {}
+        self._limit = limit
+        self._depth = self._values = self._characters = 0
+        self._sizes: dict[int, tuple[int, int]] = {}  # of a node: its values and their characters
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Build one node, its children first; counts them."""
@@ -53,17 +55,20 @@ class _Loader(yaml.SafeLoader):
         if anchored is not None and id(anchored) not in self._sizes:
             raise _problem(f"the alias *{event.anchor} refers to its own parent", event.start_mark)
         self._depth += 1
-        before = self._values
+        values, characters = self._values, self._characters
         if self._depth > DEPTH:
             raise _problem(f"nested more than {DEPTH} deep", event.start_mark)
         node: yaml.Node | None = super().compose_node(parent, index)
         self._depth -= 1
         if node is None:
             return node
-        self._sizes.setdefault(id(node), self._values - before + 1)
-        self._values = before + self._sizes[id(node)]
-        if self._values > VALUES:
-            raise _problem(f"more than {VALUES} values, those of anchors counted each time", node.start_mark)
+        length = len(node.value) if isinstance(node, yaml.ScalarNode) else 0
+        size = (self._values - values + 1, self._characters - characters + length)
+        more, longer = self._sizes.setdefault(id(node), size)
+        self._values, self._characters = values + more, characters + longer
+        for found, most, what in ((self._values, VALUES, "values"), (self._characters, self._limit, "characters")):
+            if found > most:
+                raise _problem(f"more than {most} {what}, those of anchors counted each time", node.start_mark)
         if node.tag not in _TAGS:
             raise _problem(f"the tag {_short(node.tag)} is not known here: write plain text, quoted", node.start_mark)
         return node
@@ -149,10 +154,10 @@ def parse(text: str, limit: int = CHARACTERS) -> tuple[yaml.Node | None, Any]:
     if len(text) > limit:
         raise YamlError(f"more than {limit} characters")
     try:
-        loader = _Loader(text)
+        loader = _Loader(text, limit)
         node = loader.get_single_node()
         # Merging (`<<`) changes nodes.
-        return node, None if node is None else loader.construct_document(_Loader(text).get_single_node())
+        return node, None if node is None else loader.construct_document(_Loader(text, limit).get_single_node())
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
@@ -190,6 +195,13 @@ def measure(text: str, what: str, values: int = 1_000_000, depth: int = 100) -> 
                 raise SparkfleetError(f"{what}: more than {values} values, those of anchors counted each time")
     except (yaml.YAMLError, ValueError, UnicodeError):
         return
+
+
+def control(text: str) -> tuple[str, int] | None:
+    """The first character of a text that YAML and argv cannot carry, such as `U+FFFE`, and its line (from 1); tabs and
+    ends of lines are none."""
+    found = next((found for found in _CONTROL.finditer(text) if found[0] != "\r"), None)
+    return (f"U+{ord(found[0]):04X}", text.count("\n", 0, found.start()) + 1) if found else None
 
 
 def check(value: Any, what: str, depth: int = DEPTH) -> None:

@@ -125,7 +125,7 @@ def environment(way: Way, folder: Path) -> dict[str, str]:
 
 
 def _is_private(endpoint: str) -> bool:
-    """Whether nobody on the way can read along."""
+    """Whether the connection is safe from eavesdropping."""
     url = urllib.parse.urlsplit(endpoint)
     near = re.fullmatch(r"localhost|127(\.\d{1,3}){3}|::1", url.hostname or "")
     return url.scheme == "https" or bool(near)

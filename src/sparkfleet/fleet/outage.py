@@ -33,7 +33,7 @@ def stopped_by(verb: str, status: Mapping[str, Any]) -> bool:
 
 
 def check(stopping: Sequence[str], allowed: bool, waves: bool) -> None:
-    """Raise SparkfleetError where more Sparks than one would stop at once and nobody confirmed that. `waves`: whether
+    """Raise SparkfleetError where more than one Spark would stop at once and that was not confirmed. `waves`: whether
     `sparkfleet rollout` can do the same."""
     if len(stopping) < 2 or allowed:
         return

@@ -75,7 +75,7 @@ def browse(seconds: float = SECONDS, interfaces: Sequence[str] | None = None) ->
                 if info.load_from_cache(net) or info.request(net, RESOLVE_MS):
                     add(found, info.server, info.port, info.parsed_addresses(zeroconf.IPVersion.V4Only))
     own = {text for text, _, _ in own_addresses()} if interfaces is None else set()
-    # What is this machine's too (Docker's bridge has the same address everywhere) reaches nobody else.
+    # What is this machine's too (Docker's bridge has the same address everywhere) reaches no other machine.
     return [
         Found(host, tuple(sorted(addresses - own, key=_rank)), port)
         for host, (addresses, port) in sorted(found.items())

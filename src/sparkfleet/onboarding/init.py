@@ -240,7 +240,7 @@ def _check_existing(options: argparse.Namespace, folder: Path, known: Inventory,
 def _discovered(options: argparse.Namespace, person: Prompter) -> list[Place]:
     """Sparks to choose from: this machine, and hosts that announce themselves. Raises SparkfleetError if there are
     none."""
-    from sparkfleet.onboarding import discovery  # noqa: PLC0415 - nobody else needs it
+    from sparkfleet.onboarding import discovery  # noqa: PLC0415 - needed here alone
 
     report_line("Searching this network for Sparks ..." if not options.no_discover else "Inspecting this machine ...")
     here = ssh.inspect(Place()).facts
@@ -280,7 +280,7 @@ def _neighbours(options: argparse.Namespace, known: Inventory, asked: bool) -> l
     """Announced hosts with names like Sparks' that are not in the inventory: name, and how to specify it."""
     if options.no_discover or not asked:
         return []
-    from sparkfleet.onboarding import discovery  # noqa: PLC0415 - nobody else needs it
+    from sparkfleet.onboarding import discovery  # noqa: PLC0415 - needed here alone
 
     found = [item for item in discovery.browse() if item.likely]
     names = {host.name for host in known.hosts}
@@ -376,7 +376,7 @@ def _entry(host: Host, shared: Mapping[str, Any], many: bool, more: Mapping[str,
     """A host's lines, without what the group sets. `many`: other hosts must reach it too."""
     place = host.place
     if place.local:
-        from sparkfleet.onboarding import discovery  # noqa: PLC0415 - nobody else needs it
+        from sparkfleet.onboarding import discovery  # noqa: PLC0415 - needed here alone
 
         values: dict[str, Any] = {"ansible_host": discovery.own_address()} if many else {}
         values |= {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}

@@ -18,7 +18,7 @@ PROFILE = "throughput"
 
 
 class DoesNotFit(SparkfleetError):
-    """A plan that does not fit, and nobody to choose another."""
+    """A plan that does not fit, and no terminal to ask for another."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -137,6 +137,9 @@ def read(text: str, place: str) -> Settings:
     SparkfleetError."""
     if len(text) > CHARACTERS:
         raise SparkfleetError(f"{place}: more than {CHARACTERS} characters: that is not a recipe")
+    text = text.removeprefix("\ufeff")  # the byte order mark of some editors
+    if found := yaml_text.control(text):
+        raise SparkfleetError(f"{place}:{found[1]}: the control character {found[0]}: remove it")
     if _COMMAND.search(text) and not re.search(r"^[ \t]*(command|model|container)[ \t]*:", text, re.M):
         return command(text, place)
     try:

@@ -105,7 +105,7 @@ class Bundle:
 
     @classmethod
     def open(cls, folder: str | Path) -> Bundle:
-        """The bundle of a folder to add to, or a new one where there is none. One of an older version is begun again;
+        """The bundle of a folder to add to, or a new one where there is none. One of an older version is started over;
         files that are there already are kept where they are what they should be."""
         place = expanded("the bundle's folder", folder)
         if not (place / NAME).exists():

@@ -50,7 +50,7 @@ def download(folder: Path, machines: Iterable[str], say: Callable[[str], object]
 
 def take(folder: str | Path, digest: str, private: str | Path) -> int:
     """Copy the wheels of a bundle to `private`, an empty folder that only this user may enter; their number. They must
-    be the files that bundle.json lists, and no others be beside them. `digest`: what bundle.json must have, "" for any.
+    be the files that bundle.json lists, and there be no others. `digest`: what bundle.json must have, "" for any.
     Raises SparkfleetError, which names the file."""
     bundle = Bundle.read(folder, digest)
     listed = sorted(name for name in bundle.files if name.startswith("python/"))

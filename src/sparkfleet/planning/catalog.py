@@ -266,10 +266,11 @@ def load(model: str, folder: Path | None = None) -> Card:
     if model.endswith((".yml", ".yaml")) or "/" in model:
         path = expanded("model card", model)
         if not path.is_file():
+            own = "'{{ inventory_dir }}/cards/mine.yml' for one next to the inventory"
+            hint = "" if path.is_absolute() else f" (sparkfleet_model: {own})"
             raise SparkfleetError(
-                f"model card {printable(str(path.absolute()), 400)} does not exist: give the path of a YAML file (of "
-                "one next to the inventory: sparkfleet_model: '{{ inventory_dir }}/cards/mine.yml'), or one of the "
-                f"names {', '.join(names(folder))}"
+                f"model card {printable(str(path.absolute()), 400)} does not exist: give the path of a YAML file"
+                f"{hint}, ORG/NAME of the Hub, or a name that `sparkfleet models` lists"
             )
         return parse(path)
     known = names(folder)
@@ -277,8 +278,8 @@ def load(model: str, folder: Path | None = None) -> Card:
         near = difflib.get_close_matches(model[:100], known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
         raise SparkfleetError(
-            f"unknown model '{printable(model, 100)}': {hint}The catalogue has {', '.join(known)}; "
-            "a card of your own is given by its path (sparkfleet_model: /path/to/card.yml)"
+            f"unknown model '{printable(model, 100)}': {hint}`sparkfleet models` lists the catalogue; a card of your "
+            "own is given by its path (./mine.yml), a model of the Hub as ORG/NAME"
         )
     path = folder / f"{model}.yml"
     there = path.stat()
@@ -374,9 +375,10 @@ def check_environment(environment: Mapping[str, Any], prefix: str) -> None:
 
 
 def check_arguments(arguments: Mapping[str, Any], prefix: str) -> None:
-    """Check arguments of ``vllm serve`` that do not come from a card; ``prefix`` is that of their variables."""
+    """Check arguments of ``vllm serve`` that do not come from a card; ``prefix`` is what precedes their names where
+    they were given: that of their variables, or `--set `."""
     for name, value in arguments.items():
-        yaml_text.check(name, f"a name that starts with {prefix}")
+        yaml_text.check(name, f"a name after {prefix.strip()}")
         yaml_text.check(value, f"{prefix}{name}")
     found = [
         text
@@ -391,3 +393,27 @@ def check_arguments(arguments: Mapping[str, Any], prefix: str) -> None:
             found.append(f"{prefix}{name}: Sparkfleet sets this argument itself; set {OURS[name]} instead")
     if found:
         raise SparkfleetError(joined(found))
+
+
+@functools.cache
+def known_arguments() -> frozenset[str]:
+    """Arguments of ``vllm serve`` that a version of vLLM, the schema or a card of the catalogue has."""
+    lines = Path(__file__).with_name("vllm_arguments.txt").read_text(encoding="utf-8").splitlines()
+    known = {line for line in lines if not line.startswith("#")} | {*schema()["$defs"]["arguments"]["properties"]}
+    for card in map(load, names()):
+        known.update(card.arguments, *card.profiles.values())
+    return frozenset(known)
+
+
+def check_typed(arguments: Mapping[str, Any], prefix: str) -> None:
+    """`check_arguments` for what a person types: names that no vLLM is known to have are refused as well."""
+    check_arguments(arguments, prefix)
+    for name in arguments:
+        if name.removeprefix("no_") in known_arguments() or name in known_arguments():
+            continue
+        near = difflib.get_close_matches(name, known_arguments(), n=1)
+        hint = f"did you mean {near[0]}?" if near else "no version of vLLM that is known here has it"
+        raise SparkfleetError(
+            f"{prefix}{printable(name, 80)}: unknown argument of vllm serve: {hint} (one of a newer vLLM goes into the "
+            "card or the inventory)"
+        )

@@ -81,7 +81,11 @@ class Suggestion:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Figures in GiB unless named otherwise; ``reasons`` why it does not fit, ``notes`` what to know if it does."""
+    """Figures in GiB unless named otherwise; ``reasons`` why it does not fit, ``notes`` what to know if it does.
+
+    ``kv_cache_tokens`` is what this version of vLLM logs as the size of the KV cache, ``kv_cache_held_tokens`` what
+    fits into it in sequences of ``max_model_len``. ``left_gib`` is negative where the engine needs more than there is.
+    """
 
     model: str
     profile: str
@@ -118,6 +122,7 @@ class Plan:
     prefix_caching: bool = True
     mamba_cache_mode: str = "none"
     speculative_tokens: int = 0
+    kv_cache_held_tokens: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, rounded for reading."""
@@ -290,6 +295,7 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
     full = min(int(concurrency), sequences)
     limit = BANDWIDTH_GB_S * gpus / card.weights.read_gb_per_token
     measured = max((entry.tok_s for entry in card.measured), default=None)
+    held, logged = int(concurrency * length), cut.tokens(pool, length)
     notes = list(cut.notes) if not reasons else []
     if gpus > 1:
         notes.append(f"planned for each of {gpus} Sparks; Sparkfleet does not deploy one engine across Sparks yet")
@@ -304,13 +310,17 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
                 f"max_num_seqs {sequences}: {full} of full length ({length} tokens) fit at a time, "
                 f"{typical} of {min(TYPICAL_TOKENS, length)}; more are kept waiting"
             )
-        if limit < SLOW_TOK_S:
+        if not math.isclose(held, logged, rel_tol=0.02):
+            notes.append(
+                f"vLLM {version.text} logs this KV cache as {logged:,} tokens: before "
+                f"{'.'.join(map(str, vllm_versions.since('prints_by_concurrency')))} it counts each of the "
+                f"{len(cut.groups)} groups of layers as if all grew with the sequence"
+            )
+        if limit < SLOW_TOK_S and not cut.speculative_tokens:
             notes.append(
                 f"each token reads {card.weights.read_gb_per_token:g} GB of weights: one stream cannot be faster than "
                 f"{limit:.1f} tokens a second" + (f" (measured: {measured:g})" if measured else "")
             )
-        if cut.speculative_tokens:
-            notes.append("with speculative decoding a stream can be faster than the weights can be read for each token")
         if rules.counts_page_cache:
             counts = "counts" if version.version else "may count"
             notes.append(f"vLLM {version.text} {counts} the page cache as used: it is dropped just before the start")
@@ -338,7 +348,7 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
         cuda_graphs_gib=graphs,
         kv_bytes_per_token=cut.bytes_per_token,
         kv_cache_gib=max(cache, 0.0),
-        kv_cache_tokens=cut.tokens(pool, length),
+        kv_cache_tokens=logged,
         max_concurrency=concurrency,
         full_length_sequences=full,
         typical_sequences=typical,
@@ -346,7 +356,7 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
         total_gib=memory.total,
         available_gib=memory.available,
         reserve_gib=memory.reserve,
-        left_gib=left,
+        left_gib=min(left, memory.available - spent - BEYOND_BUDGET_GIB),
         fits=not reasons,
         reasons=tuple(reasons),
         notes=tuple(notes),
@@ -361,6 +371,7 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
         prefix_caching=cut.prefix_caching,
         mamba_cache_mode=cut.mode,
         speculative_tokens=cut.speculative_tokens,
+        kv_cache_held_tokens=held,
     )
 
 
@@ -458,7 +469,8 @@ def _models(card: Card, memory: Memory, others: Sequence[Card], wanted: Callable
 
 
 def _room(plan: Plan) -> str:
+    unit = f"passes of 1 to {plan.speculative_tokens + 1} tokens a second" if plan.speculative_tokens else "tok/s"
     return (
-        f"{plan.kv_cache_tokens:,} tokens of KV cache, {plan.max_concurrency:.1f} sequences of {plan.max_model_len}, "
-        f"at most {plan.decode_tok_s_limit:.1f} tok/s a stream"
+        f"{plan.kv_cache_held_tokens:,} tokens of KV cache, {plan.max_concurrency:.1f} sequences of "
+        f"{plan.max_model_len}, at most {plan.decode_tok_s_limit:.1f} {unit} a stream"
     )

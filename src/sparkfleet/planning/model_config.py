@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from sparkfleet_host import bounded
 from sparkfleet_host.bounded import BoundsError, printable
@@ -24,6 +24,7 @@ MOST_LAYERS = 10_000
 MOST_WIDTH = 10_000_000
 MOST_COUNT = 1_000_000_000
 BY_HAND = "write the card by hand (docs/models.md)"
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,40 +101,33 @@ class _Config:
     def _whole(self, name: str, value: Any, least: int, most: int) -> int:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        try:
-            return bounded.as_int(value, f"{CONFIG}: {self.where(name)}", least, most)
-        except BoundsError as error:
-            raise SparkfleetError(f"{error}; {BY_HAND}") from None
+        return self._bounded(name, lambda place: bounded.as_int(value, place, least, most))
 
     def number_or(self, default: float, *names: str) -> float:
         """A finite number from 0 to 1e6."""
         name, value = self.get(*names)
-        if not name:
-            return default
-        try:
-            return bounded.as_number(value, f"{CONFIG}: {self.where(name)}", 0, 1e6)
-        except BoundsError as error:
-            raise SparkfleetError(f"{error}; {BY_HAND}") from None
+        return self._bounded(name, lambda place: bounded.as_number(value, place, 0, 1e6)) if name else default
 
     def words(self, name: str) -> list[str] | None:
         """A list of texts, None if it is not there."""
-        value = self.data.get(name)
-        if value is None:
-            return None
-        try:
-            items = bounded.as_list(value, f"{CONFIG}: {self.where(name)}", MOST_LAYERS)
-            return [bounded.as_str(item, f"{CONFIG}: {self.where(name)}", 64) for item in items]
-        except BoundsError as error:
-            raise SparkfleetError(f"{error}; {BY_HAND}") from None
+        return self._list(name, lambda item, place: bounded.as_str(item, place, 64))
 
     def numbers(self, name: str) -> list[int] | None:
         """A list of whole numbers, None if it is not there."""
+        return self._list(name, lambda item, place: bounded.as_int(item, place, 0, MOST_LAYERS))
+
+    def _list(self, name: str, read: Callable[[Any, str], _T]) -> list[_T] | None:
         value = self.data.get(name)
         if value is None:
             return None
+        return self._bounded(
+            name, lambda place: [read(item, place) for item in bounded.as_list(value, place, MOST_LAYERS)]
+        )
+
+    def _bounded(self, name: str, read: Callable[[str], _T]) -> _T:
+        """What `read` makes of the value at this place. Raises SparkfleetError with the remedy."""
         try:
-            items = bounded.as_list(value, f"{CONFIG}: {self.where(name)}", MOST_LAYERS)
-            return [bounded.as_int(item, f"{CONFIG}: {self.where(name)}", 0, MOST_LAYERS) for item in items]
+            return read(f"{CONFIG}: {self.where(name)}")
         except BoundsError as error:
             raise SparkfleetError(f"{error}; {BY_HAND}") from None
 

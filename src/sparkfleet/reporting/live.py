@@ -220,10 +220,10 @@ def size(stream: TextIO | None) -> tuple[int, int]:
 
 
 def columns(stream: TextIO) -> int:
-    """Columns that a table may take; 0 for any, where nobody reads it on a terminal."""
+    """Columns that a table may take; 0 for any number, where it is not a terminal."""
     return size(stream)[0] if stream.isatty() else 0
 
 
 def terminal() -> TextIO:
-    """Where progress goes: beside the result, so that `| jq` works."""
+    """Where progress goes: not into the result, so that `| jq` works."""
     return sys.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -31,12 +32,36 @@ FITS = {True: "yes", False: "no", None: "?"}
 def brief(plan: Mapping[str, Any]) -> str:
     """The memory plan in a line."""
     parts = ", ".join(f"{name} {plan[key]:.1f}" for key, _, _, name in PARTS if plan[key])
-    return f"{parts} GiB; {room(plan)}; {plan['left_gib']:.1f} GiB left to the host"
+    return f"{parts} GiB; {room(plan)}; {left(plan)}"
+
+
+def left(plan: Mapping[str, Any]) -> str:
+    """What the host keeps, or how much more than its memory the engine needs."""
+    spare = plan["left_gib"]
+    return f"{spare:.1f} GiB left to the host" if spare >= 0 else f"{-spare:.1f} GiB more than the host has"
 
 
 def room(plan: Mapping[str, Any]) -> str:
     """What the KV cache holds."""
-    return f"{plan['kv_cache_tokens']:,} tokens, {plan['max_concurrency']:.1f} sequences of {plan['max_model_len']:,}"
+    return f"{held(plan):,} tokens, {plan['max_concurrency']:.1f} sequences of {plan['max_model_len']:,}"
+
+
+def held(plan: Mapping[str, Any]) -> int:
+    """Tokens that fit into the KV cache in sequences of full length; `kv_cache_tokens` is what the engine logs, which
+    some versions count otherwise (`memory_plan.Plan`)."""
+    return int(plan.get("kv_cache_held_tokens", plan["kv_cache_tokens"]))
+
+
+def speed(plan: Mapping[str, Any]) -> str:
+    """How fast one stream can be, and was."""
+    limit, drafted = f"at most {plan['decode_tok_s_limit']:.1f}", plan.get("speculative_tokens", 0)
+    found = f"; measured {plan['measured_tok_s']:g}" if plan["measured_tok_s"] else ""
+    if not drafted:
+        return f"{limit} tokens a second{found}"
+    # A pass reads the weights once, and yields a token and those of its draft that are right.
+    return f"{limit} passes a second, each of 1 to {drafted + 1} tokens (speculation)" + (
+        f"{found} tokens a second" if found else ""
+    )
 
 
 def bar(plan: Mapping[str, Any], colour: bool) -> str:
@@ -65,17 +90,17 @@ def page(plan: Mapping[str, Any], colour: bool = False) -> str:
         if plan[key]:
             lines.append(f"   {mark} {name:<14}{plan[key]:7.2f} GiB")
     mark = " " if colour else "."
+    short = "" if plan["left_gib"] >= 0 else f"; {-plan['left_gib']:.1f} GiB too little"
     lines += [
-        f"   {mark} {'left to host':<14}{plan['left_gib']:7.2f} GiB of the {plan['available_gib']:.1f} available "
-        f"(floor {plan['reserve_gib']:g})",
+        f"   {mark} {'left to host':<14}{max(plan['left_gib'], 0.0):7.2f} GiB of the {plan['available_gib']:.1f} "
+        f"available (floor {plan['reserve_gib']:g}{short})",
         "",
         f"  asked for      {plan['requested_gib']:.2f} GiB, utilization {plan['gpu_memory_utilization']:.2f}",
-        f"  KV cache       {plan['kv_cache_tokens']:,} tokens, {plan['kv_bytes_per_token']:,} bytes each"
+        f"  KV cache       {held(plan):,} tokens, {plan['kv_bytes_per_token']:,} bytes each"
         + (f", in blocks of {plan['kv_block_tokens']:,}" if plan.get("kv_block_tokens", 0) > LONG_BLOCK else ""),
         f"  at a time      {plan['full_length_sequences']} of full length ({plan['max_model_len']:,} tokens), "
         f"or {plan['typical_sequences']} usual ones (4,096)",
-        f"  one stream     at most {plan['decode_tok_s_limit']:.1f} tokens a second"
-        + (f"; measured {plan['measured_tok_s']:g}" if plan["measured_tok_s"] else ""),
+        f"  one stream     {speed(plan)}",
         "",
     ]
     lines.append("  FITS" if plan["fits"] else "  DOES NOT FIT")
@@ -86,9 +111,21 @@ def page(plan: Mapping[str, Any], colour: bool = False) -> str:
     return "\n".join(lines) + "\n"
 
 
-def models(cards: Sequence[Card], fits: Mapping[str, bool | None]) -> str:
-    """The catalogue as a table."""
-    rows = [("name", "on the Hub", "GiB", "context", "vLLM", "tok/s", "licence", "seen", "fits")]
+#: Columns of the table of models where no terminal says how many there are.
+MODELS_WIDTH = 100
+#: Columns that give way on a narrow terminal, the first one first.
+GIVE_WAY = ("on the Hub", "tested", "licence", "vLLM", "context")
+MODELS_LEGEND = (
+    "GiB: size of the download; context: longest sequence of the model, tokens; vLLM: version in the card's image, ? "
+    "if its name does not show it (the newest is planned); tok/s: one stream, measured on a Spark; licence: to be "
+    "accepted on the Hub, or open; tested: seen running on a Spark; fits: one Spark, or how many it takes. `sparkfleet "
+    "plan NAME` shows why, `sparkfleet models --json` has everything."
+)
+
+
+def models(cards: Sequence[Card], fits: Mapping[str, bool | None], width: int = MODELS_WIDTH) -> str:
+    """The catalogue as a table of at most `width` columns, if it can be, and what its columns mean."""
+    rows = [("name", "on the Hub", "GiB", "context", "vLLM", "tok/s", "licence", "tested", "fits")]
     for card in cards:
         speed = max((entry.tok_s for entry in card.measured), default=None)
         rows.append(
@@ -97,14 +134,21 @@ def models(cards: Sequence[Card], fits: Mapping[str, bool | None]) -> str:
                 card.repo,
                 f"{card.weights.download_gib:.1f}",
                 f"{card.shape.context:,}",
-                card.engine().text if card.engine().version else "newest",
+                card.engine().text if card.engine().version else "?",
                 f"{speed:.1f}" if speed else "-",
                 "accept" if card.licence.gated else "open",
-                "yes" if card.verified else "unverified",
+                "yes" if card.verified else "no",
                 f"{card.sparks} Sparks" if card.sparks > 1 and fits[card.name] is not False else FITS[fits[card.name]],
             )
         )
-    return table(rows)
+    shown = list(rows[0])
+    for name in ("", *GIVE_WAY):
+        shown = [column for column in shown if column != name]
+        text = table([[row[rows[0].index(column)] for column in shown] for row in rows])
+        if max(map(len, text.splitlines())) <= width:
+            break
+    parts = [part for part in MODELS_LEGEND.split("; ") if part.split(":")[0] not in {*rows[0]} - {*shown}]
+    return f"{text}\n" + textwrap.fill("; ".join(parts), max(width, 40)) + "\n"
 
 
 def clean(text: str) -> str:

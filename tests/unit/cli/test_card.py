@@ -48,7 +48,9 @@ def asked(repo: str, revision: str, hub: Way) -> About:
     return About("the Hub", repo, "1" * 40, "what main is", files, texts, 0, False, "apache-2.0", "the Hub")
 
 
-def test_a_card_goes_to_standard_output_and_what_is_not_known_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_card_goes_to_standard_output_and_what_is_not_known_to_standard_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     code, out, err = run(capsys, "card", "Qwen/Qwen3-8B")
     assert code == 0
     assert yaml.safe_load(out)["shape"]["layers"] == 36
@@ -91,7 +93,7 @@ def test_a_command_on_standard_input(capsys: pytest.CaptureFixture[str], monkeyp
     assert "--max-model-len 99999: the model's context is 40960 tokens" in err
 
 
-def test_a_recipe_with_a_folder_asks_nobody(capsys: pytest.CaptureFixture[str], place: Path) -> None:
+def test_a_recipe_with_a_folder_makes_no_request(capsys: pytest.CaptureFixture[str], place: Path) -> None:
     (place / "recipe.yaml").write_text(RECIPE.replace("Qwen/Qwen3-8B", "acme/other"), encoding="utf-8")
     folder = place / "model"
     folder.mkdir()

@@ -9,6 +9,7 @@ import pytest
 
 from sparkfleet.cli import main
 from sparkfleet.planning import catalog
+from sparkfleet.reporting import report
 
 KEYS = {
     *("model", "profile", "weights_gib", "kv_bytes_per_token", "kv_cache_gib", "kv_cache_tokens", "max_concurrency"),
@@ -74,12 +75,37 @@ def test_figures_change_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
         (("plan", "llama31-8b-fp8", "--set", "max_num_seqs"), "write ARGUMENT=VALUE"),
         (("plan", "llama31-8b-fp8", "--set", "max_num_seqs=0"), "max_num_seqs: must be a whole number from 1 to 65536"),
         (("plan", "/nowhere.yml"), "/nowhere.yml does not exist"),
+        (("plan", "qwen3-8b-fp8", "--set", "max_num_seqs=x"), "--set max_num_seqs: must be a whole number"),
+        (
+            ("plan", "qwen3-8b-fp8", "--set", "enforce-eagr=true"),
+            "--set enforce_eagr: did you mean --set enforce_eager",
+        ),
+        (("plan", "qwen3-8b-fp8", "--set", "enable_prefx_cach=1"), "did you mean enable_prefix_caching?"),
+        (("compose", "qwen3-8b-fp8", "--set", "zzz=1"), "--set zzz: unknown argument of vllm serve"),
+        (("plan", "qwen3-8b-fp8", "--set", "port=1"), "--set port: Sparkfleet sets this argument itself"),
         (("compose", "llama31-8b-fp8", "--profile", "fast"), "has no profile 'fast'"),
     ],
 )
 def test_bad_input(capsys: pytest.CaptureFixture[str], words: tuple[str, ...], complaint: str) -> None:
     code, out, err = run(capsys, *words)
     assert code == 2 and out == "" and complaint in err
+    assert len(err.splitlines()[-1]) < 400 and "sparkfleet_vllm_" not in err
+
+
+@pytest.mark.parametrize("name", ["no_enable_prefix_caching", "gdn_decode_kernel", "swap-space", "seed"])
+def test_arguments_of_any_version_are_taken(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    value = "4" if name in ("swap-space", "seed") else "true"
+    code, out, err = run(capsys, "compose", "qwen3-8b-fp8", "--set", f"{name}={value}")
+    assert code == 0 and name.replace("_", "-") in out, err
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_the_table_of_models_fits_the_terminal(width: int) -> None:
+    cards = [catalog.load(name) for name in catalog.names()]
+    text = report.models(cards, dict.fromkeys(catalog.names(), True), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert (cards[0].repo in text) is (width == 200)
+    assert ("tested:" in text) is ("tested" in text.splitlines()[0])
 
 
 def test_a_card_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -95,9 +121,11 @@ def test_a_card_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
 def test_models(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "models")
     assert code == 0
-    rows = out.splitlines()
-    assert [row.split()[0] for row in rows[1:]] == catalog.names()
-    assert "unverified" in out
+    rows, _, legend = out.partition("\n\n")
+    assert [row.split()[0] for row in rows.splitlines()[1:]] == catalog.names()
+    assert max(map(len, out.splitlines())) <= 100
+    for column in rows.splitlines()[0].split()[1:]:
+        assert f"{column}:" in " ".join(legend.split()), column
     code, out, _ = run(capsys, "models", "--json")
     data = json.loads(out)
     assert [entry["name"] for entry in data] == catalog.names()

@@ -91,7 +91,7 @@ def test_lines_of_hosts_are_shown() -> None:
         collector.take({"event": "verbose", "stdout": text})
     assert printed == [
         ("spark-1", "spark-1  12 s  loading weights"),
-        # A table belongs to nobody's row, and what no host has said neither.
+        # A table belongs to no host's row, and neither does what no host has said.
         *(("", "spark-1  repo at url"), ("", "  check  result"), ("", "rollout  wave 1 of 1")),
     ]
     assert collector.board.rows["spark-1"].message == "loading weights"

@@ -31,7 +31,7 @@ with open({calls!r}, "a", encoding="utf-8") as calls:
 print("nvidia@192.0.2.11: Permission denied (publickey).", file=sys.stderr)
 sys.exit(255)
 """
-#: What each verb needs beside its name.
+#: What each verb needs besides its name.
 WORDS = {
     "switch": ("qwen3-32b-fp8",),
     "upgrade": ("nvcr.io/nvidia/vllm:25.11-py3",),
@@ -184,7 +184,7 @@ def test_roles_are_those_of_the_playbooks(
 
 
 def test_without_an_activated_environment(inventory: Path, calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ansible-playbook is found beside the Python that runs sparkfleet."""
+    """ansible-playbook is found next to the Python that runs sparkfleet."""
     monkeypatch.setenv("PATH", f"{calls.parent / 'bin'}:/usr/bin:/bin")
     assert main.main(["stop", "-i", str(inventory), "--json"]) == exit_codes.UNREACHABLE
     assert calls.exists()
@@ -265,26 +265,54 @@ def test_without_root(verb: str, fleet: tuple[Path, Path], capsys: pytest.Captur
     assert ('"not-root"' in printed) == (verb in ("preflight", "deploy")), printed
 
 
-@pytest.mark.parametrize(
-    ("words", "names"),
-    [
-        (("status", "-l", "!spark-3"), {"192.0.2.1", "192.0.2.2"}),
-        (("logs", "sparks:!spark-3"), {"192.0.2.1", "192.0.2.2"}),
-        (("rollout", "-l", "sparks:&rack1"), {"192.0.2.2"}),
-        (("stop", "-l", "&rack1"), {"192.0.2.2"}),
-        (("preflight", "-l", "spark-1:spark-2"), {"192.0.2.1", "192.0.2.2"}),
-        (("drift", "-l", "spark-1,spark-3"), {"192.0.2.1", "192.0.2.3"}),
-    ],
-    ids=lambda value: value[0] if isinstance(value, tuple) else "",
-)
-def test_limits(words: tuple[str, ...], names: set[str], calls: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def rack(tmp_path: Path) -> Path:
+    """Three Sparks, the second in a group of its own."""
     path = tmp_path / "hosts.yml"
     hosts = {f"spark-{number}": {"ansible_host": f"192.0.2.{number}"} for number in (1, 2, 3)}
     group = {"hosts": hosts, "children": {"rack1": {"hosts": {"spark-2": {}}}}}
     path.write_text(yaml.safe_dump({"sparks": group}), encoding="utf-8")
-    assert main.main([*words, "-i", str(path)]) == exit_codes.UNREACHABLE
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "numbers"),
+    [(("logs", "sparks:!spark-3"), {"1", "2"}), (("rollout", "-l", "sparks:&rack1"), {"2"})],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_only_hosts_of_the_limit_are_contacted(
+    words: tuple[str, ...], numbers: set[str], calls: Path, rack: Path
+) -> None:
+    assert main.main([*words, "-i", str(rack)]) == exit_codes.UNREACHABLE
     given = [json.loads(line) for line in calls.read_text(encoding="utf-8").splitlines()]
-    assert {word for argv in given for word in argv if word.startswith("192.")} == names
+    contacted = {word for argv in given for word in argv if word.startswith("192.")}
+    assert contacted == {f"192.0.2.{number}" for number in numbers}
+
+
+@pytest.mark.parametrize(
+    ("words", "limit"),
+    [
+        (("status", "-l", "!spark-3"), {"spark-1", "spark-2"}),
+        (("logs", "sparks:!spark-3"), {"spark-1", "spark-2"}),
+        (("rollout", "-l", "sparks:&rack1"), {"spark-2"}),
+        (("stop", "-l", "&rack1"), {"spark-2"}),
+        (("preflight", "-l", "spark-1:spark-2"), {"spark-1", "spark-2"}),
+        (("drift", "-l", "spark-1,spark-3"), {"spark-1", "spark-3"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_limits(words: tuple[str, ...], limit: set[str], rack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Ansible is given, in names: localhost besides, where the plays of the controller run."""
+    given: list[str] = []
+
+    def run(verb: str, inventory: str, arguments: list[str], collector: runner.Collector) -> int:
+        given.extend(arguments)
+        return 0
+
+    monkeypatch.setattr(main, "run", run)
+    main.main([*words, "-i", str(rack)])
+    names = given[given.index("--limit") + 1].split(",")
+    assert {*names} == {*limit, "localhost"} and len(names) == len(limit) + 1
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ class Hub:
     corrupt: dict[str, int] = field(default_factory=dict)  # name: how many times it is sent wrong
     cut_at: dict[str, int] = field(default_factory=dict)  # name: connection closed after so many bytes, once
     rate: float = 0  # bytes a second and connection; 0: no limit
-    more: list[dict[str, Any]] = field(default_factory=list)  # entries of the list beside `files`
+    more: list[dict[str, Any]] = field(default_factory=list)  # entries of the list besides `files`
     next_page: str = ""  # the Link header of the list
     elsewhere: str = ""  # where large files are: a URL that the file's own path is added to
     longer: dict[str, bytes] = field(default_factory=dict)  # name: sent after the content

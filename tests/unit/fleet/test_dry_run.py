@@ -1,4 +1,4 @@
-"""A rollout on paper: a fleet of 200, in seconds, with nobody contacted."""
+"""A rollout on paper: a fleet of 200, in seconds, with no host contacted."""
 
 from __future__ import annotations
 

@@ -29,14 +29,9 @@ FILES = {"config.json": b'{"a": 1}', "model.safetensors": b"w" * 5000, "weights.
 TOKEN = "hf_canary"
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return hub_client.build(tmp_path_factory.mktemp("client"))
-
-
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch: pytest.MonkeyPatch, client: Path) -> None:
-    monkeypatch.setattr(model_files, "CACHE", client.parent)
+    monkeypatch.setattr(hub_client, "build", lambda folder: client)
     for name in ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE"):
         monkeypatch.delenv(name, raising=False)
 

@@ -1,4 +1,4 @@
-"""The download itself: the packed client, run as on a Spark, against a Hub in this process."""
+"""The download itself: the client that is packed for a Spark, run as there, against a Hub in this process."""
 
 from __future__ import annotations
 
@@ -25,15 +25,9 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cac
 )
 from sparkfleet_host import fetch_model
 
-from sparkfleet.packaging import hub_client
 from tests.unit.fakes.fake_hub import Hub, serve
 
 SHARD = random.Random(1).randbytes(3_000_000)  # noqa: S311
-
-
-@pytest.fixture(scope="session")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return hub_client.build(tmp_path_factory.mktemp("client"))
 
 
 @pytest.fixture

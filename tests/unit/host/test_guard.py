@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import BoundsError
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import LATEST, BoundsError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.guard import (
     REASONS,
     STATES,
@@ -629,6 +629,30 @@ def test_a_member_of_any_form_is_taken_or_refused(key: str, member: str, value: 
         page(guard)
 
 
+TIMES = [
+    ("restarts", "at"),
+    ("restarts", "clock"),
+    ("restarts", "back_after_s"),
+    ("known", "since"),
+    ("canary", "at"),
+    ("canary", "seconds"),
+    ("given_up", "at"),
+    ("healing", "at"),
+    ("healing", "tried"),
+    ("since", ""),
+]
+
+
+@pytest.mark.parametrize(("key", "member"), TIMES)
+@pytest.mark.parametrize(("value", "taken"), [(LATEST, True), (LATEST * 1.01, False), (1e300, False), (-1.0, False)])
+def test_times_of_a_state_are_those_of_a_clock(key: str, member: str, value: float, taken: bool) -> None:
+    """No printed form, and no metric, is asked for a time that no clock shows."""
+    whole: dict[str, Any] = {"at": START, "reason": "crash", "detail": "x", "ok": True, "seconds": 1.0}
+    item = {**whole, member: value} if member else value
+    with contextlib.nullcontext() if taken else pytest.raises(BoundsError, match=f"{key}.*not between"):
+        page(Guard(SETTINGS, {key: [item] if key == "restarts" else item}))
+
+
 @pytest.mark.parametrize("data", [{"restarts": 7}, {"engine": 5}, {"engine": "x"}, {"known": []}, {"given_up": "x"}])
 def test_a_damaged_state_is_named(data: dict[str, Any]) -> None:
     with pytest.raises(BoundsError, match=next(iter(data))):
@@ -1007,7 +1031,7 @@ def test_a_start_of_docker_after_giving_up_is_stopped_again() -> None:
     assert (action.do, action.reason) == ("give-up", "again")
     watched.guard.given_up["started_at"] = "first"
     assert watched.see(30, restart_count=1) == "give-up"
-    assert watched.see(40, state="restarting", started_at="second") == "give-up"  # nobody has started it yet
+    assert watched.see(40, state="restarting", started_at="second") == "give-up"  # not started by anyone yet
     assert watched.see(50, started_at="second") == "nothing" and watched.guard.given_up is None
 
 

@@ -433,7 +433,7 @@ def test_a_switch_that_runs_is_seen_and_one_that_was_cut(
     assert world.watcher.observe().interrupted and not world.watcher.observe(locked=True).interrupted
     monkeypatch.setattr(store, "switch_active", lambda: True)
     world.found["state"] = "exited"
-    assert world.watcher.observe().switching and world.watcher.observe().state == "running"  # not looked at
+    assert world.watcher.observe().switching and world.watcher.observe().state == "running"  # not inspected
     locked = world.watcher.observe(locked=True)
     assert not locked.switching and locked.state == "exited"
 

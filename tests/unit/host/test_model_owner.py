@@ -80,7 +80,7 @@ def test_a_suspect_model_that_is_sound_is_complete_without_a_hub(cache: Path, tm
 
 def test_damage_of_equal_size_is_found_when_asked_for(cache: Path, tmp_path: Path) -> None:  # noqa: F811
     flip(blob(cache, "w.safetensors"))
-    assert hashed(cache, tmp_path)["complete"] is True  # nobody asked
+    assert hashed(cache, tmp_path)["complete"] is True  # not asked for
     state = hashed(cache, tmp_path, check=True)
     assert state["complete"] is False and "w.safetensors" in state["suspect"]
     assert model_state(cache, REPO, COMMIT)["suspect"]  # also for a run that is cut here

@@ -273,7 +273,7 @@ def test_listeners_of_a_port() -> None:
 
 
 def test_look_stop_and_start_go_by_label(engine: Engine, docker: Docker) -> None:
-    """A foreign container of our service's name is not looked at, and never touched."""
+    """A foreign container of our service's name is not inspected, and never touched."""
     foreign = {"Id": "f" * 64, "Names": ["/vllm-m"], "State": "running", "Labels": {}}
     engine.routes["GET", "/containers/json"] = [foreign]
     engine.routes["GET", "/containers/vllm-m/json"] = {"Id": "f" * 64, "State": {"Running": True}}

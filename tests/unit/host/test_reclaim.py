@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import resource
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -410,7 +411,14 @@ def open_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_a_tree_of_any_depth_goes(host: Host, open_files: None) -> None:
+@pytest.fixture
+def no_tree_stays(tmp_path: Path) -> Iterator[None]:
+    """One that a failure leaves is too deep for what pytest removes its folders with, then and in every later run."""
+    yield
+    subprocess.run(["rm", "-rf", "--", str(tmp_path)], check=True)
+
+
+def test_a_tree_of_any_depth_goes(host: Host, open_files: None, no_tree_stays: None) -> None:
     folder = host.compile()
     deep(folder, 3000)
     deep(host.model / "snapshots" / OLD, 3000)
@@ -515,7 +523,7 @@ def test_a_file_in_the_place_of_what_is_left_of_a_compile_cache_is_no_obstacle(h
 
 
 class Clock:
-    """Goes on by a second whenever it is looked at."""
+    """Advances by a second each time it is read."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0

@@ -559,7 +559,7 @@ def test_the_whole_summary(store: Store) -> None:
     assert summary["switch_active"] is True and summary["lock_holder"] == held
     assert summary["switch"]["error"] == {"message": "m", "exit_code": 1} and "verifications" not in summary["switch"]
     assert summary["unreadable"] == []
-    assert store.summary()["switch_compose"] is None  # nobody switches
+    assert store.summary()["switch_compose"] is None  # no switch in progress
 
 
 # -- damage and repair -----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What one Spark fetches, others take: blobs once, files as they grow, nobody without the run's key pair."""
+"""What one Spark fetches, others take: blobs once, files as they grow, and none without the run's key pair."""
 
 from __future__ import annotations
 

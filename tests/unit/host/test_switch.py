@@ -177,6 +177,38 @@ class World:
         return {"verified": True, "checks": [], "answer": "Paris"}
 
 
+class Power:
+    """The power goes before the n-th thing that is done: for the first of `cuts` in a switch, for the next ones each
+    time that the switch is recovered."""
+
+    def __init__(self, world: World, cuts: list[int]) -> None:
+        self._store, self._cuts, self._left = world.store, list(cuts), -1
+        world.step = self.tick
+
+    def tick(self, _what: str = "") -> None:
+        self._left -= self._left >= 0
+        if self._left == 0:
+            self._left = -1
+            raise PowerCut
+
+    def _arm(self) -> None:
+        self._left = self._cuts.pop(0) + 1 if self._cuts else -1
+
+    def ended(self, begin: Callable[[], Any]) -> bool:
+        """Switch, and recover until nothing is interrupted; whether anything of the switch was written."""
+        self._arm()
+        try:
+            begin()
+            return True
+        except PowerCut:
+            started = interrupted(self._store)
+        while interrupted(self._store):
+            self._arm()
+            with contextlib.suppress(PowerCut):
+                recover(self._store, Docker("/nowhere"))
+        return started
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "project", tmp_path / "state", str(tmp_path / "lock"))
@@ -272,7 +304,7 @@ def test_both_fail(store: Store, world: World, deployed: int) -> None:
     assert "running" not in world.containers.values() and store.current() == 1
 
 
-def test_an_old_engine_that_runs_and_answers_wrong_is_left_to_be_looked_at(
+def test_an_old_engine_that_runs_and_answers_wrong_is_left_for_inspection(
     store: Store, world: World, deployed: int
 ) -> None:
     world.bad.update({NEW: "crash", OLD: "wrong"})
@@ -471,7 +503,7 @@ def test_a_journal_that_cannot_be_written_stops_nothing(
     journal = run(store, number)
     assert journal["outcome"] == "refused" and journal["error"]["failure"] == "disk-full" and world.did == []
     monkeypatch.setattr(store, "write_switch", write)
-    assert not interrupted(store)  # the end is kept beside the lock
+    assert not interrupted(store)  # the end is kept next to the lock
     (store.lock_file.parent / "switch-spare.json").unlink()  # the host was restarted
     ended = recover(store, Docker("/nowhere"))  # on the disk it is still checking
     assert ended and ended["outcome"] == "refused" and world.did == [] and world.containers == {OLD: "running"}
@@ -986,9 +1018,7 @@ def damage(store: Store, number: int, *names: str) -> None:
         (store.folder(number) / name).write_text("{")
 
 
-def test_the_release_to_go_back_to_is_looked_at_before_anything_stops(
-    store: Store, world: World, deployed: int
-) -> None:
+def test_the_release_to_go_back_to_is_checked_before_anything_stops(store: Store, world: World, deployed: int) -> None:
     number = stage(store, NEW)
     job = Switch(store, Docker("/nowhere"), {"to": number})
     job.begin(number)
@@ -1299,7 +1329,7 @@ def test_a_kept_engine_that_hangs_is_started_anew_before_that_is_a_failure(
     world.step = lambda what: None
     journal = run(store, stage_all(store, world, first="1", second="3"))
     assert journal["outcome"] == "failed" and journal["error"]["container"] == FIRST
-    assert world.containers == {FIRST: "running", SECOND: "running"}  # to be looked at
+    assert world.containers == {FIRST: "running", SECOND: "running"}  # left for a person to inspect
 
 
 def restart(store: Store, *services: str) -> dict[str, Any]:
@@ -1408,30 +1438,12 @@ def test_whatever_is_cut_all_engines_of_a_release_serve(
         assert run(store, stage_all(store, world, first="1", second="1"))["outcome"] == "verified"
         tags = {"other": {"first": "1", "second": "2"}, "same": {"second": "1", "first": "1"}}.get(to)
         number = stage_all(store, world, **tags) if tags else 1
-        left: list[int] = []
-
-        def tick(_what: str = "") -> None:
-            if left:
-                left[0] -= 1
-                if left[0] < 0:
-                    left.clear()
-                    raise PowerCut
-
-        world.step = tick
+        power = Power(world, cuts)
         world.bad = dict(bad)
-        begun = True
-        try:
-            left[:] = cuts[:1]
-            restart(store, *([SECOND] if to == "one" else [])) if number == 1 else run(store, number)
-        except PowerCut:
-            begun = interrupted(store)
-        waiting = cuts[1:]
-        while interrupted(store):
-            left[:], waiting = waiting[:1], waiting[1:]
-            with contextlib.suppress(PowerCut):
-                recover(store, Docker("/nowhere"))
+        services = [SECOND] if to == "one" else []
+        started = power.ended(lambda: restart(store, *services) if number == 1 else run(store, number))
         ended = store.switch()
-        if not begun or not ended:
+        if not started or not ended:
             return
         running = {name for name, state in world.containers.items() if state == "running"}
         if ended["outcome"] in ("verified", "restored"):
@@ -1469,38 +1481,17 @@ def test_whatever_is_cut_either_release_serves_verified_with_its_key(
         if to != "first":
             assert run(store, stage(store, OLD))["outcome"] == "verified"
         number = 1 if to == "restart" else stage(store, NEW)
-        left: list[int] = []
-
-        def tick(_what: str = "") -> None:
-            if left:
-                left[0] -= 1
-                if left[0] < 0:
-                    left.clear()
-                    raise PowerCut
-
-        world.step = tick
+        power = Power(world, cuts)
         for name in ("write_text", "link"):
             done = getattr(releases, name)
 
             def cut_before(*args: Any, _done: Callable[..., Any] = done, **more: Any) -> None:
-                tick()
+                power.tick()
                 _done(*args, **more)
 
             monkeypatch.setattr(releases, name, cut_before)
         world.bad = dict(bad)
-        begun = False
-        try:
-            left[:] = cuts[:1]
-            switch_with_key(store, number, "new", path) if rekeyed else run(store, number)
-            begun = True
-        except PowerCut:
-            begun = interrupted(store)
-        waiting = cuts[1:]
-        while interrupted(store):
-            left[:], waiting = waiting[:1], waiting[1:]
-            with contextlib.suppress(PowerCut):
-                recover(store, Docker("/nowhere"))
-        if not begun:
+        if not power.ended(lambda: switch_with_key(store, number, "new", path) if rekeyed else run(store, number)):
             return  # cut before anything was written of it
         ended, current = store.switch(), store.current()
         assert ended and ended["phase"] == "done" and not store.switch_damage()
@@ -1572,7 +1563,7 @@ def test_whatever_cannot_be_written_an_engine_serves(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """From the n-th write on nothing can be written any more; perhaps the job is killed, and ended by the guard. In the
-    end an engine that works serves, `current` says which, and nobody ends the switch again; nor does it end otherwise
+    end an engine that works serves, `current` says which, and the switch is not ended again; nor does it end otherwise
     when the host restarts with an empty disk."""
     folder = tmp_path_factory.mktemp("world")
     store = Store(folder / "project", folder / "state", str(folder / "lock"))
@@ -1830,7 +1821,7 @@ def test_a_lock_that_is_given_back_while_its_holder_is_looked_up_is_taken(
 ) -> None:
     with contextlib.ExitStack() as held:
         assert held.enter_context(Store(lock_file=str(store.lock_file)).exclusive("guard"))
-        monkeypatch.setattr(Store, "holder", lambda self: held.close())  # at this very moment, and then nobody
+        monkeypatch.setattr(Store, "holder", lambda self: held.close())  # at this very moment, and then it is free
         with store.exclusive(patience=0.0) as mine:
             assert mine
 

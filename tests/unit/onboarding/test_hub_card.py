@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from simulator.internet import hub as stand_in
 
 from sparkfleet import SparkfleetError
-from sparkfleet.fleet import model_files
 from sparkfleet.fleet.model_files import Way
 from sparkfleet.onboarding import hub_card, model_choice
 from sparkfleet.onboarding.hub_card import About
@@ -39,14 +38,9 @@ FILES = {
 }
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return hub_client.build(tmp_path_factory.mktemp("client"))
-
-
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch: pytest.MonkeyPatch, client: Path, tmp_path: Path) -> None:
-    monkeypatch.setattr(model_files, "CACHE", client.parent)
+    monkeypatch.setattr(hub_client, "build", lambda folder: client)
     monkeypatch.setattr(catalog, "STATE", tmp_path / "state")
     for name in ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE"):
         monkeypatch.delenv(name, raising=False)
@@ -180,7 +174,7 @@ def test_the_simulated_internet_gives_a_card(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (folder / "files" / name).write_bytes(FILES[name])
     server: ThreadingHTTPServer = stand_in.server(tmp_path / "hub", tmp_path / "tokens.json", "127.0.0.1", 0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         about = hub_card.ask("acme/tiny", "main", Way(f"http://127.0.0.1:{server.server_address[1]}"))
     finally:

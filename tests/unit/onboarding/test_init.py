@@ -97,7 +97,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def person(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Simulates a user at a terminal, with the beginning of each question and the answers to it, in order. A question
-    beside these fails the test, and so does an answer that nobody asked for."""
+    besides these fails the test, and so does an answer that was not asked for."""
     left: list[tuple[str, str]] = []
 
     def answer(prompt: str) -> str:
@@ -312,7 +312,7 @@ def test_which_word_is_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_all_questions(net: Network, run: Run, tmp_path: Path, person: Sits) -> None:
-    """From hosts that know nobody to an inventory, by answers alone."""
+    """From hosts without known keys to an inventory, by answers alone."""
     net.host("192.0.2.11", "spark-1a2b", known=False, login=False)
     net.host("192.0.2.14", "spark-5e6f", known=False)
     person(
@@ -570,7 +570,7 @@ def test_known_hosts_as_ssh_reads_it(tmp_path: Path, hashed: str) -> None:
 
 
 def test_real_ssh_takes_our_words(tmp_path: Path) -> None:
-    """Against the ssh that is installed; nobody is contacted."""
+    """Against the ssh that is installed; no host is contacted."""
     (tmp_path / "key").write_text("")
     place = Place("192.0.2.11", "nvidia", 2222, str(tmp_path / "key"), "-o UserKnownHostsFile=/tmp/kh -J door")
     known = ssh.settings(place)
@@ -595,7 +595,7 @@ def announced() -> Iterator[None]:
         info = zeroconf.ServiceInfo(
             service, f"{name}.{service}", port=port, parsed_addresses=addresses, server=f"{name}.local."
         )
-        net.register_service(info, cooperating_responders=True)  # nobody is asked whether the name is free
+        net.register_service(info, cooperating_responders=True)  # without asking whether the name is free
     yield
     net.close()
 

@@ -155,6 +155,11 @@ def test_what_was_taken_and_may_not_work_here_is_a_doubt() -> None:
     assert len(made.doubts) == 3 and "o/draft" in made.doubts[0]
 
 
+def test_files_of_other_systems() -> None:
+    made = read("\ufeffvllm serve o/m \\\r\n\t--seed 4\r\n", "it")
+    assert (made.model, made.arguments) == ("o/m", {"seed": 4})
+
+
 def test_a_length_beyond_the_context() -> None:
     made = read("vllm serve o/m --max-model-len 300000", "it")
     recipe.fit_context(made, 262144)
@@ -182,6 +187,17 @@ def test_the_longest_length_that_fits() -> None:
         ("model: o/m\nenv: x", "env: must be a mapping, not x"),
         ("model: o/m\ncommand: {a: 1}", "command: must be a text"),
         ("a: &x [*x]", "refers to its own parent"),
+        (f"model: &x '{'y' * 100_000}'\ndefaults: [{'*x,' * 9000}]", "more than 262144 characters, those of anchors"),
+        (
+            "\n".join(
+                ["a: &a [x,x,x,x,x]", *(f"{b}: &{b} [{f'*{a},' * 9}]" for a, b in zip("abcdef", "bcdefg", strict=True))]
+            ),
+            "more than 20000 values, those of anchors",
+        ),
+        ("vllm serve o/m \\\n --reasoning-parser a\ufffe", "it:2: the control character U+FFFE: remove it"),
+        ("vllm serve o/m --x '\U0010ffff'", "it:1: the control character U+10FFFF"),
+        ("vllm serve o/m --x a\x1b[31m", "it:1: the control character U+001B"),
+        ("model: o/m\nenv: {A: a\x85}", "it:2: the control character U+0085"),
         ("x" * 300_000, "more than 262144 characters"),
         ("vllm serve " + "-a " * 3000, "more than 2000 words"),
     ],

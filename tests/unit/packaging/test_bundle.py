@@ -461,7 +461,7 @@ def bundle_for(target: Target, folder: Path, system: dict[str, str]) -> Target:
 def spark_here() -> dict[str, Any]:
     state = bare()
     state["os"]["codename"] = "noble"
-    state["engines"][0].update(hub=None, registry=None)  # nobody was asked
+    state["engines"][0].update(hub=None, registry=None)  # neither was asked
     return state
 
 

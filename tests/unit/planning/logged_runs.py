@@ -141,7 +141,7 @@ def _gpu_runs() -> list[str]:
     rows = [
         "### A CUDA engine with dummy weights",
         "",
-        "`scripts/calibrate` starts the real engine with weights that mean nothing (docs/gpu-runs.yml). Beside "
+        "`scripts/calibrate` starts the real engine with weights that mean nothing (docs/gpu-runs.yml). Besides "
         "torch it takes 0.2 to 0.3 GiB on a GPU with memory of its own; a GB10 counts host memory as well.",
         "",
         "| run | vLLM, GPU | activations logged | planned | KV cache logged | planned | error | tokens logged "

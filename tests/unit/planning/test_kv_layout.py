@@ -147,7 +147,7 @@ def test_a_state_of_half_precision_shortens_blocks() -> None:
 
 
 def test_the_group_factor_changed() -> None:
-    """13 layers beside 16: padded to 16 from 0.18 on, before only where they are within a quarter."""
+    """13 layers next to 16: padded to 16 from 0.18 on, before only where they are within a quarter."""
     uneven = model(Attention("full", 13, 8, 128), Attention("sliding", 18, 8, 128, window=512))
     sizes = {version: len(cut(uneven, Engine(version)).groups) for version in ((0, 11), (0, 17), (0, 18))}
     assert sizes == {(0, 11): 3, (0, 17): 3, (0, 18): 2}

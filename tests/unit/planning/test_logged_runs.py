@@ -56,8 +56,8 @@ def test_a_cuda_engine_with_dummy_weights(run: dict[str, Any]) -> None:
     assert exact.kv_cache_tokens == logged["kv_cache_tokens"]
     assert exact.max_concurrency == pytest.approx(logged["max_concurrency"], abs=0.006)
     made = logged_runs.gpu_plan(run)
-    beside = memory_plan.RUNTIME_GIB - logged["non_torch_gib"]
-    assert made.kv_cache_gib + beside == pytest.approx(logged["kv_cache_gib"], rel=0.03)
+    more = memory_plan.RUNTIME_GIB - logged["non_torch_gib"]
+    assert made.kv_cache_gib + more == pytest.approx(logged["kv_cache_gib"], rel=0.03)
     assert made.kv_cache_gib <= logged["kv_cache_gib"]
 
 

@@ -15,6 +15,7 @@ from sparkfleet import SparkfleetError
 from sparkfleet.planning import catalog, kv_layout, memory_plan, vllm_versions, weights
 from sparkfleet.planning.memory_plan import Memory
 from sparkfleet.planning.vllm_versions import Engine
+from sparkfleet.reporting import report
 
 V010 = Engine((0, 10, 1, 1))
 V031 = Engine((0, 31, 0))
@@ -218,6 +219,38 @@ def test_below_six_tokens_a_second_a_faster_model_is_proposed(read: float, slow:
     made = memory_plan.make(heavy, card.with_profile("throughput"), others=lambda: [catalog.load("gpt-oss-20b")])
     assert made.fits and bool(made.suggestions) is slow
     assert any("one stream cannot be faster" in note for note in made.notes) is slow
+
+
+@pytest.mark.parametrize("version", ["0.20", "0.20.1"])
+def test_tokens_of_a_hybrid_are_those_that_fit(version: str) -> None:
+    """What vLLM logs before 0.20.1 contradicts the number of sequences."""
+    card = catalog.load("qwen35-122b-a10b-nvfp4")
+    made = memory_plan.make(card, card.with_profile("throughput"), version=vllm_versions.Engine.parse(version))
+    assert made.kv_cache_held_tokens == int(made.max_concurrency * made.max_model_len)
+    old = version == "0.20"
+    assert (made.kv_cache_tokens < made.kv_cache_held_tokens / 3) is old
+    assert any(f"logs this KV cache as {made.kv_cache_tokens:,} tokens" in note for note in made.notes) is old
+    assert f"KV cache       {made.kv_cache_held_tokens:,} tokens" in report.page(made.as_dict())
+
+
+def test_a_draft_is_not_faster_than_the_memory() -> None:
+    made = plan("qwen35-122b-a10b-nvfp4")
+    assert made.speculative_tokens and (made.measured_tok_s or 0) > made.decode_tok_s_limit
+    page = report.page(made.as_dict())
+    each = made.speculative_tokens + 1
+    assert f"at most {made.decode_tok_s_limit:.1f} passes a second, each of 1 to {each} tokens (speculation); " in page
+    assert "tokens a second" in page and "cannot be faster" not in page
+    assert "at most 3.9 tokens a second; measured 2.74\n" in report.page(plan("llama33-70b-fp8").as_dict())
+
+
+@pytest.mark.parametrize("memory", [memory_plan.Memory(60.0, 55.5), memory_plan.Memory(119.7, 60.0)])
+def test_what_does_not_fit_leaves_nothing_to_the_host(memory: memory_plan.Memory) -> None:
+    """Weights beyond the budget; a budget beyond what is available."""
+    card = catalog.load("llama33-70b-fp8")
+    made = memory_plan.make(card, card.with_profile("throughput"), memory=memory)
+    assert not made.fits and made.left_gib < 0
+    assert f"left to host     0.00 GiB of the {memory.available:.1f} available" in report.page(made.as_dict())
+    assert f"{-made.left_gib:.1f} GiB more than the host has" in report.brief(made.as_dict())
 
 
 def test_kv_cache_memory_bytes_leaves_the_utilization_aside() -> None:

@@ -176,7 +176,7 @@ def test_vision_code_and_embeddings() -> None:
 # -- quantisation ----------------------------------------------------------------------------------------------------
 
 
-def beside(name: str) -> dict[str, Any]:
+def separate(name: str) -> dict[str, Any]:
     made: dict[str, Any] = json.loads((FOLDER / f"{name}.hf_quant.json").read_text(encoding="utf-8"))
     return made
 
@@ -189,7 +189,7 @@ def beside(name: str) -> dict[str, Any]:
     ],
 )
 def test_the_file_beside_config_json(name: str, bits: float, kv: bool, linear: str) -> None:
-    made = quantisation(config(name), beside(name))
+    made = quantisation(config(name), separate(name))
     assert (made.expert_bits, made.fp8_kv_cache, made.linear) == (bits, kv, linear)
     assert made.place.startswith("hf_quant_config.json")
 

@@ -237,7 +237,8 @@ def test_where_a_card_was_looked_for(tmp_path: Path, place: str) -> None:
     said = play(tmp_path, host=f"sparkfleet_model: '{place}/mine.yml'\n")
     folder = ROOT if place == "cards" else tmp_path
     assert f"model card {folder}/cards/mine.yml does not exist" in said
-    assert "sparkfleet_model: '{{ inventory_dir }}/cards/mine.yml'" in said
+    assert ("sparkfleet_model: '{{ inventory_dir }}/cards/mine.yml'" in said) is (place == "cards")
+    assert "llama31-8b-fp8" not in said  # one line, not the whole catalogue
 
 
 def test_an_inventory_without_the_group(tmp_path: Path) -> None:

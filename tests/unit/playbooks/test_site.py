@@ -34,7 +34,7 @@ def test_a_spark_that_is_lost_keeps_no_other_one_from_its_deployment(fleet: Flee
     assert sorted(entry["host"] for entry in fleet.log("vllm_verify")) == ["s1", "s3"]
 
 
-def test_a_rollout_does_not_begin_without_one_of_its_sparks(fleet: Fleet) -> None:
+def test_a_rollout_does_not_start_without_one_of_its_sparks(fleet: Fleet) -> None:
     code, printed = fleet.run(s2_spark_plan="unreachable")
     assert code == UNREACHABLE, printed
     assert fleet.released() == []
@@ -52,7 +52,8 @@ def test_a_rollout_does_not_begin_without_one_of_its_sparks(fleet: Fleet) -> Non
         ("preflight,verify", {"vllm_verify"}),
     ],
 )
-def test_each_stage_by_its_tag(fleet: Fleet, tag: str, actions: set[str]) -> None:
+def test_each_stage_by_its_tag(tmp_path: Path, tag: str, actions: set[str]) -> None:
+    fleet = Fleet(tmp_path, 1)
     code, printed = fleet.run("--tags", tag, playbook=SITE)
     assert code == 0, printed
     assert called(fleet) == actions, printed
@@ -71,7 +72,7 @@ def test_one_host_under_two_names_is_refused(fleet: Fleet, playbook: str, needed
 
 @pytest.mark.parametrize("playbook", [SITE, "playbooks/rollout.yml"])
 def test_sparks_fetch_together_although_they_lack_different_things(fleet: Fleet, playbook: str) -> None:
-    """A source is there for the others only while it takes part itself: nobody may end before all have begun."""
+    """A source is there for the others only while it takes part itself: none may end before all have started."""
     fetches = {"s1": ["image"], "s2": ["image", "model"], "s3": ["model"]}
     code, printed = fleet.run("--check", playbook=playbook, fetches=fetches)
     assert code == 0, printed

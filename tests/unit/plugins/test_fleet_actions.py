@@ -62,7 +62,7 @@ class Stage:
 
 
 def fleet(**inspections: dict[str, Any]) -> dict[str, Any]:
-    """Variables of a run over Sparks that were looked at with these results."""
+    """Variables of a run over Sparks that were inspected with these results."""
     hostvars = {name: {"sparkfleet_inspection": look} if look else {} for name, look in inspections.items()}
     hostvars.get("s4", {}).update(sparkfleet_drained=True)
     return {"hostvars": hostvars, "groups": {"sparks": list(inspections)}}

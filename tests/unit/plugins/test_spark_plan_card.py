@@ -41,7 +41,7 @@ def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def run(hub: Hub, **more: Any) -> tuple[list[str], dict[str, Any]]:
-    """Lines that it printed, and what the host is looked at for."""
+    """Lines that it printed, and what the host is inspected for."""
     plugin: Any = object.__new__(spark_plan.ActionModule)
     said: list[str] = []
     asked: dict[str, Any] = {}

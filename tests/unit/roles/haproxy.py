@@ -115,7 +115,7 @@ class Engine(http.server.BaseHTTPRequestHandler):
 
 
 def rendered(made: dict[str, Any], folder: Path, template: str = "haproxy.cfg.j2", **more: Any) -> str:
-    """What Ansible makes of a template of the role, and the files that its tasks write beside it."""
+    """What Ansible makes of a template of the role, and the files that its tasks write next to it."""
     loader = DataLoader()
     loader.set_basedir(str(ROLE / "tasks"))
     defaults = loader.load_from_file(str(ROLE / "defaults" / "main.yml"), trusted_as_template=True)

@@ -225,7 +225,7 @@ def test_an_engine_may_be_silent_only_for_so_long(tmp_path: Path, spark: Make) -
         gateway.until(llama31_8b_fp8_spark_1="UP")
         engine.behaviour = ["silent"]
         assert gateway.ask().status == 504
-        assert len(engine.asked) == 1  # what was begun is not begun elsewhere
+        assert len(engine.asked) == 1  # what was started is not repeated elsewhere
 
 
 def test_a_drained_spark_ends_what_it_has_and_gets_nothing_new(tmp_path: Path, spark: Make) -> None:
@@ -317,7 +317,7 @@ def test_models_by_port_path_name_and_body(tmp_path: Path, spark: Make) -> None:
 
 
 def test_a_further_model_has_its_backend(tmp_path: Path, spark: Make) -> None:
-    """A rollback to a model that nobody is to serve any more."""
+    """A rollback to a model that no Spark is to serve any more."""
     one = spark("spark-1", OSS)
     with running(tmp_path, {"spark-1": host(one)}, models=["gpt-oss-120b"]) as gateway:
         gateway.until(llama31_8b_fp8_spark_1="DOWN", gpt_oss_120b_spark_1="UP")

@@ -62,29 +62,42 @@ def test_generated_pages_are_current() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("mode", "taken"), [("2775", False), ('"2775"', True), ('"g+s"', False), ('"2775 "', False), ('"0750"', True)]
-)
-def test_the_cache_has_no_mode_that_was_not_written(tmp_path: Path, mode: str, taken: bool) -> None:
-    """Unquoted octal digits are another number."""
-    me = {"owner": pwd.getpwuid(os.getuid()).pw_name, "group": grp.getgrgid(os.getgid()).gr_name}
-    (tmp_path / "play.yml").write_text(
-        "- hosts: localhost\n  gather_facts: false\n  roles:\n    - role: sparkfleet.dgx.hf_cache\n"
-        f"      sparkfleet_cache_dir: {tmp_path}/cache\n      sparkfleet_cache_owner: {me['owner']}\n"
-        f"      sparkfleet_cache_group: {me['group']}\n      sparkfleet_cache_mode: {mode}\n",
-        encoding="utf-8",
-    )
-    command = [Path(sys.executable).with_name("ansible-playbook"), "-i", "localhost,", "-c", "local"]
-    python = ["-e", f"ansible_python_interpreter={sys.executable}"]
+def played(folder: Path, play: dict[str, Any], hosts: dict[str, dict[str, Any]], *words: str) -> str:
+    """What ansible-playbook prints of a play over hosts that are this machine, each in its own case."""
+    (folder / "play.yml").write_text(yaml.safe_dump([{"hosts": "all", "gather_facts": False, **play}]))
+    local = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
+    (folder / "hosts.yml").write_text(yaml.safe_dump({"all": {"hosts": hosts, "vars": local}}))
+    command = [Path(sys.executable).with_name("ansible-playbook"), "-i", folder / "hosts.yml", folder / "play.yml"]
     environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
-    done = subprocess.run(
-        [*command, *python, tmp_path / "play.yml"], capture_output=True, text=True, env=environment, check=False
-    )
-    printed = " ".join((done.stdout + done.stderr).split())
-    assert (done.returncode == 0) == taken == (tmp_path / "cache").exists(), printed
-    assert taken or "sparkfleet_cache_mode: must be octal digits as text, not " in printed
-    if taken:
-        assert f"{(tmp_path / 'cache').stat().st_mode & 0o7777:04o}" == mode.strip('"')
+    done = subprocess.run([*command, *words], capture_output=True, text=True, env=environment, check=False)
+    return done.stdout + done.stderr
+
+
+def recap(printed: str, host: str) -> dict[str, int]:
+    """The counts of a host at the end of a run."""
+    (line,) = re.findall(rf"^{host} +: (.*)$", printed, re.M)
+    return {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", line)}
+
+
+#: Modes as they are written; unquoted octal digits are another number.
+MODES = {"unquoted": ("2775", False), "quoted": ('"2775"', True), "words": ('"g+s"', False)}
+MODES |= {"blank": ('"2775 "', False), "narrow": ('"0750"', True)}
+
+
+def test_the_cache_has_no_mode_that_was_not_written(tmp_path: Path) -> None:
+    me = {"owner": pwd.getpwuid(os.getuid()).pw_name, "group": grp.getgrgid(os.getgid()).gr_name}
+    settings = {f"sparkfleet_cache_{name}": value for name, value in me.items()}
+    hosts = {
+        name: {"sparkfleet_cache_mode": yaml.safe_load(mode), "sparkfleet_cache_dir": f"{tmp_path}/{name}", **settings}
+        for name, (mode, _) in MODES.items()
+    }
+    printed = played(tmp_path, {"roles": ["sparkfleet.dgx.hf_cache"]}, hosts)
+    for name, (mode, taken) in MODES.items():
+        assert (recap(printed, name)["failed"] == 0) == taken == (tmp_path / name).exists(), printed
+        if taken:
+            assert f"{(tmp_path / name).stat().st_mode & 0o7777:04o}" == yaml.safe_load(mode)
+    refused = sum(not taken for _, taken in MODES.values())
+    assert " ".join(printed.split()).count("sparkfleet_cache_mode: must be octal digits as text, not ") == refused
 
 
 @pytest.mark.parametrize(
@@ -95,7 +108,9 @@ def test_the_cache_has_no_mode_that_was_not_written(tmp_path: Path, mode: str, t
         ("memory/tasks/earlyoom.yml", ["earlyoom"]),
     ],
 )
-def test_check_mode_installs_what_is_not_there(tasks: str, packages: list[str], tmp_path: Path) -> None:
+def test_check_mode_installs_what_is_not_there(
+    tasks: str, packages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A role alone does not know what the inspection found."""
     file = ROOT / "roles" / tasks
     cut = yaml.safe_load(file.read_text(encoding="utf-8"))[:2]  # the inspection, and its result
@@ -105,37 +120,31 @@ def test_check_mode_installs_what_is_not_there(tasks: str, packages: list[str], 
         "docker_os": {"id": "debian"},
         "memory_earlyoom_installed": False,
     }
-    known = ROOT / "roles" / "docker" / "vars" / "main.yml"
-    play = {"hosts": "localhost", "gather_facts": False, "vars": variables, "vars_files": [str(known)]}
-    path = tmp_path / "play.yml"
-    path.write_text(yaml.safe_dump([{**play, "tasks": [{"import_tasks": "cut.yml"}]}]), encoding="utf-8")
-    query = tmp_path / "dpkg-query"
-    for states, code, missing in (
-        (["installed"] * len(packages), 0, []),
-        (["installed"] * (len(packages) - 1) + ["config-files"], 0, packages[-1:]),
-        ([], 1, packages),
-    ):
+    cases: dict[str, tuple[list[str], int, list[str]]] = {
+        "whole": (["installed"] * len(packages), 0, []),
+        "part": (["installed"] * (len(packages) - 1) + ["config-files"], 0, packages[-1:]),
+        "none": ([], 1, packages),
+    }
+    for name, (states, code, _) in cases.items():
         lines = "".join(f"echo {state} {package}\n" for state, package in zip(states, packages, strict=False))
-        query.write_text(f"#!/bin/sh\n{lines}exit {code}\n", encoding="utf-8")
-        query.chmod(0o755)
-        command = [
-            Path(sys.executable).with_name("ansible-playbook"),
-            "-i",
-            "localhost,",
-            "-c",
-            "local",
-            "--check",
-            path,
-        ]
-        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "ANSIBLE_NOCOLOR": "1"}
-        environment["ANSIBLE_CONFIG"] = str(ROOT / "ansible.cfg")
-        python = ["-e", f"ansible_python_interpreter={sys.executable}"]
-        done = subprocess.run([*command, *python], capture_output=True, text=True, env=environment, check=False)
-        printed = " ".join((done.stdout + done.stderr).split())
-        assert done.returncode == 0 and f"changed={int(bool(missing))} " in printed, printed
-        assert (f"would install {', '.join(missing)}" in printed) if missing else ("would install" not in printed), (
-            printed
-        )
+        (tmp_path / f"{name}.sh").write_text(f"{lines}exit {code}\n", encoding="utf-8")
+    query = tmp_path / "dpkg-query"
+    query.write_text(f'#!/bin/sh\n. "{tmp_path}/$CASE.sh"\n', encoding="utf-8")
+    query.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    play = {
+        "vars": variables,
+        "vars_files": [str(ROOT / "roles" / "docker" / "vars" / "main.yml")],
+        "environment": {"CASE": "{{ inventory_hostname }}"},
+        "tasks": [{"import_tasks": "cut.yml"}],
+    }
+    printed = played(tmp_path, play, {name: {} for name in cases}, "--check")
+    for name, (_, _, missing) in cases.items():
+        found = recap(printed, name)
+        assert (found["failed"], found["changed"]) == (0, int(bool(missing))), printed
+    wanted = [f"would install {', '.join(missing)}" for _, _, missing in cases.values() if missing]
+    words = " ".join(printed.split())
+    assert all(line in words for line in wanted) and words.count("would install ") == len(wanted), printed
 
 
 def tasks(found: Any) -> Iterator[dict[str, Any]]:
