@@ -1,6 +1,6 @@
 """The packed Hub client as a folder of compiled modules: the same program, started in the same way.
 
-Python compiles a packed one anew at each start, which takes longer than most of what is asked of it. Tests of the
+Python compiles a packed one at each start, which takes longer than most of what is asked of it. Tests of the
 packed file itself are in packaging/test_hub_client.py, plugins/test_spark_plan_card.py and simulator/test_hub.py.
 """
 
