@@ -66,7 +66,7 @@ class Budget:
     """What is left of the seconds that something may take."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds, self._end = seconds, time.monotonic() + seconds
+        self._end = time.monotonic() + seconds
 
     def left(self) -> float:
         """Seconds; 0 once there are none."""
@@ -75,12 +75,13 @@ class Budget:
 
 class Asker:
     """Asks one engine. `params`: url, model, timeout (seconds for an answer), max_tokens, question,
-    chat_template_kwargs. `usage` sums the tokens of all answers; safe across threads."""
+    chat_template_kwargs; verify_id, whose last six digits are the seed, of the verification that this continues.
+    `usage` sums the tokens of all answers; safe across threads."""
 
     def __init__(self, params: dict[str, Any]) -> None:
         self.params = params
         self.client: Client = engine_client(params["url"], params["timeout"])
-        self.verify_id = f"sparkfleet-{secrets.token_hex(6)}"
+        self.verify_id = str(params.get("verify_id") or f"sparkfleet-{secrets.token_hex(6)}")
         self.seed = int(self.verify_id[-6:], 16)
         self.usage = {"prompt_tokens": 0, "completion_tokens": 0}
         self._lock = threading.Lock()

@@ -17,7 +17,7 @@ import struct
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -54,7 +54,7 @@ def ask(asker: Asker, kind: str, budget: Budget) -> str:
     """Ask what a kind asks; what was seen. Raises CheckError, HttpError, BoundsError."""
     left = budget.left()
     if left < LEAST:
-        raise CheckError(SPENT, f"not asked: the {budget.seconds:g} s of the verification are over")
+        raise CheckError(SPENT, "not asked: no time is left of what a deep verification may take")
     limit, probe = PROBES[kind]
     return probe(asker, Budget(min(limit, left)))
 
@@ -114,8 +114,7 @@ def needle(asker: Asker, budget: Budget) -> str:
         # Half of what is left, were it linear: should attention make it quadratic, the time suffices nevertheless.
         grow = min(4.0, 0.98 * room / tokens, (0.5 * budget.left() / seconds) ** (2 / 3))
         if tokens >= 0.9 * room or grow < 1.25:
-            depths = f"{', '.join(map(str, DEPTHS[:-1]))} and {DEPTHS[-1]} %"
-            return f"at {depths} of {tokens:,} tokens; {served:,} are served"
+            return f"at {_percent(DEPTHS)} of {tokens:,} tokens; {served:,} are served"
         sentences, attempt = int(sentences * grow), attempt + 1
 
 
@@ -135,8 +134,8 @@ def _find(asker: Asker, sentences: int, seed: int, budget: Budget) -> int:
         raise CheckError("verify-needle", "the answer does not say how many tokens the prompt has (usage)")
     lost = [depth for depth, city in zip(DEPTHS, cities, strict=True) if not _has(answer, numbers[city])]
     if lost:
-        where = " and ".join(f"{depth} %" for depth in lost)
-        raise CheckError("verify-needle", f"not found at {where} of {tokens:,} tokens: the answer is {words(answer)}")
+        where = f"{_percent(lost)} of {tokens:,} tokens"
+        raise CheckError("verify-needle", f"not found at {where}: the answer is {words(answer)}")
     return tokens
 
 
@@ -153,6 +152,12 @@ def haystack(sentences: int, seed: int) -> tuple[str, dict[str, str]]:
             parts.append(f"The number of {told[place]} is {numbers[told[place]]}.")
         parts.append(f"{' '.join(map(choose.choice, (_WHO, _DID, _WHAT, _WHERE, _WHEN)))}.")
     return " ".join(parts), numbers
+
+
+def _percent(depths: Sequence[int]) -> str:
+    """As "25, 50 and 90 %"."""
+    *some, last = map(str, depths)
+    return f"{', '.join(some)} and {last} %" if some else f"{last} %"
 
 
 def _has(text: str, number: str) -> bool:

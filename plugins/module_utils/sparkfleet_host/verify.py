@@ -2,7 +2,7 @@
 """Proof that an endpoint answers: questions with known answers, a complete stream, counters that move; and, in a deep
 verification, what `deep` asks.
 
-What is asked of a model is a list of kinds. Those of QUICK are part of every verification, the others of a deep one.
+What is asked of a model is a list of kinds. Those of PATHS are part of every verification, the others of a deep one.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ __all__ = ["COUNTERS", "CheckError", "StreamReader", "Verification", "check_answ
 
 COUNTERS_WAIT = 3.0  # seconds until counters have moved; vLLM updates them just after an answer
 COUNTERS = ("generation_tokens", "prompt_tokens", "request_success")
-#: Kinds of which each verification asks those that the model is for, and the path of the API that each needs.
-QUICK = {
+QUICK, DEEP = "quick", "deep"
+#: Kinds of the quick set, of which each verification asks those that the model is for, and what each needs of the API.
+PATHS = {
     "chat": CHAT,
     "completion": COMPLETIONS,
     "stream": CHAT,
@@ -41,20 +42,41 @@ QUICK = {
     "rerank": pooling.RERANK,
 }
 GENERATIVE = ("chat", "completion", "stream")
-KINDS = (*QUICK, *deep.PROBES)
+KINDS = (*PATHS, *deep.PROBES)
 BUDGET = 300.0  # seconds of a deep verification
 ASKED = ("url", "model", "question", "expect", "prompt", "prompt_expect")
 STOP = ["\n"]
 SHOWN = 4000  # characters of an answer that are kept
 
 
-def chosen(kinds: Iterable[str], in_depth: bool) -> list[str]:
-    """What is asked of a model that is for some kinds, in the order in which it is asked; those of a chat model where
-    there are none, as in releases of earlier versions. What this version does not know is left out."""
+def steps(kinds: Iterable[str], mode: str = QUICK) -> list[list[str]]:
+    """What is asked of a model that is for some kinds, QUICK or DEEP: the quick set at once, then one kind after the
+    other. A model without kinds, as in releases of earlier versions, chats. Kinds that this version does not know are
+    left out."""
     wanted = {*kinds}
-    if not wanted & {*QUICK}:
+    if not wanted & {*PATHS}:
         wanted |= {*GENERATIVE}
-    return [kind for kind in KINDS if kind in wanted and (in_depth or kind in QUICK)]
+    more = [[kind] for kind in deep.PROBES if kind in wanted and mode == DEEP]
+    return [[kind for kind in PATHS if kind in wanted], *more]
+
+
+def is_over(result: dict[str, Any]) -> bool:
+    """Whether no more needs to be asked: the engine does not answer as it must at all, or no time is left."""
+    failures = {check["name"]: check["failure"] for check in result["checks"] if not check["ok"]}
+    return bool({"endpoint-down", deep.SPENT} & {*failures.values()} or {*failures} - {*deep.PROBES})
+
+
+def joined(first: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
+    """The results of two `steps` as one."""
+    bad = first if not first["verified"] else then
+    return {
+        **first,
+        "verified": first["verified"] and then["verified"],
+        "checks": [*first["checks"], *then["checks"]],
+        "usage": {key: count + then["usage"].get(key, 0) for key, count in first["usage"].items()},
+        "seconds": round(first["seconds"] + then["seconds"], 3),
+        **{key: bad[key] for key in ("msg", "failure") if key in bad},
+    }
 
 
 def counters(text: str) -> dict[str, float]:
@@ -66,12 +88,11 @@ class Verification(Asker):
     """The checks of one endpoint. `run` does them; the rest are its results.
 
     `params["kinds"]`: what is asked, of KINDS (those of GENERATIVE by default); `params["budget"]`: seconds for those
-    that are not of QUICK, altogether. `tell` is called with the name of each of these before it is asked.
+    that are not of the quick set, altogether.
     """
 
-    def __init__(self, params: dict[str, Any], tell: Callable[[str], None] = lambda kind: None) -> None:
+    def __init__(self, params: dict[str, Any]) -> None:
         super().__init__(params)
-        self.tell = tell
         self.kinds = [str(kind) for kind in params.get("kinds") or GENERATIVE]
         self.answer = self.completion = ""
         self.ttft_ms: float | None = None
@@ -80,7 +101,7 @@ class Verification(Asker):
 
     def run(self) -> None:
         """Run all checks; `checks` has them in a fixed order."""
-        quick = [kind for kind in self.kinds if kind in QUICK]
+        quick = [kind for kind in self.kinds if kind in PATHS]
         if quick:
             self._run_quick(quick)
         if not any(check["failure"] == "endpoint-down" for check in self.checks):
@@ -123,9 +144,9 @@ class Verification(Asker):
 
     def _run_deep(self, kinds: list[str]) -> None:
         """Those that may take minutes, one after the other within the budget."""
-        budget = Budget(float(self.params.get("budget") or BUDGET))
+        given = self.params.get("budget")
+        budget = Budget(BUDGET if given is None else float(given))
         for kind in kinds:
-            self.tell(kind)
             check = self._timed(lambda kind=kind: deep.ask(self, kind, budget))  # type: ignore[misc]
             if not check["ok"] and check["failure"] not in ("endpoint-down", deep.SPENT):
                 check["failure"] = deep.failure(kind)
@@ -170,7 +191,7 @@ class Verification(Asker):
         if answer.status != 200:
             raise CheckError("api-incomplete", refusal(answer))
         paths = as_dict(as_dict(answer.json(), "/openapi.json").get("paths"), "paths of /openapi.json")
-        needed = dict.fromkeys(["/v1/models", *(QUICK[kind] for kind in self.kinds if kind in QUICK)])
+        needed = dict.fromkeys(["/v1/models", *(PATHS[kind] for kind in self.kinds if kind in PATHS)])
         missing = [path for path in needed if path not in paths]
         if missing:
             raise CheckError("api-incomplete", f"/openapi.json does not name {', '.join(missing)}")
@@ -238,14 +259,14 @@ class Verification(Asker):
             time.sleep(0.05)
 
 
-def verify(params: dict[str, Any], tell: Callable[[str], None] = lambda kind: None) -> dict[str, Any]:
+def verify(params: dict[str, Any]) -> dict[str, Any]:
     """Ask, and assess the answers: the result of the module `vllm_verify`, with `msg` and `failure` unless `verified`.
 
-    Of `params` (the module's options) all but ASKED, `kinds`, `budget` and `timeout` (seconds), `max_tokens` and
-    `chat_template_kwargs` are ignored; for `tell` see `Verification`. Raises HttpError for an address that is none.
+    Of `params` (the module's options) all but ASKED, `kinds`, `budget` and `timeout` (seconds), `max_tokens`,
+    `verify_id` and `chat_template_kwargs` are ignored. Raises HttpError for an address that is none.
     """
     began = time.monotonic()
-    verification = Verification(params, tell)
+    verification = Verification(params)
     verification.run()
     bad = next((check for check in verification.checks if not check["ok"]), None)
     result = {

@@ -819,7 +819,7 @@ def test_what_a_verification_is_asked() -> None:
     made = Engine(**{**fake_release.an_engine("vllm-m", 8001), "repo": "org/m", "verify": asked})
     assert switch.verify_params(made) == {
         **{"url": "http://127.0.0.1:8001", "model": "org/m", **asked, "timeout": 120.0},
-        "chat_template_kwargs": {"enable_thinking": False},
+        **{"kinds": ["chat", "completion", "stream"], "chat_template_kwargs": {"enable_thinking": False}},
     }
 
 
