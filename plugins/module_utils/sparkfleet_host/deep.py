@@ -202,7 +202,7 @@ def json_schema(asker: Asker, budget: Budget) -> str:
     if not kept:
         keys = ", ".join(properties)
         raise CheckError("verify-json-schema", f"not of the schema, which has {keys}: {words(content)}")
-    return f"kept: {words(json.dumps(found))}"
+    return f"kept: {json.dumps(found)}"
 
 
 # -- tools -----------------------------------------------------------------------------------------------------------
