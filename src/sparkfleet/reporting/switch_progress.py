@@ -310,6 +310,7 @@ def _journal(value: Any) -> dict[str, Any]:
     journal["steps"] = [{**step, "at": _time(step["at"])} for step in journal["steps"]]
     for step in (journal, *journal["steps"]):
         step.update({key: _text(step[key]) for key in ("controller", "verb", "container", "phase") if key in step})
+    journal["asking"] = _text(journal["asking"])
     for key in ("models", "from_models", "kept", "services"):
         journal[key] = [_text(name) for name in journal[key]]
     return journal
