@@ -23,7 +23,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
     _VALID_ARGS = frozenset(("schedule",))
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return whether to continue, and which Sparks of earlier waves do not serve."""
+        """Return whether to continue, which Sparks of earlier waves do not serve, and whether it is a canary's."""
         task_vars = task_vars or {}
         result: dict[str, Any] = super().run(tmp, task_vars)
         schedule, hostvars = self._task.args["schedule"], task_vars["hostvars"]
@@ -38,4 +38,5 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                 f"rollout  stops before wave {number} of {len(waves)}: {report.names(unfinished)} do not serve; "
                 f"untouched: {report.names(left)}"
             )
-        return {**result, "changed": False, "go": go, "unfinished": unfinished}
+        canary = schedule["labels"][number - 1] == rollout.CANARY_LABEL
+        return {**result, "changed": False, "go": go, "unfinished": unfinished, "canary": canary}

@@ -10,11 +10,14 @@
 All other options are those of the module of the same name. With `engines`, as `spark_plan` returns them, each engine of
 the host is verified on 127.0.0.1 in turn; those after one that fails are not asked. Where there are several, the
 name of the report ends in that of the service (`reports/spark-1-SERVICE.json`).
+
+With `mode: deep` each kind that is not of the quick set is a call of the module of its own, so that a run of minutes
+shows where it is; `budget` (seconds) is that of all of them, for one engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,8 @@ from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
-from sparkfleet_host import releases
+from sparkfleet_host import releases, verify
+from sparkfleet_host.asking import Budget
 from sparkfleet_host.bounded import printable
 
 from sparkfleet.diagnosis import failures
@@ -58,28 +62,28 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         arguments = dict(self._task.args)
         report = str(arguments.pop("report", "") or "")
         engines = arguments.pop("engines", None)
+        known = arguments.pop("verified", None)
         if engines is None:
-            return self._verify(arguments, report, task_vars, result)
+            return self._verify(arguments, {}, report, task_vars, result)
         results: list[dict[str, Any]] = []
         for index, engine in enumerate(engines):
             asked = {**arguments, **question(engine)}
             path = report if len(engines) == 1 or not report else sibling(report, str(engine.get("service") or index))
-            answer = self._verify(asked, path, task_vars, result)
+            before = known.get(engine["service"]) if isinstance(known, Mapping) else None
+            answer = self._verify(asked, before, path, task_vars, result)
             results.append({"service": engine.get("service", ""), **answer})
             if answer.get("failed"):
                 break
         return {**answer, "engines": results} if len(engines) > 1 else answer
 
     def _verify(
-        self, arguments: dict[str, Any], report: str, task_vars: dict[str, Any], result: dict[str, Any]
+        self, arguments: dict[str, Any], before: Any, report: str, task_vars: dict[str, Any], result: dict[str, Any]
     ) -> dict[str, Any]:
-        answer = self._execute_module(
-            module_name="sparkfleet.dgx.vllm_verify", module_args=arguments, task_vars=task_vars
-        )
+        host = str(task_vars.get("inventory_hostname", "localhost"))
+        answer = self._asked(host, arguments, before, task_vars)
         if "checks" not in answer:
             return {**result, **answer}
         answer.pop("exception", None)  # the module's own account of its failure; the message below has more
-        host = str(task_vars.get("inventory_hostname", "localhost"))
         display.display(table(host, answer))
         if report and not self._task.check_mode:
             path = Path(self._loader.path_dwim(report))
@@ -89,9 +93,61 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             return {**result, **answer, "changed": False}
         # The table was shown and the report has the rest: what fails a play is one message.
         failure = str(answer.get("failure", ""))
-        kept = {key: answer[key] for key in ("verified", "answer", "report") if key in answer}
+        kept: dict[str, Any] = {key: answer[key] for key in ("verified", "answer", "report") if key in answer}
         message = f"{host} is not verified: {answer['msg']}{advice(failure)}"
         return {**result, **kept, "changed": False, "failed": True, "failure": failure, "msg": message}
+
+    def _asked(self, host: str, arguments: dict[str, Any], before: Any, task_vars: dict[str, Any]) -> dict[str, Any]:
+        """The module's result, of one call for each step; or the first result that is none."""
+        mode, kinds = arguments.pop("mode", verify.QUICK), arguments.pop("kinds", None) or verify.GENERATIVE
+        if mode not in (verify.QUICK, verify.DEEP):
+            raise AnsibleActionFail(f"vllm_verify: mode: {printable(repr(mode), 80)} is neither quick nor deep")
+        unknown = [str(kind) for kind in kinds if kind not in verify.KINDS]
+        if unknown:
+            raise AnsibleActionFail(
+                f"vllm_verify: kinds: {printable(', '.join(unknown), 200)}: there are {', '.join(verify.KINDS)}"
+            )
+        try:
+            budget = Budget(float(arguments.pop("budget", verify.BUDGET)))
+        except (TypeError, ValueError):
+            raise AnsibleActionFail("vllm_verify: budget must be a number of seconds") from None
+        answer: dict[str, Any] = {}
+        for step in verify.steps(kinds, mode):
+            if answer and (passed := proved(before, step)):
+                answer = verify.joined(answer, passed)
+                continue
+            more: dict[str, Any] = {"kinds": step}
+            if answer:
+                display.display(f"{host}  asking it: {', '.join(step)}")
+                more.update(budget=max(budget.left(), 0.001), verify_id=answer["verify_id"])
+            found = self._execute_module(
+                module_name="sparkfleet.dgx.vllm_verify", module_args={**arguments, **more}, task_vars=task_vars
+            )
+            if "checks" not in found:
+                return dict(found)
+            answer = verify.joined(answer, found) if answer else dict(found)
+            if verify.is_over(answer):
+                break
+        return {**answer, "failed": not answer["verified"]}
+
+
+def proved(before: Any, kinds: Sequence[str]) -> dict[str, Any] | None:
+    """The part of a result of a switch that has passed all of these kinds; None where there is none. What it holds
+    comes from the Spark."""
+    checks = before.get("checks") if isinstance(before, Mapping) and before.get("verified") is True else None
+    passed: dict[str, dict[str, Any]] = {}
+    for check in checks if isinstance(checks, list) else ():
+        if isinstance(check, Mapping) and check.get("ok") is True and str(check.get("name")) in kinds:
+            seconds = check.get("seconds")
+            passed[str(check["name"])] = {
+                **{"name": str(check["name"]), "ok": True, "failure": ""},
+                "detail": printable(str(check.get("detail") or ""), 1000),
+                "seconds": float(seconds) if isinstance(seconds, int | float) else 0.0,
+            }
+    if {*passed} != {*kinds}:
+        return None
+    rows = [passed[kind] for kind in kinds]
+    return {"verified": True, "checks": rows, "usage": {}, "seconds": sum(row["seconds"] for row in rows)}
 
 
 def question(engine: Any) -> dict[str, Any]:
@@ -108,6 +164,7 @@ def question(engine: Any) -> dict[str, Any]:
         "model": engine["repo"],
         **{key: asked[key] for key in needed},
         "max_tokens": asked.get("max_tokens") or 32,
+        "kinds": asked.get("kinds") or list(verify.GENERATIVE),
     }
 
 

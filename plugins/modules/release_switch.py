@@ -27,6 +27,14 @@ options:
   verb: {description: The command that was run., type: str, default: ""}
   controller: {description: "Operator, USER@HOST; the action sets it.", type: str, default: ""}
   start_timeout: {description: Seconds that an engine may take to become ready., type: float, default: 1800}
+  verify:
+    description:
+      - What the engines are asked before the release becomes the current one. C(quick) takes seconds, C(deep) adds what
+        their models are for, and takes minutes. Releases that are restored are asked the quick set.
+    type: str
+    choices: [quick, deep]
+    default: quick
+  verify_seconds: {description: Seconds of what C(deep) adds for each engine., type: float, default: 300}
   keep_releases: {description: Number of releases that are kept., type: int, default: 5}
   reclaim:
     description:
@@ -127,6 +135,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.rel
     read_json,
 )
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.switch import VERIFIED
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.verify import BUDGET, DEEP, QUICK
 
 UNIT = "sparkfleet-switch"
 PROGRAM = "lib/sparkfleet_host.pyz"
@@ -223,6 +232,7 @@ def begin(module: AnsibleModule, store: Store) -> tuple[str, str]:
         return str(ended["id"]), "already"
     words = [f"--{key}={params[key]}" for key in ("to", "mode", "controller", "verb")]
     words += [f"--keep={params['keep_releases']}", f"--id={id_}", f"--start-timeout={params['start_timeout']}"]
+    words += [f"--verify={params['verify']}", f"--verify-seconds={params['verify_seconds']}"]
     words += [] if params["reclaim"] else ["--no-reclaim"]
     words += [f"--service={service}" for service in params["services"]]
     words += [*(["--recreate"] if params["recreate"] else []), *(["--new-key"] if params["new_key"] else [])]
@@ -299,6 +309,8 @@ def main() -> None:
             "reclaim": {"type": "bool", "default": True},
             "lock": {"type": "dict", "default": {}},
             "services": {"type": "list", "elements": "str", "default": []},
+            "verify": {"type": "str", "choices": [QUICK, DEEP], "default": QUICK},
+            "verify_seconds": {"type": "float", "default": BUDGET},
             "recreate": {"type": "bool", "default": False},
             "new_key": {"type": "bool", "default": False, "no_log": False},
             "project_dir": {"type": "path", "default": "/opt/sparkfleet"},

@@ -32,4 +32,5 @@ EXAMPLES = r"""
 RETURN = r"""
 go: {description: Whether to continue., returned: success, type: bool}
 unfinished: {description: Sparks of earlier waves that do not serve., returned: success, type: list, elements: str}
+canary: {description: Whether the wave is that of a canary., returned: success, type: bool}
 """

@@ -10,6 +10,8 @@ short_description: Proves that a vLLM endpoint answers
 description:
   - A health check alone shows little, so questions with known answers are asked, as chat, completion and
     event stream, concurrently; the model list, counters and API description are checked as well.
+  - With O(mode=deep) the engine is asked for all that its model is for as well, one kind after the other - a fact in a
+    long context, a call of a tool, an answer of a JSON schema, thoughts apart from the answer, a picture, many streams.
   - Changes nothing, so it also runs in check mode.
   - The action of the same name prints the checks as a table and saves the result on the controller.
 options:
@@ -49,6 +51,32 @@ options:
     description: Passed to the model's chat template; templates ignore unknown keys.
     type: dict
     default: {enable_thinking: false}
+  kinds:
+    description:
+      - What is asked, by what the model is for. C(chat), C(completion) and C(stream) are the quick set, and so are
+        C(embeddings) and C(rerank) for models of these kinds; O(mode=deep) asks the others as well.
+      - The module alone asks all that are listed, at once where they are of the quick set.
+    type: list
+    elements: str
+    choices:
+      [chat, completion, stream, embeddings, rerank, concurrency, json_schema, tool_call, reasoning, image, needle]
+    default: [chat, completion, stream]
+  mode:
+    description: By the action; C(quick) asks those of O(kinds) that are of the quick set, C(deep) all.
+    type: str
+    choices: [quick, deep]
+    default: quick
+  budget:
+    description: Seconds that all kinds but those of the quick set may take together.
+    type: float
+    default: 300
+  verified:
+    description:
+      - By the action; results of a verification just done, by service, as M(sparkfleet.dgx.release_switch) returns them
+        in C(verifications). What passed there in depth is shown, and not asked again.
+    type: dict
+    default: {}
+  verify_id: {description: The verification that this one continues; the action's., type: str, default: ""}
   report:
     description: By the action; file on the controller for the result, none when empty. Not written in check mode.
     type: str
@@ -92,7 +120,14 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host imp
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.http import HttpError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.integrity import request
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.verify import verify
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.verify import (
+    BUDGET,
+    DEEP,
+    GENERATIVE,
+    KINDS,
+    QUICK,
+    verify,
+)
 
 
 def main() -> None:
@@ -108,6 +143,11 @@ def main() -> None:
             "timeout": {"type": "float", "default": 120.0},
             "max_tokens": {"type": "int", "default": 32},
             "chat_template_kwargs": {"type": "dict", "default": {"enable_thinking": False}},
+            "kinds": {"type": "list", "elements": "str", "choices": list(KINDS), "default": list(GENERATIVE)},
+            "mode": {"type": "str", "choices": [QUICK, DEEP], "default": QUICK},
+            "budget": {"type": "float", "default": BUDGET},
+            "verified": {"type": "dict", "default": {}},
+            "verify_id": {"type": "str", "default": ""},
             "report": {"type": "str", "default": ""},
         },
         supports_check_mode=True,

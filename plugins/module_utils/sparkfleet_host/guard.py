@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from . import bounded, engine, memory, switch
+from . import asking, bounded, engine, memory, pooling, switch
 from .bounded import BoundsError, as_dict, as_int, as_list, as_number, as_str, as_time, printable
 from .docker import SOCKET, Docker, DockerError, DockerUnavailable
 from .engine import EngineError
@@ -958,8 +958,8 @@ class Watcher:
             ok = False
             try:
                 client = engine_client(asked.url, self.settings.canary_timeout)
-                body = {"model": asked.repo, "prompt": "1", "max_tokens": 1, "temperature": 0}
-                ok = client.post("/v1/completions", body, headers={"X-Request-Id": "sparkfleet-canary"}).status == 200
+                path, body = canary_request(asked)
+                ok = client.post(path, body, headers={"X-Request-Id": "sparkfleet-canary"}).status == 200
             except Exception:
                 ok = False
             finally:
@@ -1078,6 +1078,16 @@ class Watcher:
                 where = f"port {port} of /ready and /metrics" + (f" on {address}" if address else "")
                 self.complain(where, f"{reason}; trying again")
         return self._listening >= {*self.settings.listen_address}
+
+
+def canary_request(asked: Engine) -> tuple[str, dict[str, Any]]:
+    """Path and body of what costs an engine the least: a token, or a number for a model that gives no text."""
+    kinds = asked.verify.get("kinds", ())
+    if "embeddings" in kinds:
+        return pooling.EMBEDDINGS, {"model": asked.repo, "input": "1"}
+    if "rerank" in kinds:
+        return pooling.RERANK, {"model": asked.repo, "query": "1", "documents": ["1"]}
+    return asking.COMPLETIONS, {"model": asked.repo, "prompt": "1", "max_tokens": 1, "temperature": 0}
 
 
 def readiness(query: str, engines: Sequence[tuple[str, str]], idle: str) -> tuple[int, str]:

@@ -83,7 +83,7 @@ def as_json(data: Any) -> str:
 
 def check_plan(data: Any) -> dict[str, Any]:
     """A release's plan: {format, engines: [{service, model, repo: not empty; profile, image: str; verify: {question,
-    expect, prompt, prompt_expect: str, max_tokens: int}; memory: {…} or None}]}. Raises BoundsError."""
+    expect, prompt, prompt_expect: str, max_tokens: int, kinds: [str]}; memory: {…} or None}]}. Raises BoundsError."""
     plan = as_dict(data, "the plan")
     if _format(plan) < FORMAT:
         plan = {"engines": [_of_format_1(plan, _PLANNED)]}
@@ -163,6 +163,7 @@ def _planned(data: Any) -> dict[str, Any]:
         if not as_str(engine.get(key), key, 1000):
             raise BoundsError(f"{key} is empty")
     asked = as_dict(engine.get("verify"), "verify")
+    kinds = as_list(asked.get("kinds", []), "verify.kinds", 100)  # none in releases of earlier versions
     memory = engine.get("memory")
     if memory is not None:
         limit = as_dict(memory, "memory").get("decode_tok_s_limit")
@@ -176,6 +177,7 @@ def _planned(data: Any) -> dict[str, Any]:
         "verify": {
             **{key: as_str(asked.get(key), f"verify.{key}") for key in _QUESTIONS},
             "max_tokens": as_int(asked.get("max_tokens", 32), "verify.max_tokens", 1, 1 << 20),
+            "kinds": [as_str(kind, "verify.kinds", 100) for kind in kinds],
         },
         "memory": memory,
     }
@@ -287,6 +289,8 @@ def _results(value: Any, what: str) -> dict[str, dict[str, Any]]:
 _JOURNAL: dict[str, tuple[Callable[[Any, str], Any], Any]] = {
     **dict.fromkeys(("id", "mode", "controller", "verb", "boot_id", "phase"), (_text, "")),
     "container": (_text, ""),  # the service that the phase concerns
+    **dict.fromkeys(("verify", "asking"), (_text, "")),  # quick or deep; which kind of the deep ones is being asked
+    "verify_seconds": (as_number, 0.0),  # of a deep verification
     "from": (_optional(_number), None),
     "outcome": (_optional(_text), None),
     **dict.fromkeys(("models", "from_models"), (_names, [])),

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from . import engine, integrity, key, memory, reclaim
+from .asking import Budget
 from .bounded import printable
 from .docker import Docker, DockerError, DockerUnavailable
 from .engine import EngineError
@@ -36,7 +37,7 @@ from .precheck import Problem, precheck
 from .redaction import redact
 from .release_format import DONE, LOG_LINES, Engine
 from .releases import PROJECT_DIR, STATE_DIR, ReleaseError, Store
-from .verify import verify
+from .verify import BUDGET, DEEP, QUICK, is_over, joined, steps, verify
 
 DEPLOY, ROLLBACK, RESTART = "deploy", "rollback", "restart"
 VERIFIED, RESTORED, REMOVED, FAILED, REFUSED = "verified", "restored", "removed", "failed", "refused"
@@ -61,11 +62,12 @@ def boot_id() -> str:
 
 
 def verify_params(engine: Engine) -> dict[str, Any]:
-    """The options of a verification of an engine by its questions."""
+    """The options of the quick verification of an engine by what its release says of it."""
     return {
         "url": engine.url,
         "model": engine.repo,
         **{key: engine.verify[key] for key in ("question", "expect", "prompt", "prompt_expect", "max_tokens")},
+        "kinds": steps(engine.verify.get("kinds", ()))[0],
         "timeout": VERIFY_SECONDS,
         "chat_template_kwargs": {"enable_thinking": False},
     }
@@ -81,7 +83,8 @@ class FailedError(Exception):
 
 class Switch:
     """One switch. `request`: {id, to, mode, controller, verb, start_timeout, keep, reclaim, recreate, new_key,
-    services}; times in seconds. `services`: those that alone a RESTART concerns, [] for all."""
+    services, verify, verify_seconds}; times in seconds. `verify`: QUICK or DEEP, of what is switched to; what is
+    brought back is asked the quick set. `services`: those that alone a RESTART concerns, [] for all."""
 
     def __init__(
         self,
@@ -124,11 +127,14 @@ class Switch:
         """Start a journal. Raises OSError."""
         current = self.store.current()
         kept = {"keep": int(self.request.get("keep") or KEEP), "start_timeout": self.start_timeout}
+        asked = {"verify": str(self.request.get("verify") or QUICK), "asking": ""}
+        seconds = {"verify_seconds": float(self.request.get("verify_seconds") or BUDGET)}
         self.journal = {
             **{key: str(self.request.get(key) or "") for key in ("id", "mode", "controller", "verb")},
             **{"to": to, "from": current, "models": self._models(to), "from_models": self._models(current)},
             **{"services": [*(self.request.get("services") or [])], "kept": []},
             **{"pid": os.getpid(), "boot_id": boot_id(), "began": self.now(), "ended": None, **kept},
+            **{**asked, **seconds},
             **{"phase": "", "steps": [], "container": "", "outcome": None, "error": None, "restore_error": None},
             **{"stopped_at": None, "answering_at": None, "out_of_service_s": None, "verifications": {}},
             **{"container_ids": {}, "repaired": [], "reclaimed": [], "left": [], "troubles": []},
@@ -330,6 +336,8 @@ class Switch:
         an engine that fails does not keep the rest from starting. Raises FailedError, for the first that fails."""
         stopping, starting, waiting, verifying = names
         forward = stopping == "stopping"
+        # What served before is not kept from serving again by what it was not asked then.
+        mode = str(self.journal.get("verify") or QUICK) if forward else QUICK
         self.running, self.verified = set(), set()
         try:
             engines, file = self.store.engines(number), str(self.store.compose_file(number))
@@ -359,7 +367,7 @@ class Switch:
             self.phase(verifying, item.service)
             if item.service in kept:
                 with contextlib.suppress(FailedError):
-                    self.verify(item, results)
+                    self.verify(item, results, mode)
                     return
                 # It may have hung for a long time: give it a fresh start, as any other engine had.
                 del kept[item.service]
@@ -367,7 +375,7 @@ class Switch:
                 self.patiently(lambda: self.stop_all(self.running - {item.service}))
                 start(item)
                 self.phase(verifying, item.service)
-            self.verify(item, results)
+            self.verify(item, results, mode)
 
         def attempt(service: str, work: Callable[[], None]) -> None:
             try:
@@ -461,12 +469,12 @@ class Switch:
                 raise FailedError(message, **self.facts(service, found))
             time.sleep(self.pause)
 
-    def verify(self, item: Engine, results: dict[str, Any]) -> None:
-        """Ask an engine its questions; `results`: of the engines verified before it. Raises FailedError unless the
-        answers are right."""
+    def verify(self, item: Engine, results: dict[str, Any], mode: str) -> None:
+        """Ask an engine what its release says, QUICK or DEEP; `results`: of the engines verified before it. Raises
+        FailedError unless the answers are right."""
         service = item.service
         try:
-            result = verify(verify_params(item))
+            result = self._asked(item, mode)
         except HttpError as error:
             raise FailedError(str(error), **self.facts(service, {"failure": "endpoint-down"})) from None
         results[service] = result
@@ -478,7 +486,23 @@ class Switch:
             facts = {"failure": result["failure"], "checks": result["checks"], "answer": result["answer"]}
             raise FailedError(result["msg"], **self.facts(service, facts))
         self.verified.add(service)
-        self.journal["answering_at"] = self.now()
+
+    def _asked(self, item: Engine, mode: str) -> dict[str, Any]:
+        """The result of a verification. It answers once the quick set is right. Raises HttpError."""
+        params = verify_params(item)
+        result = verify(params)
+        budget = Budget(float(self.journal.get("verify_seconds") or BUDGET))
+        if result["verified"]:
+            self.journal["answering_at"] = self.now()
+        for kinds in steps(item.verify.get("kinds", ()), mode)[1:]:
+            if is_over(result):
+                break
+            self.journal["asking"] = kinds[0]
+            self.phase(self.journal["phase"], self.journal["container"])
+            more = {"kinds": kinds, "budget": budget.left(), "verify_id": result["verify_id"]}
+            result = joined(result, verify({**params, **more}))
+        self.journal["asking"] = ""
+        return result
 
     # -- parts -----------------------------------------------------------------------------------------------
 
@@ -649,7 +673,8 @@ def recover(store: Store | None = None, docker: Docker | None = None) -> dict[st
         journal = store.switch()
         if journal is None or journal["phase"] == DONE:
             return None
-        kept = ("id", "to", "mode", "verb", "controller", "keep", "start_timeout", "services")
+        kept: tuple[str, ...] = ("id", "to", "mode", "verb", "controller", "keep", "start_timeout")
+        kept += ("services", "verify", "verify_seconds")
         # Recovery is to be short: what no release needs waits for the next switch.
         request = {**{key: journal.get(key) for key in kept}, "reclaim": False}
         switch = Switch(store, docker or Docker(), request)
@@ -690,6 +715,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--start-timeout", type=float, default=START_SECONDS)
     parser.add_argument("--keep", type=int, default=KEEP)
     parser.add_argument("--no-reclaim", dest="reclaim", action="store_false", help="keep what no release needs")
+    parser.add_argument("--verify", choices=(QUICK, DEEP), default=QUICK, help="what the release is asked")
+    parser.add_argument("--verify-seconds", type=float, default=BUDGET, help="of a deep verification of one engine")
     parser.add_argument("--recreate", action="store_true")
     parser.add_argument("--service", dest="services", action="append", default=[], help="restart this engine alone")
     parser.add_argument("--new-key", action="store_true", help="take the key that is staged for this switch")

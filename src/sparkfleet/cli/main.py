@@ -38,7 +38,7 @@ from sparkfleet.planning import (
     memory_plan,
     vllm_versions,
 )
-from sparkfleet.planning.target import Settings, Target
+from sparkfleet.planning.target import EngineSettings, EngineTarget, Settings, Target
 from sparkfleet.reporting import (
     event_log,
     report,
@@ -203,6 +203,14 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
             parser.add_argument("--profile", type=_word)
         elif verb == "upgrade":
             parser.add_argument("image", type=_word)
+        elif verb == "verify":
+            parser.add_argument(
+                "--deep",
+                dest="depth",
+                action="store_const",
+                const="deep",
+                help="ask for all that the models are for, such as a long context; takes minutes",
+            )
         elif verb == "bundle":
             parser.add_argument("folder", type=_word, help="destination; an existing one is completed")
         elif verb == "rollout":
@@ -245,6 +253,7 @@ def _arguments(options: argparse.Namespace) -> list[str]:
         "sparkfleet_profile": getattr(options, "profile", None),
         "sparkfleet_image": getattr(options, "image", None),
         "sparkfleet_release": getattr(options, "release", None),
+        "sparkfleet_verify": getattr(options, "depth", None),
         "sparkfleet_logs_lines": getattr(options, "lines", None),
         "sparkfleet_bundle_folder": folder,
         **{f"sparkfleet_remove_{name}": getattr(options, name, None) or None for name in ("models", "images", "token")},
@@ -525,7 +534,15 @@ def _models(options: argparse.Namespace) -> int:
     cards = _cards()
     fits = {card.name: _fits(card) for card in cards}
     if options.json:
-        data = [{**dataclasses.asdict(card), "source": str(card.source), "fits": fits[card.name]} for card in cards]
+        data = [
+            {
+                **dataclasses.asdict(card),
+                "source": str(card.source),
+                "verify": EngineTarget.of(EngineSettings(card.name), "local").verify,
+                "fits": fits[card.name],
+            }
+            for card in cards
+        ]
         print(json.dumps(data, indent=2))
     else:
         print(report.models(cards, fits, columns(sys.stdout) or report.MODELS_WIDTH), end="")

@@ -888,6 +888,71 @@ TABLE: tuple[Failure, ...] = (
         "its description (/openapi.json) is missing paths that clients use",
         "Use the image and the arguments of the model card.",
     ),
+    # -- what a deep verification asks -------------------------------------------------------------------------
+    Failure(
+        "verify-needle",
+        "a fact in a long context is not found",
+        "attention or the KV cache is wrong beyond short prompts: a kernel that does not suit the GPU, an FP8 KV cache "
+        "without scales, wrong rope scaling, or a model that cannot read that far",
+        "Use the image of the model card; try sparkfleet_vllm_kv_cache_dtype: auto and "
+        "sparkfleet_vllm_enable_prefix_caching: false. If it is the model, lower sparkfleet_vllm_max_model_len to a "
+        "length that passes, or list the kinds without needle in the model card (verify.kinds).",
+    ),
+    Failure(
+        "verify-concurrency",
+        "the same question gets different answers from streams at once",
+        "a kernel that is chosen for larger batches computes something else than the one for a single request",
+        "Use the image of the model card; try sparkfleet_vllm_enforce_eager: true, or another attention or MoE "
+        "backend. If all answers are right in other words, give the card a question with a shorter answer.",
+    ),
+    Failure(
+        "verify-json-schema",
+        "an answer does not keep the JSON schema that was asked for",
+        "structured outputs are switched off or not supported for this model, or the reasoning parser lets the answer "
+        "pass as thoughts (vLLM issue 19222)",
+        "Check --structured-outputs-config and the reasoning parser among the arguments; use the image of the model "
+        "card, or list the kinds without json_schema in it (verify.kinds).",
+    ),
+    Failure(
+        "verify-tool-call",
+        "a tool is not called, or its result is not used",
+        "the tool-call parser does not suit the model or its chat template, or the model is too small for tools",
+        "Use the parser that the model's page names (tool_call_parser in the model card); sparkfleet_tool_calls: false "
+        "disables tool calls, and the check with them.",
+    ),
+    Failure(
+        "verify-reasoning",
+        "thoughts and answer are not kept apart",
+        "the reasoning parser does not suit the model, or the model does not think, or thinks longer than it may",
+        "Use the parser that the model's page names (sparkfleet_vllm_reasoning_parser); raise verify.max_tokens in the "
+        "model card if the answer was cut.",
+    ),
+    Failure(
+        "verify-image",
+        "a picture is not read",
+        "the vision part of the model is damaged, or the engine does not accept pictures",
+        "Check limit_mm_per_prompt among the arguments; use the image of the model card. For a model without vision "
+        "remove vision from its card.",
+    ),
+    Failure(
+        "verify-embeddings",
+        "embeddings have the wrong neighbours",
+        "the pooling does not suit the model (its type, or its normalisation), or weights are damaged",
+        "Check the pooler among the arguments (--pooler-config, --convert); run playbooks/fetch.yml, which hashes "
+        "every file of the model.",
+    ),
+    Failure(
+        "verify-rerank",
+        "texts are ranked in the wrong order",
+        "the model is not one that ranks, or lacks the template or the overrides that it needs",
+        "Check --hf-overrides and the chat template that the model's page names.",
+    ),
+    Failure(
+        "verify-budget",
+        "the time for a deep verification was not enough",
+        "the engine is slower than expected, or the time is too short for what the model is for",
+        "Raise sparkfleet_verify_seconds; compare the speed with the plan (`sparkfleet plan`).",
+    ),
     Failure(
         "low-throughput",
         "throughput is lower than expected",

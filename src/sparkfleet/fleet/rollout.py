@@ -16,6 +16,7 @@ from sparkfleet.reporting import report
 WAVES = "sparkfleet_rollout_waves"
 CANARY = "sparkfleet_rollout_canary"
 ON_FAILURE = "sparkfleet_rollout_on_failure"
+CANARY_LABEL = "canary"
 POLICIES = ("stop", "continue")
 SHARED = (CANARY, WAVES, ON_FAILURE)
 _EXAMPLES = "write a number of Sparks (2), a share (25%), or a list of both ([1, 2, 50%])"
@@ -94,7 +95,7 @@ def unfinished(waves: Sequence[Sequence[str]], number: int, done: Collection[str
 def labels(waves: Sequence[Sequence[str]], hosts: Sequence[Mapping[str, Any]], canary: int) -> list[str]:
     """What the waves are called, in a word each: "canary" for those of the canaries, else "2/4"."""
     first = len({_kind(host) for host in hosts if host["needed"]}) if canary else 0
-    return ["canary" if number <= first else f"{number}/{len(waves)}" for number in range(1, len(waves) + 1)]
+    return [CANARY_LABEL if number <= first else f"{number}/{len(waves)}" for number in range(1, len(waves) + 1)]
 
 
 def lines(waves: Sequence[Sequence[str]], hosts: Sequence[Mapping[str, Any]], drained: Sequence[str]) -> list[str]:

@@ -577,8 +577,13 @@ def _settle(made: Settings) -> None:
     for name in ("chat_template", "reasoning_parser_plugin", "tool_parser_plugin"):
         if isinstance(given.get(name), str) and re.search(r"\.(jinja|py)$", str(given[name])):
             made.doubts.append(f"whether the image holds {printable(str(given[name]), 100)} ({name})")
-    if given.get("runner") == "pooling" or given.get("task") in ("embed", "classify", "score", "reward"):
-        made.doubts.append("how to verify it: it answers no questions (runner pooling)")
+    if given.get("task") == "reward":
+        made.doubts.append("how to verify it: it answers no questions (task reward)")
+    elif given.get("runner") == "pooling" and not {"task", "convert"} & {*given}:
+        made.doubts.append(
+            "what it is asked when it is verified (runner pooling): embeddings; a model that ranks needs "
+            "`kinds: [rerank]` in verify"
+        )
 
 
 def fit_context(made: Settings, context: int) -> None:

@@ -160,6 +160,8 @@ def draft(model: Description, quantisation: Quantisation, facts: Facts, image: s
         "weights": _weights(model, quantisation, facts, origin, unknown),
         "shape": shape,
     }
+    if model.pictures:
+        data["vision"], origin["vision"] = True, "config.json: vision_config"
     if parser := _parser(facts.repo, kind):
         data["tool_call_parser"] = parser
         origin["tool_call_parser"] = f"vLLM's parser for {kind}, by a table of ours"

@@ -51,13 +51,15 @@ Arguments = dict[str, ArgumentValue]
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What verification asks, the word the answer must contain, and the tokens it may have."""
+    """What verification asks, the word the answer must contain, and the tokens it may have. ``kinds``: what is asked
+    besides or instead; () for what follows from the card (see ``planning.verification``)."""
 
-    question: str
-    expect: str
-    prompt: str
-    prompt_expect: str
+    question: str = ""
+    expect: str = ""
+    prompt: str = ""
+    prompt_expect: str = ""
     max_tokens: int = 32
+    kinds: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +194,8 @@ class Card:
     profiles_line: int = dataclasses.field(default=1, compare=False)
     sparks: int = 1
     draft: Draft | None = None
+    #: Whether it takes pictures.
+    vision: bool = False
     #: vLLM in the image, where the image's name does not show it.
     vllm: str = ""
 
@@ -318,7 +322,7 @@ def of_text(path: Path, text: str) -> Card:
         weights=Weights(**data["weights"]),
         shape=Shape(**shape),
         tool_call_parser=data.get("tool_call_parser", ""),
-        verify=Question(**data["verify"]),
+        verify=Question(**{**data["verify"], "kinds": tuple(data["verify"].get("kinds", ()))}),
         measured=tuple(Measurement(**entry) for entry in data.get("measured", ())),
         source=path,
         environment={name: str(value) for name, value in data.get("environment", {}).items()},
@@ -327,6 +331,7 @@ def of_text(path: Path, text: str) -> Card:
         draft=Draft(**{**draft, "attention": tuple(Attention(**entry) for entry in draft["attention"])})
         if draft
         else None,
+        vision=data.get("vision", False),
         vllm=data.get("vllm", ""),
     )
     _check_sense(card, document)
@@ -352,6 +357,7 @@ def _check_sense(card: Card, document: Document) -> None:
             ("sparks",) if card.sparks != 1 else ("arguments", "tensor_parallel_size"),
             f"sparks: {card.sparks}, but arguments.tensor_parallel_size is {ranks}: each Spark has one GPU",
         )
+    _check_questions(card.verify, document)
     places: list[tuple[Arguments, tuple[str, ...]]] = [(card.arguments, ("arguments",))]
     places += [(arguments, ("profiles", name)) for name, arguments in card.profiles.items()]
     for arguments, place in places:
@@ -363,6 +369,22 @@ def _check_sense(card: Card, document: Document) -> None:
                 f"{'.'.join(place)}.max_model_len: {length} is longer than the model's context of "
                 f"{card.shape.context} tokens (shape.context)",
             )
+
+
+#: The fields of a card's questions that each kind needs.
+_NEEDS = {
+    **dict.fromkeys(("chat", "stream", "concurrency"), ("question", "expect")),
+    "completion": ("prompt", "prompt_expect"),
+}
+
+
+def _check_questions(asked: Question, document: Document) -> None:
+    """Whether the questions are there that the kinds need; without kinds those of a chat model."""
+    for kind in asked.kinds or _NEEDS:
+        missing = [key for key in _NEEDS.get(kind, ()) if not getattr(asked, key)]
+        if missing:
+            words = f"the kind {kind} needs {' and '.join(missing)}"
+            raise document.error(("verify",), f"verify: {words}; a model that answers no questions has other kinds")
 
 
 def check_environment(environment: Mapping[str, Any], prefix: str) -> None:

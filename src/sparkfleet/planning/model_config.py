@@ -59,7 +59,8 @@ class Description:
     unknown: tuple[str, ...]
     tied_embeddings: bool = False
     experts: Experts | None = None
-    vision: bool = False
+    vision: bool = False  # or hearing: weights besides those of the text
+    pictures: bool = False
     remote_code: bool = False
 
     @property
@@ -597,6 +598,7 @@ def _described(reader: _Reader, top: _Config, architecture: str) -> Description:
         tied_embeddings=_tied(top, text, reader.model_type),
         experts=experts,
         vision=vision,
+        pictures=isinstance(top.data.get("vision_config"), Mapping),
         remote_code=isinstance(top.data.get("auto_map"), Mapping),
     )
 

@@ -60,7 +60,7 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
                 "revision": engine.revision,
                 "remote_code": engine.remote_code,
                 "port": engine.port,
-                "verify": dataclasses.asdict(engine.card.verify),
+                "verify": engine.verify,
                 "memory": figures[index],
                 "fetch_image": bool(images[index]),
                 "fetch_model": bool(models[index]),
@@ -282,7 +282,7 @@ def release(
             "profile": engine.settings.profile,
             "repo": card.repo,
         }
-        plans.append({**known, "image": engine.image, "verify": dataclasses.asdict(card.verify), "memory": figures})
+        plans.append({**known, "image": engine.image, "verify": engine.verify, "memory": figures})
         locks.append(
             {
                 **known,

@@ -18,7 +18,7 @@ from sparkfleet_host.release_format import MOST_ENGINES
 from sparkfleet import SparkfleetError
 from sparkfleet.packaging.bundle import Bundle
 from sparkfleet.paths import ROOT
-from sparkfleet.planning import catalog, compose, variables
+from sparkfleet.planning import catalog, compose, variables, verification
 from sparkfleet.planning.catalog import Arguments, Card
 from sparkfleet.planning.variables import ARGUMENT_PREFIX, PREFIX
 from sparkfleet.planning.vllm_versions import Engine
@@ -215,6 +215,12 @@ class EngineTarget:
     def port(self) -> int:
         """The TCP port of the host that the engine is published on."""
         return self.settings.port
+
+    @property
+    def verify(self) -> dict[str, Any]:
+        """What it is asked when it is verified, as plain data."""
+        asked = dataclasses.asdict(self.card.verify)
+        return {**asked, "kinds": list(verification.kinds(self.card, self.arguments))}
 
     @property
     def version(self) -> Engine:

@@ -52,6 +52,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "sparkfleet_gateway_router_id": (1, 255),
     "sparkfleet_rollout_canary": (0, 10_000),
     "sparkfleet_rollout_soak": (0, _DAY),
+    "sparkfleet_verify_seconds": (10, 7200),
 }
 
 _ABSOLUTE = (

@@ -48,6 +48,7 @@ class Follower:
         self._id = ""
         self._cut = False
         self._steps = 0
+        self._asking = ""  # the kind that was last shown
         self._journal: dict[str, Any] = {}
         self._watches: dict[tuple[str, str], Watch] = {}  # by release (there: the new one, back: the old) and service
         self._waits: tuple[str, str] | None = None  # for which of them
@@ -109,6 +110,10 @@ class Follower:
             lines += self._line(step)
         if journal["phase"] in _WAITING or (answer["log_lines"] and now in self._watches and not fed):
             lines += self._watch(now).take({**answer, "ready": False})
+        if journal["asking"] and journal["asking"] != self._asking:
+            since = max(answer["now"] - journal["began"], 0)
+            lines.append(f"{self.host}  {since:.0f} s  asking it: {journal['asking']}")
+        self._asking = journal["asking"]
         if self.done:
             lines += [f"{self.host}  {trouble}" for trouble in journal["troubles"][:20]]
             lines += _reclaimed(self.host, "reclaimed", journal)
@@ -310,6 +315,7 @@ def _journal(value: Any) -> dict[str, Any]:
     journal["steps"] = [{**step, "at": _time(step["at"])} for step in journal["steps"]]
     for step in (journal, *journal["steps"]):
         step.update({key: _text(step[key]) for key in ("controller", "verb", "container", "phase") if key in step})
+    journal["asking"] = _text(journal["asking"])
     for key in ("models", "from_models", "kept", "services"):
         journal[key] = [_text(name) for name in journal[key]]
     return journal

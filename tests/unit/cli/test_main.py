@@ -130,3 +130,5 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(out)
     assert [entry["name"] for entry in data] == catalog.names()
     assert {entry["fits"] for entry in data} == {True}
+    asked = {entry["name"]: entry["verify"]["kinds"] for entry in data}
+    assert "tool_call" in asked["llama31-8b-fp8"] and "reasoning" not in asked["llama31-8b-fp8"]

@@ -316,6 +316,10 @@ def test_words_become_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     command(monkeypatch, calls, "rollback", "4", "-C", "-e", "sparkfleet_port=8001")
     assert extra(calls.made[-1][1]) == {"sparkfleet_release": 4}
     assert {"--check", "--diff", "sparkfleet_port=8001"} <= {*calls.made[-1][1]}
+    command(monkeypatch, calls, "verify", "--deep")
+    assert calls.made[-1][0] == "verify" and extra(calls.made[-1][1]) == {"sparkfleet_verify": "deep"}
+    command(monkeypatch, calls, "verify")
+    assert extra(calls.made[-1][1]) == {}
 
 
 def test_status_of_a_fleet_that_does_not_serve(

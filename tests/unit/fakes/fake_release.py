@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-VERIFY = {"question": "q", "expect": "Paris", "prompt": "p", "prompt_expect": "Paris", "max_tokens": 32}
+VERIFY = {"question": "q", "expect": "Paris", "prompt": "p", "prompt_expect": "Paris", "max_tokens": 32, "kinds": []}
 
 
 def an_engine(service: str, port: int = 8000, **more: Any) -> dict[str, Any]:

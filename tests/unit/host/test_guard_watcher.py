@@ -36,6 +36,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.htt
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.http import HttpError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store
 
+from tests.unit.fakes import fake_release
 from tests.unit.fakes.fake_engine import Engine, Handler, deployed
 
 REPO = "org/model"
@@ -898,3 +899,18 @@ def test_whatever_keeps_it_from_listening_is_said(
     monkeypatch.setattr(module, "StatusServer", refuse)
     assert not world.watcher.open_window()
     assert world.said == [f"port 0 of /ready and /metrics: {error}; trying again"]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "path", "field"),
+    [
+        ([], "/v1/completions", "prompt"),
+        (["chat", "needle"], "/v1/completions", "prompt"),
+        (["embeddings"], "/v1/embeddings", "input"),
+        (["rerank"], "/v1/rerank", "documents"),
+    ],
+)
+def test_a_canary_is_what_the_model_can_answer(kinds: list[str], path: str, field: str) -> None:
+    asked = {**fake_release.VERIFY, "kinds": kinds}
+    found, body = module.canary_request(module.Engine(**fake_release.an_engine("vllm-m", verify=asked)))
+    assert found == path and body["model"] == "org/vllm-m" and field in body

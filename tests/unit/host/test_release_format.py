@@ -404,11 +404,11 @@ def test_what_a_journal_lacks_is_its_own() -> None:
 
 
 def test_what_a_journal_lacks() -> None:
-    texts = ("id", "mode", "controller", "verb", "boot_id", "phase", "container")
+    texts = ("id", "mode", "controller", "verb", "boot_id", "phase", "container", "verify", "asking")
     nothing = ("from", "outcome", "ended", "stopped_at", "answering_at", "out_of_service_s", "error", "restore_error")
     lists = ("models", "from_models", "services", "kept", "steps", "left", "reclaimed", "repaired", "troubles")
     assert check_journal({"to": 3, "more": 5}) == {
-        **{"to": 3, "more": 5, "pid": 0, "keep": 0, "start_timeout": 0.0, "began": 0.0},
+        **{"to": 3, "more": 5, "pid": 0, "keep": 0, "start_timeout": 0.0, "verify_seconds": 0.0, "began": 0.0},
         **{"container_ids": {}, "verifications": {}},
         **{key: [] for key in lists},
         **dict.fromkeys(texts, ""),

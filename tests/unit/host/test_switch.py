@@ -225,8 +225,8 @@ def stage(store: Store, service: str, text: str = "") -> int:
     return store.stage(text, fake_release.plan(made), fake_release.lock(made))
 
 
-def run(store: Store, to: int, mode: str = "deploy") -> dict[str, Any]:
-    request = {"id": "abc", "to": to, "mode": mode, "controller": "alice@laptop", "verb": "site.yml", "keep": 3}
+def run(store: Store, to: int, mode: str = "deploy", **more: Any) -> dict[str, Any]:
+    request = {"id": "abc", "to": to, "mode": mode, "controller": "alice@laptop", "verb": "site.yml", "keep": 3, **more}
     ticks = iter(range(100, 10_000))
     return Switch(store, Docker("/nowhere"), request, now=lambda: float(next(ticks))).run()
 
@@ -733,6 +733,7 @@ def test_a_journal_as_it_begins(store: Store, world: World, deployed: int) -> No
             "ended": None,
             "keep": 5,
         },
+        **{"verify": "quick", "verify_seconds": 300.0, "asking": ""},
         **{"start_timeout": 1800.0, "phase": "checking", "steps": [{"phase": "checking", "at": 7.0}], "container": ""},
         **{"outcome": None, "error": None, "restore_error": None, "stopped_at": None, "answering_at": None},
         **{
@@ -851,7 +852,7 @@ def test_what_a_verification_is_asked() -> None:
     made = Engine(**{**fake_release.an_engine("vllm-m", 8001), "repo": "org/m", "verify": asked})
     assert switch.verify_params(made) == {
         **{"url": "http://127.0.0.1:8001", "model": "org/m", **asked, "timeout": 120.0},
-        "chat_template_kwargs": {"enable_thinking": False},
+        **{"kinds": ["chat", "completion", "stream"], "chat_template_kwargs": {"enable_thinking": False}},
     }
 
 
@@ -876,6 +877,106 @@ def test_nonsense_makes_the_files_of_the_model_suspect(
     error = journal["error"]
     assert (error["message"], error["failure"], error["answer"]) == ("no", failure, "x")
     assert error["checks"] == [{"name": "chat"}] and journal["verifications"][OLD]["verified"]
+
+
+class Depths:
+    """An engine that is asked kind by kind: `wrong` are those that it does not pass, by service."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
+        self.wrong: dict[str, str] = {}
+        self.asked: list[tuple[str, list[str]]] = []
+        self.shown: list[str] = []
+        self.params: list[dict[str, Any]] = []
+        self.store = store
+        monkeypatch.setattr(switch, "verify", self.verify)
+
+    def verify(self, params: dict[str, Any]) -> dict[str, Any]:
+        service, kinds = params["model"].removeprefix("org/"), params["kinds"]
+        self.asked.append((service, kinds))
+        self.params.append(params)
+        self.shown.append((self.store.switch() or {})["asking"])
+        bad = self.wrong.get(service, "")
+        checks = [{"name": kind, "ok": kind != bad, "failure": f"verify-{kind}" * (kind == bad)} for kind in kinds]
+        result = {"verified": bad not in kinds, "checks": checks, "answer": "Paris", "verify_id": "sparkfleet-0"}
+        result |= {"usage": {"prompt_tokens": 5}, "seconds": 1.0}
+        return result if result["verified"] else {**result, "msg": f"{bad}: no", "failure": f"verify-{bad}"}
+
+
+DEEP_KINDS = ["stream", "chat", "completion", "needle", "concurrency", "from a later version"]
+
+
+def stage_kinds(store: Store, service: str) -> int:
+    asked = {**fake_release.VERIFY, "kinds": DEEP_KINDS}
+    made = fake_release.an_engine(service, model=service, verify=asked)
+    return store.stage(f"services: {{{service}: {{}}}}\n", fake_release.plan(made), fake_release.lock(made))
+
+
+QUICK_SET = ["chat", "completion", "stream"]
+
+
+def test_a_release_is_asked_in_depth_kind_by_kind(
+    store: Store, world: World, deployed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    depths = Depths(monkeypatch, store)
+    journal = run(store, stage_kinds(store, NEW), verify="deep", verify_seconds=60)
+    assert journal["outcome"] == "verified" and journal["verify"] == "deep"
+    assert depths.asked == [(NEW, QUICK_SET), (NEW, ["concurrency"]), (NEW, ["needle"])]
+    assert depths.shown == ["", "concurrency", "needle"] and journal["asking"] == ""
+    assert [params.get("budget") for params in depths.params] == [None, 60.0, 60.0]  # time stands still here
+    assert {params.get("verify_id") for params in depths.params[1:]} == {"sparkfleet-0"}
+    found = journal["verifications"][NEW]
+    assert [check["name"] for check in found["checks"]] == [*QUICK_SET, "concurrency", "needle"]
+    assert found["verified"] is True and found["usage"] == {"prompt_tokens": 15} and found["seconds"] == 3.0
+
+
+def test_a_release_with_a_garbled_context_is_rolled_back(
+    store: Store, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What served before is not asked in depth, whatever it would answer."""
+    depths = Depths(monkeypatch, store)
+    assert run(store, stage_kinds(store, OLD))["outcome"] == "verified"
+    depths.asked.clear()
+    depths.wrong = {OLD: "needle", NEW: "needle"}
+    journal = run(store, stage_kinds(store, NEW), verify="deep")
+    assert journal["outcome"] == "restored" and store.current() == journal["from"]
+    assert journal["error"]["failure"] == "verify-needle" and journal["error"]["message"] == "needle: no"
+    assert depths.asked == [(NEW, QUICK_SET), (NEW, ["concurrency"]), (NEW, ["needle"]), (OLD, QUICK_SET)]
+
+
+def test_by_default_a_release_is_not_asked_in_depth(
+    store: Store, world: World, deployed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    depths = Depths(monkeypatch, store)
+    depths.wrong = {NEW: "needle"}
+    assert run(store, stage_kinds(store, NEW))["outcome"] == "verified"
+    assert depths.asked == [(NEW, QUICK_SET)]
+
+
+@pytest.mark.parametrize(("wrong", "last"), [("chat", QUICK_SET), ("concurrency", ["needle"])])
+def test_an_engine_that_fails_the_quick_set_is_asked_no_more(
+    store: Store, world: World, deployed: int, monkeypatch: pytest.MonkeyPatch, wrong: str, last: list[str]
+) -> None:
+    depths = Depths(monkeypatch, store)
+    depths.wrong = {NEW: wrong}
+    journal = run(store, stage_kinds(store, NEW), verify="deep")
+    assert journal["outcome"] == "restored" and journal["error"]["failure"] == f"verify-{wrong}"
+    assert [kinds for service, kinds in depths.asked if service == NEW][-1] == last
+
+
+def test_a_restart_that_was_cut_is_asked_as_it_was_to_be(
+    store: Store, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    depths = Depths(monkeypatch, store)
+    number = stage_kinds(store, NEW)
+    run(store, number)
+    world.cut = "waiting"
+    with pytest.raises(PowerCut):
+        run(store, number, "restart", verify="deep", verify_seconds=9)
+    world.cut = None
+    depths.asked.clear()
+    ended = recover(store, Docker("/nowhere"))
+    assert ended is not None and ended["outcome"] == "verified" and ended["verify_seconds"] == 9.0
+    assert depths.asked == [(NEW, QUICK_SET), (NEW, ["concurrency"]), (NEW, ["needle"])]
 
 
 def test_an_engine_that_does_not_answer_its_questions_is_down(

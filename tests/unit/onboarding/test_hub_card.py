@@ -240,6 +240,7 @@ def test_real_models_give_cards_with_a_plan(name: str, tmp_path: Path) -> None:
     path.write_text(made.text(), encoding="utf-8")
     card = catalog.parse(path)
     assert card.shape.layers == SHAPES[name][0]
+    assert card.vision is ("vision_config" in config(name))
     made_plan = memory_plan.make(card, card.arguments)
     assert made_plan.weights_gib > 0 and made_plan.kv_cache_tokens > 0
 

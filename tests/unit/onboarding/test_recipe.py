@@ -153,6 +153,7 @@ def test_what_was_taken_and_may_not_work_here_is_a_doubt() -> None:
     )
     assert made.arguments["speculative_config"] == {"model": "o/draft", "method": "dflash"}
     assert len(made.doubts) == 3 and "o/draft" in made.doubts[0]
+    assert read("vllm serve o/m --runner pooling --convert embed", "it").doubts == []
 
 
 def test_files_of_other_systems() -> None:

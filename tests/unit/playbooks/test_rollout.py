@@ -30,7 +30,8 @@ class ActionModule(ActionBase):
         host, name = task_vars["inventory_hostname"], Path(__file__).stem
         script = json.loads((FOLDER / "script.json").read_text())
         gateway = self._task.delegate_to if name == "haproxy_server" else None
-        args = {key: self._task.args[key] for key in ("servers", "state") if key in self._task.args}
+        kept = ("servers", "state", "verify", "verify_seconds", "mode", "budget", "verified")
+        args = {key: self._task.args[key] for key in kept if key in self._task.args}
         calls = FOLDER / f"calls.{host}.{name}"
         before = len(calls.read_text()) if calls.exists() else 0
         calls.write_text("x" * (before + 1))
@@ -52,7 +53,8 @@ class ActionModule(ActionBase):
             return {"changed": False, "plan": plan(needed, script["fetches"].get(host, [])), "state": state}
         if name == "share":
             return {"changed": False, "sources": [], "takes": False, "takes_part": True}
-        return {"changed": name == "release_switch", "release": {"number": 2, "engines": [{"model": "m"}]}}
+        release = {"number": 2, "engines": [{"model": "m"}]}
+        return {"changed": name == "release_switch", "release": release, "verifications": {"vllm-m": {"by": host}}}
 
 def plan(needed, fetches):
     deploy = {"needed": needed, "stage": [], "start": ["x"], "stop": [], "wait": [], "release": 2, "mode": "deploy",
@@ -245,3 +247,67 @@ def test_one_call_a_gateway_puts_back_what_has_the_release_already(fleet: Fleet)
 def test_check_mode_releases_nothing(fleet: Fleet) -> None:
     code, printed = fleet.run("--check")
     assert code == 0 and fleet.released() == [], printed
+
+
+# -- how a release is verified ---------------------------------------------------------------------------------------
+
+
+def asked(fleet: Fleet) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """What each Spark's switch was to verify, and what its verifications were after that."""
+    switches = {entry["host"]: (entry["verify"], entry["verify_seconds"]) for entry in fleet.log("release_switch")}
+    after: dict[str, list[Any]] = {}
+    for entry in fleet.log("vllm_verify"):
+        after.setdefault(entry["host"], []).append((entry["mode"], entry["budget"], entry["verified"]))
+    return switches, after
+
+
+def test_the_canary_is_verified_in_depth_by_its_switch(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, 3)
+    code, out = fleet.run()
+    assert code == 0, out
+    switches, after = asked(fleet)
+    assert switches == {"s1": ("deep", 300), "s2": ("quick", 300), "s3": ("quick", 300)}
+    assert after["s1"] == [("deep", 300, {"vllm-m": {"by": "s1"}})] and after["s2"][0][0] == "quick"
+
+
+def test_how_canaries_and_the_others_are_verified_can_be_chosen(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, 2)
+    fleet.inventory(sparkfleet_rollout_verify="quick", sparkfleet_verify="deep", sparkfleet_verify_seconds=900)
+    code, out = fleet.run()
+    assert code == 0, out
+    assert asked(fleet)[0] == {"s1": ("quick", 900), "s2": ("deep", 900)}
+
+
+def test_after_a_while_a_canary_is_asked_again(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, 1)
+    fleet.inventory(sparkfleet_rollout_soak=1)
+    code, out = fleet.run()
+    assert code == 0, out
+    assert asked(fleet)[1]["s1"] == [("deep", 300, {"vllm-m": {"by": "s1"}}), ("deep", 300, {})]
+
+
+def test_a_canary_that_fails_in_depth_stops_the_rollout(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, 3)
+    code, out = fleet.run(s1_release_switch="failed")
+    assert code == 2 and "the rollout stops after this wave" in out
+    assert asked(fleet)[0] == {"s1": ("deep", 300)} and fleet.released() == []
+
+
+def test_without_canaries_each_is_verified_as_any_deployment(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, 2)
+    fleet.inventory(sparkfleet_rollout_canary=0)
+    code, out = fleet.run()
+    assert code == 0, out
+    assert asked(fleet)[0] == {"s1": ("quick", 300), "s2": ("quick", 300)}
+
+
+@pytest.mark.parametrize("mode", ["quick", "deep"])
+def test_a_deployment_is_verified_as_the_inventory_says(tmp_path: Path, mode: str) -> None:
+    fleet = Fleet(tmp_path, 1)
+    fleet.inventory(sparkfleet_verify=mode)
+    code, out = fleet.run(playbook="playbooks/site.yml")
+    assert code == 0, out
+    assert asked(fleet) == ({"s1": (mode, 300)}, {"s1": [(mode, 300, {"vllm-m": {"by": "s1"}})]})
+    code, out = fleet.run(playbook="playbooks/verify.yml")
+    assert code == 0, out
+    assert [entry["verified"] for entry in fleet.log("vllm_verify")] == [{}]

@@ -116,8 +116,10 @@ def test_a_wave_begins_only_if_those_before_it_serve(
     hostvars = {name: {"sparkfleet_rollout_done": True} if name in done else {} for name in names}
     stage = Stage(monkeypatch, "rollout_wave")
     schedule = {"waves": [["s1"], ["s2", "s3"], ["s4"]], "on_failure": policy}
+    schedule["labels"] = ["canary", "2/3", "3/3"]
     made = stage.run({"hostvars": hostvars, "ansible_play_batch": batch}, schedule=schedule)
     assert (made["go"], made["unfinished"]) == (go, unfinished)
+    assert made["canary"] is (batch == ["s1"])
     assert len(stage.printed) == (0 if go else 1)
 
 

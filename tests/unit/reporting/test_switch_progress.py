@@ -82,6 +82,16 @@ def test_phases_and_the_log_in_the_order_of_time() -> None:
     assert "failed" not in result
 
 
+def test_what_a_deep_verification_asks_is_shown_once() -> None:
+    follower = Follower("spark-1", 3)
+    shown = []
+    for second, asking in enumerate(("", "needle", "needle", "", "needle", "x" * 9999)):
+        made = journal("stopping", "starting", "waiting", "verifying", asking=asking)
+        shown += follower.take(answer(made, now=BEGAN + 40 + second))[-1:]
+    assert shown[1:-1] == ["spark-1  41 s  asking it: needle", "spark-1  44 s  asking it: needle"]
+    assert len(shown[-1]) < 400
+
+
 def finish(**more: Any) -> dict[str, Any]:
     """The result of a switch that failed while it waited."""
     follower = Follower("spark-1", 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import release_format
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.http import Client, HttpError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.switch import verify_params
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.verify import verify
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.verify import KINDS, verify
 from simulator import matrix
 from simulator.spark import QUESTION
 
@@ -65,11 +66,11 @@ class Engine:
                 time.sleep(0.05)
         raise AssertionError("it does not get ready")
 
-    def verify(self) -> dict[str, Any]:
+    def verify(self, **more: Any) -> dict[str, Any]:
         asked = {"question": QUESTION, "expect": "Paris", "prompt": "The capital of France is"}
         questions = {**asked, "prompt_expect": "Paris", "max_tokens": 32}
         made = release_format.Engine(**fake_release.an_engine("vllm-m", self.port, repo=MODEL, verify=questions))
-        result: dict[str, Any] = verify({**verify_params(made), "timeout": 5})
+        result: dict[str, Any] = verify({**verify_params(made), "timeout": 5, **more})
         return result
 
 
@@ -129,6 +130,51 @@ def test_wrong_answers_are_told_apart(engine: Engine, fault: str) -> None:
     engine.start(fault=fault)
     engine.ready()
     assert engine.verify()["failure"] == matrix.ANSWERS[fault][0]
+
+
+#: What the engine does wrong, the check that is to find it, and words of what it saw.
+WRONG = {
+    "garbled-context": ("needle", "not found at 25, 50 and 90 % of 3,"),
+    "lost-context": ("needle", "not found at 90 % of 3,"),
+    "wrong-in-batch": ("concurrency", 'expected "Paris" in the answer, got "The capital of France is Rome."'),
+    "schema-ignored": ("json_schema", "not of the schema, which has "),
+    "tool-call-unparsed": ("tool_call", "no tool was called; the answer is "),
+    "tool-result-ignored": ("tool_call", "the answer is "),
+    "reasoning-in-content": ("reasoning", "thoughts are in the answer (<think>): "),
+    "image-misread": ("image", "the picture shows "),
+    "embeddings-shuffled": ("embeddings", " is closer to "),
+    "rerank-reversed": ("rerank", "expected falling scores from the best document to the worst, got "),
+}
+
+
+def test_a_right_engine_passes_every_kind(engine: Engine) -> None:
+    engine.start("--max-model-len", "8192")
+    engine.ready()
+    result = engine.verify(kinds=list(KINDS))
+    assert result["verified"] is True, result
+    details = {check["name"]: check["detail"] for check in result["checks"]}
+    assert [name for name in details if name in KINDS] == list(KINDS)
+    found = re.fullmatch(r"at 25, 50 and 90 % of ([\d,]+) tokens; 8,192 are served", details["needle"])
+    assert found and 7200 < int(found[1].replace(",", "")) < 8192 - 96
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_kind_fails_where_an_engine_is_wrong_in_just_that(engine: Engine, fault: str) -> None:
+    kind, words = WRONG[fault]
+    engine.start("--max-model-len", "8192", fault=fault)
+    engine.ready()
+    result = engine.verify(kinds=list(KINDS))
+    bad = {check["name"]: check for check in result["checks"] if not check["ok"]}
+    assert [*bad] == [kind]
+    assert words in bad[kind]["detail"]
+    assert result["failure"] == bad[kind]["failure"] == f"verify-{kind.replace('_', '-')}"
+    assert result["answer"] == "The capital of France is Paris."
+
+
+def test_what_it_does_wrong_is_tested() -> None:
+    text = VLLM.read_text(encoding="utf-8")
+    listed = re.findall(r'^    "([a-z-]+)": "', text.split("WRONG = {")[1].split("}")[0], re.MULTILINE)
+    assert listed == [*WRONG]
 
 
 def test_a_wedge_answers_health_and_nothing_else_moves(engine: Engine) -> None:
