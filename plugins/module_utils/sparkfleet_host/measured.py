@@ -35,7 +35,7 @@ PLANNED = (
     *("weights_gib", "activation_gib", "runtime_gib", "cuda_graphs_gib", "kv_cache_gib", "kv_cache_tokens"),
     *("max_concurrency", "requested_gib", "total_gib", "correction_gib"),
 )
-_KEY = ("image", "repo", "revision", "settings", "weights")
+_KEY = ("image", "repo", "revision", "settings", "weights", "bench")
 _SPEED = ("tokens_per_second", "stream_tokens_per_second", "ttft_ms")
 _ANY = re.compile(r"[\w.+-]{0,80}", re.ASCII)
 
@@ -107,8 +107,13 @@ def keep(path: Path, records: list[dict[str, Any]], key: tuple[str, ...] = _KEY)
     """Add records to a file, each in place of one with the same `key`; the newest MOST stay. Raises OSError,
     BoundsError for what is none."""
     new = [check_record(record) for record in records]
-    known = {tuple(record[name] for name in key) for record in new}
-    old = [record for record in read(path) if tuple(record[name] for name in key) not in known]
+
+    def identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
+        # Whatever measured the speed: that there is one distinguishes a trial from a start.
+        return tuple(bool(record[name]) if name == "bench" else record[name] for name in key)
+
+    known = {identity(record) for record in new}
+    old = [record for record in read(path) if identity(record) not in known]
     write_json(path, {"format": FORMAT, "records": [*old, *new][-MOST:]})
 
 
