@@ -20,7 +20,7 @@ from . import bounded, engine, engine_log
 from .bounded import SHA256, BoundsError, as_dict, as_int, as_list, as_number, as_str, printable
 from .docker import Docker
 from .engine import instant
-from .release_format import Engine
+from .release_format import REAL, WEIGHTS, Engine
 from .releases import Store, write_json
 
 FORMAT = 1
@@ -28,8 +28,6 @@ FILE, TRIALS = "measured.json", "trials.json"
 MOST = 64  # records of a file
 MOST_STREAMS = 8  # rows of a benchmark
 LOG_LINES = 20_000  # of one start; with the level DEBUG there are thousands
-DUMMY, REAL = "dummy", "real"
-WEIGHTS = (DUMMY, REAL)
 #: Of the plan, what can be compared.
 PLANNED = (
     *("weights_gib", "activation_gib", "runtime_gib", "cuda_graphs_gib", "kv_cache_gib", "kv_cache_tokens"),

@@ -18,7 +18,7 @@ from .bounded import printable
 from .cache import damaged_files, is_weights, model_state
 from .docker import Docker, DockerError, DockerUnavailable
 from .engine import EngineError
-from .release_format import Engine, trial_weights
+from .release_format import DUMMY, Engine, trial_weights
 from .releases import ReleaseError, Store
 
 INTERFACES = "/sys/class/net"
@@ -37,7 +37,7 @@ def precheck(store: Store, docker: Docker, number: int) -> list[Problem]:
     damaged = store.damage(number)
     try:
         engines, file = store.engines(number), store.compose_file(number)
-        dummy = trial_weights(store.plan(number)) == "dummy"
+        dummy = trial_weights(store.plan(number)) == DUMMY
     except ReleaseError as error:
         return [Problem("release-damaged", str(error))]
     if damaged:

@@ -39,11 +39,11 @@ from .engine import EngineError
 from .http import Client, HttpError, engine_client
 from .precheck import Problem, precheck
 from .redaction import redact
-from .release_format import DONE, LOG_LINES, Engine, trial_weights
+from .release_format import DONE, DUMMY, LOG_LINES, TRIAL, Engine, trial_weights
 from .releases import PROJECT_DIR, STATE_DIR, ReleaseError, Store
 from .verify import answers, verify
 
-DEPLOY, ROLLBACK, RESTART, TRIAL = "deploy", "rollback", "restart", "trial"
+DEPLOY, ROLLBACK, RESTART = "deploy", "rollback", "restart"
 VERIFIED, RESTORED, REMOVED, FAILED, REFUSED = "verified", "restored", "removed", "failed", "refused"
 CHECKING = "checking"  # the phase in which nothing has changed yet
 FORWARD = ("stopping", "starting", "waiting", "verifying", "committing")
@@ -524,7 +524,7 @@ class Switch:
         service = item.service
         try:
             # Dummy weights answer, but know nothing.
-            result = (answers if self.weights == measured.DUMMY else verify)(verify_params(item))
+            result = (answers if self.weights == DUMMY else verify)(verify_params(item))
         except HttpError as error:
             raise FailedError(str(error), **self.facts(service, {"failure": "endpoint-down"})) from None
         results[service] = result
@@ -532,7 +532,7 @@ class Switch:
         if not result["verified"]:
             if result["failure"] in integrity.NONSENSE:
                 integrity.mark_served(self.docker, f"a verification failed ({result['failure']})", service)
-            if self.weights != measured.DUMMY:
+            if self.weights != DUMMY:
                 integrity.request(str(result["failure"]))
             facts = {"failure": result["failure"], "checks": result["checks"], "answer": result["answer"]}
             raise FailedError(result["msg"], **self.facts(service, facts))

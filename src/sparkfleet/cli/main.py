@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import yaml
-from sparkfleet_host import measured
 from sparkfleet_host.bounded import GIB, printable
+from sparkfleet_host.release_format import DUMMY, WEIGHTS
 
 from sparkfleet import (
     SparkfleetError,
@@ -210,8 +210,8 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
             parser.add_argument("--profile", type=_word)
             parser.add_argument(
                 "--weights",
-                choices=measured.WEIGHTS,
-                default=measured.DUMMY,
+                choices=WEIGHTS,
+                default=DUMMY,
                 help="dummy: only configuration and tokenizer are fetched; real: those on the Spark (default: dummy)",
             )
         elif verb == "upgrade":

@@ -18,6 +18,7 @@ from typing import Any
 
 from sparkfleet_host import measured
 from sparkfleet_host.bounded import COMMIT, BoundsError
+from sparkfleet_host.release_format import DUMMY
 
 from sparkfleet.planning.catalog import Arguments, Card
 
@@ -69,7 +70,7 @@ class Known:
         """For the plan: what was measured, and what became of it. `applied`: whether the plan counts the correction."""
         found = []
         if self.start:
-            which = " with dummy weights" if self.start["weights"] == measured.DUMMY else ""
+            which = " with dummy weights" if self.start["weights"] == DUMMY else ""
             words = ", ".join(measured.words(self.start))
             found += [f"measured on {self.host}{which}: {words}"] if words else []
         if self.trial and (words := "; ".join(measured.speed_words(self.trial))):

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sparkfleet_host.release_format import FORMAT, TRIAL, TRIAL_FORMAT
+from sparkfleet_host.release_format import DUMMY, FORMAT, TRIAL, TRIAL_FORMAT
 
 from sparkfleet import operator_name
 from sparkfleet.documents import yaml_text
@@ -263,7 +263,7 @@ def fetch(target: Target, engine: EngineTarget, state: State) -> Fetch:
     suspect = bool(known.get("suspect")) and not known.get("missing")
     if target.settings.trial:
         there = known["complete"] or known.get("config")
-        model.add(not there and target.settings.trial == "dummy", f"download {card.repo} without its weights")
+        model.add(not there and target.settings.trial == DUMMY, f"download {card.repo} without its weights")
     elif target.settings.model_source == "local":
         model.add(suspect, f"hash the files of {card.repo}: {known.get('suspect')}")
         model.add(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparkfleet_host.bounded import GIB
+from sparkfleet_host.release_format import REAL
 
 from sparkfleet import SparkfleetError
 from sparkfleet.diagnosis.failures import BY_ID
@@ -122,7 +123,7 @@ def checks(target: Target, state: State, work: Work) -> tuple[list[Check], list[
         *([_address(target, state)] if target.settings.gateways else []),
         _switch(target, state),
         *([_bundle(target.bundle, state, cases, work)] if target.bundle else []),
-        *([_weights(case) for case in cases] if target.settings.trial == "real" else []),
+        *([_weights(case) for case in cases] if target.settings.trial == REAL else []),
         *(_registry(case) for case in cases),
         *(_hub(state, case) for case in cases),
         _folders(target, state),

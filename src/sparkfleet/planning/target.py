@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 from sparkfleet_host.bounded import printable
-from sparkfleet_host.release_format import MOST_ENGINES
+from sparkfleet_host.release_format import DUMMY, MOST_ENGINES
 
 from sparkfleet import SparkfleetError
 from sparkfleet.packaging.bundle import Bundle
@@ -264,7 +264,7 @@ class Target:
         if trial:
             environment = {**TRIAL_ENVIRONMENT, **environment}
             addresses = [compose.LOOPBACK]  # nobody is to ask it by mistake
-        if trial == "dummy":
+        if trial == DUMMY:
             arguments = {**arguments, "load_format": "dummy"}
             complete = complete or model.get("config")
         made = compose.document(

@@ -27,5 +27,5 @@ class HostResult:
     def as_dict(self) -> dict[str, Any]:
         """For JSON: what is empty is left out."""
         data = dataclasses.asdict(self)
-        empty = ("", [], {}, None)
+        empty: tuple[Any, ...] = ("", [], {}, None)
         return {key: value for key, value in data.items() if key in ("name", "result") or value not in empty}

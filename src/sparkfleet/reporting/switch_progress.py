@@ -8,7 +8,7 @@ from typing import Any
 
 from sparkfleet_host import measured
 from sparkfleet_host.bounded import LATEST, BoundsError, as_int, as_number, as_str, printable
-from sparkfleet_host.release_format import NUMBERS, check_journal, storable
+from sparkfleet_host.release_format import NUMBERS, TRIAL, check_journal, storable
 
 from sparkfleet.diagnosis import failures, startup_log
 from sparkfleet.diagnosis.startup import Watch, explain
@@ -16,7 +16,6 @@ from sparkfleet.planning import calibration
 from sparkfleet.reporting import report
 
 VERIFIED, RESTORED, REMOVED, REFUSED = "verified", "restored", "removed", "refused"
-TRIAL = "trial"  # a mode
 #: Phases of the journal in words; those that wait for an engine are shown by its log.
 WORDS = {
     "stopping": "stopping {before}",
