@@ -8,7 +8,8 @@
         report: reports/spark-1.json      # on the controller; none when empty
 
 All other options are those of the module of the same name. With `engines`, as `spark_plan` returns them, each engine of
-the host is verified on 127.0.0.1 in turn; those after one that fails are not asked. Where there are several, the
+the host is verified on 127.0.0.1 in turn; those after one that fails are not asked. The report has what was measured of
+it: of `measured` (by service), or of the engine. Where there are several, the
 name of the report ends in that of the service (`reports/spark-1-SERVICE.json`).
 """
 
@@ -27,6 +28,7 @@ from sparkfleet_host import releases
 from sparkfleet_host.bounded import printable
 
 from sparkfleet.diagnosis import failures
+from sparkfleet.planning import calibration
 
 # Of the module's result; Ansible adds keys of its own, not all of them plain data.
 KEPT = (
@@ -58,20 +60,28 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         arguments = dict(self._task.args)
         report = str(arguments.pop("report", "") or "")
         engines = arguments.pop("engines", None)
+        measured = arguments.pop("measured", None) or {}
         if engines is None:
             return self._verify(arguments, report, task_vars, result)
         results: list[dict[str, Any]] = []
         for index, engine in enumerate(engines):
             asked = {**arguments, **question(engine)}
             path = report if len(engines) == 1 or not report else sibling(report, str(engine.get("service") or index))
-            answer = self._verify(asked, path, task_vars, result)
+            started = measured.get(engine.get("service")) if isinstance(measured, Mapping) else None
+            known = calibration.understood([started or engine.get("measured")])
+            answer = self._verify(asked, path, task_vars, result, next(iter(known), None))
             results.append({"service": engine.get("service", ""), **answer})
             if answer.get("failed"):
                 break
         return {**answer, "engines": results} if len(engines) > 1 else answer
 
     def _verify(
-        self, arguments: dict[str, Any], report: str, task_vars: dict[str, Any], result: dict[str, Any]
+        self,
+        arguments: dict[str, Any],
+        report: str,
+        task_vars: dict[str, Any],
+        result: dict[str, Any],
+        measured: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         answer = self._execute_module(
             module_name="sparkfleet.dgx.vllm_verify", module_args=arguments, task_vars=task_vars
@@ -83,7 +93,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         display.display(table(host, answer))
         if report and not self._task.check_mode:
             path = Path(self._loader.path_dwim(report))
-            save(path, record(host, answer))
+            save(path, record(host, answer) | ({"measured": measured} if measured else {}))
             answer["report"] = str(path)
         if not answer.get("failed"):
             return {**result, **answer, "changed": False}
