@@ -31,7 +31,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
     """Runs the module spark_state on the host and makes the plan from what it found."""
 
     TRANSFERS_FILES = False
-    _VALID_ARGS = frozenset(("again", "status", "trial"))
+    _VALID_ARGS = frozenset(("again", "status", "trial_weights"))
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return ``plan``; raise one error with every finding when the host or the input is not fit."""
@@ -43,7 +43,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         if "plan" in before and not gateway.truth(self._task.args.get("again", True)):
             return {**result, "changed": False, "plan": before["plan"], "state": before["state"]}
         try:
-            settings = dataclasses.replace(self._settings(task_vars), trial=str(self._task.args.get("trial") or ""))
+            settings = dataclasses.replace(self._settings(task_vars), trial=str(self._task.args.get("trial_weights") or ""))
             if not (settings.bundle or status):
                 self._make_card(settings, task_vars)
             target = Target.of(settings)

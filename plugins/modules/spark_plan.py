@@ -21,7 +21,7 @@ options:
     description: Include what is served, for M(sparkfleet.dgx.spark_status), and print nothing.
     type: bool
     default: false
-  trial:
+  trial_weights:
     description: >-
       Plan a trial of the model with V(dummy) or V(real) weights instead of a deployment, see C(sparkfleet trial).
     type: str

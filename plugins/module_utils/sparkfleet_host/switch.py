@@ -11,7 +11,7 @@ after the other because vLLM measures the free memory while it starts. What thei
 release (see `measured`).
 
 A trial is a release that never becomes the current one: once it answers, its figures are read and its speed is
-measured, and then, whatever happened, the release before is started and verified again, or nothing is left running.
+measured, and then, whatever happened, the previous release is started and verified again, or nothing is left running.
 
 It runs on the host as the transient unit `sparkfleet-switch.service`, so that a controller may vanish halfway. Each
 step is in the journal (/var/lib/sparkfleet/switch.json) before it starts; `recover` ends a switch that a power cut
@@ -217,7 +217,7 @@ class Switch:
 
     @property
     def trial(self) -> bool:
-        """Whether this is a trial, after which the release before is restored in any case."""
+        """Whether this is a trial, after which the previous release is restored in any case."""
         return bool(self.journal["mode"] == TRIAL)
 
     def measure(self, to: int) -> None:

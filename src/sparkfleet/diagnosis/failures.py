@@ -729,7 +729,7 @@ TABLE: tuple[Failure, ...] = (
         "the speed of a trial could not be measured",
         "the engine answered, but its benchmark failed or did not end in time",
         "The memory figures of the trial are kept. See the message for the reason, then run the trial again.",
-        auto_recovery="the release before is started and verified again",
+        auto_recovery="the previous release is started and verified again",
     ),
     Failure(
         "switch-restored",
