@@ -20,8 +20,9 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 
-from sparkfleet import operator_name
+from sparkfleet import operator_name, paths
 from sparkfleet.fleet.reconnect import ReconnectingExecutor
+from sparkfleet.planning import calibration
 from sparkfleet.reporting import report
 from sparkfleet.reporting.switch_progress import Follower, foreseen
 
@@ -53,7 +54,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                 return {**result, **answer, **refused(host, answer)}
             for line in follower.take(answer):
                 display.display(line)
-        return {**result, **follower.result()}
+        made = follower.result()
+        try:
+            calibration.remember(paths.STATE, host, list(made["measured"].values()))
+        except OSError as error:
+            display.warning(f"{host}: what was measured is not kept on this machine: {error.strerror}")
+        return {**result, **made}
 
 
 def refused(host: str, answer: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from pathlib import Path
@@ -30,7 +31,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
     """Runs the module spark_state on the host and makes the plan from what it found."""
 
     TRANSFERS_FILES = False
-    _VALID_ARGS = frozenset(("again", "status"))
+    _VALID_ARGS = frozenset(("again", "status", "trial_weights"))
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return ``plan``; raise one error with every finding when the host or the input is not fit."""
@@ -42,7 +43,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         if "plan" in before and not gateway.truth(self._task.args.get("again", True)):
             return {**result, "changed": False, "plan": before["plan"], "state": before["state"]}
         try:
-            settings = self._settings(task_vars)
+            settings = dataclasses.replace(
+                self._settings(task_vars), trial=str(self._task.args.get("trial_weights") or "")
+            )
             if not (settings.bundle or status):
                 self._make_card(settings, task_vars)
             target = Target.of(settings)
@@ -86,6 +89,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         if answer.get("failed"):
             raise AnsibleActionFail(f"{host}: cannot inspect the host: {_first_line(answer)}")
 
+        answer["state"]["host"] = host
         made = plan.make(target, answer["state"], reads=status or bool(task_vars.get("sparkfleet_inspection_reads")))
         if "preflight" in task_vars.get("ansible_run_tags", ()):
             for line in _table(made):
@@ -201,6 +205,7 @@ def _summary(made: dict[str, Any], state: dict[str, Any], first: bool) -> list[s
         if engine["memory"]:
             which = f" of {engine['model']}" if len(made["engines"]) > 1 else ""
             lines.append(f"  memory{which}: {report.brief(engine['memory'])}")
+            lines += [f"  {note}" for note in engine["memory"]["notes"] if "measured" in note and engine["measured"]]
     for stage in ("prepare", "fetch", "deploy"):
         reasons = [
             reason

@@ -8,7 +8,8 @@
         report: reports/spark-1.json      # on the controller; none when empty
 
 All other options are those of the module of the same name. With `engines`, as `spark_plan` returns them, each engine of
-the host is verified on 127.0.0.1 in turn; those after one that fails are not asked. Where there are several, the
+the host is verified on 127.0.0.1 in turn; those after one that fails are not asked. The report has what was measured of
+it: of `measured` (by service), or of the engine. Where there are several, the
 name of the report ends in that of the service (`reports/spark-1-SERVICE.json`).
 
 With `mode: deep` each kind that is not of the quick set is a call of the module of its own, so that a run of minutes
@@ -31,6 +32,7 @@ from sparkfleet_host.asking import Budget
 from sparkfleet_host.bounded import printable
 
 from sparkfleet.diagnosis import failures
+from sparkfleet.planning import calibration
 
 # Of the module's result; Ansible adds keys of its own, not all of them plain data.
 KEPT = (
@@ -62,22 +64,32 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         arguments = dict(self._task.args)
         report = str(arguments.pop("report", "") or "")
         engines = arguments.pop("engines", None)
-        known = arguments.pop("verified", None)
+        verified = arguments.pop("verified", None)
+        measured = arguments.pop("measured", None) or {}
         if engines is None:
             return self._verify(arguments, {}, report, task_vars, result)
         results: list[dict[str, Any]] = []
         for index, engine in enumerate(engines):
             asked = {**arguments, **question(engine)}
             path = report if len(engines) == 1 or not report else sibling(report, str(engine.get("service") or index))
-            before = known.get(engine["service"]) if isinstance(known, Mapping) else None
-            answer = self._verify(asked, before, path, task_vars, result)
+            service = engine.get("service")
+            before = verified.get(service) if isinstance(verified, Mapping) else None
+            started = measured.get(service) if isinstance(measured, Mapping) else None
+            known = calibration.understood([started or engine.get("measured")])
+            answer = self._verify(asked, before, path, task_vars, result, next(iter(known), None))
             results.append({"service": engine.get("service", ""), **answer})
             if answer.get("failed"):
                 break
         return {**answer, "engines": results} if len(engines) > 1 else answer
 
     def _verify(
-        self, arguments: dict[str, Any], before: Any, report: str, task_vars: dict[str, Any], result: dict[str, Any]
+        self,
+        arguments: dict[str, Any],
+        before: Any,
+        report: str,
+        task_vars: dict[str, Any],
+        result: dict[str, Any],
+        measured: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         host = str(task_vars.get("inventory_hostname", "localhost"))
         answer = self._asked(host, arguments, before, task_vars)
@@ -87,7 +99,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         display.display(table(host, answer))
         if report and not self._task.check_mode:
             path = Path(self._loader.path_dwim(report))
-            save(path, record(host, answer))
+            save(path, record(host, answer) | ({"measured": measured} if measured else {}))
             answer["report"] = str(path)
         if not answer.get("failed"):
             return {**result, **answer, "changed": False}

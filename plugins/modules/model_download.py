@@ -83,6 +83,13 @@ options:
     description: Also download the code of the repository, which vLLM runs only with trust_remote_code.
     type: bool
     default: false
+  weights:
+    description:
+      - Whether to download the weights. With V(false) only configuration and tokenizer are fetched, some megabytes,
+        which is enough for an engine with dummy weights. The model does not count as complete then, and a later
+        download of all of it takes what is there.
+    type: bool
+    default: true
   memory:
     description: Memory limit of the container in bytes; its page cache counts and is reclaimed.
     type: int
@@ -143,6 +150,10 @@ downloaded:
   description: Bytes that were not on this disk before.
   returned: after a download
   type: int
+model_bytes:
+  description: Size of the whole model, also where its weights were left out; null where it is not known.
+  returned: unless attached
+  type: int
 peer_failed:
   description: Why the other Spark failed; empty if it worked or none was given.
   returned: after a download
@@ -179,10 +190,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import COMMIT, BoundsError
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import (
+    COMMIT,
+    BoundsError,
+    as_int,
+)
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import (
     check_listing,
     clear_suspicion,
+    config_path,
     manifest_path,
     mark_suspect,
     model_state,
@@ -250,6 +266,8 @@ def command(params: dict[str, Any]) -> list[str]:
         argv.append(f"--allow={pattern}")
     if params.get("remote_code"):
         argv.append("--remote-code")
+    if not params.get("weights", True):
+        argv.append("--without-weights")
     if params["ignore"] == []:
         argv.append("--ignore-nothing")
     for pattern in params["ignore"] or []:
@@ -407,11 +425,34 @@ def current_state(params: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
+def enough(params: dict[str, Any], state: dict[str, Any]) -> bool:
+    """Whether the cache has what is asked for."""
+    return bool(state["complete"] or (not params["weights"] and state["config"]))
+
+
+def model_bytes(params: dict[str, Any], state: dict[str, Any]) -> int | None:
+    """The size of the whole model, as far as the cache knows it."""
+    if state["total_bytes"] is not None or not state["commit"]:
+        known: int | None = state["total_bytes"]
+        return known
+    try:
+        listing = read_manifest(config_path(params["cache_dir"], params["repo"], state["commit"]))
+        size: int = as_int(listing.get("model_bytes"), "model_bytes")
+        return size
+    except (OSError, BoundsError):
+        return None
+
+
 def hashed(params: dict[str, Any], state: dict[str, Any], job: Job) -> dict[str, Any]:
     """The state, once every file of a suspect model (or of any, where that is asked for) was hashed: a sound one is
     complete, a damaged one is marked, and is fetched."""
     commit, where = state["commit"], (params["cache_dir"], params["repo"])
-    if not commit or state["missing"] or not (state["suspect"] or (params["check_hashes"] and state["complete"])):
+    if (
+        not params["weights"]
+        or not commit
+        or state["missing"]
+        or not (state["suspect"] or (params["check_hashes"] and state["complete"]))
+    ):
         return state
     done = 0
 
@@ -546,6 +587,7 @@ def main() -> None:
             "allow": {"type": "list", "elements": "str", "default": []},
             "ignore": {"type": "list", "elements": "str"},
             "remote_code": {"type": "bool", "default": False},
+            "weights": {"type": "bool", "default": True},
             "memory": {"type": "int", "default": 2 << 30},
             "workers": {"type": "int", "default": 4},
             "network": {"type": "str", "default": "bridge"},
@@ -556,7 +598,7 @@ def main() -> None:
     )
     params = module.params
     began = time.time()
-    what = f"{params['repo']}@{params['revision']}"
+    what = f"{params['repo']}@{params['revision']}" + ("" if params["weights"] else " without weights")
     job: Job | None = None
 
     def fail(id: str, message: str) -> NoReturn:
@@ -570,9 +612,10 @@ def main() -> None:
         check(params)
         state = current_state(params)
         result = {"commit": state["commit"], "snapshot": state["path"], "bytes": state["bytes"], "attached": False}
+        result["model_bytes"] = model_bytes(params, state)
         difference = {"before": "", "after": f"{what} in {params['cache_dir']}\n"}
         if module.check_mode:
-            if state["complete"] and not params["check_hashes"]:
+            if enough(params, state) and not params["check_hashes"]:
                 module.exit_json(changed=False, seconds=0.0, **result)
             message = f"would download {what} into {params['cache_dir']}"
             module.exit_json(changed=True, msg=message, diff=difference, seconds=0.0, **result)
@@ -587,13 +630,14 @@ def main() -> None:
         job = claim
         # Again, now that no one else writes: an earlier job may just have finished.
         state = hashed(params, current_state(params), job)
-        if state["complete"]:
+        if enough(params, state):
             result = {"commit": state["commit"], "snapshot": state["path"], "bytes": state["bytes"]}
+            result["model_bytes"] = model_bytes(params, state)
             job.update("downloading", state["bytes"], state["bytes"])
             changed = False
         else:
             check_host(params)
-            if state["commit"] and state["suspect"]:
+            if params["weights"] and state["commit"] and state["suspect"]:
                 # What is damaged is fetched again, of the commit that is there; a branch may have moved on.
                 # Another Spark must then have what this one had.
                 params = {**params, "revision": state["commit"], "known": known(params, state["commit"])}

@@ -20,9 +20,12 @@ description:
 options:
   to: {description: Number of the release., type: int, required: true}
   mode:
-    description: C(deploy) and C(rollback) differ in wording only; C(restart) is for the current release.
+    description:
+      - C(deploy) and C(rollback) differ in wording only; C(restart) is for the current release.
+      - C(trial) is for a release that is a trial; once it answers, its figures are read, its speed is measured, and
+        what ran before is started and verified again, whatever happened.
     type: str
-    choices: [deploy, rollback, restart]
+    choices: [deploy, rollback, restart, trial]
     default: deploy
   verb: {description: The command that was run., type: str, default: ""}
   controller: {description: "Operator, USER@HOST; the action sets it.", type: str, default: ""}
@@ -98,6 +101,7 @@ left: {description: "By the action; what stays although no release needs it, and
 troubles: {description: By the action; what could not be written or removed., returned: action, type: list}
 seconds: {description: By the action; total., returned: action, type: float}
 verification: {description: By the action; result of the first engine's verification., returned: action, type: dict}
+measured: {description: By the action; what was measured of each engine by service., returned: action, type: dict}
 verifications: {description: By the action; results of the verifications by service., returned: action, type: dict}
 failure: {description: By the action; entry in the table of failures., returned: failure, type: str}
 """
@@ -302,7 +306,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "to": {"type": "int", "required": True},
-            "mode": {"type": "str", "choices": ["deploy", "rollback", "restart"], "default": "deploy"},
+            "mode": {"type": "str", "choices": ["deploy", "rollback", "restart", "trial"], "default": "deploy"},
             **dict.fromkeys(("verb", "controller", "begin", "id", "container", "cursor"), text),
             "start_timeout": {"type": "float", "default": 1800.0},
             "keep_releases": {"type": "int", "default": 5},

@@ -21,6 +21,12 @@ options:
     description: Include what is served, for M(sparkfleet.dgx.spark_status), and print nothing.
     type: bool
     default: false
+  trial_weights:
+    description: >-
+      Plan a trial of the model with V(dummy) or V(real) weights instead of a deployment, see C(sparkfleet trial).
+    type: str
+    choices: ["", dummy, real]
+    default: ""
 author: ["The Sparkfleet developers"]
 """
 

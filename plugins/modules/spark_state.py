@@ -111,6 +111,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.doc
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.guard import read_state
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.http import KEY_FILE
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.job import JobError
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.measured import of_release, trials
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.memory import memory_state, unit_state
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.network import reached_at
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.registry import (
@@ -598,6 +599,8 @@ def gather(params: dict[str, Any]) -> dict[str, Any]:
             ],
             "compose_file": read_text(Path(params["project_dir"]) / "compose.yml"),
             "releases": store.summary(),
+            # Of the current release, and of trials.
+            "measured": [*trials(store), *of_release(store, store.current())],
             "host_program": checksum(Path(params["project_dir"]) / "lib" / "sparkfleet_host.pyz"),
             "guard": guard(),
             "status": served.result() if served else None,

@@ -81,6 +81,14 @@ options:
     description: By the action; file on the controller for the result, none when empty. Not written in check mode.
     type: str
     default: ""
+  engines:
+    description: By the action; engines to verify in turn, as M(sparkfleet.dgx.spark_plan) returns them.
+    type: list
+    elements: dict
+  measured:
+    description: By the action; what was measured of engines, by service, for the report.
+    type: dict
+    default: {}
 author: ["The Sparkfleet developers"]
 attributes:
   check_mode: {support: full, description: Also runs in check mode; changes nothing.}

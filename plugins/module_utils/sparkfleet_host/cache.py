@@ -5,6 +5,7 @@ A model is complete when the manifest that the download wrote last is there, eve
 with the size it names, and it is not marked as suspect. Below `CACHE/.sparkfleet/models--ORG--NAME/`:
 
     COMMIT.json           the manifest of a finished download
+    COMMIT.config.json    the list of what was downloaded without weights, for a trial: such a model is not complete
     COMMIT.suspect.json   why its files are to be hashed before they are used again (see `mark_suspect`)
     fetching.json         the list of a download that is under way
 """
@@ -27,6 +28,11 @@ MANIFEST_BYTES = 16 << 20
 MOST_FILES = 20_000
 FILE_BYTES = 2 << 40  # of a file of a model: more than any has
 MARK_BYTES = bounded.STATE_FILE // 4  # of names in a mark, so that it can be read again however JSON escapes them
+#: Files with weights, by their ends.
+WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite"),
+    *(".gguf", ".npz"),
+)
 CODE = ".py"  # what vLLM runs of a model with trust_remote_code alone
 
 
@@ -65,6 +71,16 @@ def manifest_path(cache_dir: str | Path, repo: str, commit: str) -> Path:
 def suspect_path(cache_dir: str | Path, repo: str, commit: str) -> Path:
     """Where it lies that a model's files are to be hashed before they are used again."""
     return manifest_path(cache_dir, repo, commit).with_name(f"{commit}.suspect.json")
+
+
+def config_path(cache_dir: str | Path, repo: str, commit: str) -> Path:
+    """Where it lies what was downloaded of a model without its weights."""
+    return manifest_path(cache_dir, repo, commit).with_name(f"{commit}.config.json")
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of a model has weights."""
+    return name.lower().endswith(WEIGHTS)
 
 
 # -- manifests -------------------------------------------------------------------------------------------------------
@@ -254,7 +270,7 @@ def model_state(cache_dir: str | Path, repo: str, revision: str, remote_code: bo
     commit: str | None; complete: bool; bytes: int, those of the model on this disk (all blobs, partial ones
     included, where the manifest is missing yet); total_bytes: int | None as the manifest has it; missing: list[str],
     files of the manifest that are absent or of another size; suspect: str, why its files are to be hashed before they
-    are used again; path: str | None of the snapshot, if it exists.
+    are used again; config: bool, whether all but the weights is there; path: str | None of the snapshot, if it exists.
     """
     commit = resolve_commit(cache_dir, repo, revision)
     folder = Path(cache_dir) / repo_folder(repo)
@@ -266,6 +282,7 @@ def model_state(cache_dir: str | Path, repo: str, revision: str, remote_code: bo
         "total_bytes": None,
         "missing": [],
         "suspect": suspicion(cache_dir, repo, commit) if commit else "",
+        "config": False,
         "path": str(snapshot) if snapshot and snapshot.is_dir() else None,
     }
     try:
@@ -274,6 +291,7 @@ def model_state(cache_dir: str | Path, repo: str, revision: str, remote_code: bo
         manifest = None  # none, or damaged: as good as none, the download checks the files again
     if snapshot is None or manifest is None:
         state["bytes"] = _blob_bytes(folder)
+        state["config"] = bool(snapshot and commit) and _has_config(cache_dir, repo, str(commit), folder, remote_code)
         return state
     for name, wanted in manifest["files"].items():
         size = _size(snapshot / name)
@@ -285,7 +303,19 @@ def model_state(cache_dir: str | Path, repo: str, revision: str, remote_code: bo
     # A list of an earlier version says nothing of the code, and has it.
     enough = not remote_code or manifest.get("remote_code", True) is not False
     state["complete"] = bool(manifest["files"]) and enough and not state["missing"] and not state["suspect"]
+    state["config"] = bool(manifest["files"]) and enough and all(map(is_weights, state["missing"]))
     return state
+
+
+def _has_config(cache_dir: str | Path, repo: str, commit: str, folder: Path, remote_code: bool) -> bool:
+    """Whether all is there that was downloaded without weights."""
+    try:
+        listing = read_manifest(config_path(cache_dir, repo, commit))
+    except (OSError, BoundsError):
+        return False
+    enough = not remote_code or listing.get("remote_code") is True
+    files = listing["files"].items()
+    return enough and all(_size(folder / "snapshots" / commit / name) == entry["size"] for name, entry in files)
 
 
 def _size(path: Path) -> int | None:

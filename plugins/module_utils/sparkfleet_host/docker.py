@@ -11,11 +11,12 @@ import http.client
 import json
 import socket
 import struct
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from .bounded import BoundsError, parse_json, printable
+from .bounded import BoundsError, in_time, parse_json, printable
 
 SOCKET = "/var/run/docker.sock"
 LIMIT = 64 << 20  # bytes of an answer
@@ -113,7 +114,10 @@ class Docker:
 
     def frames(self, path: str, tty: bool, timeout: float | None = None) -> Iterator[str]:
         """Lines of a container's output stream (`.../logs`, `.../attach`), stdout and stderr as they come."""
-        connection, response = self._open("GET", path, None, None, timeout)
+        yield from self._framed("GET", path, None, tty, timeout)
+
+    def _framed(self, method: str, path: str, body: Any, tty: bool, timeout: float | None) -> Iterator[str]:
+        connection, response = self._open(method, path, body, None, timeout)
         try:
             if response.status >= 400:
                 raise DockerError(_message(_decode(self._read(response))), response.status)
@@ -141,6 +145,27 @@ class Docker:
                     yield rest.decode("utf-8", "replace")
         finally:
             connection.close()
+
+    def execute(self, name: str, argv: Sequence[str], seconds: float, most: int = 200) -> tuple[int, list[str]]:
+        """Run a command in a container, as `docker exec` does: its exit code and the last `most` lines that it wrote.
+        Raises DockerError where it cannot be run or does not end in time; what runs on then ends with the container."""
+        path = f"/containers/{quote(name, safe='')}/exec"
+        asked = {"Cmd": [*argv], "AttachStdout": True, "AttachStderr": True, "Tty": False}
+        made = _object(self.call("POST", path, asked), path).get("Id")
+        if not isinstance(made, str) or not made:
+            raise DockerError(f"the engine's answer for {path} has no Id")
+        path = f"/exec/{quote(made, safe='')}"
+
+        def work() -> list[str]:
+            lines = self._framed("POST", f"{path}/start", {"Detach": False, "Tty": False}, False, seconds)
+            return list(deque(lines, maxlen=most))
+
+        try:
+            lines = in_time(work, seconds)
+        except TimeoutError:
+            raise DockerError(f"`{printable(' '.join(argv), 80)}` did not end within {seconds:.0f} s") from None
+        code = _object(self.call("GET", f"{path}/json"), path).get("ExitCode")
+        return (code if isinstance(code, int) else -1), lines
 
     # -- things the engine knows (each raises DockerError for an answer of another form) ----------------------
 

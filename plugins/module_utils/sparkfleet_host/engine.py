@@ -149,9 +149,11 @@ def _last_exit(docker: Docker, identity: str) -> int:
     return code
 
 
-def read_log(docker: Docker, service: str, since: str, tty: bool, tail: int | None = None) -> list[str]:
-    """Log lines of a service's container later than `since`, oldest first: the first HEAD of them, or the last `tail`;
-    [] for no container. Raises DockerError."""
+def read_log(
+    docker: Docker, service: str, since: str, tty: bool, tail: int | None = None, most: int = HEAD
+) -> list[str]:
+    """Log lines of a service's container later than `since`, oldest first: the first `most` of them, or the last
+    `tail`; [] for no container. Raises DockerError."""
     name = identity(docker, service)
     if name is None:
         return []
@@ -167,7 +169,7 @@ def read_log(docker: Docker, service: str, since: str, tty: bool, tail: int | No
     )
     frames = docker.frames(f"/containers/{quote(name, safe='')}/logs?{query}", tty, docker.timeout)
     later = (line for line in frames if instant(line.partition(" ")[0]) > (seconds, nanos))
-    return [line[:LINE] for line in itertools.islice(later, HEAD)]
+    return [line[:LINE] for line in itertools.islice(later, most)]
 
 
 def healthy(client: Client) -> bool:

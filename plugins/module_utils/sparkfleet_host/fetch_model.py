@@ -3,11 +3,14 @@
 Runs on a Spark inside a short-lived container, as the entry of the zipapp made by `hub_client`; needs only the
 standard library, huggingface_hub and two files of the host package. Speaks JSON lines on stdout:
     {"progress": {"phase", "done", "total"}}   bytes; phases: resolving, downloading, checking
-    {"result": {"commit", "path", "files", "bytes", "downloaded"}}
+    {"result": {"commit", "path", "files", "bytes", "downloaded", "model_bytes"}}
     {"listing": {"commit", "files": {name: {"size", "sha256" | "sha1"}}}}   with --list, which downloads nothing
     {"about": {"listing", "gated", "licence", "texts": {name: content}, "left_out": {name: size}, "tensor_bytes"}}
                                                with --about, what a model card is made of
     {"error": {"id", "message"}}               with exit code 1; ids as in failures.py
+
+With --without-weights, all but the weights is fetched, in megabytes; its list does not say that the model is complete,
+and a download of all of it takes what is there.
 
 With --expected, any source must offer exactly the commit and files of that list.
 
@@ -56,7 +59,16 @@ from huggingface_hub.utils._paths import filter_repo_objects
 
 from sparkfleet_host import bounded
 from sparkfleet_host.bounded import COMMIT, SHA256
-from sparkfleet_host.cache import CODE, FOLDER, MANIFEST_BYTES, MOST_FILES, check_listing, difference, repo_folder
+from sparkfleet_host.cache import (
+    CODE,
+    FOLDER,
+    MANIFEST_BYTES,
+    MOST_FILES,
+    check_listing,
+    difference,
+    is_weights,
+    repo_folder,
+)
 
 # Other copies of the weights, which vLLM does not read when there are safetensors; many of them are pickles, which run
 # code when they are loaded.
@@ -118,6 +130,7 @@ class Request:
     allow: list[str] = field(default_factory=list)
     ignore: list[str] | None = None  # None: IGNORE, where the repository has safetensors, and code
     remote_code: bool = False  # the engine may run the repository's code
+    weights: bool = True  # False: all but the weights, for a trial
     workers: int = 4
     expected: dict[str, Any] | None = None  # {"commit", "files"} as the controller had it of the Hub
     seconds: float = SECONDS  # for commit and list
@@ -314,6 +327,7 @@ class Fetch:
         self.files: list[RemoteFile] = []
         self.info: Any = None  # what the Hub says of the repository
         self.downloaded = 0
+        self.model_bytes = 0  # of all of it, whatever is fetched
         self._known: dict[str, str] = {}  # blob -> hash computed while it was written
         self._checked = 0
         self._paces: dict[str, Pace] = {}  # blob -> that of the file that comes
@@ -331,7 +345,8 @@ class Fetch:
         """Everything; the result for the last line. Raises FetchError and what `explain` understands."""
         say(progress={"phase": "resolving", "done": 0, "total": 0})
         self.in_time(self.resolve)
-        self._write(self._listing(), "fetching")
+        if self.request.weights:
+            self._write(self._listing(), "fetching")
         before = self._on_disk()
         self._check_space(before)
         with self._progress("downloading", self._on_disk):
@@ -350,6 +365,7 @@ class Fetch:
             "files": len(self.files),
             "bytes": self.total,
             "downloaded": self.downloaded,
+            "model_bytes": self.model_bytes,
         }
 
     # -- what there is -------------------------------------------------------------------------------------
@@ -371,6 +387,11 @@ class Fetch:
         self.look_up()
         if self.request.expected is not None:
             self._compare(self.request.expected)
+        self.model_bytes = self.total
+        if not self.request.weights:
+            self.files = [file for file in self.files if not is_weights(file.name)]
+            if not self.files:
+                raise FetchError("hub-revision-unknown", f"{self.request.repo} at {self.commit} has weights alone")
         if any(not self._blob(file).exists() for file in self.files):
             get_hf_file_metadata(hf_hub_url(self.request.repo, self.files[0].name, revision=self.commit))
 
@@ -657,8 +678,12 @@ class Fetch:
     def _write_manifest(self) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         listing = {**self._listing(), "completed_at": now, "downloaded_bytes": self.downloaded}
+        if not self.request.weights:
+            self._write({**listing, "model_bytes": self.model_bytes}, f"{self.commit}.config")
+            return
         place = self._write(listing, self.commit)
         place.with_name("fetching.json").unlink()
+        place.with_name(f"{self.commit}.config.json").unlink(missing_ok=True)
         place.with_name(f"{self.commit}.suspect.json").unlink(missing_ok=True)  # every file was hashed just now
 
     def _write(self, listing: dict[str, Any], name: str) -> Path:
@@ -825,6 +850,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ignore", action="append", default=None, metavar="PATTERN")
     parser.add_argument("--ignore-nothing", action="store_true")
     parser.add_argument("--remote-code", action="store_true", help="the repository's code too")
+    parser.add_argument("--without-weights", dest="weights", action="store_false", help="all but the weights")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for the commit and the list of files")
     parser.add_argument("--expected", type=Path, metavar="FILE", help="list that the offered files must match")
@@ -838,6 +864,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow=given.allow,
         ignore=[] if given.ignore_nothing else given.ignore,
         remote_code=given.remote_code,
+        weights=given.weights,
         workers=given.workers,
         seconds=given.seconds,
     )

@@ -15,10 +15,10 @@ from typing import Any
 
 from . import engine, http, network
 from .bounded import printable
-from .cache import damaged_files, model_state
+from .cache import damaged_files, is_weights, model_state
 from .docker import Docker, DockerError, DockerUnavailable
 from .engine import EngineError
-from .release_format import Engine
+from .release_format import DUMMY, Engine, trial_weights
 from .releases import ReleaseError, Store
 
 INTERFACES = "/sys/class/net"
@@ -37,6 +37,7 @@ def precheck(store: Store, docker: Docker, number: int) -> list[Problem]:
     damaged = store.damage(number)
     try:
         engines, file = store.engines(number), store.compose_file(number)
+        dummy = trial_weights(store.plan(number)) == DUMMY
     except ReleaseError as error:
         return [Problem("release-damaged", str(error))]
     if damaged:
@@ -60,7 +61,7 @@ def precheck(store: Store, docker: Docker, number: int) -> list[Problem]:
             found += _port(docker, wanted)
             found += _network(docker, wanted, document)
             found += _mounts(wanted, document)
-            found += _model(wanted, item)
+            found += _model(wanted, item, dummy)
         return [*dict.fromkeys(found)]  # engines share images, networks and models
     except DockerUnavailable:
         raise
@@ -146,8 +147,8 @@ def _mounts(wanted: Mapping[str, Any], document: Mapping[str, Any]) -> Iterator[
             yield Problem("mount-missing", f"{source}, which the engine reads its key from, does not exist")
 
 
-def _model(wanted: Mapping[str, Any], item: Engine) -> Iterator[Problem]:
-    """The files of the model, by their sizes, if the engine may not fetch any."""
+def _model(wanted: Mapping[str, Any], item: Engine, dummy: bool) -> Iterator[Problem]:
+    """The files of the model, by their sizes, if the engine may not fetch any; `dummy`: weights are not needed."""
     environment = wanted.get("environment") or {}
     folder = environment.get("HF_HUB_CACHE")
     if str(environment.get("HF_HUB_OFFLINE") or "") != "1" or not folder:
@@ -168,10 +169,10 @@ def _model(wanted: Mapping[str, Any], item: Engine) -> Iterator[Problem]:
     state = model_state(cache, repo, revision)
     if state["path"] is None:
         yield Problem("model-not-in-cache", f"{cache} has no {repo} at {revision}")
-    elif state["missing"]:
-        files = _few(state["missing"])
+    elif missing := [name for name in state["missing"] if not (dummy and is_weights(name))]:
+        files = _few(missing)
         yield Problem("download-incomplete", f"files of {repo} in {cache} are absent or of another size: {files}")
-    elif damaged := damaged_files(cache, repo, str(state["commit"])):
+    elif not dummy and (damaged := damaged_files(cache, repo, str(state["commit"]))):
         yield Problem(
             "download-incomplete",
             f"files of {repo} in {cache} were found damaged: {_few(damaged)}; `ansible-playbook playbooks/fetch.yml "
@@ -180,8 +181,11 @@ def _model(wanted: Mapping[str, Any], item: Engine) -> Iterator[Problem]:
         )
     elif state["total_bytes"] is None:
         # Not fetched by Sparkfleet: at least what the snapshot names must be there.
-        gone = [path.name for path in sorted(Path(state["path"]).rglob("*")) if not path.exists()]
-        if gone or not any(Path(state["path"]).iterdir()):
+        there = sorted(Path(state["path"]).rglob("*"))
+        gone = [path.name for path in there if not path.exists()]
+        if there and not gone and not dummy and not any(is_weights(path.name) for path in there):
+            yield Problem("download-incomplete", f"{state['path']} has no weights, as after a trial")
+        elif gone or not there:
             yield Problem(
                 "download-incomplete",
                 f"{state['path']}: {printable(', '.join(gone[:3]), 300) or 'empty'} does not lead to a file",

@@ -4,11 +4,14 @@
 A release holds a list of engines, each a service of its compose file. The engines of plan and lock are in the same
 order, which is the order that they are started in:
 
-    plan.json     {"format": 2, "engines": [{service, model, profile, repo, image, verify, memory}]}
+    plan.json     {"format": 2, "engines": [{service, model, profile, repo, image, verify, memory, settings}]}
     lock.json     {"format": 2, "engines": [{service, model, profile, repo, revision, image, port}], cache_dir,
                   compile_cache_dir, controller, created, number, sha256}
     outcome.json  {state, at, verified_at, failure, message, container_ids: {service: id}}
     switch.json   see `_JOURNAL`
+
+Of a trial the plan has format 3, with "kind": "trial" and "weights": dummy or real. `settings` is a hash of what the
+figures of an engine depend on besides image and model; plans of earlier versions have none.
 
 Format 1, which has no "format", holds one engine with its fields at the top level. Each function here returns format 2,
 whichever format it reads; the files of a release that was staged are never rewritten.
@@ -28,6 +31,9 @@ from . import bounded
 from .bounded import BoundsError, as_dict, as_int, as_list, as_number, as_str, as_time
 
 FORMAT = 2
+TRIAL_FORMAT = 3  # of a trial, which an earlier version must neither deploy nor roll back to
+TRIAL = "trial"  # a kind of release, and the mode of its switch
+DUMMY, REAL = WEIGHTS = ("dummy", "real")  # of a trial
 MOST_ENGINES = 16  # of a release
 COMPOSE, PLAN = "compose.yml", "plan.json"
 HASHED = (COMPOSE, PLAN)  # whose hashes the lock has
@@ -49,8 +55,8 @@ class NewerFormatError(BoundsError):
 @dataclasses.dataclass(frozen=True)
 class Engine:
     """An engine of a release. `model` is the name of its card; `verify` the questions that it must answer, see
-    `check_plan`; `memory` the figures of the plan, None where there are none. "" means what a release of format 1
-    does not have."""
+    `check_plan`; `memory` the figures of the plan, None where there are none; `settings` a hash of what measured
+    figures depend on. "" means what a release of an earlier version does not have."""
 
     service: str
     model: str
@@ -61,6 +67,7 @@ class Engine:
     port: int
     verify: Mapping[str, Any]
     memory: Mapping[str, Any] | None
+    settings: str = ""
 
     @property
     def url(self) -> str:
@@ -83,11 +90,22 @@ def as_json(data: Any) -> str:
 
 def check_plan(data: Any) -> dict[str, Any]:
     """A release's plan: {format, engines: [{service, model, repo: not empty; profile, image: str; verify: {question,
-    expect, prompt, prompt_expect: str, max_tokens: int, kinds: [str]}; memory: {…} or None}]}. Raises BoundsError."""
+    expect, prompt, prompt_expect: str, max_tokens: int, kinds: [str]}; memory: {…} or None; settings: str}], and of a
+    trial kind and weights}. Raises BoundsError."""
     plan = as_dict(data, "the plan")
-    if _format(plan) < FORMAT:
+    number = _format(plan, TRIAL_FORMAT)
+    if number < FORMAT:
         plan = {"engines": [_of_format_1(plan, _PLANNED)]}
-    return {**plan, "format": FORMAT, "engines": _engines(plan, _planned)}
+    if (number == TRIAL_FORMAT) != (plan.get("kind") == TRIAL):
+        raise BoundsError(f"kind: {bounded.printable(repr(plan.get('kind')), 80)} is none of format {number}")
+    if number == TRIAL_FORMAT and plan.get("weights") not in WEIGHTS:
+        raise BoundsError(f"weights: none of {', '.join(WEIGHTS)}")
+    return {**plan, "format": max(number, FORMAT), "engines": _engines(plan, _planned)}
+
+
+def trial_weights(plan: Mapping[str, Any]) -> str:
+    """`dummy` or `real` of a trial's plan, "" of a release that is to serve."""
+    return str(plan["weights"]) if plan.get("kind") == TRIAL else ""
 
 
 def check_lock(data: Any) -> dict[str, Any]:
@@ -121,6 +139,7 @@ def merged(plan: Mapping[str, Any], lock: Mapping[str, Any]) -> tuple[Engine, ..
             **{key: planned[key] for key in ("service", "model", "profile", "repo", "verify", "memory")},
             **{key: locked[key] for key in ("revision", "port")},
             image=locked["image"] or planned["image"],
+            settings=planned.get("settings", ""),
         )
         for planned, locked in zip(plan["engines"], lock["engines"], strict=True)
     )
@@ -129,12 +148,16 @@ def merged(plan: Mapping[str, Any], lock: Mapping[str, Any]) -> tuple[Engine, ..
 def identity(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What makes two plans of the same compose file the same release. The figures of memory are not part of it: they
     change with what is free on the host."""
-    return [{key: engine[key] for key in ("service", "model", "profile", "verify")} for engine in plan["engines"]]
+    kind = {"trial": weights} if (weights := trial_weights(plan)) else {}
+    return [
+        {**kind, **{key: engine[key] for key in ("service", "model", "profile", "verify")}}
+        for engine in plan["engines"]
+    ]
 
 
-def _format(data: Mapping[str, Any]) -> int:
+def _format(data: Mapping[str, Any], newest: int = FORMAT) -> int:
     number = as_int(data.get("format", 1), "format", 1)
-    if number > FORMAT:
+    if number > newest:
         raise NewerFormatError(f"format {number} was written by a newer version of Sparkfleet")
     return number
 
@@ -162,6 +185,7 @@ def _planned(data: Any) -> dict[str, Any]:
     for key in ("model", "repo"):
         if not as_str(engine.get(key), key, 1000):
             raise BoundsError(f"{key} is empty")
+    as_str(engine.get("settings", ""), "settings", 64)
     asked = as_dict(engine.get("verify"), "verify")
     kinds = as_list(asked.get("kinds", []), "verify.kinds", 100)  # none in releases of earlier versions
     memory = engine.get("memory")
@@ -298,6 +322,7 @@ _JOURNAL: dict[str, tuple[Callable[[Any, str], Any], Any]] = {
     "kept": (_names, []),  # services that are the same in both releases and keep running
     "container_ids": (_ids, {}),
     "verifications": (_results, {}),  # results of `verify`, by service
+    "measured": (_results, {}),  # figures of the engines that it started (see `measured`), by service
     **dict.fromkeys(("pid", "keep"), (_number, 0)),
     "start_timeout": (as_time, 0.0),
     "began": (as_time, 0.0),

@@ -9,7 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from . import engine
+from . import engine, measured
 from .docker import Docker, DockerError
 from .guard import WORST_FIRST, figures, read_state
 from .http import Client, HttpError, engine_client
@@ -67,12 +67,16 @@ def rows(store: Store, current: int | None, containers: list[dict[str, Any]]) ->
     with contextlib.suppress(ReleaseError):
         keys = ("service", "model", "profile", "repo", "image", "port")
         if current is not None:
-            return [{key: getattr(item, key) for key in keys} for item in store.engines(current)]
+            known = {record["service"]: record for record in measured.of_release(store, current)}
+            return [
+                {**{key: getattr(item, key) for key in keys}, "measured": known.get(item.service)}
+                for item in store.engines(current)
+            ]
     found = []
     for item in containers:
         ports = [port.get("PublicPort") for port in item.get("Ports") or [] if port.get("PublicPort")]
         if item.get("State") == "running" and ports:
-            unknown = dict.fromkeys(("model", "profile", "repo", "image"))
+            unknown = dict.fromkeys(("model", "profile", "repo", "image", "measured"))
             found.append({"service": engine.service_of(item), **unknown, "port": int(ports[0])})
     return found[:MOST_ENGINES]
 

@@ -7,7 +7,11 @@
       └ a problem found beforehand → nothing is stopped
 
 An engine that both releases define in the same way keeps running, and is verified with the others. Engines start one
-after the other because vLLM measures the free memory while it starts.
+after the other because vLLM measures the free memory while it starts. What their logs show of that is kept beside the
+release (see `measured`).
+
+A trial is a release that never becomes the current one: once it answers, its figures are read and its speed is
+measured, and then, whatever happened, the previous release is started and verified again, or nothing is left running.
 
 It runs on the host as the transient unit `sparkfleet-switch.service`, so that a controller may vanish halfway. Each
 step is in the journal (/var/lib/sparkfleet/switch.json) before it starts; `recover` ends a switch that a power cut
@@ -27,22 +31,24 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import engine, integrity, key, memory, reclaim
+from . import engine, integrity, key, measured, memory, reclaim
 from .asking import Budget
+from .bench import BenchError, bench
 from .bounded import printable
 from .docker import Docker, DockerError, DockerUnavailable
 from .engine import EngineError
 from .http import Client, HttpError, engine_client
 from .precheck import Problem, precheck
 from .redaction import redact
-from .release_format import DONE, LOG_LINES, Engine
+from .release_format import DONE, DUMMY, LOG_LINES, TRIAL, Engine, trial_weights
 from .releases import PROJECT_DIR, STATE_DIR, ReleaseError, Store
-from .verify import BUDGET, DEEP, QUICK, is_over, joined, steps, verify
+from .verify import BUDGET, DEEP, QUICK, answers, is_over, joined, steps, verify
 
 DEPLOY, ROLLBACK, RESTART = "deploy", "rollback", "restart"
 VERIFIED, RESTORED, REMOVED, FAILED, REFUSED = "verified", "restored", "removed", "failed", "refused"
 CHECKING = "checking"  # the phase in which nothing has changed yet
 FORWARD = ("stopping", "starting", "waiting", "verifying", "committing")
+MEASURING = "measuring"  # the phase of a trial that answers
 TROUBLES = 50  # that are kept
 BUSY = 75  # exit code where another switch runs (EX_TEMPFAIL)
 START_SECONDS = 1800.0
@@ -100,6 +106,7 @@ class Switch:
         self.recovering = False  # an engine has stopped already
         self.running: set[str] = set()  # services that `activate` left running
         self.verified: set[str] = set()  # services that it found to answer right
+        self.weights = ""  # of the trial's engine while it is tried: dummy or real
 
     # -- the sequence ----------------------------------------------------------------------------------------
 
@@ -137,7 +144,7 @@ class Switch:
             **{**asked, **seconds},
             **{"phase": "", "steps": [], "container": "", "outcome": None, "error": None, "restore_error": None},
             **{"stopped_at": None, "answering_at": None, "out_of_service_s": None, "verifications": {}},
-            **{"container_ids": {}, "repaired": [], "reclaimed": [], "left": [], "troubles": []},
+            **{"container_ids": {}, "measured": {}, "repaired": [], "reclaimed": [], "left": [], "troubles": []},
         }
         self.phase(phase)
 
@@ -157,6 +164,9 @@ class Switch:
         self.journal.update(models=self._models(to), from_models=self._models(before))
         found: list[Problem] = []
         with contextlib.suppress(ReleaseError):  # precheck reports it
+            if bool(trial_weights(self.store.plan(to))) != self.trial:
+                what = "is not a trial" if self.trial else "is a trial, which never serves"
+                return [Problem("bad-input", f"release {to} {what}")]
             there = [item.service for item in self.store.engines(to)]
             for service in self.journal["services"]:
                 if service not in there:
@@ -193,8 +203,11 @@ class Switch:
             return self.journal
         try:
             self.activate(to, FORWARD[:4], bool(self.request.get("recreate")))
+            if self.trial:
+                self.measure(to)
         except Exception as error:
             self.journal["error"] = _failure(error)
+        if self.trial or self.journal["error"]:
             self.restore()
             return self.journal
         try:
@@ -208,11 +221,48 @@ class Switch:
         self.finish(to)
         return self.journal
 
+    @property
+    def trial(self) -> bool:
+        """Whether this is a trial, after which the previous release is restored in any case."""
+        return bool(self.journal["mode"] == TRIAL)
+
+    def measure(self, to: int) -> None:
+        """Read the figures of a trial's engine, which answers, and measure its speed. What was measured is kept at
+        once. Raises FailedError where the speed cannot be measured."""
+        weights = trial_weights(self.store.plan(to))
+        for item in self.store.engines(to):
+            self.phase(MEASURING, item.service)
+            self._attempt(item.service, functools.partial(self._measure, item, weights))
+
+    def _measure(self, item: Engine, weights: str) -> None:
+        record = measured.of_start(self.docker, item, self.now(), weights)
+        failed = ""
+        try:
+            record["speed"], record["bench"] = bench(self.docker, str(record["container"]), item)
+        except (BenchError, DockerError, HttpError) as error:
+            failed = str(error)
+        self.journal["measured"][item.service] = record
+        with self._regardless("what was measured could not be kept"):
+            measured.keep_trial(self.store, record)
+        if failed:
+            raise FailedError(failed, **self.facts(item.service, {"failure": "trial-speed"}))
+
+    def note_starts(self, number: int) -> dict[str, dict[str, Any]]:
+        """Keep what the logs of the engines show that were started just now, beside their release; the records, by
+        service."""
+        found = {}
+        with self._regardless("the engines' figures could not be kept"):
+            for item in self.store.engines(number):
+                if item.service not in self.journal["kept"]:
+                    found[item.service] = measured.of_start(self.docker, item, self.now())
+            measured.keep_start(self.store, number, list(found.values()))
+        return found
+
     def to_keep(self, to: int) -> dict[str, str]:
         """The engines that need not stop, service to container: those that a restart does not name, or that a release
         and the current one define in the same way. Each runs, healthy, in the container that was verified."""
         before = self.journal["from"]
-        if before is None or self.request.get("recreate") or self.request.get("new_key"):
+        if before is None or self.trial or self.request.get("recreate") or self.request.get("new_key"):
             return {}
         try:
             engines = self.store.engines(to)
@@ -271,6 +321,7 @@ class Switch:
     def finish(self, to: int) -> None:
         """The new release is the current one, which nothing undoes: remove what the old one left."""
         self.tidy(to)
+        self.journal["measured"] = self.note_starts(to)
         if self.request.get("reclaim", True):
             with self._regardless("what no release needs could not be removed"):  # it stays recorded
                 self.journal["reclaimed"], self.journal["left"] = reclaim.after_switch(self.store, self.docker)
@@ -290,12 +341,15 @@ class Switch:
             self.journal.setdefault("repaired", []).extend(self.store.repair_all())
 
     def restore(self) -> None:
-        """The new release does not work: back to what was there before."""
+        """The new release does not work, or was a trial: back to what was there before."""
         to, before = self.journal["to"], self.journal["from"]
         error = self.journal["error"]
         self.phase("restoring")
         with self._regardless(f"the failure of release {to} could not be recorded"):
-            self.store.note_failure(to, self.now(), error.get("failure", ""), error["message"], error.get("log", []))
+            if error:
+                self.store.note_failure(
+                    to, self.now(), error.get("failure", ""), error["message"], error.get("log", [])
+                )
         with self._regardless("the previous key could not be restored"):
             key.give_back()
         if before is None or before == to:
@@ -318,6 +372,7 @@ class Switch:
             if self.store.current() != before:
                 self.store.point(before)
         self._remove_others(before)
+        self.note_starts(before)
         self.end(RESTORED)
 
     def _explained(self, number: int, facts: dict[str, Any]) -> dict[str, Any]:
@@ -336,6 +391,7 @@ class Switch:
         an engine that fails does not keep the rest from starting. Raises FailedError, for the first that fails."""
         stopping, starting, waiting, verifying = names
         forward = stopping == "stopping"
+        self.weights = ""
         # What served before is not kept from serving again by what it was not asked then.
         mode = str(self.journal.get("verify") or QUICK) if forward else QUICK
         self.running, self.verified = set(), set()
@@ -343,6 +399,8 @@ class Switch:
             engines, file = self.store.engines(number), str(self.store.compose_file(number))
         except ReleaseError as error:
             raise FailedError(str(error), failure="release-damaged", state="missing") from None
+        if forward and self.trial:
+            self.weights = trial_weights(self.store.plan(number))
         kept = self._still_kept(engines)
         self.running.update(kept)
         fresh = [item for item in engines if item.service not in kept]
@@ -430,10 +488,9 @@ class Switch:
                 url = urls.get(service) or next(iter(urls.values()), "")
                 if self.journal["stopped_at"] is None and url and engine.healthy(engine_client(url)):
                     self.journal["stopped_at"] = self.now()
-                # One that failed has nothing to finish.
-                engine.stop(
-                    self.docker, item["Id"], FAILED_STOP_SECONDS if self.journal["error"] else engine.STOP_SECONDS
-                )
+                # One that failed, or was tried, has nothing to finish.
+                idle = self.journal["error"] or self.journal["phase"].startswith("restor")
+                engine.stop(self.docker, item["Id"], FAILED_STOP_SECONDS if idle else engine.STOP_SECONDS)
 
     def wait(self, service: str, client: Client) -> None:
         """Until the engine is ready. Raises FailedError when it ends, is restarted, or takes too long."""
@@ -474,7 +531,8 @@ class Switch:
         FailedError unless the answers are right."""
         service = item.service
         try:
-            result = self._asked(item, mode)
+            # Dummy weights answer, but know nothing.
+            result = answers(verify_params(item)) if self.weights == DUMMY else self._asked(item, mode)
         except HttpError as error:
             raise FailedError(str(error), **self.facts(service, {"failure": "endpoint-down"})) from None
         results[service] = result
@@ -482,7 +540,8 @@ class Switch:
         if not result["verified"]:
             if result["failure"] in integrity.NONSENSE:
                 integrity.mark_served(self.docker, f"a verification failed ({result['failure']})", service)
-            integrity.request(str(result["failure"]))
+            if self.weights != DUMMY:
+                integrity.request(str(result["failure"]))
             facts = {"failure": result["failure"], "checks": result["checks"], "answer": result["answer"]}
             raise FailedError(result["msg"], **self.facts(service, facts))
         self.verified.add(service)
@@ -492,7 +551,7 @@ class Switch:
         params = verify_params(item)
         result = verify(params)
         budget = Budget(float(self.journal.get("verify_seconds") or BUDGET))
-        if result["verified"]:
+        if result["verified"] and not self.weights:
             self.journal["answering_at"] = self.now()
         for kinds in steps(item.verify.get("kinds", ()), mode)[1:]:
             if is_over(result):
@@ -533,6 +592,8 @@ class Switch:
             with self._regardless("releases that never served could not be removed"):
                 unused = self.store.never_verified(int(self.journal.get("keep") or KEEP))
                 unused = [number for number in unused if number != self.journal["to"]]
+                if self.trial and self.journal["to"] != self.journal["from"]:
+                    unused.append(self.journal["to"])  # its figures are kept; nobody can want it back
                 reclaim.note(self.store, unused)
                 self.store.remove(unused)
         self.journal["out_of_service_s"] = round(answering - stopped, 1) if stopped and answering and served else None
@@ -709,7 +770,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", type=int, help="number of the release")
     parser.add_argument("--recover", action="store_true", help="end a switch that was interrupted")
     parser.add_argument("--id", default="")
-    parser.add_argument("--mode", choices=(DEPLOY, ROLLBACK, RESTART), default=DEPLOY)
+    parser.add_argument("--mode", choices=(DEPLOY, ROLLBACK, RESTART, TRIAL), default=DEPLOY)
     parser.add_argument("--controller", default="")
     parser.add_argument("--verb", default="")
     parser.add_argument("--start-timeout", type=float, default=START_SECONDS)
@@ -742,7 +803,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(error, flush=True)
             return 1
     _print_troubles(journal)
-    return 0 if journal["outcome"] == VERIFIED else 1
+    tried = journal["mode"] == TRIAL and not journal["error"] and journal["outcome"] in (RESTORED, REMOVED)
+    return 0 if tried or journal["outcome"] == VERIFIED else 1
 
 
 def _print_troubles(journal: dict[str, Any] | None) -> None:

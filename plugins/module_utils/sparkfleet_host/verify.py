@@ -47,6 +47,8 @@ BUDGET = 300.0  # seconds of a deep verification
 ASKED = ("url", "model", "question", "expect", "prompt", "prompt_expect")
 STOP = ["\n"]
 SHOWN = 4000  # characters of an answer that are kept
+ANSWERED = 16  # tokens that an engine with dummy weights is to generate
+PROMPT = list(range(100, 132))  # tokens that every vocabulary has
 
 
 def steps(kinds: Iterable[str], mode: str = QUICK) -> list[list[str]]:
@@ -268,6 +270,10 @@ def verify(params: dict[str, Any]) -> dict[str, Any]:
     began = time.monotonic()
     verification = Verification(params)
     verification.run()
+    return _result(params, verification, began)
+
+
+def _result(params: dict[str, Any], verification: Verification, began: float) -> dict[str, Any]:
     bad = next((check for check in verification.checks if not check["ok"]), None)
     result = {
         "verified": bad is None,
@@ -284,3 +290,27 @@ def verify(params: dict[str, Any]) -> dict[str, Any]:
     if bad is not None:
         result.update(msg=f"{bad['name']}: {bad['detail']}", failure=bad["failure"])
     return result
+
+
+def answers(params: dict[str, Any], tokens: int = ANSWERED) -> dict[str, Any]:
+    """Whether an engine answers at all, whatever it says, as one with dummy weights does: it is healthy, lists the
+    model and generates `tokens` tokens. The same result as `verify`. Raises HttpError for an address that is none."""
+    began = time.monotonic()
+    verification = Verification(params)
+
+    def complete() -> str:
+        # As numbers: the tokenizer may be that of a model that nobody knows.
+        body = {"model": params["model"], "prompt": PROMPT, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
+        verification.ask(COMPLETIONS, body, "completion")
+        if verification.usage["completion_tokens"] != tokens:
+            raise CheckError(
+                "answer-malformed", f"{verification.usage['completion_tokens']} tokens instead of {tokens}"
+            )
+        return f"{tokens} tokens"
+
+    steps = {"health": verification.health, "models": verification.models, "completion": complete}
+    for name, step in steps.items():
+        verification.checks.append({"name": name, **verification._timed(step)})
+        if not verification.checks[-1]["ok"]:
+            break
+    return _result(params, verification, began)

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 from sparkfleet_host.bounded import GIB, printable
+from sparkfleet_host.release_format import DUMMY, WEIGHTS
 
 from sparkfleet import (
     SparkfleetError,
@@ -34,8 +35,10 @@ from sparkfleet.onboarding import hub_card, init
 from sparkfleet.onboarding.prompts import report_line
 from sparkfleet.paths import ROOT
 from sparkfleet.planning import (
+    calibration,
     catalog,
     memory_plan,
+    preflight,
     vllm_versions,
 )
 from sparkfleet.planning.target import EngineSettings, EngineTarget, Settings, Target
@@ -161,6 +164,7 @@ PLAYBOOKS = {
     "verify": "verify the endpoints with questions whose answers are known",
     "switch": "change the model or profile; roll back if it does not verify",
     "upgrade": "change the image; roll back if it does not verify",
+    "trial": "measure what a model needs and how fast it is on a Spark, without its weights; what served serves again",
     "rollout": "deploy in waves that stop at the first failure",
     "rollback": "return to the previous release, or to one by number",
     "start": "start the deployed release",
@@ -176,7 +180,7 @@ PLAYBOOKS = {
 
 
 #: Verbs that may stop a serving engine: on more than one host only in waves, or when confirmed.
-INTERRUPTING = frozenset(("deploy", "switch", "upgrade", "rollback", "stop", "restart", "rollout", "bundle"))
+INTERRUPTING = frozenset(("deploy", "switch", "upgrade", "rollback", "stop", "restart", "rollout", "bundle", "trial"))
 #: Verbs that show only their result.
 SILENT = frozenset(("status", "logs"))
 
@@ -201,6 +205,15 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
                 "model", nargs="?", type=_word, help="a card's name or path; without it only the profile changes"
             )
             parser.add_argument("--profile", type=_word)
+        elif verb == "trial":
+            parser.add_argument("model", type=_word, help="a card's name or path, or a model of the Hub (ORG/NAME)")
+            parser.add_argument("--profile", type=_word)
+            parser.add_argument(
+                "--weights",
+                choices=WEIGHTS,
+                default=DUMMY,
+                help="dummy: only configuration and tokenizer are fetched; real: those on the Spark (default: dummy)",
+            )
         elif verb == "upgrade":
             parser.add_argument("image", type=_word)
         elif verb == "verify":
@@ -252,6 +265,7 @@ def _arguments(options: argparse.Namespace) -> list[str]:
         "sparkfleet_model": getattr(options, "model", None),
         "sparkfleet_profile": getattr(options, "profile", None),
         "sparkfleet_image": getattr(options, "image", None),
+        "sparkfleet_trial_weights": getattr(options, "weights", None),
         "sparkfleet_release": getattr(options, "release", None),
         "sparkfleet_verify": getattr(options, "depth", None),
         "sparkfleet_logs_lines": getattr(options, "lines", None),
@@ -504,14 +518,21 @@ def _plan(options: argparse.Namespace) -> int:
     if available > total:
         raise SparkfleetError(f"--available-gib {available:g} is more than the host's total ({total:g})")
     fixed = {"kv_cache_memory_bytes": int(options.kv_gib * GIB)} if options.kv_gib else {}
-    made = memory_plan.make(
+    wanted = {"repo": engine.card.repo, "settings": engine.settings_hash, "image": engine.image}
+    # Of another version nothing was measured.
+    known = None
+    if options.engine is None and not fixed:
+        known = calibration.remembered(paths.STATE, {**wanted, "revision": engine.revision})
+    plan = memory_plan.make(
         engine.card,
         engine.arguments | fixed,
         profile=options.profile,
         version=vllm_versions.Engine.parse(options.engine) if options.engine is not None else engine.version,
-        memory=memory_plan.Memory(total, available, options.reserve_gib),
+        memory=memory_plan.Memory(total, available, options.reserve_gib, known.correction if known else 0.0),
         others=_cards,
-    ).as_dict()
+    )
+    made = (preflight.noted(plan, known, applied=True) if known else plan).as_dict()
+    made["measured"] = {"host": known.host, "start": known.start, "trial": known.trial} if known else None
     if options.json:
         print(json.dumps(made, indent=2))
     else:

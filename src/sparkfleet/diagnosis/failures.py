@@ -725,6 +725,13 @@ TABLE: tuple[Failure, ...] = (
         auto_recovery="the guard, or the next run, restores the previous release",
     ),
     Failure(
+        "trial-speed",
+        "the speed of a trial could not be measured",
+        "the engine answered, but its benchmark failed or did not end in time",
+        "The memory figures of the trial are kept. See the message for the reason, then run the trial again.",
+        auto_recovery="the previous release is started and verified again",
+    ),
+    Failure(
         "switch-restored",
         "the last switch failed, and the previous release was restored",
         "the new release did not verify",

@@ -63,11 +63,13 @@ SLOW_TOK_S = 6.0
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Memory of a host in GiB: what CUDA reports in total, what is available now, and the floor for the host itself."""
+    """Memory of a host in GiB: what CUDA reports in total, what is available now, the floor for the host itself, and
+    what the engine was measured there to take more than planned (see `calibration`)."""
 
     total: float = USUAL_TOTAL_GIB
     available: float = USUAL_TOTAL_GIB - USUAL_HOST_GIB
     reserve: float = 4.0
+    correction: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +125,7 @@ class Plan:
     mamba_cache_mode: str = "none"
     speculative_tokens: int = 0
     kv_cache_held_tokens: int = 0
+    correction_gib: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, rounded for reading."""
@@ -247,7 +250,7 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
     graphs = captured if (rules.v2_counts_cuda_graphs if v2 else rules.v1_counts_cuda_graphs) else 0.0
     runtime = OLD_RUNTIME_GIB if rules.counts_host_growth else RUNTIME_GIB
     runtime += LOADER_GIB.get(str(arguments.get("load_format", "")), 0.0)
-    spent = weights + activation + runtime + graphs
+    spent = weights + activation + runtime + graphs + memory.correction
     if fixed:  # vLLM then leaves the utilization aside
         cache = fixed / GIB
         requested = spent + cache
@@ -255,7 +258,8 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
         pool = cut.pool(fixed)
     else:
         requested = utilization * memory.total
-        cache = kv_cache_gib(utilization, memory.total, weights + runtime, activation, graphs)
+        consumed = weights + runtime + memory.correction
+        cache = kv_cache_gib(utilization, memory.total, consumed, activation, graphs)
         pool = cut.pool(int(cache * GIB))
     if isinstance(arguments.get("num_gpu_blocks_override"), int):
         pool = int(_number(arguments, "num_gpu_blocks_override", pool))
@@ -372,6 +376,7 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
         mamba_cache_mode=cut.mode,
         speculative_tokens=cut.speculative_tokens,
         kv_cache_held_tokens=held,
+        correction_gib=memory.correction,
     )
 
 
@@ -424,6 +429,7 @@ def _with_room(
 ) -> Iterable[Suggestion]:
     """Another plan, with its own utilization or, if that is too much, the highest that the host can give."""
     profile = str(change.get("profile", "throughput"))
+    memory = dataclasses.replace(memory, correction=0.0)  # measured with other settings
     for share in ({}, {SHARE: highest_share(memory)}):
         plan = _budget(card, {**arguments, **share}, profile, version, memory)
         if plan.fits:

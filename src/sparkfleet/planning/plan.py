@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sparkfleet_host.release_format import FORMAT
+from sparkfleet_host.release_format import DUMMY, FORMAT, TRIAL, TRIAL_FORMAT
 
 from sparkfleet import operator_name
 from sparkfleet.documents import yaml_text
@@ -37,7 +37,7 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
     docker, toolkit, cache, hygiene, program, guard = prepare(target, state)
     fetches = [fetch(target, *pair) for pair in pairs(target, state)]
     document = target.document(state)
-    deployment = deploy(target, state, document)
+    deployment = trial(target, state) if target.settings.trial else deploy(target, state, document)
     installs = packages(target, state)
     images, models = ([getattr(found, kind).reasons for found in fetches] for kind in ("image", "model"))
     work = preflight.Work(
@@ -49,6 +49,7 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
     )
     checks, memory = preflight.checks(target, state, work)
     figures = [found.as_dict() if found else None for found in memory]
+    known = [dict(one.start) if one and one.start else None for one in preflight.measured(target, state)]
     return {
         "engines": [
             {
@@ -64,6 +65,7 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
                 "memory": figures[index],
                 "fetch_image": bool(images[index]),
                 "fetch_model": bool(models[index]),
+                "measured": known[index],
             }
             for index, engine in enumerate(target.engines)
         ],
@@ -259,7 +261,10 @@ def fetch(target: Target, engine: EngineTarget, state: State) -> Fetch:
     image.add(not state.get("image"), f"pull {engine.image}")
     known, card = state["model"], engine.card
     suspect = bool(known.get("suspect")) and not known.get("missing")
-    if target.settings.model_source == "local":
+    if target.settings.trial:
+        there = known["complete"] or known.get("config")
+        model.add(not there and target.settings.trial == DUMMY, f"download {card.repo} without its weights")
+    elif target.settings.model_source == "local":
         model.add(suspect, f"hash the files of {card.repo}: {known.get('suspect')}")
         model.add(
             not known["complete"] and not suspect,
@@ -282,7 +287,8 @@ def release(
             "profile": engine.settings.profile,
             "repo": card.repo,
         }
-        plans.append({**known, "image": engine.image, "verify": engine.verify, "memory": figures})
+        asked = {"verify": engine.verify, "settings": engine.settings_hash}
+        plans.append({**known, "image": engine.image, **asked, "memory": figures})
         locks.append(
             {
                 **known,
@@ -291,8 +297,10 @@ def release(
                 "port": engine.port,
             }
         )
+    weights = target.settings.trial
+    kind = {"format": TRIAL_FORMAT, "kind": TRIAL, "weights": weights} if weights else {"format": FORMAT}
     return {
-        "plan": {"format": FORMAT, "engines": plans},
+        "plan": {**kind, "engines": plans},
         "lock": {
             "format": FORMAT,
             "engines": locks,
@@ -353,6 +361,18 @@ def deploy(target: Target, state: State, document: compose.Document) -> dict[str
         "recreate": bool(drifted),
         "new_key": new_key,
         "wait": wait.reasons,
+    }
+
+
+def trial(target: Target, state: State) -> dict[str, Any]:
+    """What a trial does in place of a deployment: in any case it stops what runs, starts the engine, and goes back."""
+    running = [item["service"] for item in state["docker"].get("containers", []) if item["ours"]]
+    others = f", stopping {', '.join(sorted({*running}))} for that time" if running else ""
+    (engine,) = target.engines
+    start = f"try {engine.card.name} with {target.settings.trial} weights{others}"
+    return {
+        **{"needed": True, "stage": ["stage a trial"], "start": [start], "mode": TRIAL, "release": None},
+        **{"stop": [], "stop_services": [], "services": [], "recreate": False, "new_key": False, "wait": []},
     }
 
 

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparkfleet_host.bounded import GIB
+from sparkfleet_host.release_format import REAL
 
 from sparkfleet import SparkfleetError
 from sparkfleet.diagnosis.failures import BY_ID
 from sparkfleet.documents import yaml_text
 from sparkfleet.packaging.bundle import Bundle
-from sparkfleet.planning import catalog, memory_plan, vllm_versions
+from sparkfleet.planning import calibration, catalog, memory_plan, vllm_versions
 from sparkfleet.planning.target import EngineTarget, State, Target, listen
 
 #: (ID, VERSION_ID) of /etc/os-release -> where its own packages suffice for Docker with Compose v2.
@@ -39,6 +40,8 @@ CLOCK_TOLERANCE = 300
 BOTH_KEPT = 1.5
 #: Free space that a plan never uses: logs, package lists, a person's own files.
 DISK_RESERVE = 2 * GIB
+#: Configuration and tokenizer of a model, GiB: 17 MB are usual.
+TRIAL_GIB = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +123,7 @@ def checks(target: Target, state: State, work: Work) -> tuple[list[Check], list[
         *([_address(target, state)] if target.settings.gateways else []),
         _switch(target, state),
         *([_bundle(target.bundle, state, cases, work)] if target.bundle else []),
+        *([_weights(case) for case in cases] if target.settings.trial == REAL else []),
         *(_registry(case) for case in cases),
         *(_hub(state, case) for case in cases),
         _folders(target, state),
@@ -247,20 +251,44 @@ def _memory(target: Target, state: State, work: Work) -> tuple[list[Check], list
     free = max(available, min(available + held, total - memory_plan.USUAL_HOST_GIB))
     found: list[Check] = []
     plans: list[memory_plan.Plan | None] = []
-    for room, made in memory_plans(target, total, free):
+    known = measured(target, state)
+    # What serves is not planned again because it was measured.
+    corrections = [one.correction if one and work.starts else 0.0 for one in known]
+    for (room, made), one in zip(memory_plans(target, total, free, corrections), known, strict=True):
+        if one and isinstance(made, memory_plan.Plan):
+            made = noted(made, one, work.starts)  # noqa: PLW2901
         seen = f"{room if plans else available:.1f} of {total:.1f} GiB available"
         plans.append(None if isinstance(made, SparkfleetError) else made)
         found.append(_memory_check(made, seen, enforced=settings.memory_plan != "warn" and work.starts))
     return found, plans
 
 
+def measured(target: Target, state: State) -> list[calibration.Known | None]:
+    """What was measured on this host of each engine as it is planned."""
+    records = calibration.understood(state.get("measured"))
+    found: list[calibration.Known | None] = []
+    for engine, here in zip(target.engines, state["engines"], strict=True):
+        digest, commit = (here.get("image") or {}).get("digest"), here["model"].get("commit")
+        wanted = {"repo": engine.card.repo, "settings": engine.settings_hash, "revision": str(commit)}
+        wanted["image"] = f"{engine.image.partition('@')[0]}@{digest}"
+        host = str(state.get("host") or "this host")
+        found.append(calibration.known(records, host, wanted) if digest and commit else None)
+    return found
+
+
+def noted(plan: memory_plan.Plan, known: calibration.Known, applied: bool) -> memory_plan.Plan:
+    """A plan with what was measured of it."""
+    speed = known.tok_s if known.tok_s is not None else plan.measured_tok_s
+    return dataclasses.replace(plan, notes=(*plan.notes, *known.notes(applied)), measured_tok_s=speed)
+
+
 def memory_plans(
-    target: Target, total: float, available: float
+    target: Target, total: float, available: float, corrections: Sequence[float] = ()
 ) -> list[tuple[float, memory_plan.Plan | SparkfleetError]]:
     """For each engine of a host, in the order in which they start: what is available when it does (GiB), and its memory
     plan, or why there is none."""
     found: list[tuple[float, memory_plan.Plan | SparkfleetError]] = []
-    for engine in target.engines:
+    for engine, correction in zip(target.engines, corrections or [0.0] * len(target.engines), strict=True):
         room = available
         try:
             made = memory_plan.make(
@@ -268,7 +296,7 @@ def memory_plans(
                 engine.arguments,
                 profile=engine.settings.profile,
                 version=engine.version,
-                memory=memory_plan.Memory(total, room, target.settings.memory_reserve_gib),
+                memory=memory_plan.Memory(total, room, target.settings.memory_reserve_gib, correction),
                 others=lambda: [catalog.load(name) for name in catalog.names()],
             )
             available = max(made.left_gib, 0.0)
@@ -307,7 +335,10 @@ def _disk(target: Target, state: State, cases: Sequence[Case]) -> Check:
     if downloads:
         where = state["disk"]["cache"]
         rest = sum(
-            max(case.engine.card.weights.download_gib * GIB - case.found["model"]["bytes"], 0) for case in downloads
+            TRIAL_GIB * GIB
+            if target.settings.trial
+            else max(case.engine.card.weights.download_gib * GIB - case.found["model"]["bytes"], 0)
+            for case in downloads
         )
         what = "the model" if len(downloads) == 1 else f"{len(downloads)} models"
         needs.setdefault(where["device"], []).append((what, target.settings.cache_dir, rest))
@@ -402,6 +433,15 @@ def _bundle(bundle: Bundle, state: State, cases: Sequence[Case], work: Work) -> 
     if not gaps:
         return Check("bundle", f"{bundle.folder} has what is needed")
     return Check("bundle", "; ".join(gaps), (known("bundle", f"the bundle {bundle.folder} has {'; '.join(gaps)}"),))
+
+
+def _weights(case: Case) -> Check:
+    """Whether the weights are there that a trial is to be made with."""
+    repo = case.engine.card.repo
+    if case.found["model"]["complete"]:
+        return Check("weights", f"{repo} is complete")
+    fact = f"{repo} is not complete on this host: fetch it (playbooks/fetch.yml), or try it with --weights dummy"
+    return Check("weights", f"{repo} is not complete", (Finding("model-not-in-cache", fact),))
 
 
 def _registry(case: Case) -> Check:

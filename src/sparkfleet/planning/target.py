@@ -13,17 +13,19 @@ from typing import Any
 
 import yaml
 from sparkfleet_host.bounded import printable
-from sparkfleet_host.release_format import MOST_ENGINES
+from sparkfleet_host.release_format import DUMMY, MOST_ENGINES
 
 from sparkfleet import SparkfleetError
 from sparkfleet.packaging.bundle import Bundle
 from sparkfleet.paths import ROOT
-from sparkfleet.planning import catalog, compose, variables, verification
+from sparkfleet.planning import calibration, catalog, compose, variables, verification
 from sparkfleet.planning.catalog import Arguments, Card
 from sparkfleet.planning.variables import ARGUMENT_PREFIX, PREFIX
 from sparkfleet.planning.vllm_versions import Engine
 
 State = Mapping[str, Any]
+#: vLLM logs activations and memory besides torch at this level only.
+TRIAL_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "DEBUG"}
 DEFAULTS = ROOT / "roles" / "sparkfleet" / "defaults" / "main.yml"
 
 
@@ -105,6 +107,7 @@ class Settings:
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # sparkfleet_vllm_<name>
     gateways: tuple[str, ...] = ()  # names or addresses of the inventory's gateways
     gateways_elsewhere: tuple[str, ...] = ()  # those on other hosts
+    trial: str = ""  # weights of a trial, which is not to serve: dummy or real
     host_program: str = ""  # sha256 of the program that is to be on the host; empty: not checked
 
     @classmethod
@@ -228,6 +231,11 @@ class EngineTarget:
         return self.card.engine(self.image)
 
     @property
+    def settings_hash(self) -> str:
+        """A hash of what its memory depends on besides image and model, see `calibration`."""
+        return calibration.settings(self.card, self.arguments, self.settings.environment)
+
+    @property
     def remote_code(self) -> bool:
         """Whether the engine runs code of the model's repository, which is fetched only then."""
         return bool(self.arguments.get("trust_remote_code"))
@@ -250,6 +258,11 @@ class Target:
                 f"sparkfleet_model_source: {settings.model_source} needs the internet; with sparkfleet_bundle set it "
                 "to local"
             )
+        if settings.trial and (settings.model_source != "local" or len(settings.each()) > 1):
+            raise SparkfleetError(
+                "a trial is of one model with sparkfleet_model_source: local; name the model with -e sparkfleet_model, "
+                "and leave out sparkfleet_engines with -e sparkfleet_engines=[]"
+            )
         engines = tuple(EngineTarget.of(engine, settings.model_source) for engine in settings.each())
         _check_engines(engines)
         bundle = Bundle.read(settings.bundle, settings.bundle_digest) if settings.bundle else None
@@ -265,10 +278,18 @@ class Target:
         image, model = found.get("image") or {}, found.get("model") or {}
         # One that is to be hashed again is the same model.
         complete = model.get("complete") or (model.get("suspect") and not model.get("missing"))
-        return compose.document(
+        arguments, trial = engine.arguments, self.settings.trial
+        environment = {name: str(value) for name, value in engine.settings.environment.items()}
+        if trial:
+            environment = {**TRIAL_ENVIRONMENT, **environment}
+            addresses = [compose.LOOPBACK]  # nobody is to ask it by mistake
+        if trial == DUMMY:
+            arguments = {**arguments, "load_format": "dummy"}
+            complete = complete or model.get("config")
+        made = compose.document(
             engine.card,
-            engine.arguments,
-            environment={name: str(value) for name, value in engine.settings.environment.items()},
+            arguments,
+            environment=environment,
             source="local" if self.settings.model_source == "local" else "hub",
             image=engine.image,
             image_digest=image.get("digest"),
@@ -279,8 +300,11 @@ class Target:
             ca_file=self.settings.ca_file,
             port=engine.port,
             addresses=addresses,
-            api_key_enabled=self.settings.api_key_enabled,
+            api_key_enabled=self.settings.api_key_enabled and not trial,
         )
+        if trial:
+            made["services"][engine.service]["restart"] = "no"  # a restart of the host ends it
+        return made
 
     def addresses(self, state: State | None = None) -> list[str]:
         """Addresses that the engines' ports are published on, besides loopback; none for everywhere."""

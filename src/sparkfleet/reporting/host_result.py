@@ -20,10 +20,12 @@ class HostResult:
     summary: dict[str, Any] | None = None
     log: list[str] = dataclasses.field(default_factory=list)
     removed: list[str] | None = None
+    measured: dict[str, Any] = dataclasses.field(default_factory=dict)
     drift: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: what is empty is left out."""
         data = dataclasses.asdict(self)
-        return {key: value for key, value in data.items() if key in ("name", "result") or value not in ("", [], None)}
+        empty: tuple[Any, ...] = ("", [], {}, None)
+        return {key: value for key, value in data.items() if key in ("name", "result") or value not in empty}

@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from sparkfleet_host import measured
 from sparkfleet_host.bounded import LATEST, printable
 from sparkfleet_host.release_format import MOST_ENGINES
 
+from sparkfleet.planning import calibration
 from sparkfleet.reporting import report
 from sparkfleet.reporting.host_result import HostResult
 
@@ -96,6 +98,7 @@ def _checked_engine(row: Mapping[str, Any]) -> dict[str, Any]:
         "port": _number(row.get("port")),
         "figures": {key: _number(value) for key, value in _mapping(row.get("figures")).items()},
         "tokens_per_second": _number(row.get("tokens_per_second")),
+        "measured": next(iter(calibration.understood([row.get("measured")])), None),
         "guard": {
             "restarts_total": totals,
             "given_up": {"reason": _text(_mapping(guard.get("given_up")).get("reason")) or None},
@@ -140,6 +143,7 @@ def _engine(row: Mapping[str, Any]) -> dict[str, Any]:
         "restarts": sum((guard.get("restarts_total") or {}).values()),
         "given_up": (guard.get("given_up") or {}).get("reason"),
         "slow": bool(guard.get("slow")),
+        "measured": row["measured"],
     }
 
 
@@ -268,6 +272,9 @@ def _notes(row: Mapping[str, Any], alone: bool) -> Iterator[str]:
     for engine in row["engines"]:
         if engine["given_up"]:
             yield f"the guard gave up{' ' + engine['service'] if several else ''}: {engine['given_up']}"
+        # Of many Sparks that is in the JSON.
+        if alone and engine.get("measured") and (words := measured.words(engine["measured"])):
+            yield f"measured{' of ' + engine['service'] if several else ''}: {', '.join(words)}"
     # Of many Sparks, the last switch of each is not news where it went well.
     if row.get("switch") and (alone or not row["switch"].endswith(": verified")):
         yield f"last switch {row['switch']}"

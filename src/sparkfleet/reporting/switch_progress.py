@@ -6,11 +6,13 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any
 
+from sparkfleet_host import measured
 from sparkfleet_host.bounded import LATEST, BoundsError, as_int, as_number, as_str, printable
-from sparkfleet_host.release_format import NUMBERS, check_journal, storable
+from sparkfleet_host.release_format import NUMBERS, TRIAL, check_journal, storable
 
 from sparkfleet.diagnosis import failures, startup_log
 from sparkfleet.diagnosis.startup import Watch, explain
+from sparkfleet.planning import calibration
 from sparkfleet.reporting import report
 
 VERIFIED, RESTORED, REMOVED, REFUSED = "verified", "restored", "removed", "refused"
@@ -19,6 +21,7 @@ WORDS = {
     "stopping": "stopping {before}",
     "starting": "starting {to}",
     "verifying": "asking it",
+    "measuring": "measuring its speed",
     "committing": "it is the current release now",
     "restoring": "{to} failed; bringing back {before}",
     "restore-verifying": "asking it",
@@ -91,7 +94,8 @@ class Follower:
         answer = {**answer, "log_lines": [line for line in answer["log_lines"] if line.partition(" ")[0] > read]}
         self._read[journal["container"]] = answer["cursor"] or read
         self._cursor = (journal["container"], answer["cursor"])
-        now = self._key("back" if journal["error"] else "there", journal["container"])
+        back = journal["error"] or journal["phase"].startswith("restor")  # a trial goes back without an error
+        now = self._key("back" if back else "there", journal["container"])
         fed = False
         for step in news:
             container = step.get("container", "")
@@ -115,9 +119,22 @@ class Follower:
             lines.append(f"{self.host}  {since:.0f} s  asking it: {journal['asking']}")
         self._asking = journal["asking"]
         if self.done:
+            lines += [f"{self.host}  {line}" for line in self._measured_words()]
             lines += [f"{self.host}  {trouble}" for trouble in journal["troubles"][:20]]
             lines += _reclaimed(self.host, "reclaimed", journal)
         return lines
+
+    def _measured_words(self) -> list[str]:
+        lines = []
+        for service, record in self.measured().items():
+            which = f"measured of {service}: " if self._several() else "measured: "
+            lines += [which + ", ".join(words)] if (words := measured.words(record)) else []
+            lines += [f"{which}{words}, by {record['bench']}" for words in measured.speed_words(record)]
+        return lines
+
+    def measured(self) -> dict[str, dict[str, Any]]:
+        """What was measured of the engines that were started, by service."""
+        return {record["service"]: record for record in calibration.understood([*self._journal["measured"].values()])}
 
     def _line(self, step: Mapping[str, Any]) -> list[str]:
         words = self._words(step["phase"], step.get("container", ""))
@@ -145,6 +162,8 @@ class Follower:
                 return f"stopping {names['before']} but for {', '.join(kept)}"
             which = ", ".join(kept) if len(kept) > 1 else "the engine"
             return f"{which} of {names['before']} keep{'s' * (len(kept) == 1)} running for {names['to']}"
+        if phase == "restoring" and self._journal["mode"] == TRIAL and not self._journal["error"]:
+            return f"bringing back {names['before']}" if before is not None else "removing its container"
         if service and phase in WORDS_OF_ONE:
             return WORDS_OF_ONE[phase].format(**names)
         if phase == "restoring" and before is None:
@@ -180,6 +199,7 @@ class Follower:
             "seconds": round((journal["ended"] or 0) - journal["began"], 1),
             "verification": next(iter(journal["verifications"].values()), None),
             "verifications": journal["verifications"],
+            "measured": self.measured(),
             "reclaimed": journal["reclaimed"],
             "reclaimed_bytes": _bytes(journal),
             "left": journal["left"],
@@ -192,7 +212,8 @@ class Follower:
         }
         if starts:
             result.update(next(iter(starts.values())), **({"starts": starts} if self._several() else {}))
-        if outcome == VERIFIED:
+        tried = journal["mode"] == TRIAL and not journal["error"] and outcome in (RESTORED, REMOVED)
+        if tried or outcome == VERIFIED:
             return result
         why = self._why(journal["error"] or {"message": "the Spark gives no reason", "failure": "internal"}, "there")
         head, _, log = why["msg"].partition("\n")

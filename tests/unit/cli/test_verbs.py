@@ -37,6 +37,7 @@ WORDS = {
     "upgrade": ("nvcr.io/nvidia/vllm:25.11-py3",),
     "bundle": ("folder",),
     "remove": ("--yes",),
+    "trial": ("qwen3-32b-fp8",),
 }
 
 

@@ -53,6 +53,7 @@ def test_complete(cache: Path, revision: str) -> None:
         "total_bytes": 8,
         "missing": [],
         "suspect": "",
+        "config": True,
         "path": str(cache / repo_folder(REPO) / "snapshots" / COMMIT),
     }
 

@@ -50,7 +50,7 @@ def start(
     environment = {"HF_ENDPOINT": hub.url, "HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
     environment["HF_TOKEN_PATH"] = str(token or cache / "none")
     given = {"--repo": hub.repo, "--revision": "main", "--cache-dir": str(cache)}
-    code = [word for word in more if word in ("--remote-code", "--list")]  # those without a value
+    code = [word for word in more if word in ("--remote-code", "--list", "--without-weights")]  # those without a value
     more = tuple(word for word in more if word not in code)
     given.update(zip(more[::2], more[1::2], strict=True))
     program = [str(client)]
@@ -84,6 +84,7 @@ def test_downloads_checks_and_writes_the_manifest(client: Path, hub: Hub, tmp_pa
         "files": 4,
         "bytes": size,
         "downloaded": size,
+        "model_bytes": size,
     }
     progress = [line["progress"] for line in lines[:-1]]
     assert {"phase": "downloading", "done": size, "total": size} in progress
@@ -108,6 +109,30 @@ def test_without_safetensors_nothing_is_ignored(client: Path, hub: Hub, tmp_path
 def test_patterns_are_obeyed(client: Path, hub: Hub, tmp_path: Path) -> None:
     result = fetch(client, hub, tmp_path, "--allow", "*.json", "--ignore", "sub/*")[-1]["result"]
     assert result["files"] == 1
+
+
+def test_without_weights_a_model_is_not_complete_and_a_download_of_all_takes_what_is_there(
+    client: Path, hub: Hub, tmp_path: Path
+) -> None:
+    result = fetch(client, hub, tmp_path, "--without-weights")[-1]["result"]
+    small = len(hub.files["config.json"]) + len(hub.files["sub/notes.txt"])
+    assert (result["files"], result["bytes"], result["downloaded"]) == (2, small, small)
+    assert result["model_bytes"] == small + 2 * len(SHARD)
+    state = model_state(tmp_path, hub.repo, "main")
+    assert (state["complete"], state["config"], state["commit"]) == (False, True, hub.commit)
+    assert not model_state(tmp_path, hub.repo, "main", remote_code=True)["config"]
+    assert not manifest_path(tmp_path, hub.repo, hub.commit).with_name("fetching.json").exists()
+    (tmp_path / "models--acme--tiny" / "snapshots" / hub.commit / "config.json").unlink()
+    assert not model_state(tmp_path, hub.repo, "main")["config"]
+    fetch(client, hub, tmp_path, "--without-weights")
+    asked = len(hub.gets("config.json"))
+    result = fetch(client, hub, tmp_path)[-1]["result"]
+    assert result["downloaded"] == 2 * len(SHARD) and len(hub.gets("config.json")) == asked
+    state = model_state(tmp_path, hub.repo, "main")
+    assert state["complete"] and state["config"]
+    assert [path.name for path in manifest_path(tmp_path, hub.repo, hub.commit).parent.iterdir()] == [
+        f"{hub.commit}.json"
+    ]
 
 
 def test_killed_half_way_resumes_where_it_was(client: Path, hub: Hub, tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ class Spark:
         self.store = Store(tmp_path / "project", tmp_path / "state", str(tmp_path / "lock"))
         made = fake_release.an_engine("vllm-m", port, repo="org/m", revision=COMMIT, image=IMAGE)
         self.number = self.store.stage("services: {}\n", fake_release.plan(made), fake_release.lock(made))
+        trial = {**fake_release.plan(made), "format": 3, "kind": "trial", "weights": "dummy"}
+        self.trial = self.store.stage("services: {}\n", trial, fake_release.lock(made))
         self.cache = tmp_path / "hf"
         snapshot = self.cache / "models--org--m" / "snapshots" / COMMIT
         snapshot.mkdir(parents=True)
@@ -79,9 +81,9 @@ class Spark:
         file.write_text(f"#!{sys.executable}\nimport sys, pathlib\n{python}\n")
         file.chmod(0o755)
 
-    def problems(self) -> list[precheck.Problem]:
+    def problems(self, dummy: bool = False) -> list[precheck.Problem]:
         (self.tmp_path / "bin" / "docker.json").write_text(json.dumps(self.document))
-        return precheck.precheck(self.store, self.docker, self.number)
+        return precheck.precheck(self.store, self.docker, self.trial if dummy else self.number)
 
     def failures(self) -> dict[str, str]:
         found = {problem.failure: problem.message for problem in self.problems()}
@@ -218,8 +220,13 @@ def test_files_of_the_model(spark: Spark) -> None:
     assert "model.safetensors" in spark.failures()["download-incomplete"]
     spark.weights.unlink()
     assert "model.safetensors" in spark.failures()["download-incomplete"]
+    assert spark.problems(dummy=True) == []  # a trial needs none
     spark.manifest.unlink()  # fetched by other means: what the snapshot names must be there
+    assert "has no weights, as after a trial" in spark.failures()["download-incomplete"]
+    assert spark.problems(dummy=True) == []
+    spark.weights.write_bytes(b"123")
     assert spark.problems() == []
+    spark.weights.unlink()
     spark.weights.symlink_to("../../blobs/gone")
     assert "model.safetensors does not lead to a file" in spark.failures()["download-incomplete"]
     spark.weights.parent.rename(spark.tmp_path / "snapshot")

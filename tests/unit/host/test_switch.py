@@ -159,7 +159,9 @@ class World:
         name = self.at(client.port)
         return bool(name) and self.bad.get(name) != "silent"
 
-    def read_log(self, docker: Docker, name: str, since: str, tty: bool, tail: int | None = None) -> list[str]:
+    def read_log(
+        self, docker: Docker, name: str, since: str, tty: bool, tail: int | None = None, most: int = 0
+    ) -> list[str]:
         return [f"2026-11-23T10:00:00Z {name} says api_key='secret'"]
 
     def verify(self, params: dict[str, Any]) -> dict[str, Any]:
@@ -740,6 +742,7 @@ def test_a_journal_as_it_begins(store: Store, world: World, deployed: int) -> No
             "out_of_service_s": None,
             "verifications": {},
             "container_ids": {},
+            "measured": {},
             "repaired": [],
             "reclaimed": [],
             "left": [],
@@ -1882,7 +1885,7 @@ def test_nothing_that_fails_on_the_way_back_keeps_the_old_one_down(
     monkeypatch.setattr(engine, "read_log", broken)
     journal = run(store, stage(store, NEW))
     assert journal["outcome"] == "restored" and world.containers == {OLD: "running"} and store.current() == deployed
-    assert len(journal["troubles"]) == 4 and journal["error"]["message"] == "vllm-new ended"
+    assert len(journal["troubles"]) == 5 and journal["error"]["message"] == "vllm-new ended"
 
 
 def test_docker_s_odd_answers_are_a_failure_like_any_other(

@@ -407,3 +407,52 @@ def test_nothing_that_a_spark_says_is_an_error_of_ours(told: Any, inner: Any, fa
         harmless(follower.take(sent))
         message = follower.result().get("msg", "")
         assert not CONTROL.search(message.replace("\n", ""))
+
+
+MEASURED = {
+    "vllm-new": {
+        **{"service": "vllm-new", "repo": "org/m", "image": "i", "at": 5.0, "bench": "vllm bench serve"},
+        **{"figures": {"kv_cache_gib": 95.1}, "planned": {"kv_cache_gib": 95.4}},
+        "speed": [
+            {"streams": 4, "requests": 12, "tokens_per_second": 10.0, "stream_tokens_per_second": 2.6, "ttft_ms": 500.0}
+        ],
+    }
+}
+TRIAL = ("stopping", "starting", "waiting", "verifying", "measuring", "restoring", "restore-waiting")
+
+
+def test_a_trial_ends_well_where_the_release_before_serves_again() -> None:
+    follower = Follower("spark-1", 3)
+    lines = follower.take(answer(journal(*TRIAL, mode="trial", measured=MEASURED), LOG[:1]))
+    assert [line.split("  ")[-1] for line in lines if "release" in line or "measuring" in line] == [
+        "stopping release 7 (old-model)",
+        "starting release 8 (new-model)",
+        "measuring its speed",
+        "bringing back release 7 (old-model)",
+    ]
+    end = {"outcome": "restored", "ended": BEGAN + 90, "out_of_service_s": 80.0, "measured": MEASURED}
+    lines = follower.take(answer(journal(*TRIAL, "restore-verifying", "done", mode="trial", **end)))
+    assert "spark-1  measured: KV cache 95.1 GiB (planned 95.4)" in lines
+    assert "spark-1  measured: 4 streams 10.0 tok/s, first token after 500 ms, by vllm bench serve" in lines
+    result = follower.result()
+    assert not result.get("failed") and result["outcome"] == "restored" and result["release"]["number"] == 7
+    assert result["measured"]["vllm-new"]["figures"] == {"kv_cache_gib": 95.1}
+
+
+def test_a_trial_that_fails_says_what_serves() -> None:
+    follower = Follower("spark-1", 3)
+    why = error(message="5 of 12 requests were answered", failure="trial-speed", state="running")
+    end = {"outcome": "restored", "error": why, "mode": "trial", "measured": {"vllm-new": {"at": "soon"}}}
+    follower.take(answer(journal(*TRIAL, "done", **end)))
+    result = follower.result()
+    assert result["failed"] and result["failure"] == "trial-speed" and result["measured"] == {}
+    assert "release 7 (old-model) was started again and is verified" in result["msg"]
+
+
+def test_a_trial_without_a_release_before() -> None:
+    follower = Follower("spark-1", 3)
+    made = {"from": None, "from_models": [], "mode": "trial"}
+    lines = follower.take(answer(journal("starting", "waiting", "verifying", "measuring", "restoring", **made)))
+    assert lines[-1].endswith("removing its container")
+    follower.take(answer(journal("starting", "restoring", "done", **made, outcome="removed", ended=BEGAN + 9)))
+    assert not follower.result().get("failed")

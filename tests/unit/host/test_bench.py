@@ -1,0 +1,168 @@
+"""The speed of an engine: by its own benchmark in its container, or by requests of ours."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import struct
+import time
+from typing import Any
+
+import pytest
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import bench
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bench import BenchError
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerError
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.release_format import Engine as Item
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.verify import answers
+
+from tests.unit.fakes.fake_engine import Engine, Handler, docker, engine
+from tests.unit.fakes.fake_release import VERIFY
+from tests.unit.fakes.fake_vllm import MODEL, Vllm, vllm
+
+__all__ = ["docker", "engine", "vllm"]  # fixtures
+
+COMMIT = "c" * 40
+RESULT = {
+    **{"completed": 3, "output_throughput": 2.712, "mean_tpot_ms": 357.0, "median_ttft_ms": 321.49, "duration": 70.8},
+}
+
+
+def item(port: int = 8000, revision: str = COMMIT) -> Item:
+    return Item("vllm-m", "m", "throughput", MODEL, revision, "i", port, VERIFY, None)
+
+
+class Container:
+    """Runs commands by their first words: {words: (exit code, output)}."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.ran = engine, []  # type: ignore[var-annotated]
+        self.ends: dict[str, tuple[int, str]] = {"rm": (0, ""), "cat": (0, json.dumps(RESULT)), "vllm": (0, "done\n")}
+        self.slow = 0.0
+        engine.routes["POST", "/containers/c1/exec"] = self.make
+
+    def make(self, handler: Handler) -> None:
+        asked = json.loads(handler.body)
+        assert asked["AttachStdout"] and not asked["Tty"]
+        argv = asked["Cmd"]
+        self.ran.append(argv)
+        code, output = self.ends[argv[0]]
+        name = f"e{len(self.ran)}"
+        raw = output.encode()
+
+        def start(handler: Handler) -> None:
+            time.sleep(self.slow)
+            # In two frames, as they come.
+            parts = (raw[:5], raw[5:])
+            handler.chunks(*(struct.pack(">BxxxL", 1, len(part)) + part for part in parts if part))
+
+        self.engine.routes["POST", f"/exec/{name}/start"] = start
+        self.engine.routes["GET", f"/exec/{name}/json"] = {"ExitCode": code, "Running": False}
+        handler.answer(201, {"Id": name})
+
+
+@pytest.fixture
+def container(engine: Engine) -> Container:
+    return Container(engine)
+
+
+def test_the_engine_s_own_benchmark_is_asked(
+    container: Container, docker: Docker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "STREAMS", (1,))
+    rows, by = bench.bench(docker, "c1", item())
+    assert by == "vllm bench serve"
+    assert rows == [
+        {"streams": 1, "requests": 3, "tokens_per_second": 2.71, "stream_tokens_per_second": 2.8, "ttft_ms": 321.5}
+    ]
+    argv = next(words for words in container.ran if words[0] == "vllm")
+    given = dict(itertools.pairwise(argv))
+    assert given["--max-concurrency"] == "1" and given["--num-prompts"] == "3" and "--ignore-eos" in argv
+    assert given["--tokenizer"] == f"/root/.cache/huggingface/models--{MODEL.replace('/', '--')}/snapshots/{COMMIT}"
+    assert "--tokenizer" not in bench.command(item(revision="main"), 4)
+
+
+@pytest.mark.parametrize(
+    ("result", "why"),
+    [
+        ("[]", "not an object"),
+        ("{", "its result"),
+        (json.dumps({**RESULT, "completed": 2}), "2 of 3 requests were answered"),
+        (json.dumps({**RESULT, "output_throughput": "much"}), "output_throughput: not a number"),
+        (json.dumps({**RESULT, "mean_tpot_ms": -1}), "mean_tpot_ms"),
+        (json.dumps({**RESULT, "median_ttft_ms": None}), "median_ttft_ms"),
+        (json.dumps({**RESULT, "more": "x" * (2 << 20)}), "its result"),
+    ],
+)
+def test_a_result_of_another_form_is_none(result: str, why: str) -> None:
+    with pytest.raises(BenchError, match=why):
+        bench.understood(result, 1)
+
+
+def test_without_a_benchmark_requests_are_counted(
+    container: Container, docker: Docker, vllm: Vllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "STREAMS", (1, 4))
+    container.ends["vllm"] = (2, "usage: vllm [-h]\nvllm: error: argument subparser: invalid choice: 'bench'\n")
+    vllm.answer = " ".join(["word"] * bench.OUTPUT)
+    rows, by = bench.bench(docker, "c1", item(int(vllm.url.rpartition(":")[2])))
+    assert by.startswith("streamed requests, since vllm bench serve did not work: exit code 2") and "invalid" in by
+    assert [(row["streams"], row["requests"]) for row in rows] == [(1, 3), (4, 12)]
+    # A token takes 5 ms there: at most 200 a second and stream.
+    assert 20 < rows[0]["stream_tokens_per_second"] < 210 and rows[0]["ttft_ms"] > 0
+    assert rows[1]["tokens_per_second"] > rows[0]["tokens_per_second"]
+    asked = vllm.asked("/v1/completions")
+    assert len(asked) == 1 + 3 + 1 + 12
+    assert all(len(body["prompt"]) == bench.INPUT and body["ignore_eos"] for body in asked)
+
+
+def test_answers_that_are_shorter_than_asked_for_are_no_measurement(
+    container: Container, docker: Docker, vllm: Vllm
+) -> None:
+    container.ends["vllm"] = (1, "")
+    vllm.answer = "too short"
+    with pytest.raises(BenchError, match="2 tokens instead of 64"):
+        bench.bench(docker, "c1", item(int(vllm.url.rpartition(":")[2])))
+    vllm.faults.add("500")
+    with pytest.raises(BenchError, match="HTTP 500"):
+        bench.bench(docker, "c1", item(int(vllm.url.rpartition(":")[2])))
+
+
+def test_a_benchmark_that_fails_later_is_a_failure(
+    container: Container, docker: Docker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one measure alone all rows can be compared."""
+    with pytest.raises(BenchError, match=r"vllm bench serve with 4 streams: 3 of 12"):
+        bench.bench(docker, "c1", item())
+
+
+def test_a_command_in_a_container(container: Container, docker: Docker, engine: Engine) -> None:
+    container.ends["ls"] = (3, "".join(f"line {number}\n" for number in range(500)))
+    code, lines = docker.execute("c1", ["ls"], 5.0)
+    assert code == 3 and len(lines) == 200 and lines[-1] == "line 499"
+    with pytest.raises(DockerError, match="No such thing"):
+        docker.execute("c2", ["ls"], 5.0)
+    container.slow = 1.0
+    with pytest.raises(DockerError, match=r"`ls -l` did not end within 0 s|in time"):
+        docker.execute("c1", ["ls", "-l"], 0.2)
+    engine.routes["POST", "/containers/c1/exec"] = {"Id": 5}
+    with pytest.raises(DockerError, match="has no Id"):
+        docker.execute("c1", ["ls"], 5.0)
+
+
+def params(vllm: Vllm) -> dict[str, Any]:
+    asked = {key: VERIFY[key] for key in ("question", "expect", "prompt", "prompt_expect", "max_tokens")}
+    return {**asked, "url": vllm.url, "model": MODEL, "timeout": 5.0, "chat_template_kwargs": {}}
+
+
+def test_dummy_weights_have_to_answer_and_not_to_be_right(vllm: Vllm) -> None:
+    vllm.completion = " ".join(["noise"] * 16)
+    found = answers(params(vllm))
+    assert found["verified"] and [check["name"] for check in found["checks"]] == ["health", "models", "completion"]
+    vllm.completion = "noise"
+    found = answers(params(vllm))
+    assert not found["verified"] and "1 tokens instead of 16" in found["msg"]
+    vllm.served = ["org/other"]
+    assert answers(params(vllm))["failure"] == "model-not-served"
+    vllm.faults.add("sick")
+    found = answers(params(vllm))
+    assert found["failure"] == "endpoint-down" and len(found["checks"]) == 1
