@@ -68,7 +68,7 @@ def test_a_planted_link_gives_nothing_outside_away(given: list[str], tmp_path: P
 def hashed(cache: Path, tmp_path: Path, check: bool = False) -> dict[str, Any]:  # noqa: F811
     job = Job(tmp_path / "run" / "model.json", "model", REPO)
     job.acquire()
-    params = {"cache_dir": str(cache), "repo": REPO, "revision": COMMIT, "check_hashes": check}
+    params = {"cache_dir": str(cache), "repo": REPO, "revision": COMMIT, "check_hashes": check, "weights": True}
     return model_download.hashed(params, model_state(cache, REPO, COMMIT), job)
 
 
