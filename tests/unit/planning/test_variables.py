@@ -31,7 +31,10 @@ def test_the_defaults_are_what_they_may_be() -> None:
 
 
 def test_settings_have_the_names_and_the_defaults_of_the_inventory() -> None:
-    settings, own = target.Settings.of({}), {"arguments", "gateways", "gateways_elsewhere", "host_program", "engines", "trial"}
+    settings, own = (
+        target.Settings.of({}),
+        {"arguments", "gateways", "gateways_elsewhere", "host_program", "engines", "trial"},
+    )
     names = {field.name for field in dataclasses.fields(settings)} - own
     assert names <= {name.removeprefix("sparkfleet_") for name in variables.options()}
     for name in names:
