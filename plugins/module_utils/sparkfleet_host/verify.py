@@ -150,6 +150,8 @@ class Verification(Asker):
         budget = Budget(BUDGET if given is None else float(given))
         for kind in kinds:
             check = self._timed(lambda kind=kind: deep.ask(self, kind, budget))  # type: ignore[misc]
+            if check["failure"] == "timeout" and budget.left() < deep.LEAST:  # which is not what the kind is about
+                check["failure"] = deep.SPENT
             if not check["ok"] and check["failure"] not in ("endpoint-down", deep.SPENT):
                 check["failure"] = deep.failure(kind)
             self.checks.append({"name": kind, **check})

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import struct
+import time
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -73,7 +74,7 @@ def reader(served: Any = 32_768, blind: Callable[[int], int] = lambda tokens: to
         tokens = len(text) // 5
         assert tokens + body["max_tokens"] <= served
         seen = dict(re.findall(r"The number of (\w+) is (\d+)\.", text[: 5 * blind(tokens)]))
-        cities = re.split(", | and ", re.findall(r"numbers of (.*) in the text", text)[0])
+        cities = re.split(", | and ", re.findall(r"(?:numbers|is the number) of (.*) in the text", text)[0])
         return message(" ".join(seen.get(city, "?") for city in cities), tokens if usage else 0)
 
     return reply
@@ -101,7 +102,7 @@ def test_a_needle_in_all_of_the_context() -> None:
     ("blind", "lost"),
     [
         (lambda tokens: tokens if tokens < 3000 else 0, "25, 50 and 90 %"),
-        (lambda tokens: min(tokens, 4000), "50 and 90 %"),
+        (lambda tokens: min(tokens, 3000), "50 and 90 %"),
         (lambda tokens: tokens * 4 // 5, "90 %"),
     ],
 )
@@ -109,6 +110,22 @@ def test_a_needle_that_is_not_found(blind: Callable[[int], int], lost: str) -> N
     row, _ = check("needle", reader(blind=blind))
     assert (row["ok"], row["failure"]) == (False, "verify-needle")
     assert re.match(rf"not found at {re.escape(lost)} of [\d,]+ tokens: the answer is ", row["detail"])
+
+
+def test_a_model_that_cannot_keep_three_numbers_in_mind_is_asked_for_each() -> None:
+    answer = reader(served=2_000)
+
+    def one_only(path: str, body: dict[str, Any]) -> Any:
+        found = answer(path, body)
+        if body:
+            told = found["choices"][0]["message"]
+            told["content"] = told["content"].split(" ")[0]
+        return found
+
+    row, client = check("needle", one_only)
+    assert row["ok"], row
+    asked = [body["messages"][0]["content"].rpartition("\n\n")[2] for _, body, _ in client.asked if body]
+    assert [words.startswith("What are") for words in asked] == [True, False, False] * 2
 
 
 def test_a_long_context_takes_no_more_time_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,6 +493,18 @@ def test_without_time_nothing_is_asked() -> None:
     assert (row["ok"], row["failure"], client.asked) == (False, "verify-budget", [])
     with pytest.raises(CheckError, match="no time is left"):
         deep.ask(verify.Verification(PARAMS), "needle", Budget(1.0))
+
+
+def test_a_kind_that_the_time_does_not_suffice_for_is_not_called_wrong() -> None:
+    row, _ = check("needle", reader_that_is_late, budget=2.5)
+    assert (row["ok"], row["failure"], row["detail"]) == (False, "verify-budget", "no answer within 1 s")
+
+
+def reader_that_is_late(path: str, body: dict[str, Any]) -> Any:
+    if not body:
+        return {"data": [{"id": "m", "max_model_len": 4096}]}
+    time.sleep(0.6)
+    return HttpError("timeout", "no answer within 1 s")
 
 
 def test_each_kind_has_a_limit_of_its_own() -> None:

@@ -419,3 +419,15 @@ def test_what_a_journal_lacks() -> None:
 def test_a_journal_of_format_1_whose_container_is_no_text_is_refused() -> None:
     with pytest.raises(BoundsError, match="container"):
         check_journal({"to": 3, "from": 2, "model": "m", "container": {"a": 1}, "container_id": "x"})
+
+
+def test_what_an_engine_is_asked_is_a_list_of_kinds() -> None:
+    made = fake_release.an_engine("vllm-m", verify={**fake_release.VERIFY, "kinds": ["chat", "of a later version"]})
+    (engine,) = check_plan(fake_release.plan(made))["engines"]
+    assert engine["verify"]["kinds"] == ["chat", "of a later version"]
+    before = {key: value for key, value in fake_release.VERIFY.items() if key != "kinds"}
+    (engine,) = check_plan(fake_release.plan({**made, "verify": before}))["engines"]
+    assert engine["verify"]["kinds"] == []
+    for kinds in ("chat", [5], ["x" * 101], ["x"] * 101, None):
+        with pytest.raises(BoundsError, match=r"verify\.kinds"):
+            check_plan(fake_release.plan({**made, "verify": {**before, "kinds": kinds}}))

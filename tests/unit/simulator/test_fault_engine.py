@@ -134,8 +134,8 @@ def test_wrong_answers_are_told_apart(engine: Engine, fault: str) -> None:
 
 #: What the engine does wrong, the check that is to find it, and words of what it saw.
 WRONG = {
-    "garbled-context": ("needle", "not found at 25, 50 and 90 % of 3,"),
-    "lost-context": ("needle", "not found at 90 % of 3,"),
+    "garbled-context": ("needle", "not found at 25, 50 and 90 % of 2,"),
+    "lost-context": ("needle", "not found at 90 % of 2,"),
     "wrong-in-batch": ("concurrency", 'expected "Paris" in the answer, got "The capital of France is Rome."'),
     "schema-ignored": ("json_schema", "not of the schema, which has "),
     "tool-call-unparsed": ("tool_call", "no tool was called; the answer is "),
