@@ -58,7 +58,8 @@ def benched(monkeypatch: pytest.MonkeyPatch, world: World) -> list[str]:
 def stage_trial(store: Store, service: str = NEW, weights: str = "dummy") -> int:
     made = fake_release.an_engine(service, model=service, memory=PLANNED, revision="c" * 40)
     plan = {**fake_release.plan(made), "format": 3, "kind": "trial", "weights": weights}
-    return store.stage(f"services: {{{service}: {{}}}}\n", plan, fake_release.lock(made))
+    number: int = store.stage(f"services: {{{service}: {{}}}}\n", plan, fake_release.lock(made))
+    return number
 
 
 def serves_as_before(store: Store, world: World, before: int) -> None:

@@ -88,3 +88,36 @@ def test_half_of_a_surrogate_pair_is_saved(tmp_path: Path) -> None:
     save(tmp_path / "r.json", {"answer": "Paris \ud800"})
     assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8")) == {"answer": "Paris \ud800"}
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_the_report_has_what_was_measured(vllm: Vllm, tmp_path: Path) -> None:
+    """Of this run's start, or as the host keeps it; what is no record is left out."""
+    verify = {"question": "What is the capital of France? Answer in one short sentence.", "expect": "Paris"}
+    verify |= {"prompt": "The capital of France is", "prompt_expect": "Paris"}
+    known = {"service": "vllm-m", "repo": MODEL, "image": "i", "at": 5.0, "figures": {"kv_cache_gib": 90.0}}
+    engine = {"service": "vllm-m", "repo": MODEL, "port": int(vllm.url.rpartition(":")[2]), "verify": verify}
+    cases = {
+        "kept": ({**engine, "measured": known}, {}, 90.0),
+        "started": ({**engine, "measured": known}, {"vllm-m": {**known, "figures": {"kv_cache_gib": 91.0}}}, 91.0),
+        "odd": ({**engine, "measured": {"at": "soon"}}, {}, None),
+    }
+    tasks = [
+        {
+            "sparkfleet.dgx.vllm_verify": {
+                **{"model": MODEL, "engines": [given], "measured": measured},
+                "report": str(tmp_path / f"{name}.json"),
+            }
+        }
+        for name, (given, measured, _) in cases.items()
+    ]
+    play = {"hosts": "all", "gather_facts": False, "connection": "local", "tasks": tasks}
+    play["vars"] = {"ansible_python_interpreter": sys.executable}
+    book = tmp_path / "play.json"
+    book.write_text(json.dumps([play]), encoding="utf-8")
+    command = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "spark-1,", str(book)]
+    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=ROOT)
+    assert run.returncode == 0, run.stdout + run.stderr
+    for name, (_, _, gib) in cases.items():
+        found = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8")).get("measured")
+        assert (found["figures"]["kv_cache_gib"] if found else None) == gib
