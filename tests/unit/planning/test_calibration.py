@@ -153,6 +153,7 @@ def test_a_trial_with_real_weights_is_the_same_engine() -> None:
 
 def test_a_trial_says_what_it_stops() -> None:
     made = plan.make(target(trial="dummy"), serving())
+    assert not any("open to the network" in note for note in made["notes"])  # it is not
     assert made["deploy"]["start"] == [f"try {MODEL} with dummy weights, stopping {SERVICE} for that time"]
 
 
