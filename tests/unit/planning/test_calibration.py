@@ -124,7 +124,8 @@ def test_the_plan_of_a_trial() -> None:
     command = service["command"]
     assert command[command.index("--load-format") + 1] == "dummy" and command[command.index("--revision") + 1] == COMMIT
     assert service["ports"] == ["127.0.0.1:8000:8000"] and service["restart"] == "no"
-    assert "secrets" not in service and service["environment"]["VLLM_LOGGING_LEVEL"] == "DEBUG"
+    # A level of its own would slow down each step: a line for every token.
+    assert "secrets" not in service and "VLLM_LOGGING_LEVEL" not in service["environment"]
     assert service["image"].endswith(DIGEST)
     release = made["release"]
     assert trial_weights(check_plan(release["plan"])) == "dummy" and check_lock(release["lock"])
