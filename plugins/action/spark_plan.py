@@ -43,9 +43,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         if "plan" in before and not gateway.truth(self._task.args.get("again", True)):
             return {**result, "changed": False, "plan": before["plan"], "state": before["state"]}
         try:
-            settings = dataclasses.replace(
-                self._settings(task_vars), trial=str(self._task.args.get("trial_weights") or "")
-            )
+            trial = str(self._task.args.get("trial_weights") or "")
+            settings = dataclasses.replace(self._settings(task_vars), trial=trial)
             if not (settings.bundle or status):
                 self._make_card(settings, task_vars)
             target = Target.of(settings)

@@ -129,7 +129,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.eng
 )
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.guard import SETTINGS_FILE
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.precheck import precheck
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.release_format import DONE
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.release_format import DONE, TRIAL
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import (
     GUARD_PATIENCE,
     HELD_BY_GUARD,
@@ -334,8 +334,10 @@ def main() -> None:
             for problem in precheck(store, Docker(), params["to"]) if there else ():
                 where = f"release {params['to']} could not be switched to"
                 module.fail_json(msg=f"{where}: {problem.message}", failure=problem.failure)
-        message = f"would switch to release {params['to']}"
-        module.exit_json(changed=True, done=True, journal={}, msg=message, would=foresee(params, store))
+        trial = params["mode"] == TRIAL  # which keeps all other releases
+        message = f"would {'try' if trial else 'switch to'} release {params['to']}"
+        would = {} if trial else foresee(params, store)
+        module.exit_json(changed=True, done=True, journal={}, msg=message, would=would)
     try:
         if not there:
             store.plan(params["to"])  # its error names the releases there are; the job repairs damaged files

@@ -27,7 +27,7 @@ FORMAT = 1
 FILE, TRIALS = "measured.json", "trials.json"
 MOST = 64  # records of a file
 MOST_STREAMS = 8  # rows of a benchmark
-LOG_LINES = 20_000  # of one start; with the level DEBUG there are thousands
+LOG_LINES = 20_000  # of one start
 #: Of the plan, what can be compared.
 PLANNED = (
     *("weights_gib", "activation_gib", "runtime_gib", "cuda_graphs_gib", "kv_cache_gib", "kv_cache_tokens"),
@@ -159,12 +159,23 @@ def words(record: Mapping[str, Any]) -> list[str]:
         if key in found:
             plan = f" (planned {planned[key]:.1f})" if key in planned else ""
             made.append(f"{name} {found[key]:.1f} GiB{plan}")
+    if (rest := _rest(found, planned.get("requested_gib"))) is not None and "activation_gib" not in found:
+        wanted = _rest(planned, planned["requested_gib"])
+        plan = f" (planned {wanted:.1f})" if wanted is not None else ""
+        made.append(f"activations and runtime {rest:.1f} GiB{plan}")
     if "kv_cache_tokens" in found:
         plan = f" (planned {planned['kv_cache_tokens']:,.0f})" if "kv_cache_tokens" in planned else ""
         made.append(f"{found['kv_cache_tokens']:,} tokens{plan}")
     made += [f"loaded in {found['load_s']:.0f} s"] if "load_s" in found else []
     made += [f"ready after {record['ready_s']:.0f} s"] if record["ready_s"] is not None else []
     return made
+
+
+def _rest(figures: Mapping[str, Any], requested: float | None) -> float | None:
+    """GiB of the engine's budget besides weights, graphs and KV cache: at its usual level the log has only those."""
+    if requested is None or "weights_gib" not in figures or "kv_cache_gib" not in figures:
+        return None
+    return float(requested - figures["weights_gib"] - figures.get("cuda_graphs_gib", 0.0) - figures["kv_cache_gib"])
 
 
 def speed_words(record: Mapping[str, Any]) -> list[str]:

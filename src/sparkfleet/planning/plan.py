@@ -221,7 +221,7 @@ def guard_settings(target: Target, state: State) -> dict[str, Any]:
 def notes(target: Target, state: State) -> list[str]:
     """What an operator should know of what is to run, though nothing prevents it."""
     settings, found = target.settings, []
-    if target.is_open(state) and settings.service_state == "started":
+    if target.is_open(state) and settings.service_state == "started" and not settings.trial:
         ports = [str(engine.port) for engine in target.engines]
         which = f"port {ports[0]} is" if len(ports) == 1 else f"ports {', '.join(ports)} are"
         found.append(

@@ -24,8 +24,6 @@ from sparkfleet.planning.variables import ARGUMENT_PREFIX, PREFIX
 from sparkfleet.planning.vllm_versions import Engine
 
 State = Mapping[str, Any]
-#: vLLM logs activations and memory besides torch at this level only.
-TRIAL_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "DEBUG"}
 DEFAULTS = ROOT / "roles" / "sparkfleet" / "defaults" / "main.yml"
 
 
@@ -281,7 +279,6 @@ class Target:
         arguments, trial = engine.arguments, self.settings.trial
         environment = {name: str(value) for name, value in engine.settings.environment.items()}
         if trial:
-            environment = {**TRIAL_ENVIRONMENT, **environment}
             addresses = [compose.LOOPBACK]  # nobody is to ask it by mistake
         if trial == DUMMY:
             arguments = {**arguments, "load_format": "dummy"}

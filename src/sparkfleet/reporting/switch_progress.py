@@ -112,7 +112,9 @@ class Follower:
             if step["phase"] in _WAITING:
                 self._waits = self._key("there" if step["phase"] == "waiting" else "back", container)
             lines += self._line(step)
-        if journal["phase"] in _WAITING or (answer["log_lines"] and now in self._watches and not fed):
+        # What an engine logs while its speed is measured is no start.
+        more = answer["log_lines"] and now in self._watches and not fed and journal["phase"] != "measuring"
+        if journal["phase"] in _WAITING or more:
             lines += self._watch(now).take({**answer, "ready": False})
         if journal["asking"] and journal["asking"] != self._asking:
             since = max(answer["now"] - journal["began"], 0)

@@ -58,7 +58,8 @@ def benched(monkeypatch: pytest.MonkeyPatch, world: World) -> list[str]:
 def stage_trial(store: Store, service: str = NEW, weights: str = "dummy") -> int:
     made = fake_release.an_engine(service, model=service, memory=PLANNED, revision="c" * 40)
     plan = {**fake_release.plan(made), "format": 3, "kind": "trial", "weights": weights}
-    return store.stage(f"services: {{{service}: {{}}}}\n", plan, fake_release.lock(made))
+    number: int = store.stage(f"services: {{{service}: {{}}}}\n", plan, fake_release.lock(made))
+    return number
 
 
 def serves_as_before(store: Store, world: World, before: int) -> None:
@@ -292,4 +293,10 @@ def test_plan_against_measured_in_words() -> None:
         a_record(planned=PLANNED, figures={"kv_cache_gib": 66.25, "load_s": 311.9}, ready_s=400.0, speed=[ROW])
     )
     assert measured.words(record) == ["KV cache 66.2 GiB (planned 66.5)", "loaded in 312 s", "ready after 400 s"]
+    figures = {"weights_gib": 8.5, "cuda_graphs_gib": 0.5, "kv_cache_gib": 90.0}
+    planned = {"weights_gib": 8.5, "kv_cache_gib": 91.0, "requested_gib": 103.0}
+    found = measured.words(measured.check_record(a_record(planned=planned, figures=figures)))
+    assert "activations and runtime 4.0 GiB (planned 3.5)" in found
+    found = measured.words(measured.check_record(a_record(planned=planned, figures={**figures, "activation_gib": 1.5})))
+    assert "activations 1.5 GiB" in found and not any("runtime" in word for word in found)
     assert measured.speed_words(record) == ["1 stream 2.7 tok/s, first token after 320 ms"]

@@ -124,7 +124,8 @@ def test_the_plan_of_a_trial() -> None:
     command = service["command"]
     assert command[command.index("--load-format") + 1] == "dummy" and command[command.index("--revision") + 1] == COMMIT
     assert service["ports"] == ["127.0.0.1:8000:8000"] and service["restart"] == "no"
-    assert "secrets" not in service and service["environment"]["VLLM_LOGGING_LEVEL"] == "DEBUG"
+    # A level of its own would slow down each step: a line for every token.
+    assert "secrets" not in service and "VLLM_LOGGING_LEVEL" not in service["environment"]
     assert service["image"].endswith(DIGEST)
     release = made["release"]
     assert trial_weights(check_plan(release["plan"])) == "dummy" and check_lock(release["lock"])
@@ -153,6 +154,7 @@ def test_a_trial_with_real_weights_is_the_same_engine() -> None:
 
 def test_a_trial_says_what_it_stops() -> None:
     made = plan.make(target(trial="dummy"), serving())
+    assert not any("open to the network" in note for note in made["notes"])  # it is not
     assert made["deploy"]["start"] == [f"try {MODEL} with dummy weights, stopping {SERVICE} for that time"]
 
 

@@ -97,6 +97,33 @@ def test_half_of_a_surrogate_pair_is_saved(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
+def test_the_report_has_what_was_measured(vllm: Vllm, tmp_path: Path) -> None:
+    """Of this run's start, or as the host keeps it; what is no record is left out."""
+    verify = {"question": "What is the capital of France? Answer in one short sentence.", "expect": "Paris"}
+    verify |= {"prompt": "The capital of France is", "prompt_expect": "Paris"}
+    known = {"service": "vllm-m", "repo": MODEL, "image": "i", "at": 5.0, "figures": {"kv_cache_gib": 90.0}}
+    engine = {"service": "vllm-m", "repo": MODEL, "port": int(vllm.url.rpartition(":")[2]), "verify": verify}
+    cases = {
+        "kept": ({**engine, "measured": known}, {}, 90.0),
+        "started": ({**engine, "measured": known}, {"vllm-m": {**known, "figures": {"kv_cache_gib": 91.0}}}, 91.0),
+        "odd": ({**engine, "measured": {"at": "soon"}}, {}, None),
+    }
+    tasks = [
+        {
+            "sparkfleet.dgx.vllm_verify": {
+                **{"model": MODEL, "engines": [given], "measured": measured},
+                "report": str(tmp_path / f"{name}.json"),
+            }
+        }
+        for name, (given, measured, _) in cases.items()
+    ]
+    code, out = run_tasks(tmp_path, *tasks)
+    assert code == 0, out
+    for name, (_, _, gib) in cases.items():
+        found = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8")).get("measured")
+        assert (found["figures"]["kv_cache_gib"] if found else None) == gib
+
+
 # -- in depth --------------------------------------------------------------------------------------------------------
 
 QUESTIONS = {"question": "What is the capital of France? Answer in one short sentence.", "expect": "Paris"}
@@ -129,16 +156,20 @@ def serve(tmp_path: Path) -> Iterator[Callable[[str], int]]:
         yield start
 
 
-def play(folder: Path, **options: Any) -> tuple[int, str]:
-    """Run the action through ansible-playbook: its exit code and what it printed."""
-    tasks = [{"sparkfleet.dgx.vllm_verify": options}]
-    book: dict[str, Any] = {"hosts": "all", "gather_facts": False, "connection": "local", "tasks": tasks}
+def run_tasks(folder: Path, *tasks: dict[str, Any]) -> tuple[int, str]:
+    """Run tasks through ansible-playbook: its exit code and what it printed."""
+    book: dict[str, Any] = {"hosts": "all", "gather_facts": False, "connection": "local", "tasks": list(tasks)}
     book["vars"] = {"ansible_python_interpreter": sys.executable}
     (folder / "play.json").write_text(json.dumps([book]), encoding="utf-8")
     argv = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "spark-1,", str(folder / "play.json")]
     environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
     done = subprocess.run(argv, capture_output=True, text=True, env=environment, check=False, cwd=ROOT)
     return done.returncode, done.stdout + done.stderr
+
+
+def play(folder: Path, **options: Any) -> tuple[int, str]:
+    """Run the action alone."""
+    return run_tasks(folder, {"sparkfleet.dgx.vllm_verify": options})
 
 
 def engine(port: int) -> dict[str, Any]:

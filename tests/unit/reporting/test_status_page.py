@@ -76,3 +76,17 @@ def test_no_answer_ends_in_a_traceback(key: str, value: Any) -> None:
     found: Any = copy.deepcopy(FOUND)
     (found if key in found else found["releases"] if key in found["releases"] else found["engines"][0])[key] = value
     assert "\x1b" not in page(found)
+
+
+def test_plan_against_measured() -> None:
+    record = {"service": "vllm-m", "repo": "org/m", "image": "i", "at": 5.0, "ready_s": 80.0}
+    record |= {"figures": {"kv_cache_gib": 95.1}, "planned": {"kv_cache_gib": 95.4}}
+    found = copy.deepcopy(FOUND)
+    found["engines"][0]["measured"] = record
+    row = status_page.summary("spark-1", found)
+    assert row["engines"][0]["measured"]["figures"] == {"kv_cache_gib": 95.1}
+    words = "spark-1: measured: KV cache 95.1 GiB (planned 95.4), ready after 80 s"
+    assert words in status_page.table([row]).splitlines()
+    assert "measured" not in status_page.table([row, {**row, "host": "spark-2"}])  # of many it is in the JSON
+    found["engines"][0]["measured"] = {**record, "figures": {"kv_cache_gib": "\x1b[2J"}}
+    assert status_page.summary("spark-1", found)["engines"][0]["measured"] is None

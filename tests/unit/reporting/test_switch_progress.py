@@ -456,3 +456,14 @@ def test_a_trial_without_a_release_before() -> None:
     assert lines[-1].endswith("removing its container")
     follower.take(answer(journal("starting", "restoring", "done", **made, outcome="removed", ended=BEGAN + 9)))
     assert not follower.result().get("failed")
+
+
+def test_what_is_logged_while_the_speed_is_measured_is_no_start() -> None:
+    follower = Follower("spark-1", 3)
+    follower.take(answer(journal("stopping", "starting", "waiting", mode="trial"), LOG[:1]))
+    follower.take(answer(journal(*TRIAL[:4], mode="trial")))
+    made = journal(*TRIAL[:5], mode="trial")
+    assert [line.split("  ")[-1] for line in follower.take(answer(made))] == ["measuring its speed"]
+    late = ["2026-11-23T10:09:00.000000000Z INFO 11-23 10:09:00 [loggers.py] Engine 000: Avg generation throughput: 9"]
+    follower.pause = 60.0  # as after a minute of silence
+    assert follower.take(answer(made, late)) == []
