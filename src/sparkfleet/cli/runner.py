@@ -139,6 +139,11 @@ class Collector:
         for key in ("summary", "log", "removed", "measured"):
             if res.get(key):
                 setattr(host, key, res[key])
+        fetched, whole = res.get("downloaded"), res.get("model_bytes")
+        if kind == "runner_on_ok" and isinstance(fetched, int) and isinstance(whole, int):
+            host.fetched = {"bytes": fetched, "model_bytes": whole}
+            parts = [f"{size / 1e6:.1f} MB" for size in host.fetched.values()]
+            self._lines(f"{host.name}  fetched {parts[0]}; the whole model has {parts[1]}")
         if "outcome" in res:
             host.release, host.out_of_service_s = res.get("release"), res.get("out_of_service_s")
         if kind == "runner_on_ok" and res.get("summary"):

@@ -21,6 +21,7 @@ class HostResult:
     log: list[str] = dataclasses.field(default_factory=list)
     removed: list[str] | None = None
     measured: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fetched: dict[str, int] = dataclasses.field(default_factory=dict)  # of a trial: bytes, and those of the whole model
     drift: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
 

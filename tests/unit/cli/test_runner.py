@@ -483,3 +483,13 @@ def test_nothing_that_is_shown_moves_the_terminal(
     assert printed.strip() and not re.search("[\x1b\x07\x9b\u202e]", printed)
     if verb == "logs":
         assert "(EngineCore) up" in printed  # colours alone go without a trace
+
+
+def test_what_a_trial_fetched_is_said_against_the_model() -> None:
+    shown: list[str] = []
+    collector = Collector(lambda host, line: shown.append(line))
+    collector.take(event("runner_on_ok", downloaded=3_400_000, model_bytes=8_460_000_000))
+    assert shown == ["spark-1  fetched 3.4 MB; the whole model has 8460.0 MB"]
+    assert collector.hosts["spark-1"].as_dict()["fetched"] == {"bytes": 3_400_000, "model_bytes": 8_460_000_000}
+    collector.take(event("runner_on_ok", downloaded="x", model_bytes=5))
+    assert len(shown) == 1
