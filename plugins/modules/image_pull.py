@@ -144,6 +144,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.reg
     credentials,
     digest_of,
     layer_sizes,
+    local_image,
     reference,
 )
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import STATE_DIR
@@ -337,7 +338,7 @@ def bring(docker: Docker, ref: Reference, params: dict[str, Any], job: Job) -> d
     result = get(docker, ref, params, job)
     if before is not None:
         with contextlib.suppress(DockerError, OSError, BoundsError):
-            note_image(params["state_dir"], docker.image(ref.local) or {}, before)
+            note_image(params["state_dir"], local_image(docker, ref) or {}, before)
     return result
 
 
@@ -361,7 +362,7 @@ def get(docker: Docker, ref: Reference, params: dict[str, Any], job: Job) -> dic
         raise JobError(
             "bundle", f"neither this host nor another Spark serves {ref.local}, and the internet must not be used"
         )
-    if not known or ref.digest:
+    if not known:
         return {**pull(docker, ref, config, job), "mirror_failed": reason, "unverified": ""}
     own = reference(f"{ref.name}@{known}")
     pull(docker, own, config, job)
@@ -449,7 +450,7 @@ def main() -> None:
         difference = {"before": "", "after": f"image {params['image']}\n"}
         if module.check_mode:
             try:
-                found = docker.image(ref.local)
+                found = local_image(docker, ref)
             except DockerUnavailable:
                 found = None  # an earlier task, which check mode has not run either, installs or starts it
             if found is not None:
@@ -465,7 +466,7 @@ def main() -> None:
                 fail("fetch-busy", f"{other} is being pulled on this host; wait for it, then ask for {params['image']}")
             module.exit_json(changed=False, attached=True, holder_pid=holder["pid"], seconds=0.0)
         job = claim
-        found = docker.image(ref.local)
+        found = local_image(docker, ref)
         changed = found is None
         result = describe(found, ref) if found else bring(docker, ref, params, job)
         seconds = round(time.time() - began, 1)

@@ -55,6 +55,8 @@ options:
     description:
       - What the Hub has for this revision, as seen by the controller (commit; files, each with size and sha256
         or sha1). Anything else offered by another Spark or the Hub is refused (C(model-differs)).
+      - With C(locked) it is what a lock has (C(lock-mismatch)); a model that is complete by another list is checked
+        again, file by file.
       - Empty if the controller does not know it. What another Spark offers is then not verified.
     type: dict
     default: {}
@@ -183,6 +185,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bou
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import (
     check_listing,
     clear_suspicion,
+    listing_digest,
     manifest_path,
     mark_suspect,
     model_state,
@@ -389,7 +392,7 @@ def fetch(docker: Docker, params: dict[str, Any], job: Job) -> dict[str, Any]:
             if expected and error.id in ("hub-repo-unknown", "hub-revision-unknown"):
                 commit = expected["commit"]
                 reason = f"the other Spark does not have commit {commit} of {params['revision']}"
-            if error.id == "model-differs":
+            if error.id in ("model-differs", "lock-mismatch"):
                 reason += "; check the Spark that offered it"
             if error.id == "disk-full" or not params["internet"]:
                 raise JobError(error.id, reason) from None
@@ -404,6 +407,9 @@ def current_state(params: dict[str, Any]) -> dict[str, Any]:
     """What the cache has of the model, see `model_state`."""
     code = bool(params.get("remote_code"))
     state: dict[str, Any] = model_state(params["cache_dir"], params["repo"], params["revision"], code)
+    expected = params.get("expected") or {}
+    if expected.get("locked") and state["listing"] != listing_digest(expected["files"], code):
+        state["complete"] = False  # by a list that is not the lock's
     return state
 
 

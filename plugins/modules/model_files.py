@@ -26,6 +26,7 @@ options:
     type: bool
     default: false
   controller_verifies: {description: Fail if the Hub cannot be asked., type: bool, default: false}
+  lock: {description: Lock file that has the revision (a commit) instead of the Hub., type: path}
   listing: {description: "What a host has of the model; refused if it differs.", type: dict, default: {}}
 author: ["The Sparkfleet developers"]
 attributes:

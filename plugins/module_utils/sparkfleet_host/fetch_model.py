@@ -5,6 +5,7 @@ standard library, huggingface_hub and two files of the host package. Speaks JSON
     {"progress": {"phase", "done", "total"}}   bytes; phases: resolving, downloading, checking
     {"result": {"commit", "path", "files", "bytes", "downloaded"}}
     {"listing": {"commit", "files": {name: {"size", "sha256" | "sha1"}}}}   with --list, which downloads nothing
+    {"listing", "licence"}                     with --lock, each file with its sha256
     {"about": {"listing", "gated", "licence", "texts": {name: content}, "left_out": {name: size}, "tensor_bytes"}}
                                                with --about, what a model card is made of
     {"error": {"id", "message"}}               with exit code 1; ids as in failures.py
@@ -67,6 +68,7 @@ IGNORE = (
 #: Small files that say what a model is, and the most bytes that are read of one.
 TEXTS = ("config.json", "hf_quant_config.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
 TEXT_BYTES = 4 << 20
+HASHED_BYTES = 256 << 20  # of all files outside of LFS, which the Hub keeps small
 INDEX = "model.safetensors.index.json"
 CHUNK = 4 << 20
 ANSWER = MANIFEST_BYTES  # of the Hub's API; a peer sends its complete list in one answer, 7 MB with MOST_FILES files
@@ -475,9 +477,9 @@ class Fetch:
         files = {name: entry for name, entry in expected["files"].items() if name in wanted}
         wrong = difference({**expected, "files": files}, self.listing())
         if wrong:
+            failure, side = ("lock-mismatch", "lock") if expected.get("locked") else ("model-differs", "controller")
             raise FetchError(
-                "model-differs",
-                f"{constants.ENDPOINT} offers a different {self.request.repo} than the controller expects: {wrong}",
+                failure, f"{constants.ENDPOINT} offers a different {self.request.repo} than the {side} has: {wrong}"
             )
 
     def _chosen(self, names: list[str]) -> list[str]:
@@ -602,15 +604,24 @@ class Fetch:
         path = self.snapshot / file.name
         if _size(path) != file.size:
             return False
-        if path.resolve() == self._blob(file).resolve() and file.hash in self._known:
+        locked = self._locked(file)
+        if not locked and path.resolve() == self._blob(file).resolve() and file.hash in self._known:
             self._tick(file.size)
             return self._known[file.hash] == file.hash
-        sha = file.hasher()
+        hashers = {file.hash: file.hasher()}
+        if locked:
+            hashers[locked] = hashlib.sha256()
         with path.open("rb") as stream:
             while chunk := stream.read(CHUNK):
-                sha.update(chunk)
+                for sha in hashers.values():
+                    sha.update(chunk)
                 self._tick(len(chunk))
-        return bool(sha.hexdigest() == file.hash)
+        return all(sha.hexdigest() == wanted for wanted, sha in hashers.items())
+
+    def _locked(self, file: RemoteFile) -> str:
+        """The sha256 that a lock adds for a file that the Hub names by Git's sha1 alone; "" for none."""
+        entry = {} if file.lfs else (self.request.expected or {}).get("files", {}).get(file.name, {})
+        return str(entry.get("sha256", ""))
 
     def _tick(self, size: int) -> None:
         with self._lock:
@@ -648,6 +659,21 @@ class Fetch:
             "total_bytes": self.total,
             "remote_code": self.request.remote_code or self.request.ignore is not None,
         }
+
+    def to_lock(self) -> dict[str, Any]:
+        """List and licence; files that the Hub names by Git's sha1 are read, and have the sha256 as well. Raises
+        FetchError, and what `explain` understands."""
+        self.look_up()
+        listing, left = self.listing(), HASHED_BYTES
+        for file in self.files:
+            if not file.lfs:
+                left -= file.size
+                if left < 0:
+                    raise FetchError(
+                        "hub-answer-odd", f"{self.request.repo} has more than {HASHED_BYTES >> 20} MiB outside of LFS"
+                    )
+                listing["files"][file.name]["sha256"] = hashlib.sha256(self._content(file)).hexdigest()
+        return {"listing": listing, "licence": _terms(self.info)[1]}
 
     def listing(self) -> dict[str, Any]:
         """{"commit", "files"}, once they are known."""
@@ -829,6 +855,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for the commit and the list of files")
     parser.add_argument("--expected", type=Path, metavar="FILE", help="list that the offered files must match")
     parser.add_argument("--list", action="store_true", help="print what the Hub has, and download nothing")
+    parser.add_argument("--lock", action="store_true", help="print what a lock has of the model")
     parser.add_argument("--about", action="store_true", help="print what a model card is made of, and download nothing")
     given = parser.parse_args(argv)
     request = Request(
@@ -850,6 +877,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             said: list[dict[str, Any]] = []
             fetch.in_time(lambda: said.append(fetch.about()))
             say(about=said[0])
+        elif given.lock:
+            fetch.in_time(lambda: say(**fetch.to_lock()))
         elif given.list:
             fetch.in_time(fetch.look_up)
             say(listing=fetch.listing())

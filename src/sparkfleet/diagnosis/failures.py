@@ -386,6 +386,13 @@ TABLE: tuple[Failure, ...] = (
         "Check the Spark that offered it. If the branch has moved since, set the commit as the revision.",
     ),
     Failure(
+        "lock-mismatch",
+        "a model is not the one in the lock",
+        "the Hub, another Spark, a bundle or a host offered a different commit, file or hash than the lock has",
+        "Find out where it comes from. `sparkfleet lock --check` shows whether the Hub has changed it; "
+        "`sparkfleet lock --update` takes the change into the lock.",
+    ),
+    Failure(
         "image-platform",
         "the image is for another architecture",
         "a Spark is aarch64; the image was built for something else",

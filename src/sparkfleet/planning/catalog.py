@@ -22,7 +22,7 @@ from sparkfleet_host.bounded import printable, read_file
 
 from sparkfleet import SparkfleetError
 from sparkfleet.documents import yaml_text
-from sparkfleet.documents.schema import MOST, Document, joined, problems
+from sparkfleet.documents.schema import MOST, Document, digest, joined, problems
 from sparkfleet.paths import ROOT, STATE
 from sparkfleet.planning import vllm_versions, weights
 from sparkfleet.planning.vllm_versions import Engine
@@ -194,11 +194,14 @@ class Card:
     draft: Draft | None = None
     #: vLLM in the image, where the image's name does not show it.
     vllm: str = ""
+    #: Of what the card says, however it is written.
+    digest: str = ""
 
     def engine(self, image: str = "") -> Engine:
         """vLLM in the card's image, or in another that takes its place; unknown when neither name nor card gives it."""
         named = vllm_versions.of_image(image or self.image)
-        if named.version or not self.vllm or image not in ("", self.image):
+        other = image.partition("@")[0] not in ("", self.image.partition("@")[0])
+        if named.version or not self.vllm or other:
             return named
         return Engine.parse(self.vllm)
 
@@ -327,6 +330,7 @@ def of_text(path: Path, text: str) -> Card:
         if draft
         else None,
         vllm=data.get("vllm", ""),
+        digest=digest(data),
     )
     _check_sense(card, document)
     return card

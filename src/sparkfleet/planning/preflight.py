@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from sparkfleet_host import cache
 from sparkfleet_host.bounded import GIB
 
 from sparkfleet import SparkfleetError
@@ -383,13 +384,20 @@ def _switch(target: Target, state: State) -> Check:
 
 def _bundle(bundle: Bundle, state: State, cases: Sequence[Case], work: Work) -> Check:
     """Whether a bundle has what is to be fetched and installed."""
-    system, gaps = state["os"], []
+    system, gaps, differs = state["os"], [], []
     for case in cases:
-        if case.pulls and case.engine.image not in bundle.images:
-            gaps.append(f"no image {case.engine.image} (it has {', '.join(sorted(bundle.images)) or 'none'})")
-        wanted = f"{case.engine.card.repo}@{case.engine.revision}"
-        if case.downloads and wanted not in bundle.models:
-            gaps.append(f"no model {wanted} (it has {', '.join(sorted(bundle.models)) or 'none'})")
+        engine = case.engine
+        if case.pulls and not bundle.image_key(engine.image):
+            has = [_digested(name, entry["digest"]) if engine.locked else name for name, entry in bundle.images.items()]
+            gaps.append(f"no image {engine.image} (it has {', '.join(sorted(has)) or 'none'})")
+        if case.downloads and not bundle.model_key(engine.card.repo, engine.revision):
+            has = [f"{name} ({entry['commit']})" if engine.locked else name for name, entry in bundle.models.items()]
+            gaps.append(f"no model {engine.card.repo}@{engine.revision} (it has {', '.join(sorted(has)) or 'none'})")
+        if case.downloads and engine.locked and (listing := bundle.listing(engine.card.repo, engine.revision)):
+            wrong = cache.difference(engine.locked.expected(engine.remote_code), listing)
+            if wrong:
+                what = f"the bundle {bundle.folder} has a different {engine.card.repo} than the lock: {wrong}"
+                differs.append(known("lock-mismatch", what))
     here = {"id": system["id"], "codename": system["codename"], "machine": system["machine"]}
     if work.installs and bundle.system != here:
         packages = " ".join(bundle.system.values()) or "nothing"
@@ -399,9 +407,15 @@ def _bundle(bundle: Bundle, state: State, cases: Sequence[Case], work: Work) -> 
     incomplete = bundle.missing_files()
     if incomplete:
         gaps.append(f"{len(incomplete)} of {len(bundle.files)} files missing or cut, such as {incomplete[0]}")
-    if not gaps:
+    if gaps:
+        differs.append(known("bundle", f"the bundle {bundle.folder} has {'; '.join(gaps)}"))
+    if not differs:
         return Check("bundle", f"{bundle.folder} has what is needed")
-    return Check("bundle", "; ".join(gaps), (known("bundle", f"the bundle {bundle.folder} has {'; '.join(gaps)}"),))
+    return Check("bundle", "; ".join(gaps) or "not what the lock has", tuple(differs))
+
+
+def _digested(image: str, digest: str) -> str:
+    return image if "@" in image else f"{image}@{digest}"
 
 
 def _registry(case: Case) -> Check:
