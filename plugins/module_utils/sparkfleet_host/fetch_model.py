@@ -639,10 +639,12 @@ class Fetch:
             for file in still:
                 (self.snapshot / file.name).unlink(missing_ok=True)
                 self._blob(file).unlink(missing_ok=True)
+            locked = bool((self.request.expected or {}).get("locked"))
             raise FetchError(
-                "checksum",
-                f"{still[0].name} of {self.request.repo} was downloaded twice with content that differs from the Hub's;"
-                " a proxy or the disk corrupts it: check both (dmesg, HTTPS_PROXY), then run again",
+                "lock-mismatch" if locked else "checksum",
+                f"{still[0].name} of {self.request.repo} was downloaded twice with content that differs from the "
+                f"{'lock' if locked else 'Hub'}'s; what serves it, a proxy or the disk corrupts it: check them (dmesg, "
+                "HTTPS_PROXY), then run again",
             )
 
     # -- the end -------------------------------------------------------------------------------------------

@@ -267,7 +267,7 @@ class Bundle:
     def of_fetch(self, images: Sequence[str], models: Sequence[str]) -> list[str]:
         """Files of images and models, without the image's index. Raises SparkfleetError for what is not in it."""
         keys = {name: self.image_key(name) for name in images}
-        keys |= {name: self.model_key(*name.split("@", 1)) for name in models}
+        keys |= {name: self.model_key(*name.partition("@")[::2]) for name in models}
         missing = [name for name, key in keys.items() if not key]
         if missing:
             raise SparkfleetError(

@@ -31,7 +31,8 @@ class ActionModule(ActionBase):
         host, name = task_vars["inventory_hostname"], Path(__file__).stem
         script = json.loads((FOLDER / "script.json").read_text())
         gateway = self._task.delegate_to if name == "haproxy_server" else None
-        args = {key: self._task.args[key] for key in ("servers", "state") if key in self._task.args}
+        named = ("servers", "state", "lock")
+        args = {key: self._task.args[key] for key in named if key in self._task.args}
         calls = FOLDER / f"calls.{host}.{name}"
         before = len(calls.read_text()) if calls.exists() else 0
         calls.write_text("x" * (before + 1))
@@ -60,7 +61,7 @@ def plan(needed, fetches):
               "image": "i:1", "revision": "main", "remote_code": False, "fetch_image": "image" in fetches,
               "fetch_model": "model" in fetches}
     return {"engines": [engine], "compose": {}, "release": {"plan": {}, "lock": {}}, "prepare": {"needed": False},
-            "fetch": {"needed": bool(fetches)}, "deploy": deploy}
+            "fetch": {"needed": bool(fetches)}, "deploy": deploy, "lock": "/the.lock"}
 """
 ACTIONS = (
     "spark_plan",
