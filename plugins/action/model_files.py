@@ -34,6 +34,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             "no_proxy",
             "bundle",
             "remote_code",
+            "pickle",
             "controller_verifies",
             "listing",
             "lock",
@@ -60,7 +61,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                 digest = str(self._templar.template(variables.get("sparkfleet_bundle_digest") or ""))
                 answer = model_files.of_bundle(str(arguments["bundle"]), digest, repo, revision)
             else:
-                answer, new = model_files.of_run(Path(constants.DEFAULT_LOCAL_TMP), repo, revision, way, code)
+                kinds = {"remote_code": code, "pickle": truth(arguments.get("pickle", False))}
+                answer, new = model_files.of_run(Path(constants.DEFAULT_LOCAL_TMP), repo, revision, way, **kinds)
             if answer.expected and arguments.get("listing"):
                 failure = "lock-mismatch" if answer.locked else "model-differs"
                 model_files.refuse(answer.expected, arguments["listing"], host, f"{repo}@{revision}")

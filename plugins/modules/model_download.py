@@ -85,6 +85,12 @@ options:
     description: Also download the code of the repository, which vLLM runs only with trust_remote_code.
     type: bool
     default: false
+  pickle:
+    description: >-
+      Weights may be pickles, which run code when they are loaded, where the repository has no safetensors. Refused by
+      default (C(weights-pickle)), unless O(ignore) is given.
+    type: bool
+    default: false
   memory:
     description: Memory limit of the container in bytes; its page cache counts and is reclaimed.
     type: int
@@ -253,6 +259,8 @@ def command(params: dict[str, Any]) -> list[str]:
         argv.append(f"--allow={pattern}")
     if params.get("remote_code"):
         argv.append("--remote-code")
+    if params.get("pickle"):
+        argv.append("--pickle")
     if params["ignore"] == []:
         argv.append("--ignore-nothing")
     for pattern in params["ignore"] or []:
@@ -552,6 +560,7 @@ def main() -> None:
             "allow": {"type": "list", "elements": "str", "default": []},
             "ignore": {"type": "list", "elements": "str"},
             "remote_code": {"type": "bool", "default": False},
+            "pickle": {"type": "bool", "default": False},
             "memory": {"type": "int", "default": 2 << 30},
             "workers": {"type": "int", "default": 4},
             "network": {"type": "str", "default": "bridge"},

@@ -65,6 +65,8 @@ IGNORE = (
     *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite", "*.gguf"),
     *("original/*", "metal/*", "onnx/*", "openvino/*", "consolidated*"),
 )
+#: Of these, those that run code when they are loaded.
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 #: Small files that say what a model is, and the most bytes that are read of one.
 TEXTS = ("config.json", "hf_quant_config.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
 TEXT_BYTES = 4 << 20
@@ -120,6 +122,7 @@ class Request:
     allow: list[str] = field(default_factory=list)
     ignore: list[str] | None = None  # None: IGNORE, where the repository has safetensors, and code
     remote_code: bool = False  # the engine may run the repository's code
+    pickle: bool = False  # weights may be pickles, where the repository has no safetensors
     workers: int = 4
     expected: dict[str, Any] | None = None  # {"commit", "files"} as the controller had it of the Hub
     seconds: float = SECONDS  # for commit and list
@@ -371,6 +374,7 @@ class Fetch:
         """Commit and files; the first file is asked for, since a gated repository shows its list to anyone. Raises
         FetchError for what is not the list that was expected."""
         self.look_up()
+        self.check_weights()
         if self.request.expected is not None:
             self._compare(self.request.expected)
         if any(not self._blob(file).exists() for file in self.files):
@@ -385,6 +389,18 @@ class Fetch:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             reason = bounded.printable(" ".join(f"{type(error).__name__}: {error}".split()), 200)
             raise FetchError("hub-answer-odd", f"{constants.ENDPOINT} does not answer like a Hub ({reason})") from error
+
+    def check_weights(self) -> None:
+        """Whether the weights are of a form that is only data, unless others were asked for. Raises FetchError."""
+        names = [file.name for file in self.files]
+        if self.request.pickle or self.request.ignore is not None or any(map(_is_safe, names)):
+            return
+        if pickles := list(filter_repo_objects(names, allow_patterns=list(PICKLES))):
+            raise FetchError(
+                "weights-pickle",
+                f"{self.request.repo} has no safetensors, and {pickles[0]} is a pickle, which may run any code when it "
+                "is loaded: use a model with safetensors, or a card with `pickle: true` below weights",
+            )
 
     def _look_up(self) -> None:
         repo, revision = self.request.repo, self.request.revision
@@ -486,7 +502,7 @@ class Fetch:
         """The names that are asked for."""
         ignore = self.request.ignore
         if ignore is None:
-            ignore = list(IGNORE) if any(name.endswith(".safetensors") for name in names) else []
+            ignore = list(IGNORE) if any(map(_is_safe, names)) else []
             ignore += [] if self.request.remote_code else [f"*{CODE}"]
         return list(
             filter_repo_objects(names, allow_patterns=self.request.allow or None, ignore_patterns=ignore or None)
@@ -666,6 +682,7 @@ class Fetch:
         """List and licence; files that the Hub names by Git's sha1 are read, and have the sha256 as well. Raises
         FetchError, and what `explain` understands."""
         self.look_up()
+        self.check_weights()
         listing, left = self.listing(), HASHED_BYTES
         for file in self.files:
             if not file.lfs:
@@ -742,6 +759,10 @@ def _remote_file(repo: str, entry: dict[str, Any]) -> RemoteFile:
     if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= MOST_BYTES or not good:
         raise FetchError("hub-answer-odd", f"the Hub lists {name} of {repo} with an invalid size or hash")
     return RemoteFile(name, size, hash, bool(lfs))
+
+
+def _is_safe(name: str) -> bool:
+    return name.endswith(".safetensors")
 
 
 def _size(path: Path) -> int:
@@ -853,6 +874,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ignore", action="append", default=None, metavar="PATTERN")
     parser.add_argument("--ignore-nothing", action="store_true")
     parser.add_argument("--remote-code", action="store_true", help="the repository's code too")
+    parser.add_argument("--pickle", action="store_true", help="weights may be pickles")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for the commit and the list of files")
     parser.add_argument("--expected", type=Path, metavar="FILE", help="list that the offered files must match")
@@ -867,6 +889,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow=given.allow,
         ignore=[] if given.ignore_nothing else given.ignore,
         remote_code=given.remote_code,
+        pickle=given.pickle,
         workers=given.workers,
         seconds=given.seconds,
     )
@@ -883,6 +906,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             fetch.in_time(lambda: say(**fetch.to_lock()))
         elif given.list:
             fetch.in_time(fetch.look_up)
+            fetch.check_weights()
             say(listing=fetch.listing())
         else:
             say(result=fetch.run())

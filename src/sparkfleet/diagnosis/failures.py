@@ -393,6 +393,19 @@ TABLE: tuple[Failure, ...] = (
         "`sparkfleet lock --update` takes the change into the lock.",
     ),
     Failure(
+        "weights-pickle",
+        "the weights may run code when they are loaded",
+        "the model's repository has no safetensors, but pickles (*.bin, *.pt)",
+        "Use a model with safetensors, or convert it. A card whose weights have `pickle: true` accepts them.",
+    ),
+    Failure(
+        "remote-code-unreviewed",
+        "code of the model's repository would run unreviewed",
+        "the engine has trust_remote_code, and the revision is a branch or tag that its owner can move",
+        "Read the code, then name its commit (revision in the card, sparkfleet_revision), or write a lock with "
+        "`sparkfleet lock`; or set sparkfleet_vllm_trust_remote_code: false if the model works without.",
+    ),
+    Failure(
         "image-platform",
         "the image is for another architecture",
         "a Spark is aarch64; the image was built for something else",

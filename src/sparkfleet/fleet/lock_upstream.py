@@ -84,10 +84,10 @@ def _image(registry: Registry, wanted: str, platform: str) -> Image:
     return Image(found[0][0], printable(built, 100), digest, sum(size for _, size in manifest.blobs))
 
 
-def ask_model(repo: str, revision: str, code: bool, hub: Way) -> Model:
+def ask_model(repo: str, revision: str, code: bool, hub: Way, pickle: bool = False) -> Model:
     """What a revision stands for, with the sha256 of every file; small ones are read for it. Raises UpstreamError, and
     SparkfleetError for what is no model."""
-    words = ["--lock", f"--seconds={MODEL_SECONDS - 5:g}", *(["--remote-code"] if code else [])]
+    words = ["--lock", f"--seconds={MODEL_SECONDS - 5:g}", *model_files.kinds(code, pickle)]
     output = model_files.run_client(repo, revision, hub, words, MODEL_SECONDS)
     answer = (
         output if isinstance(output, model_files.Answer) else model_files.understand(output, revision, hub.endpoint)
@@ -177,7 +177,7 @@ class Maker:
         self._met |= {card.name, card.repo}
         renews = self._renews(engine.model, card.name, card.repo)
         if model is None:
-            self._model(card.repo, made.revision, made.remote_code, ways, renews)
+            self._model(card.repo, made.revision, made.remote_code, ways, renews, card.weights.pickle)
             self._card(card, renews)
         if made.image not in self.images:
             old = None if renews else self.old.images.get(made.image)
@@ -186,15 +186,15 @@ class Maker:
     def _renews(self, *names: str) -> bool:
         return self.renewed is not None and (not self.renewed or any(name in self.renewed for name in names))
 
-    def _model(self, repo: str, revision: str, code: bool, ways: Ways, renews: bool) -> Model:
+    def _model(self, repo: str, revision: str, code: bool, ways: Ways, renews: bool, pickle: bool = False) -> Model:
         key = f"{repo}@{revision}"
         found = self.models.get(key)
         if found is None or (code and not found.code):
             old = None if renews else self.old.models.get(key)
             if old is not None and code and not old.code:
                 # The code of the commit that is locked, not of what the branch is now.
-                old = ask_model(repo, old.commit, True, ways.hub)
-            self.models[key] = old or ask_model(repo, revision, code, ways.hub)
+                old = ask_model(repo, old.commit, True, ways.hub, pickle)
+            self.models[key] = old or ask_model(repo, revision, code, ways.hub, pickle)
         return self.models[key]
 
     def _card(self, card: catalog.Card, renews: bool) -> None:

@@ -63,14 +63,19 @@ class Way:
     no_proxy: str = ""
 
 
-def resolve(repo: str, revision: str, way: Way, remote_code: bool = False) -> Answer:
-    """Ask the Hub; `remote_code`: for the repository's code too, as the host fetches it. Raises SparkfleetError for
-    what is no model or revision."""
-    output = run_client(repo, revision, way, ["--list", *(["--remote-code"] if remote_code else [])], SECONDS)
+def resolve(repo: str, revision: str, way: Way, remote_code: bool = False, pickle: bool = False) -> Answer:
+    """Ask the Hub; `remote_code`: for the repository's code too, `pickle`: for weights that are pickles, as the host
+    fetches it. Raises SparkfleetError for what is no model or revision."""
+    output = run_client(repo, revision, way, ["--list", *kinds(remote_code, pickle)], SECONDS)
     answer = output if isinstance(output, Answer) else understand(output, revision, way.endpoint)
     if way.token:
         answer = dataclasses.replace(answer, reason=answer.reason.replace(way.token, "***"))
     return answer
+
+
+def kinds(remote_code: bool, pickle: bool) -> list[str]:
+    """Words of the client for what a model's engine may run."""
+    return [*(["--remote-code"] if remote_code else []), *(["--pickle"] if pickle else [])]
 
 
 def run_client(repo: str, revision: str, way: Way, words: Sequence[str], seconds: float) -> bytes | Answer:
@@ -158,12 +163,14 @@ def of_bundle(folder: str, digest: str, repo: str, revision: str) -> Answer:
     return Answer(listing["commit"], listing["files"]) if listing else Answer()
 
 
-def of_run(folder: Path, repo: str, revision: str, way: Way, remote_code: bool = False) -> tuple[Answer, bool]:
+def of_run(
+    folder: Path, repo: str, revision: str, way: Way, remote_code: bool = False, pickle: bool = False
+) -> tuple[Answer, bool]:
     """`resolve` once a run for all its hosts, kept in a folder that lives as long as the run; whether it was asked just
     now. A branch that moves meanwhile is the same for every host."""
-    key = f"{repo}@{revision} {way.endpoint}{' with code' if remote_code else ''}"
+    key = " ".join([f"{repo}@{revision}", way.endpoint, *kinds(remote_code, pickle)])
     file = folder / "sparkfleet-models.json"
-    known, new = run_cache.ask(file, key, lambda: dataclasses.asdict(resolve(repo, revision, way, remote_code)))
+    known, new = run_cache.ask(file, key, lambda: dataclasses.asdict(resolve(repo, revision, way, remote_code, pickle)))
     return Answer(**known), new
 
 

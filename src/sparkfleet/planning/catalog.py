@@ -73,13 +73,15 @@ class Licence:
 class Weights:
     """Sizes: files in GiB, memory in GiB as vLLM logs it, and GB (1e9 bytes) read for one token of output.
 
-    ``parameters``: 1e9 of them in each format (``weights.BYTES``), where the memory was never logged.
+    ``parameters``: 1e9 of them in each format (``weights.BYTES``), where the memory was never logged. ``pickle``: they
+    may be pickles, which run code when they are loaded.
     """
 
     download_gib: float
     read_gb_per_token: float
     loaded_gib: float = 0.0
     parameters: dict[str, float] = dataclasses.field(default_factory=dict)
+    pickle: bool = False
 
     @property
     def memory_gib(self) -> float:

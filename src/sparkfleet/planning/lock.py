@@ -177,6 +177,11 @@ class Lock:
             raise self._lacks(f"the image {image}")
         return image if "@" in image else f"{image}@{found.digest}"
 
+    def platform(self, image: str) -> str:
+        """OS/ARCHITECTURE of an image, pinned or not; "" for one that it does not have."""
+        found = self.images.get(image) or self.images.get(image.partition("@")[0])
+        return found.platform if found else ""
+
     def model(self, repo: str, revision: str, code: bool = False) -> Model:
         """What a revision stands for. Raises SparkfleetError for one that it does not have, or has without the code
         that the engine is to run."""

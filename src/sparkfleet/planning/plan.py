@@ -60,6 +60,7 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
                 "image": engine.image,
                 "revision": engine.revision,
                 "remote_code": engine.remote_code,
+                "pickle": engine.card.weights.pickle,
                 "port": engine.port,
                 "verify": dataclasses.asdict(engine.card.verify),
                 "memory": figures[index],

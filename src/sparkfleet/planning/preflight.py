@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparkfleet_host import cache
-from sparkfleet_host.bounded import GIB
+from sparkfleet_host.bounded import COMMIT, GIB
 
 from sparkfleet import SparkfleetError
 from sparkfleet.diagnosis.failures import BY_ID
@@ -115,6 +115,7 @@ def checks(target: Target, state: State, work: Work) -> tuple[list[Check], list[
         _docker(target, state),
         _toolkit(state),
         *(_image(target, state, case) for case in cases),
+        *(_code(case, work) for case in cases if case.engine.remote_code and target.settings.model_source == "local"),
         *memory,
         _disk(target, state, cases),
         *(_port(target, state, case) for case in cases),
@@ -230,9 +231,20 @@ def _image(target: Target, state: State, case: Case) -> Check:
     if target.settings.require_gb10 and (reason := vllm_versions.unfit(image)):
         found.append(known("image-unsupported", reason))
     built = (case.found.get("image") or {}).get("architecture", "")
+    if case.pulls and target.lock:
+        built = target.lock.platform(image).partition("/")[2].replace("unknown", "")
     if built and ARCHITECTURES.get(state["os"]["machine"], built) != built:
         found.append(known("image-platform", f"{image} is built for {built}, the host is {state['os']['machine']}"))
     return Check("image", seen, tuple(found))
+
+
+def _code(case: Case, work: Work) -> Check:
+    """Code of the model's repository, which the engine runs: of a commit that someone could review."""
+    repo, revision = case.engine.card.repo, case.engine.revision
+    if COMMIT.fullmatch(revision) or work.reads or not (work.starts or case.downloads):
+        return Check("code", f"that of {repo} at {revision}")
+    fact = f"trust_remote_code lets the engine run the code of {repo} at whatever commit {revision} is then"
+    return Check("code", f"that of {repo} at {revision}", (known("remote-code-unreviewed", fact),))
 
 
 def _memory(target: Target, state: State, work: Work) -> tuple[list[Check], list[memory_plan.Plan | None]]:

@@ -272,6 +272,28 @@ def test_several_engines_with_one_lock(file: Path) -> None:
     assert [engine.revision for engine in made.engines] == [COMMIT, "b" * 40]
 
 
+@pytest.mark.parametrize(
+    ("platform", "refused"), [("linux/amd64", True), ("linux/arm64", False), ("linux/unknown", False)]
+)
+def test_an_image_for_another_processor_is_refused_before_it_is_pulled(
+    file: Path, platform: str, refused: bool
+) -> None:
+    image = dataclasses.replace(locked().images[CARD.image], platform=platform)
+    locked(file, images={CARD.image: image}).write()
+    found = plan.make(test_plan.target(lock_file=str(file)), test_plan.prepared())["findings"]
+    assert [finding["id"] for finding in found] == (["image-platform"] if refused else [])
+
+
+def test_a_lock_makes_code_of_the_repository_one_that_was_reviewed(file: Path) -> None:
+    files = {**FILES, "modeling.py": File(4, "5" * 64, "6" * 40)}
+    locked(file, models={KEY: Model(COMMIT, files, code=True)}).write()
+    target = test_plan.target(arguments={"trust_remote_code": True}, lock_file=str(file))
+    assert plan.make(target, test_plan.prepared())["findings"] == []
+    (engine,) = target.engines
+    assert engine.locked is not None and "modeling.py" in engine.locked.expected(True)["files"]
+    assert "modeling.py" not in engine.locked.expected(False)["files"]
+
+
 def test_a_lock_of_another_version_is_noted(file: Path) -> None:
     locked(file, sparkfleet="0.0.1").write()
     (note,) = (
