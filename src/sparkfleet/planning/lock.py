@@ -129,7 +129,7 @@ class Lock:
             raise document.error(
                 ("seal",),
                 "the lock was changed after `sparkfleet lock` had written it: restore it from version control, or see "
-                "with `sparkfleet lock --update` what differs from registry and Hub, and write it anew",
+                "with `sparkfleet lock --update` what differs from registry and Hub, and write it again",
             )
         return made
 
