@@ -58,8 +58,8 @@ def plan(needed, fetches):
               "recreate": False, "services": [], "new_key": False, "stop_services": []}
     verify = {"question": "q", "expect": "e", "prompt": "p", "prompt_expect": "e"}
     engine = {"model": "m", "profile": "throughput", "repo": "o/m", "service": "vllm-m", "port": 8000, "verify": verify,
-              "image": "i:1", "revision": "main", "remote_code": False, "pickle": False, "fetch_image": "image" in fetches,
-              "fetch_model": "model" in fetches}
+              "image": "i:1", "revision": "main", "remote_code": False, "pickle": False,
+              "fetch_image": "image" in fetches, "fetch_model": "model" in fetches}
     return {"engines": [engine], "compose": {}, "release": {"plan": {}, "lock": {}}, "prepare": {"needed": False},
             "fetch": {"needed": bool(fetches)}, "deploy": deploy, "lock": "/the.lock"}
 """
