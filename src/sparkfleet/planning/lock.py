@@ -153,11 +153,14 @@ class Lock:
         return HEAD + str(body)
 
     def write(self) -> None:
-        """Put it in its place at once, readable by all. Raises SparkfleetError."""
+        """Put it in its place at once, readable by all. Raises SparkfleetError, also for one that has too much to be
+        read again."""
+        text = self.text()
+        Lock.of_text(self.path, text)
         scratch = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         try:
             with scratch.open("w", encoding="utf-8") as file:
-                file.write(self.text())
+                file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             scratch.chmod(0o644)

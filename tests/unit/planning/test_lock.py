@@ -168,6 +168,14 @@ def test_a_lock_is_read_within_limits(file: Path, tmp_path: Path, monkeypatch: p
         Lock.read(tmp_path)
 
 
+def test_a_lock_that_could_not_be_read_again_is_not_written(file: Path) -> None:
+    before = file.read_text()
+    many = {f"file-{number}": FILES["config.json"] for number in range(11_000)}
+    with pytest.raises(SparkfleetError, match="more than 20000 values"):
+        locked(file, models={KEY: Model(COMMIT, many)}).write()
+    assert file.read_text() == before
+
+
 def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     with pytest.raises(SparkfleetError, match=r"cannot be written .*sparkfleet_lock_file names another place"):
         locked(tmp_path / "none" / lock.NAME).write()
