@@ -239,6 +239,12 @@ def explain(text: str, ref: Reference, room: str = "") -> JobError:
         return JobError(
             "disk-full", f"no space for {image} in Docker's directory{where}; free some space and run again"
         )
+    if has("layer verification failed", "unexpected commit digest", "manifest verification failed"):
+        return JobError(
+            "image-differs",
+            f"what {host} sends for {image} does not have the digest it is named by: the registry, a mirror or a proxy "
+            f"changes or damages it; check them, then run again ({_short(text)})",
+        )
     if has("no matching manifest", "does not match the specified platform"):
         return JobError("image-platform", f"{image} exists, but not for this host's architecture")
     if has("manifest unknown", "manifest for", "name unknown", "not found: manifest", ": not found"):

@@ -376,8 +376,10 @@ TABLE: tuple[Failure, ...] = (
     Failure(
         "image-differs",
         "the offered image is not the expected one",
-        "another Spark or a bundle offered a different digest than the registry has for this tag",
-        "Check the Spark that offered it. An image NAME@sha256:DIGEST avoids the question.",
+        "another Spark or a bundle offered a different digest than the registry has for this tag, or a layer arrived "
+        "with different content",
+        "Check what offered it: the Spark, the registry, a mirror or a proxy. A lock, or an image NAME@sha256:DIGEST, "
+        "settles what is right.",
     ),
     Failure(
         "model-differs",

@@ -115,6 +115,9 @@ def test_layer_that_starts_again_does_not_go_back() -> None:
         ("context deadline exceeded", "registry-unreachable", "firewall"),
         ("no matching manifest for linux/arm64/v8 in the manifest list entries", "image-platform", "architecture"),
         ("toomanyrequests: You have reached your pull rate limit", "registry-limit", "docker login"),
+        # As Docker 20.10 said of a layer that was changed in its registry; as containerd's store says it.
+        ("filesystem layer verification failed for digest sha256:c7", "image-differs", "registry, a mirror or a proxy"),
+        ("failed commit on ref: unexpected commit digest sha256:1, expected sha256:2", "image-differs", "damages it"),
         ("something else", "image-pull", "something else"),
     ],
 )
