@@ -35,7 +35,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         try:
             if arguments.get("bundle"):
                 digest = str(self._templar.template(variables.get("sparkfleet_bundle_digest") or ""))
-                known = Bundle.read(arguments["bundle"], digest).images.get(image, {})
+                bundle = Bundle.read(arguments["bundle"], digest)
+                known = bundle.images.get(bundle.image_key(image), {})
                 return {
                     **result,
                     "changed": False,

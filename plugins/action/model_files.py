@@ -34,8 +34,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             "no_proxy",
             "bundle",
             "remote_code",
+            "pickle",
             "controller_verifies",
             "listing",
+            "lock",
         )
     )
 
@@ -51,17 +53,18 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             proxy=str(arguments.get("proxy") or ""),
             no_proxy=str(arguments.get("no_proxy") or ""),
         )
-        failure = "bad-input"
+        failure, code, new = "bad-input", truth(arguments.get("remote_code", False)), False
         try:
-            if arguments.get("bundle"):
+            if arguments.get("lock"):
+                answer = model_files.of_lock(str(arguments["lock"]), repo, revision, code)
+            elif arguments.get("bundle"):
                 digest = str(self._templar.template(variables.get("sparkfleet_bundle_digest") or ""))
-                answer, new = model_files.of_bundle(str(arguments["bundle"]), digest, repo, revision), False
+                answer = model_files.of_bundle(str(arguments["bundle"]), digest, repo, revision)
             else:
-                answer, new = model_files.of_run(
-                    Path(constants.DEFAULT_LOCAL_TMP), repo, revision, way, truth(arguments.get("remote_code", False))
-                )
+                kinds = {"remote_code": code, "pickle": truth(arguments.get("pickle", False))}
+                answer, new = model_files.of_run(Path(constants.DEFAULT_LOCAL_TMP), repo, revision, way, **kinds)
             if answer.expected and arguments.get("listing"):
-                failure = "model-differs"
+                failure = "lock-mismatch" if answer.locked else "model-differs"
                 model_files.refuse(answer.expected, arguments["listing"], host, f"{repo}@{revision}")
         except SparkfleetError as error:
             raise AnsibleActionFail(f"{host}: {error}", result={"failure": failure}) from None

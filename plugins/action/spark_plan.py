@@ -21,8 +21,8 @@ from sparkfleet.fleet import gateway
 from sparkfleet.fleet.model_files import Way
 from sparkfleet.onboarding import hub_card
 from sparkfleet.packaging import host_program
-from sparkfleet.planning import plan, variables
-from sparkfleet.planning.target import Settings, Target, listen
+from sparkfleet.planning import lock, plan, variables
+from sparkfleet.planning.target import Settings, Target, listen, locked_model
 from sparkfleet.planning.variables import ARGUMENT_PREFIX
 from sparkfleet.reporting import report
 
@@ -116,9 +116,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             proxy=settings.proxy,
             no_proxy=settings.no_proxy,
         )
+        locked = lock.Lock.read(settings.lock_file) if settings.lock_file else None
         for engine in settings.each():
             hub_card.ensure(
-                engine.model,
+                locked_model(engine, locked),
                 hub,
                 lambda text: self._display.display(report.clean(text)),
                 once=Path(constants.DEFAULT_LOCAL_TMP),
@@ -129,8 +130,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         host = task_vars["inventory_hostname"]
         settled = variables.settle(self._values(task_vars))
         _check_gateways(task_vars)
+        lock_file = settled.pop("sparkfleet_lock_file", "") or lock.found(
+            task_vars.get("ansible_inventory_sources") or ()
+        )
         settings = Settings.of(
             settled,
+            lock_file=lock_file,
             address=settled.get("sparkfleet_address") or str(task_vars.get("ansible_host") or host),
             gateways=gateways(task_vars),
             gateways_elsewhere=gateways(task_vars, but=host),

@@ -144,6 +144,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.reg
     credentials,
     digest_of,
     layer_sizes,
+    local_image,
     reference,
 )
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import STATE_DIR
@@ -237,6 +238,12 @@ def explain(text: str, ref: Reference, room: str = "") -> JobError:
         where = f" ({room})" if room else ""
         return JobError(
             "disk-full", f"no space for {image} in Docker's directory{where}; free some space and run again"
+        )
+    if has("layer verification failed", "unexpected commit digest", "manifest verification failed"):
+        return JobError(
+            "image-differs",
+            f"what {host} sends for {image} does not have the digest it is named by: the registry, a mirror or a proxy "
+            f"changes or damages it; check them, then run again ({_short(text)})",
         )
     if has("no matching manifest", "does not match the specified platform"):
         return JobError("image-platform", f"{image} exists, but not for this host's architecture")
@@ -337,7 +344,7 @@ def bring(docker: Docker, ref: Reference, params: dict[str, Any], job: Job) -> d
     result = get(docker, ref, params, job)
     if before is not None:
         with contextlib.suppress(DockerError, OSError, BoundsError):
-            note_image(params["state_dir"], docker.image(ref.local) or {}, before)
+            note_image(params["state_dir"], local_image(docker, ref) or {}, before)
     return result
 
 
@@ -361,7 +368,7 @@ def get(docker: Docker, ref: Reference, params: dict[str, Any], job: Job) -> dic
         raise JobError(
             "bundle", f"neither this host nor another Spark serves {ref.local}, and the internet must not be used"
         )
-    if not known or ref.digest:
+    if not known:
         return {**pull(docker, ref, config, job), "mirror_failed": reason, "unverified": ""}
     own = reference(f"{ref.name}@{known}")
     pull(docker, own, config, job)
@@ -449,7 +456,7 @@ def main() -> None:
         difference = {"before": "", "after": f"image {params['image']}\n"}
         if module.check_mode:
             try:
-                found = docker.image(ref.local)
+                found = local_image(docker, ref)
             except DockerUnavailable:
                 found = None  # an earlier task, which check mode has not run either, installs or starts it
             if found is not None:
@@ -465,7 +472,7 @@ def main() -> None:
                 fail("fetch-busy", f"{other} is being pulled on this host; wait for it, then ask for {params['image']}")
             module.exit_json(changed=False, attached=True, holder_pid=holder["pid"], seconds=0.0)
         job = claim
-        found = docker.image(ref.local)
+        found = local_image(docker, ref)
         changed = found is None
         result = describe(found, ref) if found else bring(docker, ref, params, job)
         seconds = round(time.time() - began, 1)

@@ -55,6 +55,8 @@ options:
     description:
       - What the Hub has for this revision, as seen by the controller (commit; files, each with size and sha256
         or sha1). Anything else offered by another Spark or the Hub is refused (C(model-differs)).
+      - With C(locked) it is what a lock has (C(lock-mismatch)); a model that is complete by another list is checked
+        again, file by file.
       - Empty if the controller does not know it. What another Spark offers is then not verified.
     type: dict
     default: {}
@@ -90,6 +92,12 @@ options:
         download of all of it takes what is there.
     type: bool
     default: true
+  pickle:
+    description: >-
+      Weights may be pickles, which run code when they are loaded, where the repository has no safetensors. Refused by
+      default (C(weights-pickle)), unless O(ignore) is given.
+    type: bool
+    default: false
   memory:
     description: Memory limit of the container in bytes; its page cache counts and is reclaimed.
     type: int
@@ -199,6 +207,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cac
     check_listing,
     clear_suspicion,
     config_path,
+    listing_digest,
     manifest_path,
     mark_suspect,
     model_state,
@@ -268,6 +277,8 @@ def command(params: dict[str, Any]) -> list[str]:
         argv.append("--remote-code")
     if not params.get("weights", True):
         argv.append("--without-weights")
+    if params.get("pickle"):
+        argv.append("--pickle")
     if params["ignore"] == []:
         argv.append("--ignore-nothing")
     for pattern in params["ignore"] or []:
@@ -407,7 +418,7 @@ def fetch(docker: Docker, params: dict[str, Any], job: Job) -> dict[str, Any]:
             if expected and error.id in ("hub-repo-unknown", "hub-revision-unknown"):
                 commit = expected["commit"]
                 reason = f"the other Spark does not have commit {commit} of {params['revision']}"
-            if error.id == "model-differs":
+            if error.id in ("model-differs", "lock-mismatch"):
                 reason += "; check the Spark that offered it"
             if error.id == "disk-full" or not params["internet"]:
                 raise JobError(error.id, reason) from None
@@ -422,6 +433,9 @@ def current_state(params: dict[str, Any]) -> dict[str, Any]:
     """What the cache has of the model, see `model_state`."""
     code = bool(params.get("remote_code"))
     state: dict[str, Any] = model_state(params["cache_dir"], params["repo"], params["revision"], code)
+    expected = params.get("expected") or {}
+    if expected.get("locked") and state["listing"] != listing_digest(expected["files"], code):
+        state["complete"] = False  # by a list that is not the lock's
     return state
 
 
@@ -588,6 +602,7 @@ def main() -> None:
             "ignore": {"type": "list", "elements": "str"},
             "remote_code": {"type": "bool", "default": False},
             "weights": {"type": "bool", "default": True},
+            "pickle": {"type": "bool", "default": False},
             "memory": {"type": "int", "default": 2 << 30},
             "workers": {"type": "int", "default": 4},
             "network": {"type": "str", "default": "bridge"},

@@ -25,7 +25,9 @@ options:
     description: Include code files, which the engine runs with C(trust_remote_code).
     type: bool
     default: false
+  pickle: {description: Weights may be pickles where there are no safetensors., type: bool, default: false}
   controller_verifies: {description: Fail if the Hub cannot be asked., type: bool, default: false}
+  lock: {description: Lock file that has the revision (a commit) instead of the Hub., type: path}
   listing: {description: "What a host has of the model; refused if it differs.", type: dict, default: {}}
 author: ["The Sparkfleet developers"]
 attributes:

@@ -117,6 +117,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.net
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.registry import (
     Registry,
     bypasses,
+    local_image,
     reference,
 )
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import STATE_DIR, Store, read_json
@@ -387,7 +388,10 @@ def docker_engine(project: str, images: Sequence[str], proxy: str = "", no_proxy
 
 def image(docker: Docker, name: str) -> dict[str, Any] | None:
     """An image that Docker has: its id, size in bytes, architecture and digest."""
-    known = docker.image(name)
+    try:
+        known = local_image(docker, reference(name))
+    except JobError:
+        known = docker.image(name)
     if not known:
         return None
     return {
@@ -419,9 +423,13 @@ def pinned(known: dict[str, Any], image: str = "") -> dict[str, Any]:
     names = [str(name) for name in known.get("RepoDigests") or []]
     own = [name for name in names if not name.startswith("127.0.0.1:")]
     try:
-        mine = [name for name in own if name.partition("@")[0] == reference(image).familiar]
+        ref = reference(image)
     except JobError:
         mine = []
+    else:
+        mine = [name for name in own if name.partition("@")[0] == ref.familiar]
+        # The same image may have several digests, as a manifest and in an index.
+        mine.sort(key=lambda name: name.partition("@")[2] != ref.digest)
     first = next(iter([*mine, *own, *names]), "")
     return {"digest": first.partition("@")[2] or None, "known_as": None if own else first or None}
 

@@ -13,6 +13,7 @@ with the size it names, and it is not marked as suspect. Below `CACHE/.sparkflee
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import time
@@ -100,7 +101,7 @@ def check_listing(value: Any, what: str) -> dict[str, Any]:
         bounded.as_int(entry.get("size"), f"{what}: size of {name}", 0, FILE_BYTES)
         if "sha256" in entry:
             bounded.matched(SHA256, entry["sha256"], f"{what}: sha256 of {name}")
-        elif "sha1" in entry:
+        if "sha1" in entry:
             bounded.matched(COMMIT, entry["sha1"], f"{what}: sha1 of {name}")
     for key, pattern in (("commit", COMMIT), ("repo", REPO), ("revision", REVISION)):
         if key in listing:
@@ -140,17 +141,34 @@ def difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     if found["commit"] != expected["commit"]:
         return f"commit {found['commit']} instead of {expected['commit']}"
     for name in sorted({*expected["files"], *found["files"]}):
-        offered, wanted = (_entry(side["files"].get(name)) for side in (found, expected))
+        sides = [side["files"].get(name) for side in (found, expected)]
+        kind = min(map(_named_by, filter(None, sides)))
+        offered, wanted = (_entry(entry, kind) for entry in sides)
         if offered != wanted:
             return f"{bounded.printable(name, 120)} is {offered} instead of {wanted}"
     return ""
 
 
-def _entry(entry: Mapping[str, Any] | None) -> str:
+def _entry(entry: Mapping[str, Any] | None, kind: str) -> str:
     if entry is None:
         return "no file"
-    kind = "sha256" if "sha256" in entry else "sha1"
     return f"{kind}:{entry.get(kind, 'unknown')} ({entry['size']} bytes)"
+
+
+def _named_by(entry: Mapping[str, Any] | None) -> str:
+    """The kind of hash by which the Hub names a file: Git's sha1, also where a lock adds the sha256."""
+    return "sha1" if entry is not None and "sha1" in entry else "sha256"
+
+
+def listing_digest(files: Mapping[str, Mapping[str, Any]], remote_code: bool = False) -> str:
+    """sha256 of the names, sizes and hashes of a list's files, by which two lists can be compared; without code, unless
+    the engine runs it."""
+    lines = [
+        f"{name}\0{entry['size']}\0{entry.get(_named_by(entry), '')}\n"
+        for name, entry in sorted(files.items())
+        if remote_code or not name.endswith(CODE)
+    ]
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def was_downloaded(listing: Mapping[str, Any]) -> bool:
@@ -270,7 +288,8 @@ def model_state(cache_dir: str | Path, repo: str, revision: str, remote_code: bo
     commit: str | None; complete: bool; bytes: int, those of the model on this disk (all blobs, partial ones
     included, where the manifest is missing yet); total_bytes: int | None as the manifest has it; missing: list[str],
     files of the manifest that are absent or of another size; suspect: str, why its files are to be hashed before they
-    are used again; config: bool, whether all but the weights is there; path: str | None of the snapshot, if it exists.
+    are used again; config: bool, whether all but the weights is there; listing: str, the `listing_digest` of the
+    manifest; path: str | None of the snapshot, if it exists.
     """
     commit = resolve_commit(cache_dir, repo, revision)
     folder = Path(cache_dir) / repo_folder(repo)
@@ -281,6 +300,7 @@ def model_state(cache_dir: str | Path, repo: str, revision: str, remote_code: bo
         "bytes": 0,
         "total_bytes": None,
         "missing": [],
+        "listing": "",
         "suspect": suspicion(cache_dir, repo, commit) if commit else "",
         "config": False,
         "path": str(snapshot) if snapshot and snapshot.is_dir() else None,
@@ -300,6 +320,7 @@ def model_state(cache_dir: str | Path, repo: str, revision: str, remote_code: bo
         else:
             state["missing"].append(name)
     state["total_bytes"] = manifest["total_bytes"]
+    state["listing"] = listing_digest(manifest["files"], remote_code)
     # A list of an earlier version says nothing of the code, and has it.
     enough = not remote_code or manifest.get("remote_code", True) is not False
     state["complete"] = bool(manifest["files"]) and enough and not state["missing"] and not state["suspect"]

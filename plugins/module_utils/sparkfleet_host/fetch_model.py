@@ -5,6 +5,7 @@ standard library, huggingface_hub and two files of the host package. Speaks JSON
     {"progress": {"phase", "done", "total"}}   bytes; phases: resolving, downloading, checking
     {"result": {"commit", "path", "files", "bytes", "downloaded", "model_bytes"}}
     {"listing": {"commit", "files": {name: {"size", "sha256" | "sha1"}}}}   with --list, which downloads nothing
+    {"listing", "licence"}                     with --lock, each file with its sha256
     {"about": {"listing", "gated", "licence", "texts": {name: content}, "left_out": {name: size}, "tensor_bytes"}}
                                                with --about, what a model card is made of
     {"error": {"id", "message"}}               with exit code 1; ids as in failures.py
@@ -76,9 +77,12 @@ IGNORE = (
     *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite", "*.gguf"),
     *("original/*", "metal/*", "onnx/*", "openvino/*", "consolidated*"),
 )
+#: Of these, those that run code when they are loaded.
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 #: Small files that say what a model is, and the most bytes that are read of one.
 TEXTS = ("config.json", "hf_quant_config.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
 TEXT_BYTES = 4 << 20
+HASHED_BYTES = 256 << 20  # of all files outside of LFS, which the Hub keeps small
 INDEX = "model.safetensors.index.json"
 CHUNK = 4 << 20
 ANSWER = MANIFEST_BYTES  # of the Hub's API; a peer sends its complete list in one answer, 7 MB with MOST_FILES files
@@ -131,6 +135,7 @@ class Request:
     ignore: list[str] | None = None  # None: IGNORE, where the repository has safetensors, and code
     remote_code: bool = False  # the engine may run the repository's code
     weights: bool = True  # False: all but the weights, for a trial
+    pickle: bool = False  # weights may be pickles, where the repository has no safetensors
     workers: int = 4
     expected: dict[str, Any] | None = None  # {"commit", "files"} as the controller had it of the Hub
     seconds: float = SECONDS  # for commit and list
@@ -385,6 +390,7 @@ class Fetch:
         """Commit and files; the first file is asked for, since a gated repository shows its list to anyone. Raises
         FetchError for what is not the list that was expected."""
         self.look_up()
+        self.check_weights()
         if self.request.expected is not None:
             self._compare(self.request.expected)
         self.model_bytes = self.total
@@ -404,6 +410,18 @@ class Fetch:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             reason = bounded.printable(" ".join(f"{type(error).__name__}: {error}".split()), 200)
             raise FetchError("hub-answer-odd", f"{constants.ENDPOINT} does not answer like a Hub ({reason})") from error
+
+    def check_weights(self) -> None:
+        """Whether the weights are of a form that is only data, unless others were asked for. Raises FetchError."""
+        names = [file.name for file in self.files]
+        if self.request.pickle or self.request.ignore is not None or any(map(_is_safe, names)):
+            return
+        if pickles := list(filter_repo_objects(names, allow_patterns=list(PICKLES))):
+            raise FetchError(
+                "weights-pickle",
+                f"{self.request.repo} has no safetensors, and {pickles[0]} is a pickle, which may run any code when it "
+                "is loaded: use a model with safetensors, or a card with `pickle: true` below weights",
+            )
 
     def _look_up(self) -> None:
         repo, revision = self.request.repo, self.request.revision
@@ -496,16 +514,16 @@ class Fetch:
         files = {name: entry for name, entry in expected["files"].items() if name in wanted}
         wrong = difference({**expected, "files": files}, self.listing())
         if wrong:
+            failure, side = ("lock-mismatch", "lock") if expected.get("locked") else ("model-differs", "controller")
             raise FetchError(
-                "model-differs",
-                f"{constants.ENDPOINT} offers a different {self.request.repo} than the controller expects: {wrong}",
+                failure, f"{constants.ENDPOINT} offers a different {self.request.repo} than the {side} has: {wrong}"
             )
 
     def _chosen(self, names: list[str]) -> list[str]:
         """The names that are asked for."""
         ignore = self.request.ignore
         if ignore is None:
-            ignore = list(IGNORE) if any(name.endswith(".safetensors") for name in names) else []
+            ignore = list(IGNORE) if any(map(_is_safe, names)) else []
             ignore += [] if self.request.remote_code else [f"*{CODE}"]
         return list(
             filter_repo_objects(names, allow_patterns=self.request.allow or None, ignore_patterns=ignore or None)
@@ -623,15 +641,24 @@ class Fetch:
         path = self.snapshot / file.name
         if _size(path) != file.size:
             return False
-        if path.resolve() == self._blob(file).resolve() and file.hash in self._known:
+        locked = self._locked(file)
+        if not locked and path.resolve() == self._blob(file).resolve() and file.hash in self._known:
             self._tick(file.size)
             return self._known[file.hash] == file.hash
-        sha = file.hasher()
+        hashers = {file.hash: file.hasher()}
+        if locked:
+            hashers[locked] = hashlib.sha256()
         with path.open("rb") as stream:
             while chunk := stream.read(CHUNK):
-                sha.update(chunk)
+                for sha in hashers.values():
+                    sha.update(chunk)
                 self._tick(len(chunk))
-        return bool(sha.hexdigest() == file.hash)
+        return all(sha.hexdigest() == wanted for wanted, sha in hashers.items())
+
+    def _locked(self, file: RemoteFile) -> str:
+        """The sha256 that a lock adds for a file that the Hub names by Git's sha1 alone; "" for none."""
+        entry = {} if file.lfs else (self.request.expected or {}).get("files", {}).get(file.name, {})
+        return str(entry.get("sha256", ""))
 
     def _tick(self, size: int) -> None:
         with self._lock:
@@ -649,10 +676,12 @@ class Fetch:
             for file in still:
                 (self.snapshot / file.name).unlink(missing_ok=True)
                 self._blob(file).unlink(missing_ok=True)
+            locked = bool((self.request.expected or {}).get("locked"))
             raise FetchError(
-                "checksum",
-                f"{still[0].name} of {self.request.repo} was downloaded twice with content that differs from the Hub's;"
-                " a proxy or the disk corrupts it: check both (dmesg, HTTPS_PROXY), then run again",
+                "lock-mismatch" if locked else "checksum",
+                f"{still[0].name} of {self.request.repo} was downloaded twice with content that differs from the "
+                f"{'lock' if locked else 'Hub'}'s; what serves it, a proxy or the disk corrupts it: check them (dmesg, "
+                "HTTPS_PROXY), then run again",
             )
 
     # -- the end -------------------------------------------------------------------------------------------
@@ -669,6 +698,22 @@ class Fetch:
             "total_bytes": self.total,
             "remote_code": self.request.remote_code or self.request.ignore is not None,
         }
+
+    def to_lock(self) -> dict[str, Any]:
+        """List and licence; files that the Hub names by Git's sha1 are read, and have the sha256 as well. Raises
+        FetchError, and what `explain` understands."""
+        self.look_up()
+        self.check_weights()
+        listing, left = self.listing(), HASHED_BYTES
+        for file in self.files:
+            if not file.lfs:
+                left -= file.size
+                if left < 0:
+                    raise FetchError(
+                        "hub-answer-odd", f"{self.request.repo} has more than {HASHED_BYTES >> 20} MiB outside of LFS"
+                    )
+                listing["files"][file.name]["sha256"] = hashlib.sha256(self._content(file)).hexdigest()
+        return {"listing": listing, "licence": _terms(self.info)[1]}
 
     def listing(self) -> dict[str, Any]:
         """{"commit", "files"}, once they are known."""
@@ -739,6 +784,10 @@ def _remote_file(repo: str, entry: dict[str, Any]) -> RemoteFile:
     if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= MOST_BYTES or not good:
         raise FetchError("hub-answer-odd", f"the Hub lists {name} of {repo} with an invalid size or hash")
     return RemoteFile(name, size, hash, bool(lfs))
+
+
+def _is_safe(name: str) -> bool:
+    return name.endswith(".safetensors")
 
 
 def _size(path: Path) -> int:
@@ -851,10 +900,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ignore-nothing", action="store_true")
     parser.add_argument("--remote-code", action="store_true", help="the repository's code too")
     parser.add_argument("--without-weights", dest="weights", action="store_false", help="all but the weights")
+    parser.add_argument("--pickle", action="store_true", help="weights may be pickles")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for the commit and the list of files")
     parser.add_argument("--expected", type=Path, metavar="FILE", help="list that the offered files must match")
     parser.add_argument("--list", action="store_true", help="print what the Hub has, and download nothing")
+    parser.add_argument("--lock", action="store_true", help="print what a lock has of the model")
     parser.add_argument("--about", action="store_true", help="print what a model card is made of, and download nothing")
     given = parser.parse_args(argv)
     request = Request(
@@ -865,6 +916,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ignore=[] if given.ignore_nothing else given.ignore,
         remote_code=given.remote_code,
         weights=given.weights,
+        pickle=given.pickle,
         workers=given.workers,
         seconds=given.seconds,
     )
@@ -877,8 +929,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             said: list[dict[str, Any]] = []
             fetch.in_time(lambda: said.append(fetch.about()))
             say(about=said[0])
+        elif given.lock:
+            fetch.in_time(lambda: say(**fetch.to_lock()))
         elif given.list:
             fetch.in_time(fetch.look_up)
+            fetch.check_weights()
             say(listing=fetch.listing())
         else:
             say(result=fetch.run())

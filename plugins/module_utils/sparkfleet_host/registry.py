@@ -36,6 +36,7 @@ from typing import Any, BinaryIO
 
 from . import bounded
 from .bounded import DIGEST, BoundsError, printable
+from .docker import Docker
 from .http import Deadline, Timed
 from .job import JobError
 
@@ -139,6 +140,18 @@ def valid_image(name: str) -> bool:
     except JobError:
         return False
     return True
+
+
+def local_image(docker: Docker, ref: Reference) -> dict[str, Any] | None:
+    """What Docker has of an image. One with tag and digest that came out of a bundle has the tag, and the digest under
+    the name of the Spark's own registry alone. Raises DockerError."""
+    found: dict[str, Any] | None = docker.image(ref.local)
+    if found is None and ref.digest and ref.tag:
+        tagged = docker.image(f"{ref.name}:{ref.tag}") or {}
+        listed = tagged.get("RepoDigests")
+        if any(str(name).endswith(f"@{ref.digest}") for name in (listed if isinstance(listed, list) else ())):
+            found = tagged
+    return found
 
 
 def credentials(config: Path, registry: str) -> dict[str, str] | None:

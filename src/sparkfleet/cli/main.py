@@ -23,7 +23,7 @@ from sparkfleet import (
     __version__,
     paths,
 )
-from sparkfleet.cli import card, summary
+from sparkfleet.cli import card, lock, summary
 from sparkfleet.cli.runner import Collector, default_inventory, run
 from sparkfleet.documents import yaml_text
 from sparkfleet.exit_codes import DOWN, INTERRUPTED, OK
@@ -41,6 +41,7 @@ from sparkfleet.planning import (
     preflight,
     vllm_versions,
 )
+from sparkfleet.planning import lock as locks
 from sparkfleet.planning.target import EngineSettings, EngineTarget, Settings, Target
 from sparkfleet.reporting import (
     event_log,
@@ -152,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     show.set_defaults(run=_compose)
     card.add_parser(verbs)
+    lock.add_parser(verbs, default_inventory(), _extra, _agrees)
     init.add_parser(verbs)
     _add_verbs(verbs)
     return parser
@@ -304,7 +306,9 @@ def _dry(options: argparse.Namespace) -> int:
     from sparkfleet.documents import inventory  # noqa: PLC0415 - Ansible reads its configuration as it is imported
 
     limit = None if options.limit is None else ",".join(inventory.matching(options.inventory, options.limit))
-    paper = dry_run.make(inventory.variables(options.inventory, limit, options.extra_vars))
+    hosts = inventory.variables(options.inventory, limit, options.extra_vars)
+    beside = locks.found([options.inventory])
+    paper = dry_run.make({name: {locks.VARIABLE: beside, **values} for name, values in hosts.items()})
     print(
         json.dumps(paper.as_dict(), indent=2) if options.json else dry_run.page(paper), end="\n" if options.json else ""
     )

@@ -376,14 +376,36 @@ TABLE: tuple[Failure, ...] = (
     Failure(
         "image-differs",
         "the offered image is not the expected one",
-        "another Spark or a bundle offered a different digest than the registry has for this tag",
-        "Check the Spark that offered it. An image NAME@sha256:DIGEST avoids the question.",
+        "another Spark or a bundle offered a different digest than the registry has for this tag, or a layer arrived "
+        "with different content",
+        "Check what offered it: the Spark, the registry, a mirror or a proxy. A lock, or an image NAME@sha256:DIGEST, "
+        "settles what is right.",
     ),
     Failure(
         "model-differs",
         "the offered model is not the expected one",
         "another Spark or a bundle offered a different commit, file or hash than the Hub has for this revision",
         "Check the Spark that offered it. If the branch has moved since, set the commit as the revision.",
+    ),
+    Failure(
+        "lock-mismatch",
+        "a model is not the one in the lock",
+        "the Hub, another Spark, a bundle or a host offered a different commit, file or hash than the lock has",
+        "Find out where it comes from. `sparkfleet lock --check` shows whether the Hub has changed it; "
+        "`sparkfleet lock --update` takes the change into the lock.",
+    ),
+    Failure(
+        "weights-pickle",
+        "the weights may run code when they are loaded",
+        "the model's repository has no safetensors, but pickles (*.bin, *.pt)",
+        "Use a model with safetensors, or convert it. A card whose weights have `pickle: true` accepts them.",
+    ),
+    Failure(
+        "remote-code-unreviewed",
+        "code of the model's repository would run unreviewed",
+        "the engine has trust_remote_code, and the revision is a branch or tag that its owner can move",
+        "Read the code, then name its commit (revision in the card, sparkfleet_revision), or write a lock with "
+        "`sparkfleet lock`; or set sparkfleet_vllm_trust_remote_code: false if the model works without.",
     ),
     Failure(
         "image-platform",

@@ -6,7 +6,9 @@ The schema's own keyword ``expected`` says in words what a value must be.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import itertools
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,12 +44,12 @@ _Validator = jsonschema.validators.extend(  # type: ignore[no-untyped-call]
 class Document:
     """A YAML file (or text) with the line of each of its keys and items."""
 
-    def __init__(self, path: Path, text: str) -> None:
+    def __init__(self, path: Path, text: str, limit: int = yaml_text.CHARACTERS) -> None:
         self.path = path
         self.lines: dict[Place, int] = {(): 1}
         self.data: Any
         try:
-            node, self.data = yaml_text.parse(text)
+            node, self.data = yaml_text.parse(text, limit)
         except yaml_text.YamlError as error:
             raise SparkfleetError(f"{path}:{error.line}: {error}" if error.line else f"{path}: {error}") from None
         self._read(node, ())
@@ -128,6 +130,12 @@ def problems(data: Any, schema: dict[str, Any], prefix: str = "") -> Iterator[tu
         else:
             expected = error.schema.get("expected") or error.message
             yield place, f"{where or 'the file'}: must be {expected}, not {shown(error.instance)}"
+
+
+def digest(data: Any) -> str:
+    """sha256:... of plain data, however it was written."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def shown(value: Any) -> str:

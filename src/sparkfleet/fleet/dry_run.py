@@ -21,7 +21,7 @@ from sparkfleet.reporting import report
 FIELDS = (
     *("model", "profile", "model_source", "arguments", "environment", "tool_calls", "image", "revision", "port"),
     "engines",
-    *("listen", "memory_plan", "memory_reserve_gib"),
+    *("listen", "memory_plan", "memory_reserve_gib", "lock_file"),
 )
 
 
@@ -65,7 +65,7 @@ class DryRun:
 def make(hosts: Mapping[str, Mapping[str, Any]]) -> DryRun:
     """Plan and schedule of hosts with their variables. Raises SparkfleetError with what is wrong in them, and for
     settings that a rollout has once."""
-    hosts = _settled(hosts)
+    hosts = settled(hosts)
     drained = [name for name, values in hosts.items() if values.get("sparkfleet_drained", False)]
     same: dict[str, list[str]] = {}
     settings: dict[str, Settings] = {}
@@ -92,7 +92,7 @@ def make(hosts: Mapping[str, Mapping[str, Any]]) -> DryRun:
     return DryRun(kinds, waves, drained)
 
 
-def _settled(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def settled(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Each host's variables, checked. Raises SparkfleetError with each problem and the hosts that have it."""
     settled: dict[str, dict[str, Any]] = {}
     problems: dict[str, list[str]] = {}

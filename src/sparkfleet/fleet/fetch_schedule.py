@@ -120,6 +120,7 @@ def of_host(host: str, inspection: Mapping[str, Any], serves: bool, engine: int 
         repo=plan["repo"],
         revision=plan["revision"],
         needs_model=bool(plan["fetch_model"]),
-        has_model=bool(model["complete"]),
+        # One that is to be checked against a lock is no source yet.
+        has_model=bool(model["complete"]) and not plan["fetch_model"],
         serves=serves,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sparkfleet_host import bounded
 from sparkfleet_host.job import JobError
-from sparkfleet_host.registry import Registry, credentials, digest_of, reference
+from sparkfleet_host.registry import Reference, Registry, credentials, digest_of, reference
 
 from sparkfleet import SparkfleetError
 from sparkfleet.documents import run_cache
@@ -40,12 +40,34 @@ def resolve(
     registry -> HOST[:PORT] with the same repositories. The proxy of the environment comes before `proxy`. `seconds` is
     for all of it: names, login, redirects. Raises SparkfleetError for what is not the name of an image or of a
     registry."""
-    try:
-        ref = reference(image)
-    except JobError as error:
-        raise SparkfleetError(str(error)) from None
+    ref = checked(image)
     if ref.digest:
         return Answer(ref.digest)
+    try:
+        registry = registry_of(ref, registries, proxy, no_proxy, config)
+        return Answer(bounded.in_time(lambda: digest_of(registry, ref.tag), seconds))
+    except OSError as error:
+        host = str(registries.get(ref.registry, "")) or ref.registry
+        return Answer(reason=bounded.printable(f"{host}: {error}", 200))
+
+
+def checked(image: str) -> Reference:
+    """An image's name taken apart. Raises SparkfleetError."""
+    try:
+        return reference(image)
+    except JobError as error:
+        raise SparkfleetError(str(error)) from None
+
+
+def registry_of(
+    ref: Reference,
+    registries: Mapping[str, str],
+    proxy: str = "",
+    no_proxy: str = "",
+    config: str = DOCKER_CONFIG,
+) -> Registry:
+    """The registry of an image as this controller asks it, see `resolve`. Raises SparkfleetError for what is not the
+    name of a registry, and OSError."""
     host = str(registries.get(ref.registry, ""))
     name, _, port = host.partition(":")
     if host and not (bounded.HOST.fullmatch(name) and (not port or (port.isdigit() and len(port) <= 5))):
@@ -61,11 +83,7 @@ def resolve(
         login = credentials(Path(config).expanduser(), host or ref.registry)
     except RuntimeError:
         login = None  # a user without a home has no logins
-    try:
-        registry = Registry(ref, ways, login, SECONDS, host)
-        return Answer(bounded.in_time(lambda: digest_of(registry, ref.tag), seconds))
-    except OSError as error:
-        return Answer(reason=bounded.printable(f"{host or ref.registry}: {error}", 200))
+    return Registry(ref, ways, login, SECONDS, host)
 
 
 def of_run(

@@ -28,6 +28,7 @@ from sparkfleet.documents import run_cache
 from sparkfleet.packaging import hub_client
 from sparkfleet.packaging.bundle import Bundle
 from sparkfleet.paths import CACHE
+from sparkfleet.planning.lock import Lock
 
 #: A controller without a way to the Hub keeps a run waiting no longer than this.
 SECONDS = 10.0
@@ -37,17 +38,19 @@ LIMIT = 32 << 20  # bytes of a list
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """`commit` and `files` {name: {"size", "sha256" | "sha1"}}, or none of both, the `reason` why the controller cannot
-    know them, and the `failure` of the table."""
+    know them, and the `failure` of the table. `locked`: it is a lock's."""
 
     commit: str = ""
     files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     reason: str = ""
     failure: str = ""
+    locked: bool = False
 
     @property
     def expected(self) -> dict[str, Any]:
         """As model_download takes it."""
-        return {"commit": self.commit, "files": self.files} if self.commit else {}
+        found = {"commit": self.commit, "files": self.files, **({"locked": True} if self.locked else {})}
+        return found if self.commit else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +63,19 @@ class Way:
     no_proxy: str = ""
 
 
-def resolve(repo: str, revision: str, way: Way, remote_code: bool = False) -> Answer:
-    """Ask the Hub; `remote_code`: for the repository's code too, as the host fetches it. Raises SparkfleetError for
-    what is no model or revision."""
-    output = run_client(repo, revision, way, ["--list", *(["--remote-code"] if remote_code else [])], SECONDS)
+def resolve(repo: str, revision: str, way: Way, remote_code: bool = False, pickle: bool = False) -> Answer:
+    """Ask the Hub; `remote_code`: for the repository's code too, `pickle`: for weights that are pickles, as the host
+    fetches it. Raises SparkfleetError for what is no model or revision."""
+    output = run_client(repo, revision, way, ["--list", *kinds(remote_code, pickle)], SECONDS)
     answer = output if isinstance(output, Answer) else understand(output, revision, way.endpoint)
     if way.token:
         answer = dataclasses.replace(answer, reason=answer.reason.replace(way.token, "***"))
     return answer
+
+
+def kinds(remote_code: bool, pickle: bool) -> list[str]:
+    """Words of the client for what a model's engine may run."""
+    return [*(["--remote-code"] if remote_code else []), *(["--pickle"] if pickle else [])]
 
 
 def run_client(repo: str, revision: str, way: Way, words: Sequence[str], seconds: float) -> bytes | Answer:
@@ -150,35 +158,41 @@ def understand(output: bytes, revision: str, endpoint: str = "the Hub") -> Answe
 
 def of_bundle(folder: str, digest: str, repo: str, revision: str) -> Answer:
     """What a bundle has of it: its list, checked against bundle.json. Raises SparkfleetError."""
-    made = Bundle.read(folder, digest)
-    name = f"hub/.sparkfleet/{cache.repo_folder(repo)}/fetching.json"
-    if f"{repo}@{revision}" not in made.models or name not in made.files:
-        return Answer()  # what carries it to the Spark says what is missing
-    try:
-        listing = cache.check_listing(bounded.parse_json(made.text(name), name, LIMIT), name)
-        commit = bounded.matched(COMMIT, listing.get("commit"), f"{name}: commit")
-    except BoundsError as error:
-        raise SparkfleetError(f"sparkfleet_bundle {folder}: {error}; recreate it") from None
-    return Answer(commit, listing["files"])
+    listing = Bundle.read(folder, digest).listing(repo, revision)
+    # What carries it to the Spark says what is missing.
+    return Answer(listing["commit"], listing["files"]) if listing else Answer()
 
 
-def of_run(folder: Path, repo: str, revision: str, way: Way, remote_code: bool = False) -> tuple[Answer, bool]:
+def of_run(
+    folder: Path, repo: str, revision: str, way: Way, remote_code: bool = False, pickle: bool = False
+) -> tuple[Answer, bool]:
     """`resolve` once a run for all its hosts, kept in a folder that lives as long as the run; whether it was asked just
     now. A branch that moves meanwhile is the same for every host."""
-    key = f"{repo}@{revision} {way.endpoint}{' with code' if remote_code else ''}"
+    key = " ".join([f"{repo}@{revision}", way.endpoint, *kinds(remote_code, pickle)])
     file = folder / "sparkfleet-models.json"
-    known, new = run_cache.ask(file, key, lambda: dataclasses.asdict(resolve(repo, revision, way, remote_code)))
+    known, new = run_cache.ask(file, key, lambda: dataclasses.asdict(resolve(repo, revision, way, remote_code, pickle)))
     return Answer(**known), new
 
 
+def of_lock(file: str, repo: str, commit: str, remote_code: bool = False) -> Answer:
+    """What a lock has of it. Raises SparkfleetError."""
+    return Answer(commit, Lock.read(file).at(repo, commit).expected(remote_code)["files"], locked=True)
+
+
 def refuse(expected: Mapping[str, Any], listing: Mapping[str, Any], host: str, what: str) -> None:
-    """Raises SparkfleetError where what a Spark collected (or a list of another form) is not what the Hub has."""
+    """Raises SparkfleetError where what a Spark collected (or a list of another form) is not what the Hub, or the lock,
+    has."""
     try:
         found = cache.check_listing(listing, host)
         bounded.matched(COMMIT, found.get("commit"), f"{host}: commit")
         wrong = cache.difference(expected, found)
     except BoundsError as error:
         wrong = str(error)
+    if wrong and expected.get("locked"):
+        raise SparkfleetError(
+            f"{host} has a different {what} than the lock: {wrong}. Find out where it comes from, or see with "
+            "`sparkfleet lock --update` whether the Hub has changed it"
+        )
     if wrong:
         raise SparkfleetError(
             f"{host} has a different {what} than the Hub: {wrong}. Check {host}; if the branch has moved since, "

@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 
 from sparkfleet_host import bounded, cache
 from sparkfleet_host.bounded import COMMIT, DIGEST, SHA256, BoundsError
+from sparkfleet_host.registry import reference
 
 from sparkfleet import SparkfleetError
 from sparkfleet.user_paths import expanded
@@ -136,9 +137,10 @@ class Bundle:
         """`index.json` of an OCI image layout with these images."""
         entries = [
             {
-                "mediaType": self.images[name]["media_type"],
-                "digest": self.images[name]["digest"],
-                "size": self.images[name]["size"],
+                **{
+                    key: self.images[self.image_key(name)][known]
+                    for key, known in (("mediaType", "media_type"), ("digest", "digest"), ("size", "size"))
+                },
                 "annotations": {"org.opencontainers.image.ref.name": name},
             }
             for name in images
@@ -227,23 +229,56 @@ class Bundle:
                 read += len(chunk)
         return Entry(read, sha.hexdigest()), (git if digest == "sha1" else sha).hexdigest()
 
+    def image_key(self, image: str) -> str:
+        """The name of an image in the bundle, "" if it does not have it. One that is made without a lock and used with
+        one, or the other way round, has the same image under its tag or with its digest."""
+        if image in self.images:
+            return image
+        name, _, digest = image.partition("@")
+        for key, entry in self.images.items():
+            same = entry["digest"] == digest and reference(key).familiar == reference(image).familiar
+            if same if digest else key.partition("@")[0] == name:
+                return key
+        return ""
+
+    def model_key(self, repo: str, revision: str) -> str:
+        """ORG/NAME@REVISION of a model in the bundle, by its revision or commit; "" if it does not have it."""
+        if f"{repo}@{revision}" in self.models:
+            return f"{repo}@{revision}"
+        same = (key for key, entry in self.models.items() if entry["commit"] == revision)
+        return next((key for key in same if key.partition("@")[0] == repo), "")
+
+    def listing(self, repo: str, revision: str) -> dict[str, Any]:
+        """Commit and files of a model, {} if the bundle does not have it. Raises SparkfleetError."""
+        name = f"hub/.sparkfleet/{cache.repo_folder(repo)}/fetching.json"
+        if not self.model_key(repo, revision) or name not in self.files:
+            return {}
+        try:
+            found = cache.check_listing(bounded.parse_json(self.text(name), name, cache.MANIFEST_BYTES), name)
+            bounded.matched(COMMIT, found.get("commit"), f"{name}: commit")
+        except BoundsError as error:
+            raise SparkfleetError(f"sparkfleet_bundle {self.folder}: {error}; recreate it") from None
+        return found
+
     def of_packages(self) -> Iterator[str]:
         """Files of the repository for apt."""
         return (name for name in self.files if name.startswith("packages/"))
 
     def of_fetch(self, images: Sequence[str], models: Sequence[str]) -> list[str]:
         """Files of images and models, without the image's index. Raises SparkfleetError for what is not in it."""
-        missing = [name for name in (*images, *models) if name not in {*self.images, *self.models}]
+        keys = {name: self.image_key(name) for name in images}
+        keys |= {name: self.model_key(*name.partition("@")[::2]) for name in models}
+        missing = [name for name, key in keys.items() if not key]
         if missing:
             raise SparkfleetError(
                 f"{', '.join(missing)} not in the bundle {self.folder}: `sparkfleet bundle` adds to it"
             )
-        blobs = [f"image/blobs/sha256/{_hex(blob)}" for name in images for blob in self.images[name]["blobs"]]
+        blobs = [f"image/blobs/sha256/{_hex(blob)}" for name in images for blob in self.images[keys[name]]["blobs"]]
         found = dict.fromkeys(blobs)
         for model in models:
             folder = cache.repo_folder(model.partition("@")[0])
             found[f"hub/.sparkfleet/{folder}/fetching.json"] = None
-            found.update(dict.fromkeys(f"hub/{folder}/blobs/{name}" for name in self.models[model]["files"]))
+            found.update(dict.fromkeys(f"hub/{folder}/blobs/{name}" for name in self.models[keys[model]]["files"]))
         unknown = [name for name in found if name not in self.files]
         if unknown:
             raise SparkfleetError(f"the bundle {self.folder} lists no file {unknown[0]}: recreate it")

@@ -22,7 +22,7 @@ from sparkfleet_host.bounded import printable, read_file
 
 from sparkfleet import SparkfleetError
 from sparkfleet.documents import yaml_text
-from sparkfleet.documents.schema import MOST, Document, joined, problems
+from sparkfleet.documents.schema import MOST, Document, digest, joined, problems
 from sparkfleet.paths import ROOT, STATE
 from sparkfleet.planning import vllm_versions, weights
 from sparkfleet.planning.vllm_versions import Engine
@@ -75,13 +75,15 @@ class Licence:
 class Weights:
     """Sizes: files in GiB, memory in GiB as vLLM logs it, and GB (1e9 bytes) read for one token of output.
 
-    ``parameters``: 1e9 of them in each format (``weights.BYTES``), where the memory was never logged.
+    ``parameters``: 1e9 of them in each format (``weights.BYTES``), where the memory was never logged. ``pickle``: they
+    may be pickles, which run code when they are loaded.
     """
 
     download_gib: float
     read_gb_per_token: float
     loaded_gib: float = 0.0
     parameters: dict[str, float] = dataclasses.field(default_factory=dict)
+    pickle: bool = False
 
     @property
     def memory_gib(self) -> float:
@@ -198,11 +200,14 @@ class Card:
     vision: bool = False
     #: vLLM in the image, where the image's name does not show it.
     vllm: str = ""
+    #: Of what the card says, however it is written.
+    digest: str = ""
 
     def engine(self, image: str = "") -> Engine:
         """vLLM in the card's image, or in another that takes its place; unknown when neither name nor card gives it."""
         named = vllm_versions.of_image(image or self.image)
-        if named.version or not self.vllm or image not in ("", self.image):
+        other = image.partition("@")[0] not in ("", self.image.partition("@")[0])
+        if named.version or not self.vllm or other:
             return named
         return Engine.parse(self.vllm)
 
@@ -333,6 +338,7 @@ def of_text(path: Path, text: str) -> Card:
         else None,
         vision=data.get("vision", False),
         vllm=data.get("vllm", ""),
+        digest=digest(data),
     )
     _check_sense(card, document)
     return card

@@ -12,9 +12,10 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from sparkfleet_host import cache
 from sparkfleet_host.release_format import DUMMY, FORMAT, TRIAL, TRIAL_FORMAT
 
-from sparkfleet import operator_name
+from sparkfleet import __version__, operator_name
 from sparkfleet.documents import yaml_text
 from sparkfleet.planning import compose, kv_layout, preflight, vllm_versions
 from sparkfleet.planning.target import EngineTarget, State, Target
@@ -60,6 +61,7 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
                 "image": engine.image,
                 "revision": engine.revision,
                 "remote_code": engine.remote_code,
+                "pickle": engine.card.weights.pickle,
                 "port": engine.port,
                 "verify": engine.verify,
                 "memory": figures[index],
@@ -69,6 +71,7 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
             }
             for index, engine in enumerate(target.engines)
         ],
+        "lock": str(target.lock.path) if target.lock else "",
         "compose": document,
         "release": release(target, document, figures),
         "notes": notes(target, state),
@@ -221,6 +224,11 @@ def guard_settings(target: Target, state: State) -> dict[str, Any]:
 def notes(target: Target, state: State) -> list[str]:
     """What an operator should know of what is to run, though nothing prevents it."""
     settings, found = target.settings, []
+    if target.lock and target.lock.sparkfleet != __version__:
+        found.append(
+            f"the lock was written by Sparkfleet {target.lock.sparkfleet}, this is {__version__}: image and files are "
+            "those of the lock, arguments and checks may differ"
+        )
     if target.is_open(state) and settings.service_state == "started" and not settings.trial:
         ports = [str(engine.port) for engine in target.engines]
         which = f"port {ports[0]} is" if len(ports) == 1 else f"ports {', '.join(ports)} are"
@@ -270,7 +278,19 @@ def fetch(target: Target, engine: EngineTarget, state: State) -> Fetch:
             not known["complete"] and not suspect,
             f"download {card.repo} at {engine.revision} ({card.weights.download_gib:g} GiB)",
         )
+        model.add(
+            known["complete"] and differs(engine, known),
+            f"check {card.repo} again: the list of its files is not that of the lock",
+        )
     return Fetch(image, model)
+
+
+def differs(engine: EngineTarget, model: State) -> bool:
+    """Whether the list by which a host's model is complete has other files or hashes than the lock."""
+    if engine.locked is None:
+        return False
+    files = engine.locked.expected(engine.remote_code)["files"]
+    return bool(model["listing"] != cache.listing_digest(files, engine.remote_code))
 
 
 def release(

@@ -11,7 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from sparkfleet_host.bounded import GIB
+from sparkfleet_host import cache
+from sparkfleet_host.bounded import COMMIT, GIB
 from sparkfleet_host.release_format import REAL
 
 from sparkfleet import SparkfleetError
@@ -117,6 +118,7 @@ def checks(target: Target, state: State, work: Work) -> tuple[list[Check], list[
         _docker(target, state),
         _toolkit(state),
         *(_image(target, state, case) for case in cases),
+        *(_code(case, work) for case in cases if case.engine.remote_code and target.settings.model_source == "local"),
         *memory,
         _disk(target, state, cases),
         *(_port(target, state, case) for case in cases),
@@ -233,9 +235,20 @@ def _image(target: Target, state: State, case: Case) -> Check:
     if target.settings.require_gb10 and (reason := vllm_versions.unfit(image)):
         found.append(known("image-unsupported", reason))
     built = (case.found.get("image") or {}).get("architecture", "")
+    if case.pulls and target.lock:
+        built = target.lock.platform(image).partition("/")[2].replace("unknown", "")
     if built and ARCHITECTURES.get(state["os"]["machine"], built) != built:
         found.append(known("image-platform", f"{image} is built for {built}, the host is {state['os']['machine']}"))
     return Check("image", seen, tuple(found))
+
+
+def _code(case: Case, work: Work) -> Check:
+    """Code of the model's repository, which the engine runs: of a commit that someone could review."""
+    repo, revision = case.engine.card.repo, case.engine.revision
+    if COMMIT.fullmatch(revision) or work.reads or not (work.starts or case.downloads):
+        return Check("code", f"that of {repo} at {revision}")
+    fact = f"trust_remote_code lets the engine run the code of {repo} at whatever commit {revision} is then"
+    return Check("code", f"that of {repo} at {revision}", (known("remote-code-unreviewed", fact),))
 
 
 def _memory(target: Target, state: State, work: Work) -> tuple[list[Check], list[memory_plan.Plan | None]]:
@@ -414,13 +427,20 @@ def _switch(target: Target, state: State) -> Check:
 
 def _bundle(bundle: Bundle, state: State, cases: Sequence[Case], work: Work) -> Check:
     """Whether a bundle has what is to be fetched and installed."""
-    system, gaps = state["os"], []
+    system, gaps, differs = state["os"], [], []
     for case in cases:
-        if case.pulls and case.engine.image not in bundle.images:
-            gaps.append(f"no image {case.engine.image} (it has {', '.join(sorted(bundle.images)) or 'none'})")
-        wanted = f"{case.engine.card.repo}@{case.engine.revision}"
-        if case.downloads and wanted not in bundle.models:
-            gaps.append(f"no model {wanted} (it has {', '.join(sorted(bundle.models)) or 'none'})")
+        engine = case.engine
+        if case.pulls and not bundle.image_key(engine.image):
+            has = [_digested(name, entry["digest"]) if engine.locked else name for name, entry in bundle.images.items()]
+            gaps.append(f"no image {engine.image} (it has {', '.join(sorted(has)) or 'none'})")
+        if case.downloads and not bundle.model_key(engine.card.repo, engine.revision):
+            has = [f"{name} ({entry['commit']})" if engine.locked else name for name, entry in bundle.models.items()]
+            gaps.append(f"no model {engine.card.repo}@{engine.revision} (it has {', '.join(sorted(has)) or 'none'})")
+        if case.downloads and engine.locked and (listing := bundle.listing(engine.card.repo, engine.revision)):
+            wrong = cache.difference(engine.locked.expected(engine.remote_code), listing)
+            if wrong:
+                what = f"the bundle {bundle.folder} has a different {engine.card.repo} than the lock: {wrong}"
+                differs.append(known("lock-mismatch", what))
     here = {"id": system["id"], "codename": system["codename"], "machine": system["machine"]}
     if work.installs and bundle.system != here:
         packages = " ".join(bundle.system.values()) or "nothing"
@@ -430,9 +450,15 @@ def _bundle(bundle: Bundle, state: State, cases: Sequence[Case], work: Work) -> 
     incomplete = bundle.missing_files()
     if incomplete:
         gaps.append(f"{len(incomplete)} of {len(bundle.files)} files missing or cut, such as {incomplete[0]}")
-    if not gaps:
+    if gaps:
+        differs.append(known("bundle", f"the bundle {bundle.folder} has {'; '.join(gaps)}"))
+    if not differs:
         return Check("bundle", f"{bundle.folder} has what is needed")
-    return Check("bundle", "; ".join(gaps), (known("bundle", f"the bundle {bundle.folder} has {'; '.join(gaps)}"),))
+    return Check("bundle", "; ".join(gaps) or "not what the lock has", tuple(differs))
+
+
+def _digested(image: str, digest: str) -> str:
+    return image if "@" in image else f"{image}@{digest}"
 
 
 def _weights(case: Case) -> Check:

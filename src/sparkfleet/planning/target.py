@@ -20,6 +20,7 @@ from sparkfleet.packaging.bundle import Bundle
 from sparkfleet.paths import ROOT
 from sparkfleet.planning import calibration, catalog, compose, variables, verification
 from sparkfleet.planning.catalog import Arguments, Card
+from sparkfleet.planning.lock import Lock, Model
 from sparkfleet.planning.variables import ARGUMENT_PREFIX, PREFIX
 from sparkfleet.planning.vllm_versions import Engine
 
@@ -107,6 +108,7 @@ class Settings:
     gateways_elsewhere: tuple[str, ...] = ()  # those on other hosts
     trial: str = ""  # weights of a trial, which is not to serve: dummy or real
     host_program: str = ""  # sha256 of the program that is to be on the host; empty: not checked
+    lock_file: str = ""  # what tags and revisions stand for; empty: what registry and Hub say
 
     @classmethod
     def of(cls, settled: Mapping[str, Any], **known: Any) -> Settings:
@@ -193,19 +195,30 @@ class EngineTarget:
     arguments: Arguments
     image: str
     revision: str
+    locked: Model | None = None  # what the revision is, where there is a lock
 
     @classmethod
-    def of(cls, settings: EngineSettings, source: str) -> EngineTarget:
+    def of(cls, settings: EngineSettings, source: str, lock: Lock | None = None) -> EngineTarget:
         """Merge in the documented order: model, profile, then the inventory's (group, host, command line). `source`:
-        ``sparkfleet_model_source``. Raises SparkfleetError."""
-        card = catalog.load(settings.model)
+        ``sparkfleet_model_source``. With a lock, image and revision are what it has for them. Raises
+        SparkfleetError."""
+        card = catalog.load(locked_model(settings, lock))
         arguments = card.with_profile(settings.profile)
         catalog.check_arguments(settings.arguments, ARGUMENT_PREFIX)
         catalog.check_environment(settings.environment, "sparkfleet_environment.")
         if settings.tool_calls and source == "local" and card.tool_call_parser:
             arguments |= {"enable_auto_tool_choice": True, "tool_call_parser": card.tool_call_parser}
         arguments |= settings.arguments
-        return cls(card, settings, arguments, settings.image or card.image, settings.revision or card.revision)
+        made = cls(card, settings, arguments, settings.image or card.image, settings.revision or card.revision)
+        return made if lock is None else made.lock(lock)
+
+    def lock(self, lock: Lock) -> EngineTarget:
+        """The same with what the lock has for image and revision. Raises SparkfleetError for what it does not have, and
+        for a card that has changed since."""
+        if catalog.hub_name(self.settings.model) is None:
+            lock.check_card(self.card.name, self.card.digest, self.card.source)
+        model = lock.model(self.card.repo, requested(self.settings, self.card), self.remote_code)
+        return dataclasses.replace(self, image=lock.pinned(self.image), revision=model.commit, locked=model)
 
     @property
     def service(self) -> str:
@@ -239,6 +252,22 @@ class EngineTarget:
         return bool(self.arguments.get("trust_remote_code"))
 
 
+def requested(settings: EngineSettings, card: Card | None = None) -> str:
+    """The revision that an engine's model was asked for by. The card that is made of a model of the Hub has the commit
+    that it was made of; asked for was a branch."""
+    named = catalog.hub_name(settings.model)
+    return settings.revision or (named[1] if named else card.revision if card else "")
+
+
+def locked_model(settings: EngineSettings, lock: Lock | None) -> str:
+    """The model of an engine as the catalogue is asked for it: with a lock, one of the Hub at the lock's commit. Raises
+    SparkfleetError."""
+    named = catalog.hub_name(settings.model)
+    if lock is None or named is None:
+        return settings.model
+    return f"{named[0]}@{lock.model(named[0], requested(settings)).commit}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """What is to run on a host: its engines, in the order in which they start."""
@@ -246,6 +275,7 @@ class Target:
     settings: Settings
     engines: tuple[EngineTarget, ...]
     bundle: Bundle | None = None  # what replaces the internet
+    lock: Lock | None = None
 
     @classmethod
     def of(cls, settings: Settings) -> Target:
@@ -261,10 +291,16 @@ class Target:
                 "a trial is of one model with sparkfleet_model_source: local; name the model with -e sparkfleet_model, "
                 "and leave out sparkfleet_engines with -e sparkfleet_engines=[]"
             )
-        engines = tuple(EngineTarget.of(engine, settings.model_source) for engine in settings.each())
+        lock = Lock.read(settings.lock_file) if settings.lock_file else None
+        if lock and settings.model_source != "local":
+            raise SparkfleetError(
+                f"sparkfleet_model_source: with {settings.model_source} the engine downloads whatever the Hub has "
+                f"then, whatever the lock {lock.path} has: set it to local"
+            )
+        engines = tuple(EngineTarget.of(engine, settings.model_source, lock) for engine in settings.each())
         _check_engines(engines)
         bundle = Bundle.read(settings.bundle, settings.bundle_digest) if settings.bundle else None
-        return cls(settings, engines, bundle)
+        return cls(settings, engines, bundle, lock)
 
     def document(self, state: State | None = None) -> compose.Document:
         """The compose file, pinned to what the host has fetched so far."""

@@ -71,6 +71,7 @@ FORMS: dict[str, tuple[str, str]] = {
     "sparkfleet_compile_cache_dir": _ABSOLUTE,
     "sparkfleet_hf_token_file": _ABSOLUTE,
     "sparkfleet_ca_file": _ABSOLUTE,
+    "sparkfleet_lock_file": _ABSOLUTE,
     "sparkfleet_cache_owner": _NAME,
     "sparkfleet_cache_group": _NAME,
     "sparkfleet_operator": _NAME,

@@ -16,12 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plugins.action import model_files as action
 from plugins.modules import bundle_collect, model_download
+from sparkfleet_host import cache
 
 from sparkfleet import SparkfleetError
-from sparkfleet.fleet import model_files
+from sparkfleet.fleet import lock_upstream, model_files
 from sparkfleet.fleet.model_files import Answer, Way
 from sparkfleet.packaging import hub_client
 from sparkfleet.packaging.bundle import Bundle, Entry
+from sparkfleet.planning.lock import Lock
 from tests.unit.fakes.fake_hub import Hub, serve
 from tests.unit.host.test_fetch_model import fetch
 
@@ -261,7 +263,71 @@ def test_what_is_expected_is_fetched_though_the_branch_moved(client: Path, hub: 
     assert (tmp_path / "hf/models--acme--tiny/refs/main").read_text() == hub.commit
 
 
+def lock_of(hub: Hub, path: Path) -> Lock:
+    """The lock of a Hub as it is."""
+    model = lock_upstream.ask_model(hub.repo, "main", False, Way(hub.url))
+    made = Lock(models={f"{hub.repo}@main": model}, path=path)
+    made.write()
+    return made
+
+
+@pytest.mark.parametrize("kind", ["config_json", "model_safetensors"])
+def test_what_differs_from_a_lock_is_refused(client: Path, hub: Hub, tmp_path: Path, kind: str) -> None:
+    """A Hub, a mirror or a Spark that has the commit of the lock and other files."""
+    made, expected = lock_of(hub, tmp_path / "lock.yml").at(hub.repo, hub.commit), tmp_path / "expected.json"
+    expected.write_text(json.dumps(made.expected(False)))
+    other = hostile(hub, **{kind: b"evil"})
+    other.answer["revision"] = json.dumps({"id": hub.repo, "sha": hub.commit, "siblings": []}).encode()
+    with serve(other):
+        error = fetch(client, other, tmp_path / "hf", "--expected", str(expected))[-1]["error"]
+    assert error["id"] == "lock-mismatch" and "than the lock has" in error["message"], error
+    assert fetch(client, hub, tmp_path / "hf", "--expected", str(expected))[-1]["result"]["commit"] == hub.commit
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_content_that_is_not_the_locks(client: Path, hub: Hub, tmp_path: Path, name: str) -> None:
+    """Bytes that differ from the list; and, as with a collision of Git's sha1, from the lock alone."""
+    made, expected = lock_of(hub, tmp_path / "lock.yml").at(hub.repo, hub.commit), tmp_path / "expected.json"
+    listing = made.expected(False)
+    if name in hub.large:
+        hub.corrupt[name] = 9
+    else:
+        listing["files"][name]["sha256"] = "0" * 64
+    expected.write_text(json.dumps(listing))
+    error = fetch(client, hub, tmp_path / "hf", "--expected", str(expected))[-1]["error"]
+    assert error["id"] == "lock-mismatch" and f"{name} of acme/tiny" in error["message"], error
+    assert not list(tmp_path.glob("hf/.sparkfleet/*/*.suspect.json"))
+    assert not (tmp_path / "hf/.sparkfleet/models--acme--tiny" / f"{hub.commit}.json").exists()
+
+
 # -- the module ------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_complete_by_another_list_than_the_locks_is_checked_again(
+    client: Path, hub: Hub, tmp_path: Path
+) -> None:
+    """As one that a hostile Spark served before there was a lock: only what is wrong is fetched again."""
+    made, cache_dir = lock_of(hub, tmp_path / "lock.yml").at(hub.repo, hub.commit), tmp_path / "hf"
+    assert "result" in fetch(client, hub, cache_dir)[-1]
+    given = params(cache_dir, revision=hub.commit, expected=made.expected(False))
+    assert model_download.current_state(given)["complete"]
+    manifest = cache_dir / ".sparkfleet/models--acme--tiny" / f"{hub.commit}.json"
+    listed = json.loads(manifest.read_text())
+    evil = b"e" * 5000
+    listed["files"]["model.safetensors"]["sha256"] = hashlib.sha256(evil).hexdigest()
+    manifest.write_text(json.dumps(listed))
+    (cache_dir / "models--acme--tiny/snapshots" / hub.commit / "model.safetensors").resolve().write_bytes(evil)
+    assert model_download.current_state({**given, "expected": {}})["complete"]  # what it was before there were locks
+    assert not model_download.current_state(given)["complete"]
+    expected, before = tmp_path / "expected.json", len(hub.asked)
+    expected.write_text(json.dumps(given["expected"]))
+    assert "result" in fetch(client, hub, cache_dir, "--expected", str(expected))[-1]
+    fetched = {
+        path.rpartition("/")[2] for method, path, _ in hub.asked[before:] if method == "GET" and "/resolve/" in path
+    }
+    assert fetched == {"model.safetensors"}
+    assert model_download.current_state(given)["complete"]
+
 
 LISTING = {"commit": "1" * 40, "files": {"config.json": {"size": 1, "sha1": "2" * 40}}}
 
@@ -394,3 +460,23 @@ def test_the_action_gives_the_list_and_refuses_another(
     with pytest.raises(AnsibleActionFail, match="spark-1 has a different acme/tiny@main") as refused:
         act(monkeypatch, tmp_path, endpoint=hub.url, listing=LISTING)
     assert refused.value.result["failure"] == "model-differs"
+
+
+def test_with_a_lock_nobody_is_asked(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = lock_of(hub, tmp_path / "lock.yml")
+    asked = len(hub.asked)
+    commit, files = hub.commit, has(hub)
+    hub.files["config.json"] = b"moved"
+    given = {"revision": commit, "lock": str(made.path), "endpoint": hub.url, "controller_verifies": True}
+    result, printed = act(monkeypatch, tmp_path, **given)
+    assert (len(hub.asked), printed) == (asked, [])
+    assert result["expected"]["locked"] and result["expected"]["commit"] == commit
+    assert cache.listing_digest(result["expected"]["files"]) == cache.listing_digest(files)
+    act(monkeypatch, tmp_path, **given, listing={"commit": commit, "files": files})
+    with pytest.raises(
+        AnsibleActionFail, match=r"spark-1 has a different .* than the lock: .*lock --update"
+    ) as refused:
+        act(monkeypatch, tmp_path, **given, listing={**LISTING, "commit": commit})
+    assert refused.value.result["failure"] == "lock-mismatch"
+    with pytest.raises(AnsibleActionFail, match="acme/tiny@main is not in the lock"):
+        act(monkeypatch, tmp_path, **{**given, "revision": "main"})

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import bounded
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import (
+    check_listing,
     clear_suspicion,
     damaged_files,
+    difference,
+    listing_digest,
     manifest_path,
     mark_suspect,
     model_state,
@@ -52,6 +56,7 @@ def test_complete(cache: Path, revision: str) -> None:
         "bytes": 8,
         "total_bytes": 8,
         "missing": [],
+        "listing": listing_digest({"one": {"size": 3}, "sub/two": {"size": 5}}),
         "suspect": "",
         "config": True,
         "path": str(cache / repo_folder(REPO) / "snapshots" / COMMIT),
@@ -174,3 +179,37 @@ def test_a_mark_is_written_and_removed_in_the_cache_alone(cache: Path, tmp_path:
     with pytest.raises(OSError, match=repo_folder(REPO)):
         clear_suspicion(cache, REPO, COMMIT)
     assert (outside / name).exists()
+
+
+ONE, OTHER = "1" * 64, "2" * 64
+
+
+def listing(**files: Mapping[str, object]) -> dict[str, object]:
+    return {"commit": COMMIT, "files": {name.replace("_", "."): {"size": 3, **entry} for name, entry in files.items()}}
+
+
+def test_lists_are_told_apart_by_names_sizes_and_hashes_alone() -> None:
+    of_hub = {"a": {"size": 3, "sha1": "1" * 40}, "b": {"size": 4, "sha256": ONE}}
+    of_lock = {"b": {"sha256": ONE, "size": 4}, "a": {"size": 3, "sha1": "1" * 40, "sha256": OTHER}}
+    assert listing_digest(of_hub) == listing_digest(of_lock)
+    for name, change in (("a", {"size": 4}), ("a", {"sha1": "2" * 40}), ("b", {"sha256": OTHER})):
+        assert listing_digest({**of_hub, name: {**of_hub[name], **change}}) != listing_digest(of_hub)
+    assert listing_digest({"b": of_hub["b"]}) != listing_digest(of_hub)
+    code = {**of_hub, "modeling.py": {"size": 1, "sha1": "3" * 40}}
+    assert listing_digest(code) == listing_digest(of_hub) and listing_digest(code, True) != listing_digest(of_hub, True)
+
+
+def test_the_difference_to_a_lock_is_in_the_hash_that_the_hub_names() -> None:
+    locked = listing(a_json={"sha1": "1" * 40, "sha256": ONE}, w={"sha256": OTHER})
+    assert difference(locked, listing(a_json={"sha1": "1" * 40}, w={"sha256": OTHER})) == ""
+    wrong = difference(locked, listing(a_json={"sha1": "2" * 40}, w={"sha256": OTHER}))
+    assert wrong == f"a.json is sha1:{'2' * 40} (3 bytes) instead of sha1:{'1' * 40} (3 bytes)"
+    # A file that Git's hash named does not pass by another kind of hash.
+    assert difference(locked, listing(a_json={"sha256": ONE}, w={"sha256": OTHER}))
+
+
+def test_both_hashes_of_an_entry_are_checked() -> None:
+    for kind in ("sha1", "sha256"):
+        entry = {"size": 1, "sha1": "1" * 40, "sha256": ONE, kind: "x"}
+        with pytest.raises(bounded.BoundsError, match=kind):
+            check_listing({"files": {"a": entry}}, "what")

@@ -50,7 +50,8 @@ def start(
     environment = {"HF_ENDPOINT": hub.url, "HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
     environment["HF_TOKEN_PATH"] = str(token or cache / "none")
     given = {"--repo": hub.repo, "--revision": "main", "--cache-dir": str(cache)}
-    code = [word for word in more if word in ("--remote-code", "--list", "--without-weights")]  # those without a value
+    flags = ("--remote-code", "--list", "--without-weights", "--lock", "--pickle")  # those without a value
+    code = [word for word in more if word in flags]
     more = tuple(word for word in more if word not in code)
     given.update(zip(more[::2], more[1::2], strict=True))
     program = [str(client)]
@@ -103,7 +104,7 @@ def test_downloads_checks_and_writes_the_manifest(client: Path, hub: Hub, tmp_pa
 
 def test_without_safetensors_nothing_is_ignored(client: Path, hub: Hub, tmp_path: Path) -> None:
     hub.files = {"config.json": b"{}", "original/weights.pth": b"x" * 1000}
-    assert fetch(client, hub, tmp_path)[-1]["result"]["files"] == 2
+    assert fetch(client, hub, tmp_path, "--pickle")[-1]["result"]["files"] == 2
 
 
 def test_patterns_are_obeyed(client: Path, hub: Hub, tmp_path: Path) -> None:
@@ -536,3 +537,19 @@ def test_what_the_disk_takes_does_not_count_as_slow(monkeypatch: pytest.MonkeyPa
 def test_a_cache_that_is_read_only_is_named(tmp_path: Path) -> None:
     failure = fetch_model.explain(OSError(errno.EROFS, "x"), fetch_model.Request("acme/tiny", "main", tmp_path))
     assert failure.id == "cache-read-only" and "findmnt" in str(failure)
+
+
+def test_weights_that_may_run_code_are_refused_unless_they_are_asked_for(
+    client: Path, hub: Hub, tmp_path: Path
+) -> None:
+    """A repository with safetensors has them ignored; one without must not bring them unasked."""
+    hub.files = {"config.json": b"{}", "pytorch_model.bin": b"pickle"}
+    hub.large = ("pytorch_model.bin",)
+    for words in ([], ["--list"], ["--lock"]):
+        error = fetch(client, hub, tmp_path / "hf", *words)[-1]["error"]
+        assert error["id"] == "weights-pickle" and "pytorch_model.bin is a pickle" in error["message"]
+    assert hub.gets("pytorch_model.bin") == []
+    assert fetch(client, hub, tmp_path / "hf", "--pickle")[-1]["result"]["files"] == 2
+    hub.files["model.safetensors"] = b"w" * 100
+    assert fetch(client, hub, tmp_path / "other")[-1]["result"]["files"] == 2
+    assert not list((tmp_path / "other").rglob("pytorch_model.bin"))

@@ -17,13 +17,14 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.job
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.registry import Layout
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.share import Model
 from plugins.modules import bundle_collect, bundle_receive, spark_state
+from sparkfleet_host import cache
 
 from sparkfleet import SparkfleetError
 from sparkfleet.fleet import fetch_schedule
 from sparkfleet.fleet.fetch_schedule import Missing
 from sparkfleet.packaging import wheels
-from sparkfleet.packaging.bundle import Bundle, Collected
-from sparkfleet.planning import plan
+from sparkfleet.packaging.bundle import Bundle, Collected, Entry
+from sparkfleet.planning import lock, plan
 from sparkfleet.planning.target import Target
 from tests.unit import ROOT
 from tests.unit.planning.test_plan import bare, fetched, target
@@ -487,6 +488,57 @@ def test_what_a_bundle_lacks_is_one_finding(tmp_path: Path) -> None:
         "sparkfleet bundle",
     ):
         assert words in finding["message"]
+
+
+def locked_target(tmp_path: Path, digest: str = DIGEST, sha256: str = SHA, commit: str = COMMIT) -> Target:
+    card = target().engines[0].card
+    model = lock.Model(commit, {"model.safetensors": lock.File(len(WEIGHTS), sha256)})
+    lock.Lock(
+        images={IMAGE: lock.Image(digest, "linux/arm64", digest, 1)},
+        models={f"{card.repo}@main": model},
+        cards={card.name: card.digest},
+        path=tmp_path / lock.NAME,
+    ).write()
+    return target(lock_file=str(tmp_path / lock.NAME))
+
+
+def bundled(tmp_path: Path, wanted: Target) -> Target:
+    """With a bundle that was made without a lock."""
+    ready = bundle_for(target(), tmp_path / "carry", {"id": "ubuntu", "codename": "noble", "machine": "aarch64"})
+    assert ready.bundle is not None
+    repo = wanted.engines[0].card.repo
+    text = json.dumps({**LISTING, "repo": repo})
+    name = f"hub/.sparkfleet/{cache.repo_folder(repo)}/fetching.json"
+    (ready.bundle.folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (ready.bundle.folder / name).write_text(text)
+    ready.bundle.files[name] = Entry(len(text), hashlib.sha256(text.encode()).hexdigest())
+    return dataclasses.replace(wanted, bundle=ready.bundle)
+
+
+def test_a_bundle_made_without_a_lock_serves_one_that_has_the_same(tmp_path: Path) -> None:
+    ready = bundled(tmp_path, locked_target(tmp_path))
+    (engine,), carried = ready.engines, ready.bundle
+    assert carried is not None and (engine.image, engine.revision) == (f"{IMAGE}@{DIGEST}", COMMIT)
+    assert plan.make(ready, spark_here())["findings"] == []
+    assert f"image/blobs/sha256/{DIGEST.partition(':')[2]}" in carried.of_fetch([engine.image], [])
+    plain = fill(Bundle.open(tmp_path / "plain"))
+    assert plain.of_fetch([], [f"{REPO}@{COMMIT}"]) == plain.of_fetch([], [f"{REPO}@main"])
+    (entry,) = json.loads(carried.index([engine.image]))["manifests"]
+    assert (entry["digest"], entry["annotations"]["org.opencontainers.image.ref.name"]) == (DIGEST, engine.image)
+    # Of one that was made with a lock, without it.
+    carried.images = {engine.image: carried.images[IMAGE]}
+    assert carried.image_key(IMAGE) == engine.image and carried.image_key(f"{IMAGE}x") == ""
+
+
+def test_a_bundle_that_is_not_what_the_lock_has_is_a_finding(tmp_path: Path) -> None:
+    (finding,) = plan.make(bundled(tmp_path, locked_target(tmp_path, sha256="0" * 64)), spark_here())["findings"]
+    assert finding["id"] == "lock-mismatch"
+    assert f"model.safetensors is sha256:{SHA}" in finding["message"] and "0" * 64 in finding["message"]
+    other = bundled(tmp_path, locked_target(tmp_path, digest="sha256:" + "0" * 64, commit="0" * 40))
+    (finding,) = plan.make(other, spark_here())["findings"]
+    assert finding["id"] == "bundle"
+    assert f"no image {IMAGE}@sha256:{'0' * 64} (it has {IMAGE}@{DIGEST})" in finding["message"]
+    assert f"@{'0' * 40} (it has {other.engines[0].card.repo}@main ({COMMIT}))" in finding["message"]
 
 
 def test_a_spark_that_has_all_needs_nothing_of_it(tmp_path: Path) -> None:

@@ -481,6 +481,17 @@ def test_code_of_a_repository_is_fetched_where_the_engine_is_to_run_it() -> None
 GATEWAYS: dict[str, Any] = {"gateways": ("gateway-1",)}
 
 
+def test_code_of_a_repository_is_run_of_a_commit_alone() -> None:
+    code = {"trust_remote_code": True}
+    (finding,) = plan.make(target(arguments=code), prepared())["findings"]
+    assert finding["id"] == "remote-code-unreviewed"
+    assert "at whatever commit main is then" in finding["message"] and "`sparkfleet lock`" in finding["message"]
+    assert plan.make(target(arguments=code, revision=COMMIT), prepared())["findings"] == []
+    assert plan.make(target(arguments=code), prepared(), reads=True)["findings"] == []
+    goal = target(arguments=code)  # what runs already is not stopped for it
+    assert plan.make(goal, serving(goal))["findings"] == []
+
+
 def test_with_gateways_the_engine_listens_where_they_reach_it() -> None:
     goal = target(**GATEWAYS)
     state = {**serving(), "reached_at": ["192.0.2.11"]}

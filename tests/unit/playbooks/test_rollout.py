@@ -30,7 +30,7 @@ class ActionModule(ActionBase):
         host, name = task_vars["inventory_hostname"], Path(__file__).stem
         script = json.loads((FOLDER / "script.json").read_text())
         gateway = self._task.delegate_to if name == "haproxy_server" else None
-        kept = ("servers", "state", "verify", "verify_seconds", "mode", "budget", "verified")
+        kept = ("servers", "state", "verify", "verify_seconds", "mode", "budget", "verified", "lock")
         args = {key: self._task.args[key] for key in kept if key in self._task.args}
         calls = FOLDER / f"calls.{host}.{name}"
         before = len(calls.read_text()) if calls.exists() else 0
@@ -61,10 +61,10 @@ def plan(needed, fetches):
               "recreate": False, "services": [], "new_key": False, "stop_services": []}
     verify = {"question": "q", "expect": "e", "prompt": "p", "prompt_expect": "e"}
     engine = {"model": "m", "profile": "throughput", "repo": "o/m", "service": "vllm-m", "port": 8000, "verify": verify,
-              "image": "i:1", "revision": "main", "remote_code": False, "fetch_image": "image" in fetches,
-              "fetch_model": "model" in fetches}
+              "image": "i:1", "revision": "main", "remote_code": False, "pickle": False,
+              "fetch_image": "image" in fetches, "fetch_model": "model" in fetches}
     return {"engines": [engine], "compose": {}, "release": {"plan": {}, "lock": {}}, "prepare": {"needed": False},
-            "fetch": {"needed": bool(fetches)}, "deploy": deploy}
+            "fetch": {"needed": bool(fetches)}, "deploy": deploy, "lock": "/the.lock"}
 """
 ACTIONS = (
     "spark_plan",

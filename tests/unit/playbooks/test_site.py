@@ -80,6 +80,12 @@ def test_sparks_fetch_together_although_they_lack_different_things(fleet: Fleet,
     assert states[:3] == ["schedule"] * 3 and "schedule" not in states[3:] and len(states) == 6
 
 
+def test_the_lock_of_the_plan_takes_the_place_of_the_hub(fleet: Fleet) -> None:
+    code, printed = fleet.run("--check", playbook=SITE, fetches={"s1": ["image", "model"]})
+    assert code == 0, printed
+    assert [entry["lock"] for entry in fleet.log("model_files")] == ["/the.lock"]
+
+
 def test_everything_tagged_from_outside(fleet: Fleet) -> None:
     (fleet.folder / "own.yml").write_text(f"- import_playbook: {ROOT / SITE}\n  tags: [sparks]\n", encoding="utf-8")
     code, printed = fleet.run("--tags", "sparks", playbook=str(fleet.folder / "own.yml"))

@@ -14,7 +14,7 @@ from ansible.module_utils.testing import patch_module_args
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.job import Job, JobError, read_status
 from plugins.modules import image_pull
-from plugins.modules.image_pull import Progress, credentials, explain, reference
+from plugins.modules.image_pull import Progress, credentials, explain, local_image, reference
 
 from tests.unit.fakes.fake_engine import Engine, Handler
 
@@ -115,6 +115,9 @@ def test_layer_that_starts_again_does_not_go_back() -> None:
         ("context deadline exceeded", "registry-unreachable", "firewall"),
         ("no matching manifest for linux/arm64/v8 in the manifest list entries", "image-platform", "architecture"),
         ("toomanyrequests: You have reached your pull rate limit", "registry-limit", "docker login"),
+        # As Docker 20.10 said of a layer that was changed in its registry; as containerd's store says it.
+        ("filesystem layer verification failed for digest sha256:c7", "image-differs", "registry, a mirror or a proxy"),
+        ("failed commit on ref: unexpected commit digest sha256:1, expected sha256:2", "image-differs", "damages it"),
         ("something else", "image-pull", "something else"),
     ],
 )
@@ -184,7 +187,13 @@ OWN, THERE = f"reg.test:5000/nvidia/vllm@{DIGEST}", f"{MIRROR}/nvidia/vllm@{DIGE
 
 
 def from_mirror(
-    ready: Engine, docker: Docker, tmp_path: Path, good: set[str], internet: bool = True, digest: str | None = None
+    ready: Engine,
+    docker: Docker,
+    tmp_path: Path,
+    good: set[str],
+    internet: bool = True,
+    digest: str | None = None,
+    image: str = "reg.test:5000/nvidia/vllm:1",
 ) -> tuple[dict[str, Any], list[str]]:
     """Pull with a mirror where only the registries `good` answer: the result, and what Docker was told to do."""
 
@@ -208,7 +217,7 @@ def from_mirror(
     params.update(digest=DIGEST if digest is None else digest)
     job = Job(tmp_path / "status" / "image.json", "image", "x")
     job.acquire()
-    result = image_pull.get(docker, reference("reg.test:5000/nvidia/vllm:1"), params, job)
+    result = image_pull.get(docker, reference(image), params, job)
     return result, [f"{verb} {urllib.parse.unquote(path)}" for verb, path, *_ in ready.seen if verb != "GET"]
 
 
@@ -245,6 +254,30 @@ def test_where_there_is_no_internet_nobody_else_is_asked(ready: Engine, docker: 
     with pytest.raises(JobError, match=MIRROR):
         from_mirror(ready, docker, tmp_path, set(), internet=False)
     assert not any("fromImage=reg.test" in urllib.parse.unquote(path) for _, path, *_ in ready.seen)
+
+
+@pytest.mark.parametrize("good", [{MIRROR, "reg.test:5000"}, {"reg.test:5000"}, {MIRROR}])
+def test_a_tag_with_its_digest_is_brought_as_one_whose_digest_is_known(
+    ready: Engine, docker: Docker, tmp_path: Path, good: set[str]
+) -> None:
+    """As a lock has it."""
+    pinned = {"image": f"reg.test:5000/nvidia/vllm:1@{DIGEST}", "digest": ""}
+    result, reported = from_mirror(ready, docker, tmp_path / "a", good, **pinned)
+    ready.seen.clear()
+    assert (result, reported) == from_mirror(ready, docker, tmp_path / "b", good)
+    assert result["digest"] == DIGEST
+
+
+def test_an_image_out_of_a_bundle_is_found_by_its_digest(ready: Engine, docker: Docker) -> None:
+    ref = reference(f"reg.test:5000/nvidia/vllm:1@{DIGEST}")
+    assert local_image(docker, ref) is None
+    ready.routes["GET", "/images/reg.test:5000/nvidia/vllm:1/json"] = {**INSPECT, "RepoDigests": [THERE]}
+    assert (local_image(docker, ref) or {})["Id"] == "sha256:id"
+    for listed in ([f"{MIRROR}/nvidia/vllm@{OTHER}"], None, "x"):
+        ready.routes["GET", "/images/reg.test:5000/nvidia/vllm:1/json"] = {**INSPECT, "RepoDigests": listed}
+        assert local_image(docker, ref) is None
+    ready.routes["GET", f"/images/{OWN}/json"] = INSPECT
+    assert (local_image(docker, ref) or {})["Id"] == "sha256:id"
 
 
 OTHER = "sha256:" + "2" * 64

@@ -1,0 +1,140 @@
+"""`sparkfleet lock`: writes what the tags and revisions of an inventory stand for, so that deployments use that and
+nothing else; shows what has changed upstream since."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparkfleet import SparkfleetError
+from sparkfleet.exit_codes import DRIFT, OK, UNREACHABLE
+from sparkfleet.fleet import lock_upstream
+from sparkfleet.fleet.dry_run import settled
+from sparkfleet.fleet.lock_upstream import Maker, UpstreamError
+from sparkfleet.fleet.model_files import Way
+from sparkfleet.onboarding import hub_card
+from sparkfleet.onboarding.prompts import report_line
+from sparkfleet.paths import ROOT
+from sparkfleet.planning import lock
+from sparkfleet.planning.lock import Lock
+from sparkfleet.reporting import report
+
+EPILOG = """examples:
+  sparkfleet lock -i inventory/mine                 write it, or add what it does not have yet
+  sparkfleet lock -i inventory/mine --check         exit code 4 if the inventory, registry or Hub differ from it
+  sparkfleet lock -i inventory/mine --update        show what has changed upstream, ask, and take it
+  sparkfleet lock -i inventory/mine --update qwen3-32b-fp8 --yes
+
+Exit codes: 0 done or nothing to do, 2 invalid input or lock, 4 with --check: it differs, 7 registry or Hub not asked.
+"""
+
+
+def add_parser(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    inventory: str,
+    extra: Callable[[str], str],
+    agrees: Callable[[str], bool],
+) -> None:
+    """Add the verb. `extra` checks extra variables, `agrees` asks a question."""
+    parser = verbs.add_parser(
+        "lock",
+        help="write which image digests, commits and files deployments use; --check and --update compare with upstream",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-i", "--inventory", default=inventory, help="default: %(default)s")
+    parser.add_argument("-e", "--extra-vars", metavar="NAME=VALUE", type=extra, action="append", default=[])
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--check", action="store_true", help="compare with inventory, registry and Hub, write nothing")
+    how.add_argument(
+        "--update",
+        metavar="MODEL",
+        nargs="*",
+        help="show what has changed upstream, and write it if you agree; without MODEL of all, and without what no "
+        "host uses any more",
+    )
+    parser.add_argument(
+        "--platform", default=lock_upstream.PLATFORM, help="of images for several (default: %(default)s)"
+    )
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    parser.set_defaults(run=lambda options: run(options, agrees))
+
+
+def run(options: argparse.Namespace, agrees: Callable[[str], bool]) -> int:
+    """Make, compare and write; the exit code. Raises SparkfleetError."""
+    hosts = _hosts(options.inventory, options.extra_vars)
+    path = _place(options.inventory, hosts)
+    renewed: Sequence[str] | None = [] if options.check else options.update
+    exists = path.is_file()
+    if not exists and (options.check or options.update):
+        raise SparkfleetError(f"there is no lock {path}: `sparkfleet lock` writes it")
+    # What is renewed altogether is compared even with one that was damaged by an edit: the differences are shown.
+    old = Lock.read(path, sealed=options.update != []) if exists else Lock(path=path)
+    try:
+        new = Maker(old, _make_card, renewed, options.platform, hub_card.way().token).make(hosts)
+    except UpstreamError as error:
+        print(report.clean(f"sparkfleet: {error}"), file=sys.stderr)
+        return UNREACHABLE
+    lines = lock_upstream.changes(old, new)
+    written = not options.check and (not exists or new.text() != _text(path)) and _agreed(options, lines, agrees)
+    if written:
+        new.write()
+    _say(options, path, lines, written)
+    return DRIFT if options.check and lines else OK
+
+
+def _make_card(model: str, hub: Way) -> None:
+    hub_card.ensure(model, hub, report_line)
+
+
+def _hosts(inventory_name: str, extra: Sequence[str]) -> dict[str, dict[str, Any]]:
+    os.environ.setdefault("ANSIBLE_CONFIG", str(ROOT / "ansible.cfg"))
+    from sparkfleet.documents import inventory  # noqa: PLC0415 - Ansible reads its configuration as it is imported
+
+    return settled(inventory.variables(inventory_name, None, extra))
+
+
+def _place(inventory: str, hosts: dict[str, dict[str, Any]]) -> Path:
+    beside = str(lock.beside(Path(inventory).absolute()))
+    places = {values.get(lock.VARIABLE) or beside for values in hosts.values()}
+    if len(places) > 1:
+        raise SparkfleetError(f"{lock.VARIABLE}: hosts have different ones: {', '.join(sorted(places))}")
+    return Path(places.pop())
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
+
+
+def _agreed(options: argparse.Namespace, lines: Sequence[str], agrees: Callable[[str], bool]) -> bool:
+    """Whether it may be written: what is only added need not be confirmed."""
+    if options.update is None or options.yes:
+        return True
+    for line in lines:
+        report_line(line)
+    if not agrees("Take this into the lock?"):
+        raise SparkfleetError("the lock was not changed")
+    return True
+
+
+def _say(options: argparse.Namespace, path: Path, lines: Sequence[str], written: bool) -> None:
+    if options.json:
+        print(json.dumps({"verb": "lock", "path": str(path), "changes": list(lines), "written": written}, indent=2))
+        return
+    if options.update is None or options.yes:
+        for line in lines:
+            print(report.clean(line))
+    if written:
+        print(report.clean(f"{path}: written"))
+    else:
+        print(report.clean(f"{path}: {'differs' if lines else 'unchanged'}"))
