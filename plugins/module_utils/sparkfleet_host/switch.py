@@ -489,7 +489,7 @@ class Switch:
                 if self.journal["stopped_at"] is None and url and engine.healthy(engine_client(url)):
                     self.journal["stopped_at"] = self.now()
                 # One that failed, or was tried, has nothing to finish.
-                idle = self.journal["error"] or self.journal["phase"].startswith("restor")
+                idle = self.journal["error"] or self.journal["phase"].startswith(("restoring", "restore-"))
                 engine.stop(self.docker, item["Id"], FAILED_STOP_SECONDS if idle else engine.STOP_SECONDS)
 
     def wait(self, service: str, client: Client) -> None:

@@ -94,7 +94,7 @@ class Follower:
         answer = {**answer, "log_lines": [line for line in answer["log_lines"] if line.partition(" ")[0] > read]}
         self._read[journal["container"]] = answer["cursor"] or read
         self._cursor = (journal["container"], answer["cursor"])
-        back = journal["error"] or journal["phase"].startswith("restor")  # a trial goes back without an error
+        back = journal["error"] or journal["phase"].startswith(("restoring", "restore-"))  # a trial goes back without an error
         now = self._key("back" if back else "there", journal["container"])
         fed = False
         for step in news:
