@@ -33,6 +33,8 @@ from .bounded import BoundsError, as_dict, as_int, as_list, as_number, as_str, a
 FORMAT = 2
 TRIAL_FORMAT = 3  # of a trial, which an earlier version must neither deploy nor roll back to
 TRIAL = "trial"  # a kind of release, and the mode of its switch
+#: Phases of a switch on its way back to the previous release.
+RETURNING = ("restoring", "restore-waiting", "restore-verifying")
 DUMMY, REAL = WEIGHTS = ("dummy", "real")  # of a trial
 MOST_ENGINES = 16  # of a release
 COMPOSE, PLAN = "compose.yml", "plan.json"

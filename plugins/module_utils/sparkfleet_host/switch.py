@@ -40,7 +40,7 @@ from .engine import EngineError
 from .http import Client, HttpError, engine_client
 from .precheck import Problem, precheck
 from .redaction import redact
-from .release_format import DONE, DUMMY, LOG_LINES, TRIAL, Engine, trial_weights
+from .release_format import DONE, DUMMY, LOG_LINES, RETURNING, TRIAL, Engine, trial_weights
 from .releases import PROJECT_DIR, STATE_DIR, ReleaseError, Store
 from .verify import BUDGET, DEEP, QUICK, answers, is_over, joined, steps, verify
 
@@ -489,7 +489,7 @@ class Switch:
                 if self.journal["stopped_at"] is None and url and engine.healthy(engine_client(url)):
                     self.journal["stopped_at"] = self.now()
                 # One that failed, or was tried, has nothing to finish.
-                idle = self.journal["error"] or self.journal["phase"].startswith(("restoring", "restore-"))
+                idle = self.journal["error"] or self.journal["phase"] in RETURNING
                 engine.stop(self.docker, item["Id"], FAILED_STOP_SECONDS if idle else engine.STOP_SECONDS)
 
     def wait(self, service: str, client: Client) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sparkfleet_host import measured
 from sparkfleet_host.bounded import LATEST, BoundsError, as_int, as_number, as_str, printable
-from sparkfleet_host.release_format import NUMBERS, TRIAL, check_journal, storable
+from sparkfleet_host.release_format import NUMBERS, RETURNING, TRIAL, check_journal, storable
 
 from sparkfleet.diagnosis import failures, startup_log
 from sparkfleet.diagnosis.startup import Watch, explain
@@ -94,7 +94,7 @@ class Follower:
         answer = {**answer, "log_lines": [line for line in answer["log_lines"] if line.partition(" ")[0] > read]}
         self._read[journal["container"]] = answer["cursor"] or read
         self._cursor = (journal["container"], answer["cursor"])
-        back = journal["error"] or journal["phase"].startswith(("restoring", "restore-"))  # a trial goes back without an error
+        back = journal["error"] or journal["phase"] in RETURNING  # a trial goes back without an error
         now = self._key("back" if back else "there", journal["container"])
         fed = False
         for step in news:
