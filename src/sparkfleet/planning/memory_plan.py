@@ -419,6 +419,24 @@ def _ways_out(
     yield from _models(card, memory, others, lambda other: other.weights.memory_gib < made.weights_gib)
 
 
+def shares(engines: Sequence[tuple[Card, Arguments, Engine]], memory: Memory) -> list[float]:
+    """Utilizations at which several engines fit a host together, in steps of 0.01: what each needs for one sequence of
+    full length, and an equal part of what is left. Empty where they do not fit at any. Raises when the layout of a KV
+    cache is not known."""
+    alone = dataclasses.replace(memory, available=memory.total, correction=0.0)
+    steps = [
+        next((step for step in range(1, 100) if _holds_one(card, arguments, version, alone, step / 100)), 100)
+        for card, arguments, version in engines
+    ]
+    room = memory.available - memory.reserve - len(engines) * BEYOND_BUDGET_GIB
+    spare = math.floor(room / memory.total * 100) - sum(steps)
+    return [(step + spare // len(engines)) / 100 for step in steps] if spare >= 0 else []
+
+
+def _holds_one(card: Card, arguments: Arguments, version: Engine, memory: Memory, share: float) -> bool:
+    return _budget(card, {**arguments, SHARE: share}, "", version, memory).max_concurrency >= 1 + ERROR
+
+
 def highest_share(memory: Memory) -> float:
     """The highest utilization, in steps of 0.01, that leaves the host its floor."""
     return math.floor((memory.available - BEYOND_BUDGET_GIB - memory.reserve) / memory.total * 100) / 100

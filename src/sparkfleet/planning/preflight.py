@@ -273,7 +273,32 @@ def _memory(target: Target, state: State, work: Work) -> tuple[list[Check], list
         seen = f"{room if plans else available:.1f} of {total:.1f} GiB available"
         plans.append(None if isinstance(made, SparkfleetError) else made)
         found.append(_memory_check(made, seen, enforced=settings.memory_plan != "warn" and work.starts))
-    return found, plans
+    together = _together(target, total, free) if any(check.findings for check in found) else ""
+    return [_more(check, together) for check in found], plans
+
+
+def _together(target: Target, total: float, available: float) -> str:
+    """With which utilizations several engines fit together, as a sentence."""
+    engines = [(engine.card, engine.arguments, engine.version) for engine in target.engines]
+    if len(engines) < 2 or any("kv_cache_memory_bytes" in arguments for _, arguments, _ in engines):
+        return ""
+    try:
+        found = memory_plan.shares(engines, memory_plan.Memory(total, available, target.settings.memory_reserve_gib))
+    except SparkfleetError:  # said by the check of that engine
+        return ""
+    if not found:
+        return ". Together the engines do not fit at any gpu_memory_utilization: take smaller models or contexts"
+    each = [f"{share:g} for {engine.card.name}" for share, engine in zip(found, target.engines, strict=True)]
+    return f". Together they fit with a gpu_memory_utilization of {', '.join(each)}"
+
+
+def _more(check: Check, words: str) -> Check:
+    """A check whose finding that memory is short ends with more words."""
+    found = (
+        dataclasses.replace(finding, message=finding.message + words) if finding.id == "memory-short" else finding
+        for finding in check.findings
+    )
+    return dataclasses.replace(check, findings=tuple(found))
 
 
 def measured(target: Target, state: State) -> list[calibration.Known | None]:

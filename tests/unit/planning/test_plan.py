@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import re
 from typing import Any
 
 import pytest
@@ -280,6 +281,23 @@ def test_two_engines_that_do_not_fit_together() -> None:
     engines = [dataclasses.replace(engine, arguments={"gpu_memory_utilization": 0.6}) for engine in TWO]
     assert ids(target(engines=engines), two(fetched())) == ["memory-short"]
     assert ids(target(engines=engines[:1]), fetched()) == []
+    (finding,) = plan.make(target(engines=engines), two(fetched()))["findings"]
+    said = re.search(
+        r"Together they fit with a gpu_memory_utilization of ([\d.]+) for \S+, ([\d.]+) for ", finding["message"]
+    )
+    assert said, finding
+    shares = [{"gpu_memory_utilization": float(share)} for share in said.groups()]
+    offered = [dataclasses.replace(engine, arguments=share) for engine, share in zip(engines, shares, strict=True)]
+    assert ids(target(engines=offered), two(fetched())) == []
+
+
+def test_two_engines_that_do_not_fit_at_any_utilization() -> None:
+    engines = [TWO[0], dataclasses.replace(TWO[1], model="gpt-oss-120b")]
+    engines.append(dataclasses.replace(TWO[1], model="llama33-70b-nvfp4", port=8002))
+    state = two(fetched())
+    state["engines"].append(copy.deepcopy(state["engines"][0]))
+    found = plan.make(target(engines=engines), state)["findings"]
+    assert any("Together the engines do not fit at any gpu_memory_utilization" in item["message"] for item in found)
 
 
 def test_what_an_engine_lacks_is_fetched_for_it_alone() -> None:
