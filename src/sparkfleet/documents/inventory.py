@@ -17,6 +17,7 @@ from ansible.module_utils.common.collections import ImmutableDict
 from ansible.parsing.dataloader import DataLoader
 from ansible.plugins.loader import init_plugin_loader
 from ansible.template import Templar
+from ansible.utils.vars import load_extra_vars
 from ansible.vars.manager import VariableManager
 
 from sparkfleet import SparkfleetError
@@ -103,6 +104,7 @@ def _open(inventory: str, extra: Sequence[str]) -> tuple[DataLoader, InventoryMa
     for words in extra:
         yaml_text.measure(words, "-e")
     context.CLIARGS = ImmutableDict(extra_vars=tuple(extra), basedir=None)
+    load_extra_vars.extra_vars = {}  # Ansible reads them once a process
     loader = DataLoader()
     loader.set_vault_secrets(_prepared())
     hosts = InventoryManager(loader, sources=[inventory])
