@@ -172,7 +172,7 @@ def corrupt_cache(spark: Spark) -> str:
 
 def two_controllers(spark: Spark) -> str:
     """A second run that wants something else, while the first one's switch runs."""
-    first = spark.start("site.yml", sparkfleet_environment={"SIMULATED_LOAD_SECONDS": "20"})
+    first = spark.start("site.yml", sparkfleet_environment={"SIMULATED_LOAD_SECONDS": "9"})
     spark.phase("waiting")
     second = spark.play(sparkfleet_vllm_max_num_seqs=7)
     return f"{second}\n--- the first one:\n{first.communicate(timeout=300)[0]}"
