@@ -315,7 +315,7 @@ class Target:
         arguments, trial = engine.arguments, self.settings.trial
         environment = {name: str(value) for name, value in engine.settings.environment.items()}
         if trial:
-            addresses = [compose.LOOPBACK]  # nobody is to ask it by mistake
+            addresses = [compose.LOOPBACK]  # no client is to use it by mistake
         if trial == DUMMY:
             arguments = {**arguments, "load_format": "dummy"}
             complete = complete or model.get("config")

@@ -30,7 +30,8 @@ from simulator import __main__ as verbs
 from simulator import docker_host, images, keys, matrix, shell, world
 from simulator.world import World
 
-from sparkfleet.planning import variables
+from sparkfleet.planning import memory_plan, preflight, variables
+from sparkfleet.planning.target import EngineSettings, Settings, Target
 from tests.unit import ROOT
 
 ROOTFS = ROOT / "simulator" / "rootfs"
@@ -62,6 +63,19 @@ def printed() -> list[str]:
 
 
 # -- NVIDIA's tools ---------------------------------------------------------------------------------------------
+
+
+def test_each_model_of_the_hub_has_a_card_and_they_fit_a_spark_together() -> None:
+    second = ROOT / "simulator" / "cards" / "smollm2-135m.yml"
+    engines = [
+        EngineSettings("llama31-8b-fp8", arguments={"gpu_memory_utilization": 0.4}),
+        EngineSettings(str(second), port=8001),
+    ]
+    goal = Target.of(Settings(engines=engines))
+    assert {engine.card.repo for engine in goal.engines} == set(world.REPOSITORIES)
+    total = memory_plan.USUAL_TOTAL_GIB
+    plans = [made for _, made in preflight.memory_plans(goal, total, total - memory_plan.USUAL_HOST_GIB)]
+    assert all(isinstance(made, memory_plan.Plan) and made.fits for made in plans), plans
 
 
 def test_stand_ins_can_be_run() -> None:
