@@ -242,7 +242,8 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
     rules, gpus = version.rules, kv_layout.ranks(card, arguments)
     dtype = kv_layout.kv_dtype(card, arguments, version)
     cut = kv_layout.layout(card, arguments, version)
-    drafted = card.draft is not None and kv_layout.speculation(card, arguments).model == card.draft.repo
+    speculation = kv_layout.speculation(card, arguments)
+    drafted = card.draft is not None and speculation.model == card.draft.repo
     weights = (card.weights.memory_gib + (card.draft.loaded_gib if card.draft and drafted else 0)) / gpus
     v2 = v2_runner(card, version)
     activation = activation_gib(card, batched, sequences, version, gpus=gpus, v2=v2)
@@ -298,7 +299,9 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
     typical = min(pool // cut.blocks(min(TYPICAL_TOKENS, length)), sequences)
     full = min(int(concurrency), sequences)
     limit = BANDWIDTH_GB_S * gpus / card.weights.read_gb_per_token
-    measured = max((entry.tok_s for entry in card.measured), default=None)
+    # Measured with the card's own speculation: with other speculation, or none, it says nothing.
+    comparable = speculation.tokens == kv_layout.speculation(card, card.arguments).tokens
+    measured = max((entry.tok_s for entry in card.measured if comparable), default=None)
     held, logged = int(concurrency * length), cut.tokens(pool, length)
     notes = list(cut.notes) if not reasons else []
     if gpus > 1:

@@ -240,6 +240,8 @@ def test_a_draft_is_not_faster_than_the_memory() -> None:
     each = made.speculative_tokens + 1
     assert f"at most {made.decode_tok_s_limit:.1f} passes a second, each of 1 to {each} tokens (speculation); " in page
     assert "tokens a second" in page and "cannot be faster" not in page
+    plain = plan("qwen35-122b-a10b-nvfp4", speculative_config=False)
+    assert plain.measured_tok_s is None, "what was measured with speculation, beside a plan without"
     assert "at most 3.9 tokens a second; measured 2.74\n" in report.page(plan("llama33-70b-fp8").as_dict())
 
 
