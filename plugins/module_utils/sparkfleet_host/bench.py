@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,19 +38,25 @@ class BenchError(Exception):
     """The speed could not be measured; the message says why."""
 
 
-def bench(docker: Docker, container: str, item: Engine) -> tuple[list[dict[str, Any]], str]:
+def bench(
+    docker: Docker, container: str, item: Engine, told: Callable[[int, list[dict[str, Any]]], None]
+) -> tuple[list[dict[str, Any]], str]:
     """Measure an engine: [{streams, requests, tokens_per_second, stream_tokens_per_second, ttft_ms}], and what measured
-    it. Raises BenchError, HttpError."""
+    it. `told` gets each number of streams before it is measured, with the rows so far. Raises BenchError, HttpError."""
     rows: list[dict[str, Any]] = []
     try:
         for streams in STREAMS:
+            told(streams, [*rows])
             rows.append(by_vllm(docker, container, item, streams))
         return rows, OWN
     except (DockerError, BenchError) as error:
         if rows:
             raise BenchError(f"{OWN} with {streams} streams: {error}") from None
         why = printable(str(error), 300)
-    return [by_requests(item, streams) for streams in STREAMS], f"{REQUESTS}, since {OWN} did not work: {why}"
+    for streams in STREAMS:
+        told(streams, [*rows])
+        rows.append(by_requests(item, streams))
+    return rows, f"{REQUESTS}, since {OWN} did not work: {why}"
 
 
 def command(item: Engine, streams: int) -> list[str]:

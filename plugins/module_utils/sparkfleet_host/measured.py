@@ -6,7 +6,8 @@
 
 The file of a release is beside its sealed files and not part of them. A record holds what the figures depend on, so
 that nobody compares what differs: image, model, revision, and `settings`, a hash of arguments and environment that the
-plan has. Memory is in GiB, speed in tokens a second, times in seconds, TTFT in milliseconds.
+plan has. Memory is in GiB, speed in tokens a second, times in seconds, TTFT in milliseconds. `bench` says what measured
+the speed, and is empty until that is done for every number of streams.
 """
 
 from __future__ import annotations
@@ -185,5 +186,10 @@ def speed_words(record: Mapping[str, Any]) -> list[str]:
         total, first = row["tokens_per_second"], row["ttft_ms"]
         if total is not None:
             ttft = f", first token after {first:.0f} ms" if first is not None else ""
-            made.append(f"{row['streams']} stream{'s' * (row['streams'] != 1)} {total:.1f} tok/s{ttft}")
+            made.append(f"{streams_words(row['streams'])} {total:.1f} tok/s{ttft}")
     return made
+
+
+def streams_words(count: int) -> str:
+    """As "4 streams"."""
+    return f"{count} stream{'s' * (count != 1)}"

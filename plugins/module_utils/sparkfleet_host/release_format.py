@@ -315,7 +315,8 @@ def _results(value: Any, what: str) -> dict[str, dict[str, Any]]:
 _JOURNAL: dict[str, tuple[Callable[[Any, str], Any], Any]] = {
     **dict.fromkeys(("id", "mode", "controller", "verb", "boot_id", "phase"), (_text, "")),
     "container": (_text, ""),  # the service that the phase concerns
-    **dict.fromkeys(("verify", "asking"), (_text, "")),  # quick or deep; which kind of the deep ones is being asked
+    # quick or deep; which kind of the deep ones is being asked, or how many streams are being measured
+    **dict.fromkeys(("verify", "asking"), (_text, "")),
     "verify_seconds": (as_number, 0.0),  # of a deep verification
     "from": (_optional(_number), None),
     "outcome": (_optional(_text), None),

@@ -236,12 +236,19 @@ class Switch:
 
     def _measure(self, item: Engine, weights: str) -> None:
         record = measured.of_start(self.docker, item, self.now(), weights)
+        self.journal["measured"][item.service] = record
         failed = ""
+
+        def told(streams: int, rows: list[dict[str, Any]]) -> None:
+            record["speed"], self.journal["asking"] = rows, measured.streams_words(streams)
+            self.phase(MEASURING, item.service)
+
         try:
-            record["speed"], record["bench"] = bench(self.docker, str(record["container"]), item)
+            record["speed"], record["bench"] = bench(self.docker, str(record["container"]), item, told)
         except (BenchError, DockerError, HttpError) as error:
             failed = str(error)
-        self.journal["measured"][item.service] = record
+        finally:
+            self.journal["asking"] = ""
         with self._regardless("what was measured could not be kept"):
             measured.keep_trial(self.store, record)
         if failed:
@@ -344,6 +351,7 @@ class Switch:
         """The new release does not work, or was a trial: back to what was there before."""
         to, before = self.journal["to"], self.journal["from"]
         error = self.journal["error"]
+        self.journal["asking"] = ""  # of a process that was killed
         self.phase("restoring")
         with self._regardless(f"the failure of release {to} could not be recorded"):
             if error:

@@ -110,7 +110,7 @@ def known(records: Iterable[Record], host: str, wanted: Mapping[str, str]) -> Kn
     if not same:
         return None
     with_kv = [record for record in same if "kv_cache_gib" in record["figures"]]
-    trials = [record for record in same if record["speed"]]
+    trials = [record for record in same if record["speed"] and record["bench"]]
     return Known(host, (with_kv or same)[-1], trials[-1] if trials else None)
 
 

@@ -31,6 +31,10 @@ def item(port: int = 8000, revision: str = COMMIT) -> Item:
     return Item("vllm-m", "m", "throughput", MODEL, revision, "i", port, VERIFY, None)
 
 
+def quiet(streams: int, rows: list[dict[str, Any]]) -> None:
+    """Nobody follows."""
+
+
 class Container:
     """Runs commands by their first words: {words: (exit code, output)}."""
 
@@ -69,7 +73,7 @@ def test_the_engine_s_own_benchmark_is_asked(
     container: Container, docker: Docker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "STREAMS", (1,))
-    rows, by = bench.bench(docker, "c1", item())
+    rows, by = bench.bench(docker, "c1", item(), quiet)
     assert by == "vllm bench serve"
     assert rows == [
         {"streams": 1, "requests": 3, "tokens_per_second": 2.71, "stream_tokens_per_second": 2.8, "ttft_ms": 321.5}
@@ -104,7 +108,11 @@ def test_without_a_benchmark_requests_are_counted(
     monkeypatch.setattr(bench, "STREAMS", (1, 4))
     container.ends["vllm"] = (2, "usage: vllm [-h]\nvllm: error: argument subparser: invalid choice: 'bench'\n")
     vllm.answer = " ".join(["word"] * bench.OUTPUT)
-    rows, by = bench.bench(docker, "c1", item(int(vllm.url.rpartition(":")[2])))
+    told: list[tuple[int, int]] = []
+    rows, by = bench.bench(
+        docker, "c1", item(int(vllm.url.rpartition(":")[2])), lambda streams, rows: told.append((streams, len(rows)))
+    )
+    assert told == [(1, 0), (1, 0), (4, 1)]
     assert by.startswith("streamed requests, since vllm bench serve did not work: exit code 2") and "invalid" in by
     assert [(row["streams"], row["requests"]) for row in rows] == [(1, 3), (4, 12)]
     # A token takes 5 ms there: at most 200 a second and stream.
@@ -121,10 +129,10 @@ def test_answers_that_are_shorter_than_asked_for_are_no_measurement(
     container.ends["vllm"] = (1, "")
     vllm.answer = "too short"
     with pytest.raises(BenchError, match="2 tokens instead of 64"):
-        bench.bench(docker, "c1", item(int(vllm.url.rpartition(":")[2])))
+        bench.bench(docker, "c1", item(int(vllm.url.rpartition(":")[2])), quiet)
     vllm.faults.add("500")
     with pytest.raises(BenchError, match="HTTP 500"):
-        bench.bench(docker, "c1", item(int(vllm.url.rpartition(":")[2])))
+        bench.bench(docker, "c1", item(int(vllm.url.rpartition(":")[2])), quiet)
 
 
 def test_a_benchmark_that_fails_later_is_a_failure(
@@ -132,7 +140,7 @@ def test_a_benchmark_that_fails_later_is_a_failure(
 ) -> None:
     """Of one measure alone all rows can be compared."""
     with pytest.raises(BenchError, match=r"vllm bench serve with 4 streams: 3 of 12"):
-        bench.bench(docker, "c1", item())
+        bench.bench(docker, "c1", item(), quiet)
 
 
 def test_a_command_in_a_container(container: Container, docker: Docker, engine: Engine) -> None:
