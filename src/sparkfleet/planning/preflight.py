@@ -256,7 +256,7 @@ def _memory(target: Target, state: State, work: Work) -> tuple[list[Check], list
     settings = target.settings
     total, available = state["memory"]["total"] / GIB, state["memory"]["available"] / GIB
     held = sum(
-        memory_plan.requested_gib(item["started_with"]["command"], total)
+        _held(item, state, total)
         for item in state["docker"].get("containers", [])
         if item["ours"] and item["state"] == "running" and item.get("started_with")
     )
@@ -275,6 +275,16 @@ def _memory(target: Target, state: State, work: Work) -> tuple[list[Check], list
         found.append(_memory_check(made, seen, enforced=settings.memory_plan != "warn" and work.starts))
     together = _together(target, total, free) if any(check.findings for check in found) else ""
     return [_more(check, together) for check in found], plans
+
+
+def _held(container: State, state: State, total: float) -> float:
+    """What an engine of ours that runs holds, GiB. An encoder, which keeps no KV cache, holds less than it requested."""
+    records = [one for one in calibration.understood(state.get("measured")) if one["service"] == container["name"]]
+    planned = max(records, key=lambda one: float(one["at"]))["planned"] if records else {}
+    if planned.get("kv_cache_gib") == 0:
+        parts = ("weights_gib", "activation_gib", "runtime_gib", "cuda_graphs_gib")
+        return sum(float(planned.get(part, 0.0)) for part in parts)
+    return memory_plan.requested_gib(container["started_with"]["command"], total)
 
 
 def _together(target: Target, total: float, available: float) -> str:

@@ -879,3 +879,23 @@ def test_what_an_operator_should_know_of_a_draft_and_of_a_tag_that_moves() -> No
 def test_a_model_that_spans_sparks_is_not_deployed() -> None:
     with pytest.raises(SparkfleetError, match="minimax-m27-nvfp4-2x spans 2 Sparks"):
         plan.make(target(model="minimax-m27-nvfp4-2x"), bare())
+
+
+def test_what_an_encoder_that_runs_holds_is_not_what_it_requested() -> None:
+    goal, state = target(), serving()
+    there = state["docker"]["containers"][0]
+    memory = {"total": 120 * GIB, "available": 30 * GIB}
+    state["memory"].update(memory)
+
+    def seen() -> str:
+        found = plan.make(goal, state)["checks"]
+        return next(str(check["seen"]) for check in found if check["name"] == "memory")
+
+    as_requested = seen()
+    record = {"service": there["name"], "repo": "org/m", "image": "i", "at": 5.0}
+    state["measured"] = [{**record, "planned": {"kv_cache_gib": 0.0, "weights_gib": 0.5, "runtime_gib": 2.5}}]
+    as_encoder = seen()
+    assert "too little" not in as_requested and "too little" in as_encoder
+    # A newer start of another kind counts.
+    state["measured"].append({**record, "at": 6.0, "planned": {"kv_cache_gib": 60.0}})
+    assert seen() == as_requested
