@@ -275,7 +275,8 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
         length = int(_number(arguments, "max_model_len", longest))
     each = cut.blocks(length)
     concurrency = pool / each if cut.groups else float(sequences)
-    left = memory.available - (requested if cut.groups else spent) - BEYOND_BUDGET_GIB
+    taken = requested if cut.groups else spent
+    left = memory.available - taken - BEYOND_BUDGET_GIB
 
     reasons = list(cut.refusals)
     if dtype == "fp8" and not rules.has_fp8_kv:
@@ -291,7 +292,7 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
         )
     elif left < memory.reserve:
         reasons.append(
-            f"with the {memory.available - left - BEYOND_BUDGET_GIB:.1f} GiB of its budget and {BEYOND_BUDGET_GIB} GiB besides it the engine leaves "
+            f"with the {taken:.1f} GiB of its budget and {BEYOND_BUDGET_GIB} GiB besides it the engine leaves "
             f"{left:.1f} GiB to the host; below {memory.reserve:g} GiB a Spark is in danger of freezing"
         )
     if concurrency < 1:

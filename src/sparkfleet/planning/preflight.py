@@ -278,7 +278,7 @@ def _memory(target: Target, state: State, work: Work) -> tuple[list[Check], list
 
 
 def _held(container: State, state: State, total: float) -> float:
-    """What an engine of ours that runs holds, GiB. An encoder, which keeps no KV cache, holds less than it requested."""
+    """What an engine of ours that runs holds, GiB. An encoder, without a KV cache, holds less than it requested."""
     records = [one for one in calibration.understood(state.get("measured")) if one["service"] == container["name"]]
     planned = max(records, key=lambda one: float(one["at"]))["planned"] if records else {}
     if planned.get("kv_cache_gib") == 0:
