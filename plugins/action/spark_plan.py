@@ -22,7 +22,7 @@ from sparkfleet.fleet.model_files import Way
 from sparkfleet.onboarding import hub_card
 from sparkfleet.packaging import host_program
 from sparkfleet.planning import lock, plan, variables
-from sparkfleet.planning.target import Settings, Target, listen, locked_model
+from sparkfleet.planning.target import ModelTarget, Settings, Target, listen, locked_model
 from sparkfleet.planning.variables import ARGUMENT_PREFIX
 from sparkfleet.reporting import report
 
@@ -59,6 +59,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                     "remote_code": engine.remote_code,
                     "image": engine.image,
                     "port": engine.port,
+                    **({"draft": _asked(engine.draft)} if engine.draft else {}),
                 }
                 for engine in target.engines
             ],
@@ -150,6 +151,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         ours = [name for name in task_vars if name.startswith(variables.PREFIX)]
         known = [name for name in ours if name in variables.options() or name.startswith(ARGUMENT_PREFIX)]
         return {**dict.fromkeys(ours), **{name: self._templar.template(task_vars[name]) for name in known}}
+
+
+def _asked(model: ModelTarget) -> dict[str, Any]:
+    """What the host is asked of a model."""
+    return {"repo": model.repo, "revision": model.revision, "remote_code": model.remote_code}
 
 
 def _check_gateways(task_vars: dict[str, Any]) -> None:

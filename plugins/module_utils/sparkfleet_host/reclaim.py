@@ -91,13 +91,15 @@ def parts(lock: Mapping[str, Any]) -> list[Part]:
     is not ours to know."""
     found: list[Part] = []
     for item in lock["engines"]:
-        image, repo, commit = item["image"], item["repo"], item["revision"]
+        image, draft = item["image"], item.get("draft") or {"repo": "", "revision": ""}
         found += [Part(IMAGE, image)] if image else []
         digest = image.partition("@")[2]
         if DIGEST.fullmatch(digest):
             found.append(Part(COMPILED, digest[7:19], _place(lock, "compile_cache_dir", COMPILE_CACHE_DIR)))
-        if valid_repo(repo) and COMMIT.fullmatch(commit):
-            found.append(Part(MODEL, f"{repo}@{commit}", _place(lock, "cache_dir", CACHE_DIR)))
+        for model in (item, draft):
+            repo, commit = model["repo"], model["revision"]
+            if valid_repo(repo) and COMMIT.fullmatch(commit):
+                found.append(Part(MODEL, f"{repo}@{commit}", _place(lock, "cache_dir", CACHE_DIR)))
     return [*dict.fromkeys(found)]
 
 

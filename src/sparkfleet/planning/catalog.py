@@ -135,13 +135,15 @@ class Attention:
 @dataclasses.dataclass(frozen=True)
 class Draft:
     """A model of its own that drafts tokens: its layers that keep keys and values (none where it reads the target's),
-    and what its weights take in memory, GiB."""
+    and what its weights take in memory, GiB. ``download_gib``: of its files; 0 for as much as that."""
 
     repo: str
     attention: tuple[Attention, ...]
     loaded_gib: float
     #: The shape is not published: what is given here is an assumption, and plans note it.
     assumed: bool = False
+    revision: str = "main"
+    download_gib: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

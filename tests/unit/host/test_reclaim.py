@@ -94,7 +94,7 @@ class Host:
     def lock(self, commit: str = OLD, digest: str = DIGEST, **more: Any) -> dict[str, Any]:
         image = f"nvcr.io/nvidia/vllm@{digest}"
         folders = {"cache_dir": str(self.cache), "compile_cache_dir": str(self.compiled)}
-        own = {key: more.pop(key) for key in ("image", "repo", "revision") if key in more}
+        own = {key: more.pop(key) for key in ("image", "repo", "revision", "draft") if key in more}
         engine = fake_release.an_engine("v", **{"repo": "org/m", "revision": commit, "image": image, **own})
         return fake_release.lock(engine, **{**folders, **more})
 
@@ -144,6 +144,14 @@ def test_what_only_the_pruned_release_needed_goes(host: Host) -> None:
     assert not list((host.store.state_dir / "images").iterdir())
     again = host.run()
     assert (again.reclaimed, again.left, host.again) == ([], [], [])
+
+
+def test_a_model_that_drafts_goes_with_its_release_and_stays_with_another(host: Host) -> None:
+    draft = {"repo": "org/m", "revision": OLD}
+    drafted = host.lock(NEW, repo="org/target", draft=draft)
+    assert f"org/m@{OLD}" in [part.name for part in reclaim.parts(drafted)]
+    host.run(host.lock(NEW, OTHER, repo="org/target", draft=draft))
+    assert {path.name for path in (host.model / "snapshots").iterdir()} == {OLD, NEW}
 
 
 def test_the_last_commit_takes_its_folders_with_it(host: Host) -> None:
