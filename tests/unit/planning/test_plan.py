@@ -986,3 +986,9 @@ def test_what_an_encoder_that_runs_holds_is_not_what_it_requested() -> None:
     # A newer start of another kind counts.
     state["measured"].append({**record, "at": 6.0, "planned": {"kv_cache_gib": 60.0}})
     assert seen() == as_requested
+
+
+def test_a_trial_is_of_a_model_that_gives_text() -> None:
+    with pytest.raises(SparkfleetError, match="gives no text, and a trial measures tokens a second"):
+        target(trial="dummy", arguments={"runner": "pooling"})
+    assert target(arguments={"runner": "pooling"})
