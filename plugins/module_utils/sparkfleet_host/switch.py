@@ -600,10 +600,10 @@ class Switch:
             with self._regardless("releases that never served could not be removed"):
                 unused = self.store.never_verified(int(self.journal.get("keep") or KEEP))
                 unused = [number for number in unused if number != self.journal["to"]]
-                if self.trial and self.journal["to"] != self.journal["from"]:
-                    unused.append(self.journal["to"])  # its figures are kept; nobody can want it back
+                tried = [self.journal["to"]] if self.trial and self.journal["to"] != self.journal["from"] else []
                 reclaim.note(self.store, unused)
-                self.store.remove(unused)
+                reclaim.note(self.store, tried, tried=True)
+                self.store.remove([*unused, *tried])  # its figures are kept; nobody can want it back
         self.journal["out_of_service_s"] = round(answering - stopped, 1) if stopped and answering and served else None
         self.journal.update(outcome=outcome, ended=self.now())
         self.phase(DONE)

@@ -146,6 +146,29 @@ def test_what_only_the_pruned_release_needed_goes(host: Host) -> None:
     assert (again.reclaimed, again.left, host.again) == ([], [], [])
 
 
+def test_what_a_trial_fetched_goes_and_what_it_found_stays(host: Host) -> None:
+    lists = host.cache / ".sparkfleet" / "models--org--m"
+    trial = host.stage(host.lock(NEW, OTHER))
+    reclaim.note(host.store, [trial], tried=True)
+    # Its image, and what was compiled; the model is complete.
+    assert {part.kind for part in reclaim.unneeded(host.store)} == {IMAGE, COMPILED}
+    (lists / f"{OLD}.json").rename(lists / f"{OLD}.config.json")
+    reclaim.note(host.store, [host.stage(host.lock(OLD, OTHER), "b")], tried=True)
+    assert MODEL in {part.kind for part in reclaim.unneeded(host.store)}
+    assert [item["name"] for item in host.run().reclaimed if item["kind"] == MODEL] == [f"org/m@{OLD}"]
+    assert [path.name for path in lists.iterdir()] == [f"{NEW}.json"]
+    assert [path.name for path in (host.model / "snapshots").iterdir()] == [NEW]
+
+
+def test_files_that_a_trial_of_another_commit_fetched_stay(host: Host) -> None:
+    lists = host.cache / ".sparkfleet" / "models--org--m"
+    (lists / f"{NEW}.json").rename(lists / f"{NEW}.config.json")
+    blobs = {path.name for path in (host.model / "blobs").iterdir()}
+    host.run()
+    # The blob of the old commit alone.
+    assert len(blobs - {path.name for path in (host.model / "blobs").iterdir()}) == 1
+
+
 def test_a_model_that_drafts_goes_with_its_release_and_stays_with_another(host: Host) -> None:
     draft = {"repo": "org/m", "revision": OLD}
     drafted = host.lock(NEW, repo="org/target", draft=draft)
