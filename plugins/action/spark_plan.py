@@ -44,7 +44,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             return {**result, "changed": False, "plan": before["plan"], "state": before["state"]}
         try:
             trial = str(self._task.args.get("trial_weights") or "")
-            settings = dataclasses.replace(self._settings(task_vars), trial=trial)
+            settings = dataclasses.replace(self._settings(task_vars, trial), trial=trial)
             if not (settings.bundle or status):
                 self._make_card(settings, task_vars)
             target = Target.of(settings)
@@ -126,10 +126,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 once=Path(constants.DEFAULT_LOCAL_TMP),
             )
 
-    def _settings(self, task_vars: dict[str, Any]) -> Settings:
+    def _settings(self, task_vars: dict[str, Any], trial: str) -> Settings:
         """The settings of this host, out of its variables. Raises SparkfleetError with each problem."""
-        host = task_vars["inventory_hostname"]
-        settled = variables.settle(self._values(task_vars))
+        host, values = task_vars["inventory_hostname"], self._values(task_vars)
+        if trial:  # of one model, alone, whatever the host serves otherwise
+            values.pop(variables.ENGINES, None)
+        settled = variables.settle(values)
         _check_gateways(task_vars)
         lock_file = settled.pop("sparkfleet_lock_file", "") or lock.found(
             task_vars.get("ansible_inventory_sources") or ()

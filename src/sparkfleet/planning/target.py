@@ -353,10 +353,7 @@ class Target:
                 "to local"
             )
         if settings.trial and (settings.model_source != "local" or len(settings.each()) > 1):
-            raise SparkfleetError(
-                "a trial is of one model with sparkfleet_model_source: local; name the model with -e sparkfleet_model, "
-                "and leave out sparkfleet_engines with -e sparkfleet_engines=[]"
-            )
+            raise SparkfleetError("a trial is of one model, with sparkfleet_model_source: local")
         lock = Lock.read(settings.lock_file) if settings.lock_file else None
         if lock and settings.model_source != "local":
             raise SparkfleetError(
