@@ -310,7 +310,8 @@ class EngineTarget:
 
     def found(self, state: State) -> tuple[State, ...]:
         """What a host has of each of `models`, {"model", "hub"}; `state`: what it has of the engine."""
-        return tuple((state.get("draft") or {}) if model.drafts else state for model in self.models)
+        draft = state.get("draft") or {"model": {"commit": None, "complete": False, "bytes": 0}, "hub": None}
+        return tuple(draft if model.drafts else state for model in self.models)
 
     @property
     def remote_code(self) -> bool:
