@@ -295,7 +295,8 @@ def differs(model: ModelTarget, known: State) -> bool:
 
 def fetched(target: Target, state: State, fetches: Sequence[Fetch]) -> list[dict[str, Any]]:
     """What the stage fetch goes through: image and model of each engine, in their order, then the models that draft."""
-    own, drafts = [], []
+    own: list[dict[str, Any]] = []
+    drafts: list[dict[str, Any]] = []
     for (engine, here), work in zip(pairs(target, state), fetches, strict=True):
         for model, found, reasons in zip(engine.models, engine.found(here), work.models, strict=True):
             entry = {
