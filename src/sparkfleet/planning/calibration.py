@@ -62,8 +62,9 @@ class Known:
 
     @property
     def tok_s(self) -> float | None:
-        """Tokens a second of one stream."""
-        rows = [row for row in (self.trial or {}).get("speed", ()) if row["streams"] == 1]
+        """Tokens a second that one stream gets."""
+        speeds = (self.trial or {}).get("speed", ()) if not (self.trial or {}).get("reads") else ()
+        rows = [row for row in speeds if row["streams"] == 1]
         return next((row["tokens_per_second"] for row in rows), None)
 
     def notes(self, applied: bool) -> list[str]:

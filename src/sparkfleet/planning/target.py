@@ -15,7 +15,7 @@ import yaml
 from sparkfleet_host import cache
 from sparkfleet_host.bounded import printable
 from sparkfleet_host.release_format import DUMMY, MOST_ENGINES
-from sparkfleet_host.verify import GENERATIVE
+from sparkfleet_host.verify import GENERATIVE, embeds
 
 from sparkfleet import SparkfleetError
 from sparkfleet.packaging.bundle import Bundle
@@ -364,10 +364,10 @@ class Target:
         engines = tuple(EngineTarget.of(engine, settings.model_source, lock) for engine in settings.each())
         _check_engines(engines)
         for engine in engines if settings.trial else ():
-            if not {*engine.verify["kinds"]} & {*GENERATIVE}:
+            if not (embeds(engine.verify["kinds"]) or {*engine.verify["kinds"]} & {*GENERATIVE}):
                 raise SparkfleetError(
-                    f"{engine.card.name} gives no text, and a trial measures tokens a second: deploy it, what it needs "
-                    "is measured at each start"
+                    f"{engine.card.name} gives neither text nor vectors, whose speed a trial measures: deploy it, what "
+                    "it needs is measured at each start"
                 )
         bundle = Bundle.read(settings.bundle, settings.bundle_digest) if settings.bundle else None
         return cls(settings, engines, bundle, lock)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import struct
@@ -174,3 +175,28 @@ def test_dummy_weights_have_to_answer_and_not_to_be_right(vllm: Vllm) -> None:
     vllm.faults.add("sick")
     found = answers(params(vllm))
     assert found["failure"] == "endpoint-down" and len(found["checks"]) == 1
+
+
+def test_an_engine_that_gives_vectors_is_measured_by_what_it_reads(
+    docker: Docker, vllm: Vllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "STREAMS", (1, 4))
+    monkeypatch.setattr(bench, "TEXT_ROUNDS", 2)
+    told: list[int] = []
+    engine = Item("vllm-m", "m", "throughput", MODEL, COMMIT, "i", 8000, {**VERIFY, "kinds": ["embeddings"]}, None)
+    engine = dataclasses.replace(engine, port=int(vllm.url.rpartition(":")[2]))
+    rows, by = bench.bench(docker, "c1", engine, lambda streams, _: told.append(streams))
+    assert by == "requests for embeddings" and told == [1, 4]
+    assert [(row["streams"], row["requests"]) for row in rows] == [(1, 2), (4, 8)]
+    assert all(row["tokens_per_second"] > 0 and row["ttft_ms"] > 0 for row in rows)
+    asked = vllm.asked("/v1/embeddings")
+    assert len(asked) == 1 + 2 + 1 + 8 and all(len(body["input"]) == bench.INPUT for body in asked)
+    vllm.faults.add("500")
+    with pytest.raises(BenchError, match="HTTP 500"):
+        bench.bench(docker, "c1", engine, quiet)
+
+
+def test_dummy_weights_of_an_engine_that_gives_vectors(vllm: Vllm) -> None:
+    found = answers({**params(vllm), "kinds": ["embeddings"]})
+    assert found["verified"] and [check["name"] for check in found["checks"]] == ["health", "models", "embeddings"]
+    assert vllm.asked("/v1/completions") == []

@@ -988,7 +988,7 @@ def test_what_an_encoder_that_runs_holds_is_not_what_it_requested() -> None:
     assert seen() == as_requested
 
 
-def test_a_trial_is_of_a_model_that_gives_text() -> None:
-    with pytest.raises(SparkfleetError, match="gives no text, and a trial measures tokens a second"):
-        target(trial="dummy", arguments={"runner": "pooling"})
-    assert target(arguments={"runner": "pooling"})
+def test_a_trial_is_of_a_model_that_gives_text_or_vectors() -> None:
+    with pytest.raises(SparkfleetError, match="gives neither text nor vectors, whose speed a trial measures"):
+        target(trial="dummy", arguments={"convert": "classify"})
+    assert target(arguments={"convert": "classify"}) and target(trial="dummy", arguments={"runner": "pooling"})
