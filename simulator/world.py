@@ -34,8 +34,10 @@ IMAGE_NEXT, IMAGE_FOREIGN = "nvidia/vllm:25.10-py3", "nvidia/vllm:25.11-py3"
 REPOSITORY = "nvidia/Llama-3.1-8B-Instruct-FP8"
 #: The small model by its own name, for a second engine (simulator/cards).
 SECOND = "HuggingFaceTB/SmolLM2-135M-Instruct"
+#: One that gives vectors in place of text.
+ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 #: What the simulated Hub has, and whether access is gated.
-REPOSITORIES = {REPOSITORY: True, SECOND: False}
+REPOSITORIES = {REPOSITORY: True, SECOND: False, ENCODER: False}
 FLAVOURS = ("dgxos", "bare")
 #: Where Docker keeps images: its own graph drivers, or containerd's snapshotters, with which newer Docker begins.
 STORES = ("graph", "containerd")
@@ -249,15 +251,19 @@ class World:
                         self.say(f"pushing: {reported - began:.0f} s")
                 with suppress(docker.errors.APIError):
                     client.images.remove(name)
-        wanted = model.mark()
         for repository, gated in REPOSITORIES.items():
+            wanted = model.encoder_mark() if repository == ENCODER else model.mark()
             if run_in(internet, ["cat", f"/srv/hub/{repository}/mark"])[1] == wanted:
                 continue
-            source = model.ensure_model(client, images.engine(client, cache, self.say), cache, self.say)
+            if repository == ENCODER:
+                source = model.ensure_encoder(cache, self.say)
+            else:
+                source = model.ensure_model(client, images.engine(client, cache, self.say), cache, self.say)
             self.say(f"filling the simulated huggingface.co: {repository}")
             run_in(internet, ["rm", "-rf", f"/srv/hub/{repository}"])
-            files = {f"srv/hub/{repository}/files/{path.name}": path.read_bytes() for path in source.iterdir()}
-            put(internet, files, mode=0o644)
+            paths = [path for path in source.rglob("*") if path.is_file()]
+            place = f"srv/hub/{repository}/files"
+            put(internet, {f"{place}/{path.relative_to(source)}": path.read_bytes() for path in paths}, mode=0o644)
             # The mark comes last: without it the next `up` fills again.
             put(internet, {f"srv/hub/{repository}/repo.json": json.dumps({"gated": gated}).encode()}, mode=0o644)
             put(internet, {f"srv/hub/{repository}/mark": wanted.encode()}, mode=0o644)

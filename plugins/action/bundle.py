@@ -103,8 +103,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             inspection = task_vars["hostvars"][name].get("sparkfleet_inspection") or {}
             if inspection.get("plan"):
                 plan, system = inspection["plan"], inspection["state"]["os"]
-                engines = ((engine["image"], engine["repo"], engine["revision"]) for engine in plan["engines"])
-                wants = (*itertools.chain.from_iterable(engines), system["codename"], system["machine"])
+                fetches = ((one["image"], one["repo"], one["revision"]) for one in plan["fetches"])
+                wants = (*itertools.chain.from_iterable(fetches), system["codename"], system["machine"])
                 first.setdefault(wants, name)
                 mine = wants if name == self._host else mine
         have = Bundle.open(self._task.args["bundle"]).complete() if self._task.args.get("bundle") else []
@@ -115,7 +115,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         known = inspection["state"]["os"]
         system = {key: str(known[key]) for key in ("id", "codename", "machine")}
         bundle.check_system(system)
-        collected = self._collected(inspection["plan"]["engines"][int(self._task.args.get("engine", 0))])
+        collected = self._collected(inspection["plan"]["fetches"][int(self._task.args.get("engine", 0))])
         entries = {item.name: entry for item in collected.items if (entry := _is_here(bundle, item)) is not None}
         waiting = [item for item in collected.items if item.name not in entries]
         progress = TransferProgress(self._host, "to the controller:", len(waiting), sum(item.size for item in waiting))
@@ -136,12 +136,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         changed = bool(waiting) or before != [*bundle.images, *bundle.models, *bundle.packages]
         return {"changed": changed, "folder": str(bundle.folder)}
 
-    def _collected(self, engine: Mapping[str, Any]) -> Collected:
+    def _collected(self, asked: Mapping[str, Any]) -> Collected:
         """What the host says it has collected, checked against what it was asked for. Raises SparkfleetError."""
         given = self._task.args["collected"]
-        model = f"{engine['repo']}@{engine['revision']}" if given.get("model") else ""
+        model = f"{asked['repo']}@{asked['revision']}" if given.get("model") else ""
         try:
-            return Collected.of(given, engine["image"], model)
+            return Collected.of(given, asked["image"], model)
         except BoundsError as error:
             raise SparkfleetError(
                 f"refused this host's list of collected files: {error}; nothing was written. Sparkfleet never produces "

@@ -140,8 +140,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
     def _connect(self, task_vars: Mapping[str, Any]) -> dict[str, Any]:
         """{"mirror": registry to pull from, "digest", "peer": address of a Hub}, empty where there is none."""
         host = task_vars["inventory_hostname"]
-        plan, engines = task_vars["fetch_share_plan"], task_vars["sparkfleet_inspection"]["plan"]["engines"]
-        image = engines[self._engine]["image"]
+        plan, fetches = task_vars["fetch_share_plan"], task_vars["sparkfleet_inspection"]["plan"]["fetches"]
+        image = fetches[self._engine]["image"]
         served = {name: self._served(task_vars, plan, name) for name in {plan["image_from"], plan["model_from"]} - {""}}
         tunnels, pairs = [], {}
         for listen, name in ((REGISTRY_PORT, plan["image_from"]), (HUB_PORT, plan["model_from"])):

@@ -22,7 +22,7 @@ from sparkfleet.fleet.model_files import Way
 from sparkfleet.onboarding import hub_card
 from sparkfleet.packaging import host_program
 from sparkfleet.planning import lock, plan, variables
-from sparkfleet.planning.target import Settings, Target, listen, locked_model
+from sparkfleet.planning.target import ModelTarget, Settings, Target, listen, locked_model
 from sparkfleet.planning.variables import ARGUMENT_PREFIX
 from sparkfleet.reporting import report
 
@@ -44,7 +44,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             return {**result, "changed": False, "plan": before["plan"], "state": before["state"]}
         try:
             trial = str(self._task.args.get("trial_weights") or "")
-            settings = dataclasses.replace(self._settings(task_vars), trial=trial)
+            settings = dataclasses.replace(self._settings(task_vars, trial), trial=trial)
             if not (settings.bundle or status):
                 self._make_card(settings, task_vars)
             target = Target.of(settings)
@@ -59,6 +59,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                     "remote_code": engine.remote_code,
                     "image": engine.image,
                     "port": engine.port,
+                    **({"draft": _asked(engine.draft)} if engine.draft else {}),
                 }
                 for engine in target.engines
             ],
@@ -125,10 +126,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 once=Path(constants.DEFAULT_LOCAL_TMP),
             )
 
-    def _settings(self, task_vars: dict[str, Any]) -> Settings:
+    def _settings(self, task_vars: dict[str, Any], trial: str) -> Settings:
         """The settings of this host, out of its variables. Raises SparkfleetError with each problem."""
-        host = task_vars["inventory_hostname"]
-        settled = variables.settle(self._values(task_vars))
+        host, values = task_vars["inventory_hostname"], self._values(task_vars)
+        if trial:  # of one model, alone, whatever the host serves otherwise
+            values.pop(variables.ENGINES, None)
+        settled = variables.settle(values)
         _check_gateways(task_vars)
         lock_file = settled.pop("sparkfleet_lock_file", "") or lock.found(
             task_vars.get("ansible_inventory_sources") or ()
@@ -150,6 +153,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         ours = [name for name in task_vars if name.startswith(variables.PREFIX)]
         known = [name for name in ours if name in variables.options() or name.startswith(ARGUMENT_PREFIX)]
         return {**dict.fromkeys(ours), **{name: self._templar.template(task_vars[name]) for name in known}}
+
+
+def _asked(model: ModelTarget) -> dict[str, Any]:
+    """What the host is asked of a model."""
+    return {"repo": model.repo, "revision": model.revision, "remote_code": model.remote_code}
 
 
 def _check_gateways(task_vars: dict[str, Any]) -> None:

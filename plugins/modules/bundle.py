@@ -26,7 +26,7 @@ options:
   bundle: {description: The bundle's folder on the controller., type: path}
   collected: {description: "With O(state=fetch), the result of M(sparkfleet.dgx.bundle_collect).", type: dict}
   engine:
-    description: With O(state=fetch), place in the plan's list of the engine that it is for.
+    description: With O(state=fetch), place of image and model in the list C(fetches) of the plan.
     type: int
     default: 0
   images: {description: "With O(state=push), images that the host needs.", type: list, elements: str, default: []}

@@ -28,7 +28,7 @@ options:
   port: {description: "With O(state=serve), TCP port that others reach.", type: int}
   room: {description: "With O(state=serve), GiB that an image may use on the source.", type: float}
   cache_dir: {description: "With O(state=serve), folder of the model cache.", type: path}
-  engine: {description: Place in each plan's list of the engine whose image and model are meant., type: int, default: 0}
+  engine: {description: Place of image and model in the list C(fetches) of each plan., type: int, default: 0}
   digest: {description: "With O(state=serve), digest of the image tag.", type: str}
   clean: {description: "With O(state=absent), also remove what was kept for others.", type: bool, default: true}
 author: ["The Sparkfleet developers"]

@@ -27,6 +27,13 @@ options:
       remote_code: {description: Whether the engine runs code of the model's repository., type: bool, default: false}
       image: {description: Reference of the engine's image., type: str, required: true}
       port: {description: TCP port that the engine is published on., type: int, required: true}
+      draft:
+        description: The model that drafts for it, if it is one of its own.
+        type: dict
+        suboptions:
+          repo: {description: Model on the Hub (ORG/NAME)., type: str, required: true}
+          revision: {description: "Branch, tag or commit of the model.", type: str, required: true}
+          remote_code: {description: Whether the engine runs code of its repository., type: bool, default: false}
   project: {description: Name of our Compose project., type: str, required: true}
   project_dir: {description: Folder of the compose file., type: path, required: true}
   cache_dir: {description: Folder of the model cache., type: path, required: true}
@@ -557,13 +564,21 @@ def gather(params: dict[str, Any]) -> dict[str, Any]:
             model_state(params["cache_dir"], engine["repo"], engine["revision"], engine["remote_code"])
             for engine in wanted
         ]
-        token = params["token"] or stored.strip()
-        hubs = [
-            pool.submit(patiently, functools.partial(ask_hub, params, engine, token))
-            if not model["complete"] and params["internet"]
-            else None
-            for engine, model in zip(wanted, models, strict=True)
+        drafts = [engine.get("draft") for engine in wanted]
+        drafting = [
+            model_state(params["cache_dir"], draft["repo"], draft["revision"], draft["remote_code"]) if draft else None
+            for draft in drafts
         ]
+        token = params["token"] or stored.strip()
+        hubs, draft_hubs = (
+            [
+                pool.submit(patiently, functools.partial(ask_hub, params, asked, token))
+                if asked and model and not model["complete"] and params["internet"]
+                else None
+                for asked, model in zip(asked_for, known, strict=True)
+            ]
+            for asked_for, known in ((wanted, models), (drafts, drafting))
+        )
         docker = engine.result()
         config, here = docker.pop("registries", {}), docker.pop("images", {})
         # What pulls is Docker: its own proxy counts where it has one.
@@ -600,10 +615,13 @@ def gather(params: dict[str, Any]) -> dict[str, Any]:
                     "registry": registries[engine["image"]].result() if engine["image"] in registries else None,
                     "model": model,
                     "hub": hub.result() if hub else None,
+                    "draft": {"model": draft, "hub": draft_hub.result() if draft_hub else None} if draft else None,
                     "listener": listener(engine["port"]),
                     "healthy": answers.result(),
                 }
-                for engine, model, hub, answers in zip(wanted, models, hubs, health, strict=True)
+                for engine, model, hub, draft, draft_hub, answers in zip(
+                    wanted, models, hubs, drafting, draft_hubs, health, strict=True
+                )
             ],
             "compose_file": read_text(Path(params["project_dir"]) / "compose.yml"),
             "releases": store.summary(),
@@ -640,6 +658,13 @@ def main() -> None:
                     **dict.fromkeys(("repo", "revision", "image"), text),
                     "remote_code": {"type": "bool", "default": False},
                     "port": {"type": "int", "required": True},
+                    "draft": {
+                        "type": "dict",
+                        "options": {
+                            **dict.fromkeys(("repo", "revision"), text),
+                            "remote_code": {"type": "bool", "default": False},
+                        },
+                    },
                 },
             },
             **dict.fromkeys(("project", "operator"), text),

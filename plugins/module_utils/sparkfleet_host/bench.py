@@ -4,6 +4,9 @@
 The engine's own `vllm bench serve` asks, inside its container; where the image has none that works, requests are
 streamed from here and counted by the engine's usage. Random tokens of a fixed seed, and every answer is as long as it
 may be, so that dummy weights and real ones do the same work.
+
+Of an engine that gives vectors in place of text, requests from here count the tokens that it reads; the time is that of
+the whole answer.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,11 +22,14 @@ from .bounded import COMMIT, MIB, BoundsError, as_dict, as_int, as_number, parse
 from .cache import repo_folder
 from .docker import Docker, DockerError
 from .http import HttpError, engine_client
+from .pooling import EMBEDDINGS
 from .release_format import Engine
+from .verify import embeds
 
 STREAMS = (1, 4, 16)
 INPUT, OUTPUT = 128, 64  # tokens of a request
 ROUNDS = 3  # requests of each stream
+TEXT_ROUNDS = 20  # the same of texts that are read alone
 SEED = 0
 SECONDS = 600.0  # for one number of streams
 PORT = 8000  # that the engine listens on in its container
@@ -30,6 +37,7 @@ CACHE = "/root/.cache/huggingface"  # the model cache there
 RESULT = "/tmp/sparkfleet-bench.json"  # noqa: S108 - the container's
 OWN = "vllm bench serve"
 REQUESTS = "streamed requests"
+TEXTS = "requests for embeddings"
 LOWEST, HIGHEST = 100, 1000  # tokens that every vocabulary has
 
 
@@ -37,19 +45,30 @@ class BenchError(Exception):
     """The speed could not be measured; the message says why."""
 
 
-def bench(docker: Docker, container: str, item: Engine) -> tuple[list[dict[str, Any]], str]:
+def bench(
+    docker: Docker, container: str, item: Engine, told: Callable[[int, list[dict[str, Any]]], None]
+) -> tuple[list[dict[str, Any]], str]:
     """Measure an engine: [{streams, requests, tokens_per_second, stream_tokens_per_second, ttft_ms}], and what measured
-    it. Raises BenchError, HttpError."""
+    it. `told` gets each number of streams before it is measured, with the rows so far. Raises BenchError, HttpError."""
     rows: list[dict[str, Any]] = []
+    if embeds(item.verify.get("kinds", ())):
+        for streams in STREAMS:
+            told(streams, [*rows])
+            rows.append(by_texts(item, streams))
+        return rows, TEXTS
     try:
         for streams in STREAMS:
+            told(streams, [*rows])
             rows.append(by_vllm(docker, container, item, streams))
         return rows, OWN
     except (DockerError, BenchError) as error:
         if rows:
             raise BenchError(f"{OWN} with {streams} streams: {error}") from None
         why = printable(str(error), 300)
-    return [by_requests(item, streams) for streams in STREAMS], f"{REQUESTS}, since {OWN} did not work: {why}"
+    for streams in STREAMS:
+        told(streams, [*rows])
+        rows.append(by_requests(item, streams))
+    return rows, f"{REQUESTS}, since {OWN} did not work: {why}"
 
 
 def command(item: Engine, streams: int) -> list[str]:
@@ -101,8 +120,7 @@ def row(streams: int, done: int, total: float, each: float, first: float) -> dic
 
 def by_requests(item: Engine, streams: int) -> dict[str, Any]:
     """The same by requests of our own. Raises BenchError, HttpError."""
-    dice = random.Random(SEED)  # noqa: S311 - the same tokens each time
-    prompts = [[dice.randint(LOWEST, HIGHEST) for _ in range(INPUT)] for _ in range(streams * ROUNDS)]
+    prompts = _prompts(streams * ROUNDS)
     deadline = time.monotonic() + SECONDS
     _ask(item, prompts[0], deadline)  # warms it up
     began = time.monotonic()
@@ -112,6 +130,41 @@ def by_requests(item: Engine, streams: int) -> dict[str, Any]:
     each = statistics.mean((count - 1) / max(last - first, 1e-6) for count, _, first, last in answers)
     first = statistics.median(first - start for _, start, first, _ in answers) * 1000
     return row(streams, len(answers), sum(count for count, *_ in answers) / took, each, first)
+
+
+def by_texts(item: Engine, streams: int) -> dict[str, Any]:
+    """Tokens that an engine turns into vectors. Raises BenchError, HttpError."""
+    prompts = _prompts(streams * TEXT_ROUNDS)
+    deadline = time.monotonic() + SECONDS
+    _embed(item, prompts[0], deadline)  # warms it up
+    began = time.monotonic()
+    with ThreadPoolExecutor(streams) as pool:
+        answers = list(pool.map(lambda prompt: _embed(item, prompt, deadline), prompts))
+    took = time.monotonic() - began
+    each = statistics.mean(count / max(seconds, 1e-6) for count, seconds in answers)
+    middle = statistics.median(seconds for _, seconds in answers) * 1000
+    return row(streams, len(answers), sum(count for count, _ in answers) / took, each, middle)
+
+
+def _prompts(count: int) -> list[list[int]]:
+    """Tokens of so many requests, the same each time."""
+    dice = random.Random(SEED)  # noqa: S311
+    return [[dice.randint(LOWEST, HIGHEST) for _ in range(INPUT)] for _ in range(count)]
+
+
+def _embed(item: Engine, prompt: list[int], deadline: float) -> tuple[int, float]:
+    """Tokens that were read, and seconds until the answer."""
+    start = time.monotonic()
+    body = {"model": item.repo, "input": prompt}
+    answer = engine_client(item.url).post(EMBEDDINGS, body, max(deadline - start, 0.1))
+    if answer.status != 200:
+        raise BenchError(f"HTTP {answer.status}: {printable(answer.text, 200)}")
+    took = time.monotonic() - start
+    try:
+        usage = as_dict(as_dict(answer.json(), "the answer").get("usage"), "usage")
+        return as_int(usage.get("prompt_tokens"), "prompt_tokens", 1, 1 << 20), took
+    except BoundsError as error:
+        raise HttpError("malformed", str(error)) from None
 
 
 def _ask(item: Engine, prompt: list[int], deadline: float) -> tuple[int, float, float, float]:

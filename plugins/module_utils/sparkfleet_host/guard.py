@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from . import asking, bounded, engine, memory, pooling, switch
+from . import asking, bounded, engine, measured, memory, pooling, switch
 from .bounded import BoundsError, as_dict, as_int, as_list, as_number, as_str, as_time, printable
 from .docker import SOCKET, Docker, DockerError, DockerUnavailable
 from .engine import EngineError
@@ -232,6 +232,11 @@ class Guard:
         self._exited: float | None = None  # since when, on the clock
         self._logged: tuple[float | None, float] = (None, 0.0)  # the last line's stamp, and when it was seen
         self._docker_restarted = False  # for another engine, since this one ran
+
+    @property
+    def ready_since(self) -> str:
+        """The start by which the engine is ready, "" while it is not."""
+        return str(self.known.get("started_at") or "") if self.known.get("ready") else ""
 
     # -- the decision ----------------------------------------------------------------------------------------
 
@@ -1021,13 +1026,29 @@ class Watcher:
         seen = self.observe(item)
         item.looked_at = clock()
         self.notify.alive()
-        before = item.guard.engine
+        before, ready = item.guard.engine, item.guard.ready_since
         action = item.guard.decide(seen)
         if item.guard.engine != before:
             self.say(f"{item.name}: {before} → {item.guard.engine}")
+        if item.guard.ready_since not in ("", ready):
+            self._keep_figures(item, seen)
         if action.do not in ("nothing", "recover"):
             self.act(item, action, seen)
         return action
+
+    def _keep_figures(self, item: Watched, seen: Observation) -> None:
+        """Keep what the log of an engine that has become ready shows, beside its release. A switch keeps the figures of
+        those that it started itself."""
+        if item.engine is None or seen.release is None:
+            return
+        try:
+            kept = measured.of_release(self.store, seen.release)
+            if any((one["service"], one["started_at"]) == (item.service, seen.started_at) for one in kept):
+                return
+            record = measured.of_start(self.docker, item.engine, seen.now)
+            measured.keep_start(self.store, seen.release, [record])
+        except Exception as error:  # they are advice
+            self.complain(f"{item.name}: its figures could not be kept", f"{type(error).__name__}: {error}")
 
     def survive(self) -> None:
         """`step`, whatever happens in it: the guard continues."""

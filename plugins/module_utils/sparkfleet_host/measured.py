@@ -6,7 +6,8 @@
 
 The file of a release is beside its sealed files and not part of them. A record holds what the figures depend on, so
 that nobody compares what differs: image, model, revision, and `settings`, a hash of arguments and environment that the
-plan has. Memory is in GiB, speed in tokens a second, times in seconds, TTFT in milliseconds.
+plan has. Memory is in GiB, speed in tokens a second, times in seconds, TTFT in milliseconds. `bench` says what measured
+the speed, and is empty until that is done for every number of streams.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .docker import Docker
 from .engine import instant
 from .release_format import REAL, WEIGHTS, Engine
 from .releases import Store, write_json
+from .verify import embeds
 
 FORMAT = 1
 FILE, TRIALS = "measured.json", "trials.json"
@@ -41,7 +43,8 @@ _ANY = re.compile(r"[\w.+-]{0,80}", re.ASCII)
 def check_record(value: Any, what: str = "a record") -> dict[str, Any]:
     """A record, with its known fields alone: {service, model, repo, revision, image, settings, weights, vllm,
     container, started_at: str; at: Unix time; planned, figures: {name: number}; ready_s: number or None; speed:
-    [{streams, tokens_per_second, stream_tokens_per_second, ttft_ms, requests}]; bench: str}. Raises BoundsError."""
+    [{streams, tokens_per_second, stream_tokens_per_second, ttft_ms, requests}]; bench: str; reads: bool, whether the
+    tokens are those that were read, and the time that of the whole answer}. Raises BoundsError."""
     given = as_dict(value, what)
     texts = ("service", "model", "image", "container", "started_at", "bench")
     made: dict[str, Any] = {key: printable(as_str(given.get(key, ""), f"{what}: {key}", 1000)) for key in texts}
@@ -52,6 +55,7 @@ def check_record(value: Any, what: str = "a record") -> dict[str, Any]:
     if given.get("weights", REAL) not in WEIGHTS:
         raise BoundsError(f"{what}: weights: none of {', '.join(WEIGHTS)}")
     made["weights"] = given.get("weights", REAL)
+    made["reads"] = given.get("reads") is True
     made["at"] = as_number(given.get("at"), f"{what}: at", 0.0, bounded.LATEST)
     made["ready_s"] = _optional(given.get("ready_s"), f"{what}: ready_s")
     for key, names in (("planned", PLANNED), ("figures", tuple(engine_log.FIGURES))):
@@ -134,6 +138,7 @@ def of_start(docker: Docker, item: Engine, at: float, weights: str = REAL) -> di
     return {
         **{key: getattr(item, key) for key in ("service", "model", "repo", "revision", "image", "settings")},
         **{"weights": weights, "vllm": engine_log.version(lines), "at": at},
+        **{"reads": embeds(item.verify.get("kinds", ()))},
         **{"container": seen["id"], "started_at": seen["started_at"]},
         **{"planned": planned, "figures": engine_log.figures(lines), "ready_s": _ready(seen["started_at"], lines)},
         **{"speed": [], "bench": ""},
@@ -179,11 +184,18 @@ def _rest(figures: Mapping[str, Any], requested: float | None) -> float | None:
 
 
 def speed_words(record: Mapping[str, Any]) -> list[str]:
-    """What a trial measured: "1 stream 2.7 tok/s, first token after 320 ms"."""
+    """What a trial measured: "1 stream 2.7 tok/s, first token after 320 ms"; of a model that gives vectors "1 stream
+    2,700.0 tok/s read, answered after 47 ms"."""
     made = []
+    what, when = ("tok/s read", "answered") if record.get("reads") else ("tok/s", "first token")
     for row in record["speed"]:
         total, first = row["tokens_per_second"], row["ttft_ms"]
         if total is not None:
-            ttft = f", first token after {first:.0f} ms" if first is not None else ""
-            made.append(f"{row['streams']} stream{'s' * (row['streams'] != 1)} {total:.1f} tok/s{ttft}")
+            ttft = f", {when} after {first:.0f} ms" if first is not None else ""
+            made.append(f"{streams_words(row['streams'])} {total:,.1f} {what}{ttft}")
     return made
+
+
+def streams_words(count: int) -> str:
+    """As "4 streams"."""
+    return f"{count} stream{'s' * (count != 1)}"

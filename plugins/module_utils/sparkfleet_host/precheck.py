@@ -165,7 +165,16 @@ def _model(wanted: Mapping[str, Any], item: Engine, dummy: bool) -> Iterator[Pro
     if not entries:
         yield Problem("cache-not-mounted", f"{cache} is empty; is its disk mounted?")
         return
-    repo, revision = item.repo, item.revision or "main"
+    fetch = f"-e sparkfleet_model={shlex.quote(item.model)}"
+    revision = item.revision or "main"
+    commit = str(model_state(cache, item.repo, revision)["commit"])
+    yield from _files(cache, item.repo, revision, f"{fetch} -e sparkfleet_revision={commit}", dummy)
+    if item.draft:
+        yield from _files(cache, item.draft["repo"], item.draft["revision"], fetch, dummy)
+
+
+def _files(cache: Path, repo: str, revision: str, fetch: str, dummy: bool) -> Iterator[Problem]:
+    """The files of one model in the cache; `fetch`: the arguments of the playbook that fetches it."""
     state = model_state(cache, repo, revision)
     if state["path"] is None:
         yield Problem("model-not-in-cache", f"{cache} has no {repo} at {revision}")
@@ -176,8 +185,7 @@ def _model(wanted: Mapping[str, Any], item: Engine, dummy: bool) -> Iterator[Pro
         yield Problem(
             "download-incomplete",
             f"files of {repo} in {cache} were found damaged: {_few(damaged)}; `ansible-playbook playbooks/fetch.yml "
-            f"-e sparkfleet_model={shlex.quote(item.model)} -e sparkfleet_revision={state['commit']}` hashes "
-            "and replaces them",
+            f"{fetch}` hashes and replaces them",
         )
     elif state["total_bytes"] is None:
         # Not fetched by Sparkfleet: at least what the snapshot names must be there.

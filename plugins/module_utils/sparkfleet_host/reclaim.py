@@ -29,7 +29,16 @@ from urllib.parse import quote
 
 from . import bounded, engine, integrity, job
 from .bounded import COMMIT, DIGEST, BoundsError, printable
-from .cache import FOLDER, MANIFEST_BYTES, MOST_FILES, check_listing, repo_folder, valid_repo, was_downloaded
+from .cache import (
+    FOLDER,
+    MANIFEST_BYTES,
+    MOST_FILES,
+    check_listing,
+    manifest_path,
+    repo_folder,
+    valid_repo,
+    was_downloaded,
+)
 from .docker import Docker, DockerError
 from .registry import valid_image
 from .release_format import check_lock
@@ -49,7 +58,7 @@ SECONDS = 120.0  # for all parts of a switch
 DELETE_SECONDS = 300.0  # that Docker has for an image
 ACTIVE = ("running", "paused", "restarting")
 _PLACE = re.compile(r"/[^\s:\x00-\x1f\x7f\ud800-\udfff]{1,4095}")
-_LIST = re.compile(r"[0-9a-f]{40}\.json|fetching\.json")
+_LIST = re.compile(r"[0-9a-f]{40}(\.config)?\.json|fetching\.json")
 _COMPILED = re.compile(r"[0-9a-f]{12}")
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -91,13 +100,15 @@ def parts(lock: Mapping[str, Any]) -> list[Part]:
     is not ours to know."""
     found: list[Part] = []
     for item in lock["engines"]:
-        image, repo, commit = item["image"], item["repo"], item["revision"]
+        image, draft = item["image"], item.get("draft") or {"repo": "", "revision": ""}
         found += [Part(IMAGE, image)] if image else []
         digest = image.partition("@")[2]
         if DIGEST.fullmatch(digest):
             found.append(Part(COMPILED, digest[7:19], _place(lock, "compile_cache_dir", COMPILE_CACHE_DIR)))
-        if valid_repo(repo) and COMMIT.fullmatch(commit):
-            found.append(Part(MODEL, f"{repo}@{commit}", _place(lock, "cache_dir", CACHE_DIR)))
+        for model in (item, draft):
+            repo, commit = model["repo"], model["revision"]
+            if valid_repo(repo) and COMMIT.fullmatch(commit):
+                found.append(Part(MODEL, f"{repo}@{commit}", _place(lock, "cache_dir", CACHE_DIR)))
     return [*dict.fromkeys(found)]
 
 
@@ -141,9 +152,15 @@ def _part(entry: Any) -> Part:
     return part
 
 
-def note(store: Store, numbers: Iterable[int]) -> None:
-    """Record what releases need that are about to be pruned. Raises OSError."""
-    new = {part for number in numbers for part in _parts_of(store, number)}
+def note(store: Store, numbers: Iterable[int], tried: bool = False) -> None:
+    """Record what releases need that are about to be pruned. `tried`: they are trials, which fetch configurations; a
+    model that is complete was fetched for something else. Raises OSError."""
+    new = {
+        part
+        for number in numbers
+        for part in _parts_of(store, number)
+        if not (tried and part.kind == MODEL and _is_complete(part))
+    }
     try:
         noted = _noted(store)
     except FileNotFoundError:
@@ -160,6 +177,11 @@ def _parts_of(store: Store, number: int) -> list[Part]:
     with contextlib.suppress(ReleaseError):
         return [part for part in parts(store.lock(number)) if part.kind != IMAGE or valid_image(part.name)]
     return []
+
+
+def _is_complete(part: Part) -> bool:
+    repo, _, commit = part.name.partition("@")
+    return manifest_path(part.place, repo, commit).exists()
 
 
 def _write(store: Store, noted: Sequence[Part]) -> None:
@@ -455,6 +477,8 @@ class ModelFiles:
     def __init__(self, cache_dir: str, repo: str, commit: str, deadline: Deadline | None = None) -> None:
         self._deadline = deadline or Deadline()
         self.cache_dir, self.commit, self._name = cache_dir, commit, repo_folder(repo)
+        # Of a download, and of one without weights for a trial; the first that is there counts.
+        self._own = (f"{commit}.json", f"{commit}.config.json")
         self._open: list[int] = []
 
     def __enter__(self) -> ModelFiles:
@@ -481,11 +505,11 @@ class ModelFiles:
         """Remove refs, snapshot, blobs that no other commit has, and the manifest last: until then it is the record
         that Sparkfleet downloaded them, and it stays where any of them cannot be removed. Bytes; None where Sparkfleet
         did not. Raises LeftError, BoundsError, OSError."""
-        try:
-            listing = self._listing(f"{self.commit}.json")
-        except FileNotFoundError:
-            return None
-        if not was_downloaded(listing):
+        listing: dict[str, Any] | None = None
+        for name in reversed(self._own):
+            with contextlib.suppress(FileNotFoundError):
+                listing = self._listing(name)
+        if listing is None or not was_downloaded(listing):
             return None
         self._check_locks()
         doomed = _hashes(listing) - self._used_elsewhere()
@@ -510,8 +534,9 @@ class ModelFiles:
             _remove(f"{self.commit}.suspect.json", self._lists, self._deadline)
         if errors:
             raise errors[0]
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{self.commit}.json", dir_fd=self._lists)
+        for name in reversed(self._own):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=self._lists)
         for name in ("blobs", "snapshots", "refs"):
             self._remove_empty(name, self._model)
         self._remove_empty(self._name, self._top)
@@ -555,7 +580,7 @@ class ModelFiles:
         """Blobs that another list or another snapshot has."""
         used: set[str] = set()
         for name in _names(self._lists):
-            if name != f"{self.commit}.json" and _LIST.fullmatch(name):
+            if name not in self._own and _LIST.fullmatch(name):
                 self._deadline.check()
                 used |= _hashes(self._listing(name))
         snapshots = self._child("snapshots")

@@ -6,7 +6,8 @@ order, which is the order that they are started in:
 
     plan.json     {"format": 2, "engines": [{service, model, profile, repo, image, verify, memory, settings}]}
     lock.json     {"format": 2, "engines": [{service, model, profile, repo, revision, image, port}], cache_dir,
-                  compile_cache_dir, controller, created, number, sha256}
+                  compile_cache_dir, controller, created, number, sha256}; "draft": {repo, revision} of an engine whose
+                  tokens another model drafts
     outcome.json  {state, at, verified_at, failure, message, container_ids: {service: id}}
     switch.json   see `_JOURNAL`
 
@@ -70,6 +71,7 @@ class Engine:
     verify: Mapping[str, Any]
     memory: Mapping[str, Any] | None
     settings: str = ""
+    draft: Mapping[str, str] | None = None  # {repo, revision} of the model that drafts for it
 
     @property
     def url(self) -> str:
@@ -142,6 +144,7 @@ def merged(plan: Mapping[str, Any], lock: Mapping[str, Any]) -> tuple[Engine, ..
             **{key: locked[key] for key in ("revision", "port")},
             image=locked["image"] or planned["image"],
             settings=planned.get("settings", ""),
+            draft=locked.get("draft"),
         )
         for planned, locked in zip(plan["engines"], lock["engines"], strict=True)
     )
@@ -211,8 +214,16 @@ def _planned(data: Any) -> dict[str, Any]:
 
 def _locked(data: Any) -> dict[str, Any]:
     engine = as_dict(data, "an engine")
+    draft = {}
+    if engine.get("draft") is not None:
+        given = as_dict(engine["draft"], "draft")
+        draft["draft"] = {
+            "repo": bounded.matched(bounded.REPO, given.get("repo"), "draft.repo"),
+            "revision": bounded.matched(bounded.COMMIT, given.get("revision"), "draft.revision"),
+        }
     return {
         **engine,
+        **draft,
         "service": bounded.matched(SERVICE, engine.get("service"), "service"),
         **{key: as_str(engine.get(key, ""), key, 4096) for key in ("model", "profile", "repo", "revision", "image")},
         "port": as_int(engine.get("port"), "port", 1, 65535),
@@ -315,7 +326,8 @@ def _results(value: Any, what: str) -> dict[str, dict[str, Any]]:
 _JOURNAL: dict[str, tuple[Callable[[Any, str], Any], Any]] = {
     **dict.fromkeys(("id", "mode", "controller", "verb", "boot_id", "phase"), (_text, "")),
     "container": (_text, ""),  # the service that the phase concerns
-    **dict.fromkeys(("verify", "asking"), (_text, "")),  # quick or deep; which kind of the deep ones is being asked
+    # quick or deep; which kind of the deep ones is being asked, or how many streams are being measured
+    **dict.fromkeys(("verify", "asking"), (_text, "")),
     "verify_seconds": (as_number, 0.0),  # of a deep verification
     "from": (_optional(_number), None),
     "outcome": (_optional(_text), None),

@@ -236,12 +236,19 @@ class Switch:
 
     def _measure(self, item: Engine, weights: str) -> None:
         record = measured.of_start(self.docker, item, self.now(), weights)
+        self.journal["measured"][item.service] = record
         failed = ""
+
+        def told(streams: int, rows: list[dict[str, Any]]) -> None:
+            record["speed"], self.journal["asking"] = rows, measured.streams_words(streams)
+            self.phase(MEASURING, item.service)
+
         try:
-            record["speed"], record["bench"] = bench(self.docker, str(record["container"]), item)
+            record["speed"], record["bench"] = bench(self.docker, str(record["container"]), item, told)
         except (BenchError, DockerError, HttpError) as error:
             failed = str(error)
-        self.journal["measured"][item.service] = record
+        finally:
+            self.journal["asking"] = ""
         with self._regardless("what was measured could not be kept"):
             measured.keep_trial(self.store, record)
         if failed:
@@ -344,6 +351,7 @@ class Switch:
         """The new release does not work, or was a trial: back to what was there before."""
         to, before = self.journal["to"], self.journal["from"]
         error = self.journal["error"]
+        self.journal["asking"] = ""  # of a process that was killed
         self.phase("restoring")
         with self._regardless(f"the failure of release {to} could not be recorded"):
             if error:
@@ -592,10 +600,10 @@ class Switch:
             with self._regardless("releases that never served could not be removed"):
                 unused = self.store.never_verified(int(self.journal.get("keep") or KEEP))
                 unused = [number for number in unused if number != self.journal["to"]]
-                if self.trial and self.journal["to"] != self.journal["from"]:
-                    unused.append(self.journal["to"])  # its figures are kept; nobody can want it back
+                tried = [self.journal["to"]] if self.trial and self.journal["to"] != self.journal["from"] else []
                 reclaim.note(self.store, unused)
-                self.store.remove(unused)
+                reclaim.note(self.store, tried, tried=True)
+                self.store.remove([*unused, *tried])  # its figures are kept; nobody can want it back
         self.journal["out_of_service_s"] = round(answering - stopped, 1) if stopped and answering and served else None
         self.journal.update(outcome=outcome, ended=self.now())
         self.phase(DONE)

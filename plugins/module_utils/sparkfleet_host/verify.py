@@ -25,7 +25,7 @@ from .asking import (
     refusal,
     words,
 )
-from .bounded import BoundsError, as_dict, as_str
+from .bounded import BoundsError, as_dict, as_list, as_str
 from .http import HttpError
 
 __all__ = ["COUNTERS", "CheckError", "StreamReader", "Verification", "check_answer", "counters", "verify"]
@@ -49,6 +49,11 @@ STOP = ["\n"]
 SHOWN = 4000  # characters of an answer that are kept
 ANSWERED = 16  # tokens that an engine with dummy weights is to generate
 PROMPT = list(range(100, 132))  # tokens that every vocabulary has
+
+
+def embeds(kinds: Iterable[str]) -> bool:
+    """Whether a model that is for some kinds gives vectors in place of text."""
+    return "embeddings" in kinds and not {*kinds} & {*GENERATIVE}
 
 
 def steps(kinds: Iterable[str], mode: str = QUICK) -> list[list[str]]:
@@ -296,7 +301,8 @@ def _result(params: dict[str, Any], verification: Verification, began: float) ->
 
 def answers(params: dict[str, Any], tokens: int = ANSWERED) -> dict[str, Any]:
     """Whether an engine answers at all, whatever it says, as one with dummy weights does: it is healthy, lists the
-    model and generates `tokens` tokens. The same result as `verify`. Raises HttpError for an address that is none."""
+    model and generates `tokens` tokens, or a vector. The same result as `verify`. Raises HttpError for an address that
+    is none."""
     began = time.monotonic()
     verification = Verification(params)
 
@@ -310,7 +316,15 @@ def answers(params: dict[str, Any], tokens: int = ANSWERED) -> dict[str, Any]:
             )
         return f"{tokens} tokens"
 
-    steps = {"health": verification.health, "models": verification.models, "completion": complete}
+    def embed() -> str:
+        body = {"model": params["model"], "input": PROMPT}
+        vectors = as_list(verification.post(pooling.EMBEDDINGS, body, "embedding").get("data"), "data", 1)
+        if not vectors:
+            raise CheckError("answer-malformed", "no vector in the answer")
+        return "a vector"
+
+    steps = {"health": verification.health, "models": verification.models}
+    steps |= {"embeddings": embed} if embeds(verification.kinds) else {"completion": complete}
     for name, step in steps.items():
         verification.checks.append({"name": name, **verification._timed(step)})
         if not verification.checks[-1]["ok"]:

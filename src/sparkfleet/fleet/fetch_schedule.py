@@ -107,12 +107,12 @@ def _source(made: Schedule, source: Missing, leader: str) -> Source:
     return made.sources.setdefault(source.host, Source(source.host, leader))
 
 
-def of_host(host: str, inspection: Mapping[str, Any], serves: bool, engine: int = 0) -> Missing | None:
-    """What `spark_plan` returned for an engine of a host, by its place in the list; None where it has fewer engines."""
-    engines = inspection["plan"]["engines"]
-    if engine >= len(engines):
+def of_host(host: str, inspection: Mapping[str, Any], serves: bool, number: int = 0) -> Missing | None:
+    """What `spark_plan` returned for a host, by its place in the list `fetches`; None where that is shorter."""
+    fetches = inspection["plan"]["fetches"]
+    if number >= len(fetches):
         return None
-    plan, model = engines[engine], inspection["state"]["engines"][engine]["model"]
+    plan = fetches[number]
     return Missing(
         host=host,
         image=plan["image"],
@@ -120,7 +120,6 @@ def of_host(host: str, inspection: Mapping[str, Any], serves: bool, engine: int 
         repo=plan["repo"],
         revision=plan["revision"],
         needs_model=bool(plan["fetch_model"]),
-        # One that is to be checked against a lock is no source yet.
-        has_model=bool(model["complete"]) and not plan["fetch_model"],
+        has_model=bool(plan["has_model"]),
         serves=serves,
     )

@@ -179,6 +179,8 @@ class Maker:
         if model is None:
             self._model(card.repo, made.revision, made.remote_code, ways, renews, card.weights.pickle)
             self._card(card, renews)
+        if made.draft:
+            self._model(made.draft.repo, made.draft.revision, made.remote_code, ways, renews)
         if made.image not in self.images:
             old = None if renews else self.old.images.get(made.image)
             self.images[made.image] = old or ask_image(made.image, ways, self.platform)

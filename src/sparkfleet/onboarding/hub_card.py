@@ -314,6 +314,7 @@ def _facts(about: About) -> Facts:
         licence_origin=about.licence_origin,
         gated=about.gated,
         chat=chat,
+        embeds="modules.json" in about.files,  # of sentence-transformers
         thinks=thinks,
     )
 

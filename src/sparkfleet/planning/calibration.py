@@ -62,8 +62,9 @@ class Known:
 
     @property
     def tok_s(self) -> float | None:
-        """Tokens a second of one stream."""
-        rows = [row for row in (self.trial or {}).get("speed", ()) if row["streams"] == 1]
+        """Tokens a second that one stream gets."""
+        speeds = (self.trial or {}).get("speed", ()) if not (self.trial or {}).get("reads") else ()
+        rows = [row for row in speeds if row["streams"] == 1]
         return next((row["tokens_per_second"] for row in rows), None)
 
     def notes(self, applied: bool) -> list[str]:
@@ -110,7 +111,7 @@ def known(records: Iterable[Record], host: str, wanted: Mapping[str, str]) -> Kn
     if not same:
         return None
     with_kv = [record for record in same if "kv_cache_gib" in record["figures"]]
-    trials = [record for record in same if record["speed"]]
+    trials = [record for record in same if record["speed"] and record["bench"]]
     return Known(host, (with_kv or same)[-1], trials[-1] if trials else None)
 
 

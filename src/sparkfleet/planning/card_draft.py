@@ -74,6 +74,7 @@ class Facts:
     licence_origin: str = ""
     gated: bool | None = None
     chat: bool | None = None
+    embeds: bool = False  # of sentence-transformers: it gives vectors, whatever its architecture
     thinks: str = ""  # "switch" with enable_thinking in its template, "always" with <think>, "" for neither
 
 
@@ -162,18 +163,19 @@ def draft(model: Description, quantisation: Quantisation, facts: Facts, image: s
     }
     if model.pictures:
         data["vision"], origin["vision"] = True, "config.json: vision_config"
-    if parser := _parser(facts.repo, kind):
+    if (parser := _parser(facts.repo, kind)) and not _pools(model, facts):
         data["tool_call_parser"] = parser
         origin["tool_call_parser"] = f"vLLM's parser for {kind}, by a table of ours"
-    else:
+    elif not _pools(model, facts):
         unknown.append(f"{NO_PARSER}: tool_call_parser is left out, and tool calls are off")
     data["arguments"] = _arguments(model, facts, origin)
     context = shape["context"]
-    data["profiles"] = {
-        "throughput": {},
-        "long_context": {"max_model_len": min(context, LONG), "max_num_seqs": 8},
-        "low_latency": {"max_model_len": min(context, SHORT), "max_num_seqs": 8},
-    }
+    data["profiles"] = {"throughput": {}}
+    if not _pools(model, facts):
+        data["profiles"] |= {
+            "long_context": {"max_model_len": min(context, LONG), "max_num_seqs": 8},
+            "low_latency": {"max_model_len": min(context, SHORT), "max_num_seqs": 8},
+        }
     origin["profiles"] = OURS
     data["verify"] = _verify(model, facts, origin, unknown)
     if model.vision:
@@ -246,12 +248,16 @@ def _rounded(amount: float) -> float:
 
 def _arguments(model: Description, facts: Facts, origin: dict[str, str]) -> Arguments:
     made: Arguments = {
-        "max_model_len": min(model.shape["context"], LENGTH),
-        "gpu_memory_utilization": 0.80,
+        **({"runner": "pooling"} if _pools(model, facts) else {}),
+        # The engine knows the longest text of an encoder, which may be shorter than its positions.
+        **({} if model.encoder else {"max_model_len": min(model.shape["context"], LENGTH)}),
+        # Without a KV cache only that much has to be available.
+        "gpu_memory_utilization": 0.10 if model.encoder else 0.80,
         "max_num_batched_tokens": 8192,
         "max_num_seqs": 32,
     }
-    if not model.hybrid:  # of hybrids it costs memory, and works from some version on
+    # Of hybrids it costs memory, and works from some version on; what gives no text has no cache to reuse.
+    if not model.hybrid and not _pools(model, facts):
         made["enable_prefix_caching"] = True
     if facts.thinks == "switch":
         made["default_chat_template_kwargs"] = {"enable_thinking": False}
@@ -264,6 +270,12 @@ def _arguments(model: Description, facts: Facts, origin: dict[str, str]) -> Argu
 
 
 def _verify(model: Description, facts: Facts, origin: dict[str, str], unknown: list[str]) -> dict[str, Any]:
+    if _pools(model, facts):
+        scores = model.architecture.endswith("ForSequenceClassification")
+        origin["verify"] = f"config.json: {model.architecture}" if scores else "it gives vectors in place of text"
+        if scores:
+            unknown.append("whether its scores order texts by a question (rerank), as verification expects it")
+        return {"kinds": ["rerank" if scores else "embeddings"]}
     made: dict[str, Any] = dict(VERIFY)
     origin["verify"] = OURS
     if facts.chat is False:
@@ -277,6 +289,11 @@ def _verify(model: Description, facts: Facts, origin: dict[str, str], unknown: l
         made["max_tokens"] = THINKING_TOKENS
         origin["verify.max_tokens"] = "it thinks before it answers"
     return made
+
+
+def _pools(model: Description, facts: Facts) -> bool:
+    """Whether it gives vectors or scores in place of text."""
+    return model.encoder or facts.embeds
 
 
 def _parser(repo: str, kind: str) -> str:

@@ -99,7 +99,8 @@ class Attention:
     ``kv_heads`` heads, for all tokens or for the last ``window``; ``mla`` keeps one compressed vector of ``rank +
     rope_dim``. Besides them a layer may keep an index: ``index_bytes`` for ``index_tokens`` tokens.
     ``gdn``, ``mamba2`` and ``kda`` keep a state of fixed size, a convolution of ``conv`` taps and a matrix in
-    ``state_dtype``. ``none`` keeps nothing, and ``linear`` a state whose size is not known.
+    ``state_dtype``. ``encoder`` sees a whole text at once and keeps nothing of it, nor does ``none``; ``linear`` keeps
+    a state whose size is not known.
     What a layer keeps besides is an entry that is not counted as a layer: ``conv`` a convolution alone, ``width`` wide;
     ``cache`` ``bytes`` for every ``every`` tokens, for all or the last ``window``, in blocks of ``block`` tokens (the
     engine's by default) that are padded to a multiple of ``align``.
@@ -134,13 +135,15 @@ class Attention:
 @dataclasses.dataclass(frozen=True)
 class Draft:
     """A model of its own that drafts tokens: its layers that keep keys and values (none where it reads the target's),
-    and what its weights take in memory, GiB."""
+    and what its weights take in memory, GiB. ``download_gib``: of its files; 0 for as much as that."""
 
     repo: str
     attention: tuple[Attention, ...]
     loaded_gib: float
     #: The shape is not published: what is given here is an assumption, and plans note it.
     assumed: bool = False
+    revision: str = "main"
+    download_gib: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

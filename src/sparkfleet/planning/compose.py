@@ -11,12 +11,14 @@ model pinned to what was fetched.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from sparkfleet_host.bounded import printable
+from sparkfleet_host.bounded import COMMIT, printable
+from sparkfleet_host.cache import repo_folder, repo_of
 from sparkfleet_host.engine import PROJECT
 from sparkfleet_host.http import KEY_FILE
 
@@ -92,6 +94,25 @@ def _text(name: str, value: ArgumentValue) -> str:
     # The guide writes 0.90; a float of YAML has lost the zero.
     two = f"{value:.2f}" if name == "gpu_memory_utilization" and isinstance(value, float) else ""
     return two if two and float(two) == value else str(value)
+
+
+def with_draft(arguments: Arguments, repo: str, commit: str) -> Arguments:
+    """The same with the draft of `speculative_config` as the folder in the container that has it at a commit: an
+    offline engine knows no revision of it."""
+    given: Any = arguments["speculative_config"]
+    config = json.loads(given) if isinstance(given, str) else given
+    folder = f"{CACHE_IN_CONTAINER}/{repo_folder(repo)}/snapshots/{commit}"
+    return {**arguments, "speculative_config": {**config, "model": folder}}
+
+
+def draft_of(command: Sequence[Any]) -> tuple[str, str] | None:
+    """Repository and commit of the draft that `with_draft` put into a command."""
+    for word, text in itertools.pairwise(map(plain, command)):
+        if word == "--speculative-config":
+            parts = str(json.loads(text).get("model") or "").removeprefix(f"{CACHE_IN_CONTAINER}/").split("/")
+            repo = repo_of(parts[0]) if len(parts) == 3 and parts[1] == "snapshots" else None
+            return (repo, parts[2]) if repo and COMMIT.fullmatch(parts[2]) else None
+    return None
 
 
 def document(

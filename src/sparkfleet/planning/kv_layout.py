@@ -83,7 +83,8 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The pool: ``block_bytes`` a block; every sequence takes blocks for each of the groups.
+    """The pool: ``block_bytes`` a block; every sequence takes blocks for each of the groups. An encoder has no groups,
+    and needs no blocks.
 
     ``refusals``: why vLLM would not start with it, whatever its memory.
     """
@@ -102,7 +103,8 @@ class Layout:
     def block(self) -> int:
         """Tokens of a block, the shortest of those that grow: reuse of prefixes goes in steps of it."""
         growing = [group.block for group in self.groups if group.grows]
-        return min(growing or [group.block for group in self.groups])  # a window in every layer: none grows
+        # Where every layer has a window, none grows.
+        return min(growing or [group.block for group in self.groups], default=0)
 
     @property
     def bytes_per_token(self) -> int:
@@ -111,7 +113,7 @@ class Layout:
 
     def pool(self, available: int) -> int:
         """Blocks in ``available`` bytes."""
-        return max(available // self.block_bytes, 0)
+        return max(available // self.block_bytes, 0) if self.groups else 0
 
     def blocks(self, tokens: int) -> int:
         """Blocks of one sequence of ``tokens``."""
@@ -119,6 +121,8 @@ class Layout:
 
     def tokens(self, pool: int, length: int) -> int:
         """What this version prints as the size of the cache, tokens, for sequences of ``length``."""
+        if not self.groups:
+            return 0
         if self.prints_by_concurrency:
             return int(pool / self.blocks(length) * length)
         shortest = min(
@@ -249,6 +253,8 @@ class _Cut:
 
     def layout(self) -> Layout:
         self._known()
+        if any(entry.kind == "encoder" for entry in self.card.shape.attention):
+            return Layout((), 0, 0, "none", self.rules.prints_by_concurrency, False, 0)
         prefixes = self._prefixes()
         mode = self._mode(prefixes)
         block = self._block(mode)
@@ -287,7 +293,13 @@ class _Cut:
                 f"{self.card.source}: shape.attention: what it keeps besides its attention (an index, caches) is "
                 f"planned from vLLM {first} on; of {self.version.text} the planner does not know it, and does not guess"
             )
-        if not self.attention and not self.caches:
+        encoders = [entry for entry in self.card.shape.attention if entry.kind == "encoder"]
+        if encoders and (self.attention or self.caches or self.states):
+            raise SparkfleetError(
+                f"{self.card.source}: shape.attention: layers of kind encoder beside others: the planner does not know "
+                "such models, and does not guess"
+            )
+        if not self.attention and not self.caches and not encoders:
             raise SparkfleetError(
                 f"{self.card.source}: shape.attention: no layer of attention (full, sliding or mla): the planner does "
                 "not know such models, and does not guess"

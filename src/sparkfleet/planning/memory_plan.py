@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from sparkfleet_host.bounded import GIB
+from sparkfleet_host.verify import GENERATIVE
 
 from sparkfleet import SparkfleetError
-from sparkfleet.planning import catalog, kv_layout, vllm_versions
+from sparkfleet.planning import catalog, kv_layout, verification, vllm_versions
 from sparkfleet.planning.catalog import Arguments, Card
 from sparkfleet.planning.kv_layout import DEFAULT_BATCHED_TOKENS
 from sparkfleet.planning.kv_layout import number as _number
@@ -87,6 +88,8 @@ class Plan:
 
     ``kv_cache_tokens`` is what this version of vLLM logs as the size of the KV cache, ``kv_cache_held_tokens`` what
     fits into it in sequences of ``max_model_len``. ``left_gib`` is negative where the engine needs more than there is.
+    An encoder keeps no KV cache, and takes less than vLLM requests: the latter must be available when it starts.
+    ``decode_tok_s_limit`` is 0 for a model that gives numbers in place of text.
     """
 
     model: str
@@ -226,7 +229,7 @@ def make(
     made = _budget(card, arguments, profile, version, memory)
     if not made.fits:
         found = list(_ways_out(card, arguments, profile, version, memory, made, others()))
-    elif made.decode_tok_s_limit < SLOW_TOK_S:
+    elif 0 < made.decode_tok_s_limit < SLOW_TOK_S:
         found = list(_faster(card, memory, others()))
     else:
         found = []
@@ -242,11 +245,13 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
     rules, gpus = version.rules, kv_layout.ranks(card, arguments)
     dtype = kv_layout.kv_dtype(card, arguments, version)
     cut = kv_layout.layout(card, arguments, version)
+    generates = bool({*verification.kinds(card, arguments)} & {*GENERATIVE})
     speculation = kv_layout.speculation(card, arguments)
     drafted = card.draft is not None and speculation.model == card.draft.repo
     weights = (card.weights.memory_gib + (card.draft.loaded_gib if card.draft and drafted else 0)) / gpus
     v2 = v2_runner(card, version)
-    activation = activation_gib(card, batched, sequences, version, gpus=gpus, v2=v2)
+    # Without text there is no sampler.
+    activation = activation_gib(card, batched, sequences if generates else 0, version, gpus=gpus, v2=v2)
     captured = 0.0 if arguments.get("enforce_eager") is True else CUDA_GRAPHS_GIB
     graphs = captured if (rules.v2_counts_cuda_graphs if v2 else rules.v1_counts_cuda_graphs) else 0.0
     runtime = OLD_RUNTIME_GIB if rules.counts_host_growth else RUNTIME_GIB
@@ -260,7 +265,7 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
     else:
         requested = utilization * memory.total
         consumed = weights + runtime + memory.correction
-        cache = kv_cache_gib(utilization, memory.total, consumed, activation, graphs)
+        cache = kv_cache_gib(utilization, memory.total, consumed, activation, graphs) if cut.groups else 0.0
         pool = cut.pool(int(cache * GIB))
     if isinstance(arguments.get("num_gpu_blocks_override"), int):
         pool = int(_number(arguments, "num_gpu_blocks_override", pool))
@@ -270,8 +275,9 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
     else:
         length = int(_number(arguments, "max_model_len", longest))
     each = cut.blocks(length)
-    concurrency = pool / each
-    left = memory.available - requested - BEYOND_BUDGET_GIB
+    concurrency = pool / each if cut.groups else float(sequences)
+    taken = requested if cut.groups else spent
+    left = memory.available - taken - BEYOND_BUDGET_GIB
 
     reasons = list(cut.refusals)
     if dtype == "fp8" and not rules.has_fp8_kv:
@@ -287,7 +293,7 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
         )
     elif left < memory.reserve:
         reasons.append(
-            f"with the {requested:.1f} GiB of its budget and {BEYOND_BUDGET_GIB} GiB besides it the engine leaves "
+            f"with the {taken:.1f} GiB of its budget and {BEYOND_BUDGET_GIB} GiB besides it the engine leaves "
             f"{left:.1f} GiB to the host; below {memory.reserve:g} GiB a Spark is in danger of freezing"
         )
     if concurrency < 1:
@@ -296,18 +302,23 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
             f"weights ({weights:.1f} GiB), activations ({activation:.1f}) and runtime ({runtime + graphs:.1f}) "
             f"leave {max(cache, 0):.1f} GiB for the KV cache; one sequence of {length} tokens needs {one:.1f}"
         )
-    typical = min(pool // cut.blocks(min(TYPICAL_TOKENS, length)), sequences)
+    typical = min(pool // cut.blocks(min(TYPICAL_TOKENS, length)), sequences) if cut.groups else sequences
     full = min(int(concurrency), sequences)
-    limit = BANDWIDTH_GB_S * gpus / card.weights.read_gb_per_token
+    limit = BANDWIDTH_GB_S * gpus / card.weights.read_gb_per_token if generates else 0.0
     # Measured with the card's own speculation: with other speculation, or none, it says nothing.
     comparable = speculation.tokens == kv_layout.speculation(card, card.arguments).tokens
     measured = max((entry.tok_s for entry in card.measured if comparable), default=None)
-    held, logged = int(concurrency * length), cut.tokens(pool, length)
+    held, logged = int(concurrency * length) if cut.groups else 0, cut.tokens(pool, length)
     notes = list(cut.notes) if not reasons else []
     if gpus > 1:
         notes.append(f"planned for each of {gpus} Sparks; Sparkfleet does not deploy one engine across Sparks yet")
     if not reasons:
-        if concurrency < 1 + ERROR:
+        if not cut.groups:
+            notes.append(
+                f"an encoder keeps no KV cache: it takes {spent:.1f} GiB, and vLLM starts it where the "
+                f"{requested:.1f} GiB of gpu_memory_utilization {utilization:.2f} are available"
+            )
+        if cut.groups and concurrency < 1 + ERROR:
             notes.append(
                 f"one sequence of {length} tokens all but fills the KV cache, and the plan is right to within "
                 f"{ERROR:.0%}: a smaller max_model_len or max_num_batched_tokens makes the start sure"
@@ -323,7 +334,7 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
                 f"{'.'.join(map(str, vllm_versions.since('prints_by_concurrency')))} it counts each of the "
                 f"{len(cut.groups)} groups of layers as if all grew with the sequence"
             )
-        if limit < SLOW_TOK_S and not cut.speculative_tokens:
+        if 0 < limit < SLOW_TOK_S and not cut.speculative_tokens:
             notes.append(
                 f"each token reads {card.weights.read_gb_per_token:g} GB of weights: one stream cannot be faster than "
                 f"{limit:.1f} tokens a second" + (f" (measured: {measured:g})" if measured else "")
@@ -437,7 +448,9 @@ def shares(engines: Sequence[tuple[Card, Arguments, Engine]], memory: Memory) ->
 
 
 def _holds_one(card: Card, arguments: Arguments, version: Engine, memory: Memory, share: float) -> bool:
-    return _budget(card, {**arguments, SHARE: share}, "", version, memory).max_concurrency >= 1 + ERROR
+    made = _budget(card, {**arguments, SHARE: share}, "", version, memory)
+    taken = made.weights_gib + made.activation_gib + made.runtime_gib + made.cuda_graphs_gib
+    return made.max_concurrency >= 1 + ERROR and made.requested_gib >= taken
 
 
 def highest_share(memory: Memory) -> float:
@@ -496,6 +509,8 @@ def _models(card: Card, memory: Memory, others: Sequence[Card], wanted: Callable
 
 
 def _room(plan: Plan) -> str:
+    if not plan.kv_block_bytes:
+        return f"no KV cache, {plan.full_length_sequences} sequences of {plan.max_model_len} at a time"
     unit = f"passes of 1 to {plan.speculative_tokens + 1} tokens a second" if plan.speculative_tokens else "tok/s"
     return (
         f"{plan.kv_cache_held_tokens:,} tokens of KV cache, {plan.max_concurrency:.1f} sequences of "

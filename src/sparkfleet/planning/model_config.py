@@ -66,7 +66,13 @@ class Description:
     @property
     def hybrid(self) -> bool:
         """Whether some layers keep a state in place of a cache that grows."""
-        return any(entry["kind"] not in ("full", "sliding", "mla", "none") for entry in self.shape["attention"])
+        known = ("full", "sliding", "mla", "encoder", "none")
+        return any(entry["kind"] not in known for entry in self.shape["attention"])
+
+    @property
+    def encoder(self) -> bool:
+        """Whether it gives vectors or scores in place of text."""
+        return any(entry["kind"] == "encoder" for entry in self.shape["attention"])
 
     @property
     def embedding_parameters(self) -> int:
@@ -248,6 +254,8 @@ class _Reader:
         """The longest context in tokens, as vLLM derives it: a stretched one where rope scaling defines it."""
         names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
         longest = self.take("shape.context", *names, most=MOST_COUNT)
+        if self.model_type in ("roberta", "xlm-roberta"):  # positions begin after that of the padding
+            longest = max(longest - self.text.integer_or(1, "pad_token_id") - 1, 1)
         name = "rope_scaling" if self.text.inner("rope_scaling") else "rope_parameters"
         scaling = self.text.inner(name)
         if scaling is None or self.model_type.startswith("gemma"):
@@ -323,6 +331,11 @@ def _mistral(reader: _Reader) -> list[Layer]:
     if reader.text.data.get("layer_types") is not None or reader.text.data.get("sliding_window") is None:
         return _full(reader)
     return [reader.sliding()] * reader.layers
+
+
+def _encoder(reader: _Reader) -> list[Layer]:
+    """Layers that see the whole text."""
+    return [Layer("encoder")] * reader.layers
 
 
 def _qwen(reader: _Reader) -> list[Layer]:
@@ -514,6 +527,7 @@ READERS: dict[str, Callable[[_Reader], list[Layer]]] = {
         _full,
     ),
     **dict.fromkeys(("mistral", "starcoder2", "phi3", "phimoe"), _mistral),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta"), _encoder),
     **dict.fromkeys(
         (
             *("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe"),
@@ -548,7 +562,7 @@ REFUSED = {
     **dict.fromkeys(("minimax", "minimax_text_01", "bailing_moe_linear"), "lightning attention"),
     "nemotron-nas": "each layer has a shape of its own (block_configs)",
     **dict.fromkeys(("step3p5", "step3p7"), "layers with a window have heads of another number"),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "t5", "whisper"), "it does not generate text as vLLM serves it"),
+    **dict.fromkeys(("t5", "whisper"), "it does not generate text as vLLM serves it"),
 }
 #: What holds the text model in one that also sees or hears.
 _TEXT = ("text_config", "llm_config", "language_config", "language_model")

@@ -17,8 +17,8 @@ from sparkfleet_host.release_format import DUMMY, FORMAT, TRIAL, TRIAL_FORMAT
 
 from sparkfleet import __version__, operator_name
 from sparkfleet.documents import yaml_text
-from sparkfleet.planning import compose, kv_layout, preflight, vllm_versions
-from sparkfleet.planning.target import EngineTarget, State, Target
+from sparkfleet.planning import compose, preflight, vllm_versions
+from sparkfleet.planning.target import EngineTarget, ModelTarget, State, Target
 
 
 @dataclasses.dataclass
@@ -40,10 +40,11 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
     document = target.document(state)
     deployment = trial(target, state) if target.settings.trial else deploy(target, state, document)
     installs = packages(target, state)
-    images, models = ([getattr(found, kind).reasons for found in fetches] for kind in ("image", "model"))
+    images = [found.image.reasons for found in fetches]
+    models = [[work.reasons for work in found.models] for found in fetches]
     work = preflight.Work(
         [bool(reasons) for reasons in images],
-        [bool(reasons) for reasons in models],
+        [[bool(reasons) for reasons in found] for found in models],
         bool(deployment["start"]),
         bool(installs),
         reads,
@@ -66,11 +67,12 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
                 "verify": engine.verify,
                 "memory": figures[index],
                 "fetch_image": bool(images[index]),
-                "fetch_model": bool(models[index]),
+                "fetch_model": any(models[index]),
                 "measured": known[index],
             }
             for index, engine in enumerate(target.engines)
         ],
+        "fetches": fetched(target, state, fetches),
         "lock": str(target.lock.path) if target.lock else "",
         "compose": document,
         "release": release(target, document, figures),
@@ -93,9 +95,9 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
             "packages": bool(installs),
         },
         "fetch": {
-            "needed": any(images) or any(models),
+            "needed": any(images) or any(map(any, models)),
             "image": list(dict.fromkeys(itertools.chain.from_iterable(images))),
-            "model": list(itertools.chain.from_iterable(models)),
+            "model": [reason for found in models for reasons in found for reason in reasons],
         },
         "deploy": deployment,
     }
@@ -242,12 +244,6 @@ def notes(target: Target, state: State) -> list[str]:
                 f"the tag of {engine.image} is mutable: another run may get another vLLM from it; sparkfleet_image "
                 "with a digest (NAME@sha256:...) pins it"
             )
-        draft = kv_layout.speculation(engine.card, engine.arguments).model
-        if draft and settings.model_source == "local":
-            found.append(
-                f"the engine, which is offline, needs the draft {draft} as well, which Sparkfleet does not fetch: "
-                f"`hf download {draft} --cache-dir {settings.cache_dir}` on the host does"
-            )
     for engine in target.engines if settings.model_source != "local" else ():
         found.append(
             "model_source hub starts the engine with --trust-remote-code: code in the model's repository, at whatever "
@@ -257,40 +253,62 @@ def notes(target: Target, state: State) -> list[str]:
 
 
 class Fetch(NamedTuple):
-    """What is fetched for an engine."""
+    """What is fetched for an engine: its image, and each of `EngineTarget.models`."""
 
     image: Work
-    model: Work
+    models: list[Work]
 
 
 def fetch(target: Target, engine: EngineTarget, state: State) -> Fetch:
-    """Reasons to pull an engine's image and to download its model; `state` is what the host has of the engine."""
-    image, model = Work(), Work()
+    """Reasons to pull an engine's image and to download its models; `state` is what the host has of the engine."""
+    image = Work()
     image.add(not state.get("image"), f"pull {engine.image}")
-    known, card = state["model"], engine.card
+    found = zip(engine.models, engine.found(state), strict=True)
+    return Fetch(image, [_download(target, model, one["model"]) for model, one in found])
+
+
+def _download(target: Target, model: ModelTarget, known: State) -> Work:
+    """Reasons to download a model of which the host has `known`."""
+    work, what = Work(), f"the draft {model.repo}" if model.drafts else model.repo
     suspect = bool(known.get("suspect")) and not known.get("missing")
     if target.settings.trial:
         there = known["complete"] or known.get("config")
-        model.add(not there and target.settings.trial == DUMMY, f"download {card.repo} without its weights")
+        work.add(not there and target.settings.trial == DUMMY, f"download {what} without its weights")
     elif target.settings.model_source == "local":
-        model.add(suspect, f"hash the files of {card.repo}: {known.get('suspect')}")
-        model.add(
-            not known["complete"] and not suspect,
-            f"download {card.repo} at {engine.revision} ({card.weights.download_gib:g} GiB)",
+        size = f" ({model.download_gib:g} GiB)" if model.download_gib else ""
+        work.add(suspect, f"hash the files of {what}: {known.get('suspect')}")
+        work.add(not known["complete"] and not suspect, f"download {what} at {model.revision}{size}")
+        work.add(
+            known["complete"] and differs(model, known),
+            f"check {what} again: the list of its files is not that of the lock",
         )
-        model.add(
-            known["complete"] and differs(engine, known),
-            f"check {card.repo} again: the list of its files is not that of the lock",
-        )
-    return Fetch(image, model)
+    return work
 
 
-def differs(engine: EngineTarget, model: State) -> bool:
+def differs(model: ModelTarget, known: State) -> bool:
     """Whether the list by which a host's model is complete has other files or hashes than the lock."""
-    if engine.locked is None:
+    if model.locked is None:
         return False
-    files = engine.locked.expected(engine.remote_code)["files"]
-    return bool(model["listing"] != cache.listing_digest(files, engine.remote_code))
+    files = model.locked.expected(model.remote_code)["files"]
+    return bool(known["listing"] != cache.listing_digest(files, model.remote_code))
+
+
+def fetched(target: Target, state: State, fetches: Sequence[Fetch]) -> list[dict[str, Any]]:
+    """What the stage fetch goes through: image and model of each engine, in their order, then the models that draft."""
+    own: list[dict[str, Any]] = []
+    drafts: list[dict[str, Any]] = []
+    for (engine, here), work in zip(pairs(target, state), fetches, strict=True):
+        for model, found, reasons in zip(engine.models, engine.found(here), work.models, strict=True):
+            entry = {
+                "image": engine.image,
+                "fetch_image": bool(work.image.reasons) and not model.drafts,
+                **{key: getattr(model, key) for key in ("repo", "revision", "remote_code", "pickle")},
+                "fetch_model": bool(reasons.reasons),
+                # One that is to be checked against a lock is no source yet.
+                "has_model": bool(found["model"]["complete"]) and not reasons.reasons,
+            }
+            (drafts if model.drafts else own).append(entry)
+    return [*own, *drafts]
 
 
 def release(
@@ -308,6 +326,7 @@ def release(
             "repo": card.repo,
         }
         asked = {"verify": engine.verify, "settings": engine.settings_hash}
+        draft = compose.draft_of(service["command"])
         plans.append({**known, "image": engine.image, **asked, "memory": figures})
         locks.append(
             {
@@ -315,6 +334,7 @@ def release(
                 "revision": next(iter(_after("--revision", service["command"])), engine.revision),
                 "image": compose.plain(service["image"]),
                 "port": engine.port,
+                **({"draft": dict(zip(("repo", "revision"), draft, strict=True))} if draft else {}),
             }
         )
     weights = target.settings.trial

@@ -20,7 +20,7 @@ from sparkfleet.diagnosis.failures import BY_ID
 from sparkfleet.documents import yaml_text
 from sparkfleet.packaging.bundle import Bundle
 from sparkfleet.planning import calibration, catalog, memory_plan, vllm_versions
-from sparkfleet.planning.target import EngineTarget, State, Target, listen
+from sparkfleet.planning.target import EngineTarget, ModelTarget, State, Target, listen
 
 #: (ID, VERSION_ID) of /etc/os-release -> where its own packages suffice for Docker with Compose v2.
 SUPPORTED_OS = {("ubuntu", "24.04"): True, ("debian", "13"): True, ("debian", "12"): False}
@@ -64,15 +64,24 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What the plan will do, as far as the checks depend on it; whether an image is pulled and a model downloaded, by
-    engine."""
+    """What the plan will do, as far as the checks depend on it: of each engine, whether its image is pulled, and
+    whether each of its models is downloaded."""
 
     pulls: Sequence[bool]
-    downloads: Sequence[bool]
+    downloads: Sequence[Sequence[bool]]
     starts: bool
     installs: bool = False
     #: Nothing is changed, and what another user than root sees is enough.
     reads: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCase:
+    """A model of an engine, what the host has of it, {"model", "hub"}, and whether it is downloaded."""
+
+    model: ModelTarget
+    found: State
+    downloads: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +91,7 @@ class Case:
     engine: EngineTarget
     found: State
     pulls: bool
-    downloads: bool
+    models: tuple[ModelCase, ...]
 
 
 def version(text: str | None) -> tuple[int, ...]:
@@ -105,7 +114,14 @@ def checks(target: Target, state: State, work: Work) -> tuple[list[Check], list[
     """All checks, in the order in which an operator would fix things, those of an engine once for each; and the memory
     plans of the engines, None when there is none. Without root nothing else that was seen is sure, so that is the only
     one then."""
-    cases = [Case(*case) for case in zip(target.engines, state["engines"], work.pulls, work.downloads, strict=True)]
+    cases = [
+        Case(engine, found, pulls, tuple(map(ModelCase, engine.models, engine.found(found), downloads)))
+        for engine, found, pulls, downloads in zip(
+            target.engines, state["engines"], work.pulls, work.downloads, strict=True
+        )
+    ]
+    # Engines may share a draft.
+    models = list({(case.model.repo, case.model.revision): case for part in cases for case in part.models}.values())
     memory, plans = _memory(target, state, work)
     user = state.get("user") or {"id": 0}
     if user["id"] != 0 and not work.reads:
@@ -118,16 +134,16 @@ def checks(target: Target, state: State, work: Work) -> tuple[list[Check], list[
         _docker(target, state),
         _toolkit(state),
         *(_image(target, state, case) for case in cases),
-        *(_code(case, work) for case in cases if case.engine.remote_code and target.settings.model_source == "local"),
+        *(_code(case, work) for case in models if case.model.remote_code and target.settings.model_source == "local"),
         *memory,
-        _disk(target, state, cases),
+        _disk(target, state, cases, models),
         *(_port(target, state, case) for case in cases),
         *([_address(target, state)] if target.settings.gateways else []),
         _switch(target, state),
-        *([_bundle(target.bundle, state, cases, work)] if target.bundle else []),
-        *([_weights(case) for case in cases] if target.settings.trial == REAL else []),
+        *([_bundle(target.bundle, state, cases, models, work)] if target.bundle else []),
+        *([_weights(case) for case in models] if target.settings.trial == REAL else []),
         *(_registry(case) for case in cases),
-        *(_hub(state, case) for case in cases),
+        *(_hub(state, case) for case in models),
         _folders(target, state),
     ], plans
 
@@ -242,9 +258,9 @@ def _image(target: Target, state: State, case: Case) -> Check:
     return Check("image", seen, tuple(found))
 
 
-def _code(case: Case, work: Work) -> Check:
+def _code(case: ModelCase, work: Work) -> Check:
     """Code of the model's repository, which the engine runs: of a commit that someone could review."""
-    repo, revision = case.engine.card.repo, case.engine.revision
+    repo, revision = case.model.repo, case.model.revision
     if COMMIT.fullmatch(revision) or work.reads or not (work.starts or case.downloads):
         return Check("code", f"that of {repo} at {revision}")
     fact = f"trust_remote_code lets the engine run the code of {repo} at whatever commit {revision} is then"
@@ -256,7 +272,7 @@ def _memory(target: Target, state: State, work: Work) -> tuple[list[Check], list
     settings = target.settings
     total, available = state["memory"]["total"] / GIB, state["memory"]["available"] / GIB
     held = sum(
-        memory_plan.requested_gib(item["started_with"]["command"], total)
+        _held(item, state, total)
         for item in state["docker"].get("containers", [])
         if item["ours"] and item["state"] == "running" and item.get("started_with")
     )
@@ -275,6 +291,16 @@ def _memory(target: Target, state: State, work: Work) -> tuple[list[Check], list
         found.append(_memory_check(made, seen, enforced=settings.memory_plan != "warn" and work.starts))
     together = _together(target, total, free) if any(check.findings for check in found) else ""
     return [_more(check, together) for check in found], plans
+
+
+def _held(container: State, state: State, total: float) -> float:
+    """What an engine of ours that runs holds, GiB. An encoder, without a KV cache, holds less than it requested."""
+    records = [one for one in calibration.understood(state.get("measured")) if one["service"] == container["name"]]
+    planned = max(records, key=lambda one: float(one["at"]))["planned"] if records else {}
+    if planned.get("kv_cache_gib") == 0:
+        parts = ("weights_gib", "activation_gib", "runtime_gib", "cuda_graphs_gib")
+        return sum(float(planned.get(part, 0.0)) for part in parts)
+    return memory_plan.requested_gib(container["started_with"]["command"], total)
 
 
 def _together(target: Target, total: float, available: float) -> str:
@@ -358,7 +384,7 @@ def _memory_check(plan: memory_plan.Plan | SparkfleetError, seen: str, enforced:
     return Check("memory", seen, (Finding("memory-short", "; ".join(plan.reasons) + way),))
 
 
-def _disk(target: Target, state: State, cases: Sequence[Case]) -> Check:
+def _disk(target: Target, state: State, cases: Sequence[Case], models: Sequence[ModelCase]) -> Check:
     needs: dict[int, list[tuple[str, str, float]]] = {}
     free: dict[int, int] = {}
     where, root, twice = _image_store(target, state)
@@ -369,13 +395,13 @@ def _disk(target: Target, state: State, cases: Sequence[Case]) -> Check:
         needs.setdefault(where["device"], []).append((what, root, size))
         free[where["device"]] = where["free"]
     least = min(where["free"], state["disk"]["cache"]["free"]) / GIB
-    downloads = [case for case in cases if case.downloads]
+    downloads = [case for case in models if case.downloads]
     if downloads:
         where = state["disk"]["cache"]
         rest = sum(
             TRIAL_GIB * GIB
             if target.settings.trial
-            else max(case.engine.card.weights.download_gib * GIB - case.found["model"]["bytes"], 0)
+            else max(case.model.download_gib * GIB - case.found["model"]["bytes"], 0)
             for case in downloads
         )
         what = "the model" if len(downloads) == 1 else f"{len(downloads)} models"
@@ -450,7 +476,7 @@ def _switch(target: Target, state: State) -> Check:
     return Check("switch", fact, () if same else (known("switch-running-other", fact),))
 
 
-def _bundle(bundle: Bundle, state: State, cases: Sequence[Case], work: Work) -> Check:
+def _bundle(bundle: Bundle, state: State, cases: Sequence[Case], models: Sequence[ModelCase], work: Work) -> Check:
     """Whether a bundle has what is to be fetched and installed."""
     system, gaps, differs = state["os"], [], []
     for case in cases:
@@ -458,13 +484,14 @@ def _bundle(bundle: Bundle, state: State, cases: Sequence[Case], work: Work) -> 
         if case.pulls and not bundle.image_key(engine.image):
             has = [_digested(name, entry["digest"]) if engine.locked else name for name, entry in bundle.images.items()]
             gaps.append(f"no image {engine.image} (it has {', '.join(sorted(has)) or 'none'})")
-        if case.downloads and not bundle.model_key(engine.card.repo, engine.revision):
-            has = [f"{name} ({entry['commit']})" if engine.locked else name for name, entry in bundle.models.items()]
-            gaps.append(f"no model {engine.card.repo}@{engine.revision} (it has {', '.join(sorted(has)) or 'none'})")
-        if case.downloads and engine.locked and (listing := bundle.listing(engine.card.repo, engine.revision)):
-            wrong = cache.difference(engine.locked.expected(engine.remote_code), listing)
+    for model in (case.model for case in models if case.downloads):
+        if not bundle.model_key(model.repo, model.revision):
+            has = [f"{name} ({entry['commit']})" if model.locked else name for name, entry in bundle.models.items()]
+            gaps.append(f"no model {model.repo}@{model.revision} (it has {', '.join(sorted(has)) or 'none'})")
+        if model.locked and (listing := bundle.listing(model.repo, model.revision)):
+            wrong = cache.difference(model.locked.expected(model.remote_code), listing)
             if wrong:
-                what = f"the bundle {bundle.folder} has a different {engine.card.repo} than the lock: {wrong}"
+                what = f"the bundle {bundle.folder} has a different {model.repo} than the lock: {wrong}"
                 differs.append(known("lock-mismatch", what))
     here = {"id": system["id"], "codename": system["codename"], "machine": system["machine"]}
     if work.installs and bundle.system != here:
@@ -486,9 +513,9 @@ def _digested(image: str, digest: str) -> str:
     return image if "@" in image else f"{image}@{digest}"
 
 
-def _weights(case: Case) -> Check:
+def _weights(case: ModelCase) -> Check:
     """Whether the weights are there that a trial is to be made with."""
-    repo = case.engine.card.repo
+    repo = case.model.repo
     if case.found["model"]["complete"]:
         return Check("weights", f"{repo} is complete")
     fact = f"{repo} is not complete on this host: fetch it (playbooks/fetch.yml), or try it with --weights dummy"
@@ -505,18 +532,18 @@ def _registry(case: Case) -> Check:
     return Check("registry", f"{registry['host']}: {registry['error']}", (known(registry["failure"], fact),))
 
 
-def _hub(state: State, case: Case) -> Check:
-    hub, card, model = case.found["hub"], case.engine.card, case.found["model"]
+def _hub(state: State, case: ModelCase) -> Check:
+    hub, wanted, model = case.found["hub"], case.model, case.found["model"]
     if model.get("suspect") and not model.get("missing"):
         return Check("hub", "queried only if a file of the model is damaged")
     if hub is None or not case.downloads:
         return Check("hub", "model is there" if model["complete"] else "not queried; there is a bundle")
-    seen = f"{card.repo}: {hub['error'] or hub['status']}"
+    seen = f"{wanted.repo}: {hub['error'] or hub['status']}"
     if hub["status"] == 200 or hub["error"] == "EntryNotFound":  # not every format has a config.json
-        return Check("hub", f"gives {card.repo}")
+        return Check("hub", f"gives {wanted.repo}")
     has_token = state["token"]["present"] or not state["token"]["current"]
-    page = card.licence.page
-    commits = f"https://huggingface.co/{card.repo}/commits"
+    page = wanted.page
+    commits = f"https://huggingface.co/{wanted.repo}/commits"
     tokens = "https://huggingface.co/settings/tokens"
     if hub["status"] == 0:
         finding = Finding(
@@ -527,30 +554,30 @@ def _hub(state: State, case: Case) -> Check:
     elif hub["status"] == 401 and not has_token:
         finding = Finding(
             "hub-token-missing",
-            f"{card.repo} is not given without a token: accept the licence at {page}, make a read token at "
+            f"{wanted.repo} is not given without a token: accept the licence at {page}, make a read token at "
             f"{tokens}, and set sparkfleet_hf_token (or export HF_TOKEN before the run)",
         )
     elif hub["status"] == 401:
         finding = Finding(
             "hub-token-rejected",
-            f"the Hub rejects the token for {card.repo}: it is mistyped or revoked, or there is no such model; "
+            f"the Hub rejects the token for {wanted.repo}: it is mistyped or revoked, or there is no such model; "
             f"make a new read token at {tokens}",
         )
     elif hub["status"] == 403:
         finding = Finding(
             "hub-no-access",
-            f"the token's account has no access to {card.repo}: accept the licence at {page} with that account, "
+            f"the token's account has no access to {wanted.repo}: accept the licence at {page} with that account, "
             "and give a fine-grained token the right to read gated repositories",
         )
     elif hub["error"] == "RevisionNotFound":
         finding = Finding(
             "hub-revision-unknown",
-            f"{card.repo} has no revision '{case.engine.revision}': set sparkfleet_revision to one it has ({commits})",
+            f"{wanted.repo} has no revision '{wanted.revision}': set {wanted.revision_in} to one it has ({commits})",
         )
     elif hub["status"] == 404:
-        finding = Finding("hub-repo-unknown", f"the Hub has no model {card.repo}: check repo in {card.source}")
+        finding = Finding("hub-repo-unknown", f"the Hub has no model {wanted.repo}: check {wanted.repo_in}")
     else:
-        finding = Finding("hub-unreachable", f"the Hub answers {hub['status']} for {card.repo}: try again later")
+        finding = Finding("hub-unreachable", f"the Hub answers {hub['status']} for {wanted.repo}: try again later")
     return Check("hub", seen, (finding,))
 
 

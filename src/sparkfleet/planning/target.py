@@ -12,13 +12,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
+from sparkfleet_host import cache
 from sparkfleet_host.bounded import printable
 from sparkfleet_host.release_format import DUMMY, MOST_ENGINES
+from sparkfleet_host.verify import GENERATIVE, embeds
 
 from sparkfleet import SparkfleetError
 from sparkfleet.packaging.bundle import Bundle
 from sparkfleet.paths import ROOT
-from sparkfleet.planning import calibration, catalog, compose, variables, verification
+from sparkfleet.planning import calibration, catalog, compose, kv_layout, variables, verification
 from sparkfleet.planning.catalog import Arguments, Card
 from sparkfleet.planning.lock import Lock, Model
 from sparkfleet.planning.variables import ARGUMENT_PREFIX, PREFIX
@@ -187,6 +189,24 @@ def _check_listen(settings: Settings) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class ModelTarget:
+    """A model that is fetched for an engine: its own, or the one that drafts. `download_gib`: of its files, 0 for not
+    known; `page`: where its licence is read; `repo_in`, `revision_in`: what an operator sets; `locked`: what the
+    revision is, where there is a lock."""
+
+    repo: str
+    revision: str
+    download_gib: float
+    page: str
+    repo_in: str
+    revision_in: str
+    pickle: bool = False
+    remote_code: bool = False
+    drafts: bool = False
+    locked: Model | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class EngineTarget:
     """One engine: model card and settings merged."""
 
@@ -196,6 +216,7 @@ class EngineTarget:
     image: str
     revision: str
     locked: Model | None = None  # what the revision is, where there is a lock
+    locked_draft: Model | None = None  # the same of the model that drafts
 
     @classmethod
     def of(cls, settings: EngineSettings, source: str, lock: Lock | None = None) -> EngineTarget:
@@ -218,7 +239,10 @@ class EngineTarget:
         if catalog.hub_name(self.settings.model) is None:
             lock.check_card(self.card.name, self.card.digest, self.card.source)
         model = lock.model(self.card.repo, requested(self.settings, self.card), self.remote_code)
-        return dataclasses.replace(self, image=lock.pinned(self.image), revision=model.commit, locked=model)
+        draft = self.draft
+        known = lock.model(draft.repo, draft.revision, draft.remote_code) if draft else None
+        pinned = {"image": lock.pinned(self.image), "revision": model.commit, "locked": model, "locked_draft": known}
+        return dataclasses.replace(self, **pinned)  # type: ignore[arg-type]
 
     @property
     def service(self) -> str:
@@ -245,6 +269,49 @@ class EngineTarget:
     def settings_hash(self) -> str:
         """A hash of what its memory depends on besides image and model, see `calibration`."""
         return calibration.settings(self.card, self.arguments, self.settings.environment)
+
+    @property
+    def draft(self) -> ModelTarget | None:
+        """The model that drafts tokens (speculative_config.model), if it is one of the Hub."""
+        repo, known = kv_layout.speculation(self.card, self.arguments).model, self.card.draft
+        if not cache.valid_repo(repo):  # none, or a folder
+            return None
+        given = self.arguments["speculative_config"]
+        asked = given.get("revision") if isinstance(given, Mapping) else None
+        known = known if known and known.repo == repo else None
+        revision = str(asked or (known.revision if known else "main"))
+        return ModelTarget(
+            repo=repo,
+            revision=self.locked_draft.commit if self.locked_draft else revision,
+            download_gib=(known.download_gib or known.loaded_gib) if known else 0.0,
+            page=f"https://huggingface.co/{repo}",
+            repo_in=f"speculative_config.model in {self.card.source}",
+            revision_in=f"revision in the draft of {self.card.source}",
+            remote_code=self.remote_code,
+            drafts=True,
+            locked=self.locked_draft,
+        )
+
+    @property
+    def models(self) -> tuple[ModelTarget, ...]:
+        """What is fetched for it: its model, then the one that drafts."""
+        own = ModelTarget(
+            repo=self.card.repo,
+            revision=self.revision,
+            download_gib=self.card.weights.download_gib,
+            page=self.card.licence.page,
+            repo_in=f"repo in {self.card.source}",
+            revision_in="sparkfleet_revision",
+            pickle=self.card.weights.pickle,
+            remote_code=self.remote_code,
+            locked=self.locked,
+        )
+        return (own, self.draft) if self.draft else (own,)
+
+    def found(self, state: State) -> tuple[State, ...]:
+        """What a host has of each of `models`, {"model", "hub"}; `state`: what it has of the engine."""
+        draft = state.get("draft") or {"model": {"commit": None, "complete": False, "bytes": 0}, "hub": None}
+        return tuple(draft if model.drafts else state for model in self.models)
 
     @property
     def remote_code(self) -> bool:
@@ -287,10 +354,7 @@ class Target:
                 "to local"
             )
         if settings.trial and (settings.model_source != "local" or len(settings.each()) > 1):
-            raise SparkfleetError(
-                "a trial is of one model with sparkfleet_model_source: local; name the model with -e sparkfleet_model, "
-                "and leave out sparkfleet_engines with -e sparkfleet_engines=[]"
-            )
+            raise SparkfleetError("a trial is of one model, with sparkfleet_model_source: local")
         lock = Lock.read(settings.lock_file) if settings.lock_file else None
         if lock and settings.model_source != "local":
             raise SparkfleetError(
@@ -299,6 +363,12 @@ class Target:
             )
         engines = tuple(EngineTarget.of(engine, settings.model_source, lock) for engine in settings.each())
         _check_engines(engines)
+        for engine in engines if settings.trial else ():
+            if not (embeds(engine.verify["kinds"]) or {*engine.verify["kinds"]} & {*GENERATIVE}):
+                raise SparkfleetError(
+                    f"{engine.card.name} gives neither text nor vectors, whose speed a trial measures: deploy it, what "
+                    "it needs is measured at each start"
+                )
         bundle = Bundle.read(settings.bundle, settings.bundle_digest) if settings.bundle else None
         return cls(settings, engines, bundle, lock)
 
@@ -309,16 +379,15 @@ class Target:
         return compose.merged([self._document(engine, found, self.addresses(state)) for engine, found in pairs])
 
     def _document(self, engine: EngineTarget, found: State, addresses: list[str]) -> compose.Document:
-        image, model = found.get("image") or {}, found.get("model") or {}
-        # One that is to be hashed again is the same model.
-        complete = model.get("complete") or (model.get("suspect") and not model.get("missing"))
-        arguments, trial = engine.arguments, self.settings.trial
+        image, arguments, trial = found.get("image") or {}, engine.arguments, self.settings.trial
+        commits = [self._commit(one.get("model") or {}) for one in engine.found(found)]
+        if engine.draft and commits[1] and self.settings.model_source == "local":
+            arguments = compose.with_draft(arguments, engine.draft.repo, commits[1])
         environment = {name: str(value) for name, value in engine.settings.environment.items()}
         if trial:
             addresses = [compose.LOOPBACK]  # no client is to use it by mistake
         if trial == DUMMY:
             arguments = {**arguments, "load_format": "dummy"}
-            complete = complete or model.get("config")
         made = compose.document(
             engine.card,
             arguments,
@@ -327,7 +396,7 @@ class Target:
             image=engine.image,
             image_digest=image.get("digest"),
             image_known_as=image.get("known_as"),
-            commit=model.get("commit") if complete else None,
+            commit=commits[0],
             cache_dir=self.settings.cache_dir,
             compile_cache_dir=self.settings.compile_cache_dir,
             ca_file=self.settings.ca_file,
@@ -338,6 +407,12 @@ class Target:
         if trial:
             made["services"][engine.service]["restart"] = "no"  # a restart of the host ends it
         return made
+
+    def _commit(self, model: State) -> str | None:
+        """The commit of what a host has of a model, None where it is not all there. One that is to be hashed again is
+        the same model."""
+        complete = model.get("complete") or (model.get("suspect") and not model.get("missing"))
+        return model.get("commit") if complete or (self.settings.trial == DUMMY and model.get("config")) else None
 
     def addresses(self, state: State | None = None) -> list[str]:
         """Addresses that the engines' ports are published on, besides loopback; none for everywhere."""

@@ -25,6 +25,7 @@ DOING = {
     "start": "starting",
     "wait": "loading",
     "verify": "verifying",
+    "measure": "measuring",
     "soak": "soaking",
     "return": "returning",
     RESTORE: "restoring",
@@ -46,7 +47,10 @@ _ROLES = {
 _FILES = {"drain": "drain", "undrain": "return"}
 #: Tasks that say nothing of the work.
 _SILENT = ("validate_argument_spec", "include_tasks", "import_tasks", "assert", "meta", "set_fact")
-_SWITCH = {"stopping": "stop", "starting": "start", "verifying": "verify", "committing": "verify", "restoring": RESTORE}
+_SWITCH = {
+    **{"stopping": "stop", "starting": "start", "verifying": "verify", "measuring": "measure", "committing": "verify"},
+    **{"restoring": RESTORE, "returning": "start"},
+}
 _WORDS = [
     (
         re.compile(

@@ -43,6 +43,8 @@ def left(plan: Mapping[str, Any]) -> str:
 
 def room(plan: Mapping[str, Any]) -> str:
     """What the KV cache holds."""
+    if not caches(plan):
+        return f"no KV cache, {plan['full_length_sequences']} sequences of {plan['max_model_len']:,} at a time"
     return f"{held(plan):,} tokens, {plan['max_concurrency']:.1f} sequences of {plan['max_model_len']:,}"
 
 
@@ -50,6 +52,11 @@ def held(plan: Mapping[str, Any]) -> int:
     """Tokens that fit into the KV cache in sequences of full length; `kv_cache_tokens` is what the engine logs, which
     some versions count otherwise (`memory_plan.Plan`)."""
     return int(plan.get("kv_cache_held_tokens", plan["kv_cache_tokens"]))
+
+
+def caches(plan: Mapping[str, Any]) -> bool:
+    """Whether the model keeps a KV cache; an encoder does not. Plans of earlier versions are of models that do."""
+    return plan.get("kv_block_bytes") != 0
 
 
 def speed(plan: Mapping[str, Any]) -> str:
@@ -80,7 +87,8 @@ def bar(plan: Mapping[str, Any], colour: bool) -> str:
 def page(plan: Mapping[str, Any], colour: bool = False) -> str:
     """The memory plan for people."""
     lines = [
-        f"{plan['model']} ({plan['profile']}) with vLLM {plan['engine']}, KV cache in {plan['kv_cache_dtype']}"
+        f"{plan['model']} ({plan['profile']}) with vLLM {plan['engine']}, "
+        + (f"KV cache in {plan['kv_cache_dtype']}" if caches(plan) else "no KV cache")
         + (f", one of {plan['sparks']} Sparks" if plan.get("sparks", 1) > 1 else ""),
         "",
         f"  [{bar(plan, colour)}] {plan['total_gib']:.1f} GiB",
@@ -96,13 +104,18 @@ def page(plan: Mapping[str, Any], colour: bool = False) -> str:
         f"available (floor {plan['reserve_gib']:g}{short})",
         "",
         f"  asked for      {plan['requested_gib']:.2f} GiB, utilization {plan['gpu_memory_utilization']:.2f}",
-        f"  KV cache       {held(plan):,} tokens, {plan['kv_bytes_per_token']:,} bytes each"
-        + (f", in blocks of {plan['kv_block_tokens']:,}" if plan.get("kv_block_tokens", 0) > LONG_BLOCK else ""),
-        f"  at a time      {plan['full_length_sequences']} of full length ({plan['max_model_len']:,} tokens), "
-        f"or {plan['typical_sequences']} usual ones (4,096)",
-        f"  one stream     {speed(plan)}",
-        "",
     ]
+    if caches(plan):
+        blocks = f", in blocks of {plan['kv_block_tokens']:,}" if plan.get("kv_block_tokens", 0) > LONG_BLOCK else ""
+        lines += [
+            f"  KV cache       {held(plan):,} tokens, {plan['kv_bytes_per_token']:,} bytes each{blocks}",
+            f"  at a time      {plan['full_length_sequences']} of full length ({plan['max_model_len']:,} tokens), "
+            f"or {plan['typical_sequences']} usual ones (4,096)",
+        ]
+    else:
+        lines.append(f"  at a time      {plan['full_length_sequences']} of up to {plan['max_model_len']:,} tokens")
+    lines += [f"  one stream     {speed(plan)}"] if plan["decode_tok_s_limit"] else []
+    lines.append("")
     lines.append("  FITS" if plan["fits"] else "  DOES NOT FIT")
     lines += [f"  - {text}" for text in (*plan["reasons"], *plan["notes"])]
     if plan["suggestions"]:

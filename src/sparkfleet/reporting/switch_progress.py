@@ -24,6 +24,7 @@ WORDS = {
     "measuring": "measuring its speed",
     "committing": "it is the current release now",
     "restoring": "{to} failed; bringing back {before}",
+    "returning": "bringing back {before}",  # restoring after a trial
     "restore-verifying": "asking it",
 }
 MOST = 1000  # parts that were reclaimed, sentences
@@ -51,7 +52,8 @@ class Follower:
         self._id = ""
         self._cut = False
         self._steps = 0
-        self._asking = ""  # the kind that was last shown
+        self._asking = ""  # the kind, or the number of streams, that was last shown
+        self._speeds: dict[str, int] = {}  # rows of the benchmark that were shown, by service
         self._journal: dict[str, Any] = {}
         self._watches: dict[tuple[str, str], Watch] = {}  # by release (there: the new one, back: the old) and service
         self._waits: tuple[str, str] | None = None  # for which of them
@@ -87,6 +89,7 @@ class Follower:
         self._id, self.done = answer["id"], answer["done"]
         if self.already:
             return lines
+        since = f"{max(answer['now'] - journal['began'], 0):.0f} s"
         news = journal["steps"][self._steps :]
         self._steps = max(self._steps, len(journal["steps"]))
         # The host reads on where it was with one container; of the one before it starts again.
@@ -109,6 +112,7 @@ class Follower:
                     fed = fed or own
             elif step["phase"] == "restoring":
                 self._waits = None
+                lines += [f"{self.host}  {since}  {line}" for line in self._speed_words()]
             if step["phase"] in _WAITING:
                 self._waits = self._key("there" if step["phase"] == "waiting" else "back", container)
             lines += self._line(step)
@@ -116,9 +120,11 @@ class Follower:
         more = answer["log_lines"] and now in self._watches and not fed and journal["phase"] != "measuring"
         if journal["phase"] in _WAITING or more:
             lines += self._watch(now).take({**answer, "ready": False})
+        if not self.done:
+            lines += [f"{self.host}  {since}  {line}" for line in self._speed_words()]
         if journal["asking"] and journal["asking"] != self._asking:
-            since = max(answer["now"] - journal["began"], 0)
-            lines.append(f"{self.host}  {since:.0f} s  asking it: {journal['asking']}")
+            what = "measuring" if journal["phase"] == "measuring" else "asking it:"
+            lines.append(f"{self.host}  {since}  {what} {journal['asking']}")
         self._asking = journal["asking"]
         if self.done:
             lines += [f"{self.host}  {line}" for line in self._measured_words()]
@@ -131,7 +137,17 @@ class Follower:
         for service, record in self.measured().items():
             which = f"measured of {service}: " if self._several() else "measured: "
             lines += [which + ", ".join(words)] if (words := measured.words(record)) else []
-            lines += [f"{which}{words}, by {record['bench']}" for words in measured.speed_words(record)]
+            by = f", by {record['bench']}" if record["bench"] else ""
+            lines += [f"{which}{words}{by}" for words in measured.speed_words(record)]
+        return lines
+
+    def _speed_words(self) -> list[str]:
+        """Rows of the benchmark since the last answer."""
+        lines: list[str] = []
+        for service, record in self.measured().items():
+            shown = self._speeds.get(service, 0)
+            lines += [f"measured: {words}" for words in measured.speed_words(record)[shown:]]
+            self._speeds[service] = max(shown, len(measured.speed_words(record)))
         return lines
 
     def measured(self) -> dict[str, dict[str, Any]]:
@@ -165,7 +181,7 @@ class Follower:
             which = ", ".join(kept) if len(kept) > 1 else "the engine"
             return f"{which} of {names['before']} keep{'s' * (len(kept) == 1)} running for {names['to']}"
         if phase == "restoring" and self._journal["mode"] == TRIAL and not self._journal["error"]:
-            return f"bringing back {names['before']}" if before is not None else "removing its container"
+            return WORDS["returning"].format(**names) if before is not None else "removing its container"
         if service and phase in WORDS_OF_ONE:
             return WORDS_OF_ONE[phase].format(**names)
         if phase == "restoring" and before is None:

@@ -12,7 +12,7 @@ import pytest
 
 from sparkfleet.cli import main
 from sparkfleet.planning import catalog, lock
-from sparkfleet.planning.lock import Lock
+from sparkfleet.planning.lock import File, Lock, Model
 from tests.unit import ROOT
 from tests.unit.fakes.fake_hub import Hub, serve
 from tests.unit.fakes.fake_registry import FakeRegistry, digest, image_manifest, serving
@@ -288,6 +288,17 @@ def test_code_of_the_repository_is_locked_where_the_engine_runs_it(world: World,
     model = world.read().models["acme/tiny@main"]
     assert model.code and model.commit == commit and "modeling.py" in model.files
     assert "code of the repository: now part of it" in capsys.readouterr().out
+
+
+def test_a_model_that_drafts_is_asked_for_as_well(world: World, capsys: Captured) -> None:
+    given = {"model": "acme/draft", "num_speculative_tokens": 2}
+    world.inventory(sparkfleet_vllm_speculative_config=given)
+    assert world.run() == 7
+    assert "acme/draft@main: the Hub does not say what it is" in capsys.readouterr().err
+    world.hub.repo = "acme/draft"
+    known = Lock(models={"acme/tiny@main": Model("1" * 40, {"config.json": File(1, "1" * 64)})}, path=world.path)
+    known.write()
+    assert world.run() == 0 and sorted(world.read().models) == ["acme/draft@main", "acme/tiny@main"]
 
 
 def test_another_place_by_a_variable(world: World, tmp_path: Path) -> None:

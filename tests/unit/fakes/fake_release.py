@@ -23,7 +23,9 @@ def plan(*engines: Mapping[str, Any]) -> dict[str, Any]:
 def lock(*engines: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """lock.json, but for what is added when it is staged."""
     keys = ("service", "model", "profile", "repo", "revision", "image", "port")
-    return {"format": 2, "engines": [{key: engine[key] for key in keys} for engine in engines], **more}
+    drafts = [{"draft": engine["draft"]} if engine.get("draft") else {} for engine in engines]
+    each = [{**{key: engine[key] for key in keys}, **draft} for engine, draft in zip(engines, drafts, strict=True)]
+    return {"format": 2, "engines": each, **more}
 
 
 def flat(engine: Mapping[str, Any], **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -100,6 +100,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send(400, {"error": {"message": "chat_template is not supported for Mistral tokenizers."}})
         elif body["model"] not in self.server.served:
             self.send(404, {"error": {"message": f"The model `{body['model']}` does not exist."}})
+        elif self.path == "/v1/embeddings":
+            vector = {"index": 0, "embedding": [0.6, 0.8]}
+            self.send(200, {"object": "list", "data": [vector], "usage": {"prompt_tokens": len(body["input"])}})
         elif body.get("stream"):
             self.stream()
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import struct
@@ -29,6 +30,10 @@ RESULT = {
 
 def item(port: int = 8000, revision: str = COMMIT) -> Item:
     return Item("vllm-m", "m", "throughput", MODEL, revision, "i", port, VERIFY, None)
+
+
+def quiet(streams: int, rows: list[dict[str, Any]]) -> None:
+    """Nobody follows."""
 
 
 class Container:
@@ -69,7 +74,7 @@ def test_the_engine_s_own_benchmark_is_asked(
     container: Container, docker: Docker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "STREAMS", (1,))
-    rows, by = bench.bench(docker, "c1", item())
+    rows, by = bench.bench(docker, "c1", item(), quiet)
     assert by == "vllm bench serve"
     assert rows == [
         {"streams": 1, "requests": 3, "tokens_per_second": 2.71, "stream_tokens_per_second": 2.8, "ttft_ms": 321.5}
@@ -104,7 +109,11 @@ def test_without_a_benchmark_requests_are_counted(
     monkeypatch.setattr(bench, "STREAMS", (1, 4))
     container.ends["vllm"] = (2, "usage: vllm [-h]\nvllm: error: argument subparser: invalid choice: 'bench'\n")
     vllm.answer = " ".join(["word"] * bench.OUTPUT)
-    rows, by = bench.bench(docker, "c1", item(int(vllm.url.rpartition(":")[2])))
+    told: list[tuple[int, int]] = []
+    rows, by = bench.bench(
+        docker, "c1", item(int(vllm.url.rpartition(":")[2])), lambda streams, rows: told.append((streams, len(rows)))
+    )
+    assert told == [(1, 0), (1, 0), (4, 1)]
     assert by.startswith("streamed requests, since vllm bench serve did not work: exit code 2") and "invalid" in by
     assert [(row["streams"], row["requests"]) for row in rows] == [(1, 3), (4, 12)]
     # A token takes 5 ms there: at most 200 a second and stream.
@@ -121,10 +130,10 @@ def test_answers_that_are_shorter_than_asked_for_are_no_measurement(
     container.ends["vllm"] = (1, "")
     vllm.answer = "too short"
     with pytest.raises(BenchError, match="2 tokens instead of 64"):
-        bench.bench(docker, "c1", item(int(vllm.url.rpartition(":")[2])))
+        bench.bench(docker, "c1", item(int(vllm.url.rpartition(":")[2])), quiet)
     vllm.faults.add("500")
     with pytest.raises(BenchError, match="HTTP 500"):
-        bench.bench(docker, "c1", item(int(vllm.url.rpartition(":")[2])))
+        bench.bench(docker, "c1", item(int(vllm.url.rpartition(":")[2])), quiet)
 
 
 def test_a_benchmark_that_fails_later_is_a_failure(
@@ -132,7 +141,7 @@ def test_a_benchmark_that_fails_later_is_a_failure(
 ) -> None:
     """Of one measure alone all rows can be compared."""
     with pytest.raises(BenchError, match=r"vllm bench serve with 4 streams: 3 of 12"):
-        bench.bench(docker, "c1", item())
+        bench.bench(docker, "c1", item(), quiet)
 
 
 def test_a_command_in_a_container(container: Container, docker: Docker, engine: Engine) -> None:
@@ -166,3 +175,28 @@ def test_dummy_weights_have_to_answer_and_not_to_be_right(vllm: Vllm) -> None:
     vllm.faults.add("sick")
     found = answers(params(vllm))
     assert found["failure"] == "endpoint-down" and len(found["checks"]) == 1
+
+
+def test_an_engine_that_gives_vectors_is_measured_by_what_it_reads(
+    docker: Docker, vllm: Vllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "STREAMS", (1, 4))
+    monkeypatch.setattr(bench, "TEXT_ROUNDS", 2)
+    told: list[int] = []
+    engine = Item("vllm-m", "m", "throughput", MODEL, COMMIT, "i", 8000, {**VERIFY, "kinds": ["embeddings"]}, None)
+    engine = dataclasses.replace(engine, port=int(vllm.url.rpartition(":")[2]))
+    rows, by = bench.bench(docker, "c1", engine, lambda streams, _: told.append(streams))
+    assert by == "requests for embeddings" and told == [1, 4]
+    assert [(row["streams"], row["requests"]) for row in rows] == [(1, 2), (4, 8)]
+    assert all(row["tokens_per_second"] > 0 and row["ttft_ms"] > 0 for row in rows)
+    asked = vllm.asked("/v1/embeddings")
+    assert len(asked) == 1 + 2 + 1 + 8 and all(len(body["input"]) == bench.INPUT for body in asked)
+    vllm.faults.add("500")
+    with pytest.raises(BenchError, match="HTTP 500"):
+        bench.bench(docker, "c1", engine, quiet)
+
+
+def test_dummy_weights_of_an_engine_that_gives_vectors(vllm: Vllm) -> None:
+    found = answers({**params(vllm), "kinds": ["embeddings"]})
+    assert found["verified"] and [check["name"] for check in found["checks"]] == ["health", "models", "embeddings"]
+    assert vllm.asked("/v1/completions") == []

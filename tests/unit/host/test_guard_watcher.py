@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import guard as module
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import releases
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import measured, releases
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import (
     Docker,
     DockerError,
@@ -106,7 +106,7 @@ class World:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
         self.store, self.calls, self.during = store, [], lambda: None  # type: Store, list[str], Any
         self.found = {"state": "running", "started_at": "2026-01-01T00:00:00Z", "restart_count": 0, "tty": False}
-        self.found |= {"oom_killed": False, "error": "", "exit_code": 0}
+        self.found |= {"oom_killed": False, "error": "", "exit_code": 0, "id": "c1"}
         self.said: list[str] = []
         self.now, self.healthy, self.log = 10_000.0, True, ["line"]
         self.client = Client()
@@ -129,7 +129,7 @@ class World:
     def wait(self, seconds: float) -> None:
         self.now += seconds
 
-    def read_log(self, *args: Any) -> list[str]:
+    def read_log(self, *args: Any, most: int = 0) -> list[str]:
         self.log_asked.append(args[1:])
         return self.log
 
@@ -333,6 +333,44 @@ def test_a_loading_engine_shows_its_health_and_the_last_line_of_its_log(world: W
     world.healthy, world.log = True, ["2026-01-01T00:00:02.500000000Z newest"]
     seen = world.watcher.observe()
     assert seen.healthy and seen.logged is None and seen.answered is None
+
+
+def test_the_figures_of_a_start_that_no_switch_made_are_kept(world: World, store: Store) -> None:
+    world.log = ["2026-01-01T00:00:09.000000000Z INFO Available KV cache memory: 61.50 GiB"]
+    world.healthy = False
+    world.watcher.step()
+    assert measured.of_release(store, 1) == []
+    world.healthy = True
+    world.watcher.step()
+    (record,) = measured.of_release(store, 1)
+    assert record["figures"] == {"kv_cache_gib": 61.5} and record["started_at"] == world.found["started_at"]
+    asked = len(world.log_asked)
+    world.watcher.step()
+    assert len(world.log_asked) == asked  # once a start
+    world.found["started_at"], world.log = "2026-01-02T00:00:00Z", ["INFO Available KV cache memory: 60.00 GiB"]
+    world.watcher.step()
+    (record,) = measured.of_release(store, 1)
+    assert record["figures"] == {"kv_cache_gib": 60.0} and world.said == [
+        *("vllm-m: missing → loading", "vllm-m: loading → serving"),
+    ]
+
+
+def test_figures_of_a_switch_stay_as_it_kept_them(world: World, store: Store) -> None:
+    made = {"service": "vllm-m", "repo": "org/m", "image": "i", "at": 5.0, "started_at": world.found["started_at"]}
+    measured.keep_start(store, 1, [{**made, "figures": {"kv_cache_gib": 50.0}}])
+    world.watcher.step()
+    assert measured.of_release(store, 1)[0]["figures"] == {"kv_cache_gib": 50.0} and world.log_asked == []
+
+
+def test_figures_that_cannot_be_kept_keep_nothing_down(
+    world: World, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(measured, "write_json", full)
+    assert world.watcher.one_step().do == "nothing" and world.watcher.guard.engine == "serving"
+    assert any("its figures could not be kept" in line for line in world.said)
 
 
 def test_a_serving_engine_is_asked_for_its_metrics_at_their_interval(world: World) -> None:

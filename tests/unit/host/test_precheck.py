@@ -235,6 +235,23 @@ def test_files_of_the_model(spark: Spark) -> None:
     assert spark.problems() == []
 
 
+def test_files_of_the_model_that_drafts(spark: Spark) -> None:
+    draft = {"repo": "org/draft", "revision": "d" * 40}
+    made = fake_release.an_engine("vllm-m", spark.port, repo="org/m", revision=COMMIT, image=IMAGE, draft=draft)
+    spark.number = spark.store.stage("services: {}\n", fake_release.plan(made), fake_release.lock(made))
+    assert f"has no org/draft at {'d' * 40}" in spark.failures()["model-not-in-cache"]
+    snapshot = spark.cache / "models--org--draft" / "snapshots" / ("d" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").write_bytes(b"1")
+    manifest = spark.cache / ".sparkfleet" / "models--org--draft" / f"{'d' * 40}.json"
+    manifest.parent.mkdir()
+    manifest.write_text(json.dumps({"files": {"model.safetensors": {"size": 1}}}))
+    assert spark.problems() == []
+    mark_suspect(spark.cache, "org/draft", "d" * 40, "damaged", ["model.safetensors"])
+    # Its commit is not that of the model.
+    assert "fetch.yml -e sparkfleet_model=m` hashes" in spark.failures()["download-incomplete"]
+
+
 def test_files_that_were_found_damaged_keep_a_release_from_running(spark: Spark) -> None:
     """A suspicion does not: a rollback out of nonsense must not wait until everything is hashed."""
     mark_suspect(spark.cache, "org/m", COMMIT, "a verification failed (answer-wrong)")

@@ -94,7 +94,7 @@ class Host:
     def lock(self, commit: str = OLD, digest: str = DIGEST, **more: Any) -> dict[str, Any]:
         image = f"nvcr.io/nvidia/vllm@{digest}"
         folders = {"cache_dir": str(self.cache), "compile_cache_dir": str(self.compiled)}
-        own = {key: more.pop(key) for key in ("image", "repo", "revision") if key in more}
+        own = {key: more.pop(key) for key in ("image", "repo", "revision", "draft") if key in more}
         engine = fake_release.an_engine("v", **{"repo": "org/m", "revision": commit, "image": image, **own})
         return fake_release.lock(engine, **{**folders, **more})
 
@@ -144,6 +144,37 @@ def test_what_only_the_pruned_release_needed_goes(host: Host) -> None:
     assert not list((host.store.state_dir / "images").iterdir())
     again = host.run()
     assert (again.reclaimed, again.left, host.again) == ([], [], [])
+
+
+def test_what_a_trial_fetched_goes_and_what_it_found_stays(host: Host) -> None:
+    lists = host.cache / ".sparkfleet" / "models--org--m"
+    trial = host.stage(host.lock(NEW, OTHER))
+    reclaim.note(host.store, [trial], tried=True)
+    # Its image, and what was compiled; the model is complete.
+    assert {part.kind for part in reclaim.unneeded(host.store)} == {IMAGE, COMPILED}
+    (lists / f"{OLD}.json").rename(lists / f"{OLD}.config.json")
+    reclaim.note(host.store, [host.stage(host.lock(OLD, OTHER), "b")], tried=True)
+    assert MODEL in {part.kind for part in reclaim.unneeded(host.store)}
+    assert [item["name"] for item in host.run().reclaimed if item["kind"] == MODEL] == [f"org/m@{OLD}"]
+    assert [path.name for path in lists.iterdir()] == [f"{NEW}.json"]
+    assert [path.name for path in (host.model / "snapshots").iterdir()] == [NEW]
+
+
+def test_files_that_a_trial_of_another_commit_fetched_stay(host: Host) -> None:
+    lists = host.cache / ".sparkfleet" / "models--org--m"
+    (lists / f"{NEW}.json").rename(lists / f"{NEW}.config.json")
+    blobs = {path.name for path in (host.model / "blobs").iterdir()}
+    host.run()
+    # The blob of the old commit alone.
+    assert len(blobs - {path.name for path in (host.model / "blobs").iterdir()}) == 1
+
+
+def test_a_model_that_drafts_goes_with_its_release_and_stays_with_another(host: Host) -> None:
+    draft = {"repo": "org/m", "revision": OLD}
+    drafted = host.lock(NEW, repo="org/target", draft=draft)
+    assert f"org/m@{OLD}" in [part.name for part in reclaim.parts(drafted)]
+    host.run(host.lock(NEW, OTHER, repo="org/target", draft=draft))
+    assert {path.name for path in (host.model / "snapshots").iterdir()} == {OLD, NEW}
 
 
 def test_the_last_commit_takes_its_folders_with_it(host: Host) -> None:

@@ -95,6 +95,16 @@ def test_what_is_no_list_of_engines(change: dict[str, Any], said: str) -> None:
             check({**whole, **change})
 
 
+def test_a_model_that_drafts_is_part_of_a_lock() -> None:
+    draft = {"repo": "org/draft", "revision": "d" * 40}
+    drafted = {**ENGINE, "draft": draft}
+    assert check_lock(fake_release.lock(drafted))["engines"][0]["draft"] == draft
+    assert merged(fake_release.plan(drafted), fake_release.lock(drafted))[0].draft == draft
+    for bad in (5, {"repo": "../x", "revision": "d" * 40}, {"repo": "org/draft", "revision": "main"}):
+        with pytest.raises(BoundsError, match="draft"):
+            check_lock(fake_release.lock({**ENGINE, "draft": bad}))
+
+
 def test_two_engines_have_two_ports_and_one_order() -> None:
     with pytest.raises(BoundsError, match="two have the port 8000"):
         check_lock(fake_release.lock(ENGINE, {**OTHER, "port": 8000}))

@@ -34,11 +34,15 @@ def benched(monkeypatch: pytest.MonkeyPatch, world: World) -> list[str]:
     """The benchmark: it is asked while the trial's engine runs, of its container."""
     asked: list[str] = []
 
-    def bench(docker: Docker, container: str, item: Engine) -> tuple[list[dict[str, Any]], str]:
+    def bench(docker: Docker, container: str, item: Engine, told: Any) -> tuple[list[dict[str, Any]], str]:
         world.step("bench")
         assert world.containers[item.service] == "running"
         asked.append(container)
-        return [ROW], "vllm bench serve"
+        told(1, [])
+        world.step("measure 1")
+        told(4, [ROW])
+        world.step("measure 4")
+        return [ROW, {**ROW, "streams": 4}], "vllm bench serve"
 
     def answers(params: dict[str, Any]) -> dict[str, Any]:
         world.step("answers")
@@ -84,7 +88,7 @@ def test_a_trial_is_measured_and_the_release_before_serves_again_verified(
     assert (record["weights"], record["vllm"]) == (weights, "0.10.1.1+381074ae.nv25.09")
     assert record["figures"]["kv_cache_gib"] == 66.25 and record["figures"]["kv_cache_tokens"] == 542720
     assert record["planned"] == {"kv_cache_gib": 66.5, "weights_gib": 8.5}
-    assert record["speed"] == [ROW] and record["bench"] == "vllm bench serve"
+    assert record["speed"] == [ROW, {**ROW, "streams": 4}] and record["bench"] == "vllm bench serve"
     phases = [step["phase"] for step in journal["steps"]]
     assert phases.index("verifying") < phases.index("measuring") < phases.index("restoring")
 
@@ -169,6 +173,29 @@ def test_killed_while_it_is_measured(store: Store, world: World, deployed: int) 
     assert world.containers[NEW] == "running" and world.containers[OLD] == "exited"
     ended = recover(store, Docker("/nowhere"))
     assert ended and ended["error"]["failure"] == "switch-interrupted" and "measuring" in ended["error"]["message"]
+    serves_as_before(store, world, deployed)
+
+
+def test_each_number_of_streams_is_recorded_as_it_is_measured(store: Store, world: World, deployed: int) -> None:
+    seen: list[tuple[str, str, Any]] = []
+
+    def look(what: str) -> None:
+        if what.startswith("measure"):
+            journal = store.switch() or {}
+            seen.append((journal["phase"], journal["asking"], journal["measured"][NEW]))
+        if what == "measure 4":
+            raise PowerCut
+
+    world.step = look
+    with pytest.raises(PowerCut):
+        run(store, stage_trial(store), "trial")
+    assert [(phase, asking) for phase, asking, _ in seen] == [("measuring", "1 stream"), ("measuring", "4 streams")]
+    assert [record["speed"] for *_, record in seen] == [[], [ROW]]
+    assert seen[0][2]["figures"]["kv_cache_gib"] == 66.25
+    ended = recover(store, Docker("/nowhere"))
+    assert ended and ended["asking"] == "" and measured.trials(store) == []
+    # Half of a measurement is none.
+    assert ended["measured"][NEW]["bench"] == ""
     serves_as_before(store, world, deployed)
 
 

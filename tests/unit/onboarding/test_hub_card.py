@@ -20,8 +20,9 @@ from sparkfleet.fleet.model_files import Way
 from sparkfleet.onboarding import hub_card, model_choice
 from sparkfleet.onboarding.hub_card import About
 from sparkfleet.packaging import hub_client
-from sparkfleet.planning import catalog, memory_plan, model_config
+from sparkfleet.planning import catalog, memory_plan, model_config, verification
 from sparkfleet.planning.card_draft import Draft
+from sparkfleet.planning.target import EngineSettings, EngineTarget
 from tests.unit.fakes.fake_hub import Hub, serve
 from tests.unit.planning.test_model_config import FOLDER, SHAPES, config
 
@@ -242,7 +243,38 @@ def test_real_models_give_cards_with_a_plan(name: str, tmp_path: Path) -> None:
     assert card.shape.layers == SHAPES[name][0]
     assert card.vision is ("vision_config" in config(name))
     made_plan = memory_plan.make(card, card.arguments)
-    assert made_plan.weights_gib > 0 and made_plan.kv_cache_tokens > 0
+    assert made_plan.weights_gib > 0
+    assert (made_plan.kv_cache_tokens > 0) is (card.shape.attention[0].kind != "encoder")
+
+
+ENCODER = config("sentence-transformers--all-MiniLM-L6-v2")
+TWO_STEPS = {"modules.json": "[]"}
+
+
+@pytest.mark.parametrize(
+    ("data", "files", "kinds", "share"),
+    [
+        (ENCODER, TWO_STEPS, ("embeddings",), 0.1),
+        ({**ENCODER, "architectures": ["BertForSequenceClassification"]}, {}, ("rerank",), 0.1),
+        (config("Qwen--Qwen3-8B"), TWO_STEPS, ("embeddings",), 0.8),
+        (config("Qwen--Qwen3-8B"), {}, ("chat", "completion", "stream", "concurrency", "tool_call", "json_schema",
+                                        "needle"), 0.8),
+    ],
+)  # fmt: skip
+def test_a_model_that_gives_vectors_or_scores(
+    data: dict[str, Any], files: dict[str, str], kinds: tuple[str, ...], share: float, tmp_path: Path
+) -> None:
+    sizes = {"a.safetensors": 10**8, **dict.fromkeys(files, 2)}
+    made = hub_card.draft(About("the Hub", "acme/it", "main", "", sizes, {"config.json": json.dumps(data)}))
+    (tmp_path / "card.yml").write_text(made.text(), encoding="utf-8")
+    target = EngineTarget.of(EngineSettings(str(tmp_path / "card.yml")), "local")
+    card, arguments = target.card, target.arguments
+    assert {*verification.kinds(card, arguments)} == {*kinds}
+    assert card.arguments["gpu_memory_utilization"] == share
+    pools = kinds[0] in ("embeddings", "rerank")
+    assert (card.arguments.get("runner") == "pooling") is pools
+    assert any("chat template" in words for words in made.unknown) is not pools
+    assert ("enable_auto_tool_choice" in arguments) is not pools
 
 
 # -- cards that a run makes ------------------------------------------------------------------------------------------

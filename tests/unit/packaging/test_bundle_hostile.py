@@ -28,7 +28,7 @@ from tests.unit.plugins.test_fleet_actions import Stage
 
 MODEL = f"{REPO}@main"
 INSPECTION = {
-    "plan": {"engines": [{"image": IMAGE, "repo": REPO, "revision": "main"}]},
+    "plan": {"fetches": [{"image": IMAGE, "repo": REPO, "revision": "main"}]},
     "state": {"os": SYSTEM},
 }
 

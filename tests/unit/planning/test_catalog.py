@@ -95,8 +95,8 @@ def test_settings_of_the_guide(service: str) -> None:
         (
             "kind: full",
             "kind: round",
-            "shape.attention[0].kind: must be one of full, sliding, mla, gdn, mamba2, kda, conv, linear, none, cache, "
-            "not 'round'",
+            "shape.attention[0].kind: must be one of full, sliding, mla, gdn, mamba2, kda, conv, linear, encoder, "
+            "none, cache, not 'round'",
         ),
         ("kind: full", "kind: sliding", "shape.attention[0]: the key window is missing"),
         ("head_dim: 128", "head_dims: 128", "shape.attention[0].head_dims: unknown key; did you mean head_dim?"),

@@ -308,3 +308,29 @@ def test_a_lock_of_another_version_is_noted(file: Path) -> None:
         line for line in plan.notes(test_plan.target(lock_file=str(file)), test_plan.fetched()) if "lock" in line
     )
     assert f"written by Sparkfleet 0.0.1, this is {__version__}" in note
+
+
+def test_a_model_that_drafts_is_locked_as_well(tmp_path: Path) -> None:
+    card = catalog.load("gemma4-31b-nvfp4")
+    known = {
+        "images": {card.image: Image(test_plan.DIGEST, "linux/arm64", "sha256:" + "e" * 64, 123)},
+        "models": {f"{card.repo}@main": Model(COMMIT, FILES)},
+        "cards": {card.name: card.digest},
+    }
+    path = tmp_path / lock.NAME
+    Lock(**known, path=path).write()  # type: ignore[arg-type]
+    settings = Settings(model=card.name, operator="nvidia", lock_file=str(path))
+    with pytest.raises(SparkfleetError, match=f"the model {test_plan.DRAFT}@main is not in the lock"):
+        Target.of(settings)
+    known["models"] |= {f"{test_plan.DRAFT}@main": Model("d" * 40, FILES)}
+    Lock(**known, path=path).write()  # type: ignore[arg-type]
+    goal = Target.of(settings)
+    own, draft = goal.engines[0].models
+    assert (own.revision, draft.revision) == (COMMIT, "d" * 40)
+    # One that is complete by another list is checked against the lock before it drafts.
+    found = {"commit": "d" * 40, "complete": True, "bytes": 1, "listing": "other"}
+    state = test_plan.drafting(draft=found)
+    state["engines"][0]["model"]["listing"] = cache.listing_digest(own.locked.expected(False)["files"], False)  # type: ignore[union-attr]
+    made = plan.make(goal, state)
+    assert [one["fetch_model"] for one in made["fetches"]] == [False, True]
+    assert f"check the draft {test_plan.DRAFT} again" in made["fetch"]["model"][0]

@@ -16,6 +16,7 @@ from sparkfleet.planning import catalog, kv_layout, memory_plan, vllm_versions, 
 from sparkfleet.planning.memory_plan import Memory
 from sparkfleet.planning.vllm_versions import Engine
 from sparkfleet.reporting import report
+from tests.unit import ROOT
 
 V010 = Engine((0, 10, 1, 1))
 V031 = Engine((0, 31, 0))
@@ -475,3 +476,45 @@ def test_weights_by_their_formats() -> None:
     assert sizes.memory_gib == weights.gib({"fp8": 8.0})
     assert dataclasses.replace(sizes, loaded_gib=7.7).memory_gib == 7.7
     assert dataclasses.replace(sizes, parameters={}).memory_gib == 9.0
+
+
+ENCODER = str(ROOT / "simulator" / "cards" / "all-minilm-l6-v2.yml")
+
+
+def test_an_encoder_keeps_no_kv_cache_and_takes_less_than_it_requests() -> None:
+    made = plan(ENCODER)
+    assert made.fits and (made.kv_cache_gib, made.kv_cache_tokens, made.kv_block_bytes) == (0.0, 0, 0)
+    taken = made.weights_gib + made.activation_gib + made.runtime_gib
+    assert made.left_gib == pytest.approx(made.available_gib - taken - memory_plan.BEYOND_BUDGET_GIB)
+    assert made.requested_gib == pytest.approx(0.1 * made.total_gib) and taken < 3
+    assert made.decode_tok_s_limit == 0 and not made.suggestions
+    # No sampler: the number of sequences changes nothing.
+    assert plan(ENCODER, max_num_seqs=1024).activation_gib == made.activation_gib
+    page, brief = report.page(made.as_dict()), report.brief(made.as_dict())
+    assert "no KV cache" in page and "at a time      32 of up to 256 tokens" in page and "one stream" not in page
+    assert "no KV cache, 32 sequences of 256 at a time" in brief
+
+
+def test_an_encoder_starts_only_where_what_it_requests_is_available() -> None:
+    made = plan(ENCODER, host=Memory(available=11.0))
+    assert not made.fits and "vLLM requests 12.0 GiB" in made.reasons[0]
+    assert any(suggestion.kind == "utilization" for suggestion in made.suggestions)
+    made = plan(ENCODER, host=Memory(available=7.0), gpu_memory_utilization=0.03)
+    assert not made.fits and "leaves 1.6 GiB to the host" in made.reasons[0]
+
+
+def test_an_encoder_beside_another_engine() -> None:
+    engines = []
+    for name in ("llama31-8b-fp8", ENCODER):
+        card = catalog.load(name)
+        engines.append((card, card.with_profile("throughput"), card.engine()))
+    large, small = memory_plan.shares(engines, Memory())
+    assert large + small <= 1 and small * memory_plan.USUAL_TOTAL_GIB >= plan(ENCODER).weights_gib + 2.5
+
+
+def test_layers_of_an_encoder_beside_others_are_refused() -> None:
+    card = catalog.load(ENCODER)
+    mixed = (*card.shape.attention, catalog.Attention("full", 1, kv_heads=1, head_dim=64))
+    odd = dataclasses.replace(card, shape=dataclasses.replace(card.shape, attention=mixed))
+    with pytest.raises(SparkfleetError, match="kind encoder beside others"):
+        memory_plan.make(odd, odd.arguments)

@@ -74,6 +74,7 @@ SHAPES: dict[str, tuple[Any, ...]] = {
         *(118, 8192, 32768, 0, 131072, 8192),
         *(("mamba2", 54), ("none", 54), (FULL, 10, 8, 128)),
     ),
+    "sentence-transformers--all-MiniLM-L6-v2": (6, 384, 1536, 0, 30522, 512, ("encoder", 6)),
 }
 REFUSED = {
     "deepseek-ai--DeepSeek-V3.2": "deepseek_v32",
@@ -326,6 +327,12 @@ def check(data: Any) -> None:
 @given(st.dictionaries(st.sampled_from(["model_type", "text_config", "num_hidden_layers", "x"]), VALUES))
 def test_whatever_it_is(data: dict[str, Any]) -> None:
     check(data)
+
+
+def test_positions_of_roberta_begin_after_the_padding() -> None:
+    data = {**config("sentence-transformers--all-MiniLM-L6-v2"), "max_position_embeddings": 514, "pad_token_id": 1}
+    made = describe({**data, "model_type": "xlm-roberta"})
+    assert made.shape["context"] == 512 and made.encoder and not made.hybrid
 
 
 def test_no_kind_of_model_is_read_and_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import json
 import re
 from typing import Any
 
@@ -867,15 +868,127 @@ def test_version(text: str | None, numbers: tuple[int, ...]) -> None:
     assert preflight.version(text) == numbers
 
 
-def test_what_an_operator_should_know_of_a_draft_and_of_a_tag_that_moves() -> None:
+def test_what_an_operator_should_know_of_a_tag_that_moves() -> None:
     notes = plan.make(target(model="gemma4-31b-nvfp4"), bare())["notes"]
-    assert any("needs the draft google/gemma-4-31B-it-assistant as well" in note for note in notes)
-    assert not any("moves" in note for note in notes)
+    assert not any("mutable" in note for note in notes)
     notes = plan.make(target(model="diffusiongemma-26b-a4b-nvfp4"), bare())["notes"]
     assert any("the tag of eugr/spark-vllm:latest is mutable" in note for note in notes)
-    assert not any("needs the draft" in note for note in notes)
+
+
+# -- a model that drafts -----------------------------------------------------------------------------------------------
+
+DRAFT = "google/gemma-4-31B-it-assistant"
+DRAFTED = "d" * 40
+NONE = {"commit": None, "complete": False, "bytes": 0}
+
+
+def drafting(own: State | None = None, draft: State | None = None, hub: State | None = None) -> State:
+    """A prepared Spark with an engine whose draft is a model of its own; what it has of both."""
+    state = prepared()
+    found = {"commit": COMMIT, "complete": True, "bytes": 9 * GIB} if own is None else own
+    state["engines"][0]["image"] = {"id": "sha256:1", "digest": DIGEST, "size": 20 * GIB}
+    state["engines"][0].update(model=found, hub=None, registry=None, draft={"model": draft or NONE, "hub": hub})
+    return state
+
+
+def test_a_draft_is_fetched_beside_its_model() -> None:
+    goal = target(model="gemma4-31b-nvfp4")
+    made = plan.make(goal, drafting())
+    assert made["fetch"]["model"] == [f"download the draft {DRAFT} at main (0.9 GiB)"], made["fetch"]
+    assert [(one["repo"], one["fetch_image"], one["fetch_model"], one["has_model"]) for one in made["fetches"]] == [
+        ("nvidia/Gemma-4-31B-IT-NVFP4", False, False, True),
+        (DRAFT, False, True, False),
+    ]
+    both = plan.make(goal, drafting(own=NONE))
+    assert len(both["fetch"]["model"]) == 2 and [one["fetch_model"] for one in both["fetches"]] == [True, True]
+    there = plan.make(goal, drafting(draft={"commit": DRAFTED, "complete": True, "bytes": GIB}))
+    assert not there["fetch"]["needed"]
+    suspect = {"commit": DRAFTED, "complete": False, "bytes": GIB, "suspect": "damaged", "missing": []}
+    assert plan.make(goal, drafting(draft=suspect))["fetch"]["model"] == [
+        f"hash the files of the draft {DRAFT}: damaged"
+    ]
+
+
+def test_the_engine_gets_its_draft_as_a_folder_at_a_commit() -> None:
+    goal = target(model="gemma4-31b-nvfp4")
+    made = plan.make(goal, drafting(draft={"commit": DRAFTED, "complete": True, "bytes": GIB}))
+    command = made["compose"]["services"][goal.engines[0].service]["command"]
+    given = json.loads(command[command.index("--speculative-config") + 1])
+    folder = f"/root/.cache/huggingface/models--google--gemma-4-31B-it-assistant/snapshots/{DRAFTED}"
+    assert given == {"model": folder, "num_speculative_tokens": 4}
+    (locked,) = made["release"]["lock"]["engines"]
+    assert locked["draft"] == {"repo": DRAFT, "revision": DRAFTED} and locked["revision"] == COMMIT
+    # What is planned and measured does not depend on the folder.
+    assert goal.engines[0].arguments["speculative_config"]["model"] == DRAFT
+    before = plan.make(goal, drafting())
+    assert "draft" not in before["release"]["lock"]["engines"][0]
+    online = target(model="gemma4-31b-nvfp4", model_source="hub")
+    assert plan.make(online, drafting(draft={"commit": DRAFTED, "complete": True, "bytes": GIB}))["fetches"][0]
+    command = online.document(drafting())["services"][online.engines[0].service]["command"]
+    assert json.loads(command[command.index("--speculative-config") + 1])["model"] == DRAFT
+
+
+def test_a_draft_counts_on_the_disk_and_must_be_given() -> None:
+    goal = target(model="gemma4-31b-nvfp4")
+    state = drafting(hub={"status": 403, "error": "GatedRepo"})
+    state["disk"]["cache"]["free"] = int(2.5 * GIB)
+    found = {item["id"]: item["message"] for item in plan.make(goal, state)["findings"]}
+    assert "0.9 GiB for the model in /opt/hf" in found["disk-full"]
+    assert f"no access to {DRAFT}: accept the licence at https://huggingface.co/{DRAFT}" in found["hub-no-access"]
+    for error, said in (
+        ("RevisionNotFound", "set revision in the draft of"),
+        ("RepoNotFound", f"the Hub has no model {DRAFT}: check speculative_config.model in"),
+    ):
+        made = plan.make(goal, drafting(hub={"status": 404, "error": error}))
+        assert any(said in item["message"] for item in made["findings"])
+
+
+def test_a_trial_needs_the_configuration_of_a_draft() -> None:
+    goal = target(model="gemma4-31b-nvfp4", trial="dummy")
+    config = {**NONE, "commit": COMMIT, "config": True}
+    made = plan.make(goal, drafting(own=config))
+    assert made["fetch"]["model"] == [f"download the draft {DRAFT} without its weights"]
+    made = plan.make(goal, drafting(own=config, draft={**NONE, "commit": DRAFTED, "config": True}))
+    assert not made["fetch"]["needed"] and DRAFTED in str(made["compose"])
+    real = plan.make(target(model="gemma4-31b-nvfp4", trial="real"), drafting())
+    assert [item["id"] for item in real["findings"]] == ["model-not-in-cache"] and DRAFT in str(real["findings"])
+
+
+def test_a_draft_that_is_a_folder_is_not_fetched() -> None:
+    given = {"method": "ngram", "num_speculative_tokens": 3}
+    goal = target(model="gemma4-31b-nvfp4", arguments={"speculative_config": given})
+    assert goal.engines[0].draft is None and len(plan.make(goal, drafting())["fetches"]) == 1
+    pinned = {"model": DRAFT, "revision": DRAFTED, "num_speculative_tokens": 3}
+    goal = target(model="gemma4-31b-nvfp4", arguments={"speculative_config": pinned})
+    assert goal.engines[0].draft and goal.engines[0].draft.revision == DRAFTED
 
 
 def test_a_model_that_spans_sparks_is_not_deployed() -> None:
     with pytest.raises(SparkfleetError, match="minimax-m27-nvfp4-2x spans 2 Sparks"):
         plan.make(target(model="minimax-m27-nvfp4-2x"), bare())
+
+
+def test_what_an_encoder_that_runs_holds_is_not_what_it_requested() -> None:
+    goal, state = target(), serving()
+    there = state["docker"]["containers"][0]
+    memory = {"total": 120 * GIB, "available": 30 * GIB}
+    state["memory"].update(memory)
+
+    def seen() -> str:
+        found = plan.make(goal, state)["checks"]
+        return next(str(check["seen"]) for check in found if check["name"] == "memory")
+
+    as_requested = seen()
+    record = {"service": there["name"], "repo": "org/m", "image": "i", "at": 5.0}
+    state["measured"] = [{**record, "planned": {"kv_cache_gib": 0.0, "weights_gib": 0.5, "runtime_gib": 2.5}}]
+    as_encoder = seen()
+    assert "too little" not in as_requested and "too little" in as_encoder
+    # A newer start of another kind counts.
+    state["measured"].append({**record, "at": 6.0, "planned": {"kv_cache_gib": 60.0}})
+    assert seen() == as_requested
+
+
+def test_a_trial_is_of_a_model_that_gives_text_or_vectors() -> None:
+    with pytest.raises(SparkfleetError, match="gives neither text nor vectors, whose speed a trial measures"):
+        target(trial="dummy", arguments={"convert": "classify"})
+    assert target(arguments={"convert": "classify"}) and target(trial="dummy", arguments={"runner": "pooling"})

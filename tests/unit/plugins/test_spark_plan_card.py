@@ -46,7 +46,10 @@ def run(hub: Hub, **more: Any) -> tuple[list[str], dict[str, Any]]:
     said: list[str] = []
     asked: dict[str, Any] = {}
     plugin._task = SimpleNamespace(
-        args={"status": more.pop("status", False)}, check_mode=False, async_val=0, diff=False
+        args={"status": more.pop("status", False), "trial_weights": more.pop("trial", "")},
+        check_mode=False,
+        async_val=0,
+        diff=False,
     )
     plugin._task.action = "spark_plan"
     plugin._connection = SimpleNamespace(_shell=SimpleNamespace(tmpdir=None), has_pipelining=True)
@@ -98,3 +101,18 @@ def test_nobody_is_asked_for_status_or_with_a_bundle(hub: Hub, more: dict[str, A
     with pytest.raises(AnsibleActionFail, match="acme/tiny has no card yet"):
         run(hub, **more)
     assert hub.asked == []
+
+
+def test_a_trial_is_of_the_model_that_is_named_whatever_the_host_serves(hub: Hub) -> None:
+    engines = [{"model": "qwen3-8b-fp8"}]
+    _, asked = run(hub, sparkfleet_model="llama31-8b-fp8", sparkfleet_engines=engines, trial="dummy")
+    assert [engine["repo"] for engine in asked["engines"]] == [catalog.load("llama31-8b-fp8").repo]
+    _, asked = run(hub, sparkfleet_model="llama31-8b-fp8", sparkfleet_engines=engines)
+    assert [engine["repo"] for engine in asked["engines"]] == [catalog.load("qwen3-8b-fp8").repo]
+
+
+def test_a_host_is_asked_for_the_draft_of_an_engine(hub: Hub) -> None:
+    _, asked = run(hub, sparkfleet_model="gemma4-31b-nvfp4")
+    (engine,) = asked["engines"]
+    draft = {"repo": "google/gemma-4-31B-it-assistant", "revision": "main", "remote_code": False}
+    assert engine["draft"] == draft

@@ -72,6 +72,8 @@ def test_the_phase_of_a_task(data: dict[str, Any], phase: str) -> None:
         ("starting server", "wait"),
         ("asking it", "verify"),
         ("it is the current release now", "verify"),
+        ("measuring its speed", "measure"),
+        ("bringing back release 1 (m)", "start"),
         ("release 2 (m) failed; bringing back release 1 (m)", "restore"),
         ("anything else", ""),
     ],

@@ -439,6 +439,25 @@ def test_a_trial_ends_well_where_the_release_before_serves_again() -> None:
     assert result["measured"]["vllm-new"]["figures"] == {"kv_cache_gib": 95.1}
 
 
+def test_the_speed_is_shown_as_it_is_measured() -> None:
+    follower = Follower("spark-1", 3)
+    follower.take(answer(journal(*TRIAL[:4], mode="trial")))
+    rows = [{**MEASURED["vllm-new"]["speed"][0], "streams": streams} for streams in (1, 4, 16)]  # type: ignore[index]
+    shown: list[str] = []
+    for count, asking in ((0, "1 stream"), (0, "1 stream"), (1, "4 streams"), (2, "16 streams"), (3, "")):
+        record = {**MEASURED["vllm-new"], "speed": rows[:count], "bench": "vllm bench serve" if count == 3 else ""}
+        phases = TRIAL[:5] if asking else TRIAL[:6]
+        made = journal(*phases, mode="trial", measured={"vllm-new": record}, asking=asking)
+        shown += [line.split("  ", 2)[-1] for line in follower.take(answer(made))]
+    speed = "10.0 tok/s, first token after 500 ms"
+    assert shown == [
+        *("measuring its speed", "measuring 1 stream"),
+        *(f"measured: 1 stream {speed}", "measuring 4 streams"),
+        *(f"measured: 4 streams {speed}", "measuring 16 streams"),
+        *(f"measured: 16 streams {speed}", "bringing back release 7 (old-model)"),
+    ]
+
+
 def test_a_trial_that_fails_says_what_serves() -> None:
     follower = Follower("spark-1", 3)
     why = error(message="5 of 12 requests were answered", failure="trial-speed", state="running")

@@ -66,10 +66,11 @@ def printed() -> list[str]:
 
 
 def test_each_model_of_the_hub_has_a_card_and_they_fit_a_spark_together() -> None:
-    second = ROOT / "simulator" / "cards" / "smollm2-135m.yml"
+    cards = ROOT / "simulator" / "cards"
     engines = [
         EngineSettings("llama31-8b-fp8", arguments={"gpu_memory_utilization": 0.4}),
-        EngineSettings(str(second), port=8001),
+        EngineSettings(str(cards / "smollm2-135m.yml"), port=8001),
+        EngineSettings(str(cards / "all-minilm-l6-v2.yml"), port=8002),
     ]
     goal = Target.of(Settings(engines=engines))
     assert {engine.card.repo for engine in goal.engines} == set(world.REPOSITORIES)
