@@ -167,5 +167,5 @@ def meminfo(text: str, gpu: Gpu) -> str:
     """A `/proc/meminfo` with the GPU's memory: on a Spark that is the memory of both."""
     sizes = {"MemTotal": gpu.total_mib, "MemFree": gpu.free_mib, "MemAvailable": gpu.free_mib}
     for name, mib in sizes.items():
-        text = re.sub(rf"^{name}:.*$", f"{name}:{mib * 1024:>{23 - len(name)}} kB", text, flags=re.MULTILINE)
+        text = re.sub(rf"^{name}:.*$", f"{name}:{mib * 1024:>{24 - len(name)}} kB", text, flags=re.MULTILINE)
     return text
