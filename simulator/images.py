@@ -16,7 +16,7 @@ from typing import IO
 
 import docker
 
-from simulator import cuda_image, engine_image
+from simulator import engine_image
 from simulator.shell import SimulatorError, run
 
 FOLDER = Path(__file__).parent
@@ -122,19 +122,6 @@ def engine(client: docker.DockerClient, cache: Path, say: Say) -> str:
     """The image of the real engine (2.4 GB)."""
     if exists(client, engine_image.tag()):
         return engine_image.tag()
-    return engine_image.ensure_engine_image(client, _engine_base(client, cache, say), cache, say)
-
-
-def cuda_engine(client: docker.DockerClient, cache: Path, say: Say) -> str:
-    """The image of the real engine for an NVIDIA GPU: one that this machine has, if it is named; else of wheels."""
-    if cuda_image.given():
-        return cuda_image.of_image(client, cuda_image.given())
-    if exists(client, cuda_image.tag()):
-        return cuda_image.tag()
-    return cuda_image.of_wheels(client, _engine_base(client, cache, say), cache, say)
-
-
-def _engine_base(client: docker.DockerClient, cache: Path, say: Say) -> str:
     base = debian(client, "bookworm", cache, say)
     file = FOLDER / "engine" / "Dockerfile.base"
     name = f"{PREFIX}/engine-base:{_digest([file, FOLDER / 'engine_image.py'])}"
@@ -142,7 +129,7 @@ def _engine_base(client: docker.DockerClient, cache: Path, say: Say) -> str:
         say("building the engine's base")
         packages = " ".join(engine_image.BASE_PACKAGES)
         _docker_build(client, name, file, {"DEBIAN": base, "PACKAGES": packages}, None)
-    return name
+    return engine_image.ensure_engine_image(client, name, cache, say)
 
 
 def _docker_build(

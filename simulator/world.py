@@ -110,11 +110,8 @@ class World:
         state = self.state()
         if not state:
             state = {"world": self.name, "engine": engine, "sparks": {}}
-            found, text = gpu.find() if use_gpu and engine == "vllm" else (None, "")
-            if text:
-                self.say(text)
-            if found is not None:
-                state["gpu"] = found.state()
+            if use_gpu and engine == "vllm":
+                state |= self._gpu(client)
         if state["engine"] != engine:
             raise SimulatorError(
                 f"world {self.name} was made with --engine {state['engine']}: take it down first, "
@@ -142,6 +139,20 @@ class World:
         for name in state["sparks"]:
             self._wait(client, name, state["sparks"][name]["flavour"])
         self._save(state)
+
+    def _gpu(self, client: docker.DockerClient) -> dict[str, Any]:
+        """What a new world's state says of this machine's GPU; nothing without one, or without an engine for it."""
+        found, text = gpu.find()
+        if text:
+            self.say(text)
+        if found is None:
+            return {}
+        try:
+            cuda_image.ensure(client, self.say)
+        except SimulatorError as error:
+            self.say(f"{error}; the engine runs on the CPU. {cuda_image.VARIABLE} names an image that has vLLM")
+            return {}
+        return {"gpu": found.state()}
 
     def _save(self, state: dict[str, Any]) -> None:
         write_private(self.folder / "state.json", json.dumps(state, indent=2) + "\n")
@@ -269,10 +280,8 @@ class World:
         for repository, gated in REPOSITORIES.items():
             if run_in(internet, ["cat", f"/srv/hub/{repository}/mark"])[1] == wanted:
                 continue
-            # An image of this machine may lack what reads the GGUF.
-            cuda = "gpu" in state and not cuda_image.given()
-            make = images.cuda_engine if cuda else images.engine
-            source = model.ensure_model(client, partial(make, client, cache, self.say), cache, self.say)
+            # Of the engines' images, the CPU's alone surely has what reads the GGUF.
+            source = model.ensure_model(client, partial(images.engine, client, cache, self.say), cache, self.say)
             self.say(f"filling the simulated huggingface.co: {repository}")
             run_in(internet, ["rm", "-rf", f"/srv/hub/{repository}"])
             files = {f"srv/hub/{repository}/files/{path.name}": path.read_bytes() for path in source.iterdir()}
@@ -284,7 +293,8 @@ class World:
     def _engines(self, client: docker.DockerClient, cache: Path, engine: str, cuda: bool) -> dict[str, str]:
         """What the simulated nvcr.io serves: repository and tag -> local image."""
         if engine == "vllm":
-            return {IMAGE: (images.cuda_engine if cuda else images.engine)(client, cache, self.say)}
+            made = cuda_image.ensure(client, self.say) if cuda else images.engine(client, cache, self.say)
+            return {IMAGE: made}
         if engine == "none":
             return {IMAGE: images.build(client, "no-engine", cache, self.say)}
         first, second = (images.fault_engine(client, version, cache, self.say) for version in ("0.10.1.1", "0.10.2"))
