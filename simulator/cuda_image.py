@@ -48,7 +48,7 @@ def ensure(client: docker.DockerClient, say: Say) -> str:
     digest = hashlib.sha256(f"{image.id}{json.dumps(CONFIGURATION)}".encode()).hexdigest()[:16]
     made = f"sparkfleet-sim/vllm-cuda:{digest}"
     if _get(client, made) is None:
-        container = client.containers.create(image.id, ["vllm", "--help"])
+        container = client.containers.create(image, ["vllm", "--help"])
         try:
             container.commit(*made.split(":"), conf=CONFIGURATION)
         finally:

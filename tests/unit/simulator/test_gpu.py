@@ -211,9 +211,20 @@ def test_a_container_that_asks_gets_devices_and_driver(runc: Callable[..., dict[
         "type": "bind",
         "options": ["rbind", "rprivate", "ro", "nosuid", "nodev"],
     }
+    assert after["process"]["env"] == [*before["process"]["env"], "LD_LIBRARY_PATH=/usr/local/nvidia/lib64"]
     for spec in (before, after):
+        del spec["process"]["env"]
         del spec["mounts"], spec["linux"]["devices"], spec["linux"]["resources"]["devices"]
     assert after == before
+
+
+def test_libraries_of_the_image_stay_where_they_are_searched(runc: Callable[..., dict[str, Any]]) -> None:
+    asking = recorded("runc-gpus-all.json")
+    asking["process"]["env"].insert(0, "LD_LIBRARY_PATH=/usr/local/cuda/lib64")
+    environment = runc(asking)["process"]["env"]
+    assert [word for word in environment if word.startswith("LD_LIBRARY_PATH=")] == [
+        "LD_LIBRARY_PATH=/usr/local/nvidia/lib64:/usr/local/cuda/lib64"
+    ]
 
 
 def test_a_container_that_does_not_ask_gets_none(runc: Callable[..., dict[str, Any]]) -> None:
