@@ -53,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--flavour", choices=FLAVOURS, default="dgxos", help="dgxos: as DGX OS ships; bare: sshd, Python")
     up.add_argument("--store", choices=STORES, default="graph", help="where Docker keeps images")
     up.add_argument("--engine", choices=("vllm", "none", "fault"), default="vllm", help="what nvcr.io serves")
+    up.add_argument(
+        "--gpu", choices=("auto", "off"), default="auto", help="auto: a new world gets this machine's NVIDIA GPU"
+    )
     status = verbs.add_parser("status", parents=[world], help="show a world")
     status.add_argument("--json", action="store_true")
     verbs.add_parser("ask", parents=[world], help="ask each Spark's endpoint a question, show how to")
@@ -143,7 +146,7 @@ def _run(options: argparse.Namespace, say: object) -> int:
     world = World(getattr(options, "world", "demo"), say)  # type: ignore[arg-type]
     match options.verb:
         case "up":
-            world.up(options.sparks, options.flavour, options.engine, options.store)
+            world.up(options.sparks, options.flavour, options.engine, options.store, options.gpu == "auto")
             _status(world, as_json=False)
         case "status":
             _status(world, options.json)

@@ -52,10 +52,12 @@ def ensure_encoder(cache: Path, say: Callable[[str], None]) -> Path:
     return folder
 
 
-def ensure_model(client: docker.DockerClient, image: str, cache: Path, say: Callable[[str], None]) -> Path:
+def ensure_model(
+    client: docker.DockerClient, image: Callable[[], str], cache: Path, say: Callable[[str], None]
+) -> Path:
     """Folder ``cache/model-MARK`` with config, tokenizer and weights (two safetensors shards); made once.
 
-    ``image`` is the engine's image: it has the libraries that read the GGUF.
+    ``image`` makes the engine's image, if need be: it has the libraries that read the GGUF.
     """
     folder, partial = cache / f"model-{mark()}", cache / "model.partial"
     if folder.is_dir():
@@ -74,7 +76,7 @@ def ensure_model(client: docker.DockerClient, image: str, cache: Path, say: Call
     }
     try:
         client.containers.run(
-            image,
+            image(),
             ["python", "/engine/convert.py", "/in/model.gguf", "/out"],
             network_mode="none",
             volumes=volumes,

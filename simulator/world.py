@@ -17,15 +17,16 @@ import socket
 import tarfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import docker
 from docker.models.containers import Container
 
-from simulator import docker_host, images, keys, model
+from simulator import cuda_image, docker_host, gpu, images, keys, model
 from simulator.shell import SimulatorError
 
 IMAGE = "nvidia/vllm:25.09-py3"
@@ -98,13 +99,21 @@ class World:
 
     # -- up ---------------------------------------------------------------------------------------------------
 
-    def up(self, sparks: int, flavour: str, engine: str, store: str = "graph") -> None:
-        """Bring the world up, or add to it what is missing; `flavour` and `store` are those of the Sparks it adds."""
+    def up(self, sparks: int, flavour: str, engine: str, store: str = "graph", use_gpu: bool = True) -> None:
+        """Bring the world up, or add to it what is missing; `flavour` and `store` are those of the Sparks it adds.
+
+        `use_gpu`: a new world with the real engine gets this machine's NVIDIA GPU, if there is one. The Sparks of a
+        world share it.
+        """
         client = docker_host.ensure(home(), self.say)
         cache = home() / "cache"
         cache.mkdir(parents=True, exist_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        state = self.state() or {"world": self.name, "engine": engine, "sparks": {}}
+        state = self.state()
+        if not state:
+            state = {"world": self.name, "engine": engine, "sparks": {}}
+            if use_gpu and engine == "vllm":
+                state |= self._gpu(client)
         if state["engine"] != engine:
             raise SimulatorError(
                 f"world {self.name} was made with --engine {state['engine']}: take it down first, "
@@ -132,6 +141,20 @@ class World:
         for name in state["sparks"]:
             self._wait(client, name, state["sparks"][name]["flavour"])
         self._save(state)
+
+    def _gpu(self, client: docker.DockerClient) -> dict[str, Any]:
+        """What a new world's state says of this machine's GPU; nothing without one, or without an engine for it."""
+        found, text = gpu.find()
+        if text:
+            self.say(text)
+        if found is None:
+            return {}
+        try:
+            cuda_image.ensure(client, self.say)
+        except SimulatorError as error:
+            self.say(f"{error}; the engine runs on the CPU. {cuda_image.VARIABLE} names an image that has vLLM")
+            return {}
+        return {"gpu": found.state()}
 
     def _save(self, state: dict[str, Any]) -> None:
         write_private(self.folder / "state.json", json.dumps(state, indent=2) + "\n")
@@ -173,12 +196,14 @@ class World:
         ports: dict[str, int],
         volumes: dict[str, Any],
         address: str | None = None,
+        devices: Sequence[str] = (),
     ) -> Container:
         network = f"sparkfleet-{self.name}"
         limits = client.api.create_host_config(
             cap_add=CAPABILITIES,
             security_opt=["seccomp=unconfined", "apparmor=unconfined"],
             device_cgroup_rules=["a *:* rwm"],
+            devices=[f"{path}:{path}:rwm" for path in devices],
             tmpfs={"/run": "exec", "/run/lock": "", "/tmp": "exec,mode=1777"},  # noqa: S108 - the container's own
             shm_size="2g",
             port_bindings={port: ("127.0.0.1", number) for port, number in ports.items()},
@@ -211,8 +236,10 @@ class World:
             image = images.build(client, "internet", home() / "cache", self.say)
             state["registry_port"] = free_port()
             self._save(state)
+            # Worlds with and without a GPU serve another image under the same name.
+            registry = f"{images.PREFIX}-registry-{state['engine']}{'-cuda' if 'gpu' in state else ''}"
             volumes = {
-                f"{images.PREFIX}-registry-{state['engine']}": {"bind": "/var/lib/docker-registry", "mode": "rw"},
+                registry: {"bind": "/var/lib/docker-registry", "mode": "rw"},
                 f"{images.PREFIX}-hub": {"bind": "/srv/hub", "mode": "rw"},
             }
             ports = {"5000/tcp": state["registry_port"]}
@@ -234,7 +261,7 @@ class World:
     ) -> None:
         """Serve image and model; what the shared volumes hold already is left alone."""
         registry = f"127.0.0.1:{state['registry_port']}"
-        for tag, image in self._engines(client, cache, engine).items():
+        for tag, image in self._engines(client, cache, engine, "gpu" in state).items():
             repository = tag.partition(":")[0]
             mark = f"sim-{tag.partition(':')[2]}-{image.rpartition(':')[2]}"
             if registry_serves(state["registry_port"], tag, mark):
@@ -258,7 +285,8 @@ class World:
             if repository == ENCODER:
                 source = model.ensure_encoder(cache, self.say)
             else:
-                source = model.ensure_model(client, images.engine(client, cache, self.say), cache, self.say)
+                # Of the engines' images, the CPU's alone surely has what reads the GGUF.
+                source = model.ensure_model(client, partial(images.engine, client, cache, self.say), cache, self.say)
             self.say(f"filling the simulated huggingface.co: {repository}")
             run_in(internet, ["rm", "-rf", f"/srv/hub/{repository}"])
             paths = [path for path in source.rglob("*") if path.is_file()]
@@ -268,10 +296,11 @@ class World:
             put(internet, {f"srv/hub/{repository}/repo.json": json.dumps({"gated": gated}).encode()}, mode=0o644)
             put(internet, {f"srv/hub/{repository}/mark": wanted.encode()}, mode=0o644)
 
-    def _engines(self, client: docker.DockerClient, cache: Path, engine: str) -> dict[str, str]:
+    def _engines(self, client: docker.DockerClient, cache: Path, engine: str, cuda: bool) -> dict[str, str]:
         """What the simulated nvcr.io serves: repository and tag -> local image."""
         if engine == "vllm":
-            return {IMAGE: images.engine(client, cache, self.say)}
+            made = cuda_image.ensure(client, self.say) if cuda else images.engine(client, cache, self.say)
+            return {IMAGE: made}
         if engine == "none":
             return {IMAGE: images.build(client, "no-engine", cache, self.say)}
         first, second = (images.fault_engine(client, version, cache, self.say) for version in ("0.10.1.1", "0.10.2"))
@@ -289,7 +318,10 @@ class World:
                 volume = client.volumes.create(f"sparkfleet-{self.name}-{name}-{folder}", labels={LABEL: self.name})
                 volumes[volume.name] = {"bind": f"/var/lib/{folder}", "mode": "rw"}
             ports = {"22/tcp": known["ssh"], "8000/tcp": known["http"]}
-            container = self._create(client, name, image, ports, volumes)
+            found = gpu.Gpu.of(state["gpu"]) if "gpu" in state else None
+            for file, place in found.files.items() if found else ():
+                volumes[file] = {"bind": place, "mode": "ro"}
+            container = self._create(client, name, image, ports, volumes, devices=found.devices if found else ())
             ssh = self.folder / "ssh"
             put(
                 container,
@@ -303,7 +335,7 @@ class World:
                     # Of one image all would have the same; it is used to detect one host under two names.
                     "etc/machine-id": f"{secrets.token_hex(16)}\n".encode(),
                     "etc/simulator/nameserver": f"nameserver {state['address']}\n".encode(),
-                    "etc/simulator/meminfo": MEMINFO.encode(),
+                    "etc/simulator/meminfo": (gpu.meminfo(MEMINFO, found) if found else MEMINFO).encode(),
                     "usr/local/share/ca-certificates/simulator.crt": (self.folder / "ca" / "ca.pem").read_bytes(),
                     "etc/ssh/authorized_keys": (ssh / "id_ed25519.pub").read_bytes(),
                 },
@@ -313,7 +345,21 @@ class World:
                 settings: dict[str, Any] = {"features": {"containerd-snapshotter": True}}
                 settings |= RUNTIMES if known["flavour"] == "dgxos" else {}
                 put(container, {"etc/docker/daemon.json": json.dumps(settings, indent=4).encode()}, mode=0o644)
+            if found:
+                self._hand_over(container, found)
+                self.say(f"{found.name}: handed to {name}")
         container.start()
+        if "gpu" in state:
+            # Libraries are asked for by names that are links to the mounted files.
+            run_in(container, ["ldconfig", "-n", f"{gpu.FOLDER}/lib64"])
+
+    def _hand_over(self, container: Container, found: gpu.Gpu) -> None:
+        """Put into a Spark what hands its GPU on to the containers that ask for one."""
+        files = {path: str(path.relative_to(gpu.ROOTFS)) for path in sorted(gpu.ROOTFS.rglob("*")) if path.is_file()}
+        for mode in (0o644, 0o755):
+            chosen = {name: path for path, name in files.items() if bool(mode & 0o100) == os.access(path, os.X_OK)}
+            put(container, {name: path.read_bytes() for name, path in chosen.items()}, mode=mode)
+        put(container, {"etc/simulator/gpu.json": found.spark_file().encode()}, mode=0o644)
 
     def _write_known_hosts(self, state: dict[str, Any]) -> None:
         key = (self.folder / "ssh" / "host_ed25519.pub").read_text(encoding="ascii").strip()
