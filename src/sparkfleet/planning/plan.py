@@ -242,6 +242,12 @@ def notes(target: Target, state: State) -> list[str]:
                 f"the tag of {engine.image} is mutable: another run may get another vLLM from it; sparkfleet_image "
                 "with a digest (NAME@sha256:...) pins it"
             )
+        if engine.fetches_media and not engine.version.limits_media and "*" not in settings.media_domains:
+            since = ".".join(map(str, vllm_versions.FIRST_MEDIA_DOMAINS))
+            found.append(
+                f"{engine.card.name} fetches pictures from whatever address a request names, also inside your network: "
+                f"vLLM {engine.version.text} cannot be told which hosts are allowed, {since} and later can"
+            )
         draft = kv_layout.speculation(engine.card, engine.arguments).model
         if draft and settings.model_source == "local":
             found.append(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from sparkfleet_host.bounded import printable
+from sparkfleet_host.bounded import HOST, printable
 from sparkfleet_host.release_format import DUMMY, MOST_ENGINES
 
 from sparkfleet import SparkfleetError
@@ -66,6 +66,7 @@ class Settings:
     port: int = 8000
     engines: Sequence[EngineSettings] = ()
     listen: Any = "auto"
+    media_domains: Sequence[Any] = ()
     address: str = ""  # where gateways reach the host
     engine_key: str = dataclasses.field(default="", repr=False)
     project_dir: str = "/opt/sparkfleet"
@@ -169,6 +170,17 @@ def listen(value: Any) -> str | list[str]:
     return list(dict.fromkeys(made))
 
 
+def media_domains(wanted: Sequence[Any]) -> list[str] | None:
+    """Hosts of sparkfleet_media_domains; None where `*` is among them: all. Raises SparkfleetError."""
+    for place, domain in enumerate(wanted, 1):
+        if domain != "*" and not (isinstance(domain, str) and HOST.fullmatch(domain)):
+            raise SparkfleetError(
+                f"sparkfleet_media_domains: entry {place}, {printable(repr(domain), 80)}, is not the name of a host: "
+                "write images.example.com, or '*' for every host"
+            )
+    return None if "*" in wanted else [str(domain).lower() for domain in wanted]
+
+
 def _check_listen(settings: Settings) -> None:
     wanted = listen(settings.listen)
     if not settings.gateways or isinstance(wanted, str) or set(wanted) != {compose.LOOPBACK}:
@@ -242,6 +254,12 @@ class EngineTarget:
         return self.card.engine(self.image)
 
     @property
+    def fetches_media(self) -> bool:
+        """Whether it fetches pictures that requests name, from hosts that nothing else limits."""
+        limited = {"allowed_media_domains", "allowed-media-domains"} & {*self.arguments}
+        return verification.takes_pictures(self.card, self.arguments) and not limited
+
+    @property
     def settings_hash(self) -> str:
         """A hash of what its memory depends on besides image and model, see `calibration`."""
         return calibration.settings(self.card, self.arguments, self.settings.environment)
@@ -281,6 +299,7 @@ class Target:
     def of(cls, settings: Settings) -> Target:
         """Merge cards and settings. Raises SparkfleetError."""
         _check_listen(settings)
+        media_domains(settings.media_domains)
         if settings.bundle and settings.model_source != "local":
             raise SparkfleetError(
                 f"sparkfleet_model_source: {settings.model_source} needs the internet; with sparkfleet_bundle set it "
@@ -334,10 +353,16 @@ class Target:
             port=engine.port,
             addresses=addresses,
             api_key_enabled=self.settings.api_key_enabled and not trial,
+            media_domains=self.media_domains(engine),
         )
         if trial:
             made["services"][engine.service]["restart"] = "no"  # a restart of the host ends it
         return made
+
+    def media_domains(self, engine: EngineTarget) -> list[str] | None:
+        """Hosts that an engine may fetch pictures from; None where it is not told."""
+        limited = engine.fetches_media and engine.version.limits_media
+        return media_domains(self.settings.media_domains) if limited else None
 
     def addresses(self, state: State | None = None) -> list[str]:
         """Addresses that the engines' ports are published on, besides loopback; none for everywhere."""

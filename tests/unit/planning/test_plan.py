@@ -876,6 +876,51 @@ def test_what_an_operator_should_know_of_a_draft_and_of_a_tag_that_moves() -> No
     assert not any("needs the draft" in note for note in notes)
 
 
+def command(**settings: Any) -> tuple[list[str], dict[str, str]]:
+    (service,) = target(**settings).document()["services"].values()
+    return service["command"], service["environment"]
+
+
+REDIRECTS = "VLLM_MEDIA_URL_ALLOW_REDIRECTS"
+
+
+def test_an_engine_that_takes_pictures_fetches_none_unless_it_is_told_from_where() -> None:
+    words, environment = command(model="qwen36-27b-nvfp4")
+    assert words[-2:] == ["--allowed-media-domains", "none.invalid"] and environment[REDIRECTS] == "0"
+    assert not any("--allowed-local-media-path" in word for word in words)
+    words, environment = command(model="qwen36-27b-nvfp4", media_domains=["images.example.com", "B.example"])
+    assert words[-3:] == ["--allowed-media-domains", "images.example.com", "b.example"]
+    words, environment = command(model="qwen36-27b-nvfp4", environment={REDIRECTS: 1})
+    assert environment[REDIRECTS] == "1"
+    arguments = {"allowed_media_domains": "example.com"}
+    words, _ = command(model="qwen36-27b-nvfp4", arguments=arguments)
+    assert words.count("--allowed-media-domains") == 1 and "example.com" in words
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": "llama31-8b-fp8"},
+        {"model": "qwen36-27b-nvfp4", "media_domains": ["*"]},
+        {"model": "qwen36-27b-nvfp4", "arguments": {"language_model_only": True}},
+        {"model": "qwen36-27b-nvfp4", "image": "nvcr.io/nvidia/vllm:25.10-py3"},  # vLLM 0.10.2
+        {"model": "qwen36-27b-nvfp4", "image": "registry.example/mine:1"},
+    ],
+)
+def test_what_is_not_told_where_pictures_come_from(settings: dict[str, Any]) -> None:
+    words, environment = command(**settings)
+    assert "--allowed-media-domains" not in words and REDIRECTS not in environment
+    notes = [note for note in plan.make(target(**settings), bare())["notes"] if "fetches pictures" in note]
+    assert bool(notes) == ("image" in settings)
+
+
+def test_a_domain_of_pictures_that_is_none_is_refused_by_its_place() -> None:
+    with pytest.raises(
+        SparkfleetError, match=r"sparkfleet_media_domains: entry 2, 'http://x', is not the name of a host"
+    ):
+        target(media_domains=["a.example", "http://x"])
+
+
 def test_a_model_that_spans_sparks_is_not_deployed() -> None:
     with pytest.raises(SparkfleetError, match="minimax-m27-nvfp4-2x spans 2 Sparks"):
         plan.make(target(model="minimax-m27-nvfp4-2x"), bare())
