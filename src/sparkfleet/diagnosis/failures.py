@@ -332,6 +332,13 @@ TABLE: tuple[Failure, ...] = (
         "Set sparkfleet_address to the Spark's address, or sparkfleet_listen to addresses or to `all`.",
     ),
     Failure(
+        "firewall-source-unknown",
+        "the firewall would shut out a gateway",
+        "sparkfleet_firewall opens the engine's ports to the gateways of the inventory, and the Spark does not resolve "
+        "the name of one of them",
+        "Set ansible_host or sparkfleet_address of the gateway to its address, or make the name resolve on the Spark.",
+    ),
+    Failure(
         "address-gone",
         "the host no longer has the address that the engine is published on",
         "its address has changed since the deployment (DHCP without a reservation)",

@@ -18,7 +18,7 @@ from sparkfleet_host.release_format import DUMMY, MOST_ENGINES
 from sparkfleet import SparkfleetError
 from sparkfleet.packaging.bundle import Bundle
 from sparkfleet.paths import ROOT
-from sparkfleet.planning import calibration, catalog, compose, variables, verification
+from sparkfleet.planning import calibration, catalog, compose, firewall, variables, verification
 from sparkfleet.planning.catalog import Arguments, Card
 from sparkfleet.planning.lock import Lock, Model
 from sparkfleet.planning.variables import ARGUMENT_PREFIX, PREFIX
@@ -67,6 +67,9 @@ class Settings:
     engines: Sequence[EngineSettings] = ()
     listen: Any = "auto"
     media_domains: Sequence[Any] = ()
+    firewall: bool = False
+    firewall_allow: Sequence[Any] = ()
+    share_port: int = 9110
     address: str = ""  # where gateways reach the host
     engine_key: str = dataclasses.field(default="", repr=False)
     project_dir: str = "/opt/sparkfleet"
@@ -107,6 +110,8 @@ class Settings:
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # sparkfleet_vllm_<name>
     gateways: tuple[str, ...] = ()  # names or addresses of the inventory's gateways
     gateways_elsewhere: tuple[str, ...] = ()  # those on other hosts
+    sparks: tuple[str, ...] = ()  # names or addresses of the other Sparks, where there is a firewall
+    ssh_port: int = 22
     trial: str = ""  # weights of a trial, which is not to serve: dummy or real
     host_program: str = ""  # sha256 of the program that is to be on the host; empty: not checked
     lock_file: str = ""  # what tags and revisions stand for; empty: what registry and Hub say
@@ -300,6 +305,11 @@ class Target:
         """Merge cards and settings. Raises SparkfleetError."""
         _check_listen(settings)
         media_domains(settings.media_domains)
+        firewall.allowed(settings.firewall_allow)
+        if settings.firewall:
+            ports = {f"sparkfleet_port of {engine.model}": engine.port for engine in settings.each()}
+            ports |= {"sparkfleet_guard_port": settings.guard_port, "sparkfleet_share_port": settings.share_port}
+            firewall.check_ports(ports, settings.ssh_port)
         if settings.bundle and settings.model_source != "local":
             raise SparkfleetError(
                 f"sparkfleet_model_source: {settings.model_source} needs the internet; with sparkfleet_bundle set it "
@@ -372,11 +382,29 @@ class Target:
         # In an order independent of the name server.
         return sorted((state or {}).get("reached_at") or []) if wanted == "auto" and self.settings.gateways else []
 
+    def firewall(self, state: State) -> str:
+        """The rules of the firewall; "" for none."""
+        settings = self.settings
+        if not settings.firewall:
+            return ""
+        known = state["firewall"]["sources"]
+        clients, sparks = (
+            [address for name in names for address in known.get(name, ())]
+            for names in (settings.gateways, settings.sparks)
+        )
+        return firewall.rules(
+            [port for port in (*(engine.port for engine in self.engines), settings.guard_port) if port],
+            firewall.networks([*clients, *firewall.allowed(settings.firewall_allow)]),
+            settings.share_port,
+            firewall.networks(sparks),
+        )
+
     def is_open(self, state: State | None = None) -> bool:
-        """Whether anyone on the host's network reaches, or may reach, the engines: without a gateway or a key."""
+        """Whether anyone on the host's network may reach the engines: without a gateway, a firewall or a key."""
         addresses = self.addresses(state)
         everywhere = not addresses or not all(ipaddress.ip_address(address).is_loopback for address in addresses)
-        return everywhere and not self.settings.gateways and not self.settings.api_key_enabled
+        closed = self.settings.gateways or self.settings.firewall or self.settings.api_key_enabled
+        return everywhere and not closed
 
 
 def _check_engines(engines: Sequence[EngineTarget]) -> None:

@@ -13,7 +13,7 @@ import yaml
 from sparkfleet_host.bounded import GIB
 
 from sparkfleet import SparkfleetError
-from sparkfleet.planning import plan, preflight, variables
+from sparkfleet.planning import firewall, plan, preflight, variables
 from sparkfleet.planning.target import EngineSettings, Settings, Target
 
 SERVICE = "vllm-llama31-8b-fp8"
@@ -68,6 +68,10 @@ def bare() -> State:
             "switch_compose": None,
         },
         "host_program": "",
+        "firewall": {
+            **{"installed": True, "rules": "", "unit": "", "active": False, "enabled": False, "loaded": ""},
+            "sources": {},
+        },
         "guard": {
             **dict.fromkeys(("installed", "active", "enabled", "current"), False),
             **{"program": "", "settings": None, "state": None},
@@ -874,6 +878,65 @@ def test_what_an_operator_should_know_of_a_draft_and_of_a_tag_that_moves() -> No
     notes = plan.make(target(model="diffusiongemma-26b-a4b-nvfp4"), bare())["notes"]
     assert any("the tag of eugr/spark-vllm:latest is mutable" in note for note in notes)
     assert not any("needs the draft" in note for note in notes)
+
+
+WALL: dict[str, Any] = {"firewall": True, "gateways": ("gateway-1.lan",), "sparks": ("spark-2.lan",)}
+
+
+def walled(**more: Any) -> State:
+    """A host with a firewall, as the plan of WALL has it."""
+    state = fetched()
+    state["reached_at"] = ["192.0.2.11"]
+    state["firewall"]["sources"] = {"gateway-1.lan": ["192.0.2.5", "fd00::5"], "spark-2.lan": ["192.0.2.12"]}
+    rules = plan.make(target(**WALL), state)["prepare"]["firewall_rules"]
+    state["firewall"].update(rules=rules, unit=firewall.unit(), active=True, enabled=True, loaded=firewall.mark(rules))
+    state["firewall"].update(more)
+    return state
+
+
+def test_the_firewall_opens_ports_to_gateways_and_sparks() -> None:
+    made = plan.make(target(**WALL, firewall_allow=["192.0.2.64/26"], guard_port=0), walled())["prepare"]
+    assert made["firewall"] == ["change the firewall"] and made["needed"]
+    rules = made["firewall_rules"]
+    assert "tcp dport { 8000 }" in rules and "tcp dport 9110 ct" in rules
+    clients, sparks = rules.partition("chain clients {")[2].split("chain sparks {")
+    assert "ip saddr { 192.0.2.5/32, 192.0.2.64/26 } accept" in clients and "ip6 saddr { fd00::5/128 }" in clients
+    assert "ip saddr { 192.0.2.12/32 } accept" in sparks and "192.0.2.5" not in sparks
+
+
+@pytest.mark.parametrize(
+    ("there", "reasons"),
+    [
+        ({}, []),
+        ({"unit": "", "rules": "", "loaded": "", "active": False}, ["set up the firewall"]),
+        ({"unit": "of an earlier version"}, ["change the firewall"]),
+        ({"loaded": ""}, ["load the firewall, now and at boot"]),
+        ({"active": False}, ["load the firewall, now and at boot"]),
+        ({"enabled": False}, ["load the firewall, now and at boot"]),
+    ],
+)
+def test_what_is_to_be_done_about_the_firewall(there: State, reasons: list[str]) -> None:
+    state = walled(**there)
+    assert plan.make(target(**WALL), state)["prepare"]["firewall"] == reasons
+    assert plan.make(target(), state)["prepare"]["firewall"] == ["remove the firewall"] * bool(
+        state["firewall"]["rules"]
+    )
+
+
+def test_a_gateway_that_the_firewall_would_shut_out_is_a_finding() -> None:
+    state = walled()
+    state["firewall"]["sources"]["gateway-1.lan"] = []
+    made = plan.make(target(**WALL), state)
+    assert [item["id"] for item in made["findings"]] == ["firewall-source-unknown"]
+    assert "gateway-1.lan stands for no address" in made["findings"][0]["message"]
+
+
+def test_a_firewall_that_nobody_passes_is_told_and_one_that_closes_ssh_is_refused() -> None:
+    notes = plan.make(target(firewall=True), bare())["notes"]
+    assert any("opens the engine's port to nobody" in note for note in notes)
+    assert not any("open to the network" in note for note in notes)
+    with pytest.raises(SparkfleetError, match="sparkfleet_port of llama31-8b-fp8: 2222 is the port of SSH"):
+        target(firewall=True, port=2222, ssh_port=2222)
 
 
 def command(**settings: Any) -> tuple[list[str], dict[str, str]]:
