@@ -25,7 +25,7 @@ table inet sparkfleet {
     # Before Docker's own rules, which rewrite the destination at -100.
     chain incoming {
         type filter hook prerouting priority -150; policy accept;
-        iif "lo" accept
+        iifname "lo" accept
         fib daddr type != local accept
 """
 _ROUTED = """\
