@@ -166,7 +166,9 @@ def firewall(fleet: Fleet) -> dict[str, Any]:
         printed = site()
     found["off"] = seen()
     victim.sh("systemctl stop share-stand-in")
-    left = victim.sh("nft list tables | grep sparkfleet; ls /etc/sparkfleet /etc/systemd/system | grep firewall; true")
+    left = victim.sh(
+        "{ nft list tables; ls /etc/sparkfleet /etc/systemd/system; } | grep 'inet sparkfleet\\|firewall' || true"
+    )
     expect(not left.strip(), "it is gone altogether", left)
     expect(found["off"] == found["before"], "it is as before", found)
     for when in ("with", "docker restarted", "rebooted"):

@@ -415,6 +415,13 @@ TABLE: tuple[Failure, ...] = (
         "`sparkfleet lock`; or set sparkfleet_vllm_trust_remote_code: false if the model works without.",
     ),
     Failure(
+        "image-unsigned",
+        "the image is not signed by its publisher's key",
+        "sparkfleet_image_keys names a key for it; the registry has no signature by that key, or does not answer",
+        "Find out who put the image there. An image of one's own is signed with `cosign sign --key`; for a publisher "
+        "who does not sign, take the name out of sparkfleet_image_keys.",
+    ),
+    Failure(
         "image-platform",
         "the image is for another architecture",
         "a Spark is aarch64; the image was built for something else",

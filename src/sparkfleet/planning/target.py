@@ -107,6 +107,7 @@ class Settings:
     guard_port: int = 9109
     bundle: str = ""  # folder on the controller in place of the internet
     bundle_digest: str = ""  # of its bundle.json; empty: not checked
+    bundle_signers: str = ""  # file of those one of whom must have signed it; empty: not checked
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # sparkfleet_vllm_<name>
     gateways: tuple[str, ...] = ()  # names or addresses of the inventory's gateways
     gateways_elsewhere: tuple[str, ...] = ()  # those on other hosts
@@ -328,7 +329,9 @@ class Target:
             )
         engines = tuple(EngineTarget.of(engine, settings.model_source, lock) for engine in settings.each())
         _check_engines(engines)
-        bundle = Bundle.read(settings.bundle, settings.bundle_digest) if settings.bundle else None
+        bundle = (
+            Bundle.read(settings.bundle, settings.bundle_digest, settings.bundle_signers) if settings.bundle else None
+        )
         return cls(settings, engines, bundle, lock)
 
     def document(self, state: State | None = None) -> compose.Document:
