@@ -66,9 +66,9 @@ class Settings:
     port: int = 8000
     engines: Sequence[EngineSettings] = ()
     listen: Any = "auto"
-    media_domains: Sequence[Any] = ()
+    media_domains: Sequence[Any] = dataclasses.field(default_factory=list)
     firewall: bool = False
-    firewall_allow: Sequence[Any] = ()
+    firewall_allow: Sequence[Any] = dataclasses.field(default_factory=list)
     share_port: int = 9110
     address: str = ""  # where gateways reach the host
     engine_key: str = dataclasses.field(default="", repr=False)
