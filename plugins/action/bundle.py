@@ -21,8 +21,8 @@ from sparkfleet_host.bounded import BoundsError
 
 from sparkfleet import SparkfleetError
 from sparkfleet.diagnosis.startup import AT_LEAST
-from sparkfleet.packaging import wheels
-from sparkfleet.packaging.bundle import LAYOUT, Bundle, Collected, Entry, Item, total
+from sparkfleet.packaging import signature, wheels
+from sparkfleet.packaging.bundle import LAYOUT, NAME, Bundle, Collected, Entry, Item, total
 
 display = Display()
 #: Bytes to transfer before the host is asked to install the files.
@@ -183,6 +183,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             f"digest of this bundle: sha256:{digest}\n"
             "  Send it separately from the folder, and set it where the folder is used: sparkfleet_bundle_digest"
         )
+        key = str(self._templar.template(task_vars.get("sparkfleet_bundle_key") or ""))
+        if key:
+            made = signature.sign(bundle.folder / NAME, key)
+            display.display(f"signed: {made}; sparkfleet_bundle_signers, where the folder is used, names who may sign")
         return {"changed": before != bundle.files, "digest": f"sha256:{digest}"}
 
     def _open(self) -> Bundle:
@@ -194,8 +198,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
     # -- using one -----------------------------------------------------------------------------------------
 
     def _push(self, task_vars: dict[str, Any]) -> dict[str, Any]:
-        digest = str(self._templar.template(task_vars.get("sparkfleet_bundle_digest") or ""))
-        bundle, arguments = Bundle.read(self._task.args["bundle"], digest), self._task.args
+        trust, arguments = Bundle.trust(task_vars, self._templar.template), self._task.args
+        bundle = Bundle.read(arguments["bundle"], *trust)
         images = list(arguments.get("images") or [])
         models = [f"{model['repo']}@{model['revision']}" for model in arguments.get("models") or []]
         fetched = bundle.of_fetch(images, models)

@@ -33,7 +33,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
     """Reads the variables of the groups sparks and gateways."""
 
     TRANSFERS_FILES = False
-    _VALID_ARGS = frozenset(("keys", "address", "port", "statistics_port", "peer_port", "ports", "models"))
+    _VALID_ARGS = frozenset(
+        ("keys", "address", "port", "statistics_port", "peer_port", "ports", "models", "paths", *gateway.QUOTAS)
+    )
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the plan; raise one error that names a bad value."""
@@ -43,7 +45,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         arguments = self._task.args
         ports = arguments.get("ports") or {}
         try:
-            gateway.keys(arguments.get("keys") or [])
+            keys = gateway.clients(
+                arguments.get("keys") or [], {name: arguments.get(name, 0) for name in gateway.QUOTAS}
+            )
+            paths = gateway.paths(arguments.get("paths") or [])
             gateway.check_ports(
                 {
                     **{f"sparkfleet_gateway_{name}": arguments.get(name, port) for name, port in PORTS.items()},
@@ -65,9 +70,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             display.display(f"{host}  {item['repo']}: {', '.join(server['name'] for server in item['servers'])}")
         if made["drained"]:
             display.display(f"{host}  drained, left out: {', '.join(made['drained'])}")
-        made["gateways"] = gateways
+        made.update(gateways=gateways, client_keys=keys, paths=paths)
         own = (item["address"] for item in gateways if item["name"] == host)
         made["certificate_names"] = gateway.names(host, "localhost", *own, str(arguments.get("address") or ""))
         made["certificate_shown"] = gateway.shown(made["certificate_names"])
-        # The engines' keys are among it.
+        # Keys of engines and clients are among it.
         return {**result, **made, "changed": False, "_ansible_no_log": True}

@@ -13,7 +13,7 @@ from ansible.utils.display import Display
 from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 
 from sparkfleet import SparkfleetError
-from sparkfleet.fleet import image_digest
+from sparkfleet.fleet import image_digest, image_signature
 from sparkfleet.fleet.gateway import truth
 from sparkfleet.packaging.bundle import Bundle
 
@@ -25,17 +25,16 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 
     TRANSFERS_FILES = False
     _supports_check_mode = True
-    _VALID_ARGS = frozenset(("image", "registries", "proxy", "no_proxy", "bundle", "controller_verifies"))
+    _VALID_ARGS = frozenset(("image", "registries", "proxy", "no_proxy", "bundle", "controller_verifies", "keys"))
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """{"image", "digest", "reason"}; raises AnsibleActionFail for what is not an image."""
         result: dict[str, Any] = super().run(tmp, task_vars)
         arguments, variables = self._task.args, task_vars or {}
-        image = str(arguments["image"])
+        image, failure = str(arguments["image"]), "bad-input"
         try:
             if arguments.get("bundle"):
-                digest = str(self._templar.template(variables.get("sparkfleet_bundle_digest") or ""))
-                bundle = Bundle.read(arguments["bundle"], digest)
+                bundle = Bundle.read(arguments["bundle"], *Bundle.trust(variables, self._templar.template))
                 known = bundle.images.get(bundle.image_key(image), {})
                 return {
                     **result,
@@ -45,12 +44,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                     "reason": "",
                 }
             proxy, no_proxy = (str(arguments.get(key) or "") for key in ("proxy", "no_proxy"))
-            answer, new = image_digest.of_run(
-                Path(constants.DEFAULT_LOCAL_TMP), image, arguments.get("registries") or {}, proxy, no_proxy
-            )
+            ways = arguments.get("registries") or {}, proxy, no_proxy
+            folder = Path(constants.DEFAULT_LOCAL_TMP)
+            answer, new = image_digest.of_run(folder, image, *ways)
+            failure = "image-unsigned"
+            image_signature.require(folder, image, answer, arguments.get("keys") or {}, *ways)
         except SparkfleetError as error:
             host = variables.get("inventory_hostname")
-            raise AnsibleActionFail(f"{host}: {error}", result={"failure": "bad-input"}) from None
+            raise AnsibleActionFail(f"{host}: {error}", result={"failure": failure}) from None
         if answer.reason and truth(arguments.get("controller_verifies", False)):
             raise AnsibleActionFail(
                 f"{variables.get('inventory_hostname')}: this controller cannot resolve {image}, and "

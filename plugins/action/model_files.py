@@ -15,6 +15,7 @@ from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # n
 from sparkfleet import SparkfleetError
 from sparkfleet.fleet import model_files
 from sparkfleet.fleet.gateway import truth
+from sparkfleet.packaging.bundle import Bundle
 
 display = Display()
 
@@ -58,8 +59,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             if arguments.get("lock"):
                 answer = model_files.of_lock(str(arguments["lock"]), repo, revision, code)
             elif arguments.get("bundle"):
-                digest = str(self._templar.template(variables.get("sparkfleet_bundle_digest") or ""))
-                answer = model_files.of_bundle(str(arguments["bundle"]), digest, repo, revision)
+                trust = Bundle.trust(variables, self._templar.template)
+                answer = model_files.of_bundle(str(arguments["bundle"]), trust, repo, revision)
             else:
                 kinds = {"remote_code": code, "pickle": truth(arguments.get("pickle", False))}
                 answer, new = model_files.of_run(Path(constants.DEFAULT_LOCAL_TMP), repo, revision, way, **kinds)

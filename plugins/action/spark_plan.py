@@ -72,6 +72,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             "engine_key": settings.engine_key,
             "address": settings.address,
             "gateways": list(settings.gateways) if listen(settings.listen) == "auto" else [],
+            "sources": [*settings.gateways, *settings.sparks] if settings.firewall else [],
             "hub_endpoint": settings.hub_endpoint,
             "proxy": settings.proxy,
             "no_proxy": settings.no_proxy,
@@ -142,6 +143,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             address=settled.get("sparkfleet_address") or str(task_vars.get("ansible_host") or host),
             gateways=gateways(task_vars),
             gateways_elsewhere=gateways(task_vars, but=host),
+            sparks=_others(task_vars) if settled.get("sparkfleet_firewall") else (),
+            ssh_port=int(task_vars.get("ansible_port") or 22),
             host_program=hashlib.sha256(host_program.build(paths.CACHE).read_bytes()).hexdigest(),
         )
         gateway.check_key("sparkfleet_engine_key", settings.engine_key)
@@ -175,6 +178,12 @@ def _check_gateways(task_vars: dict[str, Any]) -> None:
 def gateways(task_vars: dict[str, Any], but: str = "") -> tuple[str, ...]:
     """Where the gateways of the inventory are, all but the host of that name."""
     names = (name for name in task_vars.get("groups", {}).get("gateways", ()) if name != but)
+    return tuple(gateway.address(name, task_vars["hostvars"][name]) for name in names)
+
+
+def _others(task_vars: dict[str, Any]) -> tuple[str, ...]:
+    """Where the other Sparks of the inventory are."""
+    names = (name for name in task_vars["groups"]["sparks"] if name != task_vars["inventory_hostname"])
     return tuple(gateway.address(name, task_vars["hostvars"][name]) for name in names)
 
 

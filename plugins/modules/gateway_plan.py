@@ -12,7 +12,17 @@ description:
   - One backend per model, one server per Spark of the group C(sparks). Contacts no host.
   - This is an action plugin; it runs on the controller.
 options:
-  keys: {description: Keys of clients., type: list, elements: str, default: []}
+  keys:
+    description: Keys of clients, each a text or a mapping with C(key), C(name), C(requests_per_second) and C(streams).
+    type: list
+    elements: raw
+    default: []
+  requests_per_second:
+    description: Requests a second of a client without its own quota; 0 for none.
+    type: int
+    default: 0
+  streams: {description: Requests at a time of a client without its own quota; 0 for none., type: int, default: 0}
+  paths: {description: Paths to open besides those of the role., type: list, elements: str, default: []}
   address: {description: "Floating address, with or without a prefix length.", type: str, default: ""}
   port: {description: TCP port for clients., type: int, default: 8080}
   statistics_port: {description: TCP port of statistics and metrics., type: int, default: 8404}
@@ -39,6 +49,12 @@ EXAMPLES = r"""
 RETURN = r"""
 backends: {description: As the role gateway takes them., returned: success, type: list, elements: dict}
 models: {description: Answer of C(/v1/models)., returned: success, type: str}
+client_keys:
+  description: The keys of clients with their names and quotas, as the role gateway takes them.
+  returned: success
+  type: list
+  elements: dict
+paths: {description: Paths to open besides those of the role., returned: success, type: list, elements: str}
 engine_keys: {description: Engine key per backend., returned: success, type: dict}
 names: {description: Servers whose names the gateway resolves., returned: success, type: list, elements: dict}
 gateways: {description: Name and address of each gateway., returned: success, type: list, elements: dict}

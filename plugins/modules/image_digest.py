@@ -18,6 +18,12 @@ options:
   proxy: {description: Proxy between controller and registry., type: str, default: ""}
   no_proxy: {description: Names to reach without it., type: str, default: ""}
   bundle: {description: Folder whose bundle.json is used instead of the registry., type: path}
+  keys:
+    description: >-
+      Files with the public keys of publishers that sign their images with cosign, by REGISTRY or REGISTRY/PATH; an
+      image below such a name without a signature by its key is refused.
+    type: dict
+    default: {}
   controller_verifies: {description: Fail if the registry cannot be asked., type: bool, default: false}
 author: ["The Sparkfleet developers"]
 attributes:

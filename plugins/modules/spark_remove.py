@@ -8,9 +8,9 @@ DOCUMENTATION = r"""
 module: spark_remove
 short_description: Removes what Sparkfleet put on a host
 description:
-  - Containers of ours, releases, the guard with its unit and settings, journal and metrics, compile caches, and the
-    empty image of the downloads. Models, engine images and the token only if requested. Docker, the NVIDIA toolkit and
-    earlyoom stay, and so does every container that is not ours.
+  - Containers of ours, releases, the guard and the firewall with their units and settings, journal and metrics,
+    compile caches, and the empty image of the downloads. Models, engine images and the token only if requested.
+    Docker, the NVIDIA toolkit and earlyoom stay, and so does every container that is not ours.
   - Only models that Sparkfleet downloaded itself are removed, according to its lists in the cache;
     all other models stay.
   - If Docker is installed but does not respond, nothing is removed - its containers would come back with it.
@@ -48,7 +48,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import bounded, engine
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import bounded, engine, firewall
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import BoundsError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import (
     FOLDER,
@@ -80,6 +80,8 @@ def plan(params: dict[str, Any], store: Store, docker: Docker) -> list[Item]:
     items: list[Item] = []
     if UNIT.exists():
         items.append((f"service {UNIT.name}", remove_unit))
+    if firewall.UNIT.exists():
+        items.append((f"service {firewall.UNIT.name}", remove_firewall))
     images = {HOST_PYTHON}
     if params["images"]:
         for number in store.numbers():
@@ -143,6 +145,14 @@ def remove_unit() -> None:
     subprocess.run(["systemctl", "disable", "--now", *names], capture_output=True, timeout=60, check=True)
     for path in (UNIT, *checks):
         path.unlink()
+    subprocess.run(["systemctl", "daemon-reload"], capture_output=True, timeout=60, check=True)
+
+
+def remove_firewall() -> None:
+    """Stop its unit, which removes the table, and forget it."""
+    subprocess.run(["systemctl", "disable", "--now", firewall.UNIT.name], capture_output=True, timeout=60, check=True)
+    firewall.UNIT.unlink()
+    firewall.RULES.unlink(missing_ok=True)
     subprocess.run(["systemctl", "daemon-reload"], capture_output=True, timeout=60, check=True)
 
 

@@ -48,6 +48,11 @@ options:
     type: list
     elements: str
     default: []
+  sources:
+    description: Names or addresses that the firewall opens ports to; they are resolved on the host.
+    type: list
+    elements: str
+    default: []
   hub_endpoint: {description: Address of the Hub., type: str, default: "https://huggingface.co"}
   proxy: {description: Proxy between the host and the internet., type: str, default: ""}
   no_proxy: {description: Names to reach without it separated by commas., type: str, default: ""}
@@ -112,6 +117,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import firewall
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import read_file
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import model_state
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
@@ -559,6 +565,7 @@ def gather(params: dict[str, Any]) -> dict[str, Any]:
         engine = pool.submit(docker_engine, params["project"], images, params["proxy"], params["no_proxy"])
         health = [pool.submit(healthy, engine["port"]) for engine in wanted]
         store = Store(params["project_dir"])
+        wall = pool.submit(firewall.state, params["sources"])
         served = pool.submit(status, store) if params["status"] else None
         models = [
             model_state(params["cache_dir"], engine["repo"], engine["revision"], engine["remote_code"])
@@ -629,6 +636,7 @@ def gather(params: dict[str, Any]) -> dict[str, Any]:
             "measured": [*trials(store), *of_release(store, store.current())],
             "host_program": checksum(Path(params["project_dir"]) / "lib" / "sparkfleet_host.pyz"),
             "guard": guard(),
+            "firewall": wall.result(),
             "status": served.result() if served else None,
         }
 
@@ -674,6 +682,7 @@ def main() -> None:
             "engine_key_file": {"type": "path", "default": KEY_FILE, "no_log": False},
             "address": {"type": "str", "default": ""},
             "gateways": {"type": "list", "elements": "str", "default": []},
+            "sources": {"type": "list", "elements": "str", "default": []},
             "hub_endpoint": {"type": "str", "default": "https://huggingface.co"},
             "proxy": {"type": "str", "default": ""},
             "no_proxy": {"type": "str", "default": ""},

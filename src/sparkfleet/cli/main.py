@@ -33,6 +33,7 @@ from sparkfleet.fleet import (
 )
 from sparkfleet.onboarding import hub_card, init
 from sparkfleet.onboarding.prompts import report_line
+from sparkfleet.packaging import sbom
 from sparkfleet.paths import ROOT
 from sparkfleet.planning import (
     calibration,
@@ -143,6 +144,9 @@ def _parser() -> argparse.ArgumentParser:
     models = verbs.add_parser("models", help="list the catalogue")
     models.add_argument("--json", action="store_true", help="for programs")
     models.set_defaults(run=_models)
+
+    bill = verbs.add_parser("sbom", help="print what is installed on this controller, as a CycloneDX bill of materials")
+    bill.set_defaults(run=_sbom)
 
     show = verbs.add_parser("compose", parents=[model], help="print the compose file for a model")
     show.add_argument(
@@ -571,6 +575,11 @@ def _models(options: argparse.Namespace) -> int:
         print(json.dumps(data, indent=2))
     else:
         print(report.models(cards, fits, columns(sys.stdout) or report.MODELS_WIDTH), end="")
+    return 0
+
+
+def _sbom(options: argparse.Namespace) -> int:
+    print(json.dumps(sbom.document(), indent=2))
     return 0
 
 

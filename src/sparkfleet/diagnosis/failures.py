@@ -332,6 +332,13 @@ TABLE: tuple[Failure, ...] = (
         "Set sparkfleet_address to the Spark's address, or sparkfleet_listen to addresses or to `all`.",
     ),
     Failure(
+        "firewall-source-unknown",
+        "the firewall would shut out a gateway",
+        "sparkfleet_firewall opens the engine's ports to the gateways of the inventory, and the Spark does not resolve "
+        "the name of one of them",
+        "Set ansible_host or sparkfleet_address of the gateway to its address, or make the name resolve on the Spark.",
+    ),
+    Failure(
         "address-gone",
         "the host no longer has the address that the engine is published on",
         "its address has changed since the deployment (DHCP without a reservation)",
@@ -406,6 +413,13 @@ TABLE: tuple[Failure, ...] = (
         "the engine has trust_remote_code, and the revision is a branch or tag that its owner can move",
         "Read the code, then name its commit (revision in the card, sparkfleet_revision), or write a lock with "
         "`sparkfleet lock`; or set sparkfleet_vllm_trust_remote_code: false if the model works without.",
+    ),
+    Failure(
+        "image-unsigned",
+        "the image is not signed by its publisher's key",
+        "sparkfleet_image_keys names a key for it; the registry has no signature by that key, or does not answer",
+        "Find out who put the image there. An image of one's own is signed with `cosign sign --key`; for a publisher "
+        "who does not sign, take the name out of sparkfleet_image_keys.",
     ),
     Failure(
         "image-platform",

@@ -18,6 +18,13 @@ from sparkfleet.planning import variables as planned
 
 #: HAProxy takes a line that starts with # for a comment, and a comma for the end of a header's value.
 KEY = re.compile(r"(?!#)[!-+\-.-~]{8,256}")
+#: A client's name in logs and tables of HAProxy.
+CLIENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}")
+#: Quotas of a client and their upper bounds; 0 is none.
+QUOTAS = {"requests_per_second": 10_000, "streams": 10_000}
+#: A path in its normal form, as the gateway compares it; with * at its end, all paths that start like it.
+PATH = re.compile(r"(?!.{200})(/(?!\.{1,2}(/|$))[A-Za-z0-9_.~-]+)+/?\*?")
+MOST_PATHS = 64
 #: Variables of a Spark that a gateway reads.
 VARIABLES = ("guard", "guard_port", "address", "drained", "engine_key")
 #: Of those the ones of an engine.
@@ -267,6 +274,69 @@ def check_key(name: str, key: Any) -> str:
     return key
 
 
-def keys(wanted: Sequence[str]) -> list[str]:
-    """Keys of clients. Raises SparkfleetError naming the place of a bad one, never the key."""
-    return [check_key(f"sparkfleet_gateway_keys: entry {place}", key or " ") for place, key in enumerate(wanted, 1)]
+def clients(wanted: Sequence[Any], quotas: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The keys of clients: [{name, key, requests_per_second, streams}], of entries that are a key, or a mapping of
+    these. A key without a name is called by its place, key-1. `quotas`: those of entries without their own; 0 is none.
+    Several keys may have one name, so that a client can change its key: they share its quotas.
+    Raises SparkfleetError naming the place of what is wrong, never the key."""
+    usual = {
+        name: _quota(f"sparkfleet_gateway_{name}", (quotas or {}).get(name, 0), most) for name, most in QUOTAS.items()
+    }
+    if any(usual.values()) and not wanted:
+        name = next(name for name, value in usual.items() if value)
+        raise SparkfleetError(
+            f"sparkfleet_gateway_{name}: {usual[name]} is a quota of each client key, but there are no "
+            "sparkfleet_gateway_keys; add them, or leave it out"
+        )
+    found: list[dict[str, Any]] = []
+    for place, entry in enumerate(wanted, 1):
+        at = f"sparkfleet_gateway_keys: entry {place}"
+        given = dict(entry) if isinstance(entry, Mapping) else {"key": entry}
+        if unknown := [name for name in given if name not in ("name", "key", *QUOTAS)]:
+            there = ", ".join(("name", "key", *QUOTAS))
+            raise SparkfleetError(f"{at}: unknown key {printable(repr(unknown[0]), 60)}; there are {there}")
+        name = given.get("name", f"key-{place}")
+        if not isinstance(name, str) or not CLIENT.fullmatch(name):
+            raise SparkfleetError(
+                f"{at}: its name {printable(repr(name), 80)} is not valid: letters, digits and _.@-, at most 64"
+            )
+        own = {key: _quota(f"{at}: {key}", given[key], most) for key, most in QUOTAS.items() if key in given}
+        found.append({"name": name, "key": check_key(at, given.get("key") or " "), **usual, **own})
+    _one_quota(found)
+    return found
+
+
+def _one_quota(clients: Sequence[Mapping[str, Any]]) -> None:
+    """Whether each key is there once, and the keys of a client have the same quotas."""
+    keys: dict[str, int] = {}
+    names: dict[str, int] = {}
+    for place, client in enumerate(clients, 1):
+        first = keys.setdefault(client["key"], place)
+        if first != place:
+            raise SparkfleetError(f"sparkfleet_gateway_keys: entry {place} has the key of entry {first}; remove one")
+        first = names.setdefault(client["name"], place)
+        for quota in QUOTAS:
+            if clients[first - 1][quota] != client[quota]:
+                raise SparkfleetError(
+                    f"sparkfleet_gateway_keys: entries {first} and {place} are both called {client['name']}, but "
+                    f"{quota} is {clients[first - 1][quota]} and {client[quota]}: a client has one quota"
+                )
+
+
+def _quota(name: str, value: Any, most: int) -> int:
+    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,6}", str(value)) or int(value) > most:
+        raise SparkfleetError(f"{name}: {printable(repr(value), 60)} is not a whole number from 0 (no quota) to {most}")
+    return int(value)
+
+
+def paths(wanted: Sequence[Any]) -> list[str]:
+    """Paths that a gateway opens besides its own. Raises SparkfleetError naming the place of a bad one."""
+    if len(wanted) > MOST_PATHS:
+        raise SparkfleetError(f"sparkfleet_gateway_paths: {len(wanted)} entries, at most {MOST_PATHS}")
+    for place, path in enumerate(wanted, 1):
+        if not isinstance(path, str) or not PATH.fullmatch(path):
+            raise SparkfleetError(
+                f"sparkfleet_gateway_paths: entry {place}, {printable(repr(path), 80)}, is not a path in its normal "
+                "form: write /tokenize, or /v1/files/* for all below it"
+            )
+    return [str(path) for path in wanted]

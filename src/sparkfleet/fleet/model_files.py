@@ -156,9 +156,10 @@ def understand(output: bytes, revision: str, endpoint: str = "the Hub") -> Answe
     return Answer(commit, listing["files"])
 
 
-def of_bundle(folder: str, digest: str, repo: str, revision: str) -> Answer:
-    """What a bundle has of it: its list, checked against bundle.json. Raises SparkfleetError."""
-    listing = Bundle.read(folder, digest).listing(repo, revision)
+def of_bundle(folder: str, trust: tuple[str, str], repo: str, revision: str) -> Answer:
+    """What a bundle has of it: its list, checked against bundle.json; `trust`: digest and signers. Raises
+    SparkfleetError."""
+    listing = Bundle.read(folder, *trust).listing(repo, revision)
     # What carries it to the Spark says what is missing.
     return Answer(listing["commit"], listing["files"]) if listing else Answer()
 

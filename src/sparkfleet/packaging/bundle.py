@@ -1,6 +1,7 @@
 """A folder to carry in: images, models and packages for Sparks without internet.
 
 bundle.json                      what is in it, each file with its sha256 (see `Bundle`)
+bundle.json.sig                  its signature, if it has one (see `signature`)
 image/                           an OCI image layout: index.json, oci-layout, blobs/sha256/HEX
 hub/models--ORG--NAME/blobs/HASH files of a model, by the Hub's hash
 hub/.sparkfleet/models--ORG--NAME/fetching.json   their list
@@ -21,7 +22,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,9 +31,10 @@ from sparkfleet_host.bounded import COMMIT, DIGEST, SHA256, BoundsError
 from sparkfleet_host.registry import reference
 
 from sparkfleet import SparkfleetError
+from sparkfleet.packaging import signature
 from sparkfleet.user_paths import expanded
 
-NAME = "bundle.json"
+NAME, SIGNATURE = "bundle.json", "bundle.json.sig"
 VERSION = 2
 LIMIT = 4 << 20  # of bundle.json, bytes; a file takes some 300 there
 CHUNK = 4 << 20
@@ -72,9 +74,10 @@ class Bundle:
     files: dict[str, Entry] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: str | Path, digest: str = "") -> Bundle:
-        """The bundle of a folder; `digest`: sha256 that its bundle.json must have, with or without `sha256:`. Raises
-        SparkfleetError for a folder that is not a bundle, or one that is of another form or digest."""
+    def read(cls, folder: str | Path, digest: str = "", signers: str = "") -> Bundle:
+        """The bundle of a folder; `digest`: sha256 that its bundle.json must have, with or without `sha256:`;
+        `signers`: file of those one of whom must have signed it (see `signature`). Raises SparkfleetError for a folder
+        that is not a bundle, or one that is of another form or digest, or not signed."""
         place = expanded("sparkfleet_bundle", folder)
         try:
             with os.fdopen(bounded.open_beneath(place, NAME), "rb") as file:
@@ -91,6 +94,8 @@ class Bundle:
                 f"sparkfleet_bundle {place}: its {NAME} has the digest sha256:{found}, but sparkfleet_bundle_digest "
                 f"is {bounded.printable(digest, 80)}: it is a different bundle, or was changed since"
             )
+        if signers:
+            signature.check(data, _signature(place), signers, f"sparkfleet_bundle {place}")
         if known.get("version") != VERSION:
             raise SparkfleetError(
                 f"sparkfleet_bundle {place}: made by an older version of Sparkfleet, without the hashes that this "
@@ -103,6 +108,13 @@ class Bundle:
             raise SparkfleetError(
                 f"sparkfleet_bundle {place}: {error}; recreate it with `sparkfleet bundle FOLDER`"
             ) from None
+
+    @staticmethod
+    def trust(variables: Mapping[str, Any], template: Callable[[Any], Any]) -> tuple[str, str]:
+        """Digest and signers that a host's variables have for `read`."""
+        names = ("sparkfleet_bundle_digest", "sparkfleet_bundle_signers")
+        digest, signers = (str(template(variables.get(name) or "")) for name in names)
+        return digest, signers
 
     @classmethod
     def open(cls, folder: str | Path) -> Bundle:
@@ -130,6 +142,9 @@ class Bundle:
             )
         self._text("image/index.json", self.index(sorted(self.images)))
         self._text("image/oci-layout", LAYOUT)
+        with contextlib.suppress(OSError, BoundsError):
+            if bounded.read_file(self.folder / NAME, LIMIT) != text.encode():
+                (self.folder / SIGNATURE).unlink(missing_ok=True)  # it was of another one
         self._text(NAME, text)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -294,6 +309,17 @@ class Bundle:
 
 
 LAYOUT = json.dumps({"imageLayoutVersion": "1.0.0"}) + "\n"
+
+
+def _signature(place: Path) -> bytes | None:
+    """The signature in a bundle's folder; None where there is none. Raises SparkfleetError."""
+    try:
+        with os.fdopen(bounded.open_beneath(place, SIGNATURE), "rb") as file:
+            return file.read(signature.LARGEST)
+    except FileNotFoundError:
+        return None
+    except (OSError, BoundsError) as error:
+        raise SparkfleetError(f"sparkfleet_bundle {place}: {SIGNATURE}: {error}") from None
 
 
 def _checked(place: Path, known: Mapping[str, Any]) -> Bundle:

@@ -32,6 +32,8 @@ CA_IN_CONTAINER = "/etc/ssl/certs/sparkfleet-ca.pem"
 CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 ENGINE_PORT = 8000
 LOOPBACK = "127.0.0.1"
+#: For vLLM an empty list of domains is no limit; this one stands for no host (RFC 2606).
+NO_DOMAIN = "none.invalid"
 #: On the host, 0600; in the container Docker mounts it under the name of the secret.
 KEY_NAME = "engine_key"
 #: vLLM reads its key from the environment. `docker inspect` shows what Compose puts there, so the command does it.
@@ -131,6 +133,7 @@ def document(
     port: int = ENGINE_PORT,
     addresses: Sequence[str] = (),
     api_key_enabled: bool = False,
+    media_domains: Sequence[str] | None = None,
 ) -> Document:
     """The compose file of one engine as data: one project, one service, in the key order of the guide.
 
@@ -139,6 +142,8 @@ def document(
     ``image_known_as`` (NAME@DIGEST) is Docker's name for an image that was brought offline.
     ``addresses`` are those of the host that the port is published on, besides loopback; all if there are none.
     ``api_key_enabled``: the engine takes only requests with the key in `KEY_FILE`.
+    ``media_domains``: hosts that the engine may fetch pictures from, which clients name as URLs: with none of them it
+    takes those of the request itself (``data:``) alone; None leaves it to vLLM, which fetches whatever it reaches.
     ``ca_file``: certificate authorities on the host that a server which downloads by itself trusts.
     What the engine compiles is kept in ``compile_cache_dir``, one folder an image digest: another image's
     compiled code does not fit.
@@ -176,6 +181,10 @@ def document(
             kept = f"{compile_cache_dir}/{image_digest.partition(':')[2][:12]}"
             volumes += [literal(f"{kept}/{name}:{path}") for name, path in COMPILE_CACHES.items()]
             image = image_known_as or f"{image.partition('@')[0]}@{image_digest}"
+    if media_domains is not None:
+        command += ["--allowed-media-domains", *(media_domains or [NO_DOMAIN])]
+        # A host that may be asked must not send the engine on to another.
+        variables["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] = "0"
     given = {**card.environment, **(environment or {})}
     service: Document = {
         "image": literal(image),

@@ -17,7 +17,7 @@ from sparkfleet_host.release_format import DUMMY, FORMAT, TRIAL, TRIAL_FORMAT
 
 from sparkfleet import __version__, operator_name
 from sparkfleet.documents import yaml_text
-from sparkfleet.planning import compose, preflight, vllm_versions
+from sparkfleet.planning import compose, firewall, preflight, vllm_versions
 from sparkfleet.planning.target import EngineTarget, ModelTarget, State, Target
 
 
@@ -35,7 +35,7 @@ class Work:
 
 def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]:
     """The plan as plain data (it becomes an Ansible variable); `reads`: for one that changes nothing."""
-    docker, toolkit, cache, hygiene, program, guard = prepare(target, state)
+    docker, toolkit, cache, hygiene, program, guard, wall = prepare(target, state)
     fetches = [fetch(target, *pair) for pair in pairs(target, state)]
     document = target.document(state)
     deployment = trial(target, state) if target.settings.trial else deploy(target, state, document)
@@ -80,7 +80,7 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
         "checks": [{"name": check.name, "seen": check.seen, "ok": not check.findings} for check in checks],
         "findings": [dataclasses.asdict(finding) for check in checks for finding in check.findings],
         "prepare": {
-            "needed": any(work.reasons for work in (docker, toolkit, cache, hygiene, program, guard)),
+            "needed": any(work.reasons for work in (docker, toolkit, cache, hygiene, program, guard, wall)),
             "docker": docker.reasons,
             "install_docker": not state["docker"]["installed"],
             "restart_docker": stale_proxy(target, state),
@@ -89,6 +89,8 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
             "memory": hygiene.reasons,
             "host_program": program.reasons,
             "guard": guard.reasons,
+            "firewall": wall.reasons,
+            "firewall_rules": target.firewall(state),
             "guard_settings": guard_settings(target, state),
             "program": target.settings.host_program,
             "restart_guard": stale_guard(target, state),
@@ -108,9 +110,9 @@ def pairs(target: Target, state: State) -> list[tuple[EngineTarget, State]]:
     return list(zip(target.engines, state["engines"], strict=True))
 
 
-def prepare(target: Target, state: State) -> tuple[Work, Work, Work, Work, Work, Work]:
+def prepare(target: Target, state: State) -> tuple[Work, Work, Work, Work, Work, Work, Work]:
     """Reasons to install or configure Docker, the NVIDIA Container Toolkit, folders with the token, memory guards,
-    the program of the services on the host, the guard.
+    the program of the services on the host, the guard, the firewall.
 
     A Docker that is there is never upgraded: other containers may depend on it, and it may not be the distribution's.
     """
@@ -180,7 +182,21 @@ def prepare(target: Target, state: State) -> tuple[Work, Work, Work, Work, Work,
         guard.add(there["installed"] and not (there["active"] and there["enabled"]), "start the guard, now and at boot")
     else:
         guard.add(there["active"] or there["enabled"], "stop the guard")
-    return docker, toolkit, cache, hygiene, program, guard
+    return docker, toolkit, cache, hygiene, program, guard, wall(target, state)
+
+
+def wall(target: Target, state: State) -> Work:
+    """Reasons to load or remove the firewall."""
+    work, there, rules = Work(), state["firewall"], target.firewall(state)
+    if rules:
+        work.add(not there["unit"], "set up the firewall")
+        if there["unit"]:
+            work.add(there["rules"] != rules or there["unit"] != firewall.unit(), "change the firewall")
+            lost = there["rules"] == rules and there["loaded"] != firewall.mark(rules)
+            work.add(lost or not (there["active"] and there["enabled"]), "load the firewall, now and at boot")
+    else:
+        work.add(there["unit"] or there["rules"], "remove the firewall")
+    return work
 
 
 def stale_proxy(target: Target, state: State) -> bool:
@@ -201,6 +217,8 @@ def packages(target: Target, state: State) -> list[str]:
     there = {"Docker": state["docker"]["installed"], "the NVIDIA Container Toolkit": state["toolkit"]["installed"]}
     if target.settings.earlyoom:
         there["earlyoom"] = state["memory"]["earlyoom"]["installed"]
+    if target.settings.firewall:
+        there["nftables"] = state["firewall"]["installed"]
     return [name for name, installed in there.items() if not installed]
 
 
@@ -231,6 +249,10 @@ def notes(target: Target, state: State) -> list[str]:
             f"the lock was written by Sparkfleet {target.lock.sparkfleet}, this is {__version__}: image and files are "
             "those of the lock, arguments and checks may differ"
         )
+    if settings.firewall and not settings.gateways and not settings.firewall_allow:
+        found.append(
+            "the firewall opens the engine's port to nobody but this Spark: sparkfleet_firewall_allow names clients"
+        )
     if target.is_open(state) and settings.service_state == "started" and not settings.trial:
         ports = [str(engine.port) for engine in target.engines]
         which = f"port {ports[0]} is" if len(ports) == 1 else f"ports {', '.join(ports)} are"
@@ -243,6 +265,12 @@ def notes(target: Target, state: State) -> list[str]:
             found.append(
                 f"the tag of {engine.image} is mutable: another run may get another vLLM from it; sparkfleet_image "
                 "with a digest (NAME@sha256:...) pins it"
+            )
+        if engine.fetches_media and not engine.version.limits_media and "*" not in settings.media_domains:
+            since = ".".join(map(str, vllm_versions.FIRST_MEDIA_DOMAINS))
+            found.append(
+                f"{engine.card.name} fetches pictures from whatever address a request names, also inside your network: "
+                f"vLLM {engine.version.text} cannot be told which hosts are allowed, {since} and later can"
             )
     for engine in target.engines if settings.model_source != "local" else ():
         found.append(

@@ -139,6 +139,7 @@ def checks(target: Target, state: State, work: Work) -> tuple[list[Check], list[
         _disk(target, state, cases, models),
         *(_port(target, state, case) for case in cases),
         *([_address(target, state)] if target.settings.gateways else []),
+        *([_firewall(target, state)] if target.settings.firewall else []),
         _switch(target, state),
         *([_bundle(target.bundle, state, cases, models, work)] if target.bundle else []),
         *([_weights(case) for case in models] if target.settings.trial == REAL else []),
@@ -459,6 +460,16 @@ def _address(target: Target, state: State) -> Check:
     if found or listen(target.settings.listen) == "all":
         return Check("address", f"gateways reach {found}" if found else "everywhere")
     return Check("address", "not known", (known("address-unknown", "no address of this host leads to a gateway"),))
+
+
+def _firewall(target: Target, state: State) -> Check:
+    """Whether it is known to whom the firewall opens the engines' ports: one that is not would be shut out."""
+    known_here = state["firewall"]["sources"]
+    missing = [name for name in target.settings.gateways if not known_here.get(name)]
+    if missing:
+        fact = f"the gateway {', '.join(missing)} stands for no address on this host"
+        return Check("firewall", "not known", (known("firewall-source-unknown", fact),))
+    return Check("firewall", f"open to {len(target.settings.gateways)} gateways and sparkfleet_firewall_allow")
 
 
 def _switch(target: Target, state: State) -> Check:

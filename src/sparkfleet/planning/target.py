@@ -13,14 +13,14 @@ from typing import Any
 
 import yaml
 from sparkfleet_host import cache
-from sparkfleet_host.bounded import printable
+from sparkfleet_host.bounded import HOST, printable
 from sparkfleet_host.release_format import DUMMY, MOST_ENGINES
 from sparkfleet_host.verify import GENERATIVE, embeds
 
 from sparkfleet import SparkfleetError
 from sparkfleet.packaging.bundle import Bundle
 from sparkfleet.paths import ROOT
-from sparkfleet.planning import calibration, catalog, compose, kv_layout, variables, verification
+from sparkfleet.planning import calibration, catalog, compose, firewall, kv_layout, variables, verification
 from sparkfleet.planning.catalog import Arguments, Card
 from sparkfleet.planning.lock import Lock, Model
 from sparkfleet.planning.variables import ARGUMENT_PREFIX, PREFIX
@@ -68,6 +68,10 @@ class Settings:
     port: int = 8000
     engines: Sequence[EngineSettings] = ()
     listen: Any = "auto"
+    media_domains: Sequence[Any] = dataclasses.field(default_factory=list)
+    firewall: bool = False
+    firewall_allow: Sequence[Any] = dataclasses.field(default_factory=list)
+    share_port: int = 9110
     address: str = ""  # where gateways reach the host
     engine_key: str = dataclasses.field(default="", repr=False)
     project_dir: str = "/opt/sparkfleet"
@@ -105,9 +109,12 @@ class Settings:
     guard_port: int = 9109
     bundle: str = ""  # folder on the controller in place of the internet
     bundle_digest: str = ""  # of its bundle.json; empty: not checked
+    bundle_signers: str = ""  # file of those one of whom must have signed it; empty: not checked
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # sparkfleet_vllm_<name>
     gateways: tuple[str, ...] = ()  # names or addresses of the inventory's gateways
     gateways_elsewhere: tuple[str, ...] = ()  # those on other hosts
+    sparks: tuple[str, ...] = ()  # names or addresses of the other Sparks, where there is a firewall
+    ssh_port: int = 22
     trial: str = ""  # weights of a trial, which is not to serve: dummy or real
     host_program: str = ""  # sha256 of the program that is to be on the host; empty: not checked
     lock_file: str = ""  # what tags and revisions stand for; empty: what registry and Hub say
@@ -169,6 +176,17 @@ def listen(value: Any) -> str | list[str]:
             "of the Spark"
         )
     return list(dict.fromkeys(made))
+
+
+def media_domains(wanted: Sequence[Any]) -> list[str] | None:
+    """Hosts of sparkfleet_media_domains; None where `*` is among them: all. Raises SparkfleetError."""
+    for place, domain in enumerate(wanted, 1):
+        if domain != "*" and not (isinstance(domain, str) and HOST.fullmatch(domain)):
+            raise SparkfleetError(
+                f"sparkfleet_media_domains: entry {place}, {printable(repr(domain), 80)}, is not the name of a host: "
+                "write images.example.com, or '*' for every host"
+            )
+    return None if "*" in wanted else [str(domain).lower() for domain in wanted]
 
 
 def _check_listen(settings: Settings) -> None:
@@ -266,6 +284,12 @@ class EngineTarget:
         return self.card.engine(self.image)
 
     @property
+    def fetches_media(self) -> bool:
+        """Whether it fetches pictures that requests name, from hosts that nothing else limits."""
+        limited = {"allowed_media_domains", "allowed-media-domains"} & {*self.arguments}
+        return verification.takes_pictures(self.card, self.arguments) and not limited
+
+    @property
     def settings_hash(self) -> str:
         """A hash of what its memory depends on besides image and model, see `calibration`."""
         return calibration.settings(self.card, self.arguments, self.settings.environment)
@@ -348,6 +372,12 @@ class Target:
     def of(cls, settings: Settings) -> Target:
         """Merge cards and settings. Raises SparkfleetError."""
         _check_listen(settings)
+        media_domains(settings.media_domains)
+        firewall.allowed(settings.firewall_allow)
+        if settings.firewall:
+            ports = {f"sparkfleet_port of {engine.model}": engine.port for engine in settings.each()}
+            ports |= {"sparkfleet_guard_port": settings.guard_port, "sparkfleet_share_port": settings.share_port}
+            firewall.check_ports(ports, settings.ssh_port)
         if settings.bundle and settings.model_source != "local":
             raise SparkfleetError(
                 f"sparkfleet_model_source: {settings.model_source} needs the internet; with sparkfleet_bundle set it "
@@ -369,7 +399,9 @@ class Target:
                     f"{engine.card.name} gives neither text nor vectors, whose speed a trial measures: deploy it, what "
                     "it needs is measured at each start"
                 )
-        bundle = Bundle.read(settings.bundle, settings.bundle_digest) if settings.bundle else None
+        bundle = (
+            Bundle.read(settings.bundle, settings.bundle_digest, settings.bundle_signers) if settings.bundle else None
+        )
         return cls(settings, engines, bundle, lock)
 
     def document(self, state: State | None = None) -> compose.Document:
@@ -403,6 +435,7 @@ class Target:
             port=engine.port,
             addresses=addresses,
             api_key_enabled=self.settings.api_key_enabled and not trial,
+            media_domains=self.media_domains(engine),
         )
         if trial:
             made["services"][engine.service]["restart"] = "no"  # a restart of the host ends it
@@ -414,6 +447,11 @@ class Target:
         complete = model.get("complete") or (model.get("suspect") and not model.get("missing"))
         return model.get("commit") if complete or (self.settings.trial == DUMMY and model.get("config")) else None
 
+    def media_domains(self, engine: EngineTarget) -> list[str] | None:
+        """Hosts that an engine may fetch pictures from; None where it is not told."""
+        limited = engine.fetches_media and engine.version.limits_media
+        return media_domains(self.settings.media_domains) if limited else None
+
     def addresses(self, state: State | None = None) -> list[str]:
         """Addresses that the engines' ports are published on, besides loopback; none for everywhere."""
         wanted = listen(self.settings.listen)
@@ -422,11 +460,29 @@ class Target:
         # In an order independent of the name server.
         return sorted((state or {}).get("reached_at") or []) if wanted == "auto" and self.settings.gateways else []
 
+    def firewall(self, state: State) -> str:
+        """The rules of the firewall; "" for none."""
+        settings = self.settings
+        if not settings.firewall:
+            return ""
+        known = state["firewall"]["sources"]
+        clients, sparks = (
+            [address for name in names for address in known.get(name, ())]
+            for names in (settings.gateways, settings.sparks)
+        )
+        return firewall.rules(
+            [port for port in (*(engine.port for engine in self.engines), settings.guard_port) if port],
+            firewall.networks([*clients, *firewall.allowed(settings.firewall_allow)]),
+            settings.share_port,
+            firewall.networks(sparks),
+        )
+
     def is_open(self, state: State | None = None) -> bool:
-        """Whether anyone on the host's network reaches, or may reach, the engines: without a gateway or a key."""
+        """Whether anyone on the host's network may reach the engines: without a gateway, a firewall or a key."""
         addresses = self.addresses(state)
         everywhere = not addresses or not all(ipaddress.ip_address(address).is_loopback for address in addresses)
-        return everywhere and not self.settings.gateways and not self.settings.api_key_enabled
+        closed = self.settings.gateways or self.settings.firewall or self.settings.api_key_enabled
+        return everywhere and not closed
 
 
 def _check_engines(engines: Sequence[EngineTarget]) -> None:

@@ -49,6 +49,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "sparkfleet_gateway_port": (1, 65535),
     "sparkfleet_gateway_statistics_port": (1, 65535),
     "sparkfleet_gateway_peer_port": (1, 65535),
+    "sparkfleet_gateway_requests_per_second": (0, 10_000),
+    "sparkfleet_gateway_streams": (0, 10_000),
     "sparkfleet_gateway_router_id": (1, 255),
     "sparkfleet_rollout_canary": (0, 10_000),
     "sparkfleet_rollout_soak": (0, _DAY),

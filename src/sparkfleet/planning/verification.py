@@ -37,9 +37,14 @@ def _derived(card: Card, arguments: Arguments) -> set[str]:
         found.add("tool_call")
     if arguments.get("reasoning_parser"):
         found.add("reasoning")
-    if card.vision and not _text_only(arguments):
+    if takes_pictures(card, arguments):
         found.add("image")
     return found
+
+
+def takes_pictures(card: Card, arguments: Arguments) -> bool:
+    """Whether an engine with these arguments takes pictures."""
+    return card.vision and not _text_only(arguments)
 
 
 def _text_only(arguments: Arguments) -> bool:

@@ -32,6 +32,9 @@ NGC_VERSIONS = {
 #: The first image of NVIDIA that runs on a GB10, and the first upstream version that has arm64 and sm_121.
 FIRST_NGC = "25.09"
 FIRST_UPSTREAM: Version = (0, 18)
+#: The first vLLM with ``--allowed-media-domains`` and VLLM_MEDIA_URL_ALLOW_REDIRECTS (engine/arg_utils.py, envs.py; the
+#: wheel of 0.10.2 has neither).
+FIRST_MEDIA_DOMAINS: Version = (0, 11)
 
 #: Dates of vLLM's changes are those of the first release that has them: read from the wheels of 0.11.0 to 0.32.0 on
 #: PyPI, unless a line names another source.
@@ -173,6 +176,11 @@ class Engine:
     def rules(self) -> Rules:
         """What this version does about memory."""
         return _rules((self.version[0], self.version[1] + 1) if self.development else self.version)
+
+    @property
+    def limits_media(self) -> bool:
+        """Whether it can be told from which hosts it may fetch media; one that is not known may lack the option."""
+        return self.version >= FIRST_MEDIA_DOMAINS
 
     @classmethod
     def parse(cls, text: str) -> Engine:

@@ -410,11 +410,11 @@ def test_a_bundle_says_what_it_has_and_a_collected_list_is_compared(tmp_path: Pa
     made.files[name] = Entry(len(text), hashlib.sha256(text).hexdigest())
     made.models["acme/tiny@main"] = {"commit": "1" * 40, "bytes": 1, "files": []}
     made.write()
-    assert model_files.of_bundle(str(tmp_path), "", "acme/tiny", "main").expected == LISTING
-    assert model_files.of_bundle(str(tmp_path), "", "acme/tiny", "other") == Answer()
+    assert model_files.of_bundle(str(tmp_path), ("", ""), "acme/tiny", "main").expected == LISTING
+    assert model_files.of_bundle(str(tmp_path), ("", ""), "acme/tiny", "other") == Answer()
     (tmp_path / name).write_bytes(text.replace(b"2" * 40, b"3" * 40))
     with pytest.raises(SparkfleetError, match="was changed since"):
-        model_files.of_bundle(str(tmp_path), "", "acme/tiny", "main")
+        model_files.of_bundle(str(tmp_path), ("", ""), "acme/tiny", "main")
 
     model_files.refuse(LISTING, LISTING, "spark-1", "acme/tiny@main")
     other = {**LISTING, "files": {"config.json": {"size": 1, "sha1": "4" * 40}}}

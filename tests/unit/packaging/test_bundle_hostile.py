@@ -23,7 +23,9 @@ from sparkfleet_host.bounded import BoundsError
 
 from sparkfleet import SparkfleetError
 from sparkfleet.packaging.bundle import Bundle, Collected, Entry
+from sparkfleet.planning.target import Settings, Target
 from tests.unit.packaging.test_bundle import BLOB, CONTENT, IMAGE, REPO, SHA, SYSTEM, WEIGHTS, collected, fill, params
+from tests.unit.packaging.test_signature import make, signers
 from tests.unit.plugins.test_fleet_actions import Stage
 
 MODEL = f"{REPO}@main"
@@ -69,7 +71,8 @@ class Runs:
         self.wire, self.host = Wire(), host
         monkeypatch.setattr(bundle_receive, "let_apt_know", lambda folder: None)
 
-    def __call__(self, state: str, digest: str = "", **given: Any) -> dict[str, Any]:
+    def __call__(self, state: str, digest: str = "", trust: tuple[str, str] = ("", ""), **given: Any) -> dict[str, Any]:
+        """`trust`: the key that signs, and the file of those who may."""
         plugin = object.__new__(self.stage.action.ActionModule)
         plugin._task = SimpleNamespace(
             args={"state": state, **given}, check_mode=False, async_val=0, diff=False, action="x"
@@ -86,6 +89,7 @@ class Runs:
 
         plugin._execute_module = execute
         known = {"inventory_hostname": "s1", "sparkfleet_inspection": INSPECTION, "sparkfleet_bundle_digest": digest}
+        known.update(zip(("sparkfleet_bundle_key", "sparkfleet_bundle_signers"), trust, strict=True))
         found: dict[str, Any] = plugin.run(task_vars=known)
         return found
 
@@ -334,6 +338,43 @@ def test_a_digest_that_was_carried_apart_is_checked(run: Runs, tmp_path: Path) -
     with pytest.raises(AnsibleActionFail, match="sparkfleet_bundle_digest"):
         run("push", digest=digest, bundle=str(made.folder), packages=True)
     assert run.wire.sent == []
+
+
+def test_a_bundle_is_signed_as_it_is_made_and_the_signature_is_checked(
+    run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, allowed = make(tmp_path, "alice"), tmp_path / "signers"
+    monkeypatch.setattr(run.stage.action.wheels, "download", lambda *words: [])
+    made = fill(Bundle.open(tmp_path / "carry"))
+    folder = str(made.folder)
+    run("python", bundle=folder, trust=(str(key), ""))
+    assert any("signed: " in text for text in run.stage.printed)
+    signers(tmp_path, key)
+    run("push", bundle=folder, packages=True, trust=("", str(allowed)))
+    before = len(run.wire.sent)
+    assert before
+    run("python", bundle=folder)  # nothing is new, so the signature stays
+    assert Bundle.read(folder, signers=str(allowed)).files == made.files
+    text = (made.folder / "bundle.json").read_bytes()
+    edit(made.folder, lambda known: None)  # another order of bytes
+    for call in (lambda: Bundle.read(folder, signers=str(allowed)), lambda: Target.of(signed(folder, allowed))):
+        with pytest.raises(SparkfleetError, match=r"carry is not signed by anyone in .*signers"):
+            call()
+    with pytest.raises(AnsibleActionFail, match="carry is not signed by anyone in"):
+        run("push", bundle=folder, packages=True, trust=("", str(allowed)))
+    (made.folder / "bundle.json").write_bytes(text)
+    made.packages.append("b")
+    made.write()
+    with pytest.raises(SparkfleetError, match="carry is not signed, and sparkfleet_bundle_signers wants"):
+        Bundle.read(folder, signers=str(allowed))
+    (made.folder / "bundle.json.sig").symlink_to(tmp_path / "alice")
+    with pytest.raises(SparkfleetError, match=r"carry: bundle\.json\.sig: "):
+        Bundle.read(folder, signers=str(allowed))
+    assert len(run.wire.sent) == before
+
+
+def signed(folder: str, allowed: Path) -> Settings:
+    return Settings(model="llama31-8b-fp8", bundle=folder, bundle_signers=str(allowed))
 
 
 def test_a_bundle_without_hashes_is_refused_and_can_be_made_again(run: Runs, tmp_path: Path) -> None:

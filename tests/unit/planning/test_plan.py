@@ -14,7 +14,7 @@ import yaml
 from sparkfleet_host.bounded import GIB
 
 from sparkfleet import SparkfleetError
-from sparkfleet.planning import plan, preflight, variables
+from sparkfleet.planning import firewall, plan, preflight, variables
 from sparkfleet.planning.target import EngineSettings, Settings, Target
 
 SERVICE = "vllm-llama31-8b-fp8"
@@ -69,6 +69,10 @@ def bare() -> State:
             "switch_compose": None,
         },
         "host_program": "",
+        "firewall": {
+            **{"installed": True, "rules": "", "unit": "", "active": False, "enabled": False, "loaded": ""},
+            "sources": {},
+        },
         "guard": {
             **dict.fromkeys(("installed", "active", "enabled", "current"), False),
             **{"program": "", "settings": None, "state": None},
@@ -961,6 +965,110 @@ def test_a_draft_that_is_a_folder_is_not_fetched() -> None:
     pinned = {"model": DRAFT, "revision": DRAFTED, "num_speculative_tokens": 3}
     goal = target(model="gemma4-31b-nvfp4", arguments={"speculative_config": pinned})
     assert goal.engines[0].draft and goal.engines[0].draft.revision == DRAFTED
+
+
+WALL: dict[str, Any] = {"firewall": True, "gateways": ("gateway-1.lan",), "sparks": ("spark-2.lan",)}
+
+
+def walled(**more: Any) -> State:
+    """A host with a firewall, as the plan of WALL has it."""
+    state = fetched()
+    state["reached_at"] = ["192.0.2.11"]
+    state["firewall"]["sources"] = {"gateway-1.lan": ["192.0.2.5", "fd00::5"], "spark-2.lan": ["192.0.2.12"]}
+    rules = plan.make(target(**WALL), state)["prepare"]["firewall_rules"]
+    state["firewall"].update(rules=rules, unit=firewall.unit(), active=True, enabled=True, loaded=firewall.mark(rules))
+    state["firewall"].update(more)
+    return state
+
+
+def test_the_firewall_opens_ports_to_gateways_and_sparks() -> None:
+    made = plan.make(target(**WALL, firewall_allow=["192.0.2.64/26"], guard_port=0), walled())["prepare"]
+    assert made["firewall"] == ["change the firewall"] and made["needed"]
+    rules = made["firewall_rules"]
+    assert "tcp dport { 8000 }" in rules and "tcp dport 9110 ct" in rules
+    clients, sparks = rules.partition("chain clients {")[2].split("chain sparks {")
+    assert "ip saddr { 192.0.2.5/32, 192.0.2.64/26 } accept" in clients and "ip6 saddr { fd00::5/128 }" in clients
+    assert "ip saddr { 192.0.2.12/32 } accept" in sparks and "192.0.2.5" not in sparks
+
+
+@pytest.mark.parametrize(
+    ("there", "reasons"),
+    [
+        ({}, []),
+        ({"unit": "", "rules": "", "loaded": "", "active": False}, ["set up the firewall"]),
+        ({"unit": "of an earlier version"}, ["change the firewall"]),
+        ({"loaded": ""}, ["load the firewall, now and at boot"]),
+        ({"active": False}, ["load the firewall, now and at boot"]),
+        ({"enabled": False}, ["load the firewall, now and at boot"]),
+    ],
+)
+def test_what_is_to_be_done_about_the_firewall(there: State, reasons: list[str]) -> None:
+    state = walled(**there)
+    assert plan.make(target(**WALL), state)["prepare"]["firewall"] == reasons
+    assert plan.make(target(), state)["prepare"]["firewall"] == ["remove the firewall"] * bool(
+        state["firewall"]["rules"]
+    )
+
+
+def test_a_gateway_that_the_firewall_would_shut_out_is_a_finding() -> None:
+    state = walled()
+    state["firewall"]["sources"]["gateway-1.lan"] = []
+    made = plan.make(target(**WALL), state)
+    assert [item["id"] for item in made["findings"]] == ["firewall-source-unknown"]
+    assert "gateway-1.lan stands for no address" in made["findings"][0]["message"]
+
+
+def test_a_firewall_that_nobody_passes_is_told_and_one_that_closes_ssh_is_refused() -> None:
+    notes = plan.make(target(firewall=True), bare())["notes"]
+    assert any("opens the engine's port to nobody" in note for note in notes)
+    assert not any("open to the network" in note for note in notes)
+    with pytest.raises(SparkfleetError, match="sparkfleet_port of llama31-8b-fp8: 2222 is the port of SSH"):
+        target(firewall=True, port=2222, ssh_port=2222)
+
+
+def command(**settings: Any) -> tuple[list[str], dict[str, str]]:
+    (service,) = target(**settings).document()["services"].values()
+    return service["command"], service["environment"]
+
+
+REDIRECTS = "VLLM_MEDIA_URL_ALLOW_REDIRECTS"
+
+
+def test_an_engine_that_takes_pictures_fetches_none_unless_it_is_told_from_where() -> None:
+    words, environment = command(model="qwen36-27b-nvfp4")
+    assert words[-2:] == ["--allowed-media-domains", "none.invalid"] and environment[REDIRECTS] == "0"
+    assert not any("--allowed-local-media-path" in word for word in words)
+    words, environment = command(model="qwen36-27b-nvfp4", media_domains=["images.example.com", "B.example"])
+    assert words[-3:] == ["--allowed-media-domains", "images.example.com", "b.example"]
+    words, environment = command(model="qwen36-27b-nvfp4", environment={REDIRECTS: 1})
+    assert environment[REDIRECTS] == "1"
+    arguments = {"allowed_media_domains": "example.com"}
+    words, _ = command(model="qwen36-27b-nvfp4", arguments=arguments)
+    assert words.count("--allowed-media-domains") == 1 and "example.com" in words
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": "llama31-8b-fp8"},
+        {"model": "qwen36-27b-nvfp4", "media_domains": ["*"]},
+        {"model": "qwen36-27b-nvfp4", "arguments": {"language_model_only": True}},
+        {"model": "qwen36-27b-nvfp4", "image": "nvcr.io/nvidia/vllm:25.10-py3"},  # vLLM 0.10.2
+        {"model": "qwen36-27b-nvfp4", "image": "registry.example/mine:1"},
+    ],
+)
+def test_what_is_not_told_where_pictures_come_from(settings: dict[str, Any]) -> None:
+    words, environment = command(**settings)
+    assert "--allowed-media-domains" not in words and REDIRECTS not in environment
+    notes = [note for note in plan.make(target(**settings), bare())["notes"] if "fetches pictures" in note]
+    assert bool(notes) == ("image" in settings)
+
+
+def test_a_domain_of_pictures_that_is_none_is_refused_by_its_place() -> None:
+    with pytest.raises(
+        SparkfleetError, match=r"sparkfleet_media_domains: entry 2, 'http://x', is not the name of a host"
+    ):
+        target(media_domains=["a.example", "http://x"])
 
 
 def test_a_model_that_spans_sparks_is_not_deployed() -> None:

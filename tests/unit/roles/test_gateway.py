@@ -97,9 +97,9 @@ def test_what_is_wrong_is_named(variables: dict[str, Any], words: str) -> None:
 
 
 def test_a_bad_key_is_told_by_its_place() -> None:
-    assert gateway.keys(["0123456789"]) == ["0123456789"]
+    assert [client["name"] for client in gateway.clients(["0123456789", {"key": "another-key"}])] == ["key-1", "key-2"]
     with pytest.raises(SparkfleetError, match="entry 2") as error:
-        gateway.keys(["0123456789", "my secret key"])
+        gateway.clients(["0123456789", {"name": "alice", "key": "my secret key"}])
     assert "secret" not in str(error.value)
 
 
@@ -215,6 +215,7 @@ def test_the_plan_of_a_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"keys": ["a-key-of-a-client"], "port": 8080}
     made = stage.run(inventory(), address="192.0.2.4", **given)
     assert made["_ansible_no_log"] is True and made["changed"] is False
+    assert made["client_keys"][0] == {"name": "key-1", "key": given["keys"][0], "requests_per_second": 0, "streams": 0}
     assert made["gateways"] == [{"name": "gateway-1", "address": "192.0.2.5"}]
     assert made["certificate_names"] == ["DNS:gateway-1", "DNS:localhost", "IP:192.0.2.5", "IP:192.0.2.4"]
     assert made["certificate_shown"][2] == "IP Address:192.0.2.5" and made["names"] is True
@@ -240,6 +241,22 @@ def test_models_of_a_rollout_that_did_not_come_to_its_end_keep_their_place(monke
         ({"keys": ["#comment-of-haproxy"]}, "sparkfleet_gateway_keys: entry 1"),
         ({"keys": [12345678]}, "sparkfleet_gateway_keys: entry 1 must be text, not a number: write the key in quotes"),
         ({"keys": ["one,two,three"]}, "sparkfleet_gateway_keys: entry 1"),
+        ({"keys": [{"name": "alice"}]}, "sparkfleet_gateway_keys: entry 1 has blanks"),
+        (
+            {"keys": [{"key": "k" * 8, "stream": 2}]},
+            "sparkfleet_gateway_keys: entry 1: unknown key 'stream'; there are name",
+        ),
+        ({"keys": [{"key": "k" * 8, "name": "a b"}]}, "sparkfleet_gateway_keys: entry 1: its name 'a b' is not valid"),
+        ({"keys": [{"key": "k" * 8, "streams": -1}]}, "sparkfleet_gateway_keys: entry 1: streams: -1 is not a whole"),
+        ({"keys": ["k" * 8, "k" * 8]}, "sparkfleet_gateway_keys: entry 2 has the key of entry 1"),
+        (
+            {"keys": [{"key": "k" * 8, "name": "a"}, {"key": "l" * 8, "name": "a", "streams": 2}]},
+            "entries 1 and 2 are both called a, but streams is 0 and 2",
+        ),
+        ({"keys": ["k" * 8], "streams": "many"}, "sparkfleet_gateway_streams: 'many' is not a whole number"),
+        ({"requests_per_second": 5}, "sparkfleet_gateway_requests_per_second: 5 is a quota of each client key"),
+        ({"paths": ["tokenize"]}, "sparkfleet_gateway_paths: entry 1, 'tokenize', is not a path"),
+        ({"paths": ["/ok", "/a/../pause"]}, "sparkfleet_gateway_paths: entry 2"),
         ({"address": "fd00::4"}, "sparkfleet_gateway_address"),
         ({"ports": {"gpt-oss-20b": 8081}}, "no Spark serves 'gpt-oss-20b'"),
         ({"models": ["no-such"]}, "sparkfleet_gateway_models: "),

@@ -16,16 +16,31 @@ from typing import Any
 
 import hypothesis
 import pytest
+import yaml
 from hypothesis import strategies as st
 from sparkfleet_host import names
 
 from sparkfleet import SparkfleetError
 from sparkfleet.fleet import gateway as planned
-from tests.unit.roles.haproxy import LLAMA, OSS, QUICK, Answer, Spark, checked, free_port, open_port, rendered, running
+from tests.unit.roles.haproxy import (
+    LLAMA,
+    OSS,
+    QUICK,
+    ROLE,
+    Answer,
+    Spark,
+    checked,
+    free_port,
+    open_port,
+    rendered,
+    running,
+)
 
 KEY = "a-key-of-a-client"
 ENGINE_KEY = "a-key-of-engines"
 Make = Callable[..., Spark]
+DEFAULTS = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text(encoding="utf-8"))
+ROLE_PATHS = ["/health", *DEFAULTS["gateway_paths"]]
 
 
 @pytest.fixture
@@ -66,11 +81,12 @@ def test_one_model_goes_to_sparks_in_turn(tmp_path: Path, spark: Make) -> None:
     ("status", "method", "path"),
     [
         *((404, "POST", path) for path in ("/pause", "/tokenize", "/metrics", "/v1", "/", "/V1/x", "/healthy")),
+        *((404, "POST", path) for path in ("/v1/load_lora_adapter", "/v1/completions/", "/v1/completions/render")),
         *((400, "POST", f"/v1/{path}") for path in ("../pause", "%2e%2e/pause", "%2E./x", "..%2fx", "a/../../x", "..")),
         *((400, "POST", path) for path in ("//v1/x", "/v1//x", "/v1/./x", "/v1/x%5c..%5cy", "/v1/..;/pause", "/v1/.")),
         *((400, "POST", path) for path in ("/v1/%252e%252e/pause", "/v1/x\\..\\pause", "/v1/a%00", "/health/../pause")),
         *((405, method, "/v1/models") for method in ("PUT", "TRACE", "PATCH", "PROPFIND")),
-        *((200, method, "/v1/responses/r1?x=a%2Fb%2e%2e") for method in ("GET", "POST", "DELETE", "OPTIONS", "HEAD")),
+        *((200, method, "/v1/responses/resp_?x=a%2F%2e%2e") for method in ("GET", "POST", "DELETE", "OPTIONS", "HEAD")),
         *((405, method, "/health") for method in ("POST", "DELETE", "OPTIONS")),
         (400, "GET", "/v1/%6dodels"),
         (400, "CONNECT", "/v1/models"),
@@ -85,7 +101,7 @@ def test_what_is_let_through(door: Any, status: int, method: str, path: str) -> 
     assert answer.startswith(f"HTTP/1.1 {status} ".encode()), answer[:300]
     assert len(engine.asked) == (1 if status == 200 else 0)
     if engine.asked:
-        assert engine.asked[0][1] == "/v1/responses/r1?x=a%2Fb%2e%2e"
+        assert engine.asked[0][1] == "/v1/responses/resp_?x=a%2F%2e%2e"
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +140,9 @@ def test_a_request_is_bounded(tmp_path: Path, spark: Make) -> None:
         gateway.until(llama31_8b_fp8_spark_1="UP")
         assert gateway.ask(body=b"x" * 1001).status == 413 and gateway.ask(body=b"x" * 1000).status == 200
         began = time.monotonic()
-        late = gateway.raw(b"POST /v1/x HTTP/1.1\r\nHost: g\r\nX-Client: t\r\nContent-Length: 10\r\n\r\nhal", 8)
+        late = gateway.raw(
+            b"POST /v1/completions HTTP/1.1\r\nHost: g\r\nX-Client: t\r\nContent-Length: 10\r\n\r\nhal", 8
+        )
         assert late.startswith(b"HTTP/1.1 408 ") and time.monotonic() - began > 0.5
         assert gateway.raw(b"GET /v1/models HTTP/1.1\r\nHos", 8).startswith(b"HTTP/1.1 408 ")
         assert len(engine.asked) == 1
@@ -158,9 +176,9 @@ KEYS = [KEY, CHARACTERS.lstrip("#").replace("#", "") + "#", CHARACTERS[::-1], "t
 
 
 def test_keys_of_clients(tmp_path: Path, spark: Make) -> None:
-    assert planned.keys(KEYS) == KEYS
+    assert [client["key"] for client in planned.clients(KEYS)] == KEYS
     engine = spark("spark-1")
-    with running(tmp_path, {"spark-1": host(engine)}, gateway_keys=KEYS) as gateway:
+    with running(tmp_path, {"spark-1": host(engine)}, gateway_keys=planned.clients(KEYS)) as gateway:
         gateway.until(llama31_8b_fp8_spark_1="UP")
         for key in KEYS:
             assert gateway.ask(key=key).status == 200, key
@@ -174,12 +192,112 @@ def test_keys_of_clients(tmp_path: Path, spark: Make) -> None:
         assert all("authorization" not in headers for _, _, headers, _ in engine.asked)
 
 
+def test_every_route_of_vllm_is_closed_unless_clients_need_it(tmp_path: Path, spark: Make) -> None:
+    """Without a key, with a wrong one, with a client's; then with a variable that opens further paths."""
+    engine = spark("spark-1")
+    text = (Path(__file__).parent / "vllm_routes.txt").read_text(encoding="utf-8")
+    routes = [line.replace("{response_id}", "resp_1") for line in text.splitlines() if not line.startswith("#")]
+    opened = {*ROLE_PATHS, "/v1/responses/resp_1", "/v1/responses/resp_1/cancel"}
+    assert len(routes) > 70 and opened - {"/v1/responses/resp_*"} <= {*routes}
+    with running(tmp_path, {"spark-1": host(engine)}, gateway_keys=planned.clients([KEY])) as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="UP")
+        for route in routes:
+            engine.asked.clear()
+            method = "GET" if route == "/health" else "POST"
+            got = [gateway.ask(route, method, **more).status for more in ({}, {"key": "wrong-key"}, {"key": KEY})]
+            wanted = [200] * 3 if route == "/health" else [401, 401, 200] if route in opened else [404] * 3
+            assert got == wanted, route
+            assert [path for _, path, _, _ in engine.asked] == [route] * wanted.count(200)
+    further = planned.paths(["/tokenize", "/v1/completions/*"])
+    with running(tmp_path / "two", {"spark-1": host(engine)}, gateway_further_paths=further) as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="UP")
+        asked = ("/tokenize", "/v1/completions/render", "/v1/completions", "/detokenize", "/tokenize/x")
+        assert [gateway.ask(path).status for path in asked] == [200, 200, 200, 404, 404]
+
+
+def test_a_client_beyond_its_quota_waits_and_nobody_else(tmp_path: Path, spark: Make) -> None:
+    engine = spark("spark-1")
+    both = [{"name": "alice", "key": key} for key in ("alice-old-key", "alice-new-key")]
+    clients = planned.clients([*both, {"name": "bob", "key": "bobs-own-key", "streams": 0}], {"streams": 2})
+    with running(tmp_path, {"spark-1": host(engine)}, gateway_keys=clients) as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="UP")
+        engine.behaviour = ["slow"] * 2
+        got: list[Answer] = []
+        keys = ("alice-old-key", "alice-new-key")
+        running_now = [threading.Thread(target=lambda key=key: got.append(gateway.ask(key=key))) for key in keys]
+        for thread in running_now:
+            thread.start()
+        end = time.monotonic() + 10
+        while "conn_cur=2" not in gateway.runtime("show table sparkfleet-clients") and time.monotonic() < end:
+            time.sleep(0.02)
+        refused = gateway.ask(key="alice-old-key")
+        assert refused.status == 429 and refused.headers["retry-after"] == "5"
+        assert json.loads(refused.body)["error"]["type"] == "RateLimitError"
+        assert [gateway.ask(key="bobs-own-key").status for _ in range(3)] == [200] * 3
+        for thread in running_now:
+            thread.join()
+        assert [answer.status for answer in got] == [200, 200]
+        assert gateway.ask(key="alice-new-key").status == 200
+        assert len(engine.asked) == 6
+
+
+def test_requests_a_second(tmp_path: Path, spark: Make) -> None:
+    engine = spark("spark-1")
+    clients = planned.clients([{"name": "alice", "key": KEY, "requests_per_second": 5}, "another-key"])
+    with running(tmp_path, {"spark-1": host(engine)}, gateway_keys=clients) as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="UP")
+        answers = [gateway.ask(key=KEY) for _ in range(20)]
+        passed = [answer for answer in answers if answer.status == 200]
+        assert len(passed) == 5 and {answer.status for answer in answers} == {200, 429}
+        assert {answer.headers["retry-after"] for answer in answers if answer.status == 429} == {"1"}
+        assert [gateway.ask(key="another-key").status for _ in range(20)] == [200] * 20
+        assert len(engine.asked) == 25
+        # What was refused does not count: who goes on asking is served again.
+        end, served = time.monotonic() + 5, 0
+        while time.monotonic() < end:
+            served += gateway.ask(key=KEY).status == 200
+            time.sleep(0.05)
+        assert 15 <= served <= 30
+
+
+def test_a_request_is_logged_by_the_name_of_its_key_and_without_what_was_asked(tmp_path: Path, spark: Make) -> None:
+    engine = spark("spark-1")
+    clients = planned.clients([{"name": "alice", "key": KEY}])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as log:
+        log.bind(("127.0.0.1", 0))
+        log.settimeout(5)
+        where = f"127.0.0.1:{log.getsockname()[1]}"
+        with running(tmp_path, {"spark-1": host(engine)}, gateway_keys=clients, gateway_log=where) as gateway:
+            gateway.until(llama31_8b_fp8_spark_1="UP")
+            gateway.ask("/v1/completions?q=a-secret-query", key=KEY, body=b'{"prompt": "a-secret-prompt"}')
+            gateway.ask(key="a-wrong-key")
+            gateway.raw(b'GET /a" client=bob\x01 HTTP/1.1\r\nHost: g\r\n\r\n', 1)
+            gateway.raw(b'GET /a"client=bob\\ HTTP/1.1\r\nHost: g\r\nConnection: close\r\n\r\n', 1)
+            lines: list[str] = []
+            while len(lines) < 4:
+                lines += [line for line in [log.recv(65536).decode()] if "client=" in line]
+    parts = [dict(part.partition("=")[::2] for part in line.split() if "=" in part) for line in lines]
+    (first,) = (line for line in parts if line["client"] == "alice")
+    assert (first["model"], first["spark"], first["status"]) == ("llama31-8b-fp8", "spark-1", "200")
+    assert (first["method"], first["path"]) == ("POST", '"/v1/completions"')
+    assert int(first["bytes_in"]) > 100 and int(first["bytes_out"]) > 60 and int(first["total_ms"]) >= 0
+    others = sorted((line["client"], line["status"], line["path"]) for line in parts if line is not first)
+    wanted = [("-", "400", '"/a#22client=bob\\\\"'), ("-", "400", '"<BADREQ>"'), ("-", "401", '"/v1/completions"')]
+    assert others == wanted
+    printed = "".join(lines)
+    assert KEY not in printed and "a-wrong-key" not in printed and "secret" not in printed
+
+
 def test_a_body_without_a_key_is_not_waited_for(tmp_path: Path, spark: Make) -> None:
     engine = spark("spark-1")
-    with running(tmp_path, {"spark-1": host(engine)}, gateway_keys=[KEY], gateway_request_timeout="60s") as gateway:
+    with running(
+        tmp_path, {"spark-1": host(engine)}, gateway_keys=planned.clients([KEY]), gateway_request_timeout="60s"
+    ) as gateway:
         gateway.until(llama31_8b_fp8_spark_1="UP")
         began = time.monotonic()
-        printed = gateway.raw(b"POST /v1/x HTTP/1.1\r\nHost: g\r\nContent-Length: 250000\r\n\r\n" + b"x" * 1000, 20)
+        printed = gateway.raw(
+            b"POST /v1/completions HTTP/1.1\r\nHost: g\r\nContent-Length: 250000\r\n\r\n" + b"x" * 1000, 20
+        )
         assert printed.startswith(b"HTTP/1.1 401 ") and time.monotonic() - began < 15
 
 
@@ -188,7 +306,7 @@ def test_the_engines_key_takes_the_place_of_the_clients(tmp_path: Path, spark: M
     engine.key = bare.key = ENGINE_KEY
     bare.guarded = False
     hosts = {"spark-1": host(engine, engine_key=ENGINE_KEY), "spark-2": host(bare, engine_key=ENGINE_KEY, guard=False)}
-    with running(tmp_path, hosts, gateway_keys=[KEY]) as gateway:
+    with running(tmp_path, hosts, gateway_keys=planned.clients([KEY])) as gateway:
         gateway.until(llama31_8b_fp8_spark_1="UP", llama31_8b_fp8_spark_2="UP")
         assert {gateway.ask(key=KEY).spark for _ in range(4)} == {"spark-1", "spark-2"}
         for item in (engine, bare):
@@ -215,7 +333,7 @@ def test_before_the_first_byte_another_spark_is_asked_and_never_after_it(tmp_pat
         assert {body for _, _, _, body in (*one.asked, *two.asked)} == {b'{"prompt": "all of it"}'}
         before = len(one.asked) + len(two.asked)
         one.behaviour = two.behaviour = ["half"]
-        printed = gateway.raw(b"GET /v1/x HTTP/1.1\r\nHost: g\r\nX-Client: t\r\n\r\n", 5)
+        printed = gateway.raw(b"GET /v1/models HTTP/1.1\r\nHost: g\r\nX-Client: t\r\n\r\n", 5)
         assert printed.endswith(b"half") and len(one.asked) + len(two.asked) == before + 1
 
 
@@ -295,7 +413,7 @@ def test_models_by_port_path_name_and_body(tmp_path: Path, spark: Make) -> None:
     one, two = spark("spark-1"), spark("spark-2", OSS)
     hosts = {"spark-1": host(one), "spark-2": host(two, model="gpt-oss-120b")}
     port = free_port()
-    with running(tmp_path, hosts, ports={"gpt-oss-120b": port}, gateway_keys=[KEY]) as gateway:
+    with running(tmp_path, hosts, ports={"gpt-oss-120b": port}, gateway_keys=planned.clients([KEY])) as gateway:
         gateway.until(llama31_8b_fp8_spark_1="UP", gpt_oss_120b_spark_2="UP")
 
         def ask(path: str = "/v1/completions", **more: Any) -> Answer:
@@ -312,7 +430,7 @@ def test_models_by_port_path_name_and_body(tmp_path: Path, spark: Make) -> None:
             assert ask(body=wrong).status == 404
         assert ask("/gpt-oss-120b/pause").status == ask("/gpt-oss-120bx/v1/models").status == 404
         assert ask("/gpt-oss-120b/v1/../pause").status == 400
-        assert gateway.ask(port=port).status == gateway.ask("/gpt-oss-120b/v1/x").status == 401
+        assert gateway.ask(port=port).status == gateway.ask("/gpt-oss-120b/v1/models").status == 401
         assert gateway.ask("/health", "GET").status == 200
 
 
@@ -331,7 +449,9 @@ def test_tls(tmp_path: Path, spark: Make) -> None:
     words += ["-addext", "subjectAltName=IP:127.0.0.1", "-out", str(folder / "gateway.pem")]
     subprocess.run([*words, "-keyout", str(folder / "gateway.pem.key")], check=True, capture_output=True)
     engine = spark("spark-1")
-    with running(folder, {"spark-1": host(engine)}, gateway_certificate="self-signed", gateway_keys=[KEY]) as gateway:
+    with running(
+        folder, {"spark-1": host(engine)}, gateway_certificate="self-signed", gateway_keys=planned.clients([KEY])
+    ) as gateway:
         gateway.until(llama31_8b_fp8_spark_1="UP")
         trusted = ssl.create_default_context(cafile=str(folder / "gateway.pem"))
         assert gateway.ask(tls=trusted, key=KEY).status == 200 and gateway.ask(tls=trusted).status == 401
@@ -422,6 +542,10 @@ def test_names_are_resolved_as_the_host_does() -> None:
 NAMES = st.text(min_size=1, max_size=20) | st.from_regex(r"spark[-_.@+ ]?[0-9]", fullmatch=True)
 PORTS = st.integers(0, 70000) | st.sampled_from(["8000", "080", "", None, "x", True, 8000.5])
 SECRETS = st.just("") | st.text(max_size=40) | st.from_regex(r"[!-~]{7,12}", fullmatch=True)
+CLIENTS = st.fixed_dictionaries(
+    {"key": SECRETS},
+    optional={"name": st.text(max_size=8) | st.from_regex(r"[A-Za-z0-9_.@-]{1,8}", fullmatch=True), "streams": PORTS},
+)
 PLACES = st.ip_addresses().map(str) | st.sampled_from(
     ["a.invalid", "b.local.invalid", "::1%eth0", "a b", "x;y", "", "-a"]
 )
@@ -438,20 +562,22 @@ SPARKS = st.fixed_dictionaries(
 @hypothesis.settings(max_examples=15, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
 @hypothesis.given(
     hosts=st.dictionaries(NAMES, SPARKS, min_size=1, max_size=4),
-    keys=st.lists(SECRETS, max_size=3),
+    keys=st.lists(SECRETS | CLIENTS, max_size=3),
+    further_paths=st.lists(st.from_regex(r"/[!-~]{0,12}", fullmatch=True) | st.text(max_size=8), max_size=2),
     ports=st.dictionaries(MODELS, PORTS, max_size=2),
     further=st.lists(MODELS, max_size=2),
 )
 def test_what_renders_is_accepted_and_what_is_not_is_refused_with_one_message(
-    tmp_path_factory: pytest.TempPathFactory, hosts: Any, keys: Any, ports: Any, further: Any
+    tmp_path_factory: pytest.TempPathFactory, hosts: Any, keys: Any, ports: Any, further: Any, further_paths: Any
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
     try:
-        planned.keys(keys)
+        clients = planned.clients(keys)
+        paths = planned.paths(further_paths)
         planned.check_ports({"sparkfleet_gateway_port": 8080, **ports})
         made = planned.plan(planned.settings(hosts), ports, further)
     except SparkfleetError as error:
         assert "\n" not in str(error) and str(error).isprintable()
         return
-    error = checked(rendered(made, folder, **QUICK, gateway_keys=keys), folder)
+    error = checked(rendered(made, folder, **QUICK, gateway_keys=clients, gateway_further_paths=paths), folder)
     assert not error, error

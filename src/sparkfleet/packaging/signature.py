@@ -1,0 +1,82 @@
+"""Signatures of bundles, by ssh-keygen: whoever has an SSH key can sign, and nothing else is needed to check.
+
+`bundle.json` has the sha256 of every file of a bundle, so its signature, `bundle.json.sig`, is one of everything.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparkfleet_host.bounded import printable
+
+from sparkfleet import SparkfleetError
+from sparkfleet.user_paths import expanded
+
+#: A signature for something else, such as a commit, is none of a bundle.
+NAMESPACE = "sparkfleet-bundle"
+LARGEST = 64 << 10  # of a signature, bytes
+SECONDS = 30.0
+_PROGRAM = "ssh-keygen"
+
+
+def sign(file: Path, key: str) -> Path:
+    """Sign a file; the signature, next to it. `key`: a private key without a passphrase, or a public one whose private
+    key the SSH agent has. Raises SparkfleetError."""
+    path = expanded("sparkfleet_bundle_key", key)
+    if not path.is_file():
+        raise SparkfleetError(f"sparkfleet_bundle_key: {path} is not a file; `ssh-keygen -t ed25519` makes a key")
+    made = file.with_name(f"{file.name}.sig")
+    made.unlink(missing_ok=True)
+    code, said = _run(["-Y", "sign", "-f", str(path), "-n", NAMESPACE, str(file)])
+    if code or not made.is_file():
+        raise SparkfleetError(
+            f"sparkfleet_bundle_key: {path} does not sign: {printable(said, 300) or code}. A key with a "
+            "passphrase works through the SSH agent: ssh-add it, and name its .pub file"
+        )
+    return made
+
+
+def check(data: bytes, signature: bytes | None, signers: str, what: str) -> str:
+    """Who of the file `signers` (ALLOWED SIGNERS in ssh-keygen(1)) signed data. Raises SparkfleetError for none."""
+    path = expanded("sparkfleet_bundle_signers", signers)
+    if not path.is_file():
+        raise SparkfleetError(f"sparkfleet_bundle_signers: {path} is not a file: NAME KEYTYPE KEY, a line for each")
+    if signature is None:
+        raise SparkfleetError(
+            f"{what} is not signed, and sparkfleet_bundle_signers wants a signature: make it with sparkfleet_bundle_key"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "signature")
+        file.write_bytes(signature)
+        common = ["-f", str(path), "-n", NAMESPACE, "-s", str(file)]
+        code, said = _run(["-Y", "find-principals", "-f", str(path), "-s", str(file)])
+        names = [name for name in said.splitlines() if re.fullmatch(r"[!-~]{1,200}", name)] if code == 0 else []
+        for name in names:
+            code, said = _run(["-Y", "verify", "-I", name, *common], data)
+            if code == 0:
+                return name
+    raise SparkfleetError(f"{what} is not signed by anyone in {path}: {printable(said, 200) or 'unknown key'}")
+
+
+def _run(arguments: Sequence[str], data: bytes = b"") -> tuple[int, str]:
+    """Exit code and what it said. It asks nobody for a passphrase. Raises SparkfleetError where it is missing."""
+    try:
+        done = subprocess.run(
+            [_PROGRAM, *arguments],
+            input=data,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=SECONDS,
+            check=False,
+            env={**os.environ, "SSH_ASKPASS_REQUIRE": "force", "SSH_ASKPASS": "/bin/false", "LC_ALL": "C"},
+        )
+    except FileNotFoundError:
+        raise SparkfleetError(f"{_PROGRAM} is not installed, which signs and checks bundles: install openssh") from None
+    except (OSError, subprocess.SubprocessError) as error:
+        raise SparkfleetError(f"{_PROGRAM}: {error}") from None
+    return done.returncode, done.stdout.decode("utf-8", "replace").strip()[:LARGEST]
