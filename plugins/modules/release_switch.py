@@ -339,7 +339,9 @@ def main() -> None:
         would = {} if trial else foresee(params, store)
         module.exit_json(changed=True, done=True, journal={}, msg=message, would=would)
     try:
-        if not there:
+        # That of a trial goes as its job ends.
+        begun = (store.switch() or {}).get("id") in {params["id"], params["begin"]} - {""}
+        if not (there or begun):
             store.plan(params["to"])  # its error names the releases there are; the job repairs damaged files
     except ReleaseError as error:
         module.fail_json(msg=str(error), failure="bad-input")

@@ -52,7 +52,9 @@ class Watch:
         if answer["ready"]:
             steps = [] if steps == old[-1:] else steps
             steps.append(self.tracker.ready(self._now))
-        if not steps and time.monotonic() - self._shown_at + self.pause > AT_LEAST:
+        # Once it is ready, what it logs is of its requests.
+        loads = self.tracker.step.phase != startup_log.READY
+        if not steps and loads and time.monotonic() - self._shown_at + self.pause > AT_LEAST:
             steps = [startup_log.Step(self.tracker.step.phase, self.tracker.step.figure, self._now)]
         if steps:
             self._shown_at = time.monotonic()

@@ -217,6 +217,17 @@ def test_check_mode_begins_nothing(run: Run, job: Job) -> None:
     assert job.started == []
 
 
+@pytest.mark.parametrize("asked", ["id", "begin"])
+def test_the_release_of_a_trial_goes_before_its_job_was_seen_to_end(
+    run: Run, job: Job, store: Store, asked: str
+) -> None:
+    store.write_switch(journal(mode="trial", phase="done", outcome="removed"))
+    store.remove([1])
+    result = run(mode="trial", **{asked: "abc"})
+    assert result["done"] and result["journal"]["outcome"] == "removed" and job.started == []
+    assert run(mode="trial", **{asked: "other"})["failed"]
+
+
 def test_a_release_that_is_not_there(run: Run, job: Job) -> None:
     result = run(to=9)
     assert result["failed"] and "there are releases 1" in result["msg"] and job.started == []

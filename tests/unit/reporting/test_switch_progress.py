@@ -439,6 +439,17 @@ def test_a_trial_ends_well_where_the_release_before_serves_again() -> None:
     assert result["measured"]["vllm-new"]["figures"] == {"kv_cache_gib": 95.1}
 
 
+def test_what_is_logged_while_it_is_asked_for_long_is_no_start() -> None:
+    follower = Follower("spark-1", 3)
+    follower.take(answer(journal("stopping", "starting", "waiting"), LOG[:1]))
+    assert follower.take(answer(journal("stopping", "starting", "waiting", "verifying")))[-2].endswith("ready")
+    late = ["2026-11-23T10:09:00.000000000Z INFO:     172.18.0.1:34800 - GET /health HTTP/1.1 200 OK"]
+    follower.pause = 60.0  # as after a minute of silence
+    for watch in follower._watches.values():
+        watch.pause = 60.0
+    assert follower.take(answer(journal("stopping", "starting", "waiting", "verifying"), late)) == []
+
+
 def test_the_speed_is_shown_as_it_is_measured() -> None:
     follower = Follower("spark-1", 3)
     follower.take(answer(journal(*TRIAL[:4], mode="trial")))
