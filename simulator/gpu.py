@@ -160,7 +160,8 @@ def _ask(smi: str) -> tuple[str, str, int, int] | str:
     name, driver, total, reserved, free = values
     if not (total.isdigit() and free.isdigit()):
         return f"it reports {total} as memory"
-    return name, driver, int(total) - (int(reserved) if reserved.isdigit() else 0), int(free)
+    usable = int(total) - (int(reserved) if reserved.isdigit() else 0)
+    return name, driver, usable, min(int(free), usable)  # idle, nvidia-smi rounds to a MiB more than that
 
 
 def meminfo(text: str, gpu: Gpu) -> str:

@@ -48,7 +48,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (libraries / f"{name}.so.1").symlink_to(f"{name}.so.580.159.04")
     monkeypatch.setattr(gpu, "_linked", list)
     monkeypatch.delenv("DOCKER_HOST", raising=False)
-    smi(tmp_path, monkeypatch, "echo NVIDIA H200, 580.159.04, 143771, 616, 143100")
+    smi(tmp_path, monkeypatch, "echo NVIDIA H200, 580.159.04, 143771, 616, 143156")
     return root
 
 
@@ -68,7 +68,7 @@ def test_a_gpu_is_found_with_the_driver_files_that_computing_needs(machine: Path
     assert found.devices == tuple(
         f"/dev/{name}" for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools")
     )
-    assert (found.total_mib, found.free_mib) == (143771 - 616, 143100)
+    assert (found.total_mib, found.free_mib) == (143155, 143155)
     places = sorted(found.files.values())
     assert [Path(place).name for place in places] == [
         "nvidia-smi",
