@@ -156,4 +156,4 @@ def test_the_role_has_the_same_properties_as_transient_units() -> None:
 
 @needs_systemd
 def test_the_firewall_s_unit_may_do_little() -> None:
-    assert exposure(ROOT / "roles" / "firewall" / "files" / "sparkfleet-firewall.service") <= 2.5  # noqa: PLR2004
+    assert exposure(ROOT / "roles" / "firewall" / "files" / "sparkfleet-firewall.service") <= 2.5
