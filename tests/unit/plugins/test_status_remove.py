@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -204,6 +205,24 @@ def test_remove_shows_all_and_removes_nothing_in_check_mode(
     assert shown["removed"] == names(tmp_path)
     assert all(method == "GET" for method, *_ in engine.seen)
     assert (tmp_path / "project" / "file").exists()
+
+
+def test_remove_takes_the_firewall_off(
+    remove: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unit, rules, tools = tmp_path / "firewall.service", tmp_path / "firewall.nft", tmp_path / "bin"
+    for file in (unit, rules):
+        file.write_text("x", encoding="utf-8")
+    tools.mkdir()
+    (tools / "systemctl").write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/asked\n', encoding="utf-8")
+    (tools / "systemctl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setattr(spark_remove.firewall, "UNIT", unit)
+    monkeypatch.setattr(spark_remove.firewall, "RULES", rules)
+    assert "service firewall.service" in remove(check=True)["removed"] and unit.exists()
+    assert "service firewall.service" in remove()["removed"] and not unit.exists() and not rules.exists()
+    asked = (tmp_path / "asked").read_text(encoding="utf-8").splitlines()
+    assert asked == ["disable --now firewall.service", "daemon-reload"]
 
 
 def test_remove_keeps_models_and_token_unless_asked(

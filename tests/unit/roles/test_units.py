@@ -152,3 +152,8 @@ def test_systemd_understands_every_line(units: Path) -> None:
 def test_the_role_has_the_same_properties_as_transient_units() -> None:
     kept = yaml.safe_load((ROLE / "vars" / "main.yml").read_text(encoding="utf-8"))
     assert kept["guard_hardening"] == list(hardening.COMMON)
+
+
+@needs_systemd
+def test_the_firewall_s_unit_may_do_little() -> None:
+    assert exposure(ROOT / "roles" / "firewall" / "files" / "sparkfleet-firewall.service") <= 2.5
