@@ -16,6 +16,7 @@ from sparkfleet import SparkfleetError
 from sparkfleet.fleet import image_digest
 from sparkfleet.fleet.gateway import truth
 from sparkfleet.packaging.bundle import Bundle
+from sparkfleet.planning.variables import logins
 
 display = Display()
 
@@ -25,7 +26,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 
     TRANSFERS_FILES = False
     _supports_check_mode = True
-    _VALID_ARGS = frozenset(("image", "registries", "proxy", "no_proxy", "bundle", "controller_verifies"))
+    _VALID_ARGS = frozenset(("image", "registries", "proxy", "no_proxy", "bundle", "controller_verifies", "logins"))
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """{"image", "digest", "reason"}; raises AnsibleActionFail for what is not an image."""
@@ -46,7 +47,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                 }
             proxy, no_proxy = (str(arguments.get(key) or "") for key in ("proxy", "no_proxy"))
             answer, new = image_digest.of_run(
-                Path(constants.DEFAULT_LOCAL_TMP), image, arguments.get("registries") or {}, proxy, no_proxy
+                Path(constants.DEFAULT_LOCAL_TMP),
+                image,
+                arguments.get("registries") or {},
+                proxy,
+                no_proxy,
+                logins(arguments.get("logins") or {}),
             )
         except SparkfleetError as error:
             host = variables.get("inventory_hostname")

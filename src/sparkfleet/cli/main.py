@@ -168,6 +168,7 @@ PLAYBOOKS = {
     "upgrade": "change the image; roll back if it does not verify",
     "trial": "measure what a model needs and how fast it is on a Spark, without its weights; what served serves again",
     "rollout": "deploy in waves that stop at the first failure",
+    "rotate": "replace a key or the token by the one that the inventory has now, without a failed request",
     "rollback": "return to the previous release, or to one by number",
     "start": "start the deployed release",
     "stop": "stop it; it stays stopped across reboots",
@@ -183,6 +184,8 @@ PLAYBOOKS = {
 
 #: Verbs that may stop a serving engine: on more than one host only in waves, or when confirmed.
 INTERRUPTING = frozenset(("deploy", "switch", "upgrade", "rollback", "stop", "restart", "rollout", "bundle", "trial"))
+#: What `rotate` replaces.
+ROTATED = ("engine-key", "client-key", "hub-token")
 #: Verbs that show only their result.
 SILENT = frozenset(("status", "logs"))
 
@@ -215,6 +218,15 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
                 choices=WEIGHTS,
                 default=DUMMY,
                 help="dummy: only configuration and tokenizer are fetched; real: those on the Spark (default: dummy)",
+            )
+        elif verb == "rotate":
+            parser.add_argument("what", choices=ROTATED)
+            parser.add_argument("client", nargs="?", type=_word, help="name of the client in sparkfleet_gateway_keys")
+            parser.add_argument(
+                "--overlap",
+                metavar="SECONDS",
+                type=_seconds,
+                help="how long both keys of a client are valid (default: 60)",
             )
         elif verb == "upgrade":
             parser.add_argument("image", type=_word)
@@ -258,6 +270,10 @@ def _arguments(options: argparse.Namespace) -> list[str]:
     """The arguments for ansible-playbook."""
     if options.verb == "switch" and not (options.model or options.profile):
         raise SparkfleetError("switch needs a model, a --profile or both (`sparkfleet models` lists them)")
+    if options.verb == "rotate" and (options.what == "client-key") != bool(options.client):
+        raise SparkfleetError("rotate client-key needs the name of a client, engine-key and hub-token have none")
+    if options.verb == "rotate" and options.overlap is not None and options.what != "client-key":
+        raise SparkfleetError("--overlap is of rotate client-key: an engine's old key ends with its Spark's turn")
     words = [word for pair in options.extra_vars for word in ("-e", pair)]
     words += _limit(options)
     words += ["--check", "--diff"] if options.check else []
@@ -268,6 +284,9 @@ def _arguments(options: argparse.Namespace) -> list[str]:
         "sparkfleet_profile": getattr(options, "profile", None),
         "sparkfleet_image": getattr(options, "image", None),
         "sparkfleet_trial_weights": getattr(options, "weights", None),
+        "sparkfleet_rotate": options.what.replace("-", "_") if options.verb == "rotate" else None,
+        "sparkfleet_client": getattr(options, "client", None),
+        "sparkfleet_overlap": getattr(options, "overlap", None),
         "sparkfleet_release": getattr(options, "release", None),
         "sparkfleet_verify": getattr(options, "depth", None),
         "sparkfleet_logs_lines": getattr(options, "lines", None),

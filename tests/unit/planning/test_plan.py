@@ -47,6 +47,7 @@ def bare() -> State:
         "cache": None,
         "project_dir": None,
         "token": {"present": False, "private": False, "current": False},
+        "registry_logins": {"present": False, "private": False, "current": True},
         "engines": [
             {
                 "image": None,
