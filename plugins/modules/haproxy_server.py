@@ -92,10 +92,11 @@ class Haproxy:
 
     def set(self, backend: str, server: str, state: str) -> None:
         """Change the administrative state. Raises ValueError with what HAProxy says."""
-        command = f"set server {backend}/{server} state {state}"
-        if state == WORDS["ready"]:  # HAProxy would send requests until the first check fails
-            command += f"; set server {backend}/{server} health down"
-        error = self.ask(command).strip()
+        steps = [f"state {state}"]
+        if state == WORDS["ready"]:
+            # HAProxy would send it requests until the first check fails; without a weight it gets none meanwhile.
+            steps = ["weight 0", *steps, "health down", "weight 100%"]
+        error = self.ask("; ".join(f"set server {backend}/{server} {step}" for step in steps)).strip()
         if error:
             raise ValueError(error)
 

@@ -21,19 +21,9 @@ from sparkfleet.documents import yaml_text
 #: Verbs that change hosts.
 MUTATING = frozenset(
     (
-        "deploy",
-        "switch",
-        "upgrade",
-        "rollout",
-        "rollback",
-        "start",
-        "stop",
-        "restart",
-        "remove",
-        "bundle",
-        "trial",
-        "rotate",
-    ),
+        *("deploy", "switch", "upgrade", "rollout", "rollback", "start", "stop", "restart", "remove", "bundle"),
+        *("trial", "rotate"),
+    )
 )
 FOLDER = "events"
 _SECRET_NAME = re.compile(r"token|key|passw|secret", re.IGNORECASE)
