@@ -42,7 +42,7 @@ def look(project_dir: str, state_dir: str, token_file: str, docker: Docker) -> d
     secrets = secret_files(project_dir, token_file)
     parts: dict[str, Callable[[], Any]] = {
         "listeners": listeners,
-        "secrets": lambda: [known for path in secrets if (known := file(path))],
+        "secrets": lambda: [known for path in secrets if (known := about(path))],
         "files": lambda: ours(project_dir),
         "copies": lambda: copies(secrets),
         "docker_logins": docker_logins,
@@ -115,7 +115,7 @@ def secret_files(project_dir: str, token_file: str) -> list[Path]:
     return [Path(token_file), *keys, Path(LOGINS), Path(project_dir) / ".env", PROXY_FILE, *gateway]
 
 
-def file(path: Path) -> dict[str, Any] | None:
+def about(path: Path) -> dict[str, Any] | None:
     """{path, mode, owner, age (days)} of a file; None where there is none."""
     try:
         info = path.lstat()
@@ -154,20 +154,20 @@ def _writable(path: Path) -> dict[str, Any] | None:
         return None
     if stat.S_ISLNK(info.st_mode) or (info.st_uid == 0 and not info.st_mode & 0o022):
         return None
-    return file(path)
+    return about(path)
 
 
 def copies(paths: Sequence[Path]) -> dict[str, Any]:
-    """Where else the secrets of these files are: {found: [file], searched, unfinished}."""
+    """Where else the secrets of these files are: {found: [about], searched, unfinished}."""
     values: set[str] = set()
     for path in paths:
         with contextlib.suppress(OSError, BoundsError):
             values.update(values_of(path, bounded.read_file(path, 1 << 20).decode("utf-8", "replace")))
     if not values:
         return {"found": [], "searched": 0, "unfinished": False}
-    result = search(sorted(values), PLACES, list(map(str, paths)), COPIES_SECONDS)
+    result: dict[str, Any] = search(sorted(values), PLACES, list(map(str, paths)), COPIES_SECONDS)
     # The engine has its key in its environment, which is root's.
-    known = [file(Path(path)) for path in result["found"] if not path.startswith("/proc/")]
+    known = [about(Path(path)) for path in result["found"] if not path.startswith("/proc/")]
     return {**result, "found": [item for item in known if item][:MOST]}
 
 
@@ -201,7 +201,7 @@ def docker_logins() -> list[dict[str, Any]]:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             auths = bounded.read_json(path).get("auths") or {}
             names = [name for name, entry in auths.items() if isinstance(entry, dict) and entry.get("auth")]
-            if names and (known := file(path)):
+            if names and (known := about(path)):
                 found.append({**known, "registries": [bounded.printable(name, 100) for name in names[:20]]})
     return found[:MOST]
 

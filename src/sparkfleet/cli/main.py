@@ -25,6 +25,7 @@ from sparkfleet import (
 )
 from sparkfleet.cli import card, lock, summary
 from sparkfleet.cli.runner import Collector, default_inventory, run
+from sparkfleet.diagnosis import audit
 from sparkfleet.documents import yaml_text
 from sparkfleet.exit_codes import DOWN, INTERRUPTED, OK
 from sparkfleet.fleet import (
@@ -176,6 +177,7 @@ PLAYBOOKS = {
     "status": "show what each host serves",
     "logs": "show the engine's last log lines",
     "drift": "show differences from the inventory; exit code 4 if there are any",
+    "audit": "show how secure the hosts are, graded, with remedies; exit code 5 at findings of a grade",
     "bundle": "create a folder with everything that Sparks without internet need (sparkfleet_bundle)",
     "diagnose": "find out what is wrong, with causes and remedies; writes an archive for a bug report",
     "remove": "remove Sparkfleet from the hosts; shows first what would be removed",
@@ -228,6 +230,11 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
                 type=_seconds,
                 help="how long both keys of a client are valid (default: 60)",
             )
+        elif verb == "audit":
+            parser.add_argument(
+                "--fail-on", choices=audit.GRADES, default="high", help="grade from which on it fails (default: high)"
+            )
+            parser.add_argument("--sarif", metavar="FILE", type=_word, help="write the findings there as SARIF 2.1.0")
         elif verb == "upgrade":
             parser.add_argument("image", type=_word)
         elif verb == "verify":
@@ -285,6 +292,7 @@ def _arguments(options: argparse.Namespace) -> list[str]:
         "sparkfleet_image": getattr(options, "image", None),
         "sparkfleet_trial_weights": getattr(options, "weights", None),
         "sparkfleet_rotate": options.what.replace("-", "_") if options.verb == "rotate" else None,
+        "sparkfleet_audit_fail_on": getattr(options, "fail_on", None),
         "sparkfleet_client": getattr(options, "client", None),
         "sparkfleet_overlap": getattr(options, "overlap", None),
         "sparkfleet_release": getattr(options, "release", None),
@@ -358,7 +366,18 @@ def _verb(options: argparse.Namespace) -> int:
         if not _agrees("All at once?"):
             raise SparkfleetError("nothing was changed")
         hosts, board, made = _run(options, words + confirmed)
+    if getattr(options, "sarif", None):
+        _write_sarif(options.sarif, hosts)
     return _show(options, hosts, board, made)
+
+
+def _write_sarif(name: str, hosts: Sequence[HostResult]) -> None:
+    """Raises SparkfleetError."""
+    try:
+        text = audit.sarif({host.name: host.audit for host in hosts})
+        expanded("--sarif", name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SparkfleetError(f"--sarif {name}: {error.strerror}") from None
 
 
 def _agrees(question: str) -> bool:
