@@ -87,8 +87,8 @@ def listeners() -> list[dict[str, Any]]:
                     found[f"socket:[{fields[9]}]"] = entry
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
-            if (entry := found.get(str(link.readlink()))) and not entry["process"]:
-                entry["process"] = Path(f"/proc/{link.parts[2]}/comm").read_text(encoding="utf-8").strip()
+            if (known := found.get(str(link.readlink()))) and not known["process"]:
+                known["process"] = Path(f"/proc/{link.parts[2]}/comm").read_text(encoding="utf-8").strip()
     unique = {(item["address"], item["port"]): item for item in found.values()}
     return sorted(unique.values(), key=lambda item: (item["port"], item["address"]))[:MOST]
 
@@ -176,7 +176,7 @@ def values_of(path: Path, text: str) -> Iterator[str]:
     if path.suffix == ".pem":
         return
     if path == Path(LOGINS):
-        with contextlib.suppress(ValueError, AttributeError):
+        with contextlib.suppress(ValueError, AttributeError, TypeError, KeyError):
             yield from (entry["auth"] for entry in json.loads(text)["auths"].values())
         return
     for line in filter(None, map(str.strip, text.splitlines())):

@@ -377,7 +377,7 @@ class Ask(socketserver.StreamRequestHandler):
         elif command.endswith("maint"):
             self.server.status = "MAINT"
             self.wfile.write(b"\n")
-        elif command.endswith("ready"):
+        elif "ready" in command:
             self.server.status = "UP"
             self.wfile.write(b"\n")
 
