@@ -588,8 +588,8 @@ def rotated(fleet: Fleet) -> dict[str, Any]:
         found.setdefault("rotated_s", round(seconds, 1))
 
     loads = [fleet.under_load(functools.partial(rotate, second))]
-    direct = {"address": fleet.own(fleet.names[-1]), "port": ENGINE_PORT}
-    statuses = [ask(fleet, **direct, key=key) for key in (first, second)]
+    own = fleet.own(fleet.names[-1])
+    statuses = [ask(fleet, address=own, port=ENGINE_PORT, key=key) for key in (first, second)]
     expect(statuses == [401, 200], "the old key is refused, the new one not", statuses)
     loads.append(fleet.under_load(functools.partial(rotate, first)))
     for result in loads:

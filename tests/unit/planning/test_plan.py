@@ -214,7 +214,7 @@ def test_the_group_docker_is_for_those_who_ask_for_it() -> None:
 
 def test_logins_of_registries_are_written_when_they_differ() -> None:
     logins = {"nvcr.io": {"username": "$oauthtoken", "password": "a-secret-of-a-registry"}}
-    state, private = prepared(), "make the logins of registries readable by root alone"
+    state = prepared()
     for known, words in (
         ({"present": False, "private": False, "current": False}, ["write the logins of registries"]),
         ({"present": True, "private": True, "current": True}, []),
