@@ -4,6 +4,7 @@ reads; nothing is judged here."""
 
 from __future__ import annotations
 
+import base64
 import calendar
 import contextlib
 import grp
@@ -159,10 +160,7 @@ def _writable(path: Path) -> dict[str, Any] | None:
 
 def copies(paths: Sequence[Path]) -> dict[str, Any]:
     """Where else the secrets of these files are: {found: [about], searched, unfinished}."""
-    values: set[str] = set()
-    for path in paths:
-        with contextlib.suppress(OSError, BoundsError):
-            values.update(values_of(path, bounded.read_file(path, 1 << 20).decode("utf-8", "replace")))
+    values = held(paths)
     if not values:
         return {"found": [], "searched": 0, "unfinished": False}
     result: dict[str, Any] = search(sorted(values), PLACES, list(map(str, paths)), COPIES_SECONDS)
@@ -171,13 +169,24 @@ def copies(paths: Sequence[Path]) -> dict[str, Any]:
     return {**result, "found": [item for item in known if item][:MOST]}
 
 
+def held(paths: Sequence[Path]) -> set[str]:
+    """The secrets in these files."""
+    values: set[str] = set()
+    for path in paths:
+        with contextlib.suppress(OSError, BoundsError):
+            values.update(values_of(path, bounded.read_file(path, 1 << 20).decode("utf-8", "replace")))
+    return values
+
+
 def values_of(path: Path, text: str) -> Iterator[str]:
     """The secrets in one of Sparkfleet's files."""
     if path.suffix == ".pem":
         return
     if path == Path(LOGINS):
         with contextlib.suppress(ValueError, AttributeError, TypeError, KeyError):
-            yield from (entry["auth"] for entry in json.loads(text)["auths"].values())
+            for entry in json.loads(text)["auths"].values():
+                yield entry["auth"]
+                yield base64.b64decode(entry["auth"]).decode("utf-8", "replace").partition(":")[2]
         return
     for line in filter(None, map(str.strip, text.splitlines())):
         if path.name == "engine_keys":

@@ -107,7 +107,7 @@ def test_who_listens() -> None:
         (
             "/etc/sparkfleet/registry_logins.json",
             '{"auths": {"r": {"auth": "dTpwYXNzd29yZA=="}}}',
-            ["dTpwYXNzd29yZA=="],
+            ["dTpwYXNzd29yZA==", "password"],
         ),
         ("/etc/sparkfleet/registry_logins.json", "[]", []),
         (str(audit.PROXY_FILE), 'HTTP_PROXY="http://u:pass-word@p:1"\nNO_PROXY="a"\n', ["pass-word"]),
