@@ -69,7 +69,9 @@ def part(read: Callable[[], Any]) -> Any:
 
 def run(*words: str) -> str:
     """What a program prints. Raises OSError, subprocess.SubprocessError."""
-    return subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=True).stdout
+    # Those of a login of root, whatever sudo and sshd made of it.
+    environment = {**os.environ, "PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"}
+    return subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=True, env=environment).stdout
 
 
 # -- who listens -----------------------------------------------------------------------------------------------------

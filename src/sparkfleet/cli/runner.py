@@ -146,6 +146,8 @@ class Collector:
             self._lines(f"{host.name}  fetched {parts[0]}; the whole model has {parts[1]}")
         if "outcome" in res:
             host.release, host.out_of_service_s = res.get("release"), res.get("out_of_service_s")
+        if "audit" in res:  # an inventory that cannot be deployed does not keep a host from being audited
+            host.result, host.message, host.failure, host.findings = "ok", "", "", []
         if kind == "runner_on_ok" and res.get("summary"):
             # Status reports the current state even if planning failed.
             host.result, host.message, host.failure, host.findings = "ok", "", "", []

@@ -17,6 +17,8 @@ GRADES = ("info", "low", "medium", "high", "critical")
 EXPIRES_SOON, EXPIRES_NOW = 30, 7  # days
 OLD_SECRET = 365  # days
 _DOCKER_API = (2375, 2376)
+#: Capabilities that lead to the host.
+_POWERS = {"ALL", "SYS_ADMIN", "SYS_MODULE", "SYS_PTRACE", "SYS_RAWIO", "DAC_READ_SEARCH"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +123,7 @@ CHECKS = {
         Check(
             "container-privileged",
             "high",
-            "A container is privileged",
+            "A container is privileged, or as good as that",
             "It can do what root of the host can do",
             "Run it without `privileged`, with the devices and capabilities that it needs",
         ),
@@ -310,8 +312,10 @@ def _files(value: Any, facts: Mapping[str, Any], expected: Expected) -> Iterator
 def _containers(value: Any, facts: Mapping[str, Any], expected: Expected) -> Iterator[Finding]:
     for item in value:
         name = f"container {item['name']}"
-        if item["privileged"]:
-            yield _found("container-privileged", name, f"{name} ({item['image']})")
+        powers = sorted({power.removeprefix("CAP_") for power in item["capabilities"]} & _POWERS)
+        if item["privileged"] or powers:
+            what = "" if item["privileged"] else f", capabilities {', '.join(powers)}"
+            yield _found("container-privileged", name, f"{name} ({item['image']}){what}")
         if item["socket"]:
             yield _found("container-socket", name, f"{name} ({item['image']})")
         shared = [key for key in item["host"] if not (item["ours"] and key == "IpcMode")]

@@ -85,6 +85,7 @@ SHARED = {**COPY, "mode": "0644"}
         ("docker_logins", [{**COPY, "mode": "0640", "registries": ["nvcr.io"]}], ("docker-login", "high")),
         ("files", [{**COPY, "path": "/opt/sparkfleet/compose.yml"}], ("file-writable", "high")),
         ("containers", [{**CONTAINER, "privileged": True}], ("container-privileged", "high")),
+        ("containers", [{**CONTAINER, "capabilities": ["CAP_SYS_ADMIN"]}], ("container-privileged", "high")),
         ("containers", [{**CONTAINER, "socket": True}], ("container-socket", "high")),
         ("containers", [{**CONTAINER, "host": ["PidMode"]}], ("container-host", "low")),
         ("containers", [{**CONTAINER, "ours": False, "key": False}], ("container-host", "low")),
