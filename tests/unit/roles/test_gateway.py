@@ -131,7 +131,7 @@ def test_a_key_that_changes_has_two_backends_until_it_has_changed() -> None:
 def test_a_third_key_waits_for_the_end_of_the_second_ones_rotation() -> None:
     before = gateway.plan(gateway.settings(keyed("the-key-before")))
     between = gateway.plan(gateway.settings(keyed("the-key-after")), installed=lines(before))
-    with pytest.raises(SparkfleetError, match="is between two keys of .* already") as refused:
+    with pytest.raises(SparkfleetError, match=r"is between two keys of .* already") as refused:
         gateway.plan(gateway.settings(keyed("a-third-key")), installed=lines(between))
     assert "the-key" not in str(refused.value) and "a-third" not in str(refused.value)
 
