@@ -584,7 +584,7 @@ def rotated(fleet: Fleet) -> dict[str, Any]:
         code, printed, seconds = fleet.sparkfleet("rotate", "engine-key", sparkfleet_engine_key=key)
         expect(code == 0, "the key was not rotated", printed)
         expect(first not in printed and second not in printed, "a key was printed")
-        searched.extend(re.findall(r"(\d+) places searched, 0 with the old secret", printed))
+        searched.extend(places(printed))
         found.setdefault("rotated_s", round(seconds, 1))
 
     loads = [fleet.under_load(functools.partial(rotate, second))]
@@ -604,7 +604,7 @@ def rotated(fleet: Fleet) -> dict[str, Any]:
     for token in reversed(tokens):
         code, printed, _ = fleet.sparkfleet("rotate", "hub-token", sparkfleet_hf_token=token)
         expect(code == 0 and not any(token in printed for token in tokens), "the token was not rotated", printed)
-        searched.extend(re.findall(r"(\d+) places searched, 0 with the old secret", printed))
+        searched.extend(places(printed))
     expect(len(searched) == 5 * len(fleet.names), "not every host was searched", searched)
     sent, failed = (sum(result[key] for result in loads) for key in ("sent", "failed"))
     return {**loads[0], **found, "sent": sent, "failed": failed, "searched": sum(map(int, searched)), "copies": 0}
@@ -631,8 +631,13 @@ def client_key(fleet: Fleet, client: dict[str, str], searched: list[str]) -> lis
     expect(ask(fleet, key=CLIENT_KEY) == 401, "the old key is still valid")
     for result in results:
         expect(result["failed"] == 0, "requests failed", line(result))
-    searched.extend(re.findall(r"(\d+) places searched, 0 with the old secret", printed))
+    searched.extend(places(printed))
     return results
+
+
+def places(printed: str) -> list[str]:
+    """How many places were searched on each host without finding a copy, as `rotate` says."""
+    return re.findall(r"(\d+) places searched, 0 with the old secret", " ".join(printed.split()))
 
 
 SCENES = (good, resumed, bad, killed, gone, drift, drained, door, haproxy_gone, gateway_gone)

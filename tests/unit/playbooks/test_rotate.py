@@ -93,6 +93,16 @@ def test_the_engines_key_is_rolled_out_in_waves(fleet: test_rollout.Fleet) -> No
     assert fleet.released() == ["s1", "s2"]
 
 
+def test_the_gateways_know_both_keys_before_the_first_spark_has_the_new_one(fleet: test_rollout.Fleet) -> None:
+    fleet.inventory(gateways=("g1",))
+    _, printed = fleet.run("-e", "ansible_become=false", playbook=ROTATE)
+    assert fleet.log("gateway_plan"), printed
+    calls = [json.loads(line) for line in (fleet.folder / "log").read_text().splitlines()]
+    first = next(entry for entry in calls if entry["name"] in ("gateway_plan", "haproxy_server", "release_switch"))
+    assert (first["host"], first["name"]) == ("g1", "gateway_plan")
+    assert first["rotating"] == {"engine_keys": "", "client": ""}
+
+
 def test_more_than_the_key_is_not_rolled_out_with_it(fleet: test_rollout.Fleet) -> None:
     code, printed = fleet.run(playbook=ROTATE, fetches={"s2": ["image"]})
     assert code == 2 and "s2: more than the key differs from the inventory" in " ".join(printed.split()), printed
