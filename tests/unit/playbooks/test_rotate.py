@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ def test_the_engines_key_is_rolled_out_in_waves(fleet: test_rollout.Fleet) -> No
 
 def test_the_gateways_know_both_keys_before_the_first_spark_has_the_new_one(fleet: test_rollout.Fleet) -> None:
     fleet.inventory(gateways=("g1",))
-    _, printed = fleet.run("-e", '{"ansible_become": false}', playbook=ROTATE)
+    own = {"ansible_become": False, "ansible_python_interpreter": sys.executable}
+    _, printed = fleet.run("-e", json.dumps(own), playbook=ROTATE)
     assert fleet.log("gateway_plan"), printed
     calls = [json.loads(line) for line in (fleet.folder / "log").read_text().splitlines()]
     first = next(entry for entry in calls if entry["name"] in ("gateway_plan", "haproxy_server", "release_switch"))
