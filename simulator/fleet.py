@@ -41,11 +41,12 @@ CLIENT_KEY = "a-key-of-a-client"
 GAP_SECONDS = 6.0  # within which clients must get an answer, whatever happens to a gateway
 PREFILL = 30  # seconds; longer than the gateway takes to notice
 COST_STREAMS, COST_ROUNDS, COST_SECONDS = (1, 8, 64), 3, 4.0
+TOKENS = ("hf_token", "hf_token_without_access")
 BASE = {"sparkfleet_start_timeout": 30, "sparkfleet_guard_interval": 0.5, "sparkfleet_rollout_waves": "50%"}
 DRIFT, UNREACHABLE = 4, 7
 SHOWN = (
     *("rollout_s", "untouched", "down_s", "back_s", "longest_gap_s", "killed_gap_s", "stopped_gap_s"),
-    *("exit_code", "resumed_s", "restarted_s", "served_s", "joined_s"),
+    *("rotated_s", "searched", "copies", "exit_code", "resumed_s", "restarted_s", "served_s", "joined_s"),
 )
 
 
@@ -571,8 +572,76 @@ def resumed(fleet: Fleet) -> dict[str, Any]:
     return {"seconds": round(seconds, 1)}
 
 
+def rotated(fleet: Fleet) -> dict[str, Any]:
+    """The engines' key is replaced, and the first one put back, under load; then a client's, and the token: no request
+    fails, what is old is refused, and no copy of it is left."""
+    found: dict[str, Any] = {}
+    first, second = engine_key(), "a-second-key-of-engines"
+    expect(bool(first), "the engines have no key: set SPARKFLEET_ENGINE_KEY")
+    searched: list[str] = []
+
+    def rotate(key: str) -> None:
+        code, printed, seconds = fleet.sparkfleet("rotate", "engine-key", sparkfleet_engine_key=key)
+        expect(code == 0, "the key was not rotated", printed)
+        expect(first not in printed and second not in printed, "a key was printed")
+        searched.extend(places(printed))
+        found.setdefault("rotated_s", round(seconds, 1))
+
+    loads = [fleet.under_load(functools.partial(rotate, second))]
+    own = fleet.own(fleet.names[-1])
+    statuses = [ask(fleet, address=own, port=ENGINE_PORT, key=key) for key in (first, second)]
+    expect(statuses == [401, 200], "the old key is refused, the new one not", statuses)
+    loads.append(fleet.under_load(functools.partial(rotate, first)))
+    for result in loads:
+        expect(result["failed"] == 0, "requests failed", line(result))
+    client = {"name": "web", "key": CLIENT_KEY}
+    fleet.gateway(sparkfleet_gateway_keys=[client])
+    try:
+        loads += client_key(fleet, {**client, "key": "a-new-key-of-the-client"}, searched)
+    finally:
+        fleet.gateway()
+    tokens = [(fleet.world.folder / name).read_text(encoding="utf-8").strip() for name in TOKENS]
+    for token in reversed(tokens):
+        code, printed, _ = fleet.sparkfleet("rotate", "hub-token", sparkfleet_hf_token=token)
+        expect(code == 0 and not any(token in printed for token in tokens), "the token was not rotated", printed)
+        searched.extend(places(printed))
+    expect(len(searched) == 5 * len(fleet.names), "not every host was searched", searched)
+    sent, failed = (sum(result[key] for result in loads) for key in ("sent", "failed"))
+    return {**loads[0], **found, "sent": sent, "failed": failed, "searched": sum(map(int, searched)), "copies": 0}
+
+
+def client_key(fleet: Fleet, client: dict[str, str], searched: list[str]) -> list[dict[str, Any]]:
+    """Replace a client's key, which the client changes meanwhile; its loads with the one and the other."""
+    url = f"http://{fleet.address}:{PORT}"
+    before = Load(url, fleet.streams, CLIENT_KEY).start()
+    expect(ask(fleet, key=client["key"]) == 401, "the new key is valid too early")
+    rotation = fleet.start(
+        "sparkfleet", "rotate", "client-key", "web", "--overlap", "8", sparkfleet_gateway_keys=[client]
+    )
+    end = time.monotonic() + 120
+    while ask(fleet, key=client["key"]) != 200 and time.monotonic() < end:
+        time.sleep(0.2)
+    both = [ask(fleet, key=key) for key in (CLIENT_KEY, client["key"])]
+    after = Load(url, fleet.streams, client["key"]).start()
+    results = [before.stop()]
+    printed = rotation.communicate(timeout=300)[0]
+    results.append(after.stop())
+    expect(rotation.returncode == 0, "the client's key was not rotated", printed)
+    expect(both == [200, 200], "both keys are not valid in between", both)
+    expect(ask(fleet, key=CLIENT_KEY) == 401, "the old key is still valid")
+    for result in results:
+        expect(result["failed"] == 0, "requests failed", line(result))
+    searched.extend(places(printed))
+    return results
+
+
+def places(printed: str) -> list[str]:
+    """How many places were searched on each host without finding a copy, as `rotate` says."""
+    return re.findall(r"(\d+) places searched, 0 with the old secret", " ".join(printed.split()))
+
+
 SCENES = (good, resumed, bad, killed, gone, drift, drained, door, haproxy_gone, gateway_gone)
-MORE = (cost, unplugged, unreachable, unresolved)  # only by name
+MORE = (cost, unplugged, unreachable, unresolved, rotated)  # only by name
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,7 +34,18 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 
     TRANSFERS_FILES = False
     _VALID_ARGS = frozenset(
-        ("keys", "address", "port", "statistics_port", "peer_port", "ports", "models", "paths", *gateway.QUOTAS)
+        (
+            "keys",
+            "address",
+            "port",
+            "statistics_port",
+            "peer_port",
+            "ports",
+            "models",
+            "paths",
+            "rotating",
+            *gateway.QUOTAS,
+        )
     )
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -59,18 +70,22 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                 gateway.floating(str(arguments["address"]))
             sparks = gateway.settings({name: known[name] for name in groups.get("sparks", ())})
             further = [*(arguments.get("models") or []), *unfinished(groups.get("sparkfleet_rollout", ()), known)]
-            made = gateway.plan(sparks, ports, further)
+            rotating = arguments.get("rotating") or {}
+            made = gateway.plan(sparks, ports, further, rotating.get("engine_keys"))
+            before = []
+            if rotating.get("client"):
+                before = gateway.previous_clients(str(rotating["keys"]), str(rotating["client"]), keys)
             gateways = [
                 {"name": name, "address": gateway.address(name, known[name])} for name in groups.get("gateways", ())
             ]
         except SparkfleetError as error:
-            raise AnsibleActionFail(str(error)) from None
+            raise AnsibleActionFail(str(error), result={"failure": "bad-input"}) from None
         host = task_vars["inventory_hostname"]
         for item in made["backends"]:
             display.display(f"{host}  {item['repo']}: {', '.join(server['name'] for server in item['servers'])}")
         if made["drained"]:
             display.display(f"{host}  drained, left out: {', '.join(made['drained'])}")
-        made.update(gateways=gateways, client_keys=keys, paths=paths)
+        made.update(gateways=gateways, client_keys=[*keys, *before], previous_keys=before, paths=paths)
         own = (item["address"] for item in gateways if item["name"] == host)
         made["certificate_names"] = gateway.names(host, "localhost", *own, str(arguments.get("address") or ""))
         made["certificate_shown"] = gateway.shown(made["certificate_names"])

@@ -16,6 +16,7 @@ from sparkfleet import SparkfleetError
 from sparkfleet.fleet import image_digest, image_signature
 from sparkfleet.fleet.gateway import truth
 from sparkfleet.packaging.bundle import Bundle
+from sparkfleet.planning.variables import logins
 
 display = Display()
 
@@ -25,7 +26,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 
     TRANSFERS_FILES = False
     _supports_check_mode = True
-    _VALID_ARGS = frozenset(("image", "registries", "proxy", "no_proxy", "bundle", "controller_verifies", "keys"))
+    _VALID_ARGS = frozenset(
+        ("image", "registries", "proxy", "no_proxy", "bundle", "controller_verifies", "keys", "logins")
+    )
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """{"image", "digest", "reason"}; raises AnsibleActionFail for what is not an image."""
@@ -44,7 +47,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                     "reason": "",
                 }
             proxy, no_proxy = (str(arguments.get(key) or "") for key in ("proxy", "no_proxy"))
-            ways = arguments.get("registries") or {}, proxy, no_proxy
+            ways = arguments.get("registries") or {}, proxy, no_proxy, logins(arguments.get("logins") or {})
             folder = Path(constants.DEFAULT_LOCAL_TMP)
             answer, new = image_digest.of_run(folder, image, *ways)
             failure = "image-unsigned"

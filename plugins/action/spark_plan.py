@@ -13,6 +13,7 @@ from ansible import constants
 from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
+from sparkfleet_host import registry
 from sparkfleet_host.bounded import GIB
 from sparkfleet_host.engine import PROJECT
 
@@ -70,6 +71,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             "token": settings.hf_token,
             "token_file": settings.hf_token_file,
             "engine_key": settings.engine_key,
+            "registry_logins": registry.login_file(settings.registry_logins),
             "address": settings.address,
             "gateways": list(settings.gateways) if listen(settings.listen) == "auto" else [],
             "sources": [*settings.gateways, *settings.sparks] if settings.firewall else [],

@@ -19,6 +19,8 @@ options:
     type: list
     elements: str
     required: true
+  proxy: {description: "Proxy between the host and the address, http://...", type: str, default: ""}
+  no_proxy: {description: Names to reach without it separated by commas., type: str, default: ""}
 author: ["The Sparkfleet developers"]
 attributes:
   check_mode: {support: full, description: Reports whether the file would change; downloads nothing.}
@@ -42,6 +44,7 @@ import hashlib
 import http.client
 import re
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +57,8 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bou
     read_all,
     read_file,
 )
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.redaction import passwords
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.registry import bypasses
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import write_bytes
 
 SECONDS = 30
@@ -138,9 +143,15 @@ def chosen(data: bytes, wanted: list[str], where: str) -> bytes:
     return kept
 
 
-def download(url: str) -> bytes:
+def download(url: str, proxy: str = "", no_proxy: str = "") -> bytes:
     """What is at an address. Raises OSError, http.client.HTTPException, BoundsError."""
-    with urllib.request.urlopen(url, timeout=SECONDS) as answer:  # noqa: S310 - checked by main
+    parts = urllib.parse.urlsplit(url)
+    proxies = urllib.request.getproxies()
+    if proxy:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        proxies = {} if bypasses(parts.hostname or "", port, no_proxy) else {"http": proxy, "https": proxy}
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
+    with opener.open(url, timeout=SECONDS) as answer:
         content: bytes = read_all(answer.read, url, LIMIT, time.monotonic() + SECONDS)
         return content
 
@@ -161,9 +172,12 @@ def main() -> None:
             "url": {"type": "str", "required": True},
             "dest": {"type": "path", "required": True},
             "fingerprints": {"type": "list", "elements": "str", "required": True, "no_log": False},
+            "proxy": {"type": "str", "default": ""},
+            "no_proxy": {"type": "str", "default": ""},
         },
         supports_check_mode=True,
     )
+    module.no_log_values.update(passwords(module.params["proxy"]))
     url, path = module.params["url"], Path(module.params["dest"])
     wanted = [re.sub(r"\s", "", text).upper() for text in module.params["fingerprints"]]
     if not wanted or not all(FINGERPRINT.fullmatch(text) for text in wanted):
@@ -173,7 +187,7 @@ def main() -> None:
     changed = not is_current(path, wanted)
     if changed and not module.check_mode:
         try:
-            write_bytes(path, chosen(download(url), wanted, url))
+            write_bytes(path, chosen(download(url, module.params["proxy"], module.params["no_proxy"]), wanted, url))
         except BoundsError as error:
             module.fail_json(msg=f"{error}. Nothing was written")
         except (OSError, http.client.HTTPException) as error:

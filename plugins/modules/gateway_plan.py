@@ -23,6 +23,13 @@ options:
     default: 0
   streams: {description: Requests at a time of a client without its own quota; 0 for none., type: int, default: 0}
   paths: {description: Paths to open besides those of the role., type: list, elements: str, default: []}
+  rotating:
+    description: >-
+      While keys are rotated, what the gateway has of them: C(engine_keys) (lines of its map), or C(keys) of clients
+      with the name of one as C(client). What it has and the inventory no longer has stays valid besides the new.
+    type: dict
+    default: {}
+    version_added: 0.3.0
   address: {description: "Floating address, with or without a prefix length.", type: str, default: ""}
   port: {description: TCP port for clients., type: int, default: 8080}
   statistics_port: {description: TCP port of statistics and metrics., type: int, default: 8404}
@@ -48,6 +55,16 @@ EXAMPLES = r"""
 
 RETURN = r"""
 backends: {description: As the role gateway takes them., returned: success, type: list, elements: dict}
+previous:
+  description: Backends with the engines' key before.
+  returned: success
+  type: list
+  elements: dict
+previous_keys:
+  description: Keys of the client before.
+  returned: success
+  type: list
+  elements: dict
 models: {description: Answer of C(/v1/models)., returned: success, type: str}
 client_keys:
   description: The keys of clients with their names and quotas, as the role gateway takes them.

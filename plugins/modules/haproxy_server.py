@@ -10,7 +10,8 @@ short_description: Drain a server of HAProxy, or put it back
 description:
   - Uses HAProxy's runtime socket. A drained server (in maintenance, in HAProxy's terms) gets no new requests, not even
     from its sticky sessions; with O(timeout) the module waits for running requests to finish.
-  - C(ready) waits until a check has found the server up in one of its backends, 30 seconds at most.
+  - C(ready) waits until a check has found the server up in one of its backends, 30 seconds at most. Until then it gets
+    no requests.
   - Several servers are changed in one call. Servers already in the wanted state are left unchanged.
   - A server that is in no backend is not an error, so that a Spark which is not in the gateway yet can be rolled out.
 options:
@@ -91,7 +92,11 @@ class Haproxy:
 
     def set(self, backend: str, server: str, state: str) -> None:
         """Change the administrative state. Raises ValueError with what HAProxy says."""
-        error = self.ask(f"set server {backend}/{server} state {state}").strip()
+        steps = [f"state {state}"]
+        if state == WORDS["ready"]:
+            # HAProxy would send it requests until the first check fails; without a weight it gets none meanwhile.
+            steps = ["weight 0", *steps, "health down", "weight 100%"]
+        error = self.ask("; ".join(f"set server {backend}/{server} {step}" for step in steps)).strip()
         if error:
             raise ValueError(error)
 

@@ -17,6 +17,11 @@ options:
   registries: {description: "HOST[:PORT] to ask instead of a registry.", type: dict, default: {}}
   proxy: {description: Proxy between controller and registry., type: str, default: ""}
   no_proxy: {description: Names to reach without it., type: str, default: ""}
+  logins:
+    description: Username and password by registry, as in C(sparkfleet_registry_logins).
+    type: dict
+    default: {}
+    version_added: 0.3.0
   bundle: {description: Folder whose bundle.json is used instead of the registry., type: path}
   keys:
     description: >-

@@ -219,6 +219,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cac
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.integrity import verify_model
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.job import Job, JobError
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.redaction import passwords
 
 IMAGE = "sparkfleet/host-python:1"
 CONTAINER = "sparkfleet-fetch"
@@ -612,6 +613,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     params = module.params
+    module.no_log_values.update(passwords(*map(str, params["environment"].values())))
     began = time.time()
     what = f"{params['repo']}@{params['revision']}" + ("" if params["weights"] else " without weights")
     job: Job | None = None

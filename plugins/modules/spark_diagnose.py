@@ -46,9 +46,14 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import bounded, engine, guard, integrity
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import (
+    audit,
+    bounded,
+    engine,
+    guard,
+    integrity,
+)
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.http import KEY_FILE
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.memory import memory_state, unit_state
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.redaction import redacted
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.release_format import MOST_ENGINES, Engine
@@ -282,10 +287,8 @@ def main() -> None:
         supports_check_mode=True,
     )
     facts = collect(module.params)
-    for path in (module.params["token_file"], KEY_FILE):
-        with contextlib.suppress(OSError):
-            facts = redacted(facts, Path(path).read_text(encoding="utf-8").strip())
-    module.exit_json(changed=False, facts=redacted(facts))
+    secrets = audit.held(audit.secret_files(module.params["project_dir"], module.params["token_file"]))
+    module.exit_json(changed=False, facts=redacted(facts, *sorted(secrets, key=len, reverse=True)))
 
 
 if __name__ == "__main__":

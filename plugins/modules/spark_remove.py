@@ -62,6 +62,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.doc
 )
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.guard import SETTINGS_FILE
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.http import KEY_FILE
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.registry import LOGINS
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import (
     STATE_DIR,
     ReleaseError,
@@ -103,7 +104,7 @@ def plan(params: dict[str, Any], store: Store, docker: Docker) -> list[Item]:
     here = (folder for folder in folders if folder.is_dir() and not folder.is_symlink())
     items += [(f"{folder}/", remove_folder(folder)) for folder in here]
     keys = [Path(f"{KEY_FILE}{end}") for end in ("", ".next", ".previous")]
-    files = [Path(SETTINGS_FILE), *keys, *([Path(params["token_file"])] if params["token"] else [])]
+    files = [Path(SETTINGS_FILE), Path(LOGINS), *keys, *([Path(params["token_file"])] if params["token"] else [])]
     items += [(str(file), file.unlink) for file in files if file.exists()]
     return items
 

@@ -42,6 +42,10 @@ options:
   token_file: {description: File on the host that holds the token., type: path, required: true}
   engine_key: {description: API key that the engine should require., type: str, default: ""}
   engine_key_file: {description: File on the host that holds it., type: path, default: /etc/sparkfleet/engine_key}
+  registry_logins:
+    description: Content that the file of registry logins should have; empty for none.
+    type: str
+    default: ""
   address: {description: Name or address of this host in the inventory., type: str, default: ""}
   gateways:
     description: Names or addresses of the gateways; with them the host's own address facing them is determined.
@@ -127,7 +131,9 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.job
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.measured import of_release, trials
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.memory import memory_state, unit_state
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.network import reached_at
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.redaction import passwords
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.registry import (
+    LOGINS,
     Registry,
     bypasses,
     local_image,
@@ -615,6 +621,7 @@ def gather(params: dict[str, Any]) -> dict[str, Any]:
             "project_dir": folder(params["project_dir"]),
             "token": token_file(params["token_file"], params["token"]),
             "engine_key": token_file(params["engine_key_file"], params["engine_key"]),
+            "registry_logins": token_file(LOGINS, params["registry_logins"]),
             "reached_at": reached_at(params["address"], params["gateways"]) if params["gateways"] else [],
             "engines": [
                 {
@@ -680,6 +687,7 @@ def main() -> None:
             "token": {"type": "str", "default": "", "no_log": True},
             "engine_key": {"type": "str", "default": "", "no_log": True},
             "engine_key_file": {"type": "path", "default": KEY_FILE, "no_log": False},
+            "registry_logins": {"type": "str", "default": "", "no_log": True},
             "address": {"type": "str", "default": ""},
             "gateways": {"type": "list", "elements": "str", "default": []},
             "sources": {"type": "list", "elements": "str", "default": []},
@@ -692,7 +700,10 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    module.exit_json(changed=False, state=gather(module.params))
+    state = gather(module.params)
+    # Docker may have a proxy of its own.
+    module.no_log_values.update(passwords(module.params["proxy"], str(state["docker"].get("proxy") or "")))
+    module.exit_json(changed=False, state=state)
 
 
 if __name__ == "__main__":

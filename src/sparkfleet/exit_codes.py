@@ -12,6 +12,7 @@ CODES = {
     "drift": DRIFT,
     "faulty": DRIFT,  # it serves, and something is wrong with it
     "restored": RESTORED,
+    "exposed": RESTORED,  # by an audit, with findings of the grade that is to fail
     "failed": DOWN,
     "down": DOWN,
     "unreachable": UNREACHABLE,

@@ -32,6 +32,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from . import asking, bounded, engine, measured, memory, pooling, switch
+from . import key as engine_key
 from .bounded import BoundsError, as_dict, as_int, as_list, as_number, as_str, as_time, printable
 from .docker import SOCKET, Docker, DockerError, DockerUnavailable
 from .engine import EngineError
@@ -1058,7 +1059,8 @@ class Watcher:
             self.complain("this observation failed", f"{type(error).__name__}: {error}")
 
     def answer(self, target: str) -> tuple[int, str]:
-        """Of /ready (200 only while all engines serve, with `?model=` while that model's does) and /metrics."""
+        """Of /ready (200 only while all engines serve; with `?model=` while that model's does, with `&key=` as long as
+        their key has that name) and /metrics."""
         try:
             parts = urlsplit(target)
         except ValueError:
@@ -1068,9 +1070,12 @@ class Watcher:
         if parts.path != "/ready":
             return 404, "there are /ready and /metrics\n"
         try:
+            asked = parse_qs(parts.query, keep_blank_values=True, max_num_fields=8).get("key")
+            if asked is not None and asked != [engine_key.current()]:
+                return 503, "another-key\n"
             return readiness(parts.query, self._states(), self._fresh(self.idle, self.looked_at))
         except ValueError:
-            return 400, "one parameter: model\n"
+            return 400, "parameters: model, key\n"
 
     def _states(self) -> list[tuple[str, str]]:
         """Model and state of each engine."""

@@ -11,10 +11,12 @@ Each step may be cut and done again.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from pathlib import Path
 
 from . import http
+from .bounded import read_file
 from .releases import sync_folder, write_text
 
 
@@ -22,6 +24,19 @@ def paths() -> tuple[Path, Path, Path]:
     """The key, the staged one, the previous one."""
     key = Path(http.KEY_FILE)
     return key, key.with_name(f"{key.name}.next"), key.with_name(f"{key.name}.previous")
+
+
+def name(key: str) -> str:
+    """A name of a key that says nothing of it."""
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def current() -> str:
+    """`name` of the engine's key; "" for none."""
+    try:
+        return name(read_file(http.KEY_FILE, 4096).decode("ascii").strip())
+    except (OSError, ValueError):
+        return ""
 
 
 def is_staged() -> bool:

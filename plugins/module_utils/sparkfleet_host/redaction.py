@@ -75,6 +75,12 @@ def redacted(data: Any, *secrets: str) -> Any:
     return data
 
 
+def passwords(*urls: str) -> set[str]:
+    """The passwords in addresses (SCHEME://USER:PASSWORD@HOST), to be hidden from what a module reports."""
+    found = (re.match(r"[a-z]+://[^/:@]*:(?P<password>[^/]+)@", url) for url in urls)
+    return {match["password"] for match in found if match}
+
+
 def _hidden(value: Any) -> Any:
     """Strings of a secret, however deep; that there is none stays visible."""
     if isinstance(value, str):

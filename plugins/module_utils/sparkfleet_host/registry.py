@@ -29,7 +29,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -52,6 +52,8 @@ MANIFESTS = (
 #: Annotation of a layout's index that names an image.
 NAME = "org.opencontainers.image.ref.name"
 CERTIFICATES = "/etc/docker/certs.d"
+#: Logins of the inventory, 0600, in the format of Docker's configuration.
+LOGINS = "/etc/sparkfleet/registry_logins.json"
 CHUNK = 1 << 20
 MANIFEST_BYTES = 4 << 20  # what registries take at most; the specification asks for no more
 TOKEN_BYTES = 1 << 20
@@ -154,8 +156,23 @@ def local_image(docker: Docker, ref: Reference) -> dict[str, Any] | None:
     return found
 
 
+def login_file(logins: Mapping[str, Mapping[str, str]]) -> str:
+    """The content of `LOGINS`, in the format of Docker's configuration: {registry: {username, password}}; "" for
+    none."""
+    entries = {
+        name: {"auth": base64.b64encode(f"{login['username']}:{login['password']}".encode()).decode()}
+        for name, login in sorted(logins.items())
+    }
+    return json.dumps({"auths": entries}) if entries else ""
+
+
 def credentials(config: Path, registry: str) -> dict[str, str] | None:
-    """User and password that `docker login` left for a registry; None where there are none."""
+    """User and password for a registry: those of the inventory, or what `docker login` left; None where there are
+    none."""
+    return _credentials(Path(LOGINS), registry) or _credentials(config, registry)
+
+
+def _credentials(config: Path, registry: str) -> dict[str, str] | None:
     keys = [registry, f"https://{registry}", f"https://{registry}/v1/", f"https://{registry}/v2/"]
     if registry == "docker.io":
         keys.insert(0, "https://index.docker.io/v1/")

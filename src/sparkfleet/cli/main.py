@@ -25,6 +25,7 @@ from sparkfleet import (
 )
 from sparkfleet.cli import card, lock, summary
 from sparkfleet.cli.runner import Collector, default_inventory, run
+from sparkfleet.diagnosis import audit
 from sparkfleet.documents import yaml_text
 from sparkfleet.exit_codes import DOWN, INTERRUPTED, OK
 from sparkfleet.fleet import (
@@ -172,6 +173,7 @@ PLAYBOOKS = {
     "upgrade": "change the image; roll back if it does not verify",
     "trial": "measure what a model needs and how fast it is on a Spark, without its weights; what served serves again",
     "rollout": "deploy in waves that stop at the first failure",
+    "rotate": "replace a key or the token by the one that the inventory has now, without a failed request",
     "rollback": "return to the previous release, or to one by number",
     "start": "start the deployed release",
     "stop": "stop it; it stays stopped across reboots",
@@ -179,6 +181,7 @@ PLAYBOOKS = {
     "status": "show what each host serves",
     "logs": "show the engine's last log lines",
     "drift": "show differences from the inventory; exit code 4 if there are any",
+    "audit": "show how secure the hosts are, graded, with remedies; exit code 5 at findings of a grade",
     "bundle": "create a folder with everything that Sparks without internet need (sparkfleet_bundle)",
     "diagnose": "find out what is wrong, with causes and remedies; writes an archive for a bug report",
     "remove": "remove Sparkfleet from the hosts; shows first what would be removed",
@@ -187,6 +190,8 @@ PLAYBOOKS = {
 
 #: Verbs that may stop a serving engine: on more than one host only in waves, or when confirmed.
 INTERRUPTING = frozenset(("deploy", "switch", "upgrade", "rollback", "stop", "restart", "rollout", "bundle", "trial"))
+#: What `rotate` replaces.
+ROTATED = ("engine-key", "client-key", "hub-token")
 #: Verbs that show only their result.
 SILENT = frozenset(("status", "logs"))
 
@@ -220,6 +225,20 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
                 default=DUMMY,
                 help="dummy: only configuration and tokenizer are fetched; real: those on the Spark (default: dummy)",
             )
+        elif verb == "rotate":
+            parser.add_argument("what", choices=ROTATED)
+            parser.add_argument("client", nargs="?", type=_word, help="name of the client in sparkfleet_gateway_keys")
+            parser.add_argument(
+                "--overlap",
+                metavar="SECONDS",
+                type=_seconds,
+                help="how long both keys of a client are valid (default: 60)",
+            )
+        elif verb == "audit":
+            parser.add_argument(
+                "--fail-on", choices=audit.GRADES, default="high", help="grade from which on it fails (default: high)"
+            )
+            parser.add_argument("--sarif", metavar="FILE", type=_word, help="write the findings there as SARIF 2.1.0")
         elif verb == "upgrade":
             parser.add_argument("image", type=_word)
         elif verb == "verify":
@@ -262,6 +281,10 @@ def _arguments(options: argparse.Namespace) -> list[str]:
     """The arguments for ansible-playbook."""
     if options.verb == "switch" and not (options.model or options.profile):
         raise SparkfleetError("switch needs a model, a --profile or both (`sparkfleet models` lists them)")
+    if options.verb == "rotate" and (options.what == "client-key") != bool(options.client):
+        raise SparkfleetError("rotate client-key needs the name of a client, engine-key and hub-token have none")
+    if options.verb == "rotate" and options.overlap is not None and options.what != "client-key":
+        raise SparkfleetError("--overlap is of rotate client-key: an engine's old key ends with its Spark's turn")
     words = [word for pair in options.extra_vars for word in ("-e", pair)]
     words += _limit(options)
     words += ["--check", "--diff"] if options.check else []
@@ -272,6 +295,10 @@ def _arguments(options: argparse.Namespace) -> list[str]:
         "sparkfleet_profile": getattr(options, "profile", None),
         "sparkfleet_image": getattr(options, "image", None),
         "sparkfleet_trial_weights": getattr(options, "weights", None),
+        "sparkfleet_rotate": options.what.replace("-", "_") if options.verb == "rotate" else None,
+        "sparkfleet_audit_fail_on": getattr(options, "fail_on", None),
+        "sparkfleet_client": getattr(options, "client", None),
+        "sparkfleet_overlap": getattr(options, "overlap", None),
         "sparkfleet_release": getattr(options, "release", None),
         "sparkfleet_verify": getattr(options, "depth", None),
         "sparkfleet_logs_lines": getattr(options, "lines", None),
@@ -343,7 +370,18 @@ def _verb(options: argparse.Namespace) -> int:
         if not _agrees("All at once?"):
             raise SparkfleetError("nothing was changed")
         hosts, board, made = _run(options, words + confirmed)
+    if getattr(options, "sarif", None):
+        _write_sarif(options.sarif, hosts)
     return _show(options, hosts, board, made)
+
+
+def _write_sarif(name: str, hosts: Sequence[HostResult]) -> None:
+    """Raises SparkfleetError."""
+    try:
+        text = audit.sarif({host.name: host.audit for host in hosts})
+        expanded("--sarif", name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SparkfleetError(f"--sarif {name}: {error.strerror}") from None
 
 
 def _agrees(question: str) -> bool:

@@ -136,7 +136,7 @@ class Collector:
             self.log({"event": "result", "host": host.name, **{key: value for key, value in what.items() if value}})
 
     def _note(self, kind: str, host: HostResult, res: Mapping[str, Any], ignored: bool) -> None:
-        for key in ("summary", "log", "removed", "measured"):
+        for key in ("summary", "log", "removed", "measured", "audit"):
             if res.get(key):
                 setattr(host, key, res[key])
         fetched, whole = res.get("downloaded"), res.get("model_bytes")
@@ -146,6 +146,8 @@ class Collector:
             self._lines(f"{host.name}  fetched {parts[0]}; the whole model has {parts[1]}")
         if "outcome" in res:
             host.release, host.out_of_service_s = res.get("release"), res.get("out_of_service_s")
+        if "audit" in res:  # an inventory that cannot be deployed does not keep a host from being audited
+            host.result, host.message, host.failure, host.findings = "ok", "", "", []
         if kind == "runner_on_ok" and res.get("summary"):
             # Status reports the current state even if planning failed.
             host.result, host.message, host.failure, host.findings = "ok", "", "", []
@@ -165,6 +167,8 @@ class Collector:
             refused = bool(host.findings) or host.failure in REFUSALS
             host.drift = list(res.get("drift") or [])
             host.result = "drift" if host.drift else "restored" if restored else "refused" if refused else "failed"
+            if host.failure == "audit":
+                host.result = "exposed"
             if res.get("diagnosed"):
                 host.result = "faulty" if res.get("serves") else "down"
 

@@ -10,9 +10,11 @@ import urllib.parse
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from sparkfleet_host import key as names_of_keys
 from sparkfleet_host.bounded import HOST, printable
 
 from sparkfleet import SparkfleetError
+from sparkfleet.documents import secret
 from sparkfleet.planning import catalog, target
 from sparkfleet.planning import variables as planned
 
@@ -25,6 +27,8 @@ QUOTAS = {"requests_per_second": 10_000, "streams": 10_000}
 #: A path in its normal form, as the gateway compares it; with * at its end, all paths that start like it.
 PATH = re.compile(r"(?!.{200})(/(?!\.{1,2}(/|$))[A-Za-z0-9_.~-]+)+/?\*?")
 MOST_PATHS = 64
+#: Ends the name of a backend of Sparks with the engines' key before.
+PREVIOUS = ":previous"
 #: Variables of a Spark that a gateway reads.
 VARIABLES = ("guard", "guard_port", "address", "drained", "engine_key")
 #: Of those the ones of an engine.
@@ -43,6 +47,7 @@ def settings(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
             {key: variables.get(f"sparkfleet_{key}", defaults[f"sparkfleet_{key}"]) for key in keys}
             for keys in (VARIABLES, ENGINE_VARIABLES)
         )
+        values["engine_key"] = secret.text(f"{host}: sparkfleet_engine_key", values["engine_key"])
         values["address"], values["engines"] = address(host, variables), _engines(host, variables) or [engine]
         found[host] = values
     return found
@@ -78,7 +83,10 @@ def is_address(text: str) -> bool:
 
 
 def plan(
-    hosts: Mapping[str, Mapping[str, Any]], ports: Mapping[str, Any] | None = None, models: Sequence[Any] = ()
+    hosts: Mapping[str, Mapping[str, Any]],
+    ports: Mapping[str, Any] | None = None,
+    models: Sequence[Any] = (),
+    installed: str | None = None,
 ) -> dict[str, Any]:
     """Backends of what `settings` gives: [{name, model, repo, ports, servers: [{name, address, literal, port,
     check_port, check, meant}]}], the JSON document of GET /v1/models, the engines' keys by backend, the Sparks that
@@ -87,7 +95,8 @@ def plan(
     A Spark is a server of the backend of each model whose engines have its key: which of them it serves now,
     the guard reports; which are `meant`, the inventory. Where one is not meant, it is expected on the port of the
     Spark's first engine. `ports` are further ones, {model: port}; `models` have a backend although no Spark is to serve
-    them.
+    them. `installed` are the engines' keys that the gateway has, while they are rotated: a Spark that still has the
+    key before is a server of a further backend (`previous`), with that key, until the guard reports the new one.
     Raises SparkfleetError naming host and value."""
     cards = {host: [_card(host, engine["model"]) for engine in values["engines"]] for host, values in hosts.items()}
     drained = [host for host, values in hosts.items() if truth(values["drained"])]
@@ -113,7 +122,7 @@ def plan(
                 {
                     **servers[host],
                     "port": _port(host, hosts[host], cards[host], card),
-                    "check": _check(servers[host], card.repo),
+                    "check": _check(servers[host], card.repo, key if installed is not None else ""),
                     "meant": host in meant,
                 }
                 for host in left
@@ -121,6 +130,24 @@ def plan(
             ],
         }
     _distinct(backends)
+    before = previous_keys(installed or "", engine_keys)
+    previous = [
+        {
+            **item,
+            "name": item["name"] + PREVIOUS,
+            "of": item["name"],
+            "servers": [
+                {**server, "check": _check(server, item["repo"], before[item["name"]])} for server in item["servers"]
+            ],
+        }
+        for item in backends.values()
+        if item["name"] in before
+    ]
+    # Until a Spark is switched it has the key before.
+    for item in backends.values():
+        if item["name"] in before:
+            item["servers"] = [{**server, "meant": False} for server in item["servers"]]
+    engine_keys |= {name + PREVIOUS: key for name, key in before.items()}
     known = {card.name for own in cards.values() for card in own} | set(backends)
     for model, port in (ports or {}).items():
         if model not in known:
@@ -132,6 +159,7 @@ def plan(
     listed = [{"id": item["repo"], "object": "model", "owned_by": "vllm"} for item in backends.values()]
     return {
         "backends": list(backends.values()),
+        "previous": previous,
         "models": json.dumps({"object": "list", "data": listed}),
         "engine_keys": engine_keys,
         "drained": drained,
@@ -164,9 +192,45 @@ def _port(host: str, values: Mapping[str, Any], own: Sequence[catalog.Card], car
     return port_number(f"{host}: sparkfleet_port", engine["port"])
 
 
-def _check(server: Mapping[str, Any], repo: str) -> str:
-    """What a health check requests: the guard whether the model is served, or the engine which models it has."""
-    return f"/ready?model={urllib.parse.quote(repo, safe='/')}" if server["check_port"] else "/v1/models"
+def _check(server: Mapping[str, Any], repo: str, key: str = "") -> str:
+    """What a health check requests: the guard whether the model is served, with this key where one is given, or the
+    engine which models it has, which it says only with its key."""
+    asked = f"/ready?model={urllib.parse.quote(repo, safe='/')}{f'&key={names_of_keys.name(key)}' if key else ''}"
+    return asked if server["check_port"] else "/v1/models"
+
+
+def previous_keys(installed: str, wanted: Mapping[str, str]) -> dict[str, str]:
+    """Of each backend whose key changes the key before, out of the lines `BACKEND Bearer KEY` that a gateway has.
+    Raises SparkfleetError where a rotation to another key is under way."""
+    lines = (line.partition(" Bearer ") for line in installed.splitlines())
+    known = {name: key.strip() for name, _, key in lines if key}
+    found = {}
+    for name, key in wanted.items():
+        if name + PREVIOUS in known and known.get(name) != key:
+            raise SparkfleetError(
+                f"sparkfleet_engine_key: the gateway is between two keys of {name} already, and the inventory has a "
+                "third: finish with the second one first (`sparkfleet rotate engine-key`), or deploy with "
+                "`sparkfleet rollout`, during which requests may fail"
+            )
+        before = known.get(name + PREVIOUS) or known.get(name, "")
+        if before not in ("", key):
+            found[name] = before
+    return found
+
+
+def previous_clients(installed: str, name: str, wanted: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The keys of a client that a gateway has (lines `KEY NAME/...`) and the inventory no longer has, as `clients`
+    returns them. Raises SparkfleetError for a client that the inventory does not have."""
+    own = next((client for client in wanted if client["name"] == name), None)
+    if own is None:
+        there = ", ".join(dict.fromkeys(client["name"] for client in wanted)) or "none"
+        raise SparkfleetError(
+            f"sparkfleet_gateway_keys: no client is called {printable(name, 80)!r}; there are {there}"
+        )
+    current = {client["key"] for client in wanted}
+    lines = (line.partition(" ") for line in installed.splitlines())
+    found = [key for key, _, rest in lines if rest.partition("/")[0] == name and key not in current]
+    return [{**own, "key": key} for key in found if KEY.fullmatch(key)]
 
 
 def _one_name(hosts: Collection[str]) -> None:

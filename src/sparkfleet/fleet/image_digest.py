@@ -35,6 +35,7 @@ def resolve(
     no_proxy: str = "",
     config: str = DOCKER_CONFIG,
     seconds: float = IN_ALL,
+    logins: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Answer:
     """Ask the registry; an image with a digest is that digest. `registries` says where to ask instead: host of a
     registry -> HOST[:PORT] with the same repositories. The proxy of the environment comes before `proxy`. `seconds` is
@@ -44,7 +45,7 @@ def resolve(
     if ref.digest:
         return Answer(ref.digest)
     try:
-        registry = registry_of(ref, registries, proxy, no_proxy, config)
+        registry = registry_of(ref, registries, proxy, no_proxy, config, logins)
         return Answer(bounded.in_time(lambda: digest_of(registry, ref.tag), seconds))
     except OSError as error:
         host = str(registries.get(ref.registry, "")) or ref.registry
@@ -65,9 +66,11 @@ def registry_of(
     proxy: str = "",
     no_proxy: str = "",
     config: str = DOCKER_CONFIG,
+    logins: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Registry:
-    """The registry of an image as this controller asks it, see `resolve`. Raises SparkfleetError for what is not the
-    name of a registry, and OSError."""
+    """The registry of an image as this controller asks it, see `resolve`; `logins` of the inventory come before those
+    that `docker login` left in `config`. Raises SparkfleetError for what is not the name of a registry, and
+    OSError."""
     host = str(registries.get(ref.registry, ""))
     name, _, port = host.partition(":")
     if host and not (bounded.HOST.fullmatch(name) and (not port or (port.isdigit() and len(port) <= 5))):
@@ -79,18 +82,26 @@ def registry_of(
         "HttpsProxy": found.get("https") or proxy,
         "NoProxy": ",".join(filter(None, (found.get("no"), no_proxy))),
     }
+    login = next((dict(logins[name]) for name in (host, ref.registry) if logins and name in logins), None)
     try:
-        login = credentials(Path(config).expanduser(), host or ref.registry)
+        login = login or credentials(Path(config).expanduser(), host or ref.registry)
     except RuntimeError:
         login = None  # a user without a home has no logins
     return Registry(ref, ways, login, SECONDS, host)
 
 
 def of_run(
-    folder: Path, image: str, registries: Mapping[str, str], proxy: str = "", no_proxy: str = ""
+    folder: Path,
+    image: str,
+    registries: Mapping[str, str],
+    proxy: str = "",
+    no_proxy: str = "",
+    logins: Mapping[str, Mapping[str, str]] | None = None,
 ) -> tuple[Answer, bool]:
     """`resolve` once a run for all its hosts, kept in a folder that lives as long as the run; whether it was asked just
     now. A tag that moves meanwhile is the same for every host, and a registry that is away costs its time once."""
     file = folder / "sparkfleet-digests.json"
-    known, new = run_cache.ask(file, image, lambda: dataclasses.asdict(resolve(image, registries, proxy, no_proxy)))
+    known, new = run_cache.ask(
+        file, image, lambda: dataclasses.asdict(resolve(image, registries, proxy, no_proxy, logins=logins))
+    )
     return Answer(**known), new

@@ -124,6 +124,7 @@ def require(
     registries: Mapping[str, str],
     proxy: str = "",
     no_proxy: str = "",
+    logins: Mapping[str, Mapping[str, str]] | None = None,
 ) -> str:
     """Check an image whose publisher has a key in `keys`, once a run (kept in `folder`); the key's file, "" where the
     publisher has none. `answer`: what its tag stands for. Raises SparkfleetError for one that is not signed, or where
@@ -138,7 +139,7 @@ def require(
 
     def ask() -> dict[str, Any]:
         try:
-            registry = image_digest.registry_of(ref, registries, proxy, no_proxy)
+            registry = image_digest.registry_of(ref, registries, proxy, no_proxy, logins=logins)
             bounded.in_time(lambda: verify(registry, answer.digest, key), image_digest.IN_ALL)
         except SparkfleetError as error:
             return dataclasses.asdict(Verdict(str(error)))

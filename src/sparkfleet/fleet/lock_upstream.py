@@ -39,6 +39,7 @@ class Ways:
     registries: Mapping[str, str] = dataclasses.field(default_factory=dict)
     proxy: str = ""
     no_proxy: str = ""
+    logins: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, values: Mapping[str, Any], token: str = "") -> Ways:
@@ -54,6 +55,7 @@ class Ways:
             values.get("sparkfleet_controller_registries") or {},
             settings.proxy,
             settings.no_proxy,
+            settings.registry_logins,
         )
 
 
@@ -64,7 +66,7 @@ def ask_image(image: str, ways: Ways, platform: str = PLATFORM) -> Image:
     """What a reference stands for. Raises UpstreamError, and SparkfleetError for what is no reference."""
     ref = image_digest.checked(image)
     try:
-        registry = image_digest.registry_of(ref, ways.registries, ways.proxy, ways.no_proxy)
+        registry = image_digest.registry_of(ref, ways.registries, ways.proxy, ways.no_proxy, logins=ways.logins)
         return bounded.in_time(lambda: _image(registry, ref.wanted, platform), IMAGE_SECONDS)
     except (OSError, BoundsError) as error:
         raise UpstreamError(f"{image}: its registry does not say what it is: {printable(str(error), 300)}") from None

@@ -124,7 +124,8 @@ def prepare(target: Target, state: State) -> tuple[Work, Work, Work, Work, Work,
         stale_proxy(target, state),
         f"let Docker use the proxy {settings.proxy.rpartition('@')[2]} and restart it",
     )
-    docker.add(not state["operator"]["in_docker_group"], f"put {settings.operator} into the group docker")
+    wants = settings.docker_group and not state["operator"]["in_docker_group"]
+    docker.add(wants, f"put {settings.operator} into the group docker")
 
     toolkit = Work()
     toolkit.add(not state["toolkit"]["installed"], "install the NVIDIA Container Toolkit")
@@ -149,6 +150,13 @@ def prepare(target: Target, state: State) -> tuple[Work, Work, Work, Work, Work,
         state["token"]["present"] and not state["token"]["private"],
         "make the Hugging Face token readable by root alone",
     )
+    logins = state["registry_logins"]
+    cache.add(settings.registry_logins and not logins["current"], "write the logins of registries")
+    cache.add(
+        settings.registry_logins and logins["present"] and not logins["private"],
+        "make the logins of registries readable by root alone",
+    )
+    cache.add(not settings.registry_logins and logins["present"], "remove the logins of registries")
 
     hygiene = Work()
     guard, swap = state["memory"]["earlyoom"], state["memory"]["swap"]

@@ -83,14 +83,16 @@ class Settings:
     ca_file: str = ""  # certificate authorities of the host, for an engine that downloads by itself
     operator: str = "root"
     hf_token: str = dataclasses.field(default="", repr=False)
+    registry_logins: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict, repr=False)
     hf_token_file: str = "/etc/sparkfleet/hf_token"  # noqa: S105 - a path
     hub_endpoint: str = "https://huggingface.co"
+    docker_group: bool = False
     docker_source: str = "distribution"
     require_gb10: bool = True
     image_disk_gib: float = 25.0
     memory_plan: str = "enforce"
     memory_reserve_gib: float = 4.0
-    proxy: str = ""
+    proxy: str = dataclasses.field(default="", repr=False)
     no_proxy: str = ""
     earlyoom: bool = True
     earlyoom_arguments: str = dataclasses.field(

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import yaml
-from sparkfleet_host.bounded import printable
+from sparkfleet_host.bounded import HOST, printable
 from sparkfleet_host.release_format import MOST_ENGINES
 
 from sparkfleet import SparkfleetError
-from sparkfleet.documents import schema, yaml_text
+from sparkfleet.documents import schema, secret, yaml_text
 from sparkfleet.paths import ROOT
 from sparkfleet.planning import catalog
 
@@ -79,6 +79,7 @@ FORMS: dict[str, tuple[str, str]] = {
     "sparkfleet_operator": _NAME,
     "sparkfleet_cache_mode": (r"[0-7]{3,5}", "a mode in octal digits, in quotes"),
     "sparkfleet_hf_token": (r"\s*[!-~]{0,500}\s*", "a token without blanks"),
+    "sparkfleet_registry_logins": (r"[!-~][ -~]{0,4000}", "a line of text"),
     "sparkfleet_engine_key": (r"\s*[!-~]{8,500}\s*", "a key of 8 characters or more, without blanks"),
     "sparkfleet_hub_endpoint": (_URL, "the address of a Hub, https://..."),
     "sparkfleet_controller_hub": (_URL, "the address of a Hub, https://..."),
@@ -87,6 +88,10 @@ FORMS: dict[str, tuple[str, str]] = {
     "sparkfleet_address": (r"[A-Za-z0-9_.:-]{1,253}", "a name or an address"),
     "sparkfleet_gateway_interface": (r"[A-Za-z0-9_.:@-]{1,15}", "the name of a network interface"),
 }
+
+#: Texts that may also be kept elsewhere, see `documents.secret`.
+SECRETS = ("sparkfleet_hf_token", "sparkfleet_engine_key", "sparkfleet_proxy")
+LOGINS = "sparkfleet_registry_logins"
 
 #: Parameters of verbs, which have no place in an inventory, and of the simulated world.
 PARAMETERS = frozenset(
@@ -151,11 +156,16 @@ def settle(values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `values` (of one host, templates resolved) that are variables of Sparkfleet, each of the type that its
     spec names (what is written `"8000"` is 8000), and the arguments of vllm serve. Raises SparkfleetError with each
     problem: unknown names, wrong types, values out of range or of another form."""
-    found, made = unknown(values), {}
+    found = unknown(values)
+    made: dict[str, Any] = {}
     for name, value in values.items():
         try:
             if name == ENGINES:
                 made[name] = _engines(value)
+            elif name == LOGINS:
+                made[name] = logins(value)
+            elif name in SECRETS:
+                made[name] = _value(name, secret.text(name, value), {**options()[name], "type": "str", "no_log": True})
             elif option := options().get(name):
                 made[name] = _value(name, value, option)
             elif name.startswith(ARGUMENT_PREFIX):
@@ -231,9 +241,30 @@ def _engines(value: Any) -> list[dict[str, Any]]:
     return engines
 
 
+def logins(value: Any) -> dict[str, dict[str, str]]:
+    """The entries of `sparkfleet_registry_logins`: registry -> username and password. Raises SparkfleetError, which
+    never shows a password."""
+    made = {}
+    for registry, login in _value(LOGINS, value, {**options()[LOGINS], "no_log": True}).items():
+        at = f"{LOGINS}.{printable(str(registry), 80)}"
+        host, _, port = str(registry).partition(":")
+        if not HOST.fullmatch(host) or (port and not re.fullmatch(r"[0-9]{1,5}", port)):
+            raise SparkfleetError(f"{at}: is not a registry, HOST or HOST:PORT")
+        if not isinstance(login, Mapping) or set(login) != {"username", "password"}:
+            raise SparkfleetError(f"{at}: must be a mapping with username and password")
+        found = {key: secret.text(f"{at}.{key}", login[key]) for key in ("username", "password")}
+        for key, text in found.items():
+            if not isinstance(text, str) or not re.fullmatch(FORMS[LOGINS][0], text):
+                raise SparkfleetError(f"{at}.{key}: must be {FORMS[LOGINS][1]}")
+        if ":" in found["username"]:
+            raise SparkfleetError(f"{at}.username: must not have a colon")
+        made[str(registry)] = {key: str(text) for key, text in found.items()}
+    return made
+
+
 def _value(name: str, value: Any, option: Mapping[str, Any], rule: str = "") -> Any:
     """`rule`: the variable whose range or form holds, if it is another one."""
-    secret = bool(option.get("no_log"))
+    hidden = bool(option.get("no_log"))
     kind, rule = option["type"], rule or name
     if kind in _CONVERT:
         convert, words = _CONVERT[kind]
@@ -242,26 +273,26 @@ def _value(name: str, value: Any, option: Mapping[str, Any], rule: str = "") -> 
             words = f"{words} from {least:g} to {most:g}" if most < 1e6 else f"{words} from {least:g} to {most:.0f}"
         made = convert(value)
         if made is None or (rule in RANGES and not least <= made <= most):
-            raise _wrong(name, value, words, secret)
+            raise _wrong(name, value, words, hidden)
         return made
     if kind in ("str", "path"):
         if isinstance(value, int | float) and not isinstance(value, bool):
             # YAML reads something other than what was written: 0775 is 509 there, and 25.10 is 25.1.
-            shown = "" if secret else f" {_shown(value)}"
+            shown = "" if hidden else f" {_shown(value)}"
             raise SparkfleetError(f"{name}: must be text, not the number{shown}: write the value in quotes")
         if not isinstance(value, str):
-            raise _wrong(name, value, "a text", secret)
+            raise _wrong(name, value, "a text", hidden)
         yaml_text.check(value, name)
         text = str(value)
         if "choices" in option and text not in option["choices"]:
-            raise _wrong(name, value, f"one of {', '.join(option['choices'])}", secret)
+            raise _wrong(name, value, f"one of {', '.join(option['choices'])}", hidden)
         pattern, words = _form(rule)
         if (text or option.get("default") != "") and not re.fullmatch(pattern, text):
-            raise _wrong(name, value, words, secret)
+            raise _wrong(name, value, words, hidden)
         return text
     wanted = {"dict": (Mapping, "a mapping"), "list": (list | tuple, "a list")}.get(kind)
     if wanted and not isinstance(value, wanted[0]):
-        raise _wrong(name, value, wanted[1], secret)
+        raise _wrong(name, value, wanted[1], hidden)
     yaml_text.check(value, name)
     return value
 

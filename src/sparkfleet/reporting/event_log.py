@@ -20,7 +20,10 @@ from sparkfleet.documents import yaml_text
 
 #: Verbs that change hosts.
 MUTATING = frozenset(
-    ("deploy", "switch", "upgrade", "rollout", "rollback", "start", "stop", "restart", "remove", "bundle", "trial"),
+    (
+        *("deploy", "switch", "upgrade", "rollout", "rollback", "start", "stop", "restart", "remove", "bundle"),
+        *("trial", "rotate"),
+    )
 )
 FOLDER = "events"
 _SECRET_NAME = re.compile(r"token|key|passw|secret", re.IGNORECASE)

@@ -38,6 +38,7 @@ WORDS = {
     "bundle": ("folder",),
     "remove": ("--yes",),
     "trial": ("qwen3-32b-fp8",),
+    "rotate": ("engine-key",),
 }
 
 

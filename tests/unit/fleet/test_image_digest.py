@@ -43,6 +43,40 @@ def test_another_registry_with_the_same_repositories_is_asked(upstream: FakeRegi
     assert upstream.seen[-1][1]["Authorization"].startswith("Basic ")
 
 
+def basic(registry: FakeRegistry, login: str) -> None:
+    """Let a registry answer only this login."""
+    wanted = f"Basic {base64.b64encode(login.encode()).decode()}"
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        if handler.headers.get("Authorization") == wanted:
+            reply(handler, registry.index)
+        else:
+            reply(handler, b"", 401, {"WWW-Authenticate": 'Basic realm="private"'})
+
+    registry.answers["/v2/nvidia/vllm/manifests/1"] = answer
+
+
+def test_a_registry_with_a_login_of_the_inventory(upstream: FakeRegistry, tmp_path: Path) -> None:
+    basic(upstream, "$oauthtoken:pass:word")
+    ours = {"username": "$oauthtoken", "password": "pass:word"}
+    none, image = str(tmp_path / "none"), f"{upstream.address}/nvidia/vllm:1"
+
+    def ask(image: str, logins: dict[str, dict[str, str]], config: str = none, **where: str) -> image_digest.Answer:
+        return image_digest.resolve(image, where, config=config, logins=logins)
+
+    assert "requires a login" in ask(image, {}).reason
+    assert "requires a login" in ask(image, {"other": ours}).reason
+    assert "401" in ask(image, {upstream.address: {**ours, "password": "wrong"}}).reason
+    right = image_digest.Answer(digest(upstream.index))
+    assert ask(image, {upstream.address: ours}) == right
+    # A registry with the same content is asked with the login of the one that it stands for.
+    assert image_digest.resolve(IMAGE, {"nvcr.io": upstream.address}, config=none, logins={"nvcr.io": ours}) == right
+    # The user's own login comes after it.
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"auths": {upstream.address: {"auth": base64.b64encode(b"u:p").decode()}}}))
+    assert ask(image, {upstream.address: ours}, str(config)) == right
+
+
 def test_a_digest_is_itself_and_asks_nobody() -> None:
     wanted = "sha256:" + "1" * 64
     assert image_digest.resolve(f"{IMAGE}@{wanted}", {"nvcr.io": "127.0.0.1:9"}) == image_digest.Answer(wanted)

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import guard as module
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import http as host_http
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import key as engine_key
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import measured, releases
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import (
     Docker,
@@ -793,6 +795,28 @@ def test_ready_is_not_answered_from_what_was_seen_a_minute_ago(world: World) -> 
     assert world.watcher.answer("/ready") == (503, "guard-stuck\n")
     queries = ("&".join(f"a{number}=1" for number in range(count)) for count in (8, 9))
     assert [world.watcher.answer(f"/ready?{query}")[0] for query in queries] == [503, 400]
+
+
+def test_ready_with_the_name_of_a_key_is_of_that_key(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway that rotates the key asks which one a Spark has."""
+    file = tmp_path / "engine_key"
+    monkeypatch.setattr(host_http, "KEY_FILE", str(file))
+    world.watcher.step()
+    names = [engine_key.name(text) for text in ("the-key-before", "the-key-after")]
+
+    def answers() -> list[int]:
+        return [world.watcher.answer(f"/ready?key={name}")[0] for name in names]
+
+    assert answers() == [503, 503] and world.watcher.answer("/ready")[0] == 200
+    for text, expected in (("the-key-before\n", [200, 503]), ("the-key-after", [503, 200])):
+        file.write_text(text)
+        assert answers() == expected
+    assert world.watcher.answer(f"/ready?key={names[0]}") == (503, "another-key\n")
+    assert world.watcher.answer(f"/ready?key={names[1]}&model=org/other")[0] == 503
+    assert world.watcher.answer("/ready?key=")[0] == 503
+    assert not any(part in name for name in names for part in ("key", "before", "after"))
 
 
 def test_a_damaged_state_is_set_aside_and_said(world: World, store: Store) -> None:

@@ -48,6 +48,7 @@ def bare() -> State:
         "cache": None,
         "project_dir": None,
         "token": {"present": False, "private": False, "current": False},
+        "registry_logins": {"present": False, "private": False, "current": True},
         "engines": [
             {
                 "image": None,
@@ -195,10 +196,11 @@ def test_prepared_host_is_left_alone() -> None:
         (("docker", "version"), "20.10.5", "docker", ""),
         (("docker", "running"), False, "docker", "start Docker"),
         (("docker", "runtimes"), ["runc"], "toolkit", "make nvidia a runtime"),
-        (("operator", "in_docker_group"), False, "docker", "put nvidia into the group docker"),
+        (("operator", "in_docker_group"), False, "docker", ""),
         (("cache", "mode"), "0755", "cache", "mode 0755 to 2775"),
         (("token", "current"), False, "cache", "write the Hugging Face token"),
         (("token", "private"), False, "cache", "readable by root alone"),
+        (("registry_logins", "present"), True, "cache", "remove the logins of registries"),
     ],
 )
 def test_differences_of_a_prepared_host(path: tuple[str, str], value: Any, part: str, words: str) -> None:
@@ -206,6 +208,30 @@ def test_differences_of_a_prepared_host(path: tuple[str, str], value: Any, part:
     state[path[0]][path[1]] = value
     reasons = plan.make(target(), state)["prepare"][part]
     assert (words in "; ".join(reasons)) if words else not reasons
+
+
+def test_the_group_docker_is_for_those_who_ask_for_it() -> None:
+    state = prepared()
+    state["operator"]["in_docker_group"] = False
+    made = plan.make(target(docker_group=True), state)
+    assert made["prepare"]["docker"] == ["put nvidia into the group docker"]
+
+
+def test_logins_of_registries_are_written_when_they_differ() -> None:
+    logins = {"nvcr.io": {"username": "$oauthtoken", "password": "a-secret-of-a-registry"}}
+    state = prepared()
+    for known, words in (
+        ({"present": False, "private": False, "current": False}, ["write the logins of registries"]),
+        ({"present": True, "private": True, "current": True}, []),
+        (
+            {"present": True, "private": False, "current": True},
+            ["make the logins of registries readable by root alone"],
+        ),
+    ):
+        state["registry_logins"] = known
+        made = plan.make(target(registry_logins=logins), state)
+        assert made["prepare"]["cache"] == words
+        assert "a-secret-of-a-registry" not in repr(made)
 
 
 def test_pins_are_those_of_what_was_fetched() -> None:

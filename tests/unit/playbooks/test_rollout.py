@@ -30,7 +30,7 @@ class ActionModule(ActionBase):
         host, name = task_vars["inventory_hostname"], Path(__file__).stem
         script = json.loads((FOLDER / "script.json").read_text())
         gateway = self._task.delegate_to if name == "haproxy_server" else None
-        kept = ("servers", "state", "verify", "verify_seconds", "mode", "budget", "verified", "lock")
+        kept = ("servers", "state", "verify", "verify_seconds", "mode", "budget", "verified", "lock", "rotating")
         args = {key: self._task.args[key] for key in kept if key in self._task.args}
         calls = FOLDER / f"calls.{host}.{name}"
         before = len(calls.read_text()) if calls.exists() else 0

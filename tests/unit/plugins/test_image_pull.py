@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import registry
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.job import Job, JobError, read_status
 from plugins.modules import image_pull
@@ -141,6 +142,22 @@ def test_credentials(tmp_path: Path) -> None:
     assert credentials(config, "docker.io") is None
     config.write_text("{")
     assert credentials(config, "nvcr.io") is None
+
+
+def test_logins_of_the_inventory_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, ours = tmp_path / "config.json", tmp_path / "logins.json"
+    monkeypatch.setattr(registry, "LOGINS", str(ours))
+    config.write_text(json.dumps({"auths": {"nvcr.io": {"auth": base64.b64encode(b"old:one").decode()}}}))
+    assert (credentials(config, "nvcr.io") or {})["username"] == "old"
+    wanted = {
+        "nvcr.io": {"username": "$oauthtoken", "password": "pa:ss"},
+        "reg:5000": {"username": "u", "password": "p"},
+    }
+    ours.write_text(registry.login_file(wanted))
+    for name, login in wanted.items():
+        assert credentials(config, name) == {**login, "serveraddress": name}
+    assert credentials(config, "docker.io") is None
+    assert registry.login_file({}) == ""
 
 
 REF = "reg.test:5000/nvidia/vllm:1"

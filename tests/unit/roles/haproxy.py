@@ -9,6 +9,7 @@ import http.server
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -19,6 +20,7 @@ from typing import Any
 
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar, trust_as_template
+from sparkfleet_host import key as engine_key
 
 from sparkfleet.fleet import gateway
 from tests.unit import ROOT
@@ -52,7 +54,7 @@ class Spark(http.server.ThreadingHTTPServer):
 
     def __init__(self, name: str, repo: str = LLAMA, port: int = 0) -> None:
         self.name, self.repo, self.key = name, repo, ""
-        self.guarded = True
+        self.guarded, self.strict, self.refused = True, False, 0  # strict: asks for its key
         self.asked: list[tuple[str, str, dict[str, str], bytes]] = []
         self.checked: list[tuple[str, dict[str, str]]] = []
         self.behaviour: list[str] = []  # of the next requests: hang-up, half, 503, silent; right when empty
@@ -76,9 +78,13 @@ class Engine(http.server.BaseHTTPRequestHandler):
         spark, headers = self.server, {key.lower(): value for key, value in self.headers.items()}
         if self.path.startswith("/ready"):
             spark.checked.append((self.path, headers))
-            right = spark.guarded and self.path == f"/ready?model={spark.repo}"
+            asked, _, name = self.path.partition("&key=")
+            right = spark.guarded and asked == f"/ready?model={spark.repo}" and name in ("", engine_key.name(spark.key))
             return self.answer(200 if right else 503, f"serving {spark.repo}\n" if right else "another-model\n")
         body = self.rfile.read(int(headers.get("content-length") or 0))
+        if spark.strict and self.path != "/v1/models" and headers.get("authorization") != f"Bearer {spark.key}":
+            spark.refused += 1
+            return self.answer(401, "another key")
         if self.path == "/v1/models" and "user-agent" not in headers and "x-client" not in headers:
             spark.checked.append((self.path, headers))
             if spark.key and headers.get("authorization") != f"Bearer {spark.key}":
@@ -122,6 +128,7 @@ def rendered(made: dict[str, Any], folder: Path, template: str = "haproxy.cfg.j2
     values = {
         **defaults,
         **{"inventory_hostname": "gateway-1", "ansible_managed": "", "gateway_backends": made["backends"]},
+        "gateway_previous_backends": made["previous"],
         **{"gateway_models": made["models"], "gateway_engine_keys": made["engine_keys"], "gateway_folder": str(folder)},
         **more,
     }
@@ -130,7 +137,7 @@ def rendered(made: dict[str, Any], folder: Path, template: str = "haproxy.cfg.j2
     for task in loader.load_from_file(str(ROLE / "tasks" / "main.yml"), trusted_as_template=True):
         for action, key in (("sparkfleet.dgx.secret_file", "path"), ("ansible.builtin.copy", "dest")):
             if action in task:
-                for item in made["backends"] if "loop" in task else [None]:
+                for item in [*made["backends"], *made["previous"]] if "loop" in task else [None]:
                     templar = Templar(loader, variables={**values, "item": item})
                     files[templar.template(task[action][key])] = templar.template(task[action]["content"])
         if (written := task.get("ansible.builtin.template", {})).get("src", "haproxy.cfg.j2") != "haproxy.cfg.j2":
@@ -172,6 +179,22 @@ class Gateway:
     port: int
     statistics: int
     process: subprocess.Popen[bytes]
+    given: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def reload(self, hosts: dict[str, dict[str, Any]], installed: str | None = None) -> None:
+        """As the role does it for another inventory; `installed` as gateway.plan takes it."""
+        made = gateway.plan(gateway.settings(hosts), None, (), installed)
+        error = checked(rendered(made, self.folder, **self.given), self.folder)
+        assert not error, error
+        before = self.runtime("show info").partition("\nPid: ")[2].split()[0]
+        self.process.send_signal(signal.SIGUSR2)
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError, IndexError):
+                if self.runtime("show info").partition("\nPid: ")[2].split()[0] != before:
+                    return
+            time.sleep(0.02)
+        raise AssertionError((self.folder / "haproxy.log").read_text())
 
     def ask(self, path: str = "/v1/completions", method: str = "POST", port: int = 0, **more: Any) -> Answer:
         """One request; `headers`, `body`, `key`, `tls` (a context)."""
@@ -239,15 +262,15 @@ def running(folder: Path, hosts: dict[str, dict[str, Any]], **more: Any) -> Iter
     assert not error, error
     assert PROGRAM
     with (folder / "haproxy.log").open("wb") as log:
-        process = subprocess.Popen([PROGRAM, "-f", str(folder / "haproxy.cfg"), "-db"], stdout=log, stderr=log)
+        process = subprocess.Popen([PROGRAM, "-W", "-db", "-f", str(folder / "haproxy.cfg")], stdout=log, stderr=log)
     try:
         end = time.monotonic() + 30
         while not (folder / "admin.sock").exists() or not open_port(port):
             assert process.poll() is None and time.monotonic() < end, (folder / "haproxy.log").read_text()
             time.sleep(0.02)
-        yield Gateway(folder, port, statistics, process)
+        yield Gateway(folder, port, statistics, process, given)
     finally:
-        process.kill()
+        process.terminate()
         process.wait()
 
 

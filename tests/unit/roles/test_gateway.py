@@ -96,6 +96,61 @@ def test_what_is_wrong_is_named(variables: dict[str, Any], words: str) -> None:
         plan({"spark-1": variables})
 
 
+def keyed(key: str, *names: str) -> dict[str, dict[str, Any]]:
+    return {name: {**HOSTS[name], "sparkfleet_engine_key": key} for name in names or HOSTS}
+
+
+def lines(made: dict[str, Any]) -> str:
+    """The engines' keys as the role writes them."""
+    return "".join(f"{name} Bearer {key}\n" for name, key in made["engine_keys"].items())
+
+
+def test_a_key_that_changes_has_two_backends_until_it_has_changed() -> None:
+    before = gateway.plan(gateway.settings(keyed("the-key-before")))
+    assert before["previous"] == []
+    assert all("key=" not in server["check"] for item in before["backends"] for server in item["servers"])
+    between = gateway.plan(gateway.settings(keyed("the-key-after")), installed=lines(before))
+    assert [item["of"] for item in between["previous"]] == [item["name"] for item in between["backends"]]
+    for old, new in zip(between["previous"], between["backends"], strict=True):
+        assert between["engine_keys"][old["name"]] == "the-key-before"
+        assert between["engine_keys"][new["name"]] == "the-key-after"
+        # Until a Spark is switched it has the key before; what it has is asked of its guard.
+        assert not any(server["meant"] for server in new["servers"])
+        checks = [[server["check"] for server in item["servers"] if server["check_port"]] for item in (old, new)]
+        assert checks[0] != checks[1] and all("&key=" in check for part in checks for check in part)
+        assert "the-key" not in str(checks)
+    again = gateway.plan(gateway.settings(keyed("the-key-after")), installed=lines(between))
+    assert again == between
+    after = gateway.plan(gateway.settings(keyed("the-key-after")))
+    assert after["previous"] == [] and "the-key-before" not in str(after)
+    # What was introduced, or did not change, has no key before.
+    assert gateway.plan(gateway.settings(keyed("the-key-after")), installed="")["previous"] == []
+    assert gateway.plan(gateway.settings(keyed("the-key-after")), installed=lines(after))["previous"] == []
+
+
+def test_a_third_key_waits_for_the_end_of_the_second_ones_rotation() -> None:
+    before = gateway.plan(gateway.settings(keyed("the-key-before")))
+    between = gateway.plan(gateway.settings(keyed("the-key-after")), installed=lines(before))
+    with pytest.raises(SparkfleetError, match=r"is between two keys of .* already") as refused:
+        gateway.plan(gateway.settings(keyed("a-third-key")), installed=lines(between))
+    assert "the-key" not in str(refused.value) and "a-third" not in str(refused.value)
+
+
+def test_of_a_client_what_the_gateway_has_and_the_inventory_no_longer_has_stays_for_a_while() -> None:
+    wanted = gateway.clients(
+        [{"name": "web", "key": "new-key-of-web", "streams": 2}, {"name": "batch", "key": "k" * 8}]
+    )
+    installed = (
+        "old-key-of-web web/0/2\nnew-key-of-web web/0/2\nkkkkkkkk batch/0/0\nold-key-of-batch batch/0/0\n#x web/0\n"
+    )
+    assert gateway.previous_clients(installed, "web", wanted) == [
+        {"name": "web", "key": "old-key-of-web", "requests_per_second": 0, "streams": 2}
+    ]
+    assert gateway.previous_clients("", "web", wanted) == []
+    with pytest.raises(SparkfleetError, match="no client is called 'wep'; there are web, batch"):
+        gateway.previous_clients(installed, "wep", wanted)
+
+
 def test_a_bad_key_is_told_by_its_place() -> None:
     assert [client["name"] for client in gateway.clients(["0123456789", {"key": "another-key"}])] == ["key-1", "key-2"]
     with pytest.raises(SparkfleetError, match="entry 2") as error:
@@ -377,7 +432,7 @@ class Ask(socketserver.StreamRequestHandler):
         elif command.endswith("maint"):
             self.server.status = "MAINT"
             self.wfile.write(b"\n")
-        elif command.endswith("ready"):
+        elif "ready" in command:
             self.server.status = "UP"
             self.wfile.write(b"\n")
 

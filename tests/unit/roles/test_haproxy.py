@@ -18,6 +18,7 @@ import hypothesis
 import pytest
 import yaml
 from hypothesis import strategies as st
+from plugins.modules import haproxy_server
 from sparkfleet_host import names
 
 from sparkfleet import SparkfleetError
@@ -146,6 +147,74 @@ def test_a_request_is_bounded(tmp_path: Path, spark: Make) -> None:
         assert late.startswith(b"HTTP/1.1 408 ") and time.monotonic() - began > 0.5
         assert gateway.raw(b"GET /v1/models HTTP/1.1\r\nHos", 8).startswith(b"HTTP/1.1 408 ")
         assert len(engine.asked) == 1
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_the_engines_key_is_rotated_without_a_failed_request(tmp_path: Path, spark: Make, guarded: bool) -> None:
+    """The gateway has both keys while one Spark after the other gets the new one, then the new one alone."""
+    old, new = "the-key-before", "the-key-after"
+    sparks = {f"spark-{number}": spark(f"spark-{number}") for number in range(1, 4)}
+    for item in sparks.values():
+        item.key, item.strict, item.guarded = old, True, guarded
+
+    def hosts(key: str) -> dict[str, dict[str, Any]]:
+        return {name: host(item, engine_key=key, guard=guarded) for name, item in sparks.items()}
+
+    def up(backend: str) -> set[str]:
+        states = gateway.states().items()
+        return {name.rpartition("/")[2] for name, state in states if name.startswith(f"{backend}/") and state == "UP"}
+
+    def until(backend: str, wanted: set[str]) -> None:
+        end = time.monotonic() + 10
+        while up(backend) != wanted and time.monotonic() < end:
+            time.sleep(0.02)
+        assert up(backend) == wanted
+
+    answers: list[int] = []
+    over = threading.Event()
+
+    def client(gateway: Any) -> None:
+        while not over.is_set():
+            answers.append(gateway.ask().status)
+
+    name = "llama31-8b-fp8"
+    with running(tmp_path, hosts(old)) as gateway:
+        until(name, {*sparks})
+        threads = [threading.Thread(target=client, args=(gateway,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        try:
+            gateway.reload(hosts(new), (tmp_path / "engine_keys").read_text())
+            until(f"{name}:previous", {*sparks})
+            until(name, set())
+            haproxy = haproxy_server.Haproxy(str(tmp_path / "admin.sock"))
+            done: set[str] = set()
+            for each, item in sparks.items():
+                haproxy_server.change(haproxy, [each], "drain", 10, check=False)
+                before = len(item.asked)
+                item.key = new
+                haproxy_server.change(haproxy, [each], "ready", 10, check=False)
+                done.add(each)
+                until(name, done)
+                until(f"{name}:previous", {*sparks} - done)
+                # It serves at once, with those that have the key before, as many requests as they.
+                time.sleep(0.5)
+                assert len(item.asked) > before
+            # One that was interrupted and is run again has the same files, so that HAProxy is not reloaded.
+            files = {path: path.read_text() for path in tmp_path.iterdir() if path.is_file() and path.suffix != ".log"}
+            made = planned.plan(planned.settings(hosts(new)), None, (), (tmp_path / "engine_keys").read_text())
+            (tmp_path / "haproxy.cfg").write_text(rendered(made, tmp_path, **gateway.given))
+            assert files == {path: path.read_text() for path in files}
+            gateway.reload(hosts(new))
+            until(name, {*sparks})
+            time.sleep(0.3)
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
+        assert {*answers} == {200} and len(answers) > 100
+        assert [item.refused for item in sparks.values()] == [0, 0, 0]
+        assert old not in (tmp_path / "engine_keys").read_text() + (tmp_path / "haproxy.cfg").read_text()
 
 
 def test_one_address_has_so_many_connections(tmp_path: Path, spark: Make) -> None:

@@ -100,6 +100,37 @@ def test_the_cache_has_no_mode_that_was_not_written(tmp_path: Path) -> None:
     assert " ".join(printed.split()).count("sparkfleet_cache_mode: must be octal digits as text, not ") == refused
 
 
+def test_a_secret_of_a_command_is_written_once_and_printed_never(tmp_path: Path) -> None:
+    """Of several hosts, with all that Ansible prints; and one that cannot be got is said without it."""
+    secret, log = "hf_a-secret-of-this-test", tmp_path / "log"
+    me = {"owner": pwd.getpwuid(os.getuid()).pw_name, "group": grp.getgrgid(os.getgid()).gr_name}
+    settings: dict[str, Any] = {f"sparkfleet_cache_{name}": value for name, value in me.items()}
+    sources = {
+        "one": {"command": ["sh", "-c", f"echo asked >>{log}; cat {tmp_path}/secret"]},
+        "two": {"command": ["sh", "-c", f"echo asked >>{log}; cat {tmp_path}/secret"]},
+        "three": {"file": f"{tmp_path}/secret"},
+        "four": {"command": ["sh", "-c", f"cat {tmp_path}/secret; exit 3"]},
+    }
+    (tmp_path / "secret").write_text(f"{secret}\n")
+    hosts = {
+        name: {
+            **settings,
+            "sparkfleet_cache_dir": f"{tmp_path}/cache",
+            "sparkfleet_hf_token": source,
+            "sparkfleet_hf_token_file": f"{tmp_path}/etc/{name}",
+        }
+        for name, source in sources.items()
+    }
+    printed = played(tmp_path, {"roles": ["sparkfleet.dgx.hf_cache"]}, hosts, "-vvv")
+    assert secret not in printed
+    for name in ("one", "two", "three"):
+        file = tmp_path / "etc" / name
+        assert recap(printed, name)["failed"] == 0, printed
+        assert file.read_text() == f"{secret}\n" and f"{file.stat().st_mode & 0o7777:04o}" == "0600"
+    assert recap(printed, "four")["failed"] == 1 and not (tmp_path / "etc" / "four").exists()
+    assert log.read_text() == "asked\n"
+
+
 @pytest.mark.parametrize(
     ("tasks", "packages"),
     [
