@@ -164,8 +164,10 @@ def words(record: Mapping[str, Any]) -> list[str]:
         if key in found:
             plan = f" (planned {planned[key]:.1f})" if key in planned else ""
             made.append(f"{name} {found[key]:.1f} GiB{plan}")
-    if (rest := _rest(found, planned.get("requested_gib"))) is not None and "activation_gib" not in found:
-        wanted = _rest(planned, planned["requested_gib"])
+    # Where the plan has none, this version takes its graphs beyond the budget (`vllm_versions`).
+    within = planned.get("cuda_graphs_gib", 1) > 0
+    if (rest := _rest(found, planned.get("requested_gib"), within)) is not None and "activation_gib" not in found:
+        wanted = _rest(planned, planned["requested_gib"], within)
         plan = f" (planned {wanted:.1f})" if wanted is not None else ""
         made.append(f"activations and runtime {rest:.1f} GiB{plan}")
     if "kv_cache_tokens" in found:
@@ -176,11 +178,13 @@ def words(record: Mapping[str, Any]) -> list[str]:
     return made
 
 
-def _rest(figures: Mapping[str, Any], requested: float | None) -> float | None:
-    """GiB of the engine's budget besides weights, graphs and KV cache: at its usual level the log has only those."""
+def _rest(figures: Mapping[str, Any], requested: float | None, graphs: bool) -> float | None:
+    """GiB of the engine's budget besides weights, KV cache and, if they are within it, graphs: at its usual level the
+    log has only those."""
     if requested is None or "weights_gib" not in figures or "kv_cache_gib" not in figures:
         return None
-    return float(requested - figures["weights_gib"] - figures.get("cuda_graphs_gib", 0.0) - figures["kv_cache_gib"])
+    within = figures.get("cuda_graphs_gib", 0.0) if graphs else 0.0
+    return float(requested - figures["weights_gib"] - within - figures["kv_cache_gib"])
 
 
 def speed_words(record: Mapping[str, Any]) -> list[str]:

@@ -324,6 +324,8 @@ def test_plan_against_measured_in_words() -> None:
     planned = {"weights_gib": 8.5, "kv_cache_gib": 91.0, "requested_gib": 103.0}
     found = measured.words(measured.check_record(a_record(planned=planned, figures=figures)))
     assert "activations and runtime 4.0 GiB (planned 3.5)" in found
+    beyond = a_record(planned={**planned, "cuda_graphs_gib": 0.0}, figures=figures)
+    assert "activations and runtime 4.5 GiB (planned 3.5)" in measured.words(measured.check_record(beyond))
     found = measured.words(measured.check_record(a_record(planned=planned, figures={**figures, "activation_gib": 1.5})))
     assert "activations 1.5 GiB" in found and not any("runtime" in word for word in found)
     assert measured.speed_words(record) == ["1 stream 2.7 tok/s, first token after 320 ms"]
