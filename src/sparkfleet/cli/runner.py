@@ -136,7 +136,7 @@ class Collector:
             self.log({"event": "result", "host": host.name, **{key: value for key, value in what.items() if value}})
 
     def _note(self, kind: str, host: HostResult, res: Mapping[str, Any], ignored: bool) -> None:
-        for key in ("summary", "log", "removed", "measured"):
+        for key in ("summary", "log", "history", "removed", "measured"):
             if res.get(key):
                 setattr(host, key, res[key])
         fetched, whole = res.get("downloaded"), res.get("model_bytes")

@@ -20,6 +20,7 @@ FILES = [ROOT / "roles" / "monitoring" / "files" / f"{name}.yml" for name in ("r
 #: A sample each 15 s; a fault lasts 45 of the 75 minutes.
 BAD, GOOD = 180, 120
 ENGINE = 'host="spark-1",model="m",engine="0"'
+DISK = 'job="node",host="spark-1",device="/dev/nvme0n1p2",fstype="ext4"'
 GUARD = 'job="guard",host="spark-1",service="vllm-m"'
 
 
@@ -79,8 +80,8 @@ ORDINARY: dict[str, str] = {
     **histogram("vllm:time_to_first_token_seconds", {"0.5": 15, "20": 15, "80": 15, "+Inf": 15}),
     **histogram("vllm:inter_token_latency_seconds", {"0.05": 900, "0.1": 1000, "+Inf": 1000}),
     'node_memory_MemAvailable_bytes{job="node",host="spark-1"}': still(9e9),
-    'node_filesystem_avail_bytes{job="node",host="spark-1",device="/dev/nvme0n1p2",fstype="ext4"}': still(5e11),
-    'node_filesystem_size_bytes{job="node",host="spark-1",device="/dev/nvme0n1p2",fstype="ext4"}': still(4e12),
+    f"node_filesystem_avail_bytes{{{DISK}}}": still(5e11),
+    f"node_filesystem_size_bytes{{{DISK}}}": still(4e12),
     'sparkfleet_gpu_up{host="spark-1"}': still(1),
     'sparkfleet_gpu_temperature_celsius{host="spark-1",gpu="0"}': still(70),
     'sparkfleet_gpu_throttled{host="spark-1",gpu="0",reason="hw-thermal-slowdown"}': still(0),
@@ -132,13 +133,7 @@ FAULTS: dict[str, Fault] = {
     "SparkfleetMemoryLow": Fault(
         {'node_memory_MemAvailable_bytes{job="node",host="spark-1"}': bad_then_good(2.2e9, 9e9)}
     ),
-    "SparkfleetDiskFull": Fault(
-        {
-            'node_filesystem_avail_bytes{job="node",host="spark-1",device="/dev/nvme0n1p2",fstype="ext4"}': bad_then_good(
-                1e10, 5e11
-            )
-        }
-    ),
+    "SparkfleetDiskFull": Fault({f"node_filesystem_avail_bytes{{{DISK}}}": bad_then_good(1e10, 5e11)}),
     "SparkfleetGpuHot": Fault({'sparkfleet_gpu_temperature_celsius{host="spark-1",gpu="0"}': bad_then_good(91, 60)}),
     "SparkfleetGpuThrottled": Fault(
         {'sparkfleet_gpu_throttled{host="spark-1",gpu="0",reason="hw-thermal-slowdown"}': bad_then_good(1)}
