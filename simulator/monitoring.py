@@ -89,11 +89,14 @@ def cost(spark: Spark) -> dict[str, tuple[float, float]]:
     """CPU seconds so far and MiB of memory of each service."""
     found = {}
     for name in UNITS:
-        text = spark.sh(f"systemctl show --property=CPUUsageNSec,MemoryCurrent sparkfleet-{name}.service")
+        text = spark.sh(
+            f"systemctl show --property=CPUUsageNSec,MainPID sparkfleet-{name}.service; "
+            f"echo Rss=$(ps -o rss= -p $(systemctl show --property=MainPID --value sparkfleet-{name}.service))"
+        )
         values = {
             key: float(value) if value.isdigit() else 0.0 for key, value in re.findall(r"^(\w+)=(.*)$", text, re.M)
         }
-        found[name] = (values["CPUUsageNSec"] / 1e9, values["MemoryCurrent"] / 2**20)
+        found[name] = (values["CPUUsageNSec"] / 1e9, values["Rss"] / 1024)
     return found
 
 

@@ -152,6 +152,8 @@ class Collector:
         elif kind == "runner_on_ok":
             if res.get("changed") and host.result == "ok":
                 host.result = "changed"
+            if res.get("delivered"):
+                host.message = f"a test alert was delivered by {', '.join(map(str, res['delivered']))}"
         elif kind == "runner_on_unreachable":
             host.result, host.message, host.failure = "unreachable", message(res), "unreachable"
         elif not ignored and host.result in ("ok", "changed"):  # a failure that follows from another is none of its own

@@ -157,7 +157,8 @@ ALERTS = (
         f'(sparkfleet_engine_state{{job="guard",state=~"{_EXPLAINED}"}} == 1)) '
         'or (up{job="engine"} == 0 unless on (host) sparkfleet_engine_up{job="guard"})',
         "2m",
-        "{{ $labels.host }}: the engine {{ $labels.service }} does not serve",
+        "{{ $labels.host }}: the engine {{ with $labels.service }}{{ . }}{{ else }}at "
+        "{{ $labels.instance }}{{ end }} does not serve",
         "The engine has not served for two minutes, and nobody stopped it. Of a host without a guard: its `/metrics` "
         "does not answer.",
         "Docker or the container is gone, or the guard's restart does not help.",
