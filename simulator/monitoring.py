@@ -25,7 +25,7 @@ from simulator.load import Load, line
 from simulator.shell import SimulatorError
 from simulator.spark import Spark
 from simulator.world import World
-from sparkfleet.monitoring import rules
+from sparkfleet.monitoring import dashboards, rules
 
 GATEWAY, PROMETHEUS, RECEIVER = 8080, 9112, 9199
 PORTS = ":911[123]$|:9090$|:9093$|:9100$"  # ours, and those of the distribution's services
@@ -44,13 +44,15 @@ class Row:
 
 
 def look(query: Query) -> list[Row]:
-    """Every expression. Of an alert, which gives nothing while all is well, the series that it is made of."""
+    """Every expression of rules and dashboards. Of an alert, which gives nothing while all is well, the series that it
+    is made of."""
     rows = [Row(record.name, record.expr, len(query(record.expr))) for record in rules.RECORDS]
     # What a rule records is there under its name.
     rows += [Row(record.name, record.name, len(query(record.name))) for record in rules.RECORDS]
     for alert in rules.ALERTS:
         query(alert.expr)  # it must be one that Prometheus evaluates
         rows += [Row(alert.name, selector, len(query(selector))) for selector in rules.selectors(alert.expr)]
+    rows += [Row(name, expr, len(query(expr))) for name, expr in dashboards.expressions().items()]
     return rows
 
 
@@ -79,7 +81,7 @@ def querying(spark: Spark) -> Query:
     """Prometheus on a Spark."""
 
     def query(expr: str) -> Sequence[Mapping[str, Any]]:
-        found: list[Mapping[str, Any]] = json.loads(spark.python(ASK.format(exprs=json.dumps([expr]), port=PROMETHEUS)))
+        found: list[Mapping[str, Any]] = json.loads(spark.python(ASK.format(expr=expr, port=PROMETHEUS)))
         return found
 
     return query
@@ -134,8 +136,10 @@ def scene(world: World, seconds: float, remove: bool) -> dict[str, Any]:
     made["second_run_changed"] = changed(play(spark, "playbooks/monitoring.yml"), "spark-1")
     made["second_run_s"] = round(time.monotonic() - began, 1)
     faults.break_(world, "spark-1", ["xid"])
+    # What a fault covers is not seen by a service that runs.
+    spark.sh("systemctl restart sparkfleet-sensors")
     before, began = cost(spark), time.monotonic()
-    address = spark.sh("hostname -I").split()[0]
+    address = spark.sh("hostname -i").split()[0]
     load = Load(f"http://{address}:{GATEWAY}", 4).start()
     time.sleep(seconds)
     after, took = cost(spark), time.monotonic() - began

@@ -182,6 +182,8 @@ vllm:num_requests_running{engine="0",model_name="org/m"} 3.0
 vllm:kv_cache_usage_perc{engine="0",model_name="org/m"} 0.25
 python_info{version="3"} 1
 """
+#: vLLM describes its cache in 41 labels.
+ENGINE += "vllm:cache_config_info{" + ",".join(f'option_{number}="x"' for number in range(41)) + "} 1\n"
 GUARD = guard.metrics(
     {
         **{"at": time.time(), "release": 2},
