@@ -368,11 +368,13 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[HostRe
                 raise
             live.stand = not sys.stdout.isatty()  # what comes next goes elsewhere
         hosts = _sorted(collector)
+        for host in hosts if options.verb == "history" else ():
+            host.summary = None  # of what is served now
         made: dict[str, Any] = {"verb": options.verb, "exit_code": code, "hosts": [host.as_dict() for host in hosts]}
         made.update({"error": collector.error} if collector.error else {})
         if options.verb == "history":
             chosen = None if _limit(options) == [] else [host.name for host in hosts]
-            made["runs"] = history.runs(paths.STATE / event_log.FOLDER, chosen)
+            made["runs"] = history.runs(paths.STATE / event_log.FOLDER, options.inventory, chosen)
         if options.verb == "rollout" and not options.check and not collector.error:
             made["rollout"] = summary.of_rollout(hosts, board)
         log({"event": "end", "seconds": round(board.seconds(), 1), **made})

@@ -7,6 +7,7 @@ last restarts; an event log is of one run of a verb, on every host it touched.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -98,10 +99,10 @@ def _event(at: Any, event: str, **about: Any) -> dict[str, Any]:
     }
 
 
-def runs(folder: Path, hosts: Sequence[str] | None = None) -> list[dict[str, Any]]:
+def runs(folder: Path, inventory: str, hosts: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The runs of verbs that changed something, as this controller's event logs have them, the oldest first: [{at,
-    event, by, detail, hosts: {name: result}, file}]; of `hosts` alone, if there are any given. What cannot be read is
-    left out."""
+    event, by, detail, hosts: {name: result}, file}]; of this inventory, and of `hosts` alone if there are any given.
+    What cannot be read is left out."""
     try:
         files = sorted((path for path in folder.iterdir() if path.suffix == ".jsonl"), key=lambda path: path.name)
     except OSError:
@@ -109,7 +110,8 @@ def runs(folder: Path, hosts: Sequence[str] | None = None) -> list[dict[str, Any
     found = []
     for path in files[-RUNS:]:
         first, last = _ends(path)
-        if first.get("event") != "begin":
+        # Another inventory may have hosts of the same names.
+        if first.get("event") != "begin" or not _same(_text(first.get("inventory"), 4096), inventory):
             continue
         ended = last.get("event") == "end"
         results = {
@@ -128,6 +130,10 @@ def runs(folder: Path, hosts: Sequence[str] | None = None) -> list[dict[str, Any
         )
         found.append({**run, "hosts": results, "file": path.name})
     return sorted((run for run in found if run["at"]), key=lambda run: float(run["at"]))
+
+
+def _same(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _ends(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

@@ -67,9 +67,10 @@ def test_runs_of_this_controller(tmp_path: Path) -> None:
     folder = tmp_path / event_log.FOLDER
     (folder / "x.jsonl").write_text("not JSON\n")
     (folder / "y.jsonl").write_bytes(b"")
-    rollout, switch = history.runs(folder)
+    rollout, switch = history.runs(folder, "i")
     assert rollout["event"] == "rollout" and rollout["detail"] == "exit code 0, 61 s" and "@" in rollout["by"]
     assert rollout["hosts"] == {"spark-1": "changed"} and switch["detail"] == "did not end, or still runs"
-    assert history.runs(folder, ["spark-1"]) == [rollout] and history.runs(tmp_path / "none") == []
+    assert history.runs(folder, "i", ["spark-1"]) == [rollout] and history.runs(tmp_path / "none", "i") == []
+    assert history.runs(folder, "another") == []
     page = history.page({"spark-1": history.events(found()), "spark-2": []}, [rollout])
     assert "spark-1 changed" in page and "spark-2\nno record of a release" in page
