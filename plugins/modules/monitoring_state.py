@@ -35,6 +35,7 @@ addresses: {description: Own addresses that the monitor reaches., returned: succ
 """
 
 import hashlib
+import ipaddress
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
@@ -63,7 +64,7 @@ def main() -> None:
         packages=[name for name, program in monitoring.PACKAGES.items() if Path(program).exists()],
         units=monitoring.units(),
         program=checksum(Path(module.params["project_dir"]) / "lib" / "sparkfleet_host.pyz"),
-        addresses=[one for one in found if one != monitoring.LOOPBACK],
+        addresses=[one for one in found if not ipaddress.ip_address(one).is_loopback],
     )
 
 

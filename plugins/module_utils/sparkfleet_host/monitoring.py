@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-LOOPBACK = "127.0.0.1"
 UNIT_FOLDER = Path("/etc/systemd/system")
 #: The distribution's packages, and the program of each.
 PACKAGES = {

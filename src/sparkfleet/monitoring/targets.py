@@ -11,8 +11,8 @@ from sparkfleet_host.bounded import HOST, printable
 from sparkfleet import SparkfleetError
 from sparkfleet.fleet import gateway
 from sparkfleet.planning import target
+from sparkfleet.planning.compose import LOOPBACK
 
-LOOPBACK = "127.0.0.1"
 #: Groups of the inventory, the one that has the monitor first.
 GROUPS = ("monitors", "gateways", "sparks")
 _SMTP = re.compile(r"(.+):([0-9]{1,5})")
