@@ -79,3 +79,12 @@ haproxy_ensure() {
     during "Installing HAProxy for the tests" env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
         sh -c 'apt-get update -qq && apt-get install -y --no-install-recommends haproxy'
 }
+
+# prometheus_ensure: the tests of monitoring run promtool, amtool and Prometheus itself; no service is started.
+prometheus_ensure() {
+    if command -v promtool >/dev/null && command -v amtool >/dev/null; then return; fi
+    [[ $(id -u) == 0 ]] ||
+        die "the tests run Prometheus: apt-get install --no-install-recommends prometheus prometheus-alertmanager"
+    during "Installing Prometheus and Alertmanager for the tests" env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
+        sh -c 'apt-get update -qq && apt-get install -y --no-install-recommends prometheus prometheus-alertmanager'
+}

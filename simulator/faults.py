@@ -37,6 +37,7 @@ esac
 """
 XID = f"""#!/bin/sh
 case $* in
+*short-unix*) echo "$(stat -c %Y "$0").000000 host kernel: NVRM: Xid (PCI:000f:01:00): 31, pid=4242, name=VLLM" ;;
 *--dmesg*) echo 'Nov 24 12:00:00 host kernel: NVRM: Xid (PCI:000f:01:00): 31, pid=4242, name=VLLM, Ch 00000002' ;;
 *) exec {FOLDER}/journalctl.real "$@" ;;
 esac
@@ -107,6 +108,13 @@ FAULTS = {
         f"[ -e {FOLDER}/journalctl.real ] || cp /usr/bin/journalctl {FOLDER}/journalctl.real\n"
         + _cover("/usr/bin/journalctl", _text(XID))[0],
         _cover("/usr/bin/journalctl", _text(XID))[1],
+    ),
+    "hot": Fault(
+        "nvidia-smi reports 93 °C and a GPU that is slowed down by it",
+        *_file(
+            "gpu.d/hot.json",
+            json.dumps({"temperature.gpu": "93", "clocks_event_reasons.active": "0x0000000000000060"}),
+        ),
     ),
     "driver": Fault(
         "nvidia-smi reports driver 535.183.01",

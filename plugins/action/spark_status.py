@@ -21,7 +21,7 @@ from ansible.utils.display import Display
 from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 
 from sparkfleet.fleet import drift, gateway
-from sparkfleet.reporting import status_page
+from sparkfleet.reporting import history, status_page
 
 display = Display()
 
@@ -37,6 +37,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         result: dict[str, Any] = super().run(tmp, task_vars)
         arguments = dict(self._task.args)
         want = str(arguments.pop("want", "") or "")
+        wants_history = bool(arguments.pop("history", False))
         inspection, problem = arguments.pop("inspection", None) or {}, str(arguments.pop("problem", "") or "")
         answer = (inspection.get("state") or {}).get("status")
         if answer is None:
@@ -49,6 +50,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         differs = drift.reasons(inspection["plan"], inspection["state"]) if inspection.get("plan") else None
         drained = gateway.truth(self._templar.template(task_vars.get("sparkfleet_drained", False)))
         answer["summary"] = status_page.summary(host, answer, differs, problem=_bare(problem), drained=drained)
+        if wants_history:
+            answer["history"] = history.events(answer)
         if want:
             answer["release"] = choose(host, want, answer["releases"])
         if arguments.get("show", True):

@@ -48,7 +48,12 @@ from typing import Any
 from urllib.parse import quote
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import bounded, engine, firewall
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import (
+    bounded,
+    engine,
+    firewall,
+    monitoring,
+)
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import BoundsError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import (
     FOLDER,
@@ -83,6 +88,7 @@ def plan(params: dict[str, Any], store: Store, docker: Docker) -> list[Item]:
         items.append((f"service {UNIT.name}", remove_unit))
     if firewall.UNIT.exists():
         items.append((f"service {firewall.UNIT.name}", remove_firewall))
+    items += [(f"service {name}", remove_monitoring(name)) for name in monitoring.units()]
     images = {HOST_PYTHON}
     if params["images"]:
         for number in store.numbers():
@@ -97,7 +103,7 @@ def plan(params: dict[str, Any], store: Store, docker: Docker) -> list[Item]:
         for image in sorted(images):
             if docker.image(image):
                 items.append((f"image {image}", call(docker, f"/images/{quote(image, safe='/:@')}")))
-    folders = [store.project_dir, store.state_dir, Path(params["compile_cache_dir"])]
+    folders = [store.project_dir, store.state_dir, Path(params["compile_cache_dir"]), *map(Path, monitoring.FOLDERS)]
     if params["models"]:
         folders += downloaded(Path(params["cache_dir"]))
     # A link goes with nothing behind it: others may write to the cache.
@@ -155,6 +161,17 @@ def remove_firewall() -> None:
     firewall.UNIT.unlink()
     firewall.RULES.unlink(missing_ok=True)
     subprocess.run(["systemctl", "daemon-reload"], capture_output=True, timeout=60, check=True)
+
+
+def remove_monitoring(name: str) -> Callable[[], None]:
+    """Stop and forget a service of monitoring; the distribution's packages stay."""
+
+    def remove() -> None:
+        subprocess.run(["systemctl", "disable", "--now", name], capture_output=True, timeout=120, check=True)
+        (monitoring.UNIT_FOLDER / name).unlink()
+        subprocess.run(["systemctl", "daemon-reload"], capture_output=True, timeout=60, check=True)
+
+    return remove
 
 
 def remove_container(docker: Docker, name: str) -> Callable[[], None]:

@@ -10,8 +10,8 @@ short_description: Reads everything a plan for a Spark needs, in one round trip
 description:
   - Inspects the user that it runs as, operating system, GPU, clock, memory with swap and earlyoom, disks, Docker
     engine and Compose plugin, NVIDIA Container Toolkit, the operator's groups, the cache folder, the Hugging Face
-    token file, the releases, the guard, our containers; of each engine its image, its cached model, its health, and who
-    listens on its port.
+    token file, the releases, the guard, monitoring, our containers; of each engine its image, its cached model, its
+    health, and who listens on its port.
   - Contacts the registry only if an image is not on the host, and asks the Hugging Face Hub whether a model may be
     downloaded only if it is not complete on the host.
   - Changes nothing. A part that cannot be read is reported as absent, with the reason where there is one.
@@ -121,7 +121,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import firewall
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import firewall, monitoring
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import read_file
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import model_state
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
@@ -644,6 +644,7 @@ def gather(params: dict[str, Any]) -> dict[str, Any]:
             "host_program": checksum(Path(params["project_dir"]) / "lib" / "sparkfleet_host.pyz"),
             "guard": guard(),
             "firewall": wall.result(),
+            "monitoring": bool(monitoring.units()),
             "status": served.result() if served else None,
         }
 

@@ -19,6 +19,7 @@ options:
       Set by the action; what M(sparkfleet.dgx.spark_plan) returned with C(status=true), to compare with the inventory.
     type: dict
   problem: {description: Set by the action; why it cannot be compared., type: str, default: ""}
+  history: {description: Set by the action; return what happened on the host., type: bool, default: false}
   show: {description: Set by the action; print the status., type: bool, default: true}
 author: ["The Sparkfleet developers"]
 attributes:
@@ -53,6 +54,11 @@ log:
   returned: always
   type: list
   elements: str
+history:
+  description: By the action, if wanted; releases, the last switch and the guard's restarts, the oldest first.
+  returned: action
+  type: list
+  elements: dict
 summary: {description: By the action; the row that is printed., returned: action, type: dict}
 """
 

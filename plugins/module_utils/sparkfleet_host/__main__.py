@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program of the services on a host: `python3 sparkfleet_host.pyz switch|guard|share|integrity …`."""
+"""The program of the services on a host: `python3 sparkfleet_host.pyz switch|guard|names|share|integrity|sensors …`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-VERBS = ("switch", "guard", "names", "share", "integrity")
+VERBS = ("switch", "guard", "names", "share", "integrity", "sensors")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -47,6 +47,7 @@ from sparkfleet.planning import lock as locks
 from sparkfleet.planning.target import EngineSettings, EngineTarget, Settings, Target
 from sparkfleet.reporting import (
     event_log,
+    history,
     report,
     status_page,
 )
@@ -180,9 +181,11 @@ PLAYBOOKS = {
     "restart": "restart the engine and verify it",
     "status": "show what each host serves",
     "logs": "show the engine's last log lines",
+    "history": "show what happened on each host and who did it: releases, switches, restarts, runs from here",
     "drift": "show differences from the inventory; exit code 4 if there are any",
     "audit": "show how secure the hosts are, graded, with remedies; exit code 5 at findings of a grade",
     "bundle": "create a folder with everything that Sparks without internet need (sparkfleet_bundle)",
+    "test-alert": "send an alert by every way that is configured, and say by which it arrived",
     "diagnose": "find out what is wrong, with causes and remedies; writes an archive for a bug report",
     "remove": "remove Sparkfleet from the hosts; shows first what would be removed",
 }
@@ -193,7 +196,7 @@ INTERRUPTING = frozenset(("deploy", "switch", "upgrade", "rollback", "stop", "re
 #: What `rotate` replaces.
 ROTATED = ("engine-key", "client-key", "hub-token")
 #: Verbs that show only their result.
-SILENT = frozenset(("status", "logs"))
+SILENT = frozenset(("status", "logs", "history"))
 
 
 def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -268,8 +271,9 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
                 const=5.0,
                 help="repeat at this interval (default: 5)",
             )
-        elif verb == "logs":
+        elif verb in ("logs", "history"):
             parser.add_argument("host", nargs="?", help="the same as --limit HOST")
+        if verb == "logs":
             parser.add_argument("-n", "--lines", type=_count, default=100, help="default: %(default)s")
         elif verb == "remove":
             parser.add_argument("--yes", action="store_true", help="do not ask")
@@ -406,8 +410,13 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[HostRe
                 raise
             live.stand = not sys.stdout.isatty()  # what comes next goes elsewhere
         hosts = _sorted(collector)
+        for host in hosts if options.verb == "history" else ():
+            host.summary = None  # of what is served now
         made: dict[str, Any] = {"verb": options.verb, "exit_code": code, "hosts": [host.as_dict() for host in hosts]}
         made.update({"error": collector.error} if collector.error else {})
+        if options.verb == "history":
+            chosen = None if _limit(options) == [] else [host.name for host in hosts]
+            made["runs"] = history.runs(paths.STATE / event_log.FOLDER, options.inventory, chosen)
         if options.verb == "rollout" and not options.check and not collector.error:
             made["rollout"] = summary.of_rollout(hosts, board)
         log({"event": "end", "seconds": round(board.seconds(), 1), **made})
@@ -429,6 +438,11 @@ def _show(options: argparse.Namespace, hosts: list[HostResult], board: Board, ma
         print(json.dumps({**made, **now}, indent=2))
     elif "error" in made:
         raise SparkfleetError(made["error"])
+    elif options.verb == "history":
+        print(report.clean(history.page({host.name: host.history or [] for host in hosts}, made["runs"])), end="")
+        for host in hosts:
+            if host.history is None:
+                print(report.clean(f"{host.name}: {host.message or host.result}"))
     elif options.verb == "logs":
         for host in hosts:
             lines = [f"== {host.name}", *host.log] if len(hosts) > 1 else host.log

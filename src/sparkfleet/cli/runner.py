@@ -136,7 +136,7 @@ class Collector:
             self.log({"event": "result", "host": host.name, **{key: value for key, value in what.items() if value}})
 
     def _note(self, kind: str, host: HostResult, res: Mapping[str, Any], ignored: bool) -> None:
-        for key in ("summary", "log", "removed", "measured", "audit"):
+        for key in ("summary", "log", "history", "removed", "measured", "audit"):
             if res.get(key):
                 setattr(host, key, res[key])
         fetched, whole = res.get("downloaded"), res.get("model_bytes")
@@ -154,6 +154,8 @@ class Collector:
         elif kind == "runner_on_ok":
             if res.get("changed") and host.result == "ok":
                 host.result = "changed"
+            if res.get("delivered"):
+                host.message = f"a test alert was delivered by {', '.join(map(str, res['delivered']))}"
         elif kind == "runner_on_unreachable":
             host.result, host.message, host.failure = "unreachable", message(res), "unreachable"
         elif not ignored and host.result in ("ok", "changed"):  # a failure that follows from another is none of its own

@@ -52,6 +52,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "sparkfleet_gateway_requests_per_second": (0, 10_000),
     "sparkfleet_gateway_streams": (0, 10_000),
     "sparkfleet_gateway_router_id": (1, 255),
+    "sparkfleet_monitoring_retention_days": (1, 3650),
+    "sparkfleet_monitoring_retention_gib": (1, 100_000),
+    "sparkfleet_node_exporter_port": (1, 65535),
+    "sparkfleet_prometheus_port": (1, 65535),
+    "sparkfleet_alertmanager_port": (1, 65535),
     "sparkfleet_rollout_canary": (0, 10_000),
     "sparkfleet_rollout_soak": (0, _DAY),
     "sparkfleet_verify_seconds": (10, 7200),
@@ -102,7 +107,10 @@ PARAMETERS = frozenset(
     )
 )
 #: Ports, each of which may have one use on a Spark.
-_PORTS = ("sparkfleet_port", "sparkfleet_guard_port", "sparkfleet_share_port")
+_PORTS = (
+    *("sparkfleet_port", "sparkfleet_guard_port", "sparkfleet_share_port"),
+    *("sparkfleet_node_exporter_port", "sparkfleet_prometheus_port", "sparkfleet_alertmanager_port"),
+)
 ENGINES = "sparkfleet_engines"
 #: What each entry of `sparkfleet_engines` says itself, so that it is not said for the whole host.
 _OF_ENGINES = ("sparkfleet_model", "sparkfleet_profile", "sparkfleet_image", "sparkfleet_revision")

@@ -59,8 +59,8 @@ def sh(script: str, **replaced: Path) -> str:
 
 def test_the_faults() -> None:
     assert list(FAULTS) == [
-        *("gpu", "gpu-lost", "xid", "driver", "os", "machine", "memory", "disk", "port", "compose", "toolkit", "clock"),
-        *("registry", "hub", "dns"),
+        *("gpu", "gpu-lost", "xid", "hot", "driver", "os", "machine", "memory", "disk", "port", "compose", "toolkit"),
+        *("clock", "registry", "hub", "dns"),
     ]
 
 
@@ -94,6 +94,7 @@ def test_the_scenario_breaks_and_finds_everything_of_the_preflight() -> None:
         "dns",
         "gpu-lost",
         "xid",
+        "hot",
     }  # the Hub has to answer 403, a GPU to be another
     assert words[words.index("break") + 2] == "spark-1"
     found = yaml.safe_load((ROOT / "molecule/shared/findings.yml").read_text(encoding="utf-8"))[0]["vars"]["findings"]

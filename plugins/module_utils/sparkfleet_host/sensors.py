@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sensors of the GPU and the driver's errors as Prometheus text, for node_exporter's textfile collector.
+
+nvidia-smi reads the GPU; DCGM's memory fields are empty on a GB10 too, so nothing is lost by it. Xids are read from the
+kernel's log. Whatever hangs is left behind, and never started twice: with a GPU that fell off the bus nvidia-smi may
+not even die of SIGKILL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+FOLDER = "/run/sparkfleet-sensors"
+FILE = "sparkfleet-gpu.prom"
+INTERVAL = 15.0  # seconds between two readings
+LOG_INTERVAL = 60.0  # and between two looks at the kernel's log
+TIMEOUT = 10.0  # for a program
+LIMIT = 256 << 10  # bytes of a program's output
+MOST_XIDS = 32  # numbers of Xids
+FIELDS = ("temperature.gpu", "power.draw", "clocks.sm", "utilization.gpu", "clocks_event_reasons.active")
+SMI = ("nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits")
+#: Newest first, so that the limit cuts off the oldest.
+LOG = (
+    *("journalctl", "--dmesg", "--boot", "--grep=NVRM: Xid", "--case-sensitive=true", "--reverse", "--lines=500"),
+    *("--output=short-unix", "--no-pager", "--quiet"),
+)
+#: Bits of clocks_event_reasons.active: why the GPU does not run at its highest clock. Others are no concern.
+REASONS = {
+    "sw-power-cap": 0x4,
+    "hw-slowdown": 0x8,
+    "sw-thermal-slowdown": 0x20,
+    "hw-thermal-slowdown": 0x40,
+    "hw-power-brake": 0x80,
+}
+_XID = re.compile(r"^(\d{1,12}(?:\.\d{1,9})?) .{0,200}?NVRM: Xid [^:]{0,40}(?::[^:\s]{1,40}){0,3}: (\d{1,4})\b")
+_NUMBER = re.compile(r"\d{1,9}(?:\.\d{1,6})?")
+#: Name below sparkfleet_gpu_, factor to its unit, help; in the order of FIELDS.
+_GAUGES = (
+    ("temperature_celsius", 1.0, "Temperature of the GPU."),
+    ("power_watts", 1.0, "Power drawn by the GPU."),
+    ("sm_clock_hertz", 1e6, "Clock of the streaming multiprocessors."),
+    ("utilization_ratio", 0.01, "Share of the time in which a kernel ran."),
+)
+
+
+class Program:
+    """A program that is run again and again, once at a time."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.command = list(command)
+        self._running: subprocess.Popen[bytes] | None = None
+
+    def output(self, timeout: float = TIMEOUT) -> str | None:
+        """What it prints, LIMIT bytes at most; None where it failed, is not there, or hangs (now or since before)."""
+        if self._running is not None and self._running.poll() is None:
+            return None
+        with tempfile.TemporaryFile() as out:
+            try:
+                process = self._running = subprocess.Popen(
+                    self.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.DEVNULL,
+                    env={**os.environ, "LC_ALL": "C"},
+                )
+            except OSError:
+                return None
+            try:
+                status = process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                return None
+            out.seek(0)
+            # 1: journalctl found nothing.
+            return out.read(LIMIT).decode("utf-8", "replace") if status in (0, 1) else None
+
+
+def gpus(text: str) -> list[list[str]]:
+    """A row of FIELDS for each GPU, 16 at most."""
+    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()[:16]]
+    return [row for row in rows if len(row) == len(FIELDS)]
+
+
+def xids(text: str) -> dict[str, float]:
+    """The last Unix time of each Xid in the kernel's log, as `journalctl --output=short-unix` prints it."""
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        if (match := _XID.match(line[:1000])) and (match[2] in found or len(found) < MOST_XIDS):
+            found[match[2]] = max(found.get(match[2], 0.0), float(match[1]))
+    return found
+
+
+def metrics(rows: Sequence[Sequence[str]] | None, seen: Mapping[str, float] | None) -> str:
+    """The text of the file. `rows`: of `gpus`, None where nvidia-smi failed; `seen`: of `xids`, None likewise."""
+    lines: list[str] = []
+
+    def add(name: str, text: str, samples: Sequence[tuple[str, float]]) -> None:
+        if samples:
+            lines.append(f"# HELP sparkfleet_gpu_{name} {text}")
+            lines.append(f"# TYPE sparkfleet_gpu_{name} gauge")
+            lines.extend(f"sparkfleet_gpu_{name}{labels} {value:.15g}" for labels, value in samples)
+
+    add("up", "Whether nvidia-smi reports a GPU.", [("", float(bool(rows)))])
+    for column, (name, factor, text) in enumerate(_GAUGES):
+        # "[N/A]" and the like are no figures.
+        cells = [(f'{{gpu="{index}"}}', row[column]) for index, row in enumerate(rows or ())]
+        add(name, text, [(at, float(cell) * factor) for at, cell in cells if _NUMBER.fullmatch(cell)])
+    bits = [(index, _bits(row[len(_GAUGES)])) for index, row in enumerate(rows or ())]
+    add(
+        "throttled",
+        "Whether the GPU is slowed down for this reason.",
+        [
+            (f'{{gpu="{index}",reason="{reason}"}}', float(bool(value & bit)))
+            for index, value in bits
+            if value is not None
+            for reason, bit in REASONS.items()
+        ],
+    )
+    add("log_read", "Whether the kernel's log was read.", [("", float(seen is not None))])
+    times = [(f'{{xid="{number}"}}', value) for number, value in sorted((seen or {}).items())]
+    add("xid_last_seconds", "Unix time of the last Xid of this number since the host started.", times)
+    return "\n".join(lines) + "\n"
+
+
+def _bits(text: str) -> int | None:
+    return int(text, 16) if re.fullmatch(r"0x[0-9a-fA-F]{1,16}", text) else None
+
+
+def write(folder: Path, text: str) -> None:
+    """Replace the file as a whole. Raises OSError."""
+    new = folder / f"{FILE}.new"
+    new.write_text(text, encoding="utf-8")
+    new.replace(folder / FILE)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`sensors [--folder FOLDER] [--once]`: reads and writes until it is stopped."""
+    parser = argparse.ArgumentParser(prog="sparkfleet_host sensors", description="Sensors of the GPU for Prometheus.")
+    parser.add_argument("--folder", type=Path, default=Path(FOLDER))
+    parser.add_argument("--once", action="store_true")
+    options = parser.parse_args(argv)
+    smi, log = Program(SMI), Program(LOG)
+    seen: Mapping[str, float] | None = None
+    looked = -math.inf
+    while True:
+        began = time.monotonic()
+        if began - looked >= LOG_INTERVAL:
+            looked = began
+            text = log.output()
+            seen = None if text is None else xids(text)
+        text = smi.output()
+        write(options.folder, metrics(None if text is None else gpus(text), seen))
+        if options.once:
+            return 0
+        time.sleep(max(INTERVAL - (time.monotonic() - began), 1.0))

@@ -1,0 +1,1 @@
+"""Monitoring: what Prometheus scrapes, what it records, and of what it warns."""

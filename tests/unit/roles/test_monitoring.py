@@ -1,0 +1,279 @@
+"""Monitoring: its plan, and what the distribution's programs make of what the role writes."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar, trust_as_template
+from sparkfleet_host import guard, monitoring, sensors
+
+from sparkfleet import SparkfleetError
+from sparkfleet.monitoring import targets
+from tests.unit import ROOT
+from tests.unit.roles.haproxy import free_port
+
+ROLE = ROOT / "roles" / "monitoring"
+HOSTS: dict[str, dict[str, Any]] = {
+    "spark-1": {"ansible_host": "192.0.2.11"},
+    "spark-2": {"ansible_host": "2001:db8::2", "sparkfleet_port": 8001, "sparkfleet_guard_port": 0},
+    "spark-3": {
+        "ansible_host": "192.0.2.13",
+        "sparkfleet_guard": False,
+        "sparkfleet_engines": [{"model": "llama31-8b-fp8"}, {"model": "qwen3-8b-fp8", "port": 8100}],
+    },
+    "gw-1": {"ansible_host": "192.0.2.1"},
+    "gw-2": {"ansible_host": "192.0.2.2"},
+    "watch": {"ansible_host": "192.0.2.9"},
+}
+SPARKS = ["spark-1", "spark-2", "spark-3"]
+NOBODY = dict.fromkeys(
+    ("email", "email_from", "smtp", "smtp_user", "smtp_password", "webhook", "webhook_token", "ntfy", "ntfy_token"), ""
+)
+
+
+def program(name: str) -> str:
+    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/bin")
+    assert found, f"{name} is needed: apt-get install prometheus prometheus-alertmanager (scripts/test does it)"
+    return found
+
+
+def at(found: Mapping[str, Any], job: str) -> list[str]:
+    return [address for item in found["targets"][job] for address in item["targets"]]
+
+
+# -- the plan ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("groups", "where"),
+    [
+        ({"sparks": SPARKS}, "spark-1"),
+        ({"sparks": SPARKS, "gateways": ["gw-1", "gw-2"]}, "gw-1"),
+        ({"sparks": SPARKS, "gateways": ["spark-2"], "monitors": ["watch"]}, "watch"),
+    ],
+)
+def test_where_the_monitor_is(groups: dict[str, list[str]], where: str) -> None:
+    assert targets.monitor(groups) == targets.plan(groups, HOSTS)["monitor"] == where
+
+
+def test_targets_are_those_of_the_inventory() -> None:
+    found = targets.plan({"sparks": SPARKS, "gateways": ["gw-1", "gw-2"]}, HOSTS)
+    assert at(found, "engine") == ["192.0.2.11:8000", "[2001:db8::2]:8001", "192.0.2.13:8000", "192.0.2.13:8100"]
+    assert at(found, "guard") == ["192.0.2.11:9109"]
+    assert at(found, "gateway") == ["127.0.0.1:8404"]
+    assert found["unreached"] == [
+        "gw-2: HAProxy's metrics listen on loopback alone, and are not scraped; sparkfleet_gateway_statistics_listen "
+        "opens them"
+    ]
+    assert sorted(item["labels"]["host"] for item in found["targets"]["node"]) == ["gw-1", "gw-2", *SPARKS]
+
+
+def test_a_monitor_reaches_itself_on_loopback() -> None:
+    assert at(targets.plan({"sparks": ["spark-1"]}, HOSTS), "engine") == ["127.0.0.1:8000"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"sparkfleet_port": 0}, "spark-1: sparkfleet_port"),
+        ({"sparkfleet_node_exporter_port": "x"}, "spark-1: sparkfleet_node_exporter_port 'x' is not a TCP port"),
+        ({"ansible_host": "a b"}, "spark-1: sparkfleet_address 'a b' is neither a name nor an address"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_host(variables: dict[str, Any], words: str) -> None:
+    with pytest.raises(SparkfleetError) as error:
+        targets.plan({"sparks": ["spark-1"], "monitors": ["watch"]}, {**HOSTS, "spark-1": variables})
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"email": "me"}, "sparkfleet_alert_email: 'me' is not an address of mail"),
+        ({"email": "a@b.c"}, "sparkfleet_alert_email_from: '' is not an address of mail"),
+        ({"email": "a@b.c", "email_from": "a@b.c", "smtp": "mail"}, "sparkfleet_alert_smtp: 'mail' is not HOST:PORT"),
+        ({"smtp": "mail:25"}, "sparkfleet_alert_email: missing"),
+        ({"webhook": "ftp://secret-in-it"}, "sparkfleet_alert_webhook: is not an address that begins with http"),
+        ({"webhook_token": "s"}, "sparkfleet_alert_webhook_token: is for sparkfleet_alert_webhook"),
+        ({"ntfy_token": "s"}, "sparkfleet_alert_ntfy_token: is for sparkfleet_alert_ntfy"),
+    ],
+)
+def test_a_bad_receiver_is_named_without_its_secret(given: dict[str, str], words: str) -> None:
+    with pytest.raises(SparkfleetError) as error:
+        targets.receivers({**NOBODY, **given})
+    assert str(error.value).startswith(words) and "secret" not in str(error.value)
+
+
+def test_the_lists_of_units_are_the_same() -> None:
+    own = yaml.safe_load((ROLE / "vars" / "main.yml").read_text(encoding="utf-8"))
+    assert own["monitoring_units"] == list(monitoring.UNITS) and own["monitoring_folders"] == list(monitoring.FOLDERS)
+    assert {f"{name}.j2" for name in monitoring.UNITS} <= {path.name for path in (ROLE / "templates").iterdir()}
+
+
+# -- what the programs make of it --------------------------------------------------------------------------------------
+
+
+def rendered(template: str, **values: Any) -> str:
+    """What Ansible makes of a template of the role."""
+    loader = DataLoader()
+    loader.set_basedir(str(ROLE / "tasks"))
+    parts = (ROLE / "vars", ROLE / "defaults", ROOT / "roles" / "sparkfleet" / "defaults")
+    known: dict[str, Any] = {"inventory_hostname": "spark-1", "ansible_managed": ""}
+    for part in reversed(parts):
+        known |= loader.load_from_file(str(part / "main.yml"), trusted_as_template=True)
+    source = trust_as_template(f"{{{{ lookup('template', '{ROLE / 'templates' / template}') }}}}")
+    return str(Templar(loader, variables={**known, **values}).template(source))
+
+
+EVERYONE = {
+    **NOBODY,
+    **{"email": "a@example.org, b@example.org", "email_from": "s@example.org", "smtp": "mail.example.org:587"},
+    **{
+        "smtp_user": "u",
+        "smtp_password": "p\"'{{ x }}",
+        "webhook": "https://h.example.org/a?b=1",
+        "webhook_token": "t",
+    },
+    **{"ntfy": "https://ntfy.example.org/sparks", "ntfy_token": "tk"},
+}
+
+
+@pytest.mark.parametrize("given", [NOBODY, EVERYONE, {**NOBODY, "ntfy": "http://192.0.2.3/x?y=1"}])
+def test_alertmanager_takes_its_configuration(given: dict[str, str], tmp_path: Path) -> None:
+    text = rendered("alertmanager.yml.j2", monitoring_receivers=targets.receivers(given))
+    file = tmp_path / "alertmanager.yml"
+    file.write_text(text, encoding="utf-8")
+    done = subprocess.run([program("amtool"), "check-config", file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (receiver,) = yaml.safe_load(text)["receivers"]
+    if given["smtp_password"]:
+        assert receiver["email_configs"][0]["auth_password"] == given["smtp_password"]
+    if given["ntfy"]:
+        assert receiver["webhook_configs"][-1]["url"].endswith("template=alertmanager")
+
+
+def test_node_exporter_listens_where_it_is_told() -> None:
+    text = rendered("sparkfleet-node-exporter.service.j2", monitoring_addresses=["192.0.2.11", "2001:db8::1"])
+    listens = [word.partition("=")[2] for word in text.split() if word.startswith("--web.listen-address")]
+    assert listens == ["127.0.0.1:9111", "192.0.2.11:9111", "[2001:db8::1]:9111"]
+    assert "textfile" not in text
+    assert "--collector.textfile.directory=/run/sparkfleet-sensors" in rendered(
+        "sparkfleet-node-exporter.service.j2", monitoring_spark=True
+    )
+
+
+ENGINE = """# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="org/m"} 3.0
+vllm:kv_cache_usage_perc{engine="0",model_name="org/m"} 0.25
+python_info{version="3"} 1
+"""
+#: vLLM describes its cache in 41 labels.
+ENGINE += "vllm:cache_config_info{" + ",".join(f'option_{number}="x"' for number in range(41)) + "} 1\n"
+GUARD = guard.metrics(
+    {
+        **{"at": time.time(), "release": 2},
+        "engines": {
+            "vllm-m": {
+                **{"engine": "serving", "restarts_total": {"crash": 1}, "given_up": None, "slow": False},
+                "canary": {"at": 1.0, "ok": True, "seconds": 0.1},
+            }
+        },
+    }
+)
+
+
+@contextlib.contextmanager
+def exporter(text: str) -> Iterator[str]:
+    """Something to scrape; its address."""
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4")
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *words: Any) -> None:
+            """Nothing."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextlib.contextmanager
+def prometheus(folder: Path, found: Mapping[str, Sequence[str]]) -> Iterator[Any]:
+    """Prometheus itself with the role's configuration, faster; a function that asks it."""
+    (folder / "rules").mkdir()
+    (folder / "targets").mkdir()
+    for name in ("recording", "alerts"):
+        shutil.copy(ROLE / "files" / f"{name}.yml", folder / "rules")
+    for job, addresses in found.items():
+        group = [{"targets": [address], "labels": {"host": "spark-1"}} for address in addresses]
+        (folder / "targets" / f"{job}.json").write_text(json.dumps(group), encoding="utf-8")
+    port = free_port()
+    text = rendered("prometheus.yml.j2", monitoring_folder=str(folder), sparkfleet_prometheus_port=port)
+    text = text.replace("interval: 15s", "interval: 500ms").replace("timeout: 10s", "timeout: 500ms")
+    (folder / "prometheus.yml").write_text(text, encoding="utf-8")
+    argv = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+    process = subprocess.Popen(
+        [program("prometheus"), *argv, f"--web.listen-address=127.0.0.1:{port}"],
+        stdout=subprocess.DEVNULL,
+        stderr=(folder / "log").open("w"),
+    )
+
+    def ask(expr: str, seconds: float = 20) -> list[dict[str, Any]]:
+        """An instant query, again until it has an answer."""
+        end, answer = time.monotonic() + seconds, []
+        url = f"http://127.0.0.1:{port}/api/v1/query?{urllib.parse.urlencode({'query': expr})}"
+        while not answer and time.monotonic() < end:
+            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as got:
+                answer = json.load(got)["data"]["result"]
+            time.sleep(0.2)
+        return list(answer)
+
+    try:
+        yield ask
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def labels(sample: Mapping[str, Any]) -> dict[str, str]:
+    return {key: value for key, value in sample["metric"].items() if key not in ("instance", "__name__", "job")}
+
+
+def test_prometheus_takes_what_the_role_writes_and_joins_its_labels(tmp_path: Path) -> None:
+    gpu = sensors.metrics(sensors.gpus("41, 4.52, 208, 0, 0x0000000000000020\n"), {"31": time.time()})
+    with exporter(ENGINE) as engine, exporter(GUARD) as watch, exporter(gpu) as node:
+        found = {"engine": [engine], "guard": [watch], "node": [node], "gateway": []}
+        with prometheus(tmp_path, found) as ask:
+            (running,) = ask("sparkfleet:requests_running")
+            assert labels(running) == {"host": "spark-1", "model": "org/m"} and running["value"][1] == "3"
+            (served,) = ask("sparkfleet_engine_up")
+            assert labels(served) == {"host": "spark-1", "service": "vllm-m"}
+            # Of an engine nothing is taken but vLLM's own.
+            assert ask('count({job="engine",__name__=~"python_.*"})', 0.3) == []
+            firing = {item["metric"]["alertname"] for item in ask('ALERTS{alertname="SparkfleetGpuXid"}')}
+            assert firing == {"SparkfleetGpuXid"}
+            (throttled,) = ask("sparkfleet_gpu_throttled == 1")
+            assert labels(throttled) == {"host": "spark-1", "gpu": "0", "reason": "sw-thermal-slowdown"}
