@@ -20,6 +20,7 @@ from sparkfleet_host.engine import PROJECT
 from sparkfleet import SparkfleetError, paths
 from sparkfleet.fleet import gateway
 from sparkfleet.fleet.model_files import Way
+from sparkfleet.monitoring import targets
 from sparkfleet.onboarding import hub_card
 from sparkfleet.packaging import host_program
 from sparkfleet.planning import lock, plan, variables
@@ -74,7 +75,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             "registry_logins": registry.login_file(settings.registry_logins),
             "address": settings.address,
             "gateways": list(settings.gateways) if listen(settings.listen) == "auto" else [],
-            "sources": [*settings.gateways, *settings.sparks] if settings.firewall else [],
+            "sources": [*settings.gateways, *settings.sparks, *settings.monitors] if settings.firewall else [],
             "hub_endpoint": settings.hub_endpoint,
             "proxy": settings.proxy,
             "no_proxy": settings.no_proxy,
@@ -146,6 +147,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             gateways=gateways(task_vars),
             gateways_elsewhere=gateways(task_vars, but=host),
             sparks=_others(task_vars) if settled.get("sparkfleet_firewall") else (),
+            monitors=_monitors(task_vars) if settled.get("sparkfleet_monitoring") else (),
             ssh_port=int(task_vars.get("ansible_port") or 22),
             host_program=hashlib.sha256(host_program.build(paths.CACHE).read_bytes()).hexdigest(),
         )
@@ -187,6 +189,12 @@ def _others(task_vars: dict[str, Any]) -> tuple[str, ...]:
     """Where the other Sparks of the inventory are."""
     names = (name for name in task_vars["groups"]["sparks"] if name != task_vars["inventory_hostname"])
     return tuple(gateway.address(name, task_vars["hostvars"][name]) for name in names)
+
+
+def _monitors(task_vars: dict[str, Any]) -> tuple[str, ...]:
+    """Where the host that monitors this one is."""
+    name = targets.monitor(task_vars["groups"])
+    return (gateway.address(name, task_vars["hostvars"][name]),) if name else ()
 
 
 def _bad_input(message: str) -> AnsibleActionFail:

@@ -116,6 +116,8 @@ class Settings:
     gateways: tuple[str, ...] = ()  # names or addresses of the inventory's gateways
     gateways_elsewhere: tuple[str, ...] = ()  # those on other hosts
     sparks: tuple[str, ...] = ()  # names or addresses of the other Sparks, where there is a firewall
+    monitors: tuple[str, ...] = ()  # and of the host that monitors this one
+    node_exporter_port: int = 9111
     ssh_port: int = 22
     trial: str = ""  # weights of a trial, which is not to serve: dummy or real
     host_program: str = ""  # sha256 of the program that is to be on the host; empty: not checked
@@ -379,6 +381,8 @@ class Target:
         if settings.firewall:
             ports = {f"sparkfleet_port of {engine.model}": engine.port for engine in settings.each()}
             ports |= {"sparkfleet_guard_port": settings.guard_port, "sparkfleet_share_port": settings.share_port}
+            if settings.monitors:
+                ports["sparkfleet_node_exporter_port"] = settings.node_exporter_port
             firewall.check_ports(ports, settings.ssh_port)
         if settings.bundle and settings.model_source != "local":
             raise SparkfleetError(
@@ -470,10 +474,11 @@ class Target:
         known = state["firewall"]["sources"]
         clients, sparks = (
             [address for name in names for address in known.get(name, ())]
-            for names in (settings.gateways, settings.sparks)
+            for names in ((*settings.gateways, *settings.monitors), settings.sparks)
         )
+        own = (settings.guard_port, settings.node_exporter_port if settings.monitors else 0)
         return firewall.rules(
-            [port for port in (*(engine.port for engine in self.engines), settings.guard_port) if port],
+            [port for port in (*(engine.port for engine in self.engines), *own) if port],
             firewall.networks([*clients, *firewall.allowed(settings.firewall_allow)]),
             settings.share_port,
             firewall.networks(sparks),

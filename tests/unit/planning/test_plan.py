@@ -1017,6 +1017,14 @@ def test_the_firewall_opens_ports_to_gateways_and_sparks() -> None:
     assert "ip saddr { 192.0.2.12/32 } accept" in sparks and "192.0.2.5" not in sparks
 
 
+def test_the_firewall_lets_the_monitor_in_and_nobody_else_to_the_host_s_figures() -> None:
+    state = walled()
+    state["firewall"]["sources"]["monitor"] = ["192.0.2.77"]
+    rules = plan.make(target(**WALL, monitors=("monitor",)), state)["prepare"]["firewall_rules"]
+    clients = rules.partition("chain clients {")[2].partition("chain sparks {")[0]
+    assert "tcp dport { 8000, 9109, 9111 }" in rules and "192.0.2.77/32" in clients
+
+
 @pytest.mark.parametrize(
     ("there", "reasons"),
     [
