@@ -63,8 +63,8 @@ def plan(needed, fetches):
     engine = {"model": "m", "profile": "throughput", "repo": "o/m", "service": "vllm-m", "port": 8000, "verify": verify,
               "image": "i:1", "revision": "main", "remote_code": False, "pickle": False,
               "fetch_image": "image" in fetches, "fetch_model": "model" in fetches}
-    return {"engines": [engine], "compose": {}, "release": {"plan": {}, "lock": {}}, "prepare": {"needed": False},
-            "fetch": {"needed": bool(fetches)}, "deploy": deploy, "lock": "/the.lock"}
+    return {"engines": [engine], "fetches": [engine], "compose": {}, "release": {"plan": {}, "lock": {}},
+            "prepare": {"needed": False}, "fetch": {"needed": bool(fetches)}, "deploy": deploy, "lock": "/the.lock"}
 """
 ACTIONS = (
     "spark_plan",
