@@ -18,7 +18,8 @@ DOCUMENTATION = r"""
 name: secret
 short_description: A secret of the inventory, from a file, the environment or a command
 description:
-  - Text is returned as it is. A mapping names where the secret is, C({file: PATH}), C({env: NAME}) or
+  - >-
+    Text is returned as it is. A mapping names where the secret is, C({file: PATH}), C({env: NAME}) or
     C({command: [pass, show, NAME]}), and is replaced by the first line there.
   - Files are read and commands are run on the controller, commands once a run.
 version_added: 0.3.0
