@@ -34,6 +34,7 @@ from sparkfleet.packaging import bundle, wheels
 USER, PASSWORD = "owner", "not so secret: a simulation"
 #: What the user may do, as docs/operations.md has it.
 SUDOERS = f"{USER} ALL=(root) ALL"
+SUDOERS_FILE = "/etc/sudoers.d/sparkfleet"
 SOURCE, PACKAGES = "/srv/sparkfleet", "/srv/packages"
 #: The Python of the simulated Sparks, Debian 13's.
 PYTHON = "3.13"
@@ -139,7 +140,7 @@ def furnish(spark: Spark, folder: Path) -> None:
     """What is there before the owner comes: a user with a password, the repository to clone, Python packages."""
     spark.sh(
         f"id {USER} >/dev/null 2>&1 || useradd --create-home --shell /bin/bash {USER}; "
-        f"echo {shlex.quote(SUDOERS)} >/etc/sudoers.d/sparkfleet; chmod 440 /etc/sudoers.d/sparkfleet; visudo -cq; "
+        f"echo {shlex.quote(SUDOERS)} >{SUDOERS_FILE}; chmod 440 {SUDOERS_FILE}; visudo -cqf {SUDOERS_FILE}; "
         f"echo {shlex.quote(f'{USER}:{PASSWORD}')} | chpasswd; rm -rf {SOURCE} ~{USER}/sparkfleet {PACKAGES}"
     )
     container = spark.world.container(spark.name)
