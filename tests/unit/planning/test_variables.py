@@ -33,7 +33,17 @@ def test_the_defaults_are_what_they_may_be() -> None:
 def test_settings_have_the_names_and_the_defaults_of_the_inventory() -> None:
     settings, own = (
         target.Settings.of({}),
-        {"arguments", "gateways", "gateways_elsewhere", "host_program", "engines", "trial", "sparks", "ssh_port"},
+        {
+            "arguments",
+            "gateways",
+            "gateways_elsewhere",
+            "host_program",
+            "engines",
+            "trial",
+            "sparks",
+            "monitors",
+            "ssh_port",
+        },
     )
     names = {field.name for field in dataclasses.fields(settings)} - own
     assert names <= {name.removeprefix("sparkfleet_") for name in variables.options()}
