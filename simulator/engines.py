@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from simulator.shell import SimulatorError
+from simulator.shell import SimulatorError, expect
 from simulator.spark import ROOT, SERVICE, Spark
 from simulator.world import World
 
@@ -69,12 +69,6 @@ class Engines:
         step()
         after = self.running()
         return {service for service in before.keys() | after.keys() if before.get(service) != after.get(service)}
-
-
-def expect(fact: bool, what: str, detail: object = "") -> None:
-    """Raise unless it is so."""
-    if not fact:
-        raise SimulatorError(f"{what}: {str(detail)[-3000:]}")
 
 
 def play(engines: Engines, say: Callable[[str], object]) -> None:

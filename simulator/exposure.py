@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from simulator.fleet import ENGINE_PORT, PORT, Fleet, expect
+from simulator.fleet import ENGINE_PORT, PORT, Fleet
 from simulator.load import Load, line
-from simulator.shell import SimulatorError
+from simulator.shell import SimulatorError, expect
 from simulator.spark import SERVICE, Spark, bearer, engine_key
 from simulator.world import REPOSITORY, World, run_in
 

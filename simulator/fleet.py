@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from simulator.load import Load, line
-from simulator.shell import SimulatorError
+from simulator.shell import SimulatorError, expect
 from simulator.spark import ROOT, SERVICE, Spark, bearer, engine_key
 from simulator.world import REPOSITORY, World
 
@@ -156,12 +156,6 @@ def serves(spark: Spark) -> bool:
 def trusted(spark: Spark) -> bool:
     """Whether no model in its cache is marked suspect."""
     return not spark.sh("find /opt/hf/.sparkfleet -name '*.suspect.json'").strip()
-
-
-def expect(fact: bool, what: str, detail: object = "") -> None:
-    """Raise unless it is so."""
-    if not fact:
-        raise SimulatorError(f"{what}: {str(detail)[-3000:]}")
 
 
 def good(fleet: Fleet) -> dict[str, Any]:
@@ -579,6 +573,9 @@ def rotated(fleet: Fleet) -> dict[str, Any]:
     first, second = engine_key(), "a-second-key-of-engines"
     expect(bool(first), "the engines have no key: set SPARKFLEET_ENGINE_KEY")
     searched: list[str] = []
+    # Nothing but the key may differ from the inventory; earlier scenes leave other images.
+    code, printed, _ = fleet.sparkfleet("rollout")
+    expect(code == 0, "the fleet is not as the inventory has it", printed)
 
     def rotate(key: str) -> None:
         code, printed, seconds = fleet.sparkfleet("rotate", "engine-key", sparkfleet_engine_key=key)

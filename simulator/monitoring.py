@@ -161,7 +161,7 @@ def scene(world: World, seconds: float, remove: bool) -> dict[str, Any]:
         for name in UNITS
     }
     made["listeners"] = spark.sh(f"ss -Htln | awk '{{print $4}}' | grep -E '{PORTS}' | sort -u").split()
-    play(spark, "playbooks/test-alert.yml")
+    play(spark, "playbooks/test_alert.yml")
     made["test_alert"] = [
         alert["labels"]["alertname"]
         for text in spark.sh("cat /run/sparkfleet-hook").splitlines()

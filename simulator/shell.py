@@ -1,4 +1,4 @@
-"""Running commands that take long, with a sign of life."""
+"""Errors for the person at the keyboard, and running commands that take long, with a sign of life."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from collections.abc import Callable, Sequence
 
 class SimulatorError(Exception):
     """Something the person at the keyboard has to know; printed as one line."""
+
+
+def expect(fact: bool, what: str, detail: object = "") -> None:
+    """Raise SimulatorError unless it is so."""
+    if not fact:
+        raise SimulatorError(f"{what}: {str(detail)[-3000:]}")
 
 
 def run(command: Sequence[str], what: str, say: Callable[[str], None], every: float = 10.0) -> str:

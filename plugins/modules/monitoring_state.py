@@ -34,20 +34,11 @@ program: {description: SHA-256 of that program; empty if it is missing., returne
 addresses: {description: Own addresses that the monitor reaches., returned: success, type: list, elements: str}
 """
 
-import hashlib
 import ipaddress
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import monitoring, network
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file; "" for none."""
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return ""
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import bounded, monitoring, network
 
 
 def main() -> None:
@@ -63,7 +54,7 @@ def main() -> None:
         changed=False,
         packages=[name for name, program in monitoring.PACKAGES.items() if Path(program).exists()],
         units=monitoring.units(),
-        program=checksum(Path(module.params["project_dir"]) / "lib" / "sparkfleet_host.pyz"),
+        program=bounded.checksum(Path(module.params["project_dir"]) / "lib" / "sparkfleet_host.pyz"),
         addresses=[one for one in found if not ipaddress.ip_address(one).is_loopback],
     )
 

@@ -122,7 +122,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import firewall, monitoring
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import read_file
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import checksum, read_file
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import model_state
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.guard import read_state
@@ -543,14 +543,6 @@ def guard() -> dict[str, Any]:
         "settings": read_json(Path("/etc/sparkfleet/guard.json")),
         "state": read_state(Path(STATE_DIR))[0],
     }
-
-
-def checksum(path: Path) -> str:
-    """sha256 of a file; "" for none."""
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return ""
 
 
 def status(store: Store) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from .bounded import COMMIT, MIB, BoundsError, as_dict, as_int, as_number, parse_json, printable
 from .cache import repo_folder
@@ -25,6 +25,8 @@ from .http import HttpError, engine_client
 from .pooling import EMBEDDINGS
 from .release_format import Engine
 from .verify import embeds
+
+Answer = TypeVar("Answer")
 
 STREAMS = (1, 4, 16)
 INPUT, OUTPUT = 128, 64  # tokens of a request
@@ -120,13 +122,7 @@ def row(streams: int, done: int, total: float, each: float, first: float) -> dic
 
 def by_requests(item: Engine, streams: int) -> dict[str, Any]:
     """The same by requests of our own. Raises BenchError, HttpError."""
-    prompts = _prompts(streams * ROUNDS)
-    deadline = time.monotonic() + SECONDS
-    _ask(item, prompts[0], deadline)  # warms it up
-    began = time.monotonic()
-    with ThreadPoolExecutor(streams) as pool:
-        answers = list(pool.map(lambda prompt: _ask(item, prompt, deadline), prompts))
-    took = time.monotonic() - began
+    answers, took = _asked(_ask, item, streams, ROUNDS)
     each = statistics.mean((count - 1) / max(last - first, 1e-6) for count, _, first, last in answers)
     first = statistics.median(first - start for _, start, first, _ in answers) * 1000
     return row(streams, len(answers), sum(count for count, *_ in answers) / took, each, first)
@@ -134,16 +130,23 @@ def by_requests(item: Engine, streams: int) -> dict[str, Any]:
 
 def by_texts(item: Engine, streams: int) -> dict[str, Any]:
     """Tokens that an engine turns into vectors. Raises BenchError, HttpError."""
-    prompts = _prompts(streams * TEXT_ROUNDS)
-    deadline = time.monotonic() + SECONDS
-    _embed(item, prompts[0], deadline)  # warms it up
-    began = time.monotonic()
-    with ThreadPoolExecutor(streams) as pool:
-        answers = list(pool.map(lambda prompt: _embed(item, prompt, deadline), prompts))
-    took = time.monotonic() - began
+    answers, took = _asked(_embed, item, streams, TEXT_ROUNDS)
     each = statistics.mean(count / max(seconds, 1e-6) for count, seconds in answers)
     middle = statistics.median(seconds for _, seconds in answers) * 1000
     return row(streams, len(answers), sum(count for count, _ in answers) / took, each, middle)
+
+
+def _asked(
+    ask: Callable[[Engine, list[int], float], Answer], item: Engine, streams: int, rounds: int
+) -> tuple[list[Answer], float]:
+    """The answers to the requests of so many streams at a time, and the seconds that they took together."""
+    prompts = _prompts(streams * rounds)
+    deadline = time.monotonic() + SECONDS
+    ask(item, prompts[0], deadline)  # warms it up
+    began = time.monotonic()
+    with ThreadPoolExecutor(streams) as pool:
+        answers = list(pool.map(lambda prompt: ask(item, prompt, deadline), prompts))
+    return answers, time.monotonic() - began
 
 
 def _prompts(count: int) -> list[list[int]]:

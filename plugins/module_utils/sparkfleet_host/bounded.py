@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import hashlib
 import json
 import math
 import os
@@ -178,6 +179,14 @@ def read_file(path: str | Path, limit: int = STATE_FILE, follow: bool = True) ->
     if len(data) > limit:
         raise BoundsError(f"{path}: more than {limit} bytes")
     return data
+
+
+def checksum(path: str | Path) -> str:
+    """SHA-256 of a regular file of at most STATE_FILE bytes; "" for one that is missing or cannot be read."""
+    try:
+        return hashlib.sha256(read_file(path)).hexdigest()
+    except (OSError, BoundsError):
+        return ""
 
 
 def open_beneath(folder: str | Path, name: str, flags: int = os.O_RDONLY, mode: int = 0o644, make: bool = False) -> int:

@@ -292,7 +292,7 @@ class Store:
             if wanted:
                 found[SEALED] = f"{folder / SEALED} is missing or damaged"
         for name, digest in wanted.items():
-            if name not in found and _sha256_of(folder / name) != digest:
+            if name not in found and bounded.checksum(folder / name) != digest:
                 found[name] = f"{folder / name} was changed"
         try:
             check_outcome(bounded.read_json(folder / OUTCOME))
@@ -677,13 +677,6 @@ def _release(name: str) -> int:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _sha256_of(path: Path) -> str:
-    try:
-        return hashlib.sha256(bounded.read_file(path)).hexdigest()
-    except (OSError, ValueError):
-        return ""
 
 
 def _write_release(folder: Path, compose: str, plan: str, lock: dict[str, Any]) -> None:

@@ -215,8 +215,9 @@ def message(res: Mapping[str, Any]) -> str:
 
 
 def playbook(verb: str) -> Path:
-    """The file of a verb."""
-    return ROOT / "playbooks" / f"{'site' if verb in ('deploy', 'preflight') else verb}.yml"
+    """The file of a verb. A collection's playbook cannot have a dash in its name."""
+    name = "site" if verb in ("deploy", "preflight") else verb.replace("-", "_")
+    return ROOT / "playbooks" / f"{name}.yml"
 
 
 @functools.cache

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible.utils.collection_loader import AnsibleCollectionRef
 
 from sparkfleet import SparkfleetError
 from sparkfleet.cli import main, runner
 from sparkfleet.cli.runner import Collector
 from sparkfleet.exit_codes import BAD_INPUT, DOWN, INTERRUPTED, OK, REFUSED, RESTORED, UNREACHABLE
+from sparkfleet.paths import ROOT
 from sparkfleet.reporting import event_log, status_page
 from sparkfleet.reporting.host_result import HostResult
 
@@ -417,6 +419,11 @@ def test_every_verb_has_its_playbook(verb: str) -> None:
         or "'monitors'" in play["hosts"]
         for play in plays
     )
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "playbooks").glob("*.yml")))
+def test_a_playbook_can_be_imported_from_the_collection(name: str) -> None:
+    assert AnsibleCollectionRef.is_valid_fqcr(f"sparkfleet.dgx.{name}", "playbook")
 
 
 def test_words_reach_ansible_as_they_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
