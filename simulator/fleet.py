@@ -20,6 +20,7 @@ import ipaddress
 import json
 import os
 import re
+import secrets
 import ssl
 import subprocess
 import sys
@@ -570,8 +571,9 @@ def rotated(fleet: Fleet) -> dict[str, Any]:
     """The engines' key is replaced, and the first one put back, under load; then a client's, and the token: no request
     fails, what is old is refused, and no copy of it is left."""
     found: dict[str, Any] = {}
-    first, second = engine_key(), "a-second-key-of-engines"
-    expect(bool(first), "the engines have no key: set SPARKFLEET_ENGINE_KEY")
+    # Random: the search for copies looks through this machine too. So must be SPARKFLEET_ENGINE_KEY.
+    first, second = engine_key(), secrets.token_hex(16)
+    expect(bool(first), "the engines have no key: set SPARKFLEET_ENGINE_KEY, such as $(openssl rand -hex 16)")
     searched: list[str] = []
     # Nothing but the key may differ from the inventory; earlier scenes leave other images.
     code, printed, _ = fleet.sparkfleet("rollout")
@@ -591,10 +593,10 @@ def rotated(fleet: Fleet) -> dict[str, Any]:
     loads.append(fleet.under_load(functools.partial(rotate, first)))
     for result in loads:
         expect(result["failed"] == 0, "requests failed", line(result))
-    client = {"name": "web", "key": CLIENT_KEY}
+    client = {"name": "web", "key": secrets.token_hex(16)}
     fleet.gateway(sparkfleet_gateway_keys=[client])
     try:
-        loads += client_key(fleet, {**client, "key": "a-new-key-of-the-client"}, searched)
+        loads += client_key(fleet, client["key"], {**client, "key": secrets.token_hex(16)}, searched)
     finally:
         fleet.gateway()
     tokens = [(fleet.world.folder / name).read_text(encoding="utf-8").strip() for name in TOKENS]
@@ -607,10 +609,10 @@ def rotated(fleet: Fleet) -> dict[str, Any]:
     return {**loads[0], **found, "sent": sent, "failed": failed, "searched": sum(map(int, searched)), "copies": 0}
 
 
-def client_key(fleet: Fleet, client: dict[str, str], searched: list[str]) -> list[dict[str, Any]]:
+def client_key(fleet: Fleet, old: str, client: dict[str, str], searched: list[str]) -> list[dict[str, Any]]:
     """Replace a client's key, which the client changes meanwhile; its loads with the one and the other."""
     url = f"http://{fleet.address}:{PORT}"
-    before = Load(url, fleet.streams, CLIENT_KEY).start()
+    before = Load(url, fleet.streams, old).start()
     expect(ask(fleet, key=client["key"]) == 401, "the new key is valid too early")
     rotation = fleet.start(
         "sparkfleet", "rotate", "client-key", "web", "--overlap", "8", sparkfleet_gateway_keys=[client]
@@ -618,14 +620,14 @@ def client_key(fleet: Fleet, client: dict[str, str], searched: list[str]) -> lis
     end = time.monotonic() + 120
     while ask(fleet, key=client["key"]) != 200 and time.monotonic() < end:
         time.sleep(0.2)
-    both = [ask(fleet, key=key) for key in (CLIENT_KEY, client["key"])]
+    both = [ask(fleet, key=key) for key in (old, client["key"])]
     after = Load(url, fleet.streams, client["key"]).start()
     results = [before.stop()]
     printed = rotation.communicate(timeout=300)[0]
     results.append(after.stop())
     expect(rotation.returncode == 0, "the client's key was not rotated", printed)
     expect(both == [200, 200], "both keys are not valid in between", both)
-    expect(ask(fleet, key=CLIENT_KEY) == 401, "the old key is still valid")
+    expect(ask(fleet, key=old) == 401, "the old key is still valid")
     for result in results:
         expect(result["failed"] == 0, "requests failed", line(result))
     searched.extend(places(printed))
