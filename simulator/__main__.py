@@ -15,7 +15,7 @@ import docker
 
 from simulator import docker_host, faults
 from simulator.shell import SimulatorError
-from simulator.world import FLAVOURS, REPOSITORY, STORES, World, home, progress, purge
+from simulator.world import FLAVOURS, REPOSITORY, STORES, World, home, prepare, progress, purge
 
 QUESTION = "What is the capital of France? Answer in one short sentence."
 
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_parser("down", parents=[world], help="remove a world; images and caches stay")
     verbs.add_parser("purge", help="remove every trace of all worlds, caches included")
     verbs.add_parser("docker-ensure", help="install and start Docker if that is possible")
+    verbs.add_parser("prepare", help="make the images and models of all worlds, beforehand")
     throttle = verbs.add_parser("throttle", parents=[world], help="limit the simulated internet, Mbit/s")
     throttle.add_argument("--registry", type=_rate, metavar="MBIT", help="nvcr.io; no limit unless given")
     throttle.add_argument("--hub", type=_rate, metavar="MBIT", help="huggingface.co; no limit unless given")
@@ -158,6 +159,8 @@ def _run(options: argparse.Namespace, say: object) -> int:
             purge(world.say)
         case "docker-ensure":
             docker_host.ensure(home(), world.say)
+        case "prepare":
+            prepare(world.say)
         case "throttle":
             world.throttle(options.registry, options.hub)
         case "unplug" | "plug":

@@ -34,14 +34,11 @@ def connect() -> docker.DockerClient | None:
 def ensure(home: Path, say: Say) -> docker.DockerClient:
     """A client; installs and starts Docker where that is possible without asking (root, apt)."""
     client = connect()
-    root_with_apt = os.geteuid() == 0 and shutil.which("apt-get") is not None
     if client is not None:
-        if shutil.which("mmdebstrap") is None and root_with_apt:
-            _install(home, ("mmdebstrap",), say)
         return client
     if os.environ.get("DOCKER_HOST"):
         raise SimulatorError(f"no Docker engine answers at DOCKER_HOST={os.environ['DOCKER_HOST']}: start it")
-    if not root_with_apt:
+    if not _may_install():
         raise SimulatorError(
             "no Docker engine answers: install and start Docker (Debian, Ubuntu: sudo apt-get install docker.io), "
             f"and put {os.environ.get('USER', 'yourself')} into the group docker, or run this as root"
@@ -57,6 +54,18 @@ def ensure(home: Path, say: Say) -> docker.DockerClient:
     if client is None:
         raise SimulatorError(f"Docker was started but does not answer; its log: {home / 'dockerd.log'}")
     return client
+
+
+def ensure_mmdebstrap(home: Path, say: Say) -> None:
+    """The program that makes a Debian root file system; installed where that is possible without asking."""
+    if shutil.which("mmdebstrap") is None:
+        if not _may_install():
+            raise SimulatorError("no container registry answers and mmdebstrap is missing: apt-get install mmdebstrap")
+        _install(home, ("mmdebstrap",), say)
+
+
+def _may_install() -> bool:
+    return os.geteuid() == 0 and shutil.which("apt-get") is not None
 
 
 def remove(home: Path, say: Say) -> None:

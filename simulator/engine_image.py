@@ -33,6 +33,12 @@ STRIP = (
     "cd /opt/vllm/lib/python3.11/site-packages && rm -rf torch/test torch/bin/test_* torch/bin/protoc* && "
     "find /opt/vllm -name __pycache__ -type d -prune -exec rm -rf {} +"
 )
+#: Leaves bytecode of what an engine imports, which otherwise each start of each container would compile anew.
+WARM = (
+    "/opt/vllm/bin/vllm serve --help >/dev/null; /opt/vllm/bin/python -c 'import gguf, transformers.models.llama, "
+    "vllm.entrypoints.openai.api_server, vllm.model_executor.models.llama, vllm.v1.engine.core, "
+    "vllm.v1.worker.cpu_worker'"
+)
 Say = Callable[[str], None]
 #: What of the folder goes into the image.
 PARTS = ("Dockerfile.base", "requirements.txt", "vllm")
@@ -69,15 +75,9 @@ def download_wheels(cache: Path, say: Say) -> Path:
     return wheels
 
 
-def ensure_engine_image(client: docker.DockerClient, base: str, cache: Path, say: Say) -> str:
-    """Build the image from ``base`` unless it is there; return its local tag."""
+def build_engine_image(client: docker.DockerClient, base: str, wheels: Path, say: Say) -> str:
+    """Build the image from ``base`` and a folder of wheels; return its local tag."""
     name = tag()
-    try:
-        client.images.get(name)
-        return name
-    except docker.errors.ImageNotFound:
-        pass
-    wheels = download_wheels(cache, say)
     image = base
     wanted = requirements()
     for number, names in enumerate(LAYERS, 1):
@@ -92,7 +92,7 @@ def ensure_engine_image(client: docker.DockerClient, base: str, cache: Path, say
             folder = f"/opt/vllm/lib/python3.11/site-packages/{DIST_INFO}"
             metadata = "Metadata-Version: 2.1\\nName: vllm\\nVersion: 0.32.0+cpu\\n"
             script += f"; mkdir -p {folder}; printf '{metadata}' >{folder}/METADATA; touch {folder}/RECORD"
-            script += "; install -m 755 /engine/vllm /opt/vllm/bin/vllm"
+            script += f"; install -m 755 /engine/vllm /opt/vllm/bin/vllm; {WARM}"
         image = _layer(client, image, script, wheels, name if number == len(LAYERS) else f"{name}-{number}")
     for number in range(1, len(LAYERS)):
         client.images.remove(f"{name}-{number}", noprune=True)

@@ -7,22 +7,51 @@ import io
 import json
 import os
 import platform
-import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 import docker
 
-from simulator import engine_image
+from simulator import docker_host, engine_image
 from simulator.shell import SimulatorError, run
 
 FOLDER = Path(__file__).parent
 PREFIX = "sparkfleet-sim"
 LABELS = {"sparkfleet.sim": "image"}
+#: Held while it is installed: two root file systems are made at once.
+MMDEBSTRAP = threading.Lock()
+#: What the engines that fail on command say they are: one, and one to upgrade to.
+FAULT_VERSIONS = ("0.10.1.1", "0.10.2")
 Say = Callable[[str], None]
+
+
+def prepare(
+    client: docker.DockerClient, flavours: Sequence[str], engines: Sequence[str], cache: Path, say: Say
+) -> None:
+    """Make the images of worlds beside each other: each mostly waits for downloads, or uses one processor.
+
+    What is there already costs a question. `flavours` and `engines` (vllm: the CPU's) are those of World.up().
+    """
+
+    def machines() -> None:
+        for target in ("internet", *flavours):
+            build(client, target, cache, say)
+        if "fault" in engines:
+            for version in FAULT_VERSIONS:
+                fault_engine(client, version, cache, say)
+
+    tasks: list[Callable[[], object]] = [machines]
+    if "vllm" in engines:
+        tasks.append(partial(engine, client, cache, say))
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        for task in [pool.submit(task) for task in tasks]:
+            task.result()
 
 
 def exists(client: docker.DockerClient, name: str) -> bool:
@@ -43,10 +72,8 @@ def debian(client: docker.DockerClient, suite: str, cache: Path, say: Say) -> st
     try:
         client.images.pull("debian", f"{suite}-slim").tag(name)
     except docker.errors.APIError:
-        if shutil.which("mmdebstrap") is None:
-            raise SimulatorError(
-                "no container registry answers and mmdebstrap is missing: apt-get install mmdebstrap"
-            ) from None
+        with MMDEBSTRAP:
+            docker_host.ensure_mmdebstrap(cache.parent, say)
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             tar = Path(folder) / "root.tar"
@@ -122,14 +149,16 @@ def engine(client: docker.DockerClient, cache: Path, say: Say) -> str:
     """The image of the real engine (2.4 GB)."""
     if exists(client, engine_image.tag()):
         return engine_image.tag()
-    base = debian(client, "bookworm", cache, say)
-    file = FOLDER / "engine" / "Dockerfile.base"
-    name = f"{PREFIX}/engine-base:{_digest([file, FOLDER / 'engine_image.py'])}"
-    if not exists(client, name):
-        say("building the engine's base")
-        packages = " ".join(engine_image.BASE_PACKAGES)
-        _docker_build(client, name, file, {"DEBIAN": base, "PACKAGES": packages}, None)
-    return engine_image.ensure_engine_image(client, name, cache, say)
+    with ThreadPoolExecutor(1) as pool:
+        wheels = pool.submit(engine_image.download_wheels, cache, say)
+        base = debian(client, "bookworm", cache, say)
+        file = FOLDER / "engine" / "Dockerfile.base"
+        name = f"{PREFIX}/engine-base:{_digest([file, FOLDER / 'engine_image.py'])}"
+        if not exists(client, name):
+            say("building the engine's base")
+            packages = " ".join(engine_image.BASE_PACKAGES)
+            _docker_build(client, name, file, {"DEBIAN": base, "PACKAGES": packages}, None)
+        return engine_image.build_engine_image(client, name, wheels.result(), say)
 
 
 def _docker_build(

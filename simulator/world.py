@@ -7,6 +7,7 @@ person connects to is published on the loopback interface of this machine, on po
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import io
 import ipaddress
 import json
@@ -18,6 +19,7 @@ import tarfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,7 @@ import docker
 from docker.models.containers import Container
 
 from simulator import cuda_image, docker_host, gpu, images, keys, model
+from simulator.push import push
 from simulator.shell import SimulatorError
 
 IMAGE = "nvidia/vllm:25.09-py3"
@@ -121,6 +124,7 @@ class World:
             )
         keys.ensure(self.folder)
         tokens = self._tokens()
+        images.prepare(client, (flavour,), () if "gpu" in state else (engine,), cache, self.say)
         subnet = self._network(client)
         state["address"], hub_address = str(subnet[-2]), str(subnet[-3])
         state["hub_address"] = hub_address
@@ -260,25 +264,28 @@ class World:
         self, client: docker.DockerClient, internet: Container, state: dict[str, Any], cache: Path, engine: str
     ) -> None:
         """Serve image and model; what the shared volumes hold already is left alone."""
-        registry = f"127.0.0.1:{state['registry_port']}"
+        # Worlds share the volumes, and may come up at the same time.
+        with (home() / "fill.lock").open("w") as lock, ThreadPoolExecutor(1) as pool:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Converting the small model takes one processor.
+            models = pool.submit(self._models, client, internet, cache)
+            self._push(client, state, cache, engine)
+            for repository, (mark, source) in models.result().items():
+                self._fill_hub(internet, repository, mark, source)
+
+    def _push(self, client: docker.DockerClient, state: dict[str, Any], cache: Path, engine: str) -> None:
         for tag, image in self._engines(client, cache, engine, "gpu" in state).items():
             repository = tag.partition(":")[0]
             mark = f"sim-{tag.partition(':')[2]}-{image.rpartition(':')[2]}"
             if registry_serves(state["registry_port"], tag, mark):
                 continue
             self.say(f"pushing nvcr.io/{tag}")
-            for name in (f"{registry}/{tag}", f"{registry}/{repository}:{mark}"):
-                client.images.get(image).tag(name)
-                began = reported = time.monotonic()
-                for event in client.images.push(name, stream=True, decode=True):
-                    if "error" in event:
-                        raise SimulatorError(f"pushing {tag} failed: {event['error']}")
-                    if time.monotonic() - reported > 10:
-                        reported = time.monotonic()
-                        self.say(f"pushing: {reported - began:.0f} s")
-                with suppress(docker.errors.APIError):
-                    client.images.remove(name)
-        for repository, gated in REPOSITORIES.items():
+            push(client, image, state["registry_port"], (tag, f"{repository}:{mark}"), cache, self.say)
+
+    def _models(self, client: docker.DockerClient, internet: Container, cache: Path) -> dict[str, tuple[str, Path]]:
+        """What the simulated Hub lacks: mark and folder by repository."""
+        found = {}
+        for repository in REPOSITORIES:
             wanted = model.encoder_mark() if repository == ENCODER else model.mark()
             if run_in(internet, ["cat", f"/srv/hub/{repository}/mark"])[1] == wanted:
                 continue
@@ -287,14 +294,19 @@ class World:
             else:
                 # Of the engines' images, the CPU's alone surely has what reads the GGUF.
                 source = model.ensure_model(client, partial(images.engine, client, cache, self.say), cache, self.say)
-            self.say(f"filling the simulated huggingface.co: {repository}")
-            run_in(internet, ["rm", "-rf", f"/srv/hub/{repository}"])
-            paths = [path for path in source.rglob("*") if path.is_file()]
-            place = f"srv/hub/{repository}/files"
-            put(internet, {f"{place}/{path.relative_to(source)}": path.read_bytes() for path in paths}, mode=0o644)
-            # The mark comes last: without it the next `up` fills again.
-            put(internet, {f"srv/hub/{repository}/repo.json": json.dumps({"gated": gated}).encode()}, mode=0o644)
-            put(internet, {f"srv/hub/{repository}/mark": wanted.encode()}, mode=0o644)
+            found[repository] = (wanted, source)
+        return found
+
+    def _fill_hub(self, internet: Container, repository: str, mark: str, source: Path) -> None:
+        self.say(f"filling the simulated huggingface.co: {repository}")
+        run_in(internet, ["rm", "-rf", f"/srv/hub/{repository}"])
+        paths = [path for path in source.rglob("*") if path.is_file()]
+        place = f"srv/hub/{repository}/files"
+        put(internet, {f"{place}/{path.relative_to(source)}": path.read_bytes() for path in paths}, mode=0o644)
+        # The mark comes last: without it the next `up` fills again.
+        entry = json.dumps({"gated": REPOSITORIES[repository]}).encode()
+        put(internet, {f"srv/hub/{repository}/repo.json": entry}, mode=0o644)
+        put(internet, {f"srv/hub/{repository}/mark": mark.encode()}, mode=0o644)
 
     def _engines(self, client: docker.DockerClient, cache: Path, engine: str, cuda: bool) -> dict[str, str]:
         """What the simulated nvcr.io serves: repository and tag -> local image."""
@@ -303,7 +315,7 @@ class World:
             return {IMAGE: made}
         if engine == "none":
             return {IMAGE: images.build(client, "no-engine", cache, self.say)}
-        first, second = (images.fault_engine(client, version, cache, self.say) for version in ("0.10.1.1", "0.10.2"))
+        first, second = (images.fault_engine(client, version, cache, self.say) for version in images.FAULT_VERSIONS)
         return {IMAGE: first, IMAGE_NEXT: second, IMAGE_FOREIGN: images.foreign(client, first, self.say)}
 
     def _spark(self, client: docker.DockerClient, name: str, state: dict[str, Any], cache: Path) -> None:
@@ -453,6 +465,15 @@ class World:
             code, output = run_in(internet, ["tc", *command.split()])
             if code != 0:
                 raise SimulatorError(f"tc {command}: {output.strip()}")
+
+
+def prepare(say: Say) -> None:
+    """Make what any world without a GPU needs, so that a later `up` only starts it."""
+    client, cache = docker_host.ensure(home(), say), home() / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    images.prepare(client, FLAVOURS, ("vllm", "fault"), cache, say)
+    model.ensure_encoder(cache, say)
+    model.ensure_model(client, partial(images.engine, client, cache, say), cache, say)
 
 
 def remove(client: docker.DockerClient, label: str) -> None:
