@@ -19,6 +19,7 @@ from sparkfleet.fleet.lock_upstream import Maker, UpstreamError
 from sparkfleet.fleet.model_files import Way
 from sparkfleet.onboarding import hub_card
 from sparkfleet.onboarding.prompts import report_line
+from sparkfleet.packaging import signature
 from sparkfleet.paths import ROOT
 from sparkfleet.planning import lock
 from sparkfleet.planning.lock import Lock
@@ -76,7 +77,10 @@ def run(options: argparse.Namespace, agrees: Callable[[str], bool]) -> int:
     if not exists and (options.check or options.update):
         raise SparkfleetError(f"there is no lock {path}: `sparkfleet lock` writes it")
     # What is renewed altogether is compared even with one that was damaged by an edit: the differences are shown.
-    old = Lock.read(path, sealed=options.update != []) if exists else Lock(path=path)
+    # Otherwise what is not renewed stays, so it must be signed as what is deployed must be.
+    key, signers = (_common(hosts, name) for name in (signature.LOCK.key, signature.LOCK.signers))
+    whole = options.update == []
+    old = Lock.read(path, not whole, "" if whole else signers) if exists else Lock(path=path)
     try:
         new = Maker(old, _make_card, renewed, options.platform, hub_card.way().token).make(hosts)
     except UpstreamError as error:
@@ -86,7 +90,8 @@ def run(options: argparse.Namespace, agrees: Callable[[str], bool]) -> int:
     written = not options.check and (not exists or new.text() != _text(path)) and _agreed(options, lines, agrees)
     if written:
         new.write()
-    _say(options, path, lines, written)
+    signed = _sign(path, key, signers, written) if not options.check else None
+    _say(options, path, lines, written, signed)
     return DRIFT if options.check and lines else OK
 
 
@@ -109,6 +114,25 @@ def _place(inventory: str, hosts: dict[str, dict[str, Any]]) -> Path:
     return Path(places.pop())
 
 
+def _common(hosts: dict[str, dict[str, Any]], name: str) -> str:
+    found = {str(values.get(name) or "") for values in hosts.values()}
+    if len(found) > 1:
+        raise SparkfleetError(f"{name}: hosts have different ones: {', '.join(sorted(found))}")
+    return found.pop() if found else ""
+
+
+def _sign(path: Path, key: str, signers: str, written: bool) -> str | None:
+    """What is to be said of the lock's signature. A signature of what was there before is none of this one."""
+    if key:
+        return f"{signature.sign(path, key, signature.LOCK)}: written"
+    if written and signature.beside(path).exists():
+        signature.beside(path).unlink()
+        return f"{signature.beside(path)}: removed, as it is of the lock before; {signature.LOCK.key} makes a new one"
+    if written and signers:
+        return f"it is not signed, and {signature.LOCK.signers} wants a signature: {signature.LOCK.key} makes it"
+    return None
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -127,7 +151,7 @@ def _agreed(options: argparse.Namespace, lines: Sequence[str], agrees: Callable[
     return True
 
 
-def _say(options: argparse.Namespace, path: Path, lines: Sequence[str], written: bool) -> None:
+def _say(options: argparse.Namespace, path: Path, lines: Sequence[str], written: bool, signed: str | None) -> None:
     if options.json:
         print(json.dumps({"verb": "lock", "path": str(path), "changes": list(lines), "written": written}, indent=2))
         return
@@ -138,3 +162,5 @@ def _say(options: argparse.Namespace, path: Path, lines: Sequence[str], written:
         print(report.clean(f"{path}: written"))
     else:
         print(report.clean(f"{path}: {'differs' if lines else 'unchanged'}"))
+    if signed:
+        print(report.clean(signed))

@@ -21,6 +21,7 @@ from sparkfleet_host.registry import valid_image
 from sparkfleet import SparkfleetError, __version__
 from sparkfleet.documents import schema
 from sparkfleet.documents.schema import Document, Place
+from sparkfleet.packaging import signature
 from sparkfleet.user_paths import expanded
 
 #: Beside the inventory. Ansible takes every other name in the folder of an inventory for a part of it.
@@ -94,18 +95,22 @@ class Lock:
     path: Path = dataclasses.field(default=Path(NAME), compare=False)
 
     @classmethod
-    def read(cls, file: str | Path, sealed: bool = True) -> Lock:
+    def read(cls, file: str | Path, sealed: bool = True, signers: str = "") -> Lock:
         """The lock in a file. Raises SparkfleetError, which names file, line and remedy, for one that cannot be read,
-        is of another form, or (`sealed`) was changed after it was written."""
+        is of another form, (`sealed`) was changed after it was written, or that none of the file `signers` has signed
+        (see `signature`); no signature is asked for where that is empty."""
         path = expanded(VARIABLE, file)
         try:
-            text = bounded.read_file(path, LIMIT).decode("utf-8")
+            data = bounded.read_file(path, LIMIT)
+            text = data.decode("utf-8")
         except FileNotFoundError:
             raise SparkfleetError(
                 f"{VARIABLE}: {path} does not exist: `sparkfleet lock` writes it, or restore it from version control"
             ) from None
         except (OSError, ValueError) as error:
             raise SparkfleetError(f"the lock {path} cannot be read: {error}") from None
+        if signers:
+            signature.check(data, signature.read(path), signers, f"the lock {path}", signature.LOCK)
         return cls.of_text(path, text, sealed)
 
     @classmethod
