@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Action: writes a Spark's bill of materials, of what the module spark_bill reads there, to a folder on the controller."""
+"""Action: writes a bill of materials of what the module spark_bill reads on a Spark to a folder on the controller."""
 
 from __future__ import annotations
 

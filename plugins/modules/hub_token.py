@@ -17,7 +17,7 @@ options:
   token: {description: The token., type: str, required: true}
   endpoint: {description: Address of the Hub., type: str, default: https://huggingface.co}
   proxy: {description: Address of a proxy., type: str, default: ""}
-  no_proxy: {description: "Names and addresses that are reached without it, separated by commas.", type: str, default: ""}
+  no_proxy: {description: "Names that are reached without it, separated by commas.", type: str, default: ""}
   seconds: {description: How long it may take., type: float, default: 30}
 author: ["The Sparkfleet developers"]
 attributes:

@@ -16,7 +16,11 @@ version_added: 0.3.0
 options:
   project_dir: {description: Sparkfleet's folder on the host., type: path, default: /opt/sparkfleet}
   cache_dir: {description: Folder of the model cache., type: path, default: /opt/hf}
-  packages: {description: Names of packages; those that are not installed are left out., type: list, elements: str, default: []}
+  packages:
+    description: Names of packages; those that are not installed are left out.
+    type: list
+    elements: str
+    default: []
 author: ["The Sparkfleet developers"]
 attributes:
   check_mode: {support: full, description: Reads only.}

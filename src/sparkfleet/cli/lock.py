@@ -4,14 +4,18 @@ nothing else; shows what has changed upstream since."""
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparkfleet import SparkfleetError
+from sparkfleet.cli.runner import Collector
+from sparkfleet.cli.runner import run as run_playbook
 from sparkfleet.exit_codes import DRIFT, OK, UNREACHABLE
 from sparkfleet.fleet import lock_upstream
 from sparkfleet.fleet.dry_run import settled
@@ -19,7 +23,7 @@ from sparkfleet.fleet.lock_upstream import Maker, UpstreamError
 from sparkfleet.fleet.model_files import Way
 from sparkfleet.onboarding import hub_card
 from sparkfleet.onboarding.prompts import report_line
-from sparkfleet.packaging import signature
+from sparkfleet.packaging import sbom, signature
 from sparkfleet.paths import ROOT
 from sparkfleet.planning import lock
 from sparkfleet.planning.lock import Lock
@@ -30,6 +34,7 @@ EPILOG = """examples:
   sparkfleet lock -i inventory/mine --check         exit code 4 if the inventory, registry or Hub differ from it
   sparkfleet lock -i inventory/mine --update        show what has changed upstream, ask, and take it
   sparkfleet lock -i inventory/mine --update qwen3-32b-fp8 --yes
+  sparkfleet lock -i inventory/mine --packages spark-1    with the versions of Docker and the like that spark-1 has
 
 Exit codes: 0 done or nothing to do, 2 invalid input or lock, 4 with --check: it differs, 7 registry or Hub not asked.
 """
@@ -63,6 +68,14 @@ def add_parser(
     parser.add_argument(
         "--platform", default=lock_upstream.PLATFORM, help="of images for several (default: %(default)s)"
     )
+    parser.add_argument(
+        "--packages",
+        metavar="HOSTS",
+        help="read on these Sparks which versions of packages they have; others then install those and no others",
+    )
+    parser.add_argument(
+        "-K", "--ask-become-pass", action="store_true", help="with --packages: ask for the sudo password"
+    )
     parser.add_argument("--yes", action="store_true", help="do not ask")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     parser.set_defaults(run=lambda options: run(options, agrees))
@@ -86,6 +99,8 @@ def run(options: argparse.Namespace, agrees: Callable[[str], bool]) -> int:
     except UpstreamError as error:
         print(report.clean(f"sparkfleet: {error}"), file=sys.stderr)
         return UNREACHABLE
+    if options.packages is not None:
+        new = dataclasses.replace(new, packages={**new.packages, **_packages(options)})
     lines = lock_upstream.changes(old, new)
     written = not options.check and (not exists or new.text() != _text(path)) and _agreed(options, lines, agrees)
     if written:
@@ -112,6 +127,32 @@ def _place(inventory: str, hosts: dict[str, dict[str, Any]]) -> Path:
     if len(places) > 1:
         raise SparkfleetError(f"{lock.VARIABLE}: hosts have different ones: {', '.join(sorted(places))}")
     return Path(places.pop())
+
+
+def _packages(options: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Versions of packages by system, of the Sparks that `--packages` names. Raises SparkfleetError where two of one
+    system have different ones, or one does not answer."""
+    collector, found = Collector(lambda host, line: None), dict[str, dict[str, str]]()
+    with tempfile.TemporaryDirectory(prefix="sparkfleet-") as folder:
+        words = [word for pair in options.extra_vars for word in ("-e", pair)]
+        words += ["-l", options.packages, "-e", json.dumps({"sparkfleet_sbom_folder": folder})]
+        words += ["--ask-become-pass"] if options.ask_become_pass else []
+        run_playbook("sbom", options.inventory, words, collector)
+        for name, host in sorted(collector.hosts.items()):
+            if host.result != "ok":
+                raise SparkfleetError(f"--packages: {name}: {host.message or host.result}")
+            system, versions = sbom.packages(sbom.read(Path(folder, f"{name}.cdx.json")))
+            known = found.setdefault(system, {})
+            for package in sbom.PREPARED:
+                version = versions.get(package)
+                if version and known.setdefault(package, version) != version:
+                    raise SparkfleetError(
+                        f"--packages: {name} has {package} {version}, another Spark with {system} has {known[package]}: "
+                        "name one of them"
+                    )
+    if not found:
+        raise SparkfleetError(collector.error or f"--packages {options.packages}: no Spark was read")
+    return found
 
 
 def _common(hosts: dict[str, dict[str, Any]], name: str) -> str:

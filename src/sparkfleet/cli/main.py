@@ -263,7 +263,10 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
                 "controller is printed",
             )
             parser.add_argument(
-                "--advisories", metavar="FILE", type=_word, help="known vulnerabilities in the OSV format: a file or folder"
+                "--advisories",
+                metavar="FILE",
+                type=_word,
+                help="known vulnerabilities in the OSV format: a file or folder",
             )
         elif verb == "rollout":
             parser.add_argument("--dry", action="store_true", help="show plan, input and waves; contacts no host")

@@ -24,19 +24,22 @@ from sparkfleet_host.bounded import BoundsError, printable
 from sparkfleet_host.registry import reference
 
 from sparkfleet import SparkfleetError, __version__
+from sparkfleet.planning import lock
 
 SPECIFICATION = "1.6"
 NAME = "sparkfleet"
-#: Packages of a Spark that Sparkfleet installs, or uses where they are.
-PACKAGES = (
+#: Packages that the stage prepare installs, with those that Docker's bring with them.
+PREPARED = (
     *("docker.io", "docker-cli", "docker-compose", "docker-compose-v2"),
     *("docker-ce", "docker-ce-cli", "containerd.io", "docker-compose-plugin"),
-    *("containerd", "runc", "nvidia-container-toolkit", "earlyoom", "nftables", "haproxy", "keepalived"),
-    *("prometheus", "prometheus-alertmanager", "prometheus-node-exporter", "python3", "python3-apt"),
+    *("containerd", "runc", "nvidia-container-toolkit", "earlyoom", "nftables"),
+)
+#: And those that the gateway and monitoring install, and what runs it all.
+PACKAGES = (
+    *(*PREPARED, "haproxy", "keepalived", "prometheus", "prometheus-alertmanager", "prometheus-node-exporter"),
+    *("python3", "python3-apt"),
 )
 #: As dpkg has them.
-_VERSION = re.compile(r"[0-9][A-Za-z0-9.+:~-]{0,199}")
-_PACKAGE = re.compile(r"[a-z0-9][a-z0-9.+-]{1,99}")
 _WORD = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 LARGEST = 64 << 20  # of a document, bytes
 _MOST_ENGINES, _MOST_MODELS, _MOST_PACKAGES = 16, 2, 1000
@@ -61,6 +64,14 @@ def spark(host: str, facts: object) -> dict[str, Any]:
         return _spark(host, bounded.as_dict(facts, "facts"))
     except BoundsError as error:
         raise SparkfleetError(f"{host} answers oddly: {error}") from None
+
+
+def packages(document: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """Of a Spark's bill: its system as `lock.system_name` has it, and the versions of packages."""
+    about = next(part for part in document["components"] if part["type"] == "operating-system")
+    known = {item["name"].removeprefix("sparkfleet:"): item["value"] for item in about["properties"]}
+    versions = {part["name"]: part["version"] for part in document["components"] if part["type"] == "library"}
+    return lock.system_name({"id": about["name"], **known}), versions
 
 
 def write(path: Path, document: Mapping[str, Any]) -> None:
@@ -88,6 +99,7 @@ def _spark(host: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         "name": known.get("id") or "unknown",
         "version": known.get("version", ""),
         "description": known.get("name", ""),
+        "properties": [{"name": f"sparkfleet:{key}", "value": known.get(key, "")} for key in ("codename", "machine")],
     }
     distribution = (known.get("id", ""), known.get("codename") or known.get("version", ""))
     parts = {"os": system}
@@ -112,7 +124,7 @@ def _spark(host: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     if len(packages) > _MOST_PACKAGES:
         raise BoundsError(f"packages: more than {_MOST_PACKAGES}")
     for name, entry in sorted(packages.items()):
-        made = _package(bounded.matched(_PACKAGE, name, "a package"), bounded.as_dict(entry, name), distribution)
+        made = _package(bounded.matched(lock.PACKAGE, name, "a package"), bounded.as_dict(entry, name), distribution)
         parts[made["bom-ref"]] = made
     root = f"spark:{host}"
     about = {"type": "device", "bom-ref": root, "name": host, "description": "NVIDIA DGX Spark"}
@@ -183,7 +195,7 @@ def _file(model: str, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _package(name: str, entry: Mapping[str, Any], distribution: tuple[str, str]) -> dict[str, Any]:
-    version = bounded.matched(_VERSION, entry.get("version"), f"version of {name}")
+    version = bounded.matched(lock.VERSION, entry.get("version"), f"version of {name}")
     arch = bounded.matched(_WORD, entry.get("architecture"), f"architecture of {name}")
     system, codename = (bounded.matched(_WORD, word or "unknown", "the distribution") for word in distribution)
     purl = _purl("deb", f"{system}/{name}", version, {"arch": arch, "distro": codename})

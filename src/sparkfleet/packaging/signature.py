@@ -104,7 +104,9 @@ def _run(arguments: Sequence[str], data: bytes = b"") -> tuple[int, str]:
             env={**os.environ, "SSH_ASKPASS_REQUIRE": "force", "SSH_ASKPASS": "/bin/false", "LC_ALL": "C"},
         )
     except FileNotFoundError:
-        raise SparkfleetError(f"{_PROGRAM} is not installed, which signs and checks bundles and locks: install openssh") from None
+        raise SparkfleetError(
+            f"{_PROGRAM} is not installed, which signs and checks bundles and locks: install openssh"
+        ) from None
     except (OSError, subprocess.SubprocessError) as error:
         raise SparkfleetError(f"{_PROGRAM}: {error}") from None
     return done.returncode, done.stdout.decode("utf-8", "replace").strip()[:LARGEST]

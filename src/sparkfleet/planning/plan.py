@@ -95,6 +95,7 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
             "program": target.settings.host_program,
             "restart_guard": stale_guard(target, state),
             "packages": bool(installs),
+            "preferences": target.lock.preferences(state["os"]) if target.lock and not target.bundle else "",
         },
         "fetch": {
             "needed": any(images) or any(map(any, models)),

@@ -321,9 +321,13 @@ def test_a_lock_is_signed_and_what_was_changed_is_not_signed_again(
     made = signature.beside(world.path)
     assert f"{made}: written" in capsys.readouterr().out
     assert world.run() == 0  # nothing is new: the signature stays
-    settings = Settings(model=str(world.card), image=IMAGE, lock_file=str(world.path), lock_signers=str(tmp_path / "signers"))
+    settings = Settings(
+        model=str(world.card), image=IMAGE, lock_file=str(world.path), lock_signers=str(tmp_path / "signers")
+    )
     assert settings.lock() == world.read()
-    forged = dataclasses.replace(world.read(), images={IMAGE: Image("sha256:" + "6" * 64, "linux/arm64", "sha256:" + "6" * 64, 1)})
+    forged = dataclasses.replace(
+        world.read(), images={IMAGE: Image("sha256:" + "6" * 64, "linux/arm64", "sha256:" + "6" * 64, 1)}
+    )
     forged.write()  # with a seal that is right
     capsys.readouterr()
     for words in ([], ["-e", f"sparkfleet_lock_key={key}"], ["--check"]):

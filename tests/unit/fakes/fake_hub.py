@@ -35,7 +35,9 @@ class Hub:
     elsewhere: str = ""  # where large files are: a URL that the file's own path is added to
     longer: dict[str, bytes] = field(default_factory=dict)  # name: sent after the content
     answer: dict[str, bytes] = field(default_factory=dict)  # revision, tree, whoami: sent instead
-    redirect: dict[str, str] = field(default_factory=dict)  # revision, tree, whoami, a file's name: path it is redirected to
+    redirect: dict[str, str] = field(
+        default_factory=dict
+    )  # revision, tree, whoami, a file's name: path it is redirected to
     redirect_body: bytes = b""
     encoding: dict[str, str] = field(default_factory=dict)  # revision, tree, a file's name: Content-Encoding
     pause: float = 0  # seconds between the bytes of a list

@@ -81,7 +81,10 @@ def test_what_a_spark_runs_is_on_its_bill(tmp_path: Path, capsys: pytest.Capture
         ({"os": {}, "engines": [{"image": "latest", "models": []}]}, "an image"),
         ({"os": {}, "engines": [{"image": IMAGE, "models": [{"repo": "../x"}]}]}, "a model"),
         (
-            {"os": {}, "engines": [{"image": IMAGE, "models": [{"repo": "a/b", "revision": "m", "files": {"../x": {}}}]}]},
+            {
+                "os": {},
+                "engines": [{"image": IMAGE, "models": [{"repo": "a/b", "revision": "m", "files": {"../x": {}}}]}],
+            },
             "not a valid file name",
         ),
         ({"os": {}, "engines": [], "program": "x"}, "the program"),

@@ -53,7 +53,8 @@ def test_a_token_that_is_not_accepted(hub: Hub, ask: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", [b"{}", b"[]", b'{"name": 7}', b"<html>", b'{"name": "' + b"a" * 300 + b'"}', b"[" * 9000, b" " * (2 << 20)]
+    "answer",
+    [b"{}", b"[]", b'{"name": 7}', b"<html>", b'{"name": "' + b"a" * 300 + b'"}', b"[" * 9000, b" " * (2 << 20)],
 )
 def test_an_odd_answer_is_none(hub: Hub, ask: Any, answer: bytes) -> None:
     hub.answer["whoami"] = answer
