@@ -147,7 +147,7 @@ def _packages(options: argparse.Namespace) -> dict[str, dict[str, str]]:
                 version = versions.get(package)
                 if version and known.setdefault(package, version) != version:
                     raise SparkfleetError(
-                        f"--packages: {name} has {package} {version}, another Spark with {system} has {known[package]}: "
+                        f"--packages: {name} has {package} {version}, another with {system} {known[package]}: "
                         "name one of them"
                     )
     if not found:

@@ -183,7 +183,7 @@ PLAYBOOKS = {
     "audit": "show how secure the hosts are, graded, with remedies; exit code 5 at findings of a grade",
     "bundle": "create a folder with everything that Sparks without internet need (sparkfleet_bundle)",
     "test-alert": "send an alert by every way that is configured, and say by which it arrived",
-    "sbom": "list what is installed on this controller, and with FOLDER what each Spark runs, in CycloneDX; exit code 5 "
+    "sbom": "list what this controller has, and with FOLDER what each Spark runs, in CycloneDX; exit code 5 "
     "with known vulnerabilities",
     "diagnose": "find out what is wrong, with causes and remedies; writes an archive for a bug report",
     "remove": "remove Sparkfleet from the hosts; shows first what would be removed",

@@ -28,7 +28,7 @@ def explained(message: str) -> str:
         return f"{reason}: run again with -K (--ask-become-pass), and type the password of the user you log in as"
     if _NO_PACKAGE.search(message):
         return (
-            f"{message.strip().rstrip('.')}. The package sources of the host do not have it, or not in the version that "
+            f"{message.strip().rstrip('.')}. The host's package sources do not have it, or not in the version that "
             "the lock has (packages in .sparkfleet.lock.yml): `apt-cache policy NAME` there shows which versions they "
             "have, and `sparkfleet lock --packages HOSTS` renews those of the lock"
         )

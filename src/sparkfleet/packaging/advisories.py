@@ -32,7 +32,7 @@ Known = dict[tuple[str, str], set[tuple[str, str]]]
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A component that an advisory is about; `fixed`: the first version that is not affected, "" where none is named."""
+    """A component that an advisory is about; `fixed`: the first version without it, "" where none is named."""
 
     component: str
     version: str

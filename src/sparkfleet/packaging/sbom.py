@@ -1,7 +1,7 @@
 """Software bills of materials in CycloneDX: of the controller's Python environment, and of a Spark.
 
-For a scanner of vulnerabilities or an inventory of licences. Equal contents give equal documents but for the time, which
-`SOURCE_DATE_EPOCH` sets.
+For a scanner of vulnerabilities or an inventory of licences. Equal contents give equal documents but for the time,
+which `SOURCE_DATE_EPOCH` sets.
 """
 
 from __future__ import annotations
