@@ -4,7 +4,7 @@ that fail too, the controller is killed; then all that was printed, kept and lef
     python -m simulator.canaries --world NAME [--json FILE]
 
 The world has the engine that fails on command; SPARKFLEET_GATEWAYS=spark-1 makes the first Spark the gateway. A proxy
-that asks for a password runs in the world's internet.
+that asks for a password runs in the world's internet, whose registry demands a login meanwhile.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from typing import Any
 import yaml
 from sparkfleet_host import copies
 
-from simulator.shell import SimulatorError
+from simulator.shell import SimulatorError, expect
 from simulator.spark import ROOT, Spark
 from simulator.world import World, run_in
 
 NEXT = "nvcr.io/nvidia/vllm:25.10-py3"
 PROXY_PORT = 3128
+USER = "$oauthtoken"  # as NGC has it
 #: Files on a host that are to have a secret, 0600 and root's.
 OWN = {
     *("/etc/sparkfleet/hf_token", "/etc/sparkfleet/engine_key", "/etc/sparkfleet/registry_logins.json"),
@@ -129,6 +130,7 @@ class Hunt:
             "proxy": f"http://{login}@{address}:{PROXY_PORT}",
             "vault": self.secrets["vault"],
         }
+        self.world.demand_login(USER, self.secrets["registry"])
         for name, text in files.items():
             path = self.folder / name
             path.touch(mode=0o600)
@@ -148,7 +150,7 @@ class Hunt:
             "sparkfleet_hf_token": {"file": str(self.world.folder / "hf_token")},
             "sparkfleet_gateway_keys": [{"name": "web", "key": command}],
             "sparkfleet_proxy": {"file": str(self.folder / "proxy")},
-            "sparkfleet_registry_logins": {"nvcr.io": {"username": "$oauthtoken", "password": password}},
+            "sparkfleet_registry_logins": {"nvcr.io": {"username": USER, "password": password}},
         }
         place = self.folder / "inventory"
         (place / "group_vars" / "all.yml").write_text(f"{yaml.safe_dump(values)}{done.stdout}", encoding="utf-8")
@@ -202,6 +204,9 @@ class Hunt:
         self.run(verb, "audit", "--json", codes=(0, 5))
         for name in ("status", "drift", "diagnose", "audit", "verify", "restart", "stop", "start", "gateway", "plan"):
             self.run(*play, f"playbooks/{name}.yml", *limit, codes=(0, 2))
+        # The registry demands its login: without it an image that is not there yet is refused, with it it is pulled.
+        refused = self.run(*play, "site.yml", *limit, codes=(2,), sparkfleet_image=NEXT, sparkfleet_registry_logins={})
+        expect("image-denied" in refused, "an image without a login is refused", refused[-3000:])
         self.run(verb, "upgrade", NEXT, *limit, codes=(0,))
         self.run(verb, "rollback", *limit)
         self.run(verb, "rotate", "hub-token")
@@ -240,7 +245,7 @@ class Hunt:
     def forms(self) -> dict[str, str]:
         """Each secret as it may be written -> its name."""
         found = {}
-        users = {"registry": "$oauthtoken", "proxy": "fleet"}
+        users = {"registry": USER, "proxy": "fleet"}
         for name, value in self.secrets.items():
             found[value] = name
             found[urllib.parse.quote(value, safe="")] = name
@@ -339,6 +344,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SimulatorError as error:
         print(f"FAILED: {error}", file=sys.stderr)
         return 1
+    finally:
+        hunt.world.demand_login()
     hits, places = hunt.hits()
     for hit in hits:
         print(f"HIT {hit.secret}: {hit.place}")

@@ -1,7 +1,7 @@
 """Signatures of bundles and locks, by ssh-keygen: whoever has an SSH key can sign, and nothing else is needed to check.
 
-`bundle.json` has the sha256 of every file of a bundle, and a lock of everything that is deployed, so a signature next to
-such a file (`bundle.json.sig`) is one of everything.
+`bundle.json` has the sha256 of every file of a bundle, and a lock of everything that is deployed, so a signature next
+to such a file (`bundle.json.sig`) is one of everything.
 """
 
 from __future__ import annotations

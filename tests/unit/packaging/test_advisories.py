@@ -46,7 +46,8 @@ def test_versions_of_packages_are_in_the_order_of_dpkg() -> None:
     if shutil.which("dpkg"):
         for one, other in itertools.pairwise(DEB):
             subprocess.run(["dpkg", "--compare-versions", one, "lt", other], check=True)
-    assert sorted(DEB[::-1], key=advisories._deb) == DEB
+    backwards = DEB[::-1]
+    assert sorted(backwards, key=advisories._deb) == DEB
 
 
 def test_ranges_begin_and_end(tmp_path: Path) -> None:
