@@ -3,8 +3,8 @@ on serving.
 
     python -m simulator.tampering --world NAME [--only SCENE...] [--json FILE]
 
-The world is one of two Sparks or more with the engine that fails on command, as site.yml has deployed it. The last Spark
-is the victim. Each scene puts things back.
+The world is one of two Sparks or more with the engine that fails on command, as site.yml has deployed it. The last
+Spark is the victim. Each scene puts things back.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body[len(body) // 2] ^= 1
         self.send_response(answer.status)
         for name, value in answer.getheaders():
-            if name.lower() not in ("content-length", "transfer-encoding", "connection", "docker-content-digest", "etag"):
+            if name.lower() not in ("content-length", "transfer-encoding", "docker-content-digest", "etag"):
                 self.send_header(name, value)
         wanted = path if KIND != "tag" else self.path
         if "@" not in wanted and "sha256:" in wanted:
@@ -93,8 +93,7 @@ class Scenes:
         expect(
             self.victim.answers() and self.victim.release() == before, "what served goes on serving", printed[-2000:]
         )
-        assert found is not None  # noqa: S101  as expected
-        return text[max(found.start() - 160, 0) : found.end() + 160]
+        return text[max(found.start() - 160, 0) : found.end() + 160] if found else ""
 
     @contextlib.contextmanager
     def certificate(self, certificate: bytes, key: bytes) -> Iterator[None]:
@@ -180,7 +179,8 @@ class Scenes:
         self.internet(
             f"cp -a {WWW} /srv/www/own; export GNUPGHOME=/srv/gnupg-other; mkdir -p -m 700 $GNUPGHOME; "
             "gpg --batch --passphrase '' --quick-generate-key 'Mallory <m@example.invalid>' rsa3072 sign never; "
-            f"gpg --batch --armor --export >{WWW}/gpgkey; for folder in {WWW}/stable/deb/*; do cd $folder; rm InRelease; "
+            f"gpg --batch --armor --export >{WWW}/gpgkey; for folder in {WWW}/stable/deb/*; do cd $folder; "
+            "rm InRelease; "
             "gpg --batch --clearsign --output InRelease Release; done; gpgconf --kill all"
         )
         try:
