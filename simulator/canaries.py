@@ -30,6 +30,7 @@ from typing import Any
 import yaml
 from sparkfleet_host import copies
 
+from simulator import keys
 from simulator.shell import SimulatorError, expect
 from simulator.spark import ROOT, Spark
 from simulator.world import World, run_in
@@ -72,8 +73,8 @@ class Handler(socketserver.StreamRequestHandler):
         else:
             host, _, rest = target.partition("://")[2].partition("/")
             host, _, port = host.partition(":")
-        # All of the internet is on this machine.
-        other = socket.create_connection(("127.0.0.1", int(port or 80)), timeout=60)
+        # The simulated internet is on this machine; package mirrors are the real ones.
+        other = socket.create_connection(("127.0.0.1" if host in sys.argv[3:] else host, int(port or 80)), timeout=60)
         if method == "CONNECT":
             self.wfile.write(b"HTTP/1.1 200 OK\\r\\n\\r\\n")
         else:
@@ -124,7 +125,7 @@ class Hunt:
         stop = "[ ! -f /run/proxy.pid ] || kill $(cat /run/proxy.pid) || true"
         run_in(internet, ["sh", "-c", f"{stop}; cat >/run/proxy.py <<'END'\n{PROXY}\nEND"])
         login = f"fleet:{self.secrets['proxy']}"
-        internet.exec_run(["python3", "/run/proxy.py", login, str(PROXY_PORT)], detach=True)
+        internet.exec_run(["python3", "/run/proxy.py", login, str(PROXY_PORT), *keys.NAMES], detach=True)
         files = {
             "client": self.secrets["client"],
             "proxy": f"http://{login}@{address}:{PROXY_PORT}",
