@@ -70,7 +70,8 @@ def account(token: str, endpoint: str, proxy: str = "", no_proxy: str = "", seco
     try:
         answer = bounded.in_time(lambda: _ask(f"{endpoint.rstrip('/')}/api/whoami-v2", token, proxy, no_proxy), seconds)
         known = bounded.as_dict(bounded.parse_json(answer, "the answer", LARGEST), "the answer")
-        return printable(bounded.as_str(known.get("name"), "name of the account", 200), 200)
+        name: str = printable(bounded.as_str(known.get("name"), "name of the account", 200), 200)
+        return name
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             raise JobError(
@@ -94,7 +95,8 @@ def _ask(url: str, token: str, proxy: str, no_proxy: str) -> bytes:
     request = urllib.request.Request(url, headers={"Accept": "application/json"})  # noqa: S310  see opener
     request.add_unredirected_header("Authorization", f"Bearer {token}")
     with opener({"http": proxy, "https": proxy}, no_proxy).open(request, timeout=15) as answer:
-        return bounded.read_all(answer.read1, "the answer", LARGEST)
+        body: bytes = bounded.read_all(answer.read1, "the answer", LARGEST)
+    return body
 
 
 def main() -> None:

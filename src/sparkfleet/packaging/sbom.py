@@ -102,7 +102,7 @@ def _spark(host: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         "properties": [{"name": f"sparkfleet:{key}", "value": known.get(key, "")} for key in ("codename", "machine")],
     }
     distribution = (known.get("id", ""), known.get("codename") or known.get("version", ""))
-    parts = {"os": system}
+    parts: dict[str, dict[str, Any]] = {"os": system}
     for engine in bounded.as_list(facts.get("engines"), "engines", _MOST_ENGINES):
         entry = bounded.as_dict(engine, "an engine")
         image = _image(_text(entry.get("image"), "an image", 512))
@@ -162,7 +162,12 @@ def _image(name: str) -> dict[str, Any]:
     last = ref.path.rpartition("/")[2]
     where = {"repository_url": f"{ref.registry}/{ref.path}", **({"tag": ref.tag} if ref.tag else {})}
     purl = _purl("oci", last, ref.digest, where) if ref.digest else ""
-    made = {"type": "container", "bom-ref": purl or name, "name": ref.name, "version": ref.tag or ref.digest}
+    made: dict[str, Any] = {
+        "type": "container",
+        "bom-ref": purl or name,
+        "name": ref.name,
+        "version": ref.tag or ref.digest,
+    }
     if ref.digest:
         made |= {"purl": purl, "hashes": [{"alg": "SHA-256", "content": ref.digest.removeprefix("sha256:")}]}
     return made
