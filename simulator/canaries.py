@@ -4,7 +4,7 @@ that fail too, the controller is killed; then all that was printed, kept and lef
     python -m simulator.canaries --world NAME [--json FILE]
 
 The world has the engine that fails on command; SPARKFLEET_GATEWAYS=spark-1 makes the first Spark the gateway. A proxy
-that asks for a password runs in the world's internet.
+that asks for a password runs in the world's internet, whose registry demands a login meanwhile.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from typing import Any
 import yaml
 from sparkfleet_host import copies
 
-from simulator.shell import SimulatorError
+from simulator import keys
+from simulator.shell import SimulatorError, expect
 from simulator.spark import ROOT, Spark
 from simulator.world import World, run_in
 
 NEXT = "nvcr.io/nvidia/vllm:25.10-py3"
 PROXY_PORT = 3128
+USER = "$oauthtoken"  # as NGC has it
 #: Files on a host that are to have a secret, 0600 and root's.
 OWN = {
     *("/etc/sparkfleet/hf_token", "/etc/sparkfleet/engine_key", "/etc/sparkfleet/registry_logins.json"),
@@ -71,8 +73,8 @@ class Handler(socketserver.StreamRequestHandler):
         else:
             host, _, rest = target.partition("://")[2].partition("/")
             host, _, port = host.partition(":")
-        # All of the internet is on this machine.
-        other = socket.create_connection(("127.0.0.1", int(port or 80)), timeout=60)
+        # The simulated internet is on this machine; package mirrors are the real ones.
+        other = socket.create_connection(("127.0.0.1" if host in sys.argv[3:] else host, int(port or 80)), timeout=60)
         if method == "CONNECT":
             self.wfile.write(b"HTTP/1.1 200 OK\\r\\n\\r\\n")
         else:
@@ -123,12 +125,13 @@ class Hunt:
         stop = "[ ! -f /run/proxy.pid ] || kill $(cat /run/proxy.pid) || true"
         run_in(internet, ["sh", "-c", f"{stop}; cat >/run/proxy.py <<'END'\n{PROXY}\nEND"])
         login = f"fleet:{self.secrets['proxy']}"
-        internet.exec_run(["python3", "/run/proxy.py", login, str(PROXY_PORT)], detach=True)
+        internet.exec_run(["python3", "/run/proxy.py", login, str(PROXY_PORT), *keys.NAMES], detach=True)
         files = {
             "client": self.secrets["client"],
             "proxy": f"http://{login}@{address}:{PROXY_PORT}",
             "vault": self.secrets["vault"],
         }
+        self.world.demand_login(USER, self.secrets["registry"])
         for name, text in files.items():
             path = self.folder / name
             path.touch(mode=0o600)
@@ -148,7 +151,7 @@ class Hunt:
             "sparkfleet_hf_token": {"file": str(self.world.folder / "hf_token")},
             "sparkfleet_gateway_keys": [{"name": "web", "key": command}],
             "sparkfleet_proxy": {"file": str(self.folder / "proxy")},
-            "sparkfleet_registry_logins": {"nvcr.io": {"username": "$oauthtoken", "password": password}},
+            "sparkfleet_registry_logins": {"nvcr.io": {"username": USER, "password": password}},
         }
         place = self.folder / "inventory"
         (place / "group_vars" / "all.yml").write_text(f"{yaml.safe_dump(values)}{done.stdout}", encoding="utf-8")
@@ -202,6 +205,9 @@ class Hunt:
         self.run(verb, "audit", "--json", codes=(0, 5))
         for name in ("status", "drift", "diagnose", "audit", "verify", "restart", "stop", "start", "gateway", "plan"):
             self.run(*play, f"playbooks/{name}.yml", *limit, codes=(0, 2))
+        # The registry demands its login: without it an image that is not there yet is refused, with it it is pulled.
+        refused = self.run(*play, "site.yml", *limit, codes=(2,), sparkfleet_image=NEXT, sparkfleet_registry_logins={})
+        expect("image-denied" in refused, "an image without a login is refused", refused[-3000:])
         self.run(verb, "upgrade", NEXT, *limit, codes=(0,))
         self.run(verb, "rollback", *limit)
         self.run(verb, "rotate", "hub-token")
@@ -240,7 +246,7 @@ class Hunt:
     def forms(self) -> dict[str, str]:
         """Each secret as it may be written -> its name."""
         found = {}
-        users = {"registry": "$oauthtoken", "proxy": "fleet"}
+        users = {"registry": USER, "proxy": "fleet"}
         for name, value in self.secrets.items():
             found[value] = name
             found[urllib.parse.quote(value, safe="")] = name
@@ -339,6 +345,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SimulatorError as error:
         print(f"FAILED: {error}", file=sys.stderr)
         return 1
+    finally:
+        hunt.world.demand_login()
     hits, places = hunt.hits()
     for hit in hits:
         print(f"HIT {hit.secret}: {hit.place}")

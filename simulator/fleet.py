@@ -90,6 +90,8 @@ class Fleet:
             "SPARKFLEET_WORLD": self.world.name,
             "SPARKFLEET_GATEWAYS": ",".join(self.gateways),
             "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+            # The connections that a run leaves open have its environment.
+            "SPARKFLEET_ENGINE_KEY": str(variables.get("sparkfleet_engine_key", engine_key())),
         }
         argv = [str(Path(sys.executable).with_name(program)), *words, "-i", "inventory/simulated"]
         return subprocess.Popen(

@@ -39,44 +39,61 @@ def _ssh_key(path: Path) -> None:
 
 
 def _certificates(folder: Path) -> None:
-    now = datetime.datetime.now(datetime.UTC)
-    authority_key, server_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    authority_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Sparkfleet simulated world")])
-
-    def builder(subject: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(authority_name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            # A host whose clock is days behind has to see that by its clock, not by our certificates.
-            .not_valid_before(now - datetime.timedelta(days=30))
-            .not_valid_after(now + datetime.timedelta(days=DAYS))
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-            .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False
-            )
-        )
-
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Sparkfleet simulated world")])
     usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
     authority = (
-        builder(authority_name, authority_key)
+        _builder(name, name, key, key, now + datetime.timedelta(days=DAYS))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
-        .sign(authority_key, hashes.SHA256())
+        .sign(key, hashes.SHA256())
     )
+    _private(folder / "ca.key", _pem(key))
+    _private(folder / "ca.pem", authority.public_bytes(serialization.Encoding.PEM))
+    server, server_key = issue(folder, now + datetime.timedelta(days=DAYS))
+    _private(folder / "server.key", server_key)
+    _private(folder / "server.pem", server)
+
+
+def issue(folder: Path, until: datetime.datetime) -> tuple[bytes, bytes]:
+    """A certificate for NAMES by the CA in a folder, and its key, both in PEM; valid from 30 days ago."""
+    authority = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
+    if not isinstance(authority, ec.EllipticCurvePrivateKey):
+        raise TypeError(f"{folder}/ca.key is not a key on an elliptic curve")
+    issuer = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes()).subject
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, NAMES[0])])
     server = (
-        builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, NAMES[0])]), server_key)
+        _builder(name, issuer, key, authority, until)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(name) for name in NAMES]), critical=False)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .sign(authority_key, hashes.SHA256())
+        .sign(authority, hashes.SHA256())
     )
-    pem = serialization.Encoding.PEM
-    _private(folder / "ca.pem", authority.public_bytes(pem))
-    _private(
-        folder / "server.key",
-        server_key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
+    return server.public_bytes(serialization.Encoding.PEM), _pem(key)
+
+
+def _builder(
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePrivateKey,
+    authority: ec.EllipticCurvePrivateKey,
+    until: datetime.datetime,
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        # A host whose clock is days behind has to see that by its clock, not by our certificates.
+        .not_valid_before(datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=30))
+        .not_valid_after(until)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), critical=False)
     )
-    _private(folder / "server.pem", server.public_bytes(pem))
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    form, encryption = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    return key.private_bytes(serialization.Encoding.PEM, form, encryption)

@@ -15,8 +15,10 @@ import os
 import secrets
 import shutil
 import socket
+import subprocess
 import tarfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -446,6 +448,32 @@ class World:
             if (run_in(spark, ["ip", "route", "show", "default"])[1].strip() != "") != plugged:
                 raise SimulatorError(f"{host}: its way to the internet is {'not there' if plugged else 'still there'}")
 
+    def demand_login(self, user: str = "", password: str = "") -> None:
+        """nvcr.io answers to this login alone; to all without one. Raises SimulatorError."""
+        name = "etc/docker/registry/config.yml"
+        own = Path(__file__).with_name("rootfs").joinpath("internet", name).read_text(encoding="utf-8")
+        files = {name: own.encode()}
+        if user:
+            salt = f"$2b$05${secrets.token_hex(11)}"
+            hashed = subprocess.run(
+                ["perl", "-e", "chomp($_ = <STDIN>); print crypt($_, $ARGV[0])", salt],
+                input=password,
+                capture_output=True,
+                text=True,
+                check=False,
+            ).stdout
+            if not hashed.startswith("$2b$"):
+                raise SimulatorError("perl cannot make a bcrypt hash, as the registry wants them")
+            where = "etc/docker/registry/htpasswd"
+            own += f"auth: {{htpasswd: {{realm: nvcr.io, path: /{where}}}}}\n"
+            files = {name: own.encode(), where: f"{user}:{hashed}\n".encode()}
+        internet = self.container("internet")
+        put(internet, files, 0o644)
+        code, output = run_in(internet, ["systemctl", "restart", "docker-registry.service"])
+        if code != 0:
+            raise SimulatorError(f"docker-registry: {output.strip()}")
+        self._until(lambda: registry_answers(self.state()["registry_port"]), "the simulated registry")
+
     def throttle(self, registry: float | None, hub: float | None) -> None:
         """Limit what leaves nvcr.io and huggingface.co, in megabits a second; None is no limit."""
         internet, state = self.container("internet"), self.state()
@@ -547,6 +575,8 @@ def registry_answers(port: int) -> bool:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/", timeout=2) as answer:
             return bool(answer.status == 200)
+    except urllib.error.HTTPError as error:
+        return error.code == 401
     except OSError:
         return False
 

@@ -185,7 +185,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         )
         key = str(self._templar.template(task_vars.get("sparkfleet_bundle_key") or ""))
         if key:
-            made = signature.sign(bundle.folder / NAME, key)
+            made = signature.sign(bundle.folder / NAME, key, signature.BUNDLE)
             display.display(f"signed: {made}; sparkfleet_bundle_signers, where the folder is used, names who may sign")
         return {"changed": before != bundle.files, "digest": f"sha256:{digest}"}
 

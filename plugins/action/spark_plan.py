@@ -121,7 +121,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             proxy=settings.proxy,
             no_proxy=settings.no_proxy,
         )
-        locked = lock.Lock.read(settings.lock_file) if settings.lock_file else None
+        locked = settings.lock()
         for engine in settings.each():
             hub_card.ensure(
                 locked_model(engine, locked),

@@ -256,11 +256,11 @@ def explain(text: str, ref: Reference, room: str = "") -> JobError:
             f" /etc/docker/certs.d/{host}/ca.crt ({_short(text)})",
         )
     if has("toomanyrequests", "too many requests"):
-        return JobError("registry-limit", f"{host} limits the number of pulls; wait, or log in: docker login {host}")
+        return JobError("registry-limit", f"{host} limits the number of pulls; wait, or set sparkfleet_registry_logins")
     if has("unauthorized", "denied", "authentication required", "no basic auth", "403 forbidden", "401 "):
         return JobError(
             "image-denied",
-            f"{host} refuses {image}: log in with an account that is allowed to pull it (docker login {host}), check "
+            f"{host} refuses {image}: set sparkfleet_registry_logins to an account that is allowed to pull it, check "
             "the name",
         )
     if has("no such host", "name resolution", "server misbehaving", "lookup "):

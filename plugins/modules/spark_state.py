@@ -147,6 +147,7 @@ CONTAINERD = "/var/lib/containerd"
 PROBE_SECONDS = 10
 REACH_SECONDS = 5
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+PROXY_UNIT = Path("/etc/systemd/system/docker.service.d/sparkfleet-proxy.conf")
 GUARD_UNIT = Path("/etc/systemd/system/sparkfleet-guard.service")
 
 
@@ -378,7 +379,7 @@ def service_environment(unit: str, names: Sequence[str]) -> tuple[str, ...]:
 
 def docker_engine(project: str, images: Sequence[str], proxy: str = "", no_proxy: str = "") -> dict[str, Any]:
     """Engine, Compose plugin, runtimes, the images, and every container with its published ports; `proxy_current`:
-    whether the engine that runs has this proxy (true where none is wanted)."""
+    whether the engine that runs has this proxy, and where none is wanted, none of ours."""
     found: dict[str, Any] = {
         "installed": shutil.which("dockerd") is not None and shutil.which("docker") is not None,
         "running": False,
@@ -397,7 +398,8 @@ def docker_engine(project: str, images: Sequence[str], proxy: str = "", no_proxy
             no_proxy=info.get("NoProxy") or "",
             registries=info.get("RegistryConfig") or {},
         )
-        found["proxy_current"] = not proxy or service_environment("docker.service", PROXIES) == (proxy, proxy, no_proxy)
+        has = service_environment("docker.service", PROXIES) if proxy else ()
+        found["proxy_current"] = has == (proxy, proxy, no_proxy) if proxy else not PROXY_UNIT.exists()
         found["images"] = {name: image(docker, name) for name in dict.fromkeys(images)}
         found["containers"] = [container(docker, item, project) for item in docker.containers(all=True)]
     except (DockerUnavailable, OSError) as error:

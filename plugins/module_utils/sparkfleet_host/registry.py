@@ -327,6 +327,25 @@ class _Https(urllib.request.HTTPSHandler):
         return self.do_open(functools.partial(_InTimeTls, context=context), req)
 
 
+def opener(
+    proxies: Mapping[str, str], no_proxy: str = "", context: ssl.SSLContext | None = None, unverified: str = ""
+) -> urllib.request.OpenerDirector:
+    """What asks by http and https alone, in time, with proxies by scheme ("" for none); `unverified` is a HOST[:PORT]
+    whose certificate is not verified."""
+    made = urllib.request.OpenerDirector()
+    for handler in (
+        _Proxies({kind: proxy for kind, proxy in proxies.items() if proxy}, no_proxy),
+        _Http(),
+        _Https(context or ssl.create_default_context(), unverified),
+        _Redirects(),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.UnknownHandler(),
+    ):
+        made.add_handler(handler)
+    return made
+
+
 # -- the registry ----------------------------------------------------------------------------------------------------
 
 
@@ -351,18 +370,8 @@ class Registry:
             with contextlib.suppress(OSError):
                 context.load_verify_locations(authority)
         plain = insecure(host or ref.registry, info)
-        proxies = {"http": info.get("HttpProxy"), "https": info.get("HttpsProxy")}
-        self._opener = urllib.request.OpenerDirector()
-        for handler in (
-            _Proxies({kind: str(proxy) for kind, proxy in proxies.items() if proxy}, str(info.get("NoProxy") or "")),
-            _Http(),
-            _Https(context, self.host if plain else ""),
-            _Redirects(),
-            urllib.request.HTTPErrorProcessor(),
-            urllib.request.HTTPDefaultErrorHandler(),
-            urllib.request.UnknownHandler(),
-        ):
-            self._opener.add_handler(handler)
+        proxies = {kind: str(info.get(key) or "") for kind, key in (("http", "HttpProxy"), ("https", "HttpsProxy"))}
+        self._opener = opener(proxies, str(info.get("NoProxy") or ""), context, self.host if plain else "")
         self._basic = ""
         if auth:
             self._basic = "Basic " + base64.b64encode(f"{auth['username']}:{auth['password']}".encode()).decode()

@@ -27,14 +27,14 @@ from sparkfleet.cli import card, lock, summary
 from sparkfleet.cli.runner import Collector, default_inventory, run
 from sparkfleet.diagnosis import audit
 from sparkfleet.documents import yaml_text
-from sparkfleet.exit_codes import DOWN, INTERRUPTED, OK
+from sparkfleet.exit_codes import DOWN, INTERRUPTED, OK, RESTORED
 from sparkfleet.fleet import (
     dry_run,
     outage,
 )
 from sparkfleet.onboarding import hub_card, init
 from sparkfleet.onboarding.prompts import report_line
-from sparkfleet.packaging import sbom
+from sparkfleet.packaging import advisories, sbom
 from sparkfleet.paths import ROOT
 from sparkfleet.planning import (
     calibration,
@@ -147,9 +147,6 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--json", action="store_true", help="for programs")
     models.set_defaults(run=_models)
 
-    bill = verbs.add_parser("sbom", help="print what is installed on this controller, as a CycloneDX bill of materials")
-    bill.set_defaults(run=_sbom)
-
     show = verbs.add_parser("compose", parents=[model], help="print the compose file for a model")
     show.add_argument(
         "--source",
@@ -186,6 +183,8 @@ PLAYBOOKS = {
     "audit": "show how secure the hosts are, graded, with remedies; exit code 5 at findings of a grade",
     "bundle": "create a folder with everything that Sparks without internet need (sparkfleet_bundle)",
     "test-alert": "send an alert by every way that is configured, and say by which it arrived",
+    "sbom": "list what this controller has, and with FOLDER what each Spark runs, in CycloneDX; exit code 5 "
+    "with known vulnerabilities",
     "diagnose": "find out what is wrong, with causes and remedies; writes an archive for a bug report",
     "remove": "remove Sparkfleet from the hosts; shows first what would be removed",
 }
@@ -254,6 +253,21 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
             )
         elif verb == "bundle":
             parser.add_argument("folder", type=_word, help="destination; an existing one is completed")
+        elif verb == "sbom":
+            parser.set_defaults(run=_sbom)
+            parser.add_argument(
+                "folder",
+                nargs="?",
+                type=_word,
+                help="where to write HOST.cdx.json of each Spark and controller.cdx.json; without it that of this "
+                "controller is printed",
+            )
+            parser.add_argument(
+                "--advisories",
+                metavar="FILE",
+                type=_word,
+                help="known vulnerabilities in the OSV format: a file or folder",
+            )
         elif verb == "rollout":
             parser.add_argument("--dry", action="store_true", help="show plan, input and waves; contacts no host")
         elif verb == "rollback":
@@ -293,7 +307,7 @@ def _arguments(options: argparse.Namespace) -> list[str]:
     words += _limit(options)
     words += ["--check", "--diff"] if options.check else []
     words += ["--ask-become-pass"] if options.ask_become_pass else []
-    folder = str(expanded("FOLDER", options.folder).absolute()) if options.verb == "bundle" else None
+    folder = str(expanded("FOLDER", options.folder).absolute()) if options.verb in ("bundle", "sbom") else None
     given = {
         "sparkfleet_model": getattr(options, "model", None),
         "sparkfleet_profile": getattr(options, "profile", None),
@@ -306,7 +320,7 @@ def _arguments(options: argparse.Namespace) -> list[str]:
         "sparkfleet_release": getattr(options, "release", None),
         "sparkfleet_verify": getattr(options, "depth", None),
         "sparkfleet_logs_lines": getattr(options, "lines", None),
-        "sparkfleet_bundle_folder": folder,
+        f"sparkfleet_{options.verb}_folder": folder,
         **{f"sparkfleet_remove_{name}": getattr(options, name, None) or None for name in ("models", "images", "token")},
     }
     for name, value in given.items():
@@ -631,8 +645,27 @@ def _models(options: argparse.Namespace) -> int:
 
 
 def _sbom(options: argparse.Namespace) -> int:
-    print(json.dumps(sbom.document(), indent=2))
-    return 0
+    own, code = sbom.document(), OK
+    bills = [own]
+    if options.folder is None:
+        if options.limit is not None:
+            raise SparkfleetError("sbom -l HOSTS needs a FOLDER to write to: sparkfleet sbom FOLDER -l HOSTS")
+        if options.advisories is None or options.json:
+            print(json.dumps(own, indent=2))
+    else:
+        hosts, board, made = _run(options, _arguments(options))
+        code = _show(options, hosts, board, made)
+        folder = expanded("FOLDER", options.folder)
+        if not options.check:
+            bills += [sbom.read(folder / f"{host.name}.cdx.json") for host in hosts if host.result == "ok"]
+            sbom.write(folder / "controller.cdx.json", own)
+    if options.advisories is None:
+        return code
+    found, number = advisories.check(bills, options.advisories)
+    for finding in found:
+        report_line(str(finding))
+    report_line(f"{report.count(len(found), 'finding')}; {number:,} advisories were compared")
+    return max(code, RESTORED) if found else code
 
 
 def _compose(options: argparse.Namespace) -> int:

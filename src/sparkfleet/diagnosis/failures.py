@@ -450,7 +450,7 @@ TABLE: tuple[Failure, ...] = (
         "image-denied",
         "the registry refuses the image",
         "it requires an account, or the account is not allowed to pull it",
-        "Run `docker login REGISTRY` on the host with an account that is; check the image's name.",
+        "Set sparkfleet_registry_logins to an account that is; check the image's name.",
         (r"pull access denied", r"unauthorized: authentication required"),
     ),
     Failure(
@@ -484,7 +484,7 @@ TABLE: tuple[Failure, ...] = (
         "registry-limit",
         "the registry limits the pull rate",
         "too many pulls from this address",
-        "Wait, or run `docker login REGISTRY` on the host.",
+        "Wait, or set sparkfleet_registry_logins to an account.",
         (r"toomanyrequests",),
     ),
     # -- the Hugging Face Hub ----------------------------------------------------------------------------------

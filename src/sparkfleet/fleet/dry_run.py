@@ -21,7 +21,7 @@ from sparkfleet.reporting import report
 FIELDS = (
     *("model", "profile", "model_source", "arguments", "environment", "tool_calls", "image", "revision", "port"),
     "engines",
-    *("listen", "memory_plan", "memory_reserve_gib", "lock_file"),
+    *("listen", "memory_plan", "memory_reserve_gib", "lock_file", "lock_signers"),
 )
 
 

@@ -161,6 +161,7 @@ class Maker:
             images={**kept.images, **self.images},
             models={**kept.models, **self.models},
             cards={**kept.cards, **self.cards},
+            packages=self.old.packages,  # registry and Hub know nothing of them
             path=self.old.path,
         )
 
@@ -217,6 +218,7 @@ def changes(old: Lock, new: Lock) -> list[str]:
     found = [*_each("image", old.images, new.images, _new_image, _image_changes)]
     found += _each("model", old.models, new.models, _new_model, _model_changes)
     found += _each("card", old.cards, new.cards, lambda _: "new", lambda _, __: iter(["changed"]))
+    found += _each("packages of", old.packages, new.packages, lambda known: f"new ({len(known)})", _package_changes)
     if old.sparkfleet != new.sparkfleet and (old.images or old.models):
         found.append(f"sparkfleet: {old.sparkfleet} → {new.sparkfleet}")
     return found
@@ -274,6 +276,12 @@ def _model_changes(old: Model, new: Model) -> Iterator[str]:
             hashes = f"sha256:{before.sha256[:12]} → {after.sha256[:12]}"
             sizes = f"{amount(before.size)} → {amount(after.size)}" if before.size != after.size else "same size"
             yield f"{text} {shown} changed ({hashes}, {sizes}){moved}"
+
+
+def _package_changes(old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[str]:
+    for name in sorted({*old, *new}):
+        if old.get(name) != new.get(name):
+            yield f"{name} {old.get(name, 'none')} → {new.get(name, 'none')}"
 
 
 def short(digest: str) -> str:

@@ -95,7 +95,7 @@ class Bundle:
                 f"is {bounded.printable(digest, 80)}: it is a different bundle, or was changed since"
             )
         if signers:
-            signature.check(data, _signature(place), signers, f"sparkfleet_bundle {place}")
+            signature.check(data, _signature(place), signers, f"sparkfleet_bundle {place}", signature.BUNDLE)
         if known.get("version") != VERSION:
             raise SparkfleetError(
                 f"sparkfleet_bundle {place}: made by an older version of Sparkfleet, without the hashes that this "

@@ -1,10 +1,12 @@
-"""Signatures of bundles, by ssh-keygen: whoever has an SSH key can sign, and nothing else is needed to check.
+"""Signatures of bundles and locks, by ssh-keygen: whoever has an SSH key can sign, and nothing else is needed to check.
 
-`bundle.json` has the sha256 of every file of a bundle, so its signature, `bundle.json.sig`, is one of everything.
+`bundle.json` has the sha256 of every file of a bundle, and a lock of everything that is deployed, so a signature next
+to such a file (`bundle.json.sig`) is one of everything.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -12,48 +14,74 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparkfleet_host.bounded import printable
+from sparkfleet_host import bounded
+from sparkfleet_host.bounded import BoundsError, printable
 
 from sparkfleet import SparkfleetError
 from sparkfleet.user_paths import expanded
 
-#: A signature for something else, such as a commit, is none of a bundle.
-NAMESPACE = "sparkfleet-bundle"
 LARGEST = 64 << 10  # of a signature, bytes
 SECONDS = 30.0
 _PROGRAM = "ssh-keygen"
 
 
-def sign(file: Path, key: str) -> Path:
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What is signed. `namespace`: a signature for something else, such as a commit, is none of it; `key`, `signers`:
+    the variables with the key that signs and with the file of those who may."""
+
+    namespace: str
+    key: str
+    signers: str
+
+
+BUNDLE = Kind("sparkfleet-bundle", "sparkfleet_bundle_key", "sparkfleet_bundle_signers")
+LOCK = Kind("sparkfleet-lock", "sparkfleet_lock_key", "sparkfleet_lock_signers")
+
+
+def beside(file: Path) -> Path:
+    """Where the signature of a file is."""
+    return file.with_name(f"{file.name}.sig")
+
+
+def read(file: Path) -> bytes | None:
+    """The signature of a file; None where there is none. Raises SparkfleetError."""
+    try:
+        return bounded.read_file(beside(file), LARGEST)
+    except FileNotFoundError:
+        return None
+    except (OSError, BoundsError) as error:
+        raise SparkfleetError(f"{beside(file)} cannot be read: {error}") from None
+
+
+def sign(file: Path, key: str, kind: Kind) -> Path:
     """Sign a file; the signature, next to it. `key`: a private key without a passphrase, or a public one whose private
     key the SSH agent has. Raises SparkfleetError."""
-    path = expanded("sparkfleet_bundle_key", key)
+    path = expanded(kind.key, key)
     if not path.is_file():
-        raise SparkfleetError(f"sparkfleet_bundle_key: {path} is not a file; `ssh-keygen -t ed25519` makes a key")
-    made = file.with_name(f"{file.name}.sig")
+        raise SparkfleetError(f"{kind.key}: {path} is not a file; `ssh-keygen -t ed25519` makes a key")
+    made = beside(file)
     made.unlink(missing_ok=True)
-    code, said = _run(["-Y", "sign", "-f", str(path), "-n", NAMESPACE, str(file)])
+    code, said = _run(["-Y", "sign", "-f", str(path), "-n", kind.namespace, str(file)])
     if code or not made.is_file():
         raise SparkfleetError(
-            f"sparkfleet_bundle_key: {path} does not sign: {printable(said, 300) or code}. A key with a "
+            f"{kind.key}: {path} does not sign: {printable(said, 300) or code}. A key with a "
             "passphrase works through the SSH agent: ssh-add it, and name its .pub file"
         )
     return made
 
 
-def check(data: bytes, signature: bytes | None, signers: str, what: str) -> str:
+def check(data: bytes, signature: bytes | None, signers: str, what: str, kind: Kind) -> str:
     """Who of the file `signers` (ALLOWED SIGNERS in ssh-keygen(1)) signed data. Raises SparkfleetError for none."""
-    path = expanded("sparkfleet_bundle_signers", signers)
+    path = expanded(kind.signers, signers)
     if not path.is_file():
-        raise SparkfleetError(f"sparkfleet_bundle_signers: {path} is not a file: NAME KEYTYPE KEY, a line for each")
+        raise SparkfleetError(f"{kind.signers}: {path} is not a file: NAME KEYTYPE KEY, a line for each")
     if signature is None:
-        raise SparkfleetError(
-            f"{what} is not signed, and sparkfleet_bundle_signers wants a signature: make it with sparkfleet_bundle_key"
-        )
+        raise SparkfleetError(f"{what} is not signed, and {kind.signers} wants a signature: make it with {kind.key}")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "signature")
         file.write_bytes(signature)
-        common = ["-f", str(path), "-n", NAMESPACE, "-s", str(file)]
+        common = ["-f", str(path), "-n", kind.namespace, "-s", str(file)]
         code, said = _run(["-Y", "find-principals", "-f", str(path), "-s", str(file)])
         names = [name for name in said.splitlines() if re.fullmatch(r"[!-~]{1,200}", name)] if code == 0 else []
         for name in names:
@@ -76,7 +104,9 @@ def _run(arguments: Sequence[str], data: bytes = b"") -> tuple[int, str]:
             env={**os.environ, "SSH_ASKPASS_REQUIRE": "force", "SSH_ASKPASS": "/bin/false", "LC_ALL": "C"},
         )
     except FileNotFoundError:
-        raise SparkfleetError(f"{_PROGRAM} is not installed, which signs and checks bundles: install openssh") from None
+        raise SparkfleetError(
+            f"{_PROGRAM} is not installed, which signs and checks bundles and locks: install openssh"
+        ) from None
     except (OSError, subprocess.SubprocessError) as error:
         raise SparkfleetError(f"{_PROGRAM}: {error}") from None
     return done.returncode, done.stdout.decode("utf-8", "replace").strip()[:LARGEST]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from sparkfleet_host.registry import valid_image
 from sparkfleet import SparkfleetError, __version__
 from sparkfleet.documents import schema
 from sparkfleet.documents.schema import Document, Place
+from sparkfleet.packaging import signature
 from sparkfleet.user_paths import expanded
 
 #: Beside the inventory. Ansible takes every other name in the folder of an inventory for a part of it.
@@ -30,7 +32,16 @@ FORMAT = 1
 LIMIT = 4 << 20
 VARIABLE = "sparkfleet_lock_file"
 HEAD = "# Written by `sparkfleet lock`: commit it, do not edit it. docs/supply-chain.md explains it.\n"
+#: Names and versions of packages as dpkg has them; a system (see `system_name`).
+PACKAGE = re.compile(r"[a-z0-9][a-z0-9.+-]{1,99}")
+VERSION = re.compile(r"[0-9][A-Za-z0-9.+:~-]{0,199}")
+SYSTEM = re.compile(r"[a-z0-9._-]{1,40} [a-z0-9._-]{0,40} [a-z0-9_]{1,40}")
 Value = TypeVar("Value")
+
+
+def system_name(system: Mapping[str, Any]) -> str:
+    """What versions of packages are of: distribution, its release, the processor ("ubuntu noble aarch64")."""
+    return " ".join(str(system.get(key) or "") for key in ("id", "codename", "machine"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,28 +95,33 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Lock:
-    """`images` by reference, `models` by ORG/NAME@REVISION, `cards` (name -> sha256 of what is in one). `sparkfleet`:
-    the version that wrote it. `path`: where it was read, for messages."""
+    """`images` by reference, `models` by ORG/NAME@REVISION, `cards` (name -> sha256 of what is in one), `packages`
+    (system -> versions by name). `sparkfleet`: the version that wrote it. `path`: where it was read, for messages."""
 
     images: Mapping[str, Image] = dataclasses.field(default_factory=dict)
     models: Mapping[str, Model] = dataclasses.field(default_factory=dict)
     cards: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    packages: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     sparkfleet: str = __version__
     path: Path = dataclasses.field(default=Path(NAME), compare=False)
 
     @classmethod
-    def read(cls, file: str | Path, sealed: bool = True) -> Lock:
+    def read(cls, file: str | Path, sealed: bool = True, signers: str = "") -> Lock:
         """The lock in a file. Raises SparkfleetError, which names file, line and remedy, for one that cannot be read,
-        is of another form, or (`sealed`) was changed after it was written."""
+        is of another form, (`sealed`) was changed after it was written, or that none of the file `signers` has signed
+        (see `signature`); no signature is asked for where that is empty."""
         path = expanded(VARIABLE, file)
         try:
-            text = bounded.read_file(path, LIMIT).decode("utf-8")
+            data = bounded.read_file(path, LIMIT)
+            text = data.decode("utf-8")
         except FileNotFoundError:
             raise SparkfleetError(
                 f"{VARIABLE}: {path} does not exist: `sparkfleet lock` writes it, or restore it from version control"
             ) from None
         except (OSError, ValueError) as error:
             raise SparkfleetError(f"the lock {path} cannot be read: {error}") from None
+        if signers:
+            signature.check(data, signature.read(path), signers, f"the lock {path}", signature.LOCK)
         return cls.of_text(path, text, sealed)
 
     @classmethod
@@ -117,11 +133,14 @@ class Lock:
         if data.get("format") != FORMAT:
             shown = printable(repr(data.get("format")), 60)
             raise document.error(("format",), f"format: {shown} is not known here: a newer Sparkfleet wrote it")
-        reader.only((), data, ("format", "sparkfleet", "images", "models", "cards", "seal"))
+        reader.only((), data, ("format", "sparkfleet", "images", "models", "cards", "packages", "seal"))
         made = cls(
             images=reader.each("images", data, valid_image, "NAME:TAG", reader.image),
             models=reader.each("models", data, _is_model, "ORG/NAME@REVISION", reader.model),
             cards=reader.each("cards", data, bool, "a name", reader.digest),
+            packages=reader.each(
+                "packages", {"packages": {}, **data}, _is_system, "ID CODENAME MACHINE", reader.packages
+            ),
             sparkfleet=reader.text(("sparkfleet",), data.get("sparkfleet")),
             path=path,
         )
@@ -141,6 +160,12 @@ class Lock:
             "images": {name: dataclasses.asdict(image) for name, image in sorted(self.images.items())},
             "models": {name: _model_data(model) for name, model in sorted(self.models.items())},
             "cards": dict(sorted(self.cards.items())),
+            # Not of every lock: those of before stay as they are.
+            **(
+                {"packages": {name: dict(sorted(known.items())) for name, known in sorted(self.packages.items())}}
+                if self.packages
+                else {}
+            ),
         }
 
     def seal(self) -> str:
@@ -202,6 +227,15 @@ class Lock:
                 return found
         raise self._lacks(f"the model {repo}@{commit}")
 
+    def preferences(self, system: Mapping[str, Any]) -> str:
+        """What makes apt install the versions of the lock on a system and no others, as apt_preferences(5) has it; ""
+        where the lock has none for it."""
+        entries = []
+        for name, version in sorted(self.packages.get(system_name(system), {}).items()):
+            entries += [f"Package: {name}\nPin: version {version}\nPin-Priority: 1001\n"]
+            entries += [f"Package: {name}\nPin: release *\nPin-Priority: -1\n"]
+        return "\n".join(entries)
+
     def check_card(self, name: str, digest: str, source: Path) -> None:
         """Whether a card is the one that was locked. Raises SparkfleetError."""
         known = self.cards.get(name)
@@ -227,6 +261,10 @@ def _model_data(model: Model) -> dict[str, Any]:
         **({"code": True} if model.code else {}),
         "files": {name: str(file) for name, file in sorted(model.files.items())},
     }
+
+
+def _is_system(name: str) -> bool:
+    return bool(SYSTEM.fullmatch(name))
 
 
 def _is_model(name: str) -> bool:
@@ -302,6 +340,14 @@ class _Reader:
         if not files:
             raise self.document.error((*place, "files"), f"{_name((*place, 'files'))}: there are none")
         return Model(commit, files, self.text((*place, "licence"), data.get("licence")), data.get("code") is True)
+
+    def packages(self, place: Place, value: Any) -> dict[str, str]:
+        found = {}
+        for name, version in self.mapping(place, value).items():
+            there = (*place, name)
+            self.bounded(there, lambda what, name=name: bounded.matched(PACKAGE, name, what))  # type: ignore[misc]
+            found[name] = self.bounded(there, lambda what, version=version: bounded.matched(VERSION, version, what))  # type: ignore[misc]
+        return found
 
     def file(self, place: Place, value: Any) -> File:
         words = value.split(" ") if isinstance(value, str) else []

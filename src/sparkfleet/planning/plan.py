@@ -95,6 +95,7 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
             "program": target.settings.host_program,
             "restart_guard": stale_guard(target, state),
             "packages": bool(installs),
+            "preferences": target.lock.preferences(state["os"]) if target.lock and not target.bundle else "",
         },
         "fetch": {
             "needed": any(images) or any(map(any, models)),
@@ -122,7 +123,9 @@ def prepare(target: Target, state: State) -> tuple[Work, Work, Work, Work, Work,
     docker.add(engine["installed"] and not engine["running"], f"start Docker ({engine.get('reason', 'stopped')})")
     docker.add(
         stale_proxy(target, state),
-        f"let Docker use the proxy {settings.proxy.rpartition('@')[2]} and restart it",
+        f"let Docker use the proxy {settings.proxy.rpartition('@')[2]} and restart it"
+        if settings.proxy
+        else "let Docker use no proxy of ours any more and restart it",
     )
     wants = settings.docker_group and not state["operator"]["in_docker_group"]
     docker.add(wants, f"put {settings.operator} into the group docker")
@@ -211,7 +214,7 @@ def stale_proxy(target: Target, state: State) -> bool:
     """Whether the running Docker uses the wrong proxy. Its files may already be right: a run that fails before it
     restarts Docker leaves it so."""
     engine = state["docker"]
-    return bool(target.settings.proxy and engine["running"] and not engine["proxy_current"])
+    return bool(engine["running"] and not engine["proxy_current"])
 
 
 def stale_guard(target: Target, state: State) -> bool:

@@ -122,6 +122,18 @@ class Settings:
     trial: str = ""  # weights of a trial, which is not to serve: dummy or real
     host_program: str = ""  # sha256 of the program that is to be on the host; empty: not checked
     lock_file: str = ""  # what tags and revisions stand for; empty: what registry and Hub say
+    lock_signers: str = ""  # file of those one of whom must have signed it; empty: not checked
+
+    def lock(self) -> Lock | None:
+        """The lock, if there is one. Raises SparkfleetError where it may not be used, or is missing."""
+        if self.lock_file:
+            return Lock.read(self.lock_file, signers=self.lock_signers)
+        if self.lock_signers:
+            raise SparkfleetError(
+                "sparkfleet_lock_signers wants a signed lock, and there is none: `sparkfleet lock` with "
+                "sparkfleet_lock_key writes it"
+            )
+        return None
 
     @classmethod
     def of(cls, settled: Mapping[str, Any], **known: Any) -> Settings:
@@ -391,7 +403,7 @@ class Target:
             )
         if settings.trial and (settings.model_source != "local" or len(settings.each()) > 1):
             raise SparkfleetError("a trial is of one model, with sparkfleet_model_source: local")
-        lock = Lock.read(settings.lock_file) if settings.lock_file else None
+        lock = settings.lock()
         if lock and settings.model_source != "local":
             raise SparkfleetError(
                 f"sparkfleet_model_source: with {settings.model_source} the engine downloads whatever the Hub has "

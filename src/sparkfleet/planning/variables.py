@@ -103,6 +103,7 @@ PARAMETERS = frozenset(
     PREFIX + name
     for name in (
         *("bundle_folder", "confirm", "logs_lines", "release", "remove_images", "remove_models", "remove_token"),
+        "sbom_folder",
         *("simulated_token_file", "simulated_url"),
     )
 )

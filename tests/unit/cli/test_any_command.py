@@ -43,7 +43,7 @@ FLAGS = st.sampled_from(
         "--version",
     ]
 )
-VERBS = st.sampled_from([*main.PLAYBOOKS, "plan", "models", "compose", "init", "card", "sbom"])
+VERBS = st.sampled_from([*main.PLAYBOOKS, "plan", "models", "compose", "init", "card"])
 SOUND = st.sampled_from(["llama31-8b-fp8", "qwen3-32b-fp8", "throughput", "max_model_len=4096", "64", "192.0.2.1"])
 ARGV = st.tuples(VERBS, st.lists(st.one_of(FLAGS, ODD, SOUND), max_size=6)).map(lambda pair: [pair[0], *pair[1]])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,12 +11,16 @@ from typing import Any
 
 import pytest
 
+from sparkfleet import SparkfleetError
 from sparkfleet.cli import main
+from sparkfleet.packaging import signature
 from sparkfleet.planning import catalog, lock
-from sparkfleet.planning.lock import File, Lock, Model
+from sparkfleet.planning.lock import File, Image, Lock, Model
+from sparkfleet.planning.target import Settings, Target
 from tests.unit import ROOT
 from tests.unit.fakes.fake_hub import Hub, serve
 from tests.unit.fakes.fake_registry import FakeRegistry, digest, image_manifest, serving
+from tests.unit.packaging import test_signature
 from tests.unit.planning.test_model_config import FOLDER
 
 IMAGE = "nvcr.io/nvidia/vllm:1"
@@ -305,6 +310,40 @@ def test_another_place_by_a_variable(world: World, tmp_path: Path) -> None:
     world.inventory(sparkfleet_lock_file=str(tmp_path / "other.yml"))
     assert world.run() == 0
     assert (tmp_path / "other.yml").is_file() and not world.path.exists()
+
+
+def test_a_lock_is_signed_and_what_was_changed_is_not_signed_again(
+    world: World, capsys: Captured, tmp_path: Path
+) -> None:
+    key = test_signature.make(tmp_path, "alice")
+    world.inventory(sparkfleet_lock_signers=test_signature.signers(tmp_path, key))
+    assert world.run("-e", f"sparkfleet_lock_key={key}") == 0
+    made = signature.beside(world.path)
+    assert f"{made}: written" in capsys.readouterr().out
+    assert world.run() == 0  # nothing is new: the signature stays
+    settings = Settings(
+        model=str(world.card), image=IMAGE, lock_file=str(world.path), lock_signers=str(tmp_path / "signers")
+    )
+    assert settings.lock() == world.read()
+    forged = dataclasses.replace(
+        world.read(), images={IMAGE: Image("sha256:" + "6" * 64, "linux/arm64", "sha256:" + "6" * 64, 1)}
+    )
+    forged.write()  # with a seal that is right
+    capsys.readouterr()
+    for words in ([], ["-e", f"sparkfleet_lock_key={key}"], ["--check"]):
+        assert world.run(*words) == 2
+        assert f"the lock {world.path} is not signed by anyone in" in capsys.readouterr().err
+    with pytest.raises(SparkfleetError, match="is not signed by anyone in"):
+        Target.of(settings)
+    assert world.run("--update", "--yes") == 0  # what it does not have any more is asked for
+    assert f"{made}: removed, as it is of the lock before" in capsys.readouterr().out and not made.exists()
+    with pytest.raises(SparkfleetError, match="is not signed, and sparkfleet_lock_signers wants a signature"):
+        Target.of(settings)
+    assert world.run("--update", "--yes", "-e", f"sparkfleet_lock_key={key}") == 0
+    assert Target.of(settings).lock == world.read()
+    world.path.unlink()  # nor is the lock left out by removing it
+    with pytest.raises(SparkfleetError, match="sparkfleet_lock_signers wants a signed lock, and there is none"):
+        Target.of(dataclasses.replace(settings, lock_file=""))
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ WORDS = {
     "remove": ("--yes",),
     "trial": ("qwen3-32b-fp8",),
     "rotate": ("engine-key",),
+    "sbom": ("folder",),
 }
 
 

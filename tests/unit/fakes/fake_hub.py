@@ -26,6 +26,7 @@ class Hub:
     gated: bool = False
     licence: str = ""
     tokens: dict[str, bool] = field(default_factory=dict)  # token: has access
+    accounts: dict[str, str] = field(default_factory=dict)  # token: name of its account, for whoami
     corrupt: dict[str, int] = field(default_factory=dict)  # name: how many times it is sent wrong
     cut_at: dict[str, int] = field(default_factory=dict)  # name: connection closed after so many bytes, once
     rate: float = 0  # bytes a second and connection; 0: no limit
@@ -33,8 +34,10 @@ class Hub:
     next_page: str = ""  # the Link header of the list
     elsewhere: str = ""  # where large files are: a URL that the file's own path is added to
     longer: dict[str, bytes] = field(default_factory=dict)  # name: sent after the content
-    answer: dict[str, bytes] = field(default_factory=dict)  # revision, tree: sent instead
-    redirect: dict[str, str] = field(default_factory=dict)  # revision, tree, a file's name: path it is redirected to
+    answer: dict[str, bytes] = field(default_factory=dict)  # revision, tree, whoami: sent instead
+    redirect: dict[str, str] = field(
+        default_factory=dict
+    )  # revision, tree, whoami, a file's name: path it is redirected to
     redirect_body: bytes = b""
     encoding: dict[str, str] = field(default_factory=dict)  # revision, tree, a file's name: Content-Encoding
     pause: float = 0  # seconds between the bytes of a list
@@ -92,6 +95,8 @@ def serve(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
             hub.asked.append((self.command, path, self.headers.get("Range", "")))
             hub.tokens_seen.append((path, self.headers.get("Authorization", "")))
             api = f"/api/models/{hub.repo}/"
+            if path == "/api/whoami-v2":
+                return self.whoami()
             if path.startswith("/api/"):
                 if not path.startswith(api):
                     return self.refuse(404, "RepoNotFound")
@@ -123,6 +128,16 @@ def serve(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
             if hub.elsewhere and name in hub.large:
                 return self.send_elsewhere(hub.elsewhere + path)
             self.send_file(name, head)
+
+        def whoami(self) -> None:
+            account = hub.accounts.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+            if "whoami" in hub.redirect:
+                return self.send_elsewhere(hub.redirect["whoami"])
+            if "whoami" in hub.drip:
+                return self.send_drops(hub.drip["whoami"])
+            if account is None and "whoami" not in hub.answer:
+                return self.refuse(401, "")
+            self.send_body(hub.answer.get("whoami", json.dumps({"type": "user", "name": account}).encode()), "whoami")
 
         def send_elsewhere(self, url: str) -> None:
             self.send_response(302)

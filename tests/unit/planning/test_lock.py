@@ -196,6 +196,24 @@ def test_the_lock_is_in_the_folder_of_the_inventory(tmp_path: Path) -> None:
         lock.found([str(hosts), str(tmp_path / "more.yml")])
 
 
+def test_versions_of_packages_are_what_apt_is_to_install(tmp_path: Path) -> None:
+    system = {"id": "ubuntu", "codename": "noble", "machine": "aarch64"}
+    path = tmp_path / lock.NAME
+    known = locked(path, packages={"ubuntu noble aarch64": {"docker.io": "26.1", "earlyoom": "1:2.0~rc1-3"}})
+    known.write()
+    assert Lock.read(path) == known  # 26.1 and 1:2 are no numbers
+    assert known.preferences(system).split("\n\n")[:2] == [
+        "Package: docker.io\nPin: version 26.1\nPin-Priority: 1001",
+        "Package: docker.io\nPin: release *\nPin-Priority: -1",
+    ]
+    assert known.preferences({**system, "codename": "jammy"}) == locked().preferences(system) == ""
+    assert "packages" not in locked().data()  # the seal of a lock of before is right
+    for wrong in ({"ubuntu": {}}, {"ubuntu noble x": {"a b": "1"}}, {"ubuntu noble x": {"ab": "1\nPackage: *"}}):
+        Path(path).write_text(dataclasses.replace(known, packages=wrong).text())
+        with pytest.raises(SparkfleetError, match=r"packages"):
+            Lock.read(path)
+
+
 # -- what a plan takes from it ---------------------------------------------------------------------------------------
 
 

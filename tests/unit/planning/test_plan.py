@@ -861,6 +861,8 @@ def test_a_proxy_is_given_to_docker() -> None:
     state["docker"]["proxy_current"] = False
     made = plan.make(target(proxy="http://me:secret@proxy:3128"), state)["prepare"]
     assert made["docker"] == ["let Docker use the proxy proxy:3128 and restart it"] and made["restart_docker"]
+    made = plan.make(target(), state)["prepare"]
+    assert made["docker"] == ["let Docker use no proxy of ours any more and restart it"] and made["restart_docker"]
     made = plan.make(target(proxy="http://me:secret@proxy:3128"), prepared())["prepare"]
     assert not made["docker"] and not made["restart_docker"]
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.unit.collection import overlay
+from tests.unit.fakes import fake_hub
+from tests.unit.fakes.fake_hub import Hub
 from tests.unit.playbooks import test_rollout
 
 ROTATE = "playbooks/rotate.yml"
@@ -31,7 +34,13 @@ class ActionModule(ActionBase):
 
 
 @pytest.fixture
-def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> test_rollout.Fleet:
+def hub() -> Iterator[Hub]:
+    with fake_hub.serve(Hub(accounts={NEW: "alice"})) as served:
+        yield served
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> test_rollout.Fleet:
     def with_search(folder: Path, replaced: dict[str, str]) -> Path:
         return overlay(folder, {**replaced, "action/secret_search.py": SEARCH})
 
@@ -40,7 +49,11 @@ def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> test_rollout.Fleet
     (tmp_path / "found").write_text("{}")
     token = tmp_path / "hf_token"
     token.write_text(f"{OLD}\n")
-    made.inventory(sparkfleet_hf_token={"env": "THE_TOKEN"}, sparkfleet_hf_token_file=str(token))
+    made.inventory(
+        sparkfleet_hf_token={"env": "THE_TOKEN"},
+        sparkfleet_hf_token_file=str(token),
+        sparkfleet_hub_endpoint=hub.url,
+    )
     monkeypatch.setenv("THE_TOKEN", NEW)
     return made
 
@@ -64,6 +77,19 @@ def test_a_token_is_replaced_and_every_host_searched_for_the_old_one(fleet: test
     (fleet.folder / "searched").unlink()
     code, printed = token(fleet)
     assert code == 0 and "there was no other secret" in printed and searched(fleet) == []
+
+
+def test_a_token_that_the_hub_does_not_accept_replaces_none(fleet: test_rollout.Fleet, hub: Hub) -> None:
+    hub.accounts.clear()
+    code, printed = token(fleet, "-vvv")
+    said = " ".join(printed.split())
+    assert code == 2 and f"{hub.url} does not accept the new token (401): create a read token" in said, printed
+    assert ("/api/whoami-v2", f"Bearer {NEW}") in hub.tokens_seen
+    assert OLD not in printed and NEW not in printed and searched(fleet) == []
+    assert (fleet.folder / "hf_token").read_text() == f"{OLD}\n"
+    hub.tokens_seen.clear()
+    code, printed = token(fleet, "-e", "sparkfleet_bundle=/media/bundle")  # there is no Hub to ask
+    assert code == 0 and hub.tokens_seen == [] and (fleet.folder / "hf_token").read_text() == f"{NEW}\n", printed
 
 
 def test_a_copy_that_is_left_is_an_error_that_names_its_place(fleet: test_rollout.Fleet) -> None:

@@ -104,8 +104,8 @@ def test_layer_that_starts_again_does_not_go_back() -> None:
     ("text", "id", "remedy"),
     [
         ("manifest for nvcr.io/nvidia/vllm:9 not found: manifest unknown", "image-unknown", "check name and tag"),
-        ("pull access denied for x, repository does not exist", "image-denied", "docker login nvcr.io"),
-        ("unauthorized: authentication required", "image-denied", "docker login nvcr.io"),
+        ("pull access denied for x, repository does not exist", "image-denied", "sparkfleet_registry_logins"),
+        ("unauthorized: authentication required", "image-denied", "sparkfleet_registry_logins"),
         ("write /var/lib/docker/tmp/x: no space left on device", "disk-full", "free some space"),
         ('Get "https://nvcr.io/v2/": x509: certificate signed by unknown authority', "registry-tls", "certs.d/nvcr.io"),
         ("tls: failed to verify certificate: x509: ...", "registry-tls", "certs.d/nvcr.io"),
@@ -115,7 +115,7 @@ def test_layer_that_starts_again_does_not_go_back() -> None:
         ("net/http: TLS handshake timeout", "registry-unreachable", "firewall"),
         ("context deadline exceeded", "registry-unreachable", "firewall"),
         ("no matching manifest for linux/arm64/v8 in the manifest list entries", "image-platform", "architecture"),
-        ("toomanyrequests: You have reached your pull rate limit", "registry-limit", "docker login"),
+        ("toomanyrequests: You have reached your pull rate limit", "registry-limit", "sparkfleet_registry_logins"),
         # As Docker 20.10 said of a layer that was changed in its registry; as containerd's store says it.
         ("filesystem layer verification failed for digest sha256:c7", "image-differs", "registry, a mirror or a proxy"),
         ("failed commit on ref: unexpected commit digest sha256:1, expected sha256:2", "image-differs", "damages it"),
