@@ -61,6 +61,7 @@ class Collector:
     ) -> None:
         self.show, self.log, self.board = show, log or (lambda item: None), board or Board(log)
         self.hosts: dict[str, HostResult] = {}
+        self.figures: dict[str, Any] = {}  # of Prometheus
         self.error = ""  # of the run itself, such as an inventory that cannot be read
         self._began = time.monotonic()
         self._output: list[str] = []
@@ -136,7 +137,9 @@ class Collector:
             self.log({"event": "result", "host": host.name, **{key: value for key, value in what.items() if value}})
 
     def _note(self, kind: str, host: HostResult, res: Mapping[str, Any], ignored: bool) -> None:
-        for key in ("summary", "log", "history", "removed", "measured", "audit"):
+        if "figures" in res:
+            self.figures = res["figures"]
+        for key in ("summary", "shown", "log", "history", "removed", "measured", "audit"):
             if res.get(key):
                 setattr(host, key, res[key])
         fetched, whole = res.get("downloaded"), res.get("model_bytes")
