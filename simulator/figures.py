@@ -27,6 +27,7 @@ from typing import Any
 
 from sparkfleet_host import fleet_file
 
+from simulator.shell import SimulatorError
 from sparkfleet.monitoring import page, rules
 from sparkfleet.paths import ROOT
 from sparkfleet.planning import catalog, memory_plan
@@ -198,13 +199,15 @@ def prometheus(folder: Path, port: int) -> Iterator[str]:
     )
     command = [
         *("prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"),
-        *(f"--web.listen-address=127.0.0.1:{port}", f"--web.user-assets={folder}/page", "--storage.tsdb.no-lockfile"),
+        *(f"--web.listen-address=127.0.0.1:{port}", f"--web.user-assets={folder}/page"),
         *("--storage.tsdb.retention.time=30d", "--log.level=error"),
     ]
     with (folder / "prometheus.log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         try:
             address, end = f"http://127.0.0.1:{port}", time.monotonic() + 30
-            while time.monotonic() < end:
+            while True:
+                if process.poll() is not None or time.monotonic() > end:
+                    raise SimulatorError((folder / "prometheus.log").read_text(encoding="utf-8")[-2000:])
                 with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/-/ready", timeout=5):  # noqa: S310
                     break
                 time.sleep(0.1)

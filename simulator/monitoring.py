@@ -44,7 +44,7 @@ class Row:
 
 
 def look(query: Query) -> list[Row]:
-    """Every expression of rules, dashboards and the status page. Of an alert, which gives nothing while all is well, the
+    """Every expression of rules, dashboards and status page. Of an alert, which gives nothing while all is well, the
     series that it is made of."""
     rows = [Row(record.name, record.expr, len(query(record.expr))) for record in rules.RECORDS]
     # What a rule records is there under its name.

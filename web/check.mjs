@@ -2,7 +2,7 @@
 //
 //   node web/check.mjs ADDRESS [--out FOLDER] [--key KEY] [--only SCENE,...]
 //
-// CHROMIUM names the browser (default: chromium). tests/unit/web/test_page.py runs it with figures behind a gateway.
+// CHROMIUM names the browser (default: /usr/bin/chromium). tests/unit/web/test_page.py runs it with figures behind a gateway.
 
 import { readFile } from "node:fs/promises";
 import { parseArgs } from "node:util";
@@ -62,6 +62,7 @@ async function look(browser, scene, size, scheme) {
   await page.waitForSelector("body[data-drawn]", { timeout: 30_000 });
   await page.waitForNetworkIdle({ idleTime: 300 });
   found.drawn_ms = Number(await page.$eval("body", (body) => body.dataset.drawn));
+  found.table_ms = Number(await page.$eval("body", (body) => body.dataset.table));
   found.sparks = await page.$$eval(".fleet .row", (rows) => rows.length);
   found.banner = await page.$eval("#banner", (banner) => banner.textContent);
   found.freshness = await page.$eval("#freshness", (element) => element.textContent.trim());
@@ -80,6 +81,11 @@ async function look(browser, scene, size, scheme) {
     await page.focus("#charts .plot");
     await page.keyboard.press("ArrowLeft");
     found.moment = await page.$eval("#charts .moment", (element) => element.textContent);
+    if (values.out) {
+      await page.$eval("#charts", (section) => section.scrollIntoView({ block: "start" }));
+      await new Promise((resolve) => setTimeout(resolve, 200));
+      await shoot("charts");
+    }
     await page.focus(".fleet .row .open");
     await page.$eval(".fleet .row", (row) => row.scrollIntoView({ block: "start" }));
     await new Promise((resolve) => setTimeout(resolve, 200));
@@ -103,7 +109,7 @@ async function look(browser, scene, size, scheme) {
 }
 
 const browser = await puppeteer.launch({
-  executablePath: process.env.CHROMIUM ?? "chromium",
+  executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
   args: ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"],
   env: { ...process.env, LC_ALL: "C.UTF-8" },
 });

@@ -4,7 +4,7 @@ import uPlot from "uplot";
 import "uplot/dist/uPlot.min.css";
 import type { Windowed } from "./api";
 import { attribute, h, svg, text } from "./dom";
-import { NONE, time } from "./format";
+import { NONE, byName, time } from "./format";
 
 export interface Line {
   label: string;
@@ -21,19 +21,21 @@ function style(name: string): string {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
-/** The lines of a window with a label each, the largest first; of more than MOST_LINES the rest as their sum. */
+/** The lines of a window by label, so that a label has the same colour in each chart; of more than MOST_LINES the
+ *  smallest are put together. */
 export function lines(found: Windowed | undefined, label: (labels: Record<string, string>) => string, sums: boolean): Line[] {
   const all = (found?.series ?? []).map(({ labels, values }) => ({ label: label(labels), values }));
   const size = ({ values }: Line) => values.reduce<number>((so, value) => so + (value ?? 0), 0);
+  const named = (some: Line[]) => some.sort((one, other) => byName(one.label, other.label));
+  if (all.length <= MOST_LINES) return named(all);
   all.sort((one, other) => size(other) - size(one));
-  if (all.length <= MOST_LINES) return all;
   const rest = all.slice(MOST_LINES - 1);
   const joined = (found?.times ?? []).map((_, place) => {
     const here = rest.map(({ values }) => values[place]).filter((value): value is number => value != null);
     if (!here.length) return null;
     return sums ? here.reduce((so, value) => so + value, 0) : Math.max(...here);
   });
-  return [...all.slice(0, MOST_LINES - 1), { label: `${rest.length} more${sums ? "" : " (largest)"}`, values: joined }];
+  return [...named(all.slice(0, MOST_LINES - 1)), { label: `${rest.length} more${sums ? "" : " (largest)"}`, values: joined }];
 }
 
 export class Chart {

@@ -45,6 +45,11 @@ export function attribute(element: Element, name: string, value: string | undefi
   else if (element.getAttribute(name) !== value) element.setAttribute(name, value);
 }
 
+/** Text in which `words` are code. */
+export function code(value: string): Child[] {
+  return value.split("`").map((part, place) => (place % 2 ? h("code", {}, part) : part));
+}
+
 /** Replace children where `signature` differs from the last time. */
 export function fill(element: HTMLElement, signature: unknown, make: () => Child[]): boolean {
   const now = JSON.stringify(signature) ?? "";

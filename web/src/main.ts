@@ -3,7 +3,7 @@
 import "./style.css";
 import * as api from "./api";
 import { Chart, type Line, lines } from "./charts";
-import { attribute, byId, fill, h, text } from "./dom";
+import { attribute, byId, code, fill, h, text } from "./dom";
 import { NONE, ago, count, dateTime, duration, number, percent, rate, seconds } from "./format";
 import * as model from "./model";
 import { type Detail, Table } from "./table";
@@ -156,11 +156,11 @@ function drawTiles(sparks: model.Spark[]): void {
     [
       "Serving",
       known ? `${number(sums.serving)} / ${number(sums.sparks)}` : NONE,
-      sums.differ ? `${count(sums.differ, "Spark")} not as in the inventory` : "Sparks",
+      sums.differ ? `Sparks; ${number(sums.differ)} with drift` : "Sparks",
       sums.serving < sums.sparks ? "warn" : "good",
     ],
     ["Tokens a second", known ? rate(sums.tokens) : NONE, "generated, last minute", ""],
-    ["Requests", known ? number(sums.running) : NONE, known ? `running; ${number(sums.waiting)} waiting` : "", sums.waiting > 5 ? "warn" : ""],
+    ["Requests", known ? number(sums.running) : NONE, known ? `running; ${number(sums.waiting)} waiting` : "", sums.waiting > Math.max(5, sums.running / 5) ? "warn" : ""],
     ["Fullest KV cache", percent(sums.fullest?.kv), sums.fullest?.name ?? "", (sums.fullest?.kv ?? 0) > 0.95 ? "warn" : ""],
     [
       "Hottest GPU",
@@ -186,6 +186,14 @@ const MARKS: Record<model.Mark, string> = { done: "serves the new release", fail
 /** An end that is older is no news. */
 const OLD_ROLLOUT_S = 86400;
 const SILENT_ROLLOUT_S = 3600;
+
+/** Sparks of a wave that are shown: all that failed or are in progress, and some of the others. */
+function shortened<T extends { mark: model.Mark }>(hosts: T[]): T[] {
+  const most = 16;
+  const calm = hosts.filter(({ mark }) => mark === "done" || mark === "later");
+  const left = new Set(calm.slice(most));
+  return calm.length > most + 1 ? hosts.filter((host) => !left.has(host)) : hosts;
+}
 
 function drawRollout(): void {
   const element = byId("rollout");
@@ -221,10 +229,12 @@ function drawRollout(): void {
           h(
             "ul",
             { class: "wave" },
-            ...hosts.map(({ name, mark }) => {
+            ...shortened(hosts).map(({ name, mark }) => {
               const live = mark === "now" ? states.get(name) : undefined;
-              return h("li", { "data-mark": mark }, name, h("span", { class: live && live !== "serving" ? "live" : "hidden" }, ` ${live && live !== "serving" ? live : MARKS[mark]}`));
+              const word = live && live !== "serving" ? model.word(live) : "";
+              return h("li", { "data-mark": mark }, name, h("span", { class: word ? "live" : "hidden" }, ` ${word || MARKS[mark]}`));
             }),
+            hosts.length > shortened(hosts).length && h("li", { class: "more" }, `and ${number(hosts.length - shortened(hosts).length)} more`),
           ),
         ),
       ),
@@ -249,7 +259,7 @@ function drawAlerts(): void {
           h("span", { class: "badge", "data-tone": alert.labels.severity === "critical" ? "bad" : "warn" }, alert.labels.severity ?? "warning"),
           h("strong", {}, alert.annotations.summary ?? alert.labels.alertname ?? ""),
           h("span", { class: "aside" }, `${alert.labels.alertname}, since ${ago(Date.parse(alert.activeAt) / 1000, at).replace(" ago", "")}`),
-          h("p", {}, alert.annotations.description ?? ""),
+          h("p", {}, ...code(alert.annotations.description ?? "")),
         ),
       ),
     ),
@@ -301,13 +311,12 @@ async function refresh(): Promise<void> {
   try {
     await read();
     draw();
+    document.body.dataset.table ??= String(Math.round(performance.now()));
     if (!state.problem && clock() - state.charted >= CHARTS_S - 1) {
       await readCharts();
       await readDetails();
     }
-    if (!document.body.dataset.drawn) {
-      document.body.dataset.drawn = String(Math.round(performance.now()));
-    }
+    document.body.dataset.drawn ??= String(Math.round(performance.now()));
   } finally {
     running = false;
   }

@@ -18,6 +18,10 @@ const STATES: Record<string, [number, string]> = {
   "docker-down": [3, "Docker down"],
   "given-up": [3, "given up"],
 };
+export function word(state: string): string {
+  return STATES[state]?.[1] ?? state;
+}
+
 export type Tone = "good" | "busy" | "warn" | "bad";
 const TONES: Tone[] = ["good", "busy", "warn", "bad"];
 

@@ -120,7 +120,7 @@ class Row {
     const spark = this.spark;
     if (!spark) return;
     if (!this.charts) {
-      const gib = (value: number | undefined) => (value === undefined ? NONE : `${number(value)} GiB`);
+      const gib = (value: number | undefined) => (value === undefined ? NONE : `${number(value, value < 10 ? 1 : 0)} GiB`);
       this.charts = new Map<keyof Detail, Chart>([
         ["tokens", new Chart("Tokens a second", rate, 130, "h4")],
         ["kv", new Chart("KV cache in use", percent, 130, "h4", 1)],
@@ -147,7 +147,7 @@ class Row {
             h("dt", {}, engine.service),
             h("dd", {}, `${engine.repo ?? engine.model ?? NONE}, ${engine.profile ?? NONE}, port ${engine.port ?? NONE}`),
             h("dt", {}, "image"),
-            h("dd", { class: "image" }, engine.image ?? NONE),
+            h("dd", { title: engine.image ?? undefined }, (engine.image ?? NONE).replace(/(@sha256:.{12}).*/, "$1…")),
           ]),
           ...(limit ? [h("dt", {}, "limit"), h("dd", {}, `one stream: at most ${number(limit, 1)} tokens/s (memory bandwidth)`)] : []),
           ...(power === undefined ? [] : [h("dt", {}, "power"), h("dd", {}, `${number(power)} W (GPU)`)]),
@@ -242,7 +242,7 @@ export class Table {
       this.found,
       h(
         "div",
-        { class: "scroll", tabindex: "0", role: "region", "aria-labelledby": "fleet-title" },
+        { class: "scroll", tabindex: "0", role: "region", "aria-label": "Table of the fleet" },
         h("table", { class: "fleet", role: "table", "aria-labelledby": "fleet-title" }, h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, ...this.heads)), this.body),
       ),
       legend(),

@@ -39,6 +39,8 @@ FURTHER_COLLECTIONS = ("~/.ansible/collections", "/usr/share/ansible/collections
 IDENT = "run"
 #: Failures that end a run before anything has changed: on one host, and on all hosts of the play.
 OF_ALL = frozenset(("all-at-once", "same-host"))
+#: Actions that run on the monitor, and say nothing of the host for which they run.
+ASIDE = frozenset(("sparkfleet.dgx.fleet_file", "sparkfleet.dgx.prometheus_figures"))
 REFUSALS = OF_ALL | {"switch-running-other", "bad-input"}
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _FAILURE = re.compile(r"\[([a-z][a-z0-9-]+)\]")
@@ -80,6 +82,8 @@ class Collector:
             self.board.skip(host)
         elif kind == "runner_on_ok" and data.get("task_action") == "sparkfleet.dgx.rollout_schedule":
             self.board.schedule(data.get("res") or {})
+        elif data.get("task_action") in ASIDE:
+            self.figures = (data.get("res") or {}).get("figures") or self.figures
         elif kind in ("runner_on_ok", "runner_on_failed", "runner_on_unreachable") and not of_controller:
             self._result(kind, self._host(host), data)
         elif kind == "runner_on_failed":
@@ -137,8 +141,6 @@ class Collector:
             self.log({"event": "result", "host": host.name, **{key: value for key, value in what.items() if value}})
 
     def _note(self, kind: str, host: HostResult, res: Mapping[str, Any], ignored: bool) -> None:
-        if "figures" in res:
-            self.figures = res["figures"]
         for key in ("summary", "shown", "log", "history", "removed", "measured", "audit"):
             if res.get(key):
                 setattr(host, key, res[key])
