@@ -15,6 +15,7 @@ import json
 import math
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -254,6 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--rollout", action="store_true")
     options = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with serving(options.sparks, options.rollout, options.port) as (address, _):
         print(f"{address}/user/", flush=True)
         with contextlib.suppress(KeyboardInterrupt):

@@ -1,6 +1,6 @@
 // Opens the status page in headless Chromium and says what it found, as JSON on standard output.
 //
-//   node web/check.mjs ADDRESS [--out FOLDER] [--key KEY] [--only SCENE,...]
+//   node web/check.mjs ADDRESS [--out FOLDER] [--key KEY] [--only SCENE:SIZE:SCHEME,...]
 //
 // CHROMIUM names the browser (default: /usr/bin/chromium). tests/unit/web/test_page.py runs it with figures behind a gateway.
 
@@ -90,7 +90,7 @@ async function look(browser, scene, size, scheme) {
     await page.$eval(".fleet .row", (row) => row.scrollIntoView({ block: "start" }));
     await new Promise((resolve) => setTimeout(resolve, 200));
     await shoot("row");
-    await page.type("#filter", "spark-1 ");
+    await page.type("#filter", "spark-137 serving");
     found.filtered = await page.$$eval(".fleet .row", (rows) => rows.length);
     await page.$eval("#filter", (input) => {
       input.value = "";
@@ -115,12 +115,9 @@ const browser = await puppeteer.launch({
 });
 const all = [];
 try {
-  const scenes = values.only ? values.only.split(",") : Object.keys(SCENES);
-  for (const scene of scenes) {
-    // Faults look the same in both sizes but for the layout, which the first scene has.
-    const pairs = scene === "well" ? Object.keys(SIZES).flatMap((size) => SCHEMES.map((scheme) => [size, scheme])) : [["desktop", "light"], ["phone", "dark"]];
-    for (const [size, scheme] of pairs) all.push(await look(browser, scene, size, scheme));
-  }
+  const every = Object.keys(SCENES).flatMap((scene) => Object.keys(SIZES).flatMap((size) => SCHEMES.map((scheme) => [scene, size, scheme])));
+  const looks = values.only ? values.only.split(",").map((words) => words.split(":")) : every;
+  for (const [scene, size, scheme] of looks) all.push(await look(browser, scene, size, scheme));
 } finally {
   await browser.close();
 }

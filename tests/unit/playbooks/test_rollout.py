@@ -352,7 +352,6 @@ def test_the_status_page_shows_each_wave_and_the_end(fleet: Fleet) -> None:
 @pytest.mark.parametrize(
     ("fates", "wave", "done", "failed"),
     [
-        ({"s2_vllm_verify": "failed"}, 2, ["s1", "s3"], ["s2"]),
         ({"s1_vllm_verify": "failed"}, 1, [], ["s1"]),
         ({"s2_spark_plan_2": "unreachable"}, 2, ["s1", "s3"], ["s2"]),
     ],
