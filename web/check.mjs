@@ -1,4 +1,5 @@
-// Opens the status page in headless Chromium and says what it found, as JSON on standard output.
+// Opens the status page, or a report (ADDRESS is file:///…), in headless Chromium and says what it found, as JSON on
+// standard output.
 //
 //   node web/check.mjs ADDRESS [--out FOLDER] [--key KEY] [--only SCENE:SIZE:SCHEME,...]
 //
@@ -31,6 +32,8 @@ const SCENES = {
   "no-fleet-file": (request) => request.url().endsWith("/fleet.json") && { status: 404, body: "" },
 };
 
+const REPORT = address.startsWith("file:");
+
 async function look(browser, scene, size, scheme) {
   const context = await browser.createBrowserContext();
   const page = await context.newPage();
@@ -59,6 +62,17 @@ async function look(browser, scene, size, scheme) {
   });
   if (taken) await page.setRequestInterception(true);
   await page.goto(address, { waitUntil: "load" });
+  found.sideways = await page.evaluate(() => document.documentElement.scrollWidth - document.documentElement.clientWidth);
+  const shoot = async (name, more = {}) => {
+    if (values.out) await page.screenshot({ path: `${values.out}/${name}-${size}-${scheme}.png`, ...more });
+  };
+  if (REPORT) {
+    await shoot("report", { fullPage: true });
+    if (values.out && size === "desktop" && scheme === "light") await page.pdf({ path: `${values.out}/report.pdf`, preferCSSPageSize: true });
+    await audit(page, found);
+    await context.close();
+    return found;
+  }
   await page.waitForSelector("body[data-drawn]", { timeout: 30_000 });
   await page.waitForNetworkIdle({ idleTime: 300 });
   found.drawn_ms = Number(await page.$eval("body", (body) => body.dataset.drawn));
@@ -68,9 +82,6 @@ async function look(browser, scene, size, scheme) {
   found.freshness = await page.$eval("#freshness", (element) => element.textContent.trim());
   found.rollout = await page.$eval("#rollout", (element) => (element.hidden ? "" : element.innerText));
   found.sideways = await page.evaluate(() => document.documentElement.scrollWidth - document.documentElement.clientWidth);
-  const shoot = async (name) => {
-    if (values.out) await page.screenshot({ path: `${values.out}/${name}-${size}-${scheme}.png` });
-  };
   await shoot(scene);
   if (scene === "well") {
     // With the keyboard alone: the first row opens, and its figures come.
@@ -97,15 +108,19 @@ async function look(browser, scene, size, scheme) {
       input.dispatchEvent(new Event("input"));
     });
   }
-  await page.evaluate(axe);
-  const result = await page.evaluate(() => globalThis.axe.run(document, { resultTypes: ["violations"] }));
-  found.axe = result.violations.map(({ id, help, nodes }) => `${id}: ${help} (${nodes.length}: ${nodes[0].html.slice(0, 160)} ${nodes[0].any[0]?.message ?? ""})`);
+  await audit(page, found);
   if (values.out && scene === "well") {
     await page.evaluate(() => scrollTo(0, document.body.scrollHeight));
     await shoot("end");
   }
   await context.close();
   return found;
+}
+
+async function audit(page, found) {
+  await page.evaluate(axe);
+  const result = await page.evaluate(() => globalThis.axe.run(document, { resultTypes: ["violations"] }));
+  found.axe = result.violations.map(({ id, help, nodes }) => `${id}: ${help} (${nodes.length}: ${nodes[0].html.slice(0, 160)} ${nodes[0].any[0]?.message ?? ""})`);
 }
 
 const browser = await puppeteer.launch({

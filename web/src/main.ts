@@ -157,7 +157,7 @@ function drawTiles(sparks: model.Spark[]): void {
       "Serving",
       known ? `${number(sums.serving)} / ${number(sums.sparks)}` : NONE,
       sums.differ ? `Sparks; ${number(sums.differ)} with drift` : "Sparks",
-      sums.serving < sums.sparks ? "warn" : "good",
+      !known ? "" : sums.serving < sums.sparks ? "warn" : "good",
     ],
     ["Tokens a second", known ? rate(sums.tokens) : NONE, "generated, last minute", ""],
     ["Requests", known ? number(sums.running) : NONE, known ? `running; ${number(sums.waiting)} waiting` : "", sums.waiting > Math.max(5, sums.running / 5) ? "warn" : ""],

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 from sparkfleet_host import bounded
 from sparkfleet_host.bounded import BoundsError, printable
 
@@ -59,6 +60,7 @@ def document(
     )
     environment.filters["moment"] = moment
     environment.filters["figure"] = figure
+    environment.filters["code"] = code
     template = environment.from_string((HERE / "report.html.j2").read_text(encoding="utf-8"))
     return template.render(
         about=about,
@@ -92,6 +94,14 @@ def figure(value: Any, digits: int = 0, unit: str = "") -> str:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return NONE
     return f"{value:,.{digits}f}{unit}"
+
+
+def code(text: str) -> Markup:
+    """Text in which `words` are code."""
+    parts = text.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if place % 2 else part for place, part in enumerate(parts)
+    )
 
 
 def _row(row: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str, Any]:
@@ -326,18 +336,21 @@ def _costs(figures: Mapping[str, Any], price: float | None) -> dict[str, Any] | 
     tokens = {labels.get("host", ""): values for labels, values in figures["window"].get("tokens", ())}
     made = []
     for host in sorted(power, key=report.natural):
-        energy = sum(value for value in power[host] if value is not None) * hours / 1000
-        count = sum(value for value in tokens.get(host, ()) if value is not None) * figures["step"]
-        made.append({"host": host, **_cost(energy, count, price)})
+        watts = [value for value in power[host] if value is not None]
+        # Tokens without their energy would make it look cheap.
+        made_then = zip(tokens.get(host, ()), power[host], strict=False)
+        count = sum(rate for rate, value in made_then if rate is not None and value is not None) * figures["step"]
+        made.append({"host": host, **_cost(len(watts) * hours, sum(watts) * hours / 1000, count, price)})
     if not made:
         return None
-    total = _cost(sum(row["kwh"] for row in made), sum(row["tokens"] for row in made), price)
+    total = _cost(*(sum(row[key] for row in made) for key in ("hours", "kwh", "tokens")), price)
     return {"rows": made, "total": total, "price": price}
 
 
-def _cost(kwh: float, tokens: float, price: float | None) -> dict[str, Any]:
+def _cost(hours: float, kwh: float, tokens: float, price: float | None) -> dict[str, Any]:
     millions = tokens / 1e6
     return {
+        "hours": hours,
         "kwh": kwh,
         "tokens": tokens,
         "joules": kwh * 3.6e6 / tokens if tokens else None,

@@ -159,8 +159,8 @@ def test_energy_and_costs(tmp_path: Path) -> None:
     made = page(tmp_path, found=window(window=lines))
     text = " ".join(made.sections["costs"].split())
     # 100 W for an hour; 3.6 million tokens; 0.30 a kWh.
-    assert "s1 0.10 3,600,000 0.10 0.03 0.008" in text and "s2 0.05 0" in text
-    assert "all 0.15 3,600,000 0.15 0.05 0.013" in text
+    assert "s1 1.0 0.100 3,600,000 0.10 0.03 0.008" in text and "s2 1.0 0.050 0" in text
+    assert "all 2.0 0.150 3,600,000 0.15 0.05 0.013" in text
 
 
 def test_alerts_that_fired_are_counted(tmp_path: Path) -> None:
