@@ -184,7 +184,7 @@ def blocks(folder: Path, sparks: int, hours: float, now: float, switching: Seque
     text = folder / "figures.txt"
     with text.open("w", encoding="utf-8") as file:
         file.writelines(f"{line}\n" for line in openmetrics(sparks, hours, now, switching))
-    command = ["promtool", "tsdb", "create-blocks-from", "openmetrics", "--quiet", text, folder / "data"]
+    command = ["promtool", "tsdb", "create-blocks-from", "openmetrics", "--quiet", str(text), str(folder / "data")]
     subprocess.run(command, check=True, capture_output=True)
     text.unlink()
     return folder / "data"

@@ -97,7 +97,7 @@ def _lines(result: Sequence[Any], span: Mapping[str, int]) -> list[list[Any]]:
 
 def _alerts(client: Client) -> list[dict[str, Any]]:
     data = as_dict(client.get("/api/v1/alerts", limit=LIMIT).json(), "the answer")
-    made = []
+    made: list[dict[str, Any]] = []
     for item in as_list(as_dict(data.get("data"), "data").get("alerts"), "alerts", SERIES):
         alert = as_dict(item, "an alert")
         if alert.get("state") == "firing":

@@ -231,11 +231,13 @@ def _benchmark(host: str, record: Mapping[str, Any], what: str) -> dict[str, Any
 def _curve(
     shape: str, points: Mapping[int, Sequence[Mapping[str, Any]]], limit: float | None, published: float | None
 ) -> dict[str, Any]:
-    keys = ("tokens_per_second", "stream_tokens_per_second", "ttft_p50_ms", "ttft_p95_ms", "itl_p95_ms", "power_w")
-    keys += ("joules_per_token", "temperature_c", "ttft_ms")
-    rows = []
+    keys = (
+        *("tokens_per_second", "stream_tokens_per_second", "ttft_ms", "ttft_p50_ms", "ttft_p95_ms", "itl_p95_ms"),
+        *("joules_per_token", "temperature_c"),
+    )
+    rows: list[dict[str, Any]] = []
     for streams in sorted(points):
-        figures = {key: _mean([_number(row.get(key)) for row in points[streams]]) for key in keys}
+        figures: dict[str, Any] = {key: _mean([_number(row.get(key)) for row in points[streams]]) for key in keys}
         stream = figures["stream_tokens_per_second"]
         figures["share"] = stream / limit if stream is not None and limit else None
         rows.append({"streams": streams, "repetitions": len(points[streams]), **figures})
@@ -343,7 +345,8 @@ def _costs(figures: Mapping[str, Any], price: float | None) -> dict[str, Any] | 
         made.append({"host": host, **_cost(len(watts) * hours, sum(watts) * hours / 1000, count, price)})
     if not made:
         return None
-    total = _cost(*(sum(row[key] for row in made) for key in ("hours", "kwh", "tokens")), price)
+    hours, kwh, count = (sum(row[key] for row in made) for key in ("hours", "kwh", "tokens"))
+    total = _cost(hours, kwh, count, price)
     return {"rows": made, "total": total, "price": price}
 
 
