@@ -1,5 +1,5 @@
-"""Monitoring of a simulated Spark under load: every expression of every rule against the Prometheus that the role set
-up, the test alert, and what it all costs the Spark.
+"""Monitoring of a simulated Spark under load: every expression of the rules, the dashboards and the status page against
+the Prometheus that the role set up, the test alert, and what it all costs the Spark.
 
     python -m simulator.monitoring --world NAME [--seconds 120] [--json FILE]
 
@@ -25,7 +25,7 @@ from simulator.load import Load, line
 from simulator.shell import SimulatorError
 from simulator.spark import Spark
 from simulator.world import World
-from sparkfleet.monitoring import dashboards, rules
+from sparkfleet.monitoring import dashboards, page, rules
 
 GATEWAY, PROMETHEUS, RECEIVER = 8080, 9112, 9199
 PORTS = ":911[123]$|:9090$|:9093$|:9100$"  # ours, and those of the distribution's services
@@ -44,15 +44,16 @@ class Row:
 
 
 def look(query: Query) -> list[Row]:
-    """Every expression of rules and dashboards. Of an alert, which gives nothing while all is well, the series that it
-    is made of."""
+    """Every expression of rules, dashboards and status page. Of an alert, which gives nothing while all is well, the
+    series that it is made of."""
     rows = [Row(record.name, record.expr, len(query(record.expr))) for record in rules.RECORDS]
     # What a rule records is there under its name.
     rows += [Row(record.name, record.name, len(query(record.name))) for record in rules.RECORDS]
     for alert in rules.ALERTS:
         query(alert.expr)  # it must be one that Prometheus evaluates
         rows += [Row(alert.name, selector, len(query(selector))) for selector in rules.selectors(alert.expr)]
-    rows += [Row(name, expr, len(query(expr))) for name, expr in dashboards.expressions().items()]
+    drawn = dashboards.expressions() | page.expressions()
+    rows += [Row(name, expr, len(query(expr))) for name, expr in drawn.items()]
     return rows
 
 

@@ -13,6 +13,8 @@ from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # n
 
 from sparkfleet import SparkfleetError
 from sparkfleet.fleet import gateway
+from sparkfleet.monitoring import page, targets
+from sparkfleet.planning.compose import LOOPBACK
 
 display = Display()
 PORTS = {"port": 8080, "statistics_port": 8404, "peer_port": 8405}
@@ -44,6 +46,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             "models",
             "paths",
             "rotating",
+            "monitoring",
+            "prometheus_port",
             *gateway.QUOTAS,
         )
     )
@@ -52,7 +56,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         """Return the plan; raise one error that names a bad value."""
         task_vars = task_vars or {}
         result: dict[str, Any] = super().run(tmp, task_vars)
-        groups, known = task_vars["groups"], task_vars["hostvars"]
+        groups, known, host = task_vars["groups"], task_vars["hostvars"], task_vars["inventory_hostname"]
         arguments = self._task.args
         ports = arguments.get("ports") or {}
         try:
@@ -78,9 +82,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             gateways = [
                 {"name": name, "address": gateway.address(name, known[name])} for name in groups.get("gateways", ())
             ]
+            made["status"] = ""
+            # Prometheus listens on loopback alone.
+            if gateway.truth(arguments.get("monitoring", False)) and targets.monitor(groups) == host:
+                port = gateway.port_number("sparkfleet_prometheus_port:", arguments.get("prometheus_port", 9112))
+                made["status"] = f"{LOOPBACK}:{port}"
+            made["status_expressions"] = list(dict.fromkeys(page.expressions().values()))
         except SparkfleetError as error:
             raise AnsibleActionFail(str(error), result={"failure": "bad-input"}) from None
-        host = task_vars["inventory_hostname"]
         for item in made["backends"]:
             display.display(f"{host}  {item['repo']}: {', '.join(server['name'] for server in item['servers'])}")
         if made["drained"]:

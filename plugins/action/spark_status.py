@@ -21,6 +21,7 @@ from ansible.utils.display import Display
 from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 
 from sparkfleet.fleet import drift, gateway
+from sparkfleet.monitoring import page
 from sparkfleet.reporting import history, status_page
 
 display = Display()
@@ -52,6 +53,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         answer["summary"] = status_page.summary(host, answer, differs, problem=_bare(problem), drained=drained)
         if wants_history:
             answer["history"] = history.events(answer)
+            answer["shown"] = page.spark(answer["summary"], inspection.get("plan"), answer["history"])
         if want:
             answer["release"] = choose(host, want, answer["releases"])
         if arguments.get("show", True):

@@ -59,6 +59,10 @@ history:
   returned: action
   type: list
   elements: dict
+shown:
+  description: By the action, with the history; what status page and report show of the Spark.
+  returned: action
+  type: dict
 summary: {description: By the action; the row that is printed., returned: action, type: dict}
 """
 

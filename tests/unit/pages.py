@@ -71,6 +71,7 @@ def pages() -> list[Path]:
             name
             for name in below
             if (not name.startswith(".") or name == ".github")
+            and name != "node_modules"
             and not (here == ROOT and name in ("collections", "dist"))
         ]
         found += [here / name for name in names if name.endswith(".md")]

@@ -17,7 +17,7 @@ UNITS = tuple(f"sparkfleet-{name}.service" for name in ("prometheus", "alertmana
 #: What they leave.
 FOLDERS = (
     "/etc/sparkfleet/monitoring",
-    *("/var/lib/sparkfleet-prometheus", "/var/lib/sparkfleet-alertmanager"),
+    *("/var/lib/sparkfleet-prometheus", "/var/lib/sparkfleet-alertmanager", "/var/lib/sparkfleet-page"),
 )
 
 

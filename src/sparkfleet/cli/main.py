@@ -21,6 +21,7 @@ from sparkfleet_host.release_format import DUMMY, WEIGHTS
 from sparkfleet import (
     SparkfleetError,
     __version__,
+    operator_name,
     paths,
 )
 from sparkfleet.cli import card, lock, summary
@@ -48,6 +49,7 @@ from sparkfleet.planning.target import EngineSettings, EngineTarget, Settings, T
 from sparkfleet.reporting import (
     event_log,
     history,
+    html_report,
     report,
     status_page,
 )
@@ -179,6 +181,7 @@ PLAYBOOKS = {
     "status": "show what each host serves",
     "logs": "show the engine's last log lines",
     "history": "show what happened on each host and who did it: releases, switches, restarts, runs from here",
+    "report": "write a report of the fleet as an HTML file: memory, speed, alerts, verification, drift, costs, history",
     "drift": "show differences from the inventory; exit code 4 if there are any",
     "audit": "show how secure the hosts are, graded, with remedies; exit code 5 at findings of a grade",
     "bundle": "create a folder with everything that Sparks without internet need (sparkfleet_bundle)",
@@ -195,7 +198,7 @@ INTERRUPTING = frozenset(("deploy", "switch", "upgrade", "rollback", "stop", "re
 #: What `rotate` replaces.
 ROTATED = ("engine-key", "client-key", "hub-token")
 #: Verbs that show only their result.
-SILENT = frozenset(("status", "logs", "history"))
+SILENT = frozenset(("status", "logs", "history", "report"))
 
 
 def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -285,6 +288,18 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
                 const=5.0,
                 help="repeat at this interval (default: 5)",
             )
+        elif verb == "report":
+            parser.set_defaults(run=_report)
+            parser.add_argument(
+                "-o",
+                "--output",
+                metavar="FILE",
+                type=_word,
+                default="sparkfleet-report.html",
+                help="default: %(default)s",
+            )
+            parser.add_argument("--hours", type=_hours, default=24.0, help="of figures (default: 24)")
+            parser.add_argument("--price", type=_price, help="of a kWh, to show what the GPUs' energy cost")
         elif verb in ("logs", "history"):
             parser.add_argument("host", nargs="?", help="the same as --limit HOST")
         if verb == "logs":
@@ -317,6 +332,7 @@ def _arguments(options: argparse.Namespace) -> list[str]:
         "sparkfleet_audit_fail_on": getattr(options, "fail_on", None),
         "sparkfleet_client": getattr(options, "client", None),
         "sparkfleet_overlap": getattr(options, "overlap", None),
+        "sparkfleet_report_hours": getattr(options, "hours", None),
         "sparkfleet_release": getattr(options, "release", None),
         "sparkfleet_verify": getattr(options, "depth", None),
         "sparkfleet_logs_lines": getattr(options, "lines", None),
@@ -425,7 +441,7 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[HostRe
             live.stand = not sys.stdout.isatty()  # what comes next goes elsewhere
         hosts = _sorted(collector)
         for host in hosts if options.verb == "history" else ():
-            host.summary = None  # of what is served now
+            host.summary = host.shown = None  # of what is served now
         made: dict[str, Any] = {"verb": options.verb, "exit_code": code, "hosts": [host.as_dict() for host in hosts]}
         made.update({"error": collector.error} if collector.error else {})
         if options.verb == "history":
@@ -510,6 +526,32 @@ def _status(options: argparse.Namespace) -> int:
     return code
 
 
+def _report(options: argparse.Namespace) -> int:
+    """Write the report; the exit code is that of `status`."""
+    path = expanded("--output", options.output)
+    collector = Collector(lambda host, line: None)
+    code = run("report", options.inventory, _arguments(options), collector)
+    if collector.error:
+        raise SparkfleetError(collector.error)
+    hosts = _sorted(collector)
+    rows = status_page.rows(hosts)
+    about = html_report.About(
+        time.time(), operator_name.name(), os.path.relpath(options.inventory), __version__, options.price
+    )
+    shown = {host.name: host.shown or {} for host in hosts}
+    histories = {host.name: host.history or [] for host in hosts}
+    made = html_report.document(about, rows, shown, histories, collector.figures, paths.STATE)
+    try:
+        path.write_text(made, encoding="utf-8")
+    except OSError as error:
+        raise SparkfleetError(f"--output {options.output}: {error.strerror}") from None
+    if options.json:
+        print(json.dumps({"verb": "report", "exit_code": code, "file": str(path.absolute())}, indent=2))
+    else:
+        print(report.clean(f"{path}: {status_page.words(status_page.totals(rows))}"))
+    return code
+
+
 def _watch(options: argparse.Namespace, words: Sequence[str]) -> int:
     """`status` again and again, until Ctrl-C; the last one stays, and its exit code."""
     text, code = "", OK
@@ -550,6 +592,26 @@ def _seconds(text: str) -> float:
         value = -1.0
     if not 0 <= value <= 86400:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds (0 to 86400)")
+    return value
+
+
+def _hours(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 1 <= value <= 24 * 90:
+        raise argparse.ArgumentTypeError(f"'{printable(text, 40)}' is not a number of hours (1 to 2160)")
+    return value
+
+
+def _price(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1e6:
+        raise argparse.ArgumentTypeError(f"'{printable(text, 40)}' is not a price")
     return value
 
 

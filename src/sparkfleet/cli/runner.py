@@ -39,6 +39,8 @@ FURTHER_COLLECTIONS = ("~/.ansible/collections", "/usr/share/ansible/collections
 IDENT = "run"
 #: Failures that end a run before anything has changed: on one host, and on all hosts of the play.
 OF_ALL = frozenset(("all-at-once", "same-host"))
+#: Actions that run on the monitor, and say nothing of the host for which they run.
+ASIDE = frozenset(("sparkfleet.dgx.fleet_file", "sparkfleet.dgx.prometheus_figures"))
 REFUSALS = OF_ALL | {"switch-running-other", "bad-input"}
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _FAILURE = re.compile(r"\[([a-z][a-z0-9-]+)\]")
@@ -61,6 +63,7 @@ class Collector:
     ) -> None:
         self.show, self.log, self.board = show, log or (lambda item: None), board or Board(log)
         self.hosts: dict[str, HostResult] = {}
+        self.figures: dict[str, Any] = {}  # of Prometheus
         self.error = ""  # of the run itself, such as an inventory that cannot be read
         self._began = time.monotonic()
         self._output: list[str] = []
@@ -79,6 +82,8 @@ class Collector:
             self.board.skip(host)
         elif kind == "runner_on_ok" and data.get("task_action") == "sparkfleet.dgx.rollout_schedule":
             self.board.schedule(data.get("res") or {})
+        elif data.get("task_action") in ASIDE:
+            self.figures = (data.get("res") or {}).get("figures") or self.figures
         elif kind in ("runner_on_ok", "runner_on_failed", "runner_on_unreachable") and not of_controller:
             self._result(kind, self._host(host), data)
         elif kind == "runner_on_failed":
@@ -136,7 +141,7 @@ class Collector:
             self.log({"event": "result", "host": host.name, **{key: value for key, value in what.items() if value}})
 
     def _note(self, kind: str, host: HostResult, res: Mapping[str, Any], ignored: bool) -> None:
-        for key in ("summary", "log", "history", "removed", "measured", "audit"):
+        for key in ("summary", "shown", "log", "history", "removed", "measured", "audit"):
             if res.get(key):
                 setattr(host, key, res[key])
         fetched, whole = res.get("downloaded"), res.get("model_bytes")

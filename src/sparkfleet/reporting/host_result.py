@@ -20,6 +20,7 @@ class HostResult:
     summary: dict[str, Any] | None = None
     log: list[str] = dataclasses.field(default_factory=list)
     history: list[dict[str, Any]] | None = None
+    shown: dict[str, Any] | None = None
     removed: list[str] | None = None
     measured: dict[str, Any] = dataclasses.field(default_factory=dict)
     fetched: dict[str, int] = dataclasses.field(default_factory=dict)  # of a trial: bytes, and those of the whole model

@@ -210,6 +210,13 @@ SERVED: dict[str, Any] = {
 }
 
 
+FIGURES: dict[str, Any] = {
+    **{"at": 1_700_000_000, "seconds": 3600, "step": 900, "times": [1_699_996_400 + 900 * n for n in range(5)]},
+    **{"now": {}, "fired": [], "firing": [], "missing": []},
+    "window": {"model_tokens": [[{"model": "o/m"}, [1.0, 2.0, 3.0, 4.0, 5.0]]]},
+}
+
+
 @pytest.fixture
 def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """Two Sparks that serve, by what stands in for the modules; the inventory, and a file with the modules that ran."""
@@ -220,6 +227,7 @@ def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     answers = {
         "spark_state": {"changed": False, "state": state},
         "spark_status": SERVED,
+        "prometheus_figures": {"changed": False, "figures": FIGURES},
         "release_switch": {"changed": True},
         "stop_services": {"changed": True},
     }
@@ -252,6 +260,35 @@ def test_several_sparks_are_not_stopped_at_once(
         assert main.main([*words, "--yes"]) == 0
         names = [name for name in ran.read_text(encoding="utf-8").split() if name not in inspected]
         assert len(names) == 3
+
+
+def test_a_report(fleet: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inventory, ran = fleet
+    file = tmp_path / "fleet.html"
+    words = ("report", "-i", str(inventory), "-o", str(file), "-e", "sparkfleet_monitoring=true", "--hours", "1")
+    assert main.main(words) == 0, capsys.readouterr()
+    assert f"{file}: 2 Sparks: 2 serving" in capsys.readouterr().out
+    text = file.read_text(encoding="utf-8")
+    assert "Last 1 hour" in text and "o/m" in text and "spark-1" in text and "spark-2" in text
+    assert ran.read_text(encoding="utf-8").split().count("prometheus_figures") == 1
+    # A monitor that is lost is no Spark that is lost.
+    data = yaml.safe_load(inventory.read_text(encoding="utf-8"))
+    data["monitors"] = {"hosts": {"watch": {"ansible_host": "127.0.0.1", "ansible_port": 1}}}
+    inventory.write_text(yaml.safe_dump(data), encoding="utf-8")
+    assert main.main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"verb": "report", "exit_code": 0, "file": str(file)}
+    assert "There is no Prometheus that answers" in file.read_text(encoding="utf-8")
+    assert main.main([*words[:3], "-o", str(tmp_path / "no" / "fleet.html")]) == exit_codes.BAD_INPUT
+    assert f"--output {tmp_path}/no/fleet.html: No such file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--hours", "0"), ("--hours", "day"), ("--price", "-1"), ("--price", "nan")]
+)
+def test_a_report_of_no_such_time_or_price(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main.main(["report", option, value])
+    assert ended.value.code == exit_codes.BAD_INPUT and value in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["preflight", "deploy", "drift", "status"])

@@ -78,6 +78,15 @@ ACTIONS = (
 )
 
 
+def fleet_file(folder: Path) -> str:
+    """The module that tells the status page, with its file in `folder`/page, and a line for each time it was called."""
+    source = (ROOT / "plugins" / "modules" / "fleet_file.py").read_text(encoding="utf-8")
+    end = "    module.exit_json(changed=new != old"
+    assert source.count(end) == 1
+    log = "    with open(f'{path}.log', 'a') as log:\n        log.write(json.dumps(new) + '\\n')\n"
+    return source.replace("/var/lib/sparkfleet-page", str(folder / "page")).replace(end, log + end)
+
+
 @dataclasses.dataclass
 class Fleet:
     """A folder with an inventory of Sparks s1…, and what becomes of calls."""
@@ -86,7 +95,8 @@ class Fleet:
     count: int = 5
 
     def __post_init__(self) -> None:
-        overlay(self.folder, {f"action/{name}.py": STAND_IN for name in (*ACTIONS, "gateway_plan")})
+        replaced = {f"action/{name}.py": STAND_IN for name in (*ACTIONS, "gateway_plan", "spark_status")}
+        overlay(self.folder, {**replaced, "modules/fleet_file.py": fleet_file(self.folder)})
         self.names = [f"s{number}" for number in range(1, self.count + 1)]
         self.inventory()
 
@@ -139,6 +149,11 @@ class Fleet:
     def log(self, name: str) -> list[dict[str, Any]]:
         lines = (self.folder / "log").read_text(encoding="utf-8").splitlines()
         return [entry for line in lines if (entry := json.loads(line))["name"] == name]
+
+    def shown(self) -> list[dict[str, Any]]:
+        """The rollout on the status page, each time that it was said."""
+        lines = (self.folder / "page" / "fleet.json.log").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line)["rollout"] for line in lines]
 
     def released(self) -> list[str]:
         return sorted({path.name.partition(".")[2] for path in self.folder.glob("released.*")})
@@ -311,3 +326,51 @@ def test_a_deployment_is_verified_as_the_inventory_says(tmp_path: Path, mode: st
     code, out = fleet.run(playbook="playbooks/verify.yml")
     assert code == 0, out
     assert [entry["verified"] for entry in fleet.log("vllm_verify")] == [{}]
+
+
+# -- the status page ---------------------------------------------------------------------------------------------------
+
+
+def test_the_status_page_shows_each_wave_and_the_end(fleet: Fleet) -> None:
+    (fleet.folder / "page").mkdir()
+    fleet.inventory(sparkfleet_monitoring=True)
+    code, printed = fleet.run()
+    assert code == 0, printed
+    seen = [(item["wave"], item["done"], item["ended"]) for item in fleet.shown()]
+    assert list(dict.fromkeys(map(str, seen))) == [
+        str((1, [], False)),
+        str((1, ["s1"], False)),
+        str((2, ["s1"], False)),
+        str((2, ["s1", "s2", "s3"], False)),
+        str((3, ["s1", "s2", "s3"], False)),
+        str((3, fleet.names, True)),
+    ]
+    last = fleet.shown()[-1]
+    assert last["waves"] == [["s1"], ["s2", "s3"], ["s4", "s5"]] and last["failed"] == [] and last["by"]
+
+
+@pytest.mark.parametrize(
+    ("fates", "wave", "done", "failed"),
+    [
+        ({"s1_vllm_verify": "failed"}, 1, [], ["s1"]),
+        ({"s2_spark_plan_2": "unreachable"}, 2, ["s1", "s3"], ["s2"]),
+    ],
+)
+def test_the_status_page_shows_where_a_rollout_stopped(
+    fleet: Fleet, fates: dict[str, str], wave: int, done: list[str], failed: list[str]
+) -> None:
+    (fleet.folder / "page").mkdir()
+    fleet.inventory(sparkfleet_monitoring=True)
+    code, printed = fleet.run(**fates)
+    assert code != 0, printed
+    last = fleet.shown()[-1]
+    assert (last["wave"], last["done"], last["failed"], last["ended"]) == (wave, done, failed, True)
+
+
+def test_a_monitor_that_is_lost_does_not_keep_a_rollout(fleet: Fleet) -> None:
+    fleet.inventory(sparkfleet_monitoring=True)
+    hosts = json.loads((fleet.folder / "hosts.yml").read_text())
+    hosts["monitors"] = {"hosts": {"m1": {"ansible_host": "127.0.0.1", "ansible_port": 1}}}
+    (fleet.folder / "hosts.yml").write_text(json.dumps(hosts))
+    code, printed = fleet.run()
+    assert code == 0 and fleet.released() == fleet.names, printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import socket
@@ -10,6 +11,7 @@ import string
 import subprocess
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from sparkfleet_host import names
 
 from sparkfleet import SparkfleetError
 from sparkfleet.fleet import gateway as planned
+from sparkfleet.monitoring import page
 from tests.unit.roles.haproxy import (
     LLAMA,
     OSS,
@@ -650,3 +653,151 @@ def test_what_renders_is_accepted_and_what_is_not_is_refused_with_one_message(
         return
     error = checked(rendered(made, folder, **QUICK, gateway_keys=clients, gateway_further_paths=paths), folder)
     assert not error, error
+
+
+# -- the status page ---------------------------------------------------------------------------------------------------
+
+EXPRESSIONS = list(page.expressions().values())
+RANGE = "&start=1700000000&end=1700003600&step=30"
+
+
+class Monitor(Spark):
+    """What the gateway takes for Prometheus: says what it was asked."""
+
+
+def status_page(monitor: Spark, **more: Any) -> dict[str, Any]:
+    """The role's variables for it."""
+    address = f"127.0.0.1:{monitor.port}"
+    return {"gateway_status": address, "gateway_status_expressions": EXPRESSIONS, **more}
+
+
+def query(expr: str = EXPRESSIONS[0], path: str = "query", rest: str = "") -> str:
+    return f"/status/api/v1/{path}?query={urllib.parse.quote(expr, safe='')}{rest}"
+
+
+@pytest.fixture(scope="module")
+def page_door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    engine, monitor = Spark("spark-1"), Monitor("monitor")
+    with running(tmp_path_factory.mktemp("page"), {"spark-1": host(engine)}, **status_page(monitor)) as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="UP")
+        yield gateway, monitor, engine
+    engine.close()
+    monitor.close()
+
+
+@pytest.mark.parametrize("expr", EXPRESSIONS)
+def test_the_page_is_given_what_it_asks(page_door: Any, expr: str) -> None:
+    gateway, monitor, _ = page_door
+    for path, rest in (("query", ""), ("query_range", RANGE)):
+        monitor.asked.clear()
+        asked = query(expr, path, rest)
+        assert gateway.ask(asked, "GET").status == 200
+        assert [item[1] for item in monitor.asked] == [asked.removeprefix("/status")]
+
+
+@pytest.mark.parametrize(
+    ("status", "path"),
+    [
+        *((200, f"/status/{name}") for name in ("", "page.js", "page.css", "icon.svg", "fleet.json", "api/v1/alerts")),
+        (302, "/status"),
+        *((404, f"/status/{name}") for name in ("index.html", "metrics", "api/v1/series", "api/v1/admin/tsdb")),
+        *((404, f"/status/{name}") for name in ("api/v1/query/", "api/v1/", "-/quit", "graph", "user/")),
+        *((404, f"/status/api/v1/{name}") for name in ("targets", "status/config", "labels", "rules")),
+        *((404, name) for name in ("/statusx", "/api/v1/query", "/user/", "/user/fleet.json")),
+        *((400, f"/status/{name}") for name in ("../api/v1/targets", "%2e%2e/x", "./x", "api/v1/../v1/targets", "/x")),
+        (400, "/status/api/v1/query"),
+        (400, query("up")),
+        (400, query(EXPRESSIONS[0] + " or up")),
+        (400, query(rest="&query=up")),
+        (400, query(rest="&%71uery=up")),
+        (400, query(rest=";query=up")),
+        (400, query(rest="&time=1700000000")),
+        (400, "/status/api/v1/query?%71uery=up&" + query().partition("?")[2]),
+        (400, "/status/api/v1/query?x=1;query=up&" + query().partition("?")[2]),
+        (400, query(path="query_range", rest="&start=1700000000&end=1700086400&step=15")),
+        (400, query(path="query_range", rest="&start=1700000000&end=9999999999&step=99")),
+        (200, query(path="query_range", rest="&start=1700000000&end=1700086400&step=720")),
+        (400, query(path="query_range", rest="&start=1700000000&end=1700000400&step=0")),
+    ],
+)  # fmt: skip
+def test_nothing_else_of_prometheus_is(page_door: Any, status: int, path: str) -> None:
+    gateway, monitor, engine = page_door
+    monitor.asked.clear()
+    engine.asked.clear()
+    answer = gateway.raw(f"GET {path} HTTP/1.1\r\nHost: g\r\nX-Client: t\r\nConnection: close\r\n\r\n".encode())
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode()), answer[:300]
+    assert len(monitor.asked) == (status == 200) and engine.asked == []
+
+
+@pytest.mark.parametrize(("status", "method"), [(405, "POST"), (405, "DELETE"), (405, "OPTIONS"), (200, "HEAD")])
+def test_the_page_is_only_read(page_door: Any, status: int, method: str) -> None:
+    gateway, monitor, _ = page_door
+    monitor.asked.clear()
+    assert gateway.ask(query(), method, body=None).status == status and len(monitor.asked) == (status == 200)
+
+
+def test_the_page_takes_no_body(page_door: Any) -> None:
+    gateway, monitor, _ = page_door
+    monitor.asked.clear()
+    body = b"query=up"
+    head = (
+        f"GET {query()} HTTP/1.1\r\nHost: g\r\nContent-Type: application/x-www-form-urlencoded\r\nConnection: close\r\n"
+    )
+    assert gateway.raw(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body).startswith(b"HTTP/1.1 413 ")
+    assert monitor.asked == []
+
+
+def test_the_page_may_ask_no_other_host(page_door: Any) -> None:
+    gateway, _, _ = page_door
+    headers = gateway.ask("/status/", "GET").headers
+    policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
+    assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
+    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer"
+
+
+def test_clients_keep_their_api_beside_the_page(page_door: Any) -> None:
+    gateway, monitor, engine = page_door
+    monitor.asked.clear()
+    engine.asked.clear()
+    assert gateway.ask().spark == "spark-1" and monitor.asked == []
+
+
+def test_the_page_is_behind_the_clients_keys(tmp_path: Path, spark: Make) -> None:
+    engine, monitor = spark("spark-1"), spark("monitor")
+    clients = planned.clients([{"name": "alice", "key": KEY, "streams": 1, "requests_per_second": 1}])
+    variables = status_page(monitor, gateway_keys=clients)
+
+    def basic(password: str, name: str = "any") -> dict[str, str]:
+        return {"Authorization": f"Basic {base64.b64encode(f'{name}:{password}'.encode()).decode()}"}
+
+    with running(tmp_path, {"spark-1": host(engine)}, **variables) as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="UP")
+        for path in ("/status", "/status/", "/status/fleet.json", "/status/api/v1/alerts", query(), "/status/other"):
+            for headers in ({}, basic("wrong"), basic(""), basic("x", KEY), {"Authorization": "Bearer wrong"}):
+                answer = gateway.ask(path, "GET", headers=headers)
+                assert answer.status == 401 and answer.headers["www-authenticate"].startswith("Basic "), path
+        assert monitor.asked == []
+        # As often as the page asks: its requests are not the client's quota.
+        for _ in range(6):
+            assert gateway.ask(query(), "GET", headers=basic(KEY)).status == 200
+        assert gateway.ask("/status/", "GET", key=KEY).status == 200
+        assert all("authorization" not in headers for _, _, headers, _ in monitor.asked) and len(monitor.asked) == 7
+        # The API takes a key as before, and not as a password.
+        assert gateway.ask(headers=basic(KEY)).status == 401 and gateway.ask(key=KEY).status == 200
+
+
+def test_without_a_monitor_here_there_is_no_page(door: Any) -> None:
+    gateway, _ = door
+    assert {gateway.ask(path, "GET").status for path in ("/status", "/status/", query())} == {404}
+
+
+def test_prometheus_that_does_not_answer_is_said_at_once(tmp_path: Path, spark: Make) -> None:
+    engine, monitor = spark("spark-1"), spark("monitor")
+    variables = status_page(monitor)
+    monitor.close()
+    with running(tmp_path, {"spark-1": host(engine)}, **variables) as gateway:
+        gateway.until(llama31_8b_fp8_spark_1="UP")
+        began = time.monotonic()
+        assert gateway.ask("/status/", "GET").status == 503 and time.monotonic() - began < 3
+        assert gateway.ask().status == 200

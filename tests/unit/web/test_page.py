@@ -1,0 +1,110 @@
+"""The status page in headless Chromium, behind a gateway with keys, before a Prometheus that has figures of 200 Sparks.
+
+Where Chromium or the modules of web/ are missing (`scripts/page check` installs them) it is skipped; Prometheus and
+HAProxy are there for other tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from simulator import figures
+from sparkfleet_host import prometheus
+
+from sparkfleet.fleet import gateway as planned
+from sparkfleet.monitoring import page
+from tests.unit import ROOT
+from tests.unit.roles.haproxy import Gateway, Spark, running
+
+WEB = ROOT / "web"
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or ""
+NODE = shutil.which("node")
+KEY = "a-key-of-a-client"
+SPARKS = 200
+#: A page with figures in both layouts and schemes, and each fault once.
+LOOKS = (
+    "well:desktop:light",
+    "well:phone:dark",
+    "silent:phone:light",
+    "empty:desktop:dark",
+    "no-fleet-file:desktop:light",
+)
+
+
+@pytest.fixture(scope="module")
+def monitor() -> Iterator[str]:
+    """Address of Prometheus with figures of a fleet in a rollout."""
+    with figures.serving(SPARKS, rollout=True) as (address, _):
+        yield address
+
+
+@pytest.fixture(scope="module")
+def door(monitor: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    engine = Spark("spark-1")
+    hosts = {
+        "spark-1": {"ansible_host": "127.0.0.1", "sparkfleet_port": engine.port, "sparkfleet_model": "llama31-8b-fp8"}
+    }
+    variables = {
+        "gateway_status": monitor.removeprefix("http://"),
+        "gateway_status_expressions": list(page.expressions().values()),
+        "gateway_keys": planned.clients([KEY]),
+        # Of a test's own are shorter than Prometheus may need on a busy machine.
+        "gateway_answer_timeout": "30s",
+    }
+    with running(tmp_path_factory.mktemp("gateway"), hosts, **variables) as gateway:
+        yield gateway
+    engine.close()
+
+
+def test_every_expression_has_figures(monitor: str) -> None:
+    """Of the fleet that does not exist; of a real one `python -m simulator.monitoring` asks."""
+    found = prometheus.figures(int(monitor.rpartition(":")[2]), page.queries(), 6 * 3600)
+    assert found["missing"] == []
+    assert [name for name, samples in found["now"].items() if not samples] == []
+    assert {*found["window"]} == {query.name for query in page.QUERIES if query.window}
+    # One Spark has no figures, and one that gave up has none of late.
+    assert len(found["now"]["temperature"]) == SPARKS - 1
+    line = next(values for labels, values in found["window"]["tokens"] if labels["host"] == "spark-2")
+    assert len(line) == len(found["times"]) and sum(value is not None for value in line) > 90
+    assert {"SparkfleetGpuXid"} <= {alert["labels"]["alertname"] for alert in found["firing"]}
+
+
+@pytest.mark.skipif(
+    not (NODE and CHROMIUM and (WEB / "node_modules").is_dir()), reason="no Chromium, or web/ not installed"
+)
+def test_the_page_in_a_browser(door: Gateway, tmp_path: Path) -> None:
+    out = Path(os.environ.get("SPARKFLEET_SCREENSHOTS") or tmp_path)
+    address = f"http://127.0.0.1:{door.port}/status/"
+    argv = [str(NODE), str(WEB / "check.mjs"), address, "--key", KEY, "--out", str(out), "--only", ",".join(LOOKS)]
+    done = subprocess.run(
+        argv, env={**os.environ, "CHROMIUM": CHROMIUM}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    looks: dict[str, dict[str, Any]] = {
+        f"{item['scene']}:{item['size']}:{item['scheme']}": item for item in json.loads(done.stdout)
+    }
+    assert {*looks} == {*LOOKS}
+    for name, item in looks.items():
+        assert item["errors"] == [] and item["elsewhere"] == [], (name, item)
+        assert item["axe"] == [], (name, item["axe"])
+        assert item["sideways"] <= 0, f"{name}: wider than the screen"
+        assert (out / f"{item['scene']}-{item['size']}-{item['scheme']}.png").stat().st_size > 10_000
+    for name in LOOKS[:2]:
+        item = looks[name]
+        assert item["sparks"] == SPARKS and item["banner"] == "" and item["freshness"] == "live"
+        assert "wave 3 of 4" in item["rollout"] and "spark-5 switching" in item["rollout"]
+        # With the keyboard: a row was opened, and a chart followed to a point in time.
+        assert item["opened"] == "true" and item["moment"] != "now"
+        assert item["filtered"] == 1
+    assert "Prometheus does not answer" in looks["silent:phone:light"]["banner"]
+    assert "no figures of these Sparks yet" in looks["empty:desktop:dark"]["banner"]
+    assert "fleet.json is not there" in looks["no-fleet-file:desktop:light"]["banner"]
+    # Those that Prometheus knows.
+    assert looks["no-fleet-file:desktop:light"]["sparks"] == SPARKS - 1
