@@ -110,9 +110,8 @@ def metrics(rows: Sequence[Sequence[str]] | None, seen: Mapping[str, float] | No
 
     add("up", "Whether nvidia-smi reports a GPU.", [("", float(bool(rows)))])
     for column, (name, factor, text) in enumerate(_GAUGES):
-        # "[N/A]" and the like are no figures.
         cells = [(f'{{gpu="{index}"}}', row[column]) for index, row in enumerate(rows or ())]
-        add(name, text, [(at, float(cell) * factor) for at, cell in cells if _NUMBER.fullmatch(cell)])
+        add(name, text, [(at, value * factor) for at, cell in cells if (value := number(cell)) is not None])
     bits = [(index, _bits(row[len(_GAUGES)])) for index, row in enumerate(rows or ())]
     add(
         "throttled",
@@ -128,6 +127,17 @@ def metrics(rows: Sequence[Sequence[str]] | None, seen: Mapping[str, float] | No
     times = [(f'{{xid="{number}"}}', value) for number, value in sorted((seen or {}).items())]
     add("xid_last_seconds", "Unix time of the last Xid of this number since the host started.", times)
     return "\n".join(lines) + "\n"
+
+
+def number(text: str) -> float | None:
+    """The figure of a cell; None for "[N/A]" and the like."""
+    return float(text) if _NUMBER.fullmatch(text) else None
+
+
+def slowed(text: str) -> list[str]:
+    """Why the GPU is slowed down, of the last cell of a row."""
+    bits = _bits(text) or 0
+    return [reason for reason, bit in REASONS.items() if bits & bit]
 
 
 def _bits(text: str) -> int | None:
