@@ -102,8 +102,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         for number, (shape, repetition, load) in enumerate(planned, 1):
             answer = self._module(
                 step="measure",
-                load={key: getattr(load, key) for key in ("streams", "input", "output", "rounds", "seed")}
-                | {"seconds": int(load.seconds)},
+                load=load.as_dict(),
                 tool=record["tool"],
                 **{key: engine[key] for key in ("service", "container", "started_at")},
             )

@@ -65,30 +65,16 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import benchmarks
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bench import BenchError, Load, measure
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import BoundsError, as_int
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import BoundsError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.http import HttpError
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.release_format import check_load
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import ReleaseError, Store
-
-#: Bounds of a load: least and most.
-BOUNDS = {
-    "streams": (1, 1024),
-    "input": (1, 1 << 20),
-    "output": (1, 1 << 17),
-    "rounds": (1, 100),
-    "seed": (0, 1 << 31),
-    "seconds": (10, 7200),
-}
-
-
-def understood(given: dict[str, Any]) -> Load:
-    """The load of the option. Raises BoundsError."""
-    return Load(**{key: as_int(given.get(key), f"load.{key}", *bounds) for key, bounds in BOUNDS.items()})
 
 
 def measured(store: Store, docker: Docker, params: dict[str, Any]) -> dict[str, Any]:
     """The result of the step. Raises BenchError and what its parts raise."""
-    load = understood(params["load"])
+    load = Load.of(check_load(params["load"]))
     number = store.current()
     items = [item for item in store.engines(number) if item.service == params["service"]] if number else []
     where = params["service"], params["container"], params["started_at"]

@@ -21,7 +21,7 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -90,6 +90,15 @@ class Load:
     seed: int = SEED
     seconds: float = SECONDS
 
+    @classmethod
+    def of(cls, given: Mapping[str, int]) -> Load:
+        """Of plain data, as `release_format.check_load` returns it."""
+        return cls(**{**given, "seconds": float(given["seconds"])})  # type: ignore[arg-type]
+
+    def as_dict(self) -> dict[str, int]:
+        """As plain data."""
+        return {**dataclasses.asdict(self), "seconds": int(self.seconds)}
+
     @property
     def requests(self) -> int:
         """Of all streams."""
@@ -106,6 +115,8 @@ def bench(
     """Measure an engine: the rows (see `row`), and what measured it. `loads`: 1, 4 and 16 streams unless given. `told`
     gets each number of streams before it is measured, with the rows so far. Raises BenchError, HttpError."""
     rows: list[dict[str, Any]] = []
+    if loads and not embeds(item.verify.get("kinds", ())):
+        _warm_up(item, loads[0])
     loads = loads or [Load(streams) for streams in STREAMS]
     if embeds(item.verify.get("kinds", ())):
         for load in loads:
@@ -128,16 +139,16 @@ def bench(
 
 
 def measure(docker: Docker, container: str, item: Engine, load: Load, tool: str = "") -> tuple[dict[str, Any], str]:
-    """One load of a benchmark, after a request that warms the engine up: a row with `counted` (what the engine counted
-    meanwhile), `disturbed` (whether that is more than was asked for), `temperature_c`, `power_w`, `throttled` and
-    `joules_per_token`; and what measured it. `tool` is what measured the loads before, so that all can be compared.
-    Raises BenchError, HttpError."""
+    """One load of a benchmark, after a request that warms the engine up: a row with `at` (Unix time), `counted` (what
+    the engine counted meanwhile), `disturbed` (whether that is more than was asked for), `temperature_c`, `power_w`,
+    `throttled` and `joules_per_token`; and what measured it. `tool` is what measured the loads before, so that all can
+    be compared. Raises BenchError, HttpError."""
     if embeds(item.verify.get("kinds", ())):
         made, by = _watched(item, load, lambda: by_texts(item, load)), TEXTS
         return made, by
     if not tool or tool == OWN:
         try:
-            _ask(item, _warm(load), load, time.monotonic() + load.seconds)
+            _warm_up(item, load)
             return _watched(item, load, lambda: by_vllm(docker, container, item, load)), OWN
         except (DockerError, BenchError) as error:
             if tool:
@@ -246,11 +257,16 @@ def _asked(
     """The answers to the requests of a load, and the seconds that they took together."""
     prompts = _prompts(load.requests, load.input, load.seed)
     deadline = time.monotonic() + load.seconds
-    ask(item, _warm(load), load, deadline)  # warms it up
+    ask(item, _warm(load), load, deadline)
     began = time.monotonic()
     with ThreadPoolExecutor(load.streams) as pool:
         answers = list(pool.map(lambda prompt: ask(item, prompt, load, deadline), prompts))
     return answers, time.monotonic() - began
+
+
+def _warm_up(item: Engine, load: Load) -> None:
+    """One request that is not measured. Raises BenchError, HttpError."""
+    _ask(item, _warm(load), load, time.monotonic() + load.seconds)
 
 
 def _warm(load: Load) -> list[int]:
@@ -312,7 +328,7 @@ def _ask(item: Engine, prompt: list[int], load: Load, deadline: float) -> tuple[
 def _watched(item: Engine, load: Load, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The row that `work` makes, with what was counted and read while it ran. Raises BenchError where the engine
     counted less than was answered."""
-    before = counters(item)
+    before, began = counters(item), time.time()
     with gpu_read() as readings:
         made = work()
     counted = _settled(item, before, made)
@@ -321,7 +337,7 @@ def _watched(item: Engine, load: Load, work: Callable[[], dict[str, Any]]) -> di
         if found is not None and found < wanted * (1 - AGREE):
             raise BenchError(f"{wanted} {kind.replace('_', ' ')} were answered, and the engine counted {found:.0f}")
     more = counted.get("generation_tokens", 0.0) > (made.get("output_tokens") or 0) * (1 + AGREE) + load.output
-    return {**made, "counted": _named(counted), "disturbed": more, **_drawn(readings, made)}
+    return {**made, "at": round(began, 2), "counted": _named(counted), "disturbed": more, **_drawn(readings, made)}
 
 
 def counters(item: Engine) -> dict[str, float]:

@@ -40,7 +40,7 @@ _ANY = re.compile(r"[\w.+-]{0,80}", re.ASCII)
 _COUNTS = ("input", "output", "streams", "repetition", "requests")
 _FIGURES = (
     *("tokens_per_second", "stream_tokens_per_second", "ttft_ms", "ttft_mean_ms", "seconds"),
-    *("input_tokens", "output_tokens", "temperature_c", "power_w", "joules_per_token"),
+    *("at", "input_tokens", "output_tokens", "temperature_c", "power_w", "joules_per_token"),
     *(f"{name}_p{share}_ms" for name in ("ttft", "itl", "request") for share in (50, 95, 99)),
 )
 _COUNTED = ("requests", "output_tokens", "input_tokens", "preemptions", "cached_tokens", "ttft_mean_ms")

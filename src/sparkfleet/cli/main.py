@@ -23,7 +23,7 @@ from sparkfleet import (
     __version__,
     paths,
 )
-from sparkfleet.cli import bench, card, lock, summary
+from sparkfleet.cli import bench, card, lock, summary, tune
 from sparkfleet.cli.runner import Collector, default_inventory, run
 from sparkfleet.diagnosis import audit
 from sparkfleet.documents import yaml_text
@@ -161,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     card.add_parser(verbs)
     lock.add_parser(verbs, default_inventory(), _extra, _agrees)
     init.add_parser(verbs)
+    tune.add_parser(verbs, default_inventory(), _extra)
     _add_verbs(verbs)
     return parser
 

@@ -119,19 +119,21 @@ def _difference(place: tuple[str, int], name: str, first: Sequence[float], secon
     made = Difference(*place, name, *means, means[1] / means[0] - 1, (len(first), len(second)))
     if min(made.repetitions) < 2:
         return made
+    change, low, high, p = ratio(first, second)
+    return dataclasses.replace(made, change=change, low=low, high=high, p=p)
+
+
+def ratio(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float, float]:
+    """How much larger the second is than the first, as a share, its 95% interval, and the chance of noise to differ by
+    as much; of two values a side or more, each above zero."""
     logs = [[math.log(value) for value in side] for side in (first, second)]
     shift = statistics.mean(logs[1]) - statistics.mean(logs[0])
     parts = [max(statistics.variance(side), ROUNDING**2) / len(side) for side in logs]
     error = math.sqrt(sum(parts))
     freedom = sum(parts) ** 2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, logs, strict=True))
     width = t_quantile(1 - ALPHA / 2, freedom) * error
-    return dataclasses.replace(
-        made,
-        change=math.expm1(shift),
-        low=math.expm1(shift - width),
-        high=math.expm1(min(shift + width, 50.0)),
-        p=2 * t_tail(abs(shift) / error, freedom),
-    )
+    ends = (math.expm1(shift - width), math.expm1(min(shift + width, 50.0)))
+    return math.expm1(shift), *ends, 2 * t_tail(abs(shift) / error, freedom)
 
 
 def _judged(found: Sequence[tuple[Difference, bool]]) -> list[Difference]:
