@@ -122,7 +122,7 @@ def main(options: argparse.Namespace) -> int:
         tuning = _Tuning(options, host, arguments, planned, known, lambda text: say(report.clean(text)), log)
         code = OK
         try:
-            tuning.search(dimensions)
+            tuning.climb(dimensions)
             tuning.confirm()
             if known.winner and known.verdict == "better":
                 path = _output(options, card, host)
@@ -204,7 +204,7 @@ class _Tuning:
 
     # -- the search ----------------------------------------------------------------------------------------------
 
-    def search(self, dimensions: Sequence[search.Dimension]) -> None:
+    def climb(self, dimensions: Sequence[search.Dimension]) -> None:
         """Climb, answering from what was measured before; ends in time to confirm. Raises _StoppedError."""
         results = self.known.results(self.options.objective)
         if results:
@@ -281,7 +281,7 @@ class _Tuning:
     def _time_for(self, runs: int) -> bool:
         """Whether the budget has room for so many runs, by the longest so far."""
         longest = max((run["seconds"] for run in self.known.runs), default=0.0)
-        return self.known.seconds + runs * longest <= self.options.budget
+        return bool(self.known.seconds + runs * longest <= self.options.budget)
 
     def _run(self, settings: search.Settings, confirms: bool) -> Result:
         """A trial with these settings, kept. Raises _StoppedError where it says nothing of them."""
@@ -301,7 +301,7 @@ class _Tuning:
             raise _StoppedError(collector.error, code)
         host = collector.hosts[self.host]
         record: Mapping[str, Any] = next(iter(host.measured.values()), {})
-        made = {
+        made: dict[str, Any] = {
             **{"settings": settings, "rows": record.get("speed") or [], "ready_s": record.get("ready_s")},
             **{"seconds": round(time.monotonic() - began, 1), "at": round(at, 1), "confirms": confirms, "failed": ""},
         }

@@ -115,8 +115,8 @@ def _values(rows: Sequence[Any], key: str) -> list[float]:
 
 
 def _difference(place: tuple[str, int], name: str, first: Sequence[float], second: Sequence[float]) -> Difference:
-    means = [statistics.mean(side) for side in (first, second)]
-    made = Difference(*place, name, *means, means[1] / means[0] - 1, (len(first), len(second)))
+    ours, theirs = statistics.mean(first), statistics.mean(second)
+    made = Difference(*place, name, ours, theirs, theirs / ours - 1, (len(first), len(second)))
     if min(made.repetitions) < 2:
         return made
     change, low, high, p = ratio(first, second)

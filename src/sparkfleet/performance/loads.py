@@ -77,8 +77,8 @@ def shape(text: str) -> Shape:
         raise SparkfleetError(
             f"shape {printable(text, 60)!r}: one of {', '.join(SHAPES)}, or tokens of prompt and answer as 1024:128"
         )
-    tokens = [_whole(int(part), f"shape {text}", 1, MOST_TOKENS) for part in found.groups()]
-    return Shape(text, *tokens)
+    first, second = (_whole(int(part), f"shape {text}", 1, MOST_TOKENS) for part in found.groups())
+    return Shape(text, first, second)
 
 
 def _listed(value: Any, what: str) -> Sequence[Any]:
@@ -114,7 +114,7 @@ def planned(asked: Asked, engine: Mapping[str, Any]) -> tuple[list[tuple[Shape, 
             f"{len(points)} loads {asked.repetitions} times are more than {benchmarks.MOST_ROWS}: take fewer streams, "
             "shapes or repetitions"
         )
-    made = []
+    made: list[tuple[Shape, int, bench.Load]] = []
     for repetition in range(1, asked.repetitions + 1):
         for one, streams in points:
             load = bench.Load(streams, one.input, one.output, asked.rounds, len(made) + 1, float(asked.seconds))

@@ -12,6 +12,7 @@ interrupted search is resumed.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
@@ -77,9 +78,9 @@ def better(new: Result, old: Result, limit_ms: float | None) -> bool:
         return bool(old.failed and not new.failed)
     if new.allowed(limit_ms) != old.allowed(limit_ms):
         return new.allowed(limit_ms)
-    margin = max(LEAST, 2 * (new.noise**2 + old.noise**2) ** 0.5)
+    margin = max(LEAST, 2 * math.hypot(new.noise, old.noise))
     if not new.allowed(limit_ms):
-        return new.ttft_ms is not None and old.ttft_ms is not None and new.ttft_ms < old.ttft_ms * (1 - margin)
+        return bool(new.ttft_ms is not None and old.ttft_ms is not None and new.ttft_ms < old.ttft_ms * (1 - margin))
     return new.value > old.value * (1 + margin)
 
 

@@ -56,11 +56,10 @@ def _values(name: str, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], i
     if name == UTILIZATION:
         if "kv_cache_memory_bytes" in arguments:
             return (), 0
-        default = round(float(arguments.get(name) or memory_plan.DEFAULT_UTILIZATION), 3)
-        values = sorted(
-            {default, *(round(min(max(default + step, 0.05), 0.95), 3) for step in (-0.1, -0.05, 0.05, 0.1))}
-        )
-        return tuple(values), values.index(default)
+        share = round(float(arguments.get(name) or memory_plan.DEFAULT_UTILIZATION), 3)
+        near = (round(min(max(share + step, 0.05), 0.95), 3) for step in (-0.1, -0.05, 0.05, 0.1))
+        shares = sorted({share, *near})
+        return tuple(shares), shares.index(share)
     if name == SPECULATIVE:
         given = arguments.get("speculative_config")
         count = given.get("num_speculative_tokens") if isinstance(given, Mapping) else None
@@ -68,10 +67,9 @@ def _values(name: str, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], i
             return (), 0
         return tuple(range(min(MOST_DRAFTED, count + 2) + 1)), count
     known = KV_DTYPES if name == KV_DTYPE else LOADERS
-    default = str(arguments.get(name) or "auto")
-    if default not in known:
-        known = (default, *known)
-    return known, known.index(default)
+    word = str(arguments.get(name) or "auto")
+    found = known if word in known else (word, *known)
+    return found, found.index(word)
 
 
 def overrides(arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
