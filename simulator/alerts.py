@@ -36,7 +36,9 @@ INTERVAL = 15.0  # seconds, of scrapes and rules as they are deployed
 FOLDER = "/etc/sparkfleet/monitoring"
 HOOK, SMTP = 9199, 9198
 FIRE_SECONDS, END_SECONDS = 240.0, 200.0
+PEM = "/etc/haproxy/sparkfleet/gateway.pem"
 SETTINGS = {
+    "sparkfleet_gateway_certificate": "self-signed",
     **{"sparkfleet_guard_interval": 0.5, "sparkfleet_guard_wedge_seconds": 6, "sparkfleet_guard_canary_interval": 2},
     **{"sparkfleet_guard_canary_timeout": 4, "sparkfleet_drain_timeout": 5},
 }
@@ -228,6 +230,17 @@ class Scene:
         """Put servers of the gateway into a state, all unless some are named."""
         return lambda: self.monitor.python(SERVERS.format(state=state, names=names))
 
+    def drift(self, *variables: str) -> Callable[[], object]:
+        """Have `sparkfleet drift` compare a Spark with the inventory, or with one that says otherwise."""
+        words = [word for pair in variables for word in ("-e", pair)]
+
+        def look() -> None:
+            code, printed = self.other.verb("drift", *words)
+            if (code != 0) != bool(variables):
+                raise SimulatorError(f"sparkfleet drift {' '.join(words)}: exit code {code}: {printed[-600:]}")
+
+        return look
+
     def script(self, spark: Spark, text: str) -> Callable[[], object]:
         """Run a script on a Spark."""
         return lambda: spark.sh(text)
@@ -324,6 +337,23 @@ class Scene:
                 # The other's guard is stopped by other cases.
                 self.script(a, f"systemctl stop {node}"),
                 self.script(a, f"systemctl start {node}"),
+                a.name,
+            ),
+            Case("drift", ("SparkfleetDrift",), self.drift("sparkfleet_vllm_max_num_seqs=5"), self.drift(), b.name),
+            Case(
+                "certificate",
+                ("SparkfleetCertificateExpires",),
+                self.script(
+                    a,
+                    f"cp -p {PEM} /run/gateway.pem; cp -p {PEM}.key /run/gateway.pem.key\n"
+                    f"openssl req -x509 -newkey rsa:2048 -nodes -days 5 -subj /CN=a -keyout {PEM}.key -out {PEM} 2>&1\n"
+                    f"systemctl reload haproxy; systemctl restart {sensors}",
+                ),
+                self.script(
+                    a,
+                    f"cp -p /run/gateway.pem {PEM}; cp -p /run/gateway.pem.key {PEM}.key\n"
+                    f"systemctl reload haproxy; systemctl restart {sensors}",
+                ),
                 a.name,
             ),
             Case(
