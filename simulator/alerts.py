@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from simulator import faults
+from simulator import faults, sink
 from simulator.load import Load
 from simulator.monitoring import Query, play, querying
 from simulator.shell import SimulatorError
@@ -49,45 +49,9 @@ RECEIVERS = {
 }
 #: Alerts that no fault here brings about, and why.
 LEFT_OUT: dict[str, str] = {}
-#: What keeps what it is sent, a JSON document a line: {"way": hook, ntfy or mail, "body": text}.
-SINK = f"""
-import http.server, json, socketserver, threading
-lock = threading.Lock()
-def keep(way, body):
-    with lock, open("/run/sparkfleet-sink", "a") as file:
-        file.write(json.dumps({{"way": way, "body": body}}) + "\\n")
-class Hook(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        keep("hook" if self.path == "/hook" else "ntfy" if "template=alertmanager" in self.path else self.path, body)
-        self.send_response(200)
-        self.end_headers()
-    def log_message(self, *words):
-        pass
-class Mail(socketserver.StreamRequestHandler):
-    def handle(self):
-        say = lambda text: self.wfile.write(text.encode() + b"\\r\\n")
-        say("220 sink ESMTP")
-        while line := self.rfile.readline().decode("utf-8", "replace").strip():
-            verb = line.split()[0].upper()
-            if verb == "DATA":
-                say("354 go on")
-                lines = []
-                while (part := self.rfile.readline()) not in (b".\\r\\n", b""):
-                    lines.append(part.decode("utf-8", "replace"))
-                keep("mail", "".join(lines))
-            if verb == "QUIT":
-                say("221 bye")
-                return
-            say("250 ok")
-class Server(socketserver.ThreadingTCPServer):
-    allow_reuse_address = daemon_threads = True
-mail = Server(("127.0.0.1", {SMTP}), Mail)
-threading.Thread(target=mail.serve_forever, daemon=True).start()
-http.server.ThreadingHTTPServer(("127.0.0.1", {HOOK}), Hook).serve_forever()
-"""
-
-
+KEPT, SINK = "/run/sparkfleet-sink", "/run/sparkfleet-sink.py"
+LISTEN = f"systemd-run --quiet --unit=sparkfleet-sink python3 {SINK} {KEPT} {HOOK} {SMTP}"
+#: Sets servers of the gateway to a state, by HAProxy's socket.
 SERVERS = """
 import socket
 def ask(text):
@@ -142,11 +106,11 @@ class Scene:
 
     def prepare(self) -> None:
         """Start the sink, deploy monitoring, and divide its times."""
+        text = Path(sink.__file__).read_text(encoding="utf-8")
         self.monitor.sh(
-            f"cat >/run/sparkfleet-sink.py <<'END'\n{SINK}\nEND\nrm -f /run/sparkfleet-sink\n"
-            "systemctl stop sparkfleet-sink 2>/dev/null || true\n"
-            "systemd-run --quiet --unit=sparkfleet-sink python3 /run/sparkfleet-sink.py"
+            f"printf %s {shlex.quote(text)} >{SINK}; rm -f {KEPT}; systemctl stop sparkfleet-sink 2>/dev/null || true"
         )
+        self.monitor.sh(LISTEN)
         for spark in (self.monitor, self.other):
             play(spark, "playbooks/monitoring.yml")
         self.hasten()
@@ -369,7 +333,7 @@ class Scene:
                 lambda: (a.sh("systemctl stop sparkfleet-sink"), b.sh(f"systemctl stop {node}")),
                 lambda: (
                     b.sh(f"systemctl start {node}"),
-                    a.sh("systemd-run --quiet --unit=sparkfleet-sink python3 /run/sparkfleet-sink.py"),
+                    a.sh(LISTEN),
                 ),
             ),
         ]
@@ -418,7 +382,7 @@ class Scene:
     def told(self) -> dict[str, dict[str, list[str]]]:
         """Of each way the alerts that it told of when they began, and when they ended."""
         made: dict[str, dict[str, set[str]]] = {}
-        for line in self.monitor.sh("cat /run/sparkfleet-sink 2>/dev/null || true").splitlines():
+        for line in self.monitor.sh(f"cat {KEPT} 2>/dev/null || true").splitlines():
             item = json.loads(line)
             states = made.setdefault(item["way"], {"firing": set(), "resolved": set()})
             if item["way"] == "mail":
