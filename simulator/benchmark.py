@@ -1,7 +1,7 @@
 """`sparkfleet bench` against a count of the same run by someone else: the engine's counters, read from outside ten
 times a second while it is measured.
 
-    python -m simulator.benchmark --world NAME [--spark spark-1] [--repetitions 2] [--json FILE]
+    python -m simulator.benchmark --world NAME [--spark spark-1] [--shape 128:64] [--streams 1,4,16] [--json FILE]
 
 The world has the real engine, and the Spark serves what site.yml deploys. Of each load, requests, tokens, tokens a
 second and the mean time to the first token must agree within WITHIN.
@@ -27,7 +27,7 @@ from simulator.spark import Spark, bearer, engine_key
 from simulator.world import World
 
 WITHIN = 0.05
-SHAPE, STREAMS = "128:64", (1, 4, 16)
+TIMEOUT = 3600.0  # of the whole benchmark
 PAUSE = 0.1  # seconds between two readings
 QUIET = 1.5  # seconds without a request that end a burst
 FIRST = "time_to_first_token_seconds"
@@ -122,13 +122,12 @@ def pairs(rows: Sequence[Mapping[str, Any]], bursts: Sequence[Burst]) -> list[di
     return made
 
 
-def scene(world: World, name: str, repetitions: int) -> dict[str, Any]:
+def scene(world: World, name: str, words: Sequence[str]) -> dict[str, Any]:
     """Measure and watch; the pairs and the record. Raises SimulatorError."""
     spark = Spark(world, name, {})
     watcher = Watcher(f"http://127.0.0.1:{spark.port}").start()
-    words = ("--shape", SHAPE, "--streams", ",".join(map(str, STREAMS)), "--repetitions", str(repetitions), "--json")
     began = time.monotonic()
-    code, printed = spark.verb("bench", *words)
+    code, printed = spark.verb("bench", *words, "--json", seconds=TIMEOUT)
     took = time.monotonic() - began
     bursts = watcher.stop()
     if code != 0:
@@ -142,11 +141,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m simulator.benchmark", description="A benchmark, counted twice.")
     parser.add_argument("--world", default="demo")
     parser.add_argument("--spark", default="spark-1")
-    parser.add_argument("--repetitions", type=int, default=2)
+    asked = {"shape": "128:64", "streams": "1,4,16", "repetitions": "2", "rounds": "3"}
+    for name, default in asked.items():
+        parser.add_argument(f"--{name}", default=default, help="as of bench (default: %(default)s)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
+    words = [word for name in asked for word in (f"--{name}", getattr(options, name))]
     try:
-        made = scene(World(options.world, print), options.spark, options.repetitions)
+        made = scene(World(options.world, print), options.spark, words)
     except SimulatorError as error:
         print(f"simulator: {error}", file=sys.stderr)
         return 1
