@@ -79,7 +79,7 @@ def add_parser(
     parser.add_argument("--weights", choices=WEIGHTS, default=REAL, help="as of trial (default: %(default)s)")
     parser.add_argument("--name", help="of the profile (default: tuned-OBJECTIVE)")
     parser.add_argument("--output", metavar="FILE", help="card to write (default: .sparkfleet/tuned/MODEL-HOST.yml)")
-    parser.add_argument("--afresh", action="store_true", help="forget what was measured before")
+    parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
     parser.add_argument("-i", "--inventory", default=inventory, help="default: %(default)s")
     parser.add_argument("-l", "--limit", metavar="HOST", help="the one Spark; needed where the inventory has several")
     parser.add_argument("-e", "--extra-vars", metavar="NAME=VALUE", type=extra, action="append", default=[])
@@ -117,7 +117,7 @@ def main(options: argparse.Namespace) -> int:
     say = report_line if options.json else functools.partial(print, flush=True)
     with (
         event_log.keep(paths.STATE, "tune", False, options.extra_vars, inventory=options.inventory, limit=host) as log,
-        study.opened(paths.STATE, host, json.loads(json.dumps(asked)), options.afresh) as known,
+        study.opened(paths.STATE, host, json.loads(json.dumps(asked)), options.fresh) as known,
     ):
         tuning = _Tuning(options, host, arguments, planned, known, lambda text: say(report.clean(text)), log)
         code = OK

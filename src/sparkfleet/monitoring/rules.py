@@ -374,7 +374,7 @@ ALERTS = (
         "{{ $labels.host }} differs from the inventory in {{ $value | humanize }} respects",
         "`sparkfleet drift` has found it; run it from a timer, and this alert says what it finds.",
         "A change by hand, a deployment that failed, or an inventory that was not deployed.",
-        "`sparkfleet drift -l HOST` lists the differences, `site.yml` mends them; `sparkfleet drift` again ends the "
+        "`sparkfleet drift -l HOST` lists the differences, `site.yml` fixes them; `sparkfleet drift` again ends the "
         "alert.",
     ),
     Alert(

@@ -84,8 +84,8 @@ def name(asked: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def opened(state: Path, host: str, asked: Mapping[str, Any], afresh: bool) -> Iterator[Study]:
-    """The study of a question, with what was measured before unless `afresh`, for this process alone. Raises
+def opened(state: Path, host: str, asked: Mapping[str, Any], fresh: bool) -> Iterator[Study]:
+    """The study of a question, with what was measured before unless `fresh`, for this process alone. Raises
     SparkfleetError."""
     folder = state / FOLDER / re.sub(r"[^A-Za-z0-9_.-]", "_", host)[:100].lstrip(".")
     path = folder / f"{name(asked)}.json"
@@ -100,7 +100,7 @@ def opened(state: Path, host: str, asked: Mapping[str, Any], afresh: bool) -> It
         except BlockingIOError:
             raise SparkfleetError(f"another process runs this search of {host}") from None
         study = Study(path, asked)
-        if not afresh:
+        if not fresh:
             _read(study)
         yield study
     finally:
@@ -116,7 +116,7 @@ def _read(study: Study) -> None:
     except FileNotFoundError:
         return
     except (OSError, BoundsError) as error:
-        raise SparkfleetError(f"{study.path}: {error}; --afresh begins the search anew") from None
+        raise SparkfleetError(f"{study.path}: {error}; --fresh starts the search over") from None
     study.winner, study.verdict = None, ""  # follow from the runs
 
 

@@ -157,13 +157,13 @@ def test_the_best_is_confirmed_in_turn_and_written(spark: Spark, capsys: pytest.
     assert "100.0 tok/s with the profile, 80.0 tok/s with throughput" in spark.output.read_text(encoding="utf-8")
     assert f"sparkfleet switch {spark.output} --profile tuned-throughput" in captured.err
     assert "without sparkfleet_vllm_max_num_seqs, which would take the profile's place" in captured.err
-    # The same again has nothing to measure; another question begins anew, and adds its profile.
+    # The same again has nothing to measure; another question starts over, and adds its profile.
     assert spark.tune("--json") == exit_codes.OK
     assert len(spark.tried) == 7 and json.loads(capsys.readouterr().out)["verdict"] == "better"
     assert spark.tune("--json", "--name", "second", "--streams", "8") == exit_codes.OK
     assert len(spark.tried) == 14 and spark.given["sparkfleet_trial_loads"][0]["streams"] == 8
     assert {"tuned-throughput", "second"} < {*catalog.load(str(spark.output)).profiles}
-    assert spark.tune("--afresh", "--json") == exit_codes.OK and len(spark.tried) == 21
+    assert spark.tune("--fresh", "--json") == exit_codes.OK and len(spark.tried) == 21
 
 
 def test_the_card_of_another_model_is_not_replaced(spark: Spark, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,4 +294,4 @@ def test_a_study_of_another_form_is_said(spark: Spark, state: Path, capsys: pyte
     for data in ({"format": 1, "runs": [{"settings": []}]}, {"format": 2, "runs": []}):
         path.write_text(json.dumps(data), encoding="utf-8")
         assert spark.tune() == exit_codes.BAD_INPUT
-        assert "--afresh begins the search anew" in capsys.readouterr().err
+        assert "--fresh starts the search over" in capsys.readouterr().err
