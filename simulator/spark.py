@@ -71,8 +71,8 @@ class Spark:
         """Run a playbook to its end; what it printed."""
         return self.start(playbook, **variables).communicate(timeout=900)[0]
 
-    def verb(self, *words: str) -> tuple[int, str]:
-        """Run `sparkfleet WORDS` against this Spark; exit code and output."""
+    def verb(self, *words: str, seconds: float = 600) -> tuple[int, str]:
+        """Run `sparkfleet WORDS` against this Spark within so many seconds; exit code and output."""
         values = ["-e", json.dumps(dict(self.variables))] if self.variables else []
         done = subprocess.run(
             ["sparkfleet", *words, "-i", "inventory/simulated", "-l", self.name, *values],
@@ -82,7 +82,7 @@ class Spark:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            timeout=600,
+            timeout=seconds,
             check=False,
         )
         return done.returncode, done.stdout

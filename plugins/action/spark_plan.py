@@ -33,7 +33,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
     """Runs the module spark_state on the host and makes the plan from what it found."""
 
     TRANSFERS_FILES = False
-    _VALID_ARGS = frozenset(("again", "status", "trial_weights"))
+    _VALID_ARGS = frozenset(("again", "status", "trial_weights", "trial_loads"))
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return ``plan``; raise one error with every finding when the host or the input is not fit."""
@@ -46,7 +46,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             return {**result, "changed": False, "plan": before["plan"], "state": before["state"]}
         try:
             trial = str(self._task.args.get("trial_weights") or "")
-            settings = dataclasses.replace(self._settings(task_vars, trial), trial=trial)
+            loads = tuple(self._task.args.get("trial_loads") or ())
+            settings = dataclasses.replace(self._settings(task_vars, trial), trial=trial, trial_loads=loads)
             if not (settings.bundle or status):
                 self._make_card(settings, task_vars)
             target = Target.of(settings)

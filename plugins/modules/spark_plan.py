@@ -27,6 +27,11 @@ options:
     type: str
     choices: ["", dummy, real]
     default: ""
+  trial_loads:
+    description: What a trial measures, as M(sparkfleet.dgx.engine_bench) has a load; empty for its usual loads.
+    type: list
+    elements: dict
+    default: []
 author: ["The Sparkfleet developers"]
 """
 

@@ -14,7 +14,10 @@ from tests.unit import ROOT
 SOURCE = ROOT / "src" / "sparkfleet"
 HOST = ROOT / "plugins" / "module_utils" / "sparkfleet_host"
 #: From the ground up; a room imports from those before it and from itself. "" are the modules outside the rooms.
-ROOMS = ("", "documents", "diagnosis", "packaging", "planning", "reporting", "fleet", "monitoring", "onboarding", "cli")
+ROOMS = (
+    *("", "documents", "diagnosis", "packaging", "planning", "performance", "reporting", "fleet", "monitoring"),
+    *("onboarding", "cli"),
+)
 #: Of the modules outside the rooms, these are the way in from above.
 ENTRY = ("sparkfleet.__main__",)
 #: What runs on a host has the standard library alone; the download has the Hub's client packed with it.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The speed of an engine that runs: tokens a second of 1, 4 and 16 streams, and the time to the first token.
+"""The speed of an engine that runs: tokens a second of so many streams, and the time to the first token.
 
 The engine's own `vllm bench serve` asks, inside its container; where the image has none that works, requests are
 streamed from here and counted by the engine's usage. Random tokens of a fixed seed, and every answer is as long as it
@@ -7,17 +7,26 @@ may be, so that dummy weights and real ones do the same work.
 
 Of an engine that gives vectors in place of text, requests from here count the tokens that it reads; the time is that of
 the whole answer.
+
+`bench` is what a trial measures; `measure` one load of a benchmark, with what the engine itself counted meanwhile and
+what the GPU drew.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
 import random
 import statistics
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from . import metrics, sensors
 from .bounded import COMMIT, MIB, BoundsError, as_dict, as_int, as_number, parse_json, printable
 from .cache import repo_folder
 from .docker import Docker, DockerError
@@ -33,6 +42,7 @@ INPUT, OUTPUT = 128, 64  # tokens of a request
 ROUNDS = 3  # requests of each stream
 TEXT_ROUNDS = 20  # the same of texts that are read alone
 SEED = 0
+WARM = 1 << 40  # added to the seed of a request that is not counted
 SECONDS = 600.0  # for one number of streams
 PORT = 8000  # that the engine listens on in its container
 CACHE = "/root/.cache/huggingface"  # the model cache there
@@ -41,65 +51,147 @@ OWN = "vllm bench serve"
 REQUESTS = "streamed requests"
 TEXTS = "requests for embeddings"
 LOWEST, HIGHEST = 100, 1000  # tokens that every vocabulary has
+PERCENTILES = (50, 95, 99)
+TIMED_OUT = 124  # exit code of timeout(1)
+#: Fields of a row beyond those of `row`, of `vllm bench serve`'s result, digits.
+_FURTHER = (
+    *((f"ttft_p{share}_ms", f"p{share}_ttft_ms", 1) for share in PERCENTILES),
+    *((f"itl_p{share}_ms", f"p{share}_itl_ms", 2) for share in PERCENTILES),
+    *((f"request_p{share}_ms", f"p{share}_e2el_ms", 1) for share in PERCENTILES),
+    *(("ttft_mean_ms", "mean_ttft_ms", 1), ("seconds", "duration", 3)),
+    *(("input_tokens", "total_input_tokens", 0), ("output_tokens", "total_output_tokens", 0)),
+)
+#: Of the engine's own counters.
+_COUNTERS = (
+    *("generation_tokens", "prompt_tokens", "request_success", "num_preemptions"),
+    *("prefix_cache_hits", "gpu_prefix_cache_hits"),
+    *(f"{name}_{part}" for name in ("time_to_first_token_seconds",) for part in ("sum", "count")),
+)
+SETTLE = 3.0  # seconds in which an engine's counters come to rest
+#: Share by which what the engine counted may differ from what was answered.
+AGREE = 0.02
+SENSE = 1.0  # seconds between two readings of the GPU
 
 
 class BenchError(Exception):
     """The speed could not be measured; the message says why."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What an engine is asked: so many streams at a time, `rounds` requests of each, of so many tokens; `seed` of the
+    random tokens (no two loads of a benchmark have the same, or the prefix cache would answer); `seconds` that it may
+    take."""
+
+    streams: int
+    input: int = INPUT
+    output: int = OUTPUT
+    rounds: int = ROUNDS
+    seed: int = SEED
+    seconds: float = SECONDS
+
+    @classmethod
+    def of(cls, given: Mapping[str, int]) -> Load:
+        """Of plain data, as `release_format.check_load` returns it."""
+        return cls(**{**given, "seconds": float(given["seconds"])})  # type: ignore[arg-type]
+
+    def as_dict(self) -> dict[str, int]:
+        """As plain data."""
+        return {**dataclasses.asdict(self), "seconds": int(self.seconds)}
+
+    @property
+    def requests(self) -> int:
+        """Of all streams."""
+        return self.streams * self.rounds
+
+
 def bench(
-    docker: Docker, container: str, item: Engine, told: Callable[[int, list[dict[str, Any]]], None]
+    docker: Docker,
+    container: str,
+    item: Engine,
+    told: Callable[[int, list[dict[str, Any]]], None],
+    loads: Sequence[Load] = (),
 ) -> tuple[list[dict[str, Any]], str]:
-    """Measure an engine: [{streams, requests, tokens_per_second, stream_tokens_per_second, ttft_ms}], and what measured
-    it. `told` gets each number of streams before it is measured, with the rows so far. Raises BenchError, HttpError."""
+    """Measure an engine: the rows (see `row`), and what measured it. `loads`: 1, 4 and 16 streams unless given. `told`
+    gets each number of streams before it is measured, with the rows so far. Raises BenchError, HttpError."""
     rows: list[dict[str, Any]] = []
+    if loads and not embeds(item.verify.get("kinds", ())):
+        _warm_up(item, loads[0])
+    loads = loads or [Load(streams) for streams in STREAMS]
     if embeds(item.verify.get("kinds", ())):
-        for streams in STREAMS:
-            told(streams, [*rows])
-            rows.append(by_texts(item, streams))
+        for load in loads:
+            told(load.streams, [*rows])
+            rows.append(by_texts(item, dataclasses.replace(load, rounds=TEXT_ROUNDS)))
         return rows, TEXTS
     try:
-        for streams in STREAMS:
-            told(streams, [*rows])
-            rows.append(by_vllm(docker, container, item, streams))
+        for load in loads:
+            told(load.streams, [*rows])
+            rows.append(by_vllm(docker, container, item, load))
         return rows, OWN
     except (DockerError, BenchError) as error:
         if rows:
-            raise BenchError(f"{OWN} with {streams} streams: {error}") from None
+            raise BenchError(f"{OWN} with {load.streams} streams: {error}") from None
         why = printable(str(error), 300)
-    for streams in STREAMS:
-        told(streams, [*rows])
-        rows.append(by_requests(item, streams))
+    for load in loads:
+        told(load.streams, [*rows])
+        rows.append(by_requests(item, load))
     return rows, f"{REQUESTS}, since {OWN} did not work: {why}"
 
 
-def command(item: Engine, streams: int) -> list[str]:
+def measure(docker: Docker, container: str, item: Engine, load: Load, tool: str = "") -> tuple[dict[str, Any], str]:
+    """One load of a benchmark, after a request that warms the engine up: a row with `at` (Unix time), `counted` (what
+    the engine counted meanwhile), `disturbed` (whether that is more than was asked for), `temperature_c`, `power_w`,
+    `throttled` and `joules_per_token`; and what measured it. `tool` is what measured the loads before, so that all can
+    be compared. Raises BenchError, HttpError."""
+    if embeds(item.verify.get("kinds", ())):
+        made, by = _watched(item, load, lambda: by_texts(item, load)), TEXTS
+        return made, by
+    if not tool or tool == OWN:
+        try:
+            _warm_up(item, load)
+            return _watched(item, load, lambda: by_vllm(docker, container, item, load)), OWN
+        except (DockerError, BenchError) as error:
+            if tool:
+                raise BenchError(f"{OWN}: {error}") from None
+            tool = f"{REQUESTS}, since {OWN} did not work: {printable(str(error), 300)}"
+    return _watched(item, load, lambda: by_requests(item, load)), tool
+
+
+def command(item: Engine, load: Load) -> list[str]:
     """The engine's own benchmark. The tokenizer is named by its folder: an offline engine knows no other revision."""
     commit = item.revision if COMMIT.fullmatch(item.revision) else ""
     tokenizer = f"{CACHE}/{repo_folder(item.repo)}/snapshots/{commit}" if commit else ""
     return [
+        # Without it, one that hangs would go on asking an engine that serves.
+        *("timeout", "--kill-after=5", f"{load.seconds:.0f}"),
         *("vllm", "bench", "serve", "--model", item.repo, *(("--tokenizer", tokenizer) if tokenizer else ())),
         *("--host", "127.0.0.1", "--port", str(PORT), "--endpoint", "/v1/completions"),
-        *("--dataset-name", "random", "--random-input-len", str(INPUT), "--random-output-len", str(OUTPUT)),
-        *("--num-prompts", str(streams * ROUNDS), "--max-concurrency", str(streams), "--request-rate", "inf"),
-        *("--ignore-eos", "--seed", str(SEED), "--save-result", "--result-filename", RESULT),
+        *("--dataset-name", "random", "--random-input-len", str(load.input), "--random-output-len", str(load.output)),
+        *("--num-prompts", str(load.requests), "--max-concurrency", str(load.streams), "--request-rate", "inf"),
+        *("--ignore-eos", "--temperature", "0", "--seed", str(load.seed)),
+        *("--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", ",".join(map(str, PERCENTILES))),
+        *("--save-result", "--result-filename", RESULT),
     ]
 
 
-def by_vllm(docker: Docker, container: str, item: Engine, streams: int) -> dict[str, Any]:
+def by_vllm(docker: Docker, container: str, item: Engine, load: Load) -> dict[str, Any]:
     """What `vllm bench serve` finds. Raises DockerError, BenchError."""
     docker.execute(container, ["rm", "-f", RESULT], 30.0)
-    code, lines = docker.execute(container, command(item, streams), SECONDS)
+    key = engine_client(item.url).headers.get("Authorization", "").removeprefix("Bearer ")
+    environment = {"OPENAI_API_KEY": key} if key else {}
+    code, lines = docker.execute(container, command(item, load), load.seconds + 30.0, environment=environment)
+    if code == TIMED_OUT:
+        raise BenchError(f"it took more than {load.seconds:.0f} s")
     if code:
         last = next((line for line in reversed(lines) if line.strip()), "no output")
         raise BenchError(f"exit code {code}: {printable(last.strip(), 200)}")
     code, lines = docker.execute(container, ["cat", RESULT], 30.0)
     if code:
         raise BenchError("it wrote no result")
-    return understood("\n".join(lines), streams)
+    return understood("\n".join(lines), load)
 
 
-def understood(text: str, streams: int) -> dict[str, Any]:
+def understood(text: str, load: Load) -> dict[str, Any]:
     """The result file of `vllm bench serve`. Raises BenchError for one that is none, or of requests that failed."""
     try:
         data = as_dict(parse_json(text, "its result", MIB), "its result")
@@ -107,11 +199,16 @@ def understood(text: str, streams: int) -> dict[str, Any]:
         total = as_number(data.get("output_throughput"), "output_throughput")
         each = as_number(data.get("mean_tpot_ms"), "mean_tpot_ms")
         first = as_number(data.get("median_ttft_ms"), "median_ttft_ms")
+        more: dict[str, Any] = {
+            name: round(as_number(data[key], key), digits)
+            for name, key, digits in _FURTHER
+            if data.get(key) is not None
+        }
     except BoundsError as error:
         raise BenchError(str(error)) from None
-    if done != streams * ROUNDS or not total or not each:
-        raise BenchError(f"{done} of {streams * ROUNDS} requests were answered")
-    return row(streams, done, total, 1000 / each, first)
+    if done != load.requests or not total or not each:
+        raise BenchError(f"{done} of {load.requests} requests were answered")
+    return {**row(load.streams, done, total, 1000 / each, first), **more}
 
 
 def row(streams: int, done: int, total: float, each: float, first: float) -> dict[str, Any]:
@@ -120,42 +217,70 @@ def row(streams: int, done: int, total: float, each: float, first: float) -> dic
     return {"streams": streams, "requests": done, **speeds, "ttft_ms": round(first, 1)}
 
 
-def by_requests(item: Engine, streams: int) -> dict[str, Any]:
+def by_requests(item: Engine, load: Load) -> dict[str, Any]:
     """The same by requests of our own. Raises BenchError, HttpError."""
-    answers, took = _asked(_ask, item, streams, ROUNDS)
-    each = statistics.mean((count - 1) / max(last - first, 1e-6) for count, _, first, last in answers)
-    first = statistics.median(first - start for _, start, first, _ in answers) * 1000
-    return row(streams, len(answers), sum(count for count, *_ in answers) / took, each, first)
+    answers, took = _asked(_ask, item, load)
+    each = statistics.mean((count - 1) / max(times[-1] - times[0], 1e-6) for count, _, times in answers)
+    firsts = [(times[0] - start) * 1000 for _, start, times in answers]
+    between = [(late - early) * 1000 for _, _, times in answers for early, late in itertools.pairwise(times)]
+    whole = [(times[-1] - start) * 1000 for _, start, times in answers]
+    total = sum(count for count, *_ in answers)
+    made = row(load.streams, len(answers), total / took, each, statistics.median(firsts))
+    for name, values, digits in (("ttft", firsts, 1), ("itl", between, 2), ("request", whole, 1)):
+        made.update({f"{name}_p{share}_ms": round(quantile(values, share), digits) for share in PERCENTILES if values})
+    made.update(ttft_mean_ms=round(statistics.mean(firsts), 1), seconds=round(took, 3))
+    return {**made, "input_tokens": load.input * len(answers), "output_tokens": total}
 
 
-def by_texts(item: Engine, streams: int) -> dict[str, Any]:
+def quantile(values: Sequence[float], share: float) -> float:
+    """The percentile of values, between its neighbours as numpy has it."""
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * share / 100
+    low = math.floor(place)
+    return ordered[low] + (ordered[math.ceil(place)] - ordered[low]) * (place - low)
+
+
+def by_texts(item: Engine, load: Load) -> dict[str, Any]:
     """Tokens that an engine turns into vectors. Raises BenchError, HttpError."""
-    answers, took = _asked(_embed, item, streams, TEXT_ROUNDS)
+    answers, took = _asked(_embed, item, load)
     each = statistics.mean(count / max(seconds, 1e-6) for count, seconds in answers)
-    middle = statistics.median(seconds for _, seconds in answers) * 1000
-    return row(streams, len(answers), sum(count for count, _ in answers) / took, each, middle)
+    times = [seconds * 1000 for _, seconds in answers]
+    total = sum(count for count, _ in answers)
+    made = row(load.streams, len(answers), total / took, each, statistics.median(times))
+    made.update({f"request_p{share}_ms": round(quantile(times, share), 1) for share in PERCENTILES})
+    return {**made, "seconds": round(took, 3), "input_tokens": total, "output_tokens": 0}
 
 
 def _asked(
-    ask: Callable[[Engine, list[int], float], Answer], item: Engine, streams: int, rounds: int
+    ask: Callable[[Engine, list[int], Load, float], Answer], item: Engine, load: Load
 ) -> tuple[list[Answer], float]:
-    """The answers to the requests of so many streams at a time, and the seconds that they took together."""
-    prompts = _prompts(streams * rounds)
-    deadline = time.monotonic() + SECONDS
-    ask(item, prompts[0], deadline)  # warms it up
+    """The answers to the requests of a load, and the seconds that they took together."""
+    prompts = _prompts(load.requests, load.input, load.seed)
+    deadline = time.monotonic() + load.seconds
+    ask(item, _warm(load), load, deadline)
     began = time.monotonic()
-    with ThreadPoolExecutor(streams) as pool:
-        answers = list(pool.map(lambda prompt: ask(item, prompt, deadline), prompts))
+    with ThreadPoolExecutor(load.streams) as pool:
+        answers = list(pool.map(lambda prompt: ask(item, prompt, load, deadline), prompts))
     return answers, time.monotonic() - began
 
 
-def _prompts(count: int) -> list[list[int]]:
+def _warm_up(item: Engine, load: Load) -> None:
+    """One request that is not measured. Raises BenchError, HttpError."""
+    _ask(item, _warm(load), load, time.monotonic() + load.seconds)
+
+
+def _warm(load: Load) -> list[int]:
+    """Tokens of the request that warms an engine up, which no load asks again."""
+    return _prompts(1, load.input, load.seed + WARM)[0]
+
+
+def _prompts(count: int, tokens: int, seed: int) -> list[list[int]]:
     """Tokens of so many requests, the same each time."""
-    dice = random.Random(SEED)  # noqa: S311
-    return [[dice.randint(LOWEST, HIGHEST) for _ in range(INPUT)] for _ in range(count)]
+    dice = random.Random(seed)  # noqa: S311
+    return [[dice.randint(LOWEST, HIGHEST) for _ in range(tokens)] for _ in range(count)]
 
 
-def _embed(item: Engine, prompt: list[int], deadline: float) -> tuple[int, float]:
+def _embed(item: Engine, prompt: list[int], load: Load, deadline: float) -> tuple[int, float]:
     """Tokens that were read, and seconds until the answer."""
     start = time.monotonic()
     body = {"model": item.repo, "input": prompt}
@@ -170,10 +295,10 @@ def _embed(item: Engine, prompt: list[int], deadline: float) -> tuple[int, float
         raise HttpError("malformed", str(error)) from None
 
 
-def _ask(item: Engine, prompt: list[int], deadline: float) -> tuple[int, float, float, float]:
-    """Tokens of an answer, and the monotonic times of its request, its first and its last text."""
+def _ask(item: Engine, prompt: list[int], load: Load, deadline: float) -> tuple[int, float, list[float]]:
+    """Tokens of an answer, and the monotonic times of its request and of each of its texts."""
     body = {
-        **{"model": item.repo, "prompt": prompt, "max_tokens": OUTPUT, "ignore_eos": True, "temperature": 0},
+        **{"model": item.repo, "prompt": prompt, "max_tokens": load.output, "ignore_eos": True, "temperature": 0},
         **{"stream": True, "stream_options": {"include_usage": True}},
     }
     start = time.monotonic()
@@ -192,6 +317,96 @@ def _ask(item: Engine, prompt: list[int], deadline: float) -> tuple[int, float, 
             except BoundsError as error:
                 raise HttpError("malformed", str(error)) from None
             times += [time.monotonic()] if chunk.get("choices") else []
-    if count != OUTPUT or not times:
-        raise BenchError(f"{count} tokens instead of {OUTPUT}")
-    return count, start, times[0], times[-1]
+    if count != load.output or not times:
+        raise BenchError(f"{count} tokens instead of {load.output}")
+    return count, start, times
+
+
+# -- what the engine and the GPU say meanwhile -----------------------------------------------------------------------
+
+
+def _watched(item: Engine, load: Load, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The row that `work` makes, with what was counted and read while it ran. Raises BenchError where the engine
+    counted less than was answered."""
+    before, began = counters(item), time.time()
+    with gpu_read() as readings:
+        made = work()
+    counted = _settled(item, before, made)
+    for kind, key in (("output_tokens", "generation_tokens"), ("requests", "request_success")):
+        wanted, found = made.get(kind) or 0, counted.get(key)
+        if found is not None and found < wanted * (1 - AGREE):
+            raise BenchError(f"{wanted} {kind.replace('_', ' ')} were answered, and the engine counted {found:.0f}")
+    more = counted.get("generation_tokens", 0.0) > (made.get("output_tokens") or 0) * (1 + AGREE) + load.output
+    return {**made, "at": round(began, 2), "counted": _named(counted), "disturbed": more, **_drawn(readings, made)}
+
+
+def counters(item: Engine) -> dict[str, float]:
+    """The engine's counters now; {} where it shows none. Raises HttpError where it does not answer."""
+    answer = engine_client(item.url).get("/metrics", limit=metrics.LIMIT)
+    return metrics.sums(answer.text, _COUNTERS) if answer.status == 200 else {}
+
+
+def _settled(item: Engine, before: dict[str, float], made: dict[str, Any]) -> dict[str, float]:
+    """By how much the counters have moved, once they have reached what was answered, or no longer wait for it."""
+    deadline = time.monotonic() + SETTLE
+    while True:
+        moved = {name: value - before.get(name, 0.0) for name, value in counters(item).items()}
+        there = moved.get("generation_tokens", 0.0) >= (made.get("output_tokens") or 0)
+        if (there and moved.get("request_success", 0.0) >= made["requests"]) or time.monotonic() > deadline:
+            return moved
+        time.sleep(0.1)
+
+
+def _named(moved: dict[str, float]) -> dict[str, Any]:
+    """The figures of the engine's counters, under the names of a row."""
+    names = (
+        ("requests", "request_success"),
+        ("output_tokens", "generation_tokens"),
+        ("input_tokens", "prompt_tokens"),
+        ("preemptions", "num_preemptions"),
+        ("cached_tokens", "prefix_cache_hits" if "prefix_cache_hits" in moved else "gpu_prefix_cache_hits"),
+    )
+    made: dict[str, Any] = {name: round(moved[key]) for name, key in names if key in moved}
+    if count := moved.get("time_to_first_token_seconds_count"):
+        made["ttft_mean_ms"] = round(moved["time_to_first_token_seconds_sum"] / count * 1000, 1)
+    return made
+
+
+@contextmanager
+def gpu_read() -> Iterator[list[list[str]]]:
+    """The sensors' rows of the GPU, read once a second as long as the context lasts."""
+    rows: list[list[str]] = []
+    program, ended = sensors.Program(sensors.SMI), threading.Event()
+
+    def read() -> None:
+        while True:
+            rows.extend(sensors.gpus(program.output() or "")[:1])
+            if ended.wait(SENSE):
+                return
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    try:
+        yield rows
+    finally:
+        ended.set()
+        thread.join(sensors.TIMEOUT + 1)
+
+
+def _drawn(rows: Sequence[Sequence[str]], made: dict[str, Any]) -> dict[str, Any]:
+    """Temperature (°C, the highest), power (W, the mean), why the GPU was slowed down, and energy a token; None for
+    what the GPU does not say."""
+    heat, power = (
+        [value for row in rows if (value := sensors.number(row[sensors.FIELDS.index(field)])) is not None]
+        for field in ("temperature.gpu", "power.draw")
+    )
+    mean = statistics.mean(power) if power else None
+    tokens = made.get("output_tokens") or made.get("input_tokens")
+    energy = mean * made["seconds"] / tokens if mean is not None and tokens and made.get("seconds") else None
+    reasons = {reason for row in rows for reason in sensors.slowed(row[-1])}
+    return {
+        "temperature_c": max(heat, default=None),
+        "power_w": round(mean, 2) if mean is not None else None,
+        "throttled": sorted(reasons),
+        "joules_per_token": round(energy, 4) if energy is not None else None,
+    }

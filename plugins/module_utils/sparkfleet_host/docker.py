@@ -12,7 +12,7 @@ import json
 import socket
 import struct
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -146,11 +146,20 @@ class Docker:
         finally:
             connection.close()
 
-    def execute(self, name: str, argv: Sequence[str], seconds: float, most: int = 200) -> tuple[int, list[str]]:
+    def execute(
+        self,
+        name: str,
+        argv: Sequence[str],
+        seconds: float,
+        most: int = 200,
+        environment: Mapping[str, str] | None = None,
+    ) -> tuple[int, list[str]]:
         """Run a command in a container, as `docker exec` does: its exit code and the last `most` lines that it wrote.
         Raises DockerError where it cannot be run or does not end in time; what runs on then ends with the container."""
         path = f"/containers/{quote(name, safe='')}/exec"
-        asked = {"Cmd": [*argv], "AttachStdout": True, "AttachStderr": True, "Tty": False}
+        asked: dict[str, Any] = {"Cmd": [*argv], "AttachStdout": True, "AttachStderr": True, "Tty": False}
+        if environment:  # where a secret may be: arguments are seen by all
+            asked["Env"] = [f"{key}={value}" for key, value in environment.items()]
         made = _object(self.call("POST", path, asked), path).get("Id")
         if not isinstance(made, str) or not made:
             raise DockerError(f"the engine's answer for {path} has no Id")

@@ -37,6 +37,8 @@ PLANNED = (
 )
 _KEY = ("image", "repo", "revision", "settings", "weights", "bench")
 _SPEED = ("tokens_per_second", "stream_tokens_per_second", "ttft_ms")
+#: Of these a row has what was measured.
+_SPEED_TOO = ("ttft_p95_ms", "itl_p50_ms", "itl_p95_ms", "request_p50_ms", "seconds", "input_tokens", "output_tokens")
 _ANY = re.compile(r"[\w.+-]{0,80}", re.ASCII)
 
 
@@ -76,7 +78,8 @@ def _optional(value: Any, what: str, least: float = 0.0) -> float | int | None:
 def _speed(value: Any, what: str) -> dict[str, Any]:
     row = as_dict(value, what)
     counts = {key: as_int(row.get(key), f"{what}.{key}", 0, 1 << 20) for key in ("streams", "requests")}
-    return {**counts, **{key: _optional(row.get(key), f"{what}.{key}") for key in _SPEED}}
+    more = {key: _optional(row[key], f"{what}.{key}") for key in _SPEED_TOO if row.get(key) is not None}
+    return {**counts, **{key: _optional(row.get(key), f"{what}.{key}") for key in _SPEED}, **more}
 
 
 def check_records(value: Any, what: str) -> list[dict[str, Any]]:

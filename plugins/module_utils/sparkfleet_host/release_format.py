@@ -11,7 +11,8 @@ order, which is the order that they are started in:
     outcome.json  {state, at, verified_at, failure, message, container_ids: {service: id}}
     switch.json   see `_JOURNAL`
 
-Of a trial the plan has format 3, with "kind": "trial" and "weights": dummy or real. `settings` is a hash of what the
+Of a trial the plan has format 3, with "kind": "trial", "weights": dummy or real, and perhaps the "loads" that it
+measures: [{streams, input, output, rounds, seed, seconds}] (see `bench.Load`). `settings` is a hash of what the
 figures of an engine depend on besides image and model; plans of earlier versions have none.
 
 Format 1, which has no "format", holds one engine with its fields at the top level. Each function here returns format 2,
@@ -38,6 +39,16 @@ TRIAL = "trial"  # a kind of release, and the mode of its switch
 RETURNING = ("restoring", "restore-waiting", "restore-verifying")
 DUMMY, REAL = WEIGHTS = ("dummy", "real")  # of a trial
 MOST_ENGINES = 16  # of a release
+MOST_LOADS = 8  # of a trial
+#: Of each number of a load, the least and the most.
+LOAD = {
+    "streams": (1, 1024),
+    "input": (1, 1 << 20),
+    "output": (1, 1 << 17),
+    "rounds": (1, 100),
+    "seed": (0, 1 << 31),
+    "seconds": (10, 7200),
+}
 COMPOSE, PLAN = "compose.yml", "plan.json"
 HASHED = (COMPOSE, PLAN)  # whose hashes the lock has
 VERIFIED, FAILED = "verified", "failed"
@@ -104,7 +115,19 @@ def check_plan(data: Any) -> dict[str, Any]:
         raise BoundsError(f"kind: {bounded.printable(repr(plan.get('kind')), 80)} is none of format {number}")
     if number == TRIAL_FORMAT and plan.get("weights") not in WEIGHTS:
         raise BoundsError(f"weights: none of {', '.join(WEIGHTS)}")
-    return {**plan, "format": max(number, FORMAT), "engines": _engines(plan, _planned)}
+    loads = {"loads": check_loads(plan["loads"])} if number == TRIAL_FORMAT and plan.get("loads") else {}
+    return {**plan, **loads, "format": max(number, FORMAT), "engines": _engines(plan, _planned)}
+
+
+def check_loads(value: Any) -> list[dict[str, int]]:
+    """What a trial measures. Raises BoundsError."""
+    return [check_load(item) for item in as_list(value, "loads", MOST_LOADS)]
+
+
+def check_load(value: Any) -> dict[str, int]:
+    """A load as plain data. Raises BoundsError."""
+    given = as_dict(value, "a load")
+    return {key: as_int(given.get(key), f"load.{key}", *bounds) for key, bounds in LOAD.items()}
 
 
 def trial_weights(plan: Mapping[str, Any]) -> str:
@@ -153,7 +176,7 @@ def merged(plan: Mapping[str, Any], lock: Mapping[str, Any]) -> tuple[Engine, ..
 def identity(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What makes two plans of the same compose file the same release. The figures of memory are not part of it: they
     change with what is free on the host."""
-    kind = {"trial": weights} if (weights := trial_weights(plan)) else {}
+    kind = {"trial": weights, "loads": plan.get("loads", [])} if (weights := trial_weights(plan)) else {}
     return [
         {**kind, **{key: engine[key] for key in ("service", "model", "profile", "verify")}}
         for engine in plan["engines"]

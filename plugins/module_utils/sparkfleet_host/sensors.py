@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sensors of the GPU and the driver's errors as Prometheus text, for node_exporter's textfile collector.
+"""Sensors of the GPU, the driver's errors and the gateway's certificate as Prometheus text, for the textfile collector
+of node_exporter.
 
 nvidia-smi reads the GPU; DCGM's memory fields are empty on a GB10 too, so nothing is lost by it. Xids are read from the
 kernel's log. Whatever hangs is left behind, and never started twice: with a GPU that fell off the bus nvidia-smi may
-not even die of SIGKILL.
+not even die of SIGKILL. A certificate is the one that is served: whatever file it came from.
 """
 
 from __future__ import annotations
 
 import argparse
+import calendar
 import math
 import os
 import re
+import ssl
 import subprocess
 import tempfile
 import time
@@ -20,6 +23,8 @@ from pathlib import Path
 
 FOLDER = "/run/sparkfleet-sensors"
 FILE = "sparkfleet-gpu.prom"
+CERTIFICATES = "sparkfleet-certificates.prom"
+TLS_INTERVAL = 300.0  # seconds between two looks at a certificate
 INTERVAL = 15.0  # seconds between two readings
 LOG_INTERVAL = 60.0  # and between two looks at the kernel's log
 TIMEOUT = 10.0  # for a program
@@ -110,9 +115,8 @@ def metrics(rows: Sequence[Sequence[str]] | None, seen: Mapping[str, float] | No
 
     add("up", "Whether nvidia-smi reports a GPU.", [("", float(bool(rows)))])
     for column, (name, factor, text) in enumerate(_GAUGES):
-        # "[N/A]" and the like are no figures.
         cells = [(f'{{gpu="{index}"}}', row[column]) for index, row in enumerate(rows or ())]
-        add(name, text, [(at, float(cell) * factor) for at, cell in cells if _NUMBER.fullmatch(cell)])
+        add(name, text, [(at, value * factor) for at, cell in cells if (value := number(cell)) is not None])
     bits = [(index, _bits(row[len(_GAUGES)])) for index, row in enumerate(rows or ())]
     add(
         "throttled",
@@ -130,34 +134,103 @@ def metrics(rows: Sequence[Sequence[str]] | None, seen: Mapping[str, float] | No
     return "\n".join(lines) + "\n"
 
 
+def number(text: str) -> float | None:
+    """The figure of a cell; None for "[N/A]" and the like."""
+    return float(text) if _NUMBER.fullmatch(text) else None
+
+
+def slowed(text: str) -> list[str]:
+    """Why the GPU is slowed down, of the last cell of a row."""
+    bits = _bits(text) or 0
+    return [reason for reason, bit in REASONS.items() if bits & bit]
+
+
 def _bits(text: str) -> int | None:
     return int(text, 16) if re.fullmatch(r"0x[0-9a-fA-F]{1,16}", text) else None
 
 
-def write(folder: Path, text: str) -> None:
-    """Replace the file as a whole. Raises OSError."""
-    new = folder / f"{FILE}.new"
+# -- certificates ----------------------------------------------------------------------------------------------------
+
+
+def ends(der: bytes) -> float:
+    """The Unix time until which a certificate (X.509, DER) is valid. Raises ValueError for what is none."""
+    try:
+        _, at, _ = _element(der, 0)  # the certificate
+        _, at, _ = _element(der, at)  # what is signed
+        kind, _, after = _element(der, at)
+        for _ in range(4 if kind == 0xA0 else 3):  # version where there is one, number, algorithm, issuer
+            _, _, at = _element(der, at)
+        _, at, _ = _element(der, at)  # validity
+        _, _, at = _element(der, at)  # not before
+        kind, at, after = _element(der, at)
+        text = der[at:after].decode("ascii")
+        if kind == 0x17:  # UTCTime has two digits of the year
+            text = ("20" if int(text[:2]) < 50 else "19") + text
+        return float(calendar.timegm(time.strptime(text, "%Y%m%d%H%M%SZ")))
+    except (IndexError, UnicodeError) as error:
+        raise ValueError(f"not a certificate: {error}") from None
+
+
+def _element(der: bytes, at: int) -> tuple[int, int, int]:
+    """Tag, begin and end of the content of the element that begins at `at`. Raises IndexError, ValueError."""
+    kind, size, begin = der[at], der[at + 1], at + 2
+    if size & 0x80:
+        count = size & 0x7F
+        if not 1 <= count <= 4:
+            raise ValueError("not a certificate: a length that is none")
+        size, begin = int.from_bytes(der[begin : begin + count], "big"), begin + count
+    if begin + size > len(der):
+        raise ValueError("not a certificate: it is cut")
+    return kind, begin, begin + size
+
+
+def certificates(ports: Sequence[int]) -> str:
+    """The text of the second file: of each TLS port of this host, until when the certificate served there is valid;
+    without those that serve none."""
+    lines = [
+        "# HELP sparkfleet_certificate_expires_seconds Unix time until which the certificate that is served is valid.",
+        "# TYPE sparkfleet_certificate_expires_seconds gauge",
+    ]
+    for port in ports:
+        try:
+            pem = ssl.get_server_certificate(("127.0.0.1", port), timeout=TIMEOUT)
+            end = ends(ssl.PEM_cert_to_DER_cert(pem))
+        except (OSError, ValueError):
+            continue
+        lines.append(f'sparkfleet_certificate_expires_seconds{{port="{port}"}} {end:.0f}')
+    return "\n".join(lines) + "\n"
+
+
+def write(folder: Path, text: str, name: str = FILE) -> None:
+    """Replace a file as a whole. Raises OSError."""
+    new = folder / f"{name}.new"
     new.write_text(text, encoding="utf-8")
-    new.replace(folder / FILE)
+    new.replace(folder / name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`sensors [--folder FOLDER] [--once]`: reads and writes until it is stopped."""
+    """`sensors [--folder FOLDER] [--tls PORT]... [--no-gpu] [--once]`: reads and writes until it is stopped."""
     parser = argparse.ArgumentParser(prog="sparkfleet_host sensors", description="Sensors of the GPU for Prometheus.")
     parser.add_argument("--folder", type=Path, default=Path(FOLDER))
+    parser.add_argument("--tls", type=int, action="append", default=[], help="port whose certificate is watched")
+    parser.add_argument("--no-gpu", dest="gpu", action="store_false", help="a host without one")
     parser.add_argument("--once", action="store_true")
     options = parser.parse_args(argv)
     smi, log = Program(SMI), Program(LOG)
     seen: Mapping[str, float] | None = None
-    looked = -math.inf
+    looked = asked = -math.inf
     while True:
         began = time.monotonic()
-        if began - looked >= LOG_INTERVAL:
+        if options.gpu and began - looked >= LOG_INTERVAL:
             looked = began
             text = log.output()
             seen = None if text is None else xids(text)
-        text = smi.output()
-        write(options.folder, metrics(None if text is None else gpus(text), seen))
+        if options.tls and began - asked >= TLS_INTERVAL:
+            asked = began
+            write(options.folder, certificates(options.tls), CERTIFICATES)
+        if options.gpu:
+            text = smi.output()
+            write(options.folder, metrics(None if text is None else gpus(text), seen))
         if options.once:
             return 0
         time.sleep(max(INTERVAL - (time.monotonic() - began), 1.0))

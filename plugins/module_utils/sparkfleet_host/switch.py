@@ -33,7 +33,7 @@ from typing import Any
 
 from . import engine, integrity, key, measured, memory, reclaim
 from .asking import Budget
-from .bench import BenchError, bench
+from .bench import BenchError, Load, bench
 from .bounded import printable
 from .docker import Docker, DockerError, DockerUnavailable
 from .engine import EngineError
@@ -229,12 +229,13 @@ class Switch:
     def measure(self, to: int) -> None:
         """Read the figures of a trial's engine, which answers, and measure its speed. What was measured is kept at
         once. Raises FailedError where the speed cannot be measured."""
-        weights = trial_weights(self.store.plan(to))
+        plan = self.store.plan(to)
+        weights, loads = trial_weights(plan), [Load.of(item) for item in plan.get("loads", ())]
         for item in self.store.engines(to):
             self.phase(MEASURING, item.service)
-            self._attempt(item.service, functools.partial(self._measure, item, weights))
+            self._attempt(item.service, functools.partial(self._measure, item, weights, loads))
 
-    def _measure(self, item: Engine, weights: str) -> None:
+    def _measure(self, item: Engine, weights: str, loads: Sequence[Load]) -> None:
         record = measured.of_start(self.docker, item, self.now(), weights)
         self.journal["measured"][item.service] = record
         failed = ""
@@ -244,7 +245,7 @@ class Switch:
             self.phase(MEASURING, item.service)
 
         try:
-            record["speed"], record["bench"] = bench(self.docker, str(record["container"]), item, told)
+            record["speed"], record["bench"] = bench(self.docker, str(record["container"]), item, told, loads)
         except (BenchError, DockerError, HttpError) as error:
             failed = str(error)
         finally:

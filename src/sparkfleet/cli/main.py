@@ -24,7 +24,7 @@ from sparkfleet import (
     operator_name,
     paths,
 )
-from sparkfleet.cli import card, lock, summary
+from sparkfleet.cli import bench, card, lock, summary, tune
 from sparkfleet.cli.runner import Collector, default_inventory, run
 from sparkfleet.diagnosis import audit
 from sparkfleet.documents import yaml_text
@@ -160,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     card.add_parser(verbs)
     lock.add_parser(verbs, default_inventory(), _extra, _agrees)
     init.add_parser(verbs)
+    tune.add_parser(verbs, default_inventory(), _extra)
     _add_verbs(verbs)
     return parser
 
@@ -171,6 +172,7 @@ PLAYBOOKS = {
     "verify": "verify the endpoints with questions whose answers are known",
     "switch": "change the model or profile; roll back if it does not verify",
     "upgrade": "change the image; roll back if it does not verify",
+    "bench": "measure how fast what a Spark serves is; `bench compare A B`: whether two differ by more than noise",
     "trial": "measure what a model needs and how fast it is on a Spark, without its weights; what served serves again",
     "rollout": "deploy in waves that stop at the first failure",
     "rotate": "replace a key or the token by the one that the inventory has now, without a failed request",
@@ -230,6 +232,8 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
                 default=DUMMY,
                 help="dummy: only configuration and tokenizer are fetched; real: those on the Spark (default: dummy)",
             )
+        elif verb == "bench":
+            bench.add_arguments(parser)
         elif verb == "rotate":
             parser.add_argument("what", choices=ROTATED)
             parser.add_argument("client", nargs="?", type=_word, help="name of the client in sparkfleet_gateway_keys")
@@ -328,6 +332,7 @@ def _arguments(options: argparse.Namespace) -> list[str]:
         "sparkfleet_profile": getattr(options, "profile", None),
         "sparkfleet_image": getattr(options, "image", None),
         "sparkfleet_trial_weights": getattr(options, "weights", None),
+        **(bench.variables(options) if options.verb == "bench" else {}),
         "sparkfleet_rotate": options.what.replace("-", "_") if options.verb == "rotate" else None,
         "sparkfleet_audit_fail_on": getattr(options, "fail_on", None),
         "sparkfleet_client": getattr(options, "client", None),
@@ -383,6 +388,8 @@ def _dry(options: argparse.Namespace) -> int:
 def _verb(options: argparse.Namespace) -> int:
     if getattr(options, "dry", False):
         return _dry(options)
+    if options.verb == "bench" and options.of[:1] == [bench.COMPARE]:
+        return bench.compare(options)
     words = _arguments(options)
     if options.verb == "remove" and not options.check:
         if not options.yes:

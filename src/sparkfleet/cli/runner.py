@@ -35,13 +35,15 @@ from sparkfleet.reporting.progress import Board, phase_of
 
 #: ansible-core's default search path; an inventory plugin may be there.
 FURTHER_COLLECTIONS = ("~/.ansible/collections", "/usr/share/ansible/collections")
+#: Playbooks that have another name than their verb.
+NAMES = {"deploy": "site", "preflight": "site", "bench": "benchmark"}
 #: Name of the only run in a folder of ansible-runner.
 IDENT = "run"
 #: Failures that end a run before anything has changed: on one host, and on all hosts of the play.
 OF_ALL = frozenset(("all-at-once", "same-host"))
 #: Actions that run on the monitor, and say nothing of the host for which they run.
 ASIDE = frozenset(("sparkfleet.dgx.fleet_file", "sparkfleet.dgx.prometheus_figures"))
-REFUSALS = OF_ALL | {"switch-running-other", "bad-input"}
+REFUSALS = OF_ALL | {"switch-running-other", "bad-input", "engine-busy"}
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _FAILURE = re.compile(r"\[([a-z][a-z0-9-]+)\]")
 #: A host's latest message is a separate line: "HOST  12 s  loading weights".
@@ -141,7 +143,7 @@ class Collector:
             self.log({"event": "result", "host": host.name, **{key: value for key, value in what.items() if value}})
 
     def _note(self, kind: str, host: HostResult, res: Mapping[str, Any], ignored: bool) -> None:
-        for key in ("summary", "shown", "log", "history", "removed", "measured", "audit"):
+        for key in ("summary", "shown", "log", "history", "removed", "measured", "audit", "benchmarks"):
             if res.get(key):
                 setattr(host, key, res[key])
         fetched, whole = res.get("downloaded"), res.get("model_bytes")
@@ -221,7 +223,7 @@ def message(res: Mapping[str, Any]) -> str:
 
 def playbook(verb: str) -> Path:
     """The file of a verb. A collection's playbook cannot have a dash in its name."""
-    name = "site" if verb in ("deploy", "preflight") else verb.replace("-", "_")
+    name = NAMES.get(verb, verb.replace("-", "_"))
     return ROOT / "playbooks" / f"{name}.yml"
 
 

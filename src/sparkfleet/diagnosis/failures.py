@@ -768,6 +768,18 @@ TABLE: tuple[Failure, ...] = (
         auto_recovery="the previous release is started and verified again",
     ),
     Failure(
+        "benchmark",
+        "the speed of an engine could not be measured",
+        "it does not serve, was restarted meanwhile, or its benchmark failed or did not end in time",
+        "See the message for the reason, then run the benchmark again; what was measured before is kept.",
+    ),
+    Failure(
+        "engine-busy",
+        "a benchmark was refused on a Spark that serves others",
+        "a gateway sends it requests, or requests of others were seen while it was looked at",
+        "Run it when the Spark is idle, or with --even-if-serving, which drains it in the gateway meanwhile.",
+    ),
+    Failure(
         "switch-restored",
         "the last switch failed, and the previous release was restored",
         "the new release did not verify",

@@ -355,6 +355,29 @@ ALERTS = (
         "`sparkfleet status`; a drained Spark comes back with `sparkfleet_drained: false`.",
     ),
     Alert(
+        "SparkfleetCertificateExpires",
+        "warning",
+        "sparkfleet_certificate_expires_seconds - time() < 14 * 86400",
+        "10m",
+        "{{ $labels.host }}: the gateway's certificate is valid for {{ $value | humanizeDuration }}",
+        "The certificate that the gateway serves expires within two weeks; clients refuse it then.",
+        "A certificate of your own that was not renewed, or a self-signed one and no run of `playbooks/gateway.yml` "
+        "for years.",
+        "Put the new one where `sparkfleet_gateway_certificate` says, and run `playbooks/gateway.yml`, which renews a "
+        "self-signed one by itself.",
+    ),
+    Alert(
+        "SparkfleetDrift",
+        "warning",
+        "sparkfleet_drift_differences > 0",
+        "0m",
+        "{{ $labels.host }} differs from the inventory in {{ $value | humanize }} respects",
+        "`sparkfleet drift` has found it; run it from a timer, and this alert says what it finds.",
+        "A change by hand, a deployment that failed, or an inventory that was not deployed.",
+        "`sparkfleet drift -l HOST` lists the differences, `site.yml` fixes them; `sparkfleet drift` again ends the "
+        "alert.",
+    ),
+    Alert(
         "SparkfleetTargetMissing",
         "warning",
         'up{job!="engine"} == 0',

@@ -377,7 +377,10 @@ def release(
             }
         )
     weights = target.settings.trial
-    kind = {"format": TRIAL_FORMAT, "kind": TRIAL, "weights": weights} if weights else {"format": FORMAT}
+    kind: dict[str, Any] = {"format": FORMAT}
+    if weights:
+        kind = {"format": TRIAL_FORMAT, "kind": TRIAL, "weights": weights}
+        kind |= {"loads": [*map(dict, loads)]} if (loads := target.settings.trial_loads) else {}
     return {
         "plan": {**kind, "engines": plans},
         "lock": {

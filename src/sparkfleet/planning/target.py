@@ -120,6 +120,7 @@ class Settings:
     node_exporter_port: int = 9111
     ssh_port: int = 22
     trial: str = ""  # weights of a trial, which is not to serve: dummy or real
+    trial_loads: Sequence[Mapping[str, int]] = ()  # that it measures (sparkfleet_host.release_format); () for its own
     host_program: str = ""  # sha256 of the program that is to be on the host; empty: not checked
     lock_file: str = ""  # what tags and revisions stand for; empty: what registry and Hub say
     lock_signers: str = ""  # file of those one of whom must have signed it; empty: not checked

@@ -22,7 +22,7 @@ from sparkfleet.documents import yaml_text
 MUTATING = frozenset(
     (
         *("deploy", "switch", "upgrade", "rollout", "rollback", "start", "stop", "restart", "remove", "bundle"),
-        *("trial", "rotate"),
+        *("trial", "tune", "rotate"),
     )
 )
 FOLDER = "events"

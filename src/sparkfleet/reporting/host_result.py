@@ -24,6 +24,7 @@ class HostResult:
     removed: list[str] | None = None
     measured: dict[str, Any] = dataclasses.field(default_factory=dict)
     fetched: dict[str, int] = dataclasses.field(default_factory=dict)  # of a trial: bytes, and those of the whole model
+    benchmarks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     drift: list[str] = dataclasses.field(default_factory=list)
     audit: list[dict[str, str]] = dataclasses.field(default_factory=list)
     seconds: float = 0.0

@@ -7,14 +7,17 @@ import itertools
 import json
 import struct
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import bench
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import bench, http, sensors
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bench import BenchError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.release_format import Engine as Item
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.verify import answers
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.unit.fakes.fake_engine import Engine, Handler, docker, engine
 from tests.unit.fakes.fake_release import VERIFY
@@ -43,6 +46,7 @@ class Container:
         self.engine, self.ran = engine, []  # type: ignore[var-annotated]
         self.ends: dict[str, tuple[int, str]] = {"rm": (0, ""), "cat": (0, json.dumps(RESULT)), "vllm": (0, "done\n")}
         self.slow = 0.0
+        self.environments: list[list[str]] = []
         engine.routes["POST", "/containers/c1/exec"] = self.make
 
     def make(self, handler: Handler) -> None:
@@ -50,7 +54,8 @@ class Container:
         assert asked["AttachStdout"] and not asked["Tty"]
         argv = asked["Cmd"]
         self.ran.append(argv)
-        code, output = self.ends[argv[0]]
+        self.environments.append(asked.get("Env", []))
+        code, output = self.ends["vllm" if argv[0] == "timeout" else argv[0]]
         name = f"e{len(self.ran)}"
         raw = output.encode()
 
@@ -77,13 +82,18 @@ def test_the_engine_s_own_benchmark_is_asked(
     rows, by = bench.bench(docker, "c1", item(), quiet)
     assert by == "vllm bench serve"
     assert rows == [
-        {"streams": 1, "requests": 3, "tokens_per_second": 2.71, "stream_tokens_per_second": 2.8, "ttft_ms": 321.5}
+        {
+            **{"streams": 1, "requests": 3, "tokens_per_second": 2.71, "stream_tokens_per_second": 2.8},
+            **{"ttft_ms": 321.5, "seconds": 70.8},
+        }
     ]
-    argv = next(words for words in container.ran if words[0] == "vllm")
+    argv = next(words for words in container.ran if words[0] == "timeout")
+    assert argv[2:6] == ["600", "vllm", "bench", "serve"] and container.environments == [[], [], []]
     given = dict(itertools.pairwise(argv))
     assert given["--max-concurrency"] == "1" and given["--num-prompts"] == "3" and "--ignore-eos" in argv
     assert given["--tokenizer"] == f"/root/.cache/huggingface/models--{MODEL.replace('/', '--')}/snapshots/{COMMIT}"
-    assert "--tokenizer" not in bench.command(item(revision="main"), 4)
+    assert given["--percentile-metrics"] == "ttft,tpot,itl,e2el" and given["--metric-percentiles"] == "50,95,99"
+    assert "--tokenizer" not in bench.command(item(revision="main"), bench.Load(4))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +110,7 @@ def test_the_engine_s_own_benchmark_is_asked(
 )
 def test_a_result_of_another_form_is_none(result: str, why: str) -> None:
     with pytest.raises(BenchError, match=why):
-        bench.understood(result, 1)
+        bench.understood(result, bench.Load(1))
 
 
 def test_without_a_benchmark_requests_are_counted(
@@ -200,3 +210,142 @@ def test_dummy_weights_of_an_engine_that_gives_vectors(vllm: Vllm) -> None:
     found = answers({**params(vllm), "kinds": ["embeddings"]})
     assert found["verified"] and [check["name"] for check in found["checks"]] == ["health", "models", "embeddings"]
     assert vllm.asked("/v1/completions") == []
+
+
+@pytest.fixture
+def key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    file = tmp_path / "key"
+    file.write_text("the-engine-s-key\n")
+    monkeypatch.setattr(http, "KEY_FILE", str(file))
+    return "the-engine-s-key"
+
+
+def test_the_key_is_in_no_argument(container: Container, docker: Docker, key: str) -> None:
+    bench.by_vllm(docker, "c1", item(), bench.Load(1))
+    assert container.environments == [[], [f"OPENAI_API_KEY={key}"], []]
+    assert not [word for argv in container.ran for word in argv if key in word]
+
+
+def test_one_that_hangs_ends_in_time(container: Container, docker: Docker) -> None:
+    container.ends["vllm"] = (124, "")
+    with pytest.raises(BenchError, match="it took more than 20 s"):
+        bench.by_vllm(docker, "c1", item(), bench.Load(1, seconds=20.0))
+
+
+FULL = {
+    **RESULT,
+    **{"p50_ttft_ms": 321.49, "p95_ttft_ms": 400.0, "p99_ttft_ms": 410.26, "mean_ttft_ms": 330.0},
+    **{"p50_itl_ms": 80.123, "total_input_tokens": 384, "total_output_tokens": 192, "p95_e2el_ms": 6000.0},
+}
+
+
+def test_a_result_with_percentiles() -> None:
+    row = bench.understood(json.dumps(FULL), bench.Load(1))
+    assert row["ttft_p95_ms"] == 400.0 and row["ttft_p99_ms"] == 410.3 and row["itl_p50_ms"] == 80.12
+    assert row["request_p95_ms"] == 6000.0 and row["seconds"] == 70.8
+    assert (row["input_tokens"], row["output_tokens"]) == (384, 192) and "itl_p95_ms" not in row
+
+
+class Counting:
+    """An engine's counters that move once, when the benchmark has run."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **moved: float) -> None:
+        self.moved, self.asked = moved, 0
+        monkeypatch.setattr(bench, "counters", self)
+        monkeypatch.setattr(bench, "SETTLE", 0.2)
+
+    def __call__(self, item: Item) -> dict[str, float]:
+        self.asked += 1
+        return {name: 100.0 + (value if self.asked > 1 else 0.0) for name, value in self.moved.items()}
+
+
+def gpu(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    program = folder / "smi"
+    program.write_text(f"#!/bin/sh\necho '{text}'\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sensors, "SMI", (str(program),))
+
+
+def measured_once(docker: Docker, vllm: Vllm, load: bench.Load) -> dict[str, Any]:
+    vllm.answer = " ".join(["word"] * load.output)
+    row, by = bench.measure(docker, "c1", item(int(vllm.url.rpartition(":")[2])), load)
+    assert by == "vllm bench serve"
+    return row
+
+
+def test_what_the_engine_counted_and_the_gpu_drew(
+    container: Container, docker: Docker, vllm: Vllm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    container.ends["cat"] = (0, json.dumps(FULL))
+    counted = {"generation_tokens": 192.0, "request_success": 3.0, "prompt_tokens": 384.0, "num_preemptions": 1.0}
+    first = {"time_to_first_token_seconds_sum": 0.99, "time_to_first_token_seconds_count": 3.0}
+    Counting(monkeypatch, **counted, **first)
+    gpu(tmp_path, monkeypatch, "61, 40.0, 2000, 96, 0x0000000000000020")
+    row = measured_once(docker, vllm, bench.Load(1))
+    assert row["counted"] == {
+        **{"requests": 3, "output_tokens": 192, "input_tokens": 384, "preemptions": 1, "ttft_mean_ms": 330.0}
+    }
+    assert row["power_w"] == 40.0 and row["temperature_c"] == 61.0 and row["throttled"] == ["sw-thermal-slowdown"]
+    assert row["joules_per_token"] == pytest.approx(40 * 70.8 / 192, abs=1e-3) and not row["disturbed"]
+    warm = vllm.asked("/v1/completions")
+    assert len(warm) == 1 and len(warm[0]["prompt"]) == bench.INPUT  # which no counter of the row has
+
+
+@pytest.mark.parametrize(("tokens", "disturbed"), [(192.0, False), (256.0, False), (300.0, True)])
+def test_tokens_of_others_are_said(
+    container: Container,
+    docker: Docker,
+    vllm: Vllm,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    tokens: float,
+    disturbed: bool,
+) -> None:
+    """256: earlier versions ask once before they measure."""
+    container.ends["cat"] = (0, json.dumps(FULL))
+    Counting(monkeypatch, generation_tokens=tokens, request_success=4.0)
+    gpu(tmp_path, monkeypatch, "[N/A], [N/A], [N/A], [N/A], [N/A]")
+    row = measured_once(docker, vllm, bench.Load(1))
+    assert row["disturbed"] is disturbed
+    assert row["power_w"] is row["joules_per_token"] is row["temperature_c"] is None and row["throttled"] == []
+
+
+@pytest.mark.parametrize("moved", [{"generation_tokens": 150.0}, {"generation_tokens": 192.0, "request_success": 2.0}])
+def test_more_answers_than_the_engine_counted_are_no_measurement(
+    container: Container,
+    docker: Docker,
+    vllm: Vllm,
+    monkeypatch: pytest.MonkeyPatch,
+    moved: dict[str, float],
+) -> None:
+    container.ends["cat"] = (0, json.dumps(FULL))
+    Counting(monkeypatch, **moved)
+    with pytest.raises(BenchError, match="were answered, and the engine counted"):
+        measured_once(docker, vllm, bench.Load(1))
+
+
+def test_requests_of_ours_count_as_the_engine_does(
+    container: Container, docker: Docker, vllm: Vllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The counters are the stand-in's own, at /metrics."""
+    container.ends["vllm"] = (127, "exec: timeout: not found")
+    vllm.answer = " ".join(["word"] * 8)
+    load = bench.Load(2, input=16, output=8, rounds=2, seed=5)
+    row, by = bench.measure(docker, "c1", item(int(vllm.url.rpartition(":")[2])), load)
+    assert by.startswith("streamed requests, since vllm bench serve did not work: exit code 127")
+    assert (row["requests"], row["output_tokens"], row["input_tokens"]) == (4, 32, 64)
+    assert row["ttft_p50_ms"] <= row["ttft_p95_ms"] <= row["ttft_p99_ms"] and row["itl_p50_ms"] > 0
+    prompts = [tuple(body["prompt"]) for body in vllm.asked("/v1/completions")]
+    # The first of all warms it up before `vllm bench serve`, the second before the requests.
+    assert len({*prompts}) == 5 and prompts[0] == prompts[1]
+    # Of a tool that measured before, another does not take the place.
+    with pytest.raises(BenchError, match="exit code 127"):
+        bench.measure(docker, "c1", item(int(vllm.url.rpartition(":")[2])), load, tool=bench.OWN)
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=40))
+def test_percentiles_are_those_of_numpy(values: list[float]) -> None:
+    ordered = sorted(values)
+    assert bench.quantile(values, 0) == ordered[0] and bench.quantile(values, 100) == ordered[-1]
+    assert ordered[0] <= bench.quantile(values, 50) <= bench.quantile(values, 95) <= ordered[-1]
+    assert bench.quantile([1.0, 2.0, 3.0, 4.0], 95) == pytest.approx(3.85)  # numpy.percentile

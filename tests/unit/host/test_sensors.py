@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sparkfleet_host import metrics, sensors
 
 LINE = "41, 4.52, 208, 97, 0x0000000000000021\n"
@@ -89,3 +95,56 @@ def test_once_writes_a_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert sensors.main(["--folder", str(tmp_path), "--once"]) == 0
     assert values((tmp_path / sensors.FILE).read_text())["sparkfleet_gpu_up"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", sensors.FILE]
+
+
+# -- certificates ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Key and certificate of a server, valid for 20 days."""
+    path = tmp_path_factory.mktemp("tls") / "server.pem"
+    argv = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "20", "-subj", "/CN=gateway"]
+    made = subprocess.run([*argv, "-keyout", "-"], capture_output=True, check=True)
+    path.write_bytes(made.stdout)
+    return path
+
+
+def test_the_end_of_the_certificate_that_is_served(pem: Path, tmp_path: Path) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("127.0.0.1", 0)) as silent:
+        port = listener.getsockname()[1]
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    link, _ = listener.accept()
+                    with contextlib.suppress(OSError), context.wrap_socket(link, server_side=True):
+                        pass
+
+        threading.Thread(target=serve, daemon=True).start()
+        closed = silent.getsockname()[1]
+        silent.close()
+        argv = ["--folder", str(tmp_path), "--once", "--no-gpu", "--tls", str(port), "--tls", str(closed)]
+        assert sensors.main(argv) == 0
+    found = values((tmp_path / sensors.CERTIFICATES).read_text(encoding="utf-8"))
+    ((name, end),) = found.items()
+    assert name == f'sparkfleet_certificate_expires_seconds{{port="{port}"}}'
+    assert end == pytest.approx(time.time() + 20 * 86400, abs=3600) and not (tmp_path / sensors.FILE).exists()
+
+
+@pytest.mark.parametrize("days", [1, 10_000, 20_000])
+def test_times_of_both_forms(days: int) -> None:
+    """From 2050 on a certificate has four digits of the year."""
+    argv = ["openssl", "req", "-x509", "-newkey", "ed25519", "-nodes", "-days", str(days), "-subj", "/CN=x"]
+    der = subprocess.run([*argv, "-keyout", "/dev/null", "-outform", "DER"], capture_output=True, check=True).stdout
+    assert sensors.ends(der) == pytest.approx(time.time() + days * 86400, abs=3600)
+
+
+@given(st.binary(max_size=400))
+def test_what_is_no_certificate(der: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        sensors.ends(der)
+    with contextlib.suppress(ValueError):
+        sensors.ends(b"\x30\x82\x01\x00\x30\x81\xf0" + der)

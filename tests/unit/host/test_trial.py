@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import engine, measured, switch
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bench import BenchError
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bench import BenchError, Load
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import BoundsError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.release_format import (
@@ -34,7 +35,10 @@ def benched(monkeypatch: pytest.MonkeyPatch, world: World) -> list[str]:
     """The benchmark: it is asked while the trial's engine runs, of its container."""
     asked: list[str] = []
 
-    def bench(docker: Docker, container: str, item: Engine, told: Any) -> tuple[list[dict[str, Any]], str]:
+    def bench(
+        docker: Docker, container: str, item: Engine, told: Any, loads: Sequence[Load]
+    ) -> tuple[list[dict[str, Any]], str]:
+        asked.extend(f"{load.streams} x {load.input}:{load.output}" for load in loads)
         world.step("bench")
         assert world.containers[item.service] == "running"
         asked.append(container)
@@ -59,9 +63,9 @@ def benched(monkeypatch: pytest.MonkeyPatch, world: World) -> list[str]:
     return asked
 
 
-def stage_trial(store: Store, service: str = NEW, weights: str = "dummy") -> int:
+def stage_trial(store: Store, service: str = NEW, weights: str = "dummy", **more: Any) -> int:
     made = fake_release.an_engine(service, model=service, memory=PLANNED, revision="c" * 40)
-    plan = {**fake_release.plan(made), "format": 3, "kind": "trial", "weights": weights}
+    plan = {**fake_release.plan(made), "format": 3, "kind": "trial", "weights": weights, **more}
     number: int = store.stage(f"services: {{{service}: {{}}}}\n", plan, fake_release.lock(made))
     return number
 
@@ -91,6 +95,25 @@ def test_a_trial_is_measured_and_the_release_before_serves_again_verified(
     assert record["speed"] == [ROW, {**ROW, "streams": 4}] and record["bench"] == "vllm bench serve"
     phases = [step["phase"] for step in journal["steps"]]
     assert phases.index("verifying") < phases.index("measuring") < phases.index("restoring")
+
+
+LOAD = {"streams": 16, "input": 1024, "output": 128, "rounds": 2, "seed": 1, "seconds": 600}
+
+
+def test_a_trial_measures_what_its_plan_says(store: Store, world: World, deployed: int, benched: list[str]) -> None:
+    number = stage_trial(store, loads=[LOAD, {**LOAD, "seed": 2}])
+    assert identity(store.plan(number)) != identity({**store.plan(number), "loads": []})
+    assert run(store, number, "trial")["error"] is None
+    assert benched[:2] == ["16 x 1024:128"] * 2
+    serves_as_before(store, world, deployed)
+
+
+@pytest.mark.parametrize("loads", [[{**LOAD, "streams": 0}], [{"streams": 1}], [LOAD] * 9, [{**LOAD, "seconds": 1e9}]])
+def test_loads_of_another_form(loads: Any) -> None:
+    plan = {**fake_release.plan(fake_release.an_engine(NEW)), "format": 3, "kind": "trial", "weights": "real"}
+    assert check_plan({**plan, "loads": [LOAD]})["loads"] == [LOAD]
+    with pytest.raises(BoundsError, match="load"):
+        check_plan({**plan, "loads": loads})
 
 
 def test_real_weights_must_answer_right(store: Store, world: World, deployed: int) -> None:

@@ -83,6 +83,8 @@ ORDINARY: dict[str, str] = {
     f"node_filesystem_avail_bytes{{{DISK}}}": still(5e11),
     f"node_filesystem_size_bytes{{{DISK}}}": still(4e12),
     'sparkfleet_gpu_up{host="spark-1"}': still(1),
+    'sparkfleet_certificate_expires_seconds{host="gw",port="8080"}': still(1e9),
+    'sparkfleet_drift_differences{host="spark-1"}': still(0),
     'sparkfleet_gpu_temperature_celsius{host="spark-1",gpu="0"}': still(70),
     'sparkfleet_gpu_throttled{host="spark-1",gpu="0",reason="hw-thermal-slowdown"}': still(0),
     **server("spark-1", still(1)),
@@ -127,6 +129,10 @@ FAULTS: dict[str, Fault] = {
             f'vllm:time_to_first_token_seconds_bucket{{{ENGINE},le="20"}}': f"0+0x{BAD} 0+15x{GOOD}",
         }
     ),
+    "SparkfleetCertificateExpires": Fault(
+        {'sparkfleet_certificate_expires_seconds{host="gw",port="8080"}': bad_then_good(1.2e6, 1e9)}
+    ),
+    "SparkfleetDrift": Fault({'sparkfleet_drift_differences{host="spark-1"}': bad_then_good(3)}),
     "SparkfleetSlowEngine": Fault({f"sparkfleet_engine_slow{{{GUARD}}}": bad_then_good(1)}),
     "SparkfleetKvCacheFull": Fault({f"vllm:kv_cache_usage_perc{{{ENGINE}}}": bad_then_good(0.99, 0.4)}),
     "SparkfleetPreemptions": Fault({f"vllm:num_preemptions_total{{{ENGINE}}}": f"0+6x{BAD} {6 * BAD}+0x{GOOD}"}),

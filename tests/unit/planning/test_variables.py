@@ -40,6 +40,7 @@ def test_settings_have_the_names_and_the_defaults_of_the_inventory() -> None:
             "host_program",
             "engines",
             "trial",
+            "trial_loads",
             "sparks",
             "monitors",
             "ssh_port",

@@ -20,6 +20,8 @@ import pytest
 import yaml
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar, trust_as_template
+from ansible_collections.sparkfleet.dgx.plugins.modules import alert_test
+from simulator import sink
 from sparkfleet_host import guard, monitoring, sensors
 
 from sparkfleet import SparkfleetError
@@ -277,3 +279,69 @@ def test_prometheus_takes_what_the_role_writes_and_joins_its_labels(tmp_path: Pa
             assert firing == {"SparkfleetGpuXid"}
             (throttled,) = ask("sparkfleet_gpu_throttled == 1")
             assert labels(throttled) == {"host": "spark-1", "gpu": "0", "reason": "sw-thermal-slowdown"}
+
+
+class Routes:
+    """Alertmanager with the role's configuration, and a mail server and a web server that keep what they are sent."""
+
+    def __init__(self, folder: Path, given: Mapping[str, str]) -> None:
+        self.kept = folder / "kept"
+        self.web, self.mail = sink.serve(self.kept, 0, 0)
+        self.url = f"http://127.0.0.1:{self.web.server_address[1]}"
+        smtp = f"127.0.0.1:{self.mail.server_address[1]}"
+        filled = {key: text.format(url=self.url, smtp=smtp) for key, text in given.items()}
+        config = folder / "alertmanager.yml"
+        receivers = targets.receivers({**NOBODY, **filled})
+        config.write_text(rendered("alertmanager.yml.j2", monitoring_receivers=receivers), encoding="utf-8")
+        self.port = free_port()
+        words = [f"--config.file={config}", f"--storage.path={folder}/data", "--cluster.listen-address="]
+        self.process = subprocess.Popen(
+            [program("prometheus-alertmanager"), *words, f"--web.listen-address=127.0.0.1:{self.port}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                alert_test.ask(self.port, "/-/ready")
+                return
+            time.sleep(0.1)
+        raise AssertionError("Alertmanager does not start")
+
+    def messages(self) -> list[dict[str, str]]:
+        return [json.loads(line) for line in self.kept.read_text().splitlines()] if self.kept.exists() else []
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.wait(10)
+        for server in (self.web, self.mail):
+            server.shutdown()
+            server.server_close()
+
+
+def test_an_alert_arrives_by_each_way(tmp_path: Path) -> None:
+    """At a mail server, a webhook and a topic of ntfy, all real programs but what is behind them."""
+    given = {"email": "ops@example.org", "email_from": "sparks@example.org", "smtp": "{smtp}"}
+    given |= {"webhook": "{url}/hook", "webhook_token": "a-token-of-the-hook", "ntfy": "{url}/topic"}
+    routes = Routes(tmp_path, given)
+    try:
+        assert alert_test.send(routes.port, "ann@desk", 20.0) == (["email", "webhook"], [])
+        found = {message["way"]: message for message in routes.messages()}
+    finally:
+        routes.end()
+    assert {*found} == {"mail", "/hook", "ntfy"}
+    assert json.loads(found["/hook"]["body"])["alerts"][0]["labels"]["alertname"] == "SparkfleetTest"
+    assert found["/hook"]["key"] == "Bearer a-token-of-the-hook" and found["ntfy"]["key"] == ""
+    mail = found["mail"]["body"]
+    assert "To: ops@example.org" in mail and "From: sparks@example.org" in mail and "SparkfleetTest" in mail
+
+
+def test_a_password_is_not_sent_without_tls(tmp_path: Path) -> None:
+    given = {"email": "ops@example.org", "email_from": "sparks@example.org", "smtp": "{smtp}"}
+    given |= {"smtp_user": "sparks", "smtp_password": "a-password-of-mail"}
+    routes = Routes(tmp_path, given)
+    try:
+        assert alert_test.send(routes.port, "", 3.0) == ([], ["email"])
+        assert routes.messages() == []
+    finally:
+        routes.end()
