@@ -59,7 +59,18 @@ options:
     type: list
     elements: str
     choices:
-      [chat, completion, stream, embeddings, rerank, classify, concurrency, json_schema, tool_call, reasoning, image, needle]
+      - chat
+      - completion
+      - stream
+      - embeddings
+      - rerank
+      - classify
+      - concurrency
+      - json_schema
+      - tool_call
+      - reasoning
+      - image
+      - needle
     default: [chat, completion, stream]
   mode:
     description: By the action; C(quick) asks those of O(kinds) that are of the quick set, C(deep) all.

@@ -78,7 +78,7 @@ STATES = (
 )
 DEMAND = "demand"  # why an engine is started that a request has asked for
 WANTED_SECONDS = 120.0  # that a request which was refused counts
-FINISH_SECONDS = 60.0  # for what doors are passing on when the guard is told to end; TimeoutStopSec is longer
+FINISH_SECONDS = 30.0  # for what doors are passing on when the guard is told to end; TimeoutStopSec is longer
 QUICK_SECONDS = 0.5  # between two observations while a request waits for an engine
 STUCK = "guard-stuck"  # what /ready answers for an engine that the guard has not observed for long
 #: The state of a host is the first of these that one of its engines is in.

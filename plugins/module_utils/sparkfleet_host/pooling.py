@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked of models that give numbers in place of text: embeddings with known neighbours, a known order, a label."""
+"""What is asked of models that give numbers in place of text: known neighbours, a known order, a known label."""
 
 from __future__ import annotations
 

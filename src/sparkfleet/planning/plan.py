@@ -64,7 +64,7 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
                 "remote_code": engine.remote_code,
                 "pickle": engine.card.weights.pickle,
                 "port": engine.engine_port,
-                "on_demand": {"port": engine.port} if engine.on_demand else None,
+                **({"on_demand": {"port": engine.port}} if engine.on_demand else {}),
                 "verify": engine.verify,
                 "memory": figures[index],
                 "fetch_image": bool(images[index]),
