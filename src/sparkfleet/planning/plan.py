@@ -235,7 +235,14 @@ def guard_settings(target: Target, state: State) -> dict[str, Any]:
     """The content of the guard's settings file. Its own port is open where the engine's is."""
     settings, addresses = target.settings, target.addresses(state)
     where = list(dict.fromkeys((compose.LOOPBACK, *addresses))) if addresses else [""]
+    in_turn = {
+        "on_demand_wait": settings.on_demand_wait,
+        "on_demand_hold_seconds": settings.on_demand_hold_seconds,
+        "on_demand_min_seconds": settings.on_demand_min_seconds,
+        "on_demand_starts_per_hour": settings.on_demand_starts_per_hour,
+    }
     return {
+        **(in_turn if any(engine.on_demand for engine in target.engines) else {}),
         "interval": settings.guard_interval,
         "wedge_seconds": settings.guard_wedge_seconds,
         "canary_interval": settings.guard_canary_interval,
@@ -243,10 +250,6 @@ def guard_settings(target: Target, state: State) -> dict[str, Any]:
         "max_restarts": settings.guard_max_restarts,
         "restart_window": settings.guard_restart_window,
         "start_timeout": float(settings.start_timeout),
-        "on_demand_wait": settings.on_demand_wait,
-        "on_demand_hold_seconds": settings.on_demand_hold_seconds,
-        "on_demand_min_seconds": settings.on_demand_min_seconds,
-        "on_demand_starts_per_hour": settings.on_demand_starts_per_hour,
         "listen_port": settings.guard_port,
         "listen_address": where,
         "project_dir": settings.project_dir,
