@@ -34,6 +34,7 @@ BODY_BYTES = 128 << 10  # of a request that is held; the rest stays with the cli
 BODY_SECONDS = 30.0
 CHUNK = 64 << 10
 CONNECT_SECONDS = 5.0
+TRIES = 2  # of a request by which an engine may have ended
 ANSWER_SECONDS = 6 * 3600.0
 POLL = 0.1  # seconds between two looks of a request that is held
 HOLD, REFUSE = WAYS = ("hold", "refuse")
@@ -67,6 +68,7 @@ class Request:
     lines: list[bytes]
     rest: bytes
     length: int | None = None
+    tries: int = 0  # in which an engine ended without a word
 
     @classmethod
     def of(cls, head: bytes, rest: bytes) -> Request | None:
@@ -87,6 +89,11 @@ class Request:
         """The value of the first header of that name (lower case)."""
         pairs = (line.partition(b":") for line in self.lines[1:])
         return next((value.strip() for key, _, value in pairs if key.strip().lower() == name), None)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it is here."""
+        return len(self.rest) == (self.length or 0) and self.header(b"transfer-encoding") is None
 
     def once(self) -> bytes:
         """The same for an engine that is to close the connection after its answer."""
@@ -123,8 +130,6 @@ class Door:
         self.used: float | None = None  # when one was passed on last, or ended, on the clock of time.monotonic
         self.wanted: float | None = None  # since when one was not passed on
         self.asked_at: float | None = None  # when the last one was not
-        self.answered = 0
-        self.refused = 0
 
     @property
     def state(self) -> State:
@@ -168,14 +173,14 @@ class Door:
     async def serve(self, client: socket.socket) -> None:
         """Answer one request. Whatever happens, the connection ends."""
         with contextlib.suppress(OSError, asyncio.TimeoutError):
+            received = bytearray()
             try:
-                request = await asyncio.wait_for(_head(client), HEAD_SECONDS)
+                request = await asyncio.wait_for(_head(client, received), HEAD_SECONDS)
             except asyncio.TimeoutError:
-                await _say(client, 408, "the request did not come in time")
-                return
+                request = 408 if received else 0
             if isinstance(request, int):
                 if request:
-                    await _say(client, request, "not an HTTP request")
+                    await _say(client, request, "not a whole HTTP request")
                 return
             await self._request(client, request)
 
@@ -205,7 +210,6 @@ class Door:
                 left = over - time.monotonic()
                 hopeless = state.retry_after is None or state.retry_after > left
                 if self.way == REFUSE or hopeless:
-                    self.refused += 1
                     await self._refuse(client, state)
                     return
                 if not held:
@@ -236,17 +240,18 @@ class Door:
         return hmac.compare_digest(request.header(b"authorization") or b"", b"Bearer " + key)
 
     async def _pass(self, client: socket.socket, request: Request) -> bool:
-        """Pass a request on, which has entered; False, and nothing was sent, where the engine does not listen."""
+        """Pass a request on, which has entered; False where the engine did not take it, or ended without a word the
+        first time: then it may be tried again."""
         loop = asyncio.get_running_loop()
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as engine:
-            try:
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as engine:
                 engine.setblocking(False)
                 engine.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 try:
                     await asyncio.wait_for(loop.sock_connect(engine, ("127.0.0.1", self.engine_port)), CONNECT_SECONDS)
+                    await loop.sock_sendall(engine, request.once())
                 except (OSError, asyncio.TimeoutError):
                     return False
-                await loop.sock_sendall(engine, request.once())
                 up = asyncio.ensure_future(_copy(client, engine))
                 down = asyncio.ensure_future(_copy(engine, client))
                 done, _ = await asyncio.wait({up, down}, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
@@ -255,12 +260,14 @@ class Door:
                 up.cancel()
                 down.cancel()
                 sent, _ = await asyncio.gather(down, up, return_exceptions=True)
-                self.answered += 1
-                if sent == 0:  # it closed the connection without a word
+                if sent == 0:
+                    request.tries += 1
+                    if request.whole and request.tries < TRIES:  # it has just crashed, and is restarted
+                        return False
                     await _say(client, 502, f"the engine of {self.repo} ended without an answer")
                 return True
-            finally:
-                self._leave()
+        finally:
+            self._leave()
 
     async def _instead(self, client: socket.socket, request: Request, state: State) -> None:
         """What an engine that does not run would say of itself."""
@@ -360,9 +367,10 @@ class Doors:
             limit.release()
 
 
-async def _head(client: socket.socket) -> Request | int:
-    """The request of a connection; a status for what is not one, 0 for nothing at all. Raises OSError."""
-    loop, received = asyncio.get_running_loop(), b""
+async def _head(client: socket.socket, received: bytearray) -> Request | int:
+    """The request of a connection, of what is `received`; a status for what is not one, 0 for nothing at all. Raises
+    OSError."""
+    loop = asyncio.get_running_loop()
     while b"\r\n\r\n" not in received:
         if len(received) > HEAD_BYTES:
             return 431
@@ -370,7 +378,7 @@ async def _head(client: socket.socket) -> Request | int:
         if not part:
             return 400 if received else 0
         received += part
-    head, _, rest = received.partition(b"\r\n\r\n")
+    head, _, rest = bytes(received).partition(b"\r\n\r\n")
     return Request.of(head, rest) or 400
 
 

@@ -1030,6 +1030,7 @@ class Watcher:
         """Close an engine's door."""
         if item.door is not None:
             self.doors.close(item.door)
+            item.door.set(State(why="is not here any more", retry_after=None))
             item.door = None
 
     def _open_doors(self) -> None:
