@@ -59,7 +59,8 @@ class Engines:
     @property
     def address(self) -> str:
         """Of the Spark in the world's network; another one after a reboot."""
-        return self.spark().sh("hostname -I").split()[0]
+        networks = self.world.container(self.name).attrs["NetworkSettings"]["Networks"]
+        return next(str(network["IPAddress"]) for network in networks.values())
 
     def spark(self, *engines: dict[str, Any]) -> Spark:
         """The Spark, with these engines in the inventory; without any, with the inventory's one model."""
