@@ -67,6 +67,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             settings = target.Settings.of(variables.settle(values))
             if "sparks" in groups:
                 ports |= {engine.port: "engine" for engine in settings.each()}
+                ports |= {engine.loopback_port: "engine" for engine in settings.each() if engine.on_demand}
                 ports |= {settings.guard_port: "guard", int(values.get("sparkfleet_share_port", 0)): "sharing"}
             if "gateways" in groups:
                 own = ("sparkfleet_gateway_port", "sparkfleet_gateway_peer_port")

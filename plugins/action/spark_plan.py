@@ -61,7 +61,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                     "revision": engine.revision,
                     "remote_code": engine.remote_code,
                     "image": engine.image,
-                    "port": engine.port,
+                    "port": engine.engine_port,
+                    "door": engine.port if engine.on_demand else 0,
                     **({"draft": _asked(engine.draft)} if engine.draft else {}),
                 }
                 for engine in target.engines

@@ -127,6 +127,7 @@ def engine_facts(docker: Docker, item: Engine, row: Mapping[str, Any]) -> dict[s
     return {
         **{"service": item.service, "model": item.model, "repo": item.repo, "port": item.port, "memory": item.memory},
         "healthy": healthy,
+        "state": str(row.get("state") or ""),
         "guard": row.get("guard"),
         "container": optional(lambda: engine_log(docker, item.service)),
         "name_holder": optional(lambda: name_holder(docker, item.service)),

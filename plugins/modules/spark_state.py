@@ -27,6 +27,10 @@ options:
       remote_code: {description: Whether the engine runs code of the model's repository., type: bool, default: false}
       image: {description: Reference of the engine's image., type: str, required: true}
       port: {description: TCP port that the engine is published on., type: int, required: true}
+      door:
+        description: TCP port of the clients of an engine that starts on demand; 0 for one that always runs.
+        type: int
+        default: 0
       draft:
         description: The model that drafts for it, if it is one of its own.
         type: dict
@@ -121,7 +125,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import firewall, monitoring
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import firewall, monitoring, network
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import checksum, read_file
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import model_state
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
@@ -547,6 +551,11 @@ def guard() -> dict[str, Any]:
     }
 
 
+def door(port: int) -> dict[str, Any] | None:
+    """Who listens on the port of the clients of an engine that starts on demand, unless it is the guard."""
+    return next((found for found in network.listeners(port) if not network.is_guard(found)), None) if port else None
+
+
 def status(store: Store) -> dict[str, Any]:
     """What the module spark_status sees."""
     from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.status import inspect_host as served  # noqa: PLC0415 - most runs do not need it
@@ -625,6 +634,7 @@ def gather(params: dict[str, Any]) -> dict[str, Any]:
                     "hub": hub.result() if hub else None,
                     "draft": {"model": draft, "hub": draft_hub.result() if draft_hub else None} if draft else None,
                     "listener": listener(engine["port"]),
+                    "door": door(engine.get("door") or 0),
                     "healthy": answers.result(),
                 }
                 for engine, model, hub, draft, draft_hub, answers in zip(
@@ -668,6 +678,7 @@ def main() -> None:
                     **dict.fromkeys(("repo", "revision", "image"), text),
                     "remote_code": {"type": "bool", "default": False},
                     "port": {"type": "int", "required": True},
+                    "door": {"type": "int", "default": 0},
                     "draft": {
                         "type": "dict",
                         "options": {

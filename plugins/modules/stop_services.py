@@ -14,6 +14,10 @@ options:
   project: {description: Name of the compose project., type: str, required: true}
   services: {description: Services to stop., type: list, elements: str, required: true}
   timeout: {description: Seconds until a service is killed., type: int, default: 60}
+  halt:
+    description: Whether requests no longer start engines either that start on demand, until a switch or a start.
+    type: bool
+    default: false
 author: ["The Sparkfleet developers"]
 attributes:
   check_mode: {support: full, description: Reports which would be stopped.}
@@ -29,6 +33,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 stopped: {description: Names of the containers., returned: success, type: list, elements: str}
+halted: {description: Whether engines that start on demand do so no longer., returned: success, type: bool}
 """
 
 import json
@@ -66,27 +71,33 @@ def main() -> None:
             "project": {"type": "str", "required": True},
             "services": {"type": "list", "elements": "str", "required": True},
             "timeout": {"type": "int", "default": 60},
+            "halt": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
     timeout = module.params["timeout"]
+    store = Store(lock_file=LOCK)
+    halts = module.params["halt"] and not store.halted()
     try:
         docker = Docker(timeout=timeout + 30)
         found = running(docker, module.params["project"], module.params["services"])
         if not module.check_mode:
             # What the guard is about to do ends first, so that what is stopped here stays stopped.
-            with Store(lock_file=LOCK).exclusive(HELD_BY_STOP) as mine:
+            with store.exclusive(HELD_BY_STOP) as mine:
                 if not mine:
                     module.fail_json(
                         msg="a release switch is running on this host; run again when it has finished",
                         failure="switch-running-other",
                     )
+                if halts:
+                    store.halt(True)
                 stop(module, docker, found, timeout)
     except DockerUnavailable as error:
         if module.check_mode:  # no engine yet, so nothing of ours runs
-            module.exit_json(changed=False, stopped=[])
+            module.exit_json(changed=False, stopped=[], halted=store.halted())
         module.fail_json(msg=str(error))
-    module.exit_json(changed=bool(found), stopped=[item["Names"][0].lstrip("/") for item in found])
+    stopped = [item["Names"][0].lstrip("/") for item in found]
+    module.exit_json(changed=bool(found) or halts, stopped=stopped, halted=halts or store.halted())
 
 
 if __name__ == "__main__":

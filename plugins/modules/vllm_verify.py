@@ -54,12 +54,23 @@ options:
   kinds:
     description:
       - What is asked, by what the model is for. C(chat), C(completion) and C(stream) are the quick set, and so are
-        C(embeddings) and C(rerank) for models of these kinds; O(mode=deep) asks the others as well.
+        C(embeddings), C(rerank) and C(classify) for models of these kinds; O(mode=deep) asks the others as well.
       - The module alone asks all that are listed, at once where they are of the quick set.
     type: list
     elements: str
     choices:
-      [chat, completion, stream, embeddings, rerank, concurrency, json_schema, tool_call, reasoning, image, needle]
+      - chat
+      - completion
+      - stream
+      - embeddings
+      - rerank
+      - classify
+      - concurrency
+      - json_schema
+      - tool_call
+      - reasoning
+      - image
+      - needle
     default: [chat, completion, stream]
   mode:
     description: By the action; C(quick) asks those of O(kinds) that are of the quick set, C(deep) all.

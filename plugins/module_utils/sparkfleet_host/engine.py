@@ -47,6 +47,8 @@ def just_before(stamp: str) -> str:
 
 
 PROJECT = "sparkfleet"  # the compose project; containers without its label are never touched
+#: Profile of the compose file that has the engines which start on demand: `docker compose up` leaves them alone.
+ON_DEMAND = "on-demand"
 PROJECT_LABEL, SERVICE_LABEL = "com.docker.compose.project", "com.docker.compose.service"
 
 
@@ -255,6 +257,7 @@ def compose(
     and MissingError (an EngineError) where there is no Compose. `absent`: variables that count where there is no other
     value."""
     argv = ["docker", "compose", "--project-name", PROJECT, "--project-directory", project_dir, "--file", file]
+    argv += ["--profile", ON_DEMAND]
     what = f"docker compose {words[0]}"
     try:
         done = subprocess.run(

@@ -33,12 +33,17 @@ from urllib.parse import parse_qs, urlsplit
 
 from . import asking, bounded, engine, measured, memory, pooling, switch
 from . import key as engine_key
+from .ages import Instant
+from .ages import age as _age
+from .ages import stamp as _stamp
 from .bounded import BoundsError, as_dict, as_int, as_list, as_number, as_str, as_time, printable
 from .docker import SOCKET, Docker, DockerError, DockerUnavailable
+from .door import HOLD, POLL, WAYS, Door, Doors, State
 from .engine import EngineError
 from .http import HttpError, engine_client
 from .metrics import LIMIT as METRICS_LIMIT
 from .metrics import sums
+from .on_demand import ASLEEP, MOST_PER_HOUR, Decision, OnDemand, Seat
 from .redaction import redact
 from .release_format import DONE, MOST_ENGINES, SERVICE, Engine
 from .releases import HELD_BY_GUARD, LOCK_FILE, PROJECT_DIR, STATE_DIR, ReleaseError, Store, write_json, write_text
@@ -67,11 +72,18 @@ STALL_SECONDS = 1.0  # an answer of /metrics takes milliseconds
 ANSWERS = 12  # that are kept; in half of them or more a slow engine stalls
 #: States of an engine, as state file and metrics name them.
 SERVED = ("serving", "loading", "healing", "wedged")
-STATES = (*("serving", "loading", "stopped", "wedged", "healing", "given-up", "missing", "switching", "docker-down"),)
+STATES = (
+    *("serving", "loading", "stopped", "wedged", "healing", "given-up", "missing", "switching", "docker-down"),
+    ASLEEP,
+)
+DEMAND = "demand"  # why an engine is started that a request has asked for
+WANTED_SECONDS = 120.0  # that a request which was refused counts
+FINISH_SECONDS = 30.0  # for what doors are passing on when the guard is told to end; TimeoutStopSec is longer
+QUICK_SECONDS = 0.5  # between two observations while a request waits for an engine
 STUCK = "guard-stuck"  # what /ready answers for an engine that the guard has not observed for long
 #: The state of a host is the first of these that one of its engines is in.
 WORST_FIRST = (
-    *("switching", "docker-down", "given-up", "missing", "stopped", "wedged", "healing", "loading", "serving"),
+    *("switching", "docker-down", "given-up", "missing", "stopped", "wedged", "healing", "loading", "serving", ASLEEP),
 )
 #: Docker's words for a bridge that it believes to be there (26, 28).
 BRIDGE_GONE = re.compile(
@@ -88,7 +100,9 @@ def clock() -> float:
 class Settings:
     """Seconds, but for `max_restarts`. An engine that makes no progress for `wedge_seconds`, and lets a canary wait
     for `canary_timeout`, hangs. After `max_restarts` within `restart_window` the guard gives up. `listen_port`: of
-    /ready and /metrics, 0 for none; `listen_address`: IP addresses of the host, "" for every one."""
+    /ready and /metrics, 0 for none; `listen_address`: IP addresses of the host, "" for every one. Requests for an
+    engine that starts on demand are held for `on_demand_hold_seconds`, or refused (`on_demand_wait`); see `OnDemand`.
+    """
 
     interval: float = 2.0
     metrics_interval: float = 5.0
@@ -100,6 +114,10 @@ class Settings:
     start_timeout: float = 1800.0
     listen_port: int = 0
     listen_address: tuple[str, ...] = ("",)
+    on_demand_wait: str = HOLD
+    on_demand_hold_seconds: float = 900.0
+    on_demand_min_seconds: float = 120.0
+    on_demand_starts_per_hour: int = 12
     project_dir: str = PROJECT_DIR
     state_dir: str = STATE_DIR
     cache_dir: str = "/opt/hf"  # not the guard's: its unit of the check of model files has it
@@ -117,6 +135,14 @@ class Settings:
                 read[name] = as_int(value, name, 0, 1000)
             elif name == "listen_port":
                 read[name] = as_int(value, name, 0, 65535)
+            elif name == "on_demand_starts_per_hour":
+                read[name] = as_int(value, name, 1, MOST_PER_HOUR)
+            elif name == "on_demand_wait":
+                read[name] = as_str(value, name, 100)
+                if value not in WAYS:
+                    raise BoundsError(f"{name}: {printable(value, 80)!r} is none of {', '.join(WAYS)}")
+            elif name == "on_demand_min_seconds":
+                read[name] = as_number(value, name, 0.0, 1e8)
             elif name == "listen_address":
                 given = value if isinstance(value, list) else [value]
                 read[name] = tuple(dict.fromkeys(_address(item) for item in as_list(given, name, 16)))
@@ -173,6 +199,7 @@ class Observation:
     limit: float = 0.0  # tokens a second that memory bandwidth allows one stream; 0 for unknown
     answered: float | None = None  # seconds that /metrics took, if requested
     busy: bool = False  # another engine of the host starts, and measures memory
+    on_demand: bool = False  # it stands ready while it does not run
 
     def finite(self) -> Observation:
         """The same without figures that are not numbers: NaN differs from itself, and would seem to move."""
@@ -248,6 +275,8 @@ class Guard:
             self.known.update(restart_count=0)
             self.known.pop("since", None)
             self.lost = "boot" if self.served else ""
+            if self.healing and self.healing["reason"] == DEMAND:  # who wanted it has gone
+                self.healing = None
         self.boot_id = seen.boot_id
         if not seen.docker:
             self.lost = self.lost or ("docker" if self.served else "")
@@ -300,6 +329,9 @@ class Guard:
             return self._is("given-up", seen)
         if self.healing and not self.healing.get("started") and seen.state == "exited":
             return self._start_again(self.healing, seen)
+        if seen.on_demand and seen.state == "exited":
+            self.healing, self.lost, self._exited = None, "", None
+            return self._is(ASLEEP, seen)
         if self._exited is None:
             self._exited = seen.clock
         if self.lost and seen.state == "exited":
@@ -324,8 +356,9 @@ class Guard:
             return dataclasses.replace(
                 self._is("healing", seen), do="restart-docker", reason="network-missing", detail=seen.how
             )
+        word = "loading" if healing["reason"] == DEMAND else "healing"
         if seen.busy or (tries and 0 <= waited < pause):
-            return self._is("healing", seen)
+            return self._is(word, seen)
         if tries >= max(self.settings.max_restarts, 1):
             why = f"Docker could not start it in {tries} tries: {seen.how}"
             if gone and seen.foreign:
@@ -334,7 +367,11 @@ class Guard:
             self.given_up = {"at": seen.now, "reason": why}
             return dataclasses.replace(self._is("given-up", seen), do="give-up", reason="start", detail=why)
         healing.update(tries=tries + 1, tried=seen.clock)
-        return dataclasses.replace(self._is("healing", seen), do="start", reason=str(healing["reason"]))
+        return dataclasses.replace(self._is(word, seen), do="start", reason=str(healing["reason"]))
+
+    def demand(self, seen: Observation) -> None:
+        """A request needs the engine, and there is room for it: the next decision starts it."""
+        self.healing = {"reason": DEMAND, "before": seen.started_at, "tries": 0, **_stamp(seen)}
 
     def _loading(self, seen: Observation) -> Action:
         """Not ready since it was started: it may take as long as it needs while its log moves."""
@@ -352,7 +389,8 @@ class Guard:
         if took > self.settings.start_timeout and silent > min(LOG_SECONDS, self.settings.start_timeout):
             detail = f"not ready after {took:.0f} s, nothing in its log for {silent:.0f} s"
             return self._restart("hung-start", detail, seen)
-        return self._is("healing" if self.healing else "loading", seen)
+        healing = self.healing is not None and self.healing["reason"] != DEMAND
+        return self._is("healing" if healing else "loading", seen)
 
     def _serving(self, seen: Observation) -> Action:
         """It was ready: does it still make progress?"""
@@ -574,22 +612,6 @@ def _restart(value: Any, forgiven: float) -> dict[str, Any]:
     return {**read, "forgiven": True} if read["at"] <= forgiven else read
 
 
-def _stamp(seen: Observation) -> dict[str, Any]:
-    return {"at": seen.now, "clock": seen.clock, "boot_id": seen.boot_id}
-
-
-def _age(item: Mapping[str, Any], seen: Observation) -> float | None:
-    """Seconds since a stamp; None for one from the future, which a wrong clock made."""
-    if "clock" in item and item.get("boot_id") == seen.boot_id:
-        age = seen.clock - float(item["clock"])
-        return age if age >= 0 else None
-    age = seen.now - float(item["at"])
-    if age < 0:
-        return None
-    # Of another boot: no younger than this one.
-    return max(age, seen.clock) if "boot_id" in item else age
-
-
 def metrics(data: Mapping[str, Any]) -> str:
     """The content of the state file as Prometheus text, for node_exporter's textfile collector."""
     lines: list[str] = []
@@ -627,12 +649,19 @@ def metrics(data: Mapping[str, Any]) -> str:
     add("release", "gauge", "Number of the current release, 0 for none.", [("", float(data["release"] or 0))])
     add("canary_ok", "gauge", "Whether the last canary was answered.", each(lambda item: canary(item, "ok")))
     add("canary_seconds", "gauge", "Duration of the last canary.", each(lambda item: canary(item, "seconds")))
+    for name, kind, key, text in ON_DEMAND_METRICS:
+        found: Mapping[str, int] = data.get("on_demand", {}).get(key, {})
+        add(name, kind, text, [(f'{{engine="{service}"}}', float(number)) for service, number in found.items()])
     lines.append("# HELP sparkfleet_guard_last_look_seconds Unix time of the guard's last observation.")
     lines.append("# TYPE sparkfleet_guard_last_look_seconds gauge")
     lines.append(f"sparkfleet_guard_last_look_seconds {data['at']:.0f}")
     return "\n".join(lines) + "\n"
 
 
+ON_DEMAND_METRICS = (
+    ("on_demand_starts_total", "counter", "totals", "Starts of the engine because a request needed it."),
+    ("on_demand_waiting", "gauge", "waiting", "Requests that wait for the engine."),
+)
 REASONS = ("crash", "wedge", "hung-start")
 #: Of vLLM's metrics, those that only an engine that computes moves; in a long prefill it is the KV cache that grows.
 _MOVING = (
@@ -694,6 +723,9 @@ class Watched:
         self.read_at = -math.inf
         self.start: tuple[str, float] | None = None  # the one in progress, and since when it is known
         self.looked_at = clock()
+        self.seen: Observation | None = None  # the last one
+        self.door: Door | None = None  # of an engine that starts on demand
+        self.ready_at: float | None = None  # since when it serves, as far as this guard knows
 
     @property
     def name(self) -> str:
@@ -736,6 +768,10 @@ class Watcher:
         self._listening: set[str] = set()
         self._recover_at = -math.inf  # not before
         self._ended: tuple[Any, ...] | None = None  # which switch was ended though its journal does not record it
+        self.doors = Doors()
+        self.wake = threading.Event()  # set when a request finds an engine asleep
+        self.ends: float | None = None  # when the guard ends, on the clock; None for not
+        self.on_demand = OnDemand(settings.on_demand_min_seconds, settings.on_demand_starts_per_hour)
         self.watched = {service: Watched(service, guard) for service, guard in self._load().items()}
         self.refresh()
         self.page = metrics(self._data())
@@ -755,8 +791,13 @@ class Watcher:
         """The guards with what they kept; a state file that cannot be understood is set aside, and a new one is
         started."""
         path = self.store.state_dir / STATE_FILE
+        settings = self.settings
         try:
-            return guards(self.settings, bounded.read_json(path))
+            data = bounded.read_json(path)
+            self.on_demand = OnDemand(
+                settings.on_demand_min_seconds, settings.on_demand_starts_per_hour, data.get("on_demand")
+            )
+            return guards(settings, data)
         except FileNotFoundError:
             return {}
         except (BoundsError, OSError) as error:
@@ -778,6 +819,7 @@ class Watcher:
         if engines is None:
             for item in self.watched.values():
                 item.engine = None
+                self._shut(item)
             return
         before, watched = self.watched, {}
         for place, made in enumerate(engines):
@@ -785,6 +827,9 @@ class Watcher:
             item = known or Watched(made.service, Guard(self.settings))
             item.service, item.engine = made.service, made
             watched[made.service] = item
+        for service, item in before.items():
+            if service not in watched:
+                self._shut(item)
         self.watched = watched
 
     def observe(self, item: Watched, locked: bool = False) -> Observation:
@@ -831,6 +876,7 @@ class Watcher:
         if found["state"] == "exited" and BRIDGE_GONE.search(found["error"]):
             seen["foreign"] = foreign(self.docker)
         seen["limit"] = item.engine.decode_limit
+        seen["on_demand"] = item.engine.on_demand is not None and not self.store.halted()
         if found["state"] != "running":
             return seen
         client = engine_client(item.engine.url, PROBE_SECONDS)
@@ -978,9 +1024,154 @@ class Watcher:
             item.asking = False
             self.complain("canary", str(error))
 
+    # -- engines that start on demand --------------------------------------------------------------------------
+
+    def _shut(self, item: Watched) -> None:
+        """Close an engine's door."""
+        if item.door is not None:
+            self.doors.close(item.door)
+            item.door.set(State(why="is not here any more", retry_after=None))
+            item.door = None
+
+    def _open_doors(self) -> None:
+        """Have a door open for each engine that starts on demand. One whose port the switch that runs gives to another
+        engine is closed."""
+        claimed: set[int] = set()
+        journal = self.store.switch() if self.store.switch_active() else None
+        if journal is not None:
+            with contextlib.suppress(ReleaseError):
+                claimed = {made.port for made in self.store.engines(journal["to"])}
+        settings = self.settings
+        for item in self.watched.values():
+            made = item.engine
+            plan = made.on_demand if made is not None else None
+            door = item.door
+            if made is None or plan is None or plan.port in claimed:
+                self._shut(item)
+                continue
+            if door is not None and (door.repo, door.port, door.engine_port) == (made.repo, plan.port, made.port):
+                continue
+            self._shut(item)
+            door = Door(
+                *(made.repo, plan.port, made.port),
+                way=settings.on_demand_wait,
+                hold_seconds=settings.on_demand_hold_seconds,
+                asked=self.wake.set,
+            )
+            try:
+                self.doors.open(door, settings.listen_address)
+                item.door = door
+                if threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGTERM, self._told_to_end)
+            except (OSError, RuntimeError) as error:
+                reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+                self.complain(f"{item.name}: port {plan.port} of its clients", f"{reason}; trying again")
+
+    def _told_to_end(self, *_: object) -> None:
+        self.ends = self.ends or clock() + FINISH_SECONDS
+        self.wake.set()
+
+    def ended(self) -> bool:
+        """Whether the guard was told to end, and its doors are passing on nothing any more. What waits then is answered
+        with 503, and may come again at once: to the next guard."""
+        if self.ends is None:
+            return False
+        doors = [item.door for item in self.watched.values() if item.door is not None]
+        if any(door.active for door in doors) and clock() < self.ends:
+            return False
+        for door in doors:
+            door.turn_away()
+        time.sleep(POLL * 3 if any(door.waiting for door in doors) else 0)
+        return True
+
+    def _seat(self, item: Watched, door: Door) -> Seat:
+        seen, made = item.seen, item.engine
+        now = time.monotonic()
+        asked = door.asked_at is not None and (door.waiting or now - door.asked_at < WANTED_SECONDS)
+        serving = item.guard.engine == "serving"
+        item.ready_at = (item.ready_at or clock()) if serving else None
+        return Seat(
+            item.service,
+            item.guard.engine,
+            runs=seen is not None and seen.state in ("running", "restarting", "paused"),
+            busy=bool(door.active or item.asking or (seen and (seen.running or seen.waiting))),
+            unused=None if door.used is None else now - door.used,
+            ready=None if item.ready_at is None else clock() - item.ready_at,
+            wanted=now - door.wanted if asked and door.wanted is not None else None,
+            needs=made.on_demand.needs_gib if made and made.on_demand else None,
+        )
+
+    def _swap(self) -> None:
+        """Start what requests wait for, once what must make room for it has finished."""
+        self._open_doors()
+        items = {item.service: (item, item.door) for item in self.watched.values() if item.door is not None}
+        if not items:
+            return
+        moment = Instant(time.time(), clock(), self.boot_id)
+        seats = [self._seat(item, door) for item, door in items.values()]
+        rooms = [item.engine.on_demand.room_gib for item, _ in items.values() if item.engine and item.engine.on_demand]
+        known = [room for room in rooms if room is not None]
+        loading = any(item.loads for item in self.watched.values())
+        # A switch makes room for what it verifies, whatever serves: new requests wait meanwhile.
+        journal = self.store.switch() if self.store.switch_active() else None
+        if journal is not None and journal["phase"] not in ("", switch.CHECKING, DONE):
+            seats = [dataclasses.replace(seat, state="switching") for seat in seats]
+        if self.ends is not None:
+            for _, door in items.values():
+                door.set(State(why="waits for the guard", retry_after=1.0))
+            return
+        decision = self.on_demand.decide(seats, min(known) if len(known) == len(rooms) else None, moment, loading)
+        for service, (_, door) in items.items():
+            door.set(decision.doors[service])
+        if decision.stop or decision.start:
+            with self._going_on("on demand"):
+                self._make_room(decision, moment)
+
+    def _make_room(self, decision: Decision, moment: Instant) -> None:
+        with self.store.exclusive(HELD_BY_GUARD) as mine:
+            if not mine or self._interrupted() or self.store.halted():
+                return
+            for service in decision.stop:
+                item = self.watched[service]
+                if item.door is None or item.door.active or not self._is_idle(item):
+                    continue
+                self.notify.alive()
+                self.say(f"{item.name}: stopping it, its place is needed")
+                engine.stop(self.docker, service, STOP_SECONDS)
+                self.wake.set()
+            if decision.start:
+                item = self.watched[decision.start]
+                if item.seen is not None:
+                    item.guard.demand(item.seen)
+                    self.on_demand.note_start(item.service, moment)
+                    self.wake.set()
+
+    def _is_idle(self, item: Watched) -> bool:
+        """Whether the engine itself says that it computes nothing; one that hangs has nothing to lose."""
+        assert item.engine is not None
+        try:
+            answer = engine_client(item.engine.url, PROBE_SECONDS).get("/metrics", PROBE_SECONDS, limit=METRICS_LIMIT)
+        except HttpError:
+            return item.guard.engine == "wedged"
+        found = figures(answer.text)
+        return not (found.get("num_requests_running") or found.get("num_requests_waiting"))
+
+    def pause(self, seconds: float) -> None:
+        """Wait for the next observation; shorter while a request waits."""
+        doors = [item.door for item in self.watched.values() if item.door is not None]
+        if not doors:
+            time.sleep(seconds)
+            return
+        if self.ends is not None or any(door.waiting or door.wanted is not None for door in doors):
+            seconds = min(seconds, QUICK_SECONDS)
+        self.wake.wait(seconds)
+        self.wake.clear()
+
     def _data(self) -> dict[str, Any]:
         """The content of the state file."""
+        waiting = {item.service: item.door.waiting for item in self.watched.values() if item.door is not None}
         return {
+            "on_demand": {**self.on_demand.data(), "waiting": waiting},
             **{"at": time.time(), "clock": clock(), "boot_id": self.boot_id, "release": self.store.current()},
             "engines": {service: item.guard.data() for service, item in self.watched.items()},
         }
@@ -1020,19 +1211,25 @@ class Watcher:
         if cut:
             with self._going_on("recover"):
                 self._recover()
+        with self._going_on("on demand"):
+            self._swap()
         self.save()
         return actions
 
     def _watch(self, item: Watched) -> Action:
-        seen = self.observe(item)
+        seen = item.seen = self.observe(item)
         item.looked_at = clock()
         self.notify.alive()
-        before, ready = item.guard.engine, item.guard.ready_since
+        before, ready, began = item.guard.engine, item.guard.ready_since, item.guard.healing
         action = item.guard.decide(seen)
         if item.guard.engine != before:
             self.say(f"{item.name}: {before} → {item.guard.engine}")
         if item.guard.ready_since not in ("", ready):
             self._keep_figures(item, seen)
+            if began and began["reason"] == DEMAND:
+                took = _age(began, seen)
+                self.on_demand.note_ready(item.service, took or 0.0)
+                self.say(f"{item.name}: ready {took or 0.0:.0f} s after a request asked for it")
         if action.do not in ("nothing", "recover"):
             self.act(item, action, seen)
         return action
@@ -1078,11 +1275,14 @@ class Watcher:
             return 400, "parameters: model, key\n"
 
     def _states(self) -> list[tuple[str, str]]:
-        """Model and state of each engine."""
-        return [
-            (item.engine.repo if item.engine else "", self._fresh(item.guard.engine, item.looked_at))
-            for item in self.watched.values()
-        ]
+        """Model and state of each engine. One that starts on demand answers through its door while it does not run."""
+        found = []
+        for item in self.watched.values():
+            state = item.guard.engine
+            if item.door is not None and state in (ASLEEP, "loading"):
+                state = "serving"
+            found.append((item.engine.repo if item.engine else "", self._fresh(state, item.looked_at)))
+        return found
 
     @staticmethod
     def _fresh(state: str, looked_at: float) -> str:
@@ -1113,6 +1313,8 @@ def canary_request(asked: Engine) -> tuple[str, dict[str, Any]]:
         return pooling.EMBEDDINGS, {"model": asked.repo, "input": "1"}
     if "rerank" in kinds:
         return pooling.RERANK, {"model": asked.repo, "query": "1", "documents": ["1"]}
+    if "classify" in kinds:
+        return pooling.CLASSIFY, {"model": asked.repo, "input": "1"}
     return asking.COMPLETIONS, {"model": asked.repo, "prompt": "1", "max_tokens": 1, "temperature": 0}
 
 
@@ -1195,4 +1397,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             tried = math.inf if watcher.open_window() else began
         watcher.survive()
         notify.alive()
-        time.sleep(max(settings.interval - (clock() - began), 0.05))
+        if watcher.ended():
+            return 0
+        watcher.pause(max(settings.interval - (clock() - began), 0.05))

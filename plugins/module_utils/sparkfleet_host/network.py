@@ -8,8 +8,11 @@ import ipaddress
 import json
 import socket
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from .bounded import read_file
 
 PROBE_SECONDS = 10
 
@@ -104,6 +107,15 @@ def listeners(port: int) -> list[dict[str, Any]]:
             process = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip() if pid else ""
         listed.append({"address": address, "pid": pid, "process": process})
     return listed
+
+
+def is_guard(listener: Mapping[str, Any]) -> bool:
+    """Whether one of `listeners` is Sparkfleet's guard, which keeps the door of an engine that starts on demand."""
+    try:
+        words = read_file(f"/proc/{listener['pid']}/cmdline", 8192).split(b"\0")
+    except (OSError, ValueError):
+        return False
+    return len(words) > 2 and words[1].endswith(b"/sparkfleet_host.pyz") and words[2] == b"guard"
 
 
 def _address(digits: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked of models that give numbers in place of text: embeddings with known neighbours, a known order."""
+"""What is asked of models that give numbers in place of text: known neighbours, a known order, a known label."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 from typing import Any
 
 from .asking import Asker, CheckError
-from .bounded import as_dict, as_int, as_list, as_number
+from .bounded import as_dict, as_int, as_list, as_number, as_str
 
-EMBEDDINGS, RERANK = "/v1/embeddings", "/v1/rerank"
+EMBEDDINGS, RERANK, CLASSIFY = "/v1/embeddings", "/v1/rerank", "/classify"
 #: Sentences of the same meaning in other words; no two have a noun in common.
 PAIRS = (
     ("A cat is sleeping on the sofa.", "The kitten naps on a couch."),
@@ -81,3 +81,22 @@ def rerank(asker: Asker) -> str:
     if len(scores) != len(DOCUMENTS) or not scores[0] > scores[1] > scores[2]:
         raise CheckError("verify-rerank", f"expected falling scores from the best document to the worst, got {shown}")
     return f"{len(scores)} documents in the right order: {shown}"
+
+
+def classify(asker: Asker) -> str:
+    """/classify gives the question of the card the label that it expects. Raises CheckError, HttpError, BoundsError."""
+    text, expected = str(asker.params["question"]), str(asker.params["expect"])
+    data = asker.post(CLASSIFY, {"model": asker.params["model"], "input": [text]}, "classification")
+    found = [as_dict(entry, "a classification") for entry in as_list(data.get("data"), "data", 1000)]
+    if len(found) != 1:
+        raise CheckError("verify-classify", f"expected 1 classification, got {len(found)}")
+    probs = [
+        as_number(part, "probs", -LARGEST, LARGEST) for part in as_list(found[0].get("probs"), "probs", DIMENSIONS)
+    ]
+    if not probs or not all(0 <= part <= 1 for part in probs):
+        raise CheckError("verify-classify", f"probabilities are none: {', '.join(f'{part:g}' for part in probs[:5])}")
+    label = as_str(found[0].get("label") or "", "label", 1000)
+    if label.casefold() != expected.casefold():
+        shown = ", ".join(f"{part:.3f}" for part in probs[:8])
+        raise CheckError("verify-classify", f'expected "{expected}" for "{text}", got "{label}" ({shown})')
+    return f'"{label}" of {len(probs)}, {max(probs):.3f}'

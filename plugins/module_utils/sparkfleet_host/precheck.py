@@ -113,7 +113,8 @@ def _port(docker: Docker, wanted: Mapping[str, Any]) -> Iterator[Problem]:
                 ours = True  # its proxy is the listener
         if not ours:  # while ours runs, the listener is its proxy
             for found in network.listeners(port):
-                if network.overlap(address, found["address"]):
+                # The guard closes a door whose port is another's from now on.
+                if network.overlap(address, found["address"]) and not network.is_guard(found):
                     who = f"{found['process'] or 'a process'} (pid {found['pid'] or '?'})"
                     yield Problem("port-taken", f"{who} listens on port {port}")
                     break

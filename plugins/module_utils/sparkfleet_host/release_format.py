@@ -13,7 +13,8 @@ order, which is the order that they are started in:
 
 Of a trial the plan has format 3, with "kind": "trial", "weights": dummy or real, and perhaps the "loads" that it
 measures: [{streams, input, output, rounds, seed, seconds}] (see `bench.Load`). `settings` is a hash of what the
-figures of an engine depend on besides image and model; plans of earlier versions have none.
+figures of an engine depend on besides image and model; plans of earlier versions have none. An engine that starts on
+demand has "on_demand": {port, room_gib, needs_gib}, see `OnDemandPlan`.
 
 Format 1, which has no "format", holds one engine with its fields at the top level. Each function here returns format 2,
 whichever format it reads; the files of a release that was staged are never rewritten.
@@ -67,6 +68,16 @@ class NewerFormatError(BoundsError):
 
 
 @dataclasses.dataclass(frozen=True)
+class OnDemandPlan:
+    """Of an engine that starts on demand: the TCP port of its door, and in GiB what it needs and what is there for all
+    such engines of the host that run at the same time (None where no plan says so)."""
+
+    port: int
+    needs_gib: float | None = None
+    room_gib: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Engine:
     """An engine of a release. `model` is the name of its card; `verify` the questions that it must answer, see
     `check_plan`; `memory` the figures of the plan, None where there are none; `settings` a hash of what measured
@@ -83,6 +94,7 @@ class Engine:
     memory: Mapping[str, Any] | None
     settings: str = ""
     draft: Mapping[str, str] | None = None  # {repo, revision} of the model that drafts for it
+    on_demand: OnDemandPlan | None = None  # None for one that always runs
 
     @property
     def url(self) -> str:
@@ -168,6 +180,7 @@ def merged(plan: Mapping[str, Any], lock: Mapping[str, Any]) -> tuple[Engine, ..
             image=locked["image"] or planned["image"],
             settings=planned.get("settings", ""),
             draft=locked.get("draft"),
+            on_demand=OnDemandPlan(**planned["on_demand"]) if planned.get("on_demand") else None,
         )
         for planned, locked in zip(plan["engines"], lock["engines"], strict=True)
     )
@@ -178,9 +191,13 @@ def identity(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
     change with what is free on the host."""
     kind = {"trial": weights, "loads": plan.get("loads", [])} if (weights := trial_weights(plan)) else {}
     return [
-        {**kind, **{key: engine[key] for key in ("service", "model", "profile", "verify")}}
+        {**kind, **{key: engine[key] for key in ("service", "model", "profile", "verify")}, **_door(engine)}
         for engine in plan["engines"]
     ]
+
+
+def _door(engine: Mapping[str, Any]) -> dict[str, Any]:
+    return {"door": engine["on_demand"]["port"]} if engine.get("on_demand") else {}
 
 
 def _format(data: Mapping[str, Any], newest: int = FORMAT) -> int:
@@ -223,6 +240,7 @@ def _planned(data: Any) -> dict[str, Any]:
             as_number(limit, "memory.decode_tok_s_limit")
     return {
         **engine,
+        **({"on_demand": _on_demand(engine["on_demand"])} if engine.get("on_demand") is not None else {}),
         "service": bounded.matched(SERVICE, engine.get("service"), "service"),
         "profile": as_str(engine.get("profile", ""), "profile", 1000),
         "image": as_str(engine.get("image", ""), "image", 4096),
@@ -233,6 +251,15 @@ def _planned(data: Any) -> dict[str, Any]:
         },
         "memory": memory,
     }
+
+
+def _on_demand(data: Any) -> dict[str, Any]:
+    given = as_dict(data, "on_demand")
+    made: dict[str, Any] = {"port": as_int(given.get("port"), "on_demand.port", 1, 65535)}
+    for key in ("needs_gib", "room_gib"):
+        value = given.get(key)
+        made[key] = None if value is None else as_number(value, f"on_demand.{key}", -1e6, 1e6)
+    return made
 
 
 def _locked(data: Any) -> dict[str, Any]:

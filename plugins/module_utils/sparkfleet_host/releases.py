@@ -4,7 +4,7 @@
     /opt/sparkfleet/releases/N/{compose.yml,plan.json,lock.json,outcome.json,engine.log,.sealed.json}
     /opt/sparkfleet/current -> releases/N
     /opt/sparkfleet/compose.yml -> current/compose.yml
-    /var/lib/sparkfleet/{switch.json,last-release}
+    /var/lib/sparkfleet/{switch.json,last-release,halted}
     /run/sparkfleet/{switch.lock,switch-spare.json}
 
 Every file is written completely or not at all, and links are replaced atomically, so a power cut leaves either the
@@ -60,6 +60,7 @@ RUN_DIR = "/run/sparkfleet"
 LOCK_FILE = f"{RUN_DIR}/switch.lock"
 LOCK, OUTCOME, SEALED = "lock.json", "outcome.json", ".sealed.json"
 SWITCH, LAST, SPARE = "switch.json", "last-release", "switch-spare.json"
+HALTED = "halted"
 LOG_LIMIT = 4 * bounded.MIB  # of the log that is kept of a failed release
 HELD_BY_SWITCH = "switch"
 HELD_BY_GUARD = "guard"
@@ -225,7 +226,8 @@ class Store:
 
     def summary(self) -> dict[str, Any]:
         """All of it as plain data: {current, previous, numbers, locks, outcomes, damaged, newest_compose, switch,
-        switch_active, switch_compose, lock_holder, unreadable, set_aside}; of the journal all but logs, verifications.
+        switch_active, switch_compose, lock_holder, unreadable, set_aside, halted}; of the journal all but logs,
+        verifications.
         `damaged`: what is wrong with a release, by its number. `unreadable`: state files that cannot be understood, and
         why. `set_aside`: the copies that were kept of such."""
         numbers, journal, holder = self.numbers(), self.switch(), self.holder()
@@ -247,6 +249,7 @@ class Store:
             "lock_holder": holder,
             "unreadable": unreadable,
             "set_aside": self.set_aside_files(),
+            "halted": self.halted(),
         }
 
     def _text(self, number: int) -> str | None:
@@ -260,6 +263,19 @@ class Store:
             return self.lock(number)
         except ReleaseError:
             return None
+
+    def halted(self) -> bool:
+        """Whether the engines were stopped on purpose, so that no request is to start one."""
+        return (self.state_dir / HALTED).exists()
+
+    def halt(self, wanted: bool) -> bool:
+        """Record that, or that it is over; whether that is new. Raises OSError."""
+        before = self.halted()
+        if wanted and not before:
+            write_text(self.state_dir / HALTED, "")
+        elif before and not wanted:
+            (self.state_dir / HALTED).unlink(missing_ok=True)
+        return before != wanted
 
     # -- damage ----------------------------------------------------------------------------------------------
 

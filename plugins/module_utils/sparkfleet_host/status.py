@@ -14,6 +14,7 @@ from .docker import Docker, DockerError
 from .guard import WORST_FIRST, figures, read_state
 from .http import Client, HttpError, engine_client
 from .metrics import LIMIT
+from .on_demand import ASLEEP
 from .redaction import redact
 from .release_format import MOST_ENGINES
 from .releases import ReleaseError, Store
@@ -34,8 +35,11 @@ def gpu() -> dict[str, float | None]:
     return found
 
 
-def state(row: dict[str, Any], containers: list[dict[str, Any]], switching: bool, docker: bool) -> str:
-    """An engine's state in a word: what a switch or the guard knows takes precedence over the observed state."""
+def state(
+    row: dict[str, Any], containers: list[dict[str, Any]], switching: bool, docker: bool, halted: bool = False
+) -> str:
+    """An engine's state in a word: what a switch or the guard knows takes precedence over the observed state. `halted`:
+    no request is to start one."""
     guard = row["guard"] or {}
     if switching:
         return "switching"
@@ -48,6 +52,8 @@ def state(row: dict[str, Any], containers: list[dict[str, Any]], switching: bool
         return "healing" if guard.get("engine") == "healing" else "loading"
     if guard.get("given_up"):
         return "given-up"
+    if own and row.get("on_demand") and not halted:
+        return ASLEEP
     return "stopped" if own else "missing"
 
 
@@ -65,11 +71,15 @@ def pace(client: Client, before: dict[str, float]) -> float:
 def rows(store: Store, current: int | None, containers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The engines of the current release; where its files do not name them, those whose containers run."""
     with contextlib.suppress(ReleaseError):
-        keys = ("service", "model", "profile", "repo", "image", "port")
+        keys = ("service", "model", "profile", "repo", "image")
         if current is not None:
             known = {record["service"]: record for record in measured.of_release(store, current)}
             return [
-                {**{key: getattr(item, key) for key in keys}, "measured": known.get(item.service)}
+                {
+                    **{key: getattr(item, key) for key in keys},
+                    **{"port": item.port, "measured": known.get(item.service)},
+                    **({"on_demand": {"port": item.on_demand.port}} if item.on_demand else {}),
+                }
                 for item in store.engines(current)
             ]
     found = []
@@ -122,11 +132,11 @@ def inspect_host(store: Store, docker: Docker, log_lines: int) -> dict[str, Any]
         row.update(found[place] if found else {"healthy": False, "figures": {}, "tokens_per_second": None, "log": []})
         row["guard"] = guards.get(row["service"])
         switching = releases["switch_active"] and row["service"] not in kept
-        row["state"] = state(row, containers, switching, there)
+        row["state"] = state(row, containers, switching, there, bool(releases["halted"]))
     return {
         **{"releases": releases, "containers": containers, "docker": there, "gpu": gpu(), "engines": engines},
         "engine": overall(engines, containers, bool(releases["switch_active"]), there),
-        "healthy": bool(engines) and all(row["healthy"] for row in engines),
+        "healthy": bool(engines) and all(row["healthy"] or row["state"] == ASLEEP for row in engines),
         "log": [f"{row['service']}  {line}" if len(engines) > 1 else line for row in engines for line in row["log"]],
     }
 

@@ -6,6 +6,9 @@
       │                                          any failure → the same back to the old ones
       └ a problem found beforehand → nothing is stopped
 
+An engine that starts on demand is started and verified after the others, alone among its kind, and stopped: from then
+on the guard starts it. One that both releases define in the same way stays as it is.
+
 An engine that both releases define in the same way keeps running, and is verified with the others. Engines start one
 after the other because vLLM measures the free memory while it starts. What their logs show of that is kept beside the
 release (see `measured`).
@@ -31,13 +34,15 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import engine, integrity, key, measured, memory, reclaim
+from . import engine, integrity, key, measured, memory, network, reclaim
 from .asking import Budget
 from .bench import BenchError, Load, bench
 from .bounded import printable
 from .docker import Docker, DockerError, DockerUnavailable
 from .engine import EngineError
 from .http import Client, HttpError, engine_client
+from .metrics import LIMIT as METRICS_LIMIT
+from .metrics import sums
 from .precheck import Problem, precheck
 from .redaction import redact
 from .release_format import DONE, DUMMY, LOG_LINES, RETURNING, TRIAL, Engine, trial_weights
@@ -54,6 +59,9 @@ BUSY = 75  # exit code where another switch runs (EX_TEMPFAIL)
 START_SECONDS = 1800.0
 VERIFY_SECONDS = 120.0
 KEEP = 5
+QUIET_SECONDS = 5.0  # without a request until such an engine is stopped; the guard looks every 2 seconds
+IDLE_SECONDS = 60.0  # for what an engine computes that makes room for another
+DOOR_SECONDS = 10.0  # until the guard has closed a door
 FAILED_STOP_SECONDS = 5  # until an engine that did not work is killed
 PATIENCE = 120.0  # seconds that Docker may be away: systemd brings it back
 SETTLE = 20.0  # seconds after its return in which containers come back
@@ -107,6 +115,7 @@ class Switch:
         self.running: set[str] = set()  # services that `activate` left running
         self.verified: set[str] = set()  # services that it found to answer right
         self.weights = ""  # of the trial's engine while it is tried: dummy or real
+        self.quiet = QUIET_SECONDS
 
     # -- the sequence ----------------------------------------------------------------------------------------
 
@@ -201,6 +210,8 @@ class Switch:
             key.forget_staged()
             self.end(REFUSED)
             return self.journal
+        with self._regardless("requests do not start engines yet"):
+            self.store.halt(False)
         try:
             self.activate(to, FORWARD[:4], bool(self.request.get("recreate")))
             if self.trial:
@@ -299,14 +310,17 @@ class Switch:
         }
 
     def _serving(self, engines: Sequence[Engine], wanted: dict[str, str]) -> dict[str, str]:
-        """Of containers (service to id) those that run and are healthy. Raises DockerError."""
+        """Of containers (service to id) those that run and are healthy, or stand ready to be started on demand. Raises
+        DockerError."""
         found = {}
         for item in engines:
             if not wanted.get(item.service):
                 continue
             seen = engine.inspect(self.docker, item.service)
-            same = seen["state"] == "running" and seen["id"] == wanted[item.service]
-            if same and engine.healthy(engine_client(item.url)):
+            if seen["id"] != wanted[item.service]:
+                continue
+            ready = item.on_demand is not None and seen["state"] == "exited"
+            if ready or (seen["state"] == "running" and engine.healthy(engine_client(item.url))):
                 found[item.service] = str(seen["id"])
         return found
 
@@ -412,17 +426,28 @@ class Switch:
             self.weights = trial_weights(self.store.plan(number))
         kept = self._still_kept(engines)
         self.running.update(kept)
-        fresh = [item for item in engines if item.service not in kept]
+        lasting = [item for item in engines if item.on_demand is None]
+        # One at a time has room beside those that always run. A trial's runs like any other.
+        in_turn = [item for item in engines if item.on_demand is not None and item.service not in kept]
+        fresh = [item for item in lasting if item.service not in kept]
         results: dict[str, Any] = {}
         failed: dict[str, FailedError] = {}
 
+        def make_room() -> None:
+            for item in engines:
+                if item.on_demand is not None:
+                    self.put_to_sleep(item)
+
         def prepare() -> None:
             self.patiently(lambda: self.stop_all(kept))
+            if fresh:
+                make_room()
             if forward and self.request.get("new_key"):
                 key.take()
 
         def start(item: Engine) -> None:
             self.phase(starting, item.service)
+            self._await_port(item)
             with contextlib.suppress(OSError):  # not allowed in some containers; then the start itself shows it
                 memory.drop_page_cache()
             self.patiently(lambda: engine.compose_up(str(self.store.project_dir), file, item.service, recreate))
@@ -444,6 +469,13 @@ class Switch:
                 self.phase(verifying, item.service)
             self.verify(item, results, mode)
 
+        def once(item: Engine) -> None:
+            make_room()
+            start(item)
+            self.phase(verifying, item.service)
+            self.verify(item, results, mode)
+            self._stop(item)
+
         def attempt(service: str, work: Callable[[], None]) -> None:
             try:
                 self._attempt(service, work)
@@ -455,14 +487,45 @@ class Switch:
                     raise
                 failed[service] = error
 
-        self._attempt((fresh or engines)[0].service, prepare)
+        self._attempt((fresh or in_turn or engines)[0].service, prepare)
         for item in fresh:
             attempt(item.service, functools.partial(start, item))
-        for item in engines:
+        for item in lasting:
             if item.service in self.running and item.service not in failed:
                 attempt(item.service, functools.partial(check, item))
+        for item in in_turn:
+            attempt(item.service, functools.partial(once, item))
         if failed:
             raise next(iter(failed.values()))
+
+    def put_to_sleep(self, item: Engine) -> None:
+        """Stop an engine that starts on demand, once it has finished what it computes (IDLE_SECONDS at most). The guard
+        keeps new requests from it while a switch runs, and needs a moment to see that one does. Raises FailedError,
+        DockerError, EngineError."""
+        if engine.inspect(self.docker, item.service)["state"] in ("exited", "missing"):
+            return
+        began = idle = time.monotonic()
+        while (now := time.monotonic()) - began < IDLE_SECONDS and now - idle < self.quiet:
+            try:
+                answer = engine_client(item.url).get("/metrics", limit=METRICS_LIMIT)
+            except HttpError:
+                break
+            if any(sums(answer.text, ("num_requests_running", "num_requests_waiting")).values()):
+                idle = now
+            time.sleep(self.pause)
+        self._stop(item)
+
+    def _stop(self, item: Engine) -> None:
+        def stop() -> None:
+            engine.stop(self.docker, item.service)
+
+        self.patiently(stop)
+
+    def _await_port(self, item: Engine) -> None:
+        """The guard closes the door of an engine whose port becomes another's; it needs a moment for it."""
+        deadline = time.monotonic() + DOOR_SECONDS
+        while time.monotonic() < deadline and any(map(network.is_guard, network.listeners(item.port))):
+            time.sleep(self.pause)
 
     def _still_kept(self, engines: Sequence[Engine]) -> dict[str, str]:
         """Those that were kept when the switch started, and are still serving, service to container."""

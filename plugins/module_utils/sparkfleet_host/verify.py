@@ -40,6 +40,7 @@ PATHS = {
     "stream": CHAT,
     "embeddings": pooling.EMBEDDINGS,
     "rerank": pooling.RERANK,
+    "classify": pooling.CLASSIFY,
 }
 GENERATIVE = ("chat", "completion", "stream")
 KINDS = (*PATHS, *deep.PROBES)
@@ -122,6 +123,7 @@ class Verification(Asker):
             "stream": self.stream,
             "embeddings": lambda: pooling.embeddings(self),
             "rerank": lambda: pooling.rerank(self),
+            "classify": lambda: pooling.classify(self),
         }
         with ThreadPoolExecutor(max_workers=4 + len(kinds)) as pool:
             before = pool.submit(self._counters)

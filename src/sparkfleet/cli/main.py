@@ -506,7 +506,7 @@ def _looked(inventory: str, words: Sequence[str]) -> tuple[list[HostResult], int
     if collector.error:
         raise SparkfleetError(collector.error)
     hosts = _sorted(collector)
-    if code == OK and any(row["state"] != "serving" for row in status_page.rows(hosts)):
+    if code == OK and any(row["state"] not in ("serving", "asleep") for row in status_page.rows(hosts)):
         code = DOWN
     return hosts, code
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparkfleet_host.bounded import GIB, LATEST
+from sparkfleet_host.on_demand import ASLEEP
 
 from sparkfleet.diagnosis import failures
 from sparkfleet.diagnosis.failures import BY_ID
@@ -215,6 +216,8 @@ def _engine(facts: Mapping[str, Any], engine: Mapping[str, Any]) -> list[Finding
         taken = [Finding("name-taken", (f"{other['name']} is a container of {other['image']}",))] if other else []
         taken += [Finding("port-taken", tuple(holder[:1]))] if holder else []
         return [*taken, *gone, Finding("container-missing")]
+    if engine.get("state") == ASLEEP:
+        return gone
     if seen["state"] == "running" and engine["healthy"]:
         return [item for item in _match(seen["log"]) if BY_ID[item.id].harmless]
     found = gone if seen["state"] != "running" else []

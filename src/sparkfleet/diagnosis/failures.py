@@ -1003,6 +1003,13 @@ TABLE: tuple[Failure, ...] = (
         "Check --hf-overrides and the chat template that the model's page names.",
     ),
     Failure(
+        "verify-classify",
+        "a text gets the wrong label",
+        "the model is not one that classifies, or its card expects another label",
+        "Set question and expect in the card's verify to a text and the label that the model's page has for it; check "
+        "--convert and --hf-overrides.",
+    ),
+    Failure(
         "verify-budget",
         "the time for a deep verification was not enough",
         "the engine is slower than expected, or the time is too short for what the model is for",

@@ -29,7 +29,11 @@ def reasons(plan: Mapping[str, Any], state: Mapping[str, Any], answers: bool | N
     found += [f"files damaged: {line}" for line in status_page.damaged(state.get("releases") or {"current": None})]
     for kind in ("start", "stop", "wait"):
         found += [reason for reason in deploy[kind] if not reason.startswith(_STAGE)]
-    answering = [engine["healthy"] for engine in state.get("engines") or []]
+    in_turn = [bool(engine.get("on_demand")) for engine in plan.get("engines") or []]
+    known = state.get("engines") or []
+    answering = [
+        engine["healthy"] for place, engine in enumerate(known) if not (place < len(in_turn) and in_turn[place])
+    ]
     if (deploy["stage"] or deploy["start"]) and state.get("compose_file") and not all(answering):
         found.append("the engine does not answer" if len(answering) == 1 else "an engine does not answer")
     if answers is False:

@@ -147,7 +147,7 @@ RECORDS = (
 )
 
 #: States in which the guard itself says why an engine does not serve, or in which it is not meant to.
-_EXPLAINED = "stopped|switching|loading|wedged|given-up"
+_EXPLAINED = "stopped|switching|loading|wedged|given-up|asleep"
 
 ALERTS = (
     Alert(

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from sparkfleet_host.bounded import COMMIT, printable
 from sparkfleet_host.cache import repo_folder, repo_of
-from sparkfleet_host.engine import PROJECT
+from sparkfleet_host.engine import ON_DEMAND, PROJECT
 from sparkfleet_host.http import KEY_FILE
 
 from sparkfleet import SparkfleetError
@@ -32,6 +32,8 @@ CA_IN_CONTAINER = "/etc/ssl/certs/sparkfleet-ca.pem"
 CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 ENGINE_PORT = 8000
 LOOPBACK = "127.0.0.1"
+#: The TCP port of the clients of an engine that starts on demand.
+DOOR_LABEL = "sparkfleet.port"
 #: For vLLM an empty list of domains is no limit; this one stands for no host (RFC 2606).
 NO_DOMAIN = "none.invalid"
 #: On the host, 0600; in the container Docker mounts it under the name of the secret.
@@ -211,6 +213,12 @@ def document(
         service["secrets"] = [KEY_NAME]
         made["secrets"] = {KEY_NAME: {"file": KEY_FILE}}
     return made
+
+
+def on_demand(port: int) -> Document:
+    """What the service of an engine has that starts on demand: `docker compose up` leaves it alone, and another port of
+    its clients is another definition."""
+    return {"profiles": [ON_DEMAND], "labels": {DOOR_LABEL: str(port)}}
 
 
 def merged(documents: Sequence[Document]) -> Document:

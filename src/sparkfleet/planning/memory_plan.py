@@ -239,7 +239,7 @@ def make(
 def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, memory: Memory) -> Plan:
     batched = int(_number(arguments, "max_num_batched_tokens", DEFAULT_BATCHED_TOKENS))
     sequences = int(_number(arguments, "max_num_seqs", DEFAULT_SEQUENCES))
-    utilization = _number(arguments, SHARE, DEFAULT_UTILIZATION)
+    utilization = share = _number(arguments, SHARE, DEFAULT_UTILIZATION)
     fixed = int(_number(arguments, "kv_cache_memory_bytes", 0))
 
     rules, gpus = version.rules, kv_layout.ranks(card, arguments)
@@ -257,7 +257,7 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
     runtime = OLD_RUNTIME_GIB if rules.counts_host_growth else RUNTIME_GIB
     runtime += LOADER_GIB.get(str(arguments.get("load_format", "")), 0.0)
     spent = weights + activation + runtime + graphs + memory.correction
-    if fixed:  # vLLM then leaves the utilization aside
+    if fixed:  # vLLM then leaves the utilization aside, but for what must be free when it starts
         cache = fixed / GIB
         requested = spent + cache
         utilization = requested / memory.total
@@ -286,6 +286,18 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
         )
     if length > card.shape.context and "hf_overrides" not in arguments:
         reasons.append(f"max_model_len {length} is longer than the model's context of {card.shape.context} tokens")
+    if fixed and not rules.has_kv_cache_bytes:
+        first = ".".join(map(str, vllm_versions.since("has_kv_cache_bytes")))
+        reasons.append(
+            f"vLLM {version.text} has no --kv-cache-memory-bytes: use a newer image ({first} has it), or "
+            f"{SHARE} in its place"
+        )
+    if fixed and requested <= memory.available < share * memory.total:
+        reasons.append(
+            f"also with kv_cache_memory_bytes vLLM starts only while {SHARE} ({share:.2f}) of the memory is free: "
+            f"{share * memory.total:.1f} GiB, {memory.available:.1f} are available. Set {SHARE} to "
+            f"{math.ceil(utilization * 100) / 100:g} besides"
+        )
     if memory.available < requested:
         reasons.append(
             f"vLLM requests {requested:.1f} GiB ({utilization:.2f} of {memory.total:.1f}), {memory.available:.1f} GiB "
@@ -435,16 +447,22 @@ def _ways_out(
 
 def shares(engines: Sequence[tuple[Card, Arguments, Engine]], memory: Memory) -> list[float]:
     """Utilizations at which several engines fit a host together, in steps of 0.01: what each needs for one sequence of
-    full length, and an equal part of what is left. Empty where they do not fit at any. Raises when the layout of a KV
-    cache is not known."""
+    full length, and an equal part of what is left; one with kv_cache_memory_bytes takes what that makes. Empty where
+    they do not fit at any. Raises when the layout of a KV cache is not known."""
     alone = dataclasses.replace(memory, available=memory.total, correction=0.0)
+    fixed = [bool(_number(arguments, "kv_cache_memory_bytes", 0)) for _, arguments, _ in engines]
     steps = [
-        next((step for step in range(1, 100) if _holds_one(card, arguments, version, alone, step / 100)), 100)
-        for card, arguments, version in engines
+        math.ceil(_budget(card, arguments, "", version, alone).requested_gib / memory.total * 100)
+        if given
+        else next((step for step in range(1, 100) if _holds_one(card, arguments, version, alone, step / 100)), 100)
+        for (card, arguments, version), given in zip(engines, fixed, strict=True)
     ]
     room = memory.available - memory.reserve - len(engines) * BEYOND_BUDGET_GIB
     spare = math.floor(room / memory.total * 100) - sum(steps)
-    return [(step + spare // len(engines)) / 100 for step in steps] if spare >= 0 else []
+    if spare < 0:
+        return []
+    each = spare // max(fixed.count(False), 1)
+    return [(step + (0 if given else each)) / 100 for step, given in zip(steps, fixed, strict=True)]
 
 
 def _holds_one(card: Card, arguments: Arguments, version: Engine, memory: Memory, share: float) -> bool:

@@ -63,7 +63,8 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
                 "revision": engine.revision,
                 "remote_code": engine.remote_code,
                 "pickle": engine.card.weights.pickle,
-                "port": engine.port,
+                "port": engine.engine_port,
+                **({"on_demand": {"port": engine.port}} if engine.on_demand else {}),
                 "verify": engine.verify,
                 "memory": figures[index],
                 "fetch_image": bool(images[index]),
@@ -76,7 +77,7 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
         "lock": str(target.lock.path) if target.lock else "",
         "compose": document,
         "release": release(target, document, figures),
-        "notes": notes(target, state),
+        "notes": [*notes(target, state), *turns(target, figures)],
         "checks": [{"name": check.name, "seen": check.seen, "ok": not check.findings} for check in checks],
         "findings": [dataclasses.asdict(finding) for check in checks for finding in check.findings],
         "prepare": {
@@ -237,7 +238,14 @@ def guard_settings(target: Target, state: State) -> dict[str, Any]:
     """The content of the guard's settings file. Its own port is open where the engine's is."""
     settings, addresses = target.settings, target.addresses(state)
     where = list(dict.fromkeys((compose.LOOPBACK, *addresses))) if addresses else [""]
+    in_turn = {
+        "on_demand_wait": settings.on_demand_wait,
+        "on_demand_hold_seconds": settings.on_demand_hold_seconds,
+        "on_demand_min_seconds": settings.on_demand_min_seconds,
+        "on_demand_starts_per_hour": settings.on_demand_starts_per_hour,
+    }
     return {
+        **(in_turn if any(engine.on_demand for engine in target.engines) else {}),
         "interval": settings.guard_interval,
         "wedge_seconds": settings.guard_wedge_seconds,
         "canary_interval": settings.guard_canary_interval,
@@ -289,6 +297,28 @@ def notes(target: Target, state: State) -> list[str]:
             f"commit {engine.revision} is then, runs in it; model_source local does without"
         )
     return found
+
+
+def turns(target: Target, figures: Sequence[Mapping[str, Any] | None]) -> list[str]:
+    """Which engines that start on demand run at the same time, in words."""
+    found = [
+        (engine.card.name, _place(plan))
+        for engine, plan in zip(target.engines, figures, strict=True)
+        if engine.on_demand
+    ]
+    if not found:
+        return []
+    if not all(place for _, place in found):
+        return [f"on demand, one at a time: {', '.join(name for name, _ in found)}"]
+    room = min(place["room_gib"] for _, place in found)
+    needs = sorted(place["needs_gib"] for _, place in found)
+    together = sum(1 for count in range(1, len(needs) + 1) if sum(needs[:count]) <= room)
+    each = ", ".join(f"{name} ({place['needs_gib']:.1f} GiB)" for name, place in found)
+    if together == len(needs):
+        how = "they fit at the same time" if len(needs) > 1 else "it fits beside the engines that always run"
+    else:
+        how = f"at most {together} of them at the same time" if together > 1 else "one at a time"
+    return [f"on demand, in the {room:.1f} GiB that the other engines and the host leave: {each}; {how}"]
 
 
 class Fetch(NamedTuple):
@@ -364,7 +394,9 @@ def release(
             "profile": engine.settings.profile,
             "repo": card.repo,
         }
-        asked = {"verify": engine.verify, "settings": engine.settings_hash}
+        asked: dict[str, Any] = {"verify": engine.verify, "settings": engine.settings_hash}
+        if engine.on_demand:
+            asked["on_demand"] = {"port": engine.port, **_place(figures)}
         draft = compose.draft_of(service["command"])
         plans.append({**known, "image": engine.image, **asked, "memory": figures})
         locks.append(
@@ -372,7 +404,7 @@ def release(
                 **known,
                 "revision": next(iter(_after("--revision", service["command"])), engine.revision),
                 "image": compose.plain(service["image"]),
-                "port": engine.port,
+                "port": engine.engine_port,
                 **({"draft": dict(zip(("repo", "revision"), draft, strict=True))} if draft else {}),
             }
         )
@@ -393,6 +425,16 @@ def release(
     }
 
 
+def _place(figures: Mapping[str, Any] | None) -> dict[str, float]:
+    """GiB that an engine which starts on demand takes, and that are there for all of them."""
+    if not figures:
+        return {}
+    room = figures["available_gib"] - figures["reserve_gib"]
+    # An engine must find free what it requests, also where it takes less.
+    needs = max(figures["available_gib"] - figures["left_gib"], figures["requested_gib"])
+    return {"needs_gib": round(needs, 2), "room_gib": round(room, 2)}
+
+
 def _after(flag: str, command: list[str]) -> list[str]:
     return [compose.plain(value) for word, value in itertools.pairwise(command) if word == flag]
 
@@ -401,6 +443,7 @@ def deploy(target: Target, state: State, document: compose.Document) -> dict[str
     """What the deploy stage has to do: stage a release, switch to it, restart the current one, or only wait."""
     settings = target.settings
     services = [engine.service for engine in target.engines]
+    in_turn = {engine.service for engine in target.engines if engine.on_demand}
     ours = [item for item in state["docker"].get("containers", []) if item["ours"]]
     current = {item["service"]: item for item in reversed(ours) if item["service"] in services}
     running = [name for name in services if name in current and current[name]["state"] == "running"]
@@ -412,28 +455,37 @@ def deploy(target: Target, state: State, document: compose.Document) -> dict[str
     new_key = settings.api_key_enabled and not state["engine_key"]["current"]
     stage, start, stop, wait = Work(), Work(), Work(), Work()
     restarts: list[str] = []
-    drifted = [name for name in running if deployed and not _matches(current[name], document["services"][name])]
+    there = [name for name in services if name in current and (name in running or name in in_turn)]
+    drifted = [name for name in there if deployed and not _matches(current[name], document["services"][name])]
     if settings.service_state == "started":
         what = "the first release" if releases["current"] is None else f"a release after {releases['current']}"
         stage.add(not deployed, f"stage {what}")
         start.add(not deployed, f"switch to it{', stopping ' + ', '.join(others) if others else ''}")
         for name in services if deployed else ():
             start.add(name not in current, f"create and start {name}")
-            start.add(name in current and name not in running, f"start {name} ({current.get(name, {}).get('state')})")
+            if name in in_turn:
+                start.add(releases.get("halted"), f"let requests start {name} again")
+            else:
+                found = current.get(name, {}).get("state")
+                start.add(name in current and name not in running, f"start {name} ({found})")
             start.add(name in drifted, f"restart {name}: it runs with other settings than its file")
             start.add(name in running and name not in drifted and new_key, f"restart {name}: its key has changed")
-            if name not in running or name in drifted or new_key:
+            asleep = name in current and name in in_turn and not releases.get("halted")
+            if (name not in running and not asleep) or name in drifted or new_key:
                 restarts.append(name)
         stop.add(others and not start.reasons, f"stop {', '.join(others)}")
         for engine, known in pairs(target, state):
-            wait.add(not start.reasons and not known["healthy"], f"wait for {engine.service}")
+            waits = not start.reasons and not known["healthy"] and not engine.on_demand
+            wait.add(waits, f"wait for {engine.service}")
     else:
         stage.add(not staged, "stage a release")
         stop.add(running or others, f"stop {', '.join([*others, *running])}")
+        stop.add(in_turn and not releases.get("halted"), "let no request start an engine")
     return {
         "needed": bool(stage.reasons or start.reasons or stop.reasons or wait.reasons),
         "stage": stage.reasons,
         "stop": stop.reasons,
+        "halt": bool(in_turn) and settings.service_state == "stopped",
         "stop_services": [*others, *(running if settings.service_state == "stopped" else [])] if stop.reasons else [],
         "start": start.reasons,
         "mode": "restart" if deployed else "deploy",
@@ -455,6 +507,7 @@ def trial(target: Target, state: State) -> dict[str, Any]:
     return {
         **{"needed": True, "stage": ["stage a trial"], "start": [start], "mode": TRIAL, "release": None},
         **{"stop": [], "stop_services": [], "services": [], "recreate": False, "new_key": False, "wait": []},
+        "halt": False,
     }
 
 

@@ -305,9 +305,13 @@ def _held(container: State, state: State, total: float) -> float:
 
 
 def _together(target: Target, total: float, available: float) -> str:
-    """With which utilizations several engines fit together, as a sentence."""
-    engines = [(engine.card, engine.arguments, engine.version) for engine in target.engines]
-    if len(engines) < 2 or any("kv_cache_memory_bytes" in arguments for _, arguments, _ in engines):
+    """With which utilizations several engines fit together, as a sentence; of those that start on demand the largest
+    counts."""
+    in_turn = [engine for engine in target.engines if engine.on_demand]
+    largest = max(in_turn, key=lambda engine: engine.card.weights.memory_gib, default=None)
+    counted = [engine for engine in target.engines if not engine.on_demand or engine is largest]
+    engines = [(engine.card, engine.arguments, engine.version) for engine in counted]
+    if len(engines) < 2:
         return ""
     try:
         found = memory_plan.shares(engines, memory_plan.Memory(total, available, target.settings.memory_reserve_gib))
@@ -315,7 +319,7 @@ def _together(target: Target, total: float, available: float) -> str:
         return ""
     if not found:
         return ". Together the engines do not fit at any gpu_memory_utilization: take smaller models or contexts"
-    each = [f"{share:g} for {engine.card.name}" for share, engine in zip(found, target.engines, strict=True)]
+    each = [f"{share:g} for {engine.card.name}" for share, engine in zip(found, counted, strict=True)]
     return f". Together they fit with a gpu_memory_utilization of {', '.join(each)}"
 
 
@@ -350,10 +354,12 @@ def noted(plan: memory_plan.Plan, known: calibration.Known, applied: bool) -> me
 def memory_plans(
     target: Target, total: float, available: float, corrections: Sequence[float] = ()
 ) -> list[tuple[float, memory_plan.Plan | SparkfleetError]]:
-    """For each engine of a host, in the order in which they start: what is available when it does (GiB), and its memory
-    plan, or why there is none."""
-    found: list[tuple[float, memory_plan.Plan | SparkfleetError]] = []
-    for engine, correction in zip(target.engines, corrections or [0.0] * len(target.engines), strict=True):
+    """For each engine of a host: what is available when it starts (GiB), and its memory plan, or why there is none."""
+    found: dict[int, tuple[float, memory_plan.Plan | SparkfleetError]] = {}
+    # Those that start on demand have what the others leave, each for itself.
+    order = sorted(range(len(target.engines)), key=lambda index: target.engines[index].on_demand)
+    for index in order:
+        engine, correction = target.engines[index], corrections[index] if corrections else 0.0
         room = available
         try:
             made = memory_plan.make(
@@ -364,11 +370,12 @@ def memory_plans(
                 memory=memory_plan.Memory(total, room, target.settings.memory_reserve_gib, correction),
                 others=lambda: [catalog.load(name) for name in catalog.names()],
             )
-            available = max(made.left_gib, 0.0)
-            found.append((room, made))
+            if not engine.on_demand:
+                available = max(made.left_gib, 0.0)
+            found[index] = (room, made)
         except SparkfleetError as error:
-            found.append((room, error))
-    return found
+            found[index] = (room, error)
+    return [found[index] for index in range(len(target.engines))]
 
 
 def _memory_check(plan: memory_plan.Plan | SparkfleetError, seen: str, enforced: bool) -> Check:
@@ -435,8 +442,10 @@ def _image_store(target: Target, state: State) -> tuple[dict[str, Any], str, boo
 
 
 def _port(target: Target, state: State, case: Case) -> Check:
-    port, containers, listener = case.engine.port, state["docker"].get("containers", []), case.found["listener"]
+    port, containers, listener = case.engine.engine_port, state["docker"].get("containers", []), case.found["listener"]
     remedy = "stop it, or set sparkfleet_port to a free port"
+    if case.found.get("door"):  # somebody else is where the guard is to listen
+        port, containers, listener = case.engine.port, [], case.found["door"]
     holders = [item for item in containers if port in item["ports"] and item["state"] == "running"]
     # While a container of ours is being restarted, Docker's proxy may still, or already, hold its port.
     passing = not holders and (listener or {}).get("process") == "docker-proxy"

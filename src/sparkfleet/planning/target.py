@@ -48,6 +48,8 @@ class EngineSettings:
     tool_calls: bool = True
     environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of vllm serve
+    on_demand: bool = False
+    loopback_port: int = 0  # of one on demand: where the engine itself is published
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +111,10 @@ class Settings:
     guard_max_restarts: int = 3
     guard_restart_window: float = 3600.0
     guard_port: int = 9109
+    on_demand_wait: str = "hold"
+    on_demand_hold_seconds: float = 900.0
+    on_demand_min_seconds: float = 120.0
+    on_demand_starts_per_hour: int = 12
     bundle: str = ""  # folder on the controller in place of the internet
     bundle_digest: str = ""  # of its bundle.json; empty: not checked
     bundle_signers: str = ""  # file of those one of whom must have signed it; empty: not checked
@@ -168,7 +174,8 @@ class Settings:
     def each(self) -> tuple[EngineSettings, ...]:
         """The engines of the host, in the order in which they start; one where ``engines`` is empty."""
         names = [field.name for field in dataclasses.fields(EngineSettings)]
-        return tuple(self.engines) or (EngineSettings(**{name: getattr(self, name) for name in names}),)
+        shared = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return tuple(self.engines) or (EngineSettings(**shared),)
 
 
 def listen(value: Any) -> str | list[str]:
@@ -286,8 +293,18 @@ class EngineTarget:
 
     @property
     def port(self) -> int:
-        """The TCP port of the host that the engine is published on."""
+        """The TCP port of the host for clients."""
         return self.settings.port
+
+    @property
+    def on_demand(self) -> bool:
+        """Whether it is started by the first request for it."""
+        return self.settings.on_demand
+
+    @property
+    def engine_port(self) -> int:
+        """The TCP port of the host that the engine itself is published on."""
+        return self.settings.loopback_port if self.on_demand else self.port
 
     @property
     def verify(self) -> dict[str, Any]:
@@ -410,7 +427,14 @@ class Target:
                 f"sparkfleet_model_source: with {settings.model_source} the engine downloads whatever the Hub has "
                 f"then, whatever the lock {lock.path} has: set it to local"
             )
-        engines = tuple(EngineTarget.of(engine, settings.model_source, lock) for engine in settings.each())
+        each = settings.each()
+        if settings.trial:
+            each = tuple(dataclasses.replace(engine, on_demand=False) for engine in each)
+        elif not settings.guard and any(engine.on_demand for engine in each):
+            raise SparkfleetError(
+                "sparkfleet_guard: false leaves nobody to start engines with on_demand: true: remove one of the two"
+            )
+        engines = tuple(EngineTarget.of(engine, settings.model_source, lock) for engine in each)
         _check_engines(engines)
         for engine in engines if settings.trial else ():
             if not (embeds(engine.verify["kinds"]) or {*engine.verify["kinds"]} & {*GENERATIVE}):
@@ -437,6 +461,8 @@ class Target:
         environment = {name: str(value) for name, value in engine.settings.environment.items()}
         if trial:
             addresses = [compose.LOOPBACK]  # no client is to use it by mistake
+        elif engine.on_demand:
+            addresses = [compose.LOOPBACK]  # clients ask the guard
         if trial == DUMMY:
             arguments = {**arguments, "load_format": "dummy"}
         made = compose.document(
@@ -451,13 +477,15 @@ class Target:
             cache_dir=self.settings.cache_dir,
             compile_cache_dir=self.settings.compile_cache_dir,
             ca_file=self.settings.ca_file,
-            port=engine.port,
+            port=engine.engine_port,
             addresses=addresses,
             api_key_enabled=self.settings.api_key_enabled and not trial,
             media_domains=self.media_domains(engine),
         )
         if trial:
             made["services"][engine.service]["restart"] = "no"  # a restart of the host ends it
+        if engine.on_demand:
+            made["services"][engine.service] |= compose.on_demand(engine.port)
         return made
 
     def _commit(self, model: State) -> str | None:
@@ -511,7 +539,9 @@ def _check_engines(engines: Sequence[EngineTarget]) -> None:
         raise SparkfleetError(f"{len(engines)} engines on one host: at most {MOST_ENGINES}")
     seen: dict[tuple[str, str], str] = {}
     for engine in engines:
-        for what, value in (("service", engine.service), ("model", engine.card.repo), ("port", str(engine.port))):
+        ports = dict.fromkeys((engine.port, engine.engine_port))
+        named = (("service", engine.service), ("model", engine.card.repo), *(("port", str(port)) for port in ports))
+        for what, value in named:
             if (what, value) in seen:
                 other = seen[what, value]
                 raise SparkfleetError(f"the engines {other} and {engine.card.name} have the same {what}: {value}")

@@ -41,6 +41,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "sparkfleet_guard_max_restarts": (0, 1000),
     "sparkfleet_guard_restart_window": (1, 7 * _DAY),
     "sparkfleet_guard_port": (0, 65535),
+    "sparkfleet_on_demand_hold_seconds": (1, 6 * 3600),
+    "sparkfleet_on_demand_min_seconds": (0, _DAY),
+    "sparkfleet_on_demand_starts_per_hour": (1, 1000),
     "sparkfleet_fetch_timeout": (1, 7 * _DAY),
     "sparkfleet_share_port": (1, 65535),
     "sparkfleet_start_timeout": (1, _DAY),
@@ -113,6 +116,8 @@ _PORTS = (
     *("sparkfleet_node_exporter_port", "sparkfleet_prometheus_port", "sparkfleet_alertmanager_port"),
 )
 ENGINES = "sparkfleet_engines"
+#: From the port of clients to that of the engine itself, for one that starts on demand.
+LOOPBACK_OFFSET = 10_000
 #: What each entry of `sparkfleet_engines` says itself, so that it is not said for the whole host.
 _OF_ENGINES = ("sparkfleet_model", "sparkfleet_profile", "sparkfleet_image", "sparkfleet_revision")
 
@@ -188,6 +193,13 @@ def settle(values: Mapping[str, Any]) -> dict[str, Any]:
         engine.setdefault("port", before)
         if engine["port"] > RANGES["sparkfleet_port"][1]:
             found.append(f"{ENGINES}[{index}].port: none is left after {before - 1}; give it one")
+        if not engine.get("on_demand"):
+            if "loopback_port" in engine:
+                found.append(f"{ENGINES}[{index}].loopback_port: is only for an engine with on_demand: true")
+            continue
+        engine.setdefault("loopback_port", engine["port"] + LOOPBACK_OFFSET)
+        if engine["loopback_port"] > RANGES["sparkfleet_port"][1]:
+            found.append(f"{ENGINES}[{index}].loopback_port: {engine['loopback_port']} is none; give it one")
     if engines:
         found += [
             f"{name}: does not go with {ENGINES}, whose entries name it each; remove one of the two"
@@ -196,10 +208,11 @@ def settle(values: Mapping[str, Any]) -> dict[str, Any]:
         ]
     used: dict[int, str] = {}
     for index, engine in enumerate(engines):
-        name = f"{ENGINES}[{index}].port"
-        if engine["port"] in used:
-            found.append(f"{name}: {engine['port']} is {used[engine['port']]} already; choose another port")
-        used.setdefault(engine["port"], name)
+        for key in ("port", "loopback_port") if engine.get("on_demand") else ("port",):
+            name = f"{ENGINES}[{index}].{key}"
+            if engine[key] in used:
+                found.append(f"{name}: {engine[key]} is {used[engine[key]]} already; choose another port")
+            used.setdefault(engine[key], name)
     for name in _PORTS[1:] if engines else _PORTS:
         port = made.get(name, _default(name))
         if port and port in used and not (name not in made and used[port] not in made and not engines):
@@ -234,7 +247,7 @@ def _engines(value: Any) -> list[dict[str, Any]]:
                 found.append(f"{at}: unknown key {_shown(key)}{hint}")
                 continue
             try:
-                engine[key] = _value(f"{at}.{key}", given, keys[key], rule=PREFIX + key)
+                engine[key] = _value(f"{at}.{key}", given, keys[key], rule=PREFIX + key.removeprefix("loopback_"))
                 if key == "arguments":
                     engine[key] = {str(name): scalar(argument) for name, argument in given.items()}
                     catalog.check_arguments(engine[key], f"{at}.{key}.")

@@ -95,7 +95,7 @@ def _checked_engine(row: Mapping[str, Any]) -> dict[str, Any]:
         **{key: _text(row.get(key)) for key in ("service", "model", "profile", "repo", "image")},
         "state": _text(row.get("state"), 30) or "unknown",
         "healthy": row.get("healthy") is True,
-        "port": _number(row.get("port")),
+        "port": _number(_mapping(row.get("on_demand") or row).get("port")),
         "figures": {key: _number(value) for key, value in _mapping(row.get("figures")).items()},
         "tokens_per_second": _number(row.get("tokens_per_second")),
         "measured": next(iter(calibration.understood([row.get("measured")])), None),

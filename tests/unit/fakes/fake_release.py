@@ -17,7 +17,9 @@ def an_engine(service: str, port: int = 8000, **more: Any) -> dict[str, Any]:
 def plan(*engines: Mapping[str, Any]) -> dict[str, Any]:
     """plan.json."""
     keys = ("service", "model", "profile", "repo", "image", "verify", "memory")
-    return {"format": 2, "engines": [{key: engine[key] for key in keys} for engine in engines]}
+    in_turn = [{"on_demand": engine["on_demand"]} if engine.get("on_demand") else {} for engine in engines]
+    each = [{**{key: engine[key] for key in keys}, **more} for engine, more in zip(engines, in_turn, strict=True)]
+    return {"format": 2, "engines": each}
 
 
 def lock(*engines: Mapping[str, Any], **more: Any) -> dict[str, Any]:

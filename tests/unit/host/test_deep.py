@@ -519,7 +519,7 @@ def test_each_kind_has_a_limit_of_its_own() -> None:
 
 def test_the_quick_set_comes_first_and_at_once() -> None:
     kinds = sorted(verify.KINDS)
-    assert verify.steps(kinds) == [["chat", "completion", "stream", "embeddings", "rerank"]]
+    assert verify.steps(kinds) == [["chat", "completion", "stream", "embeddings", "rerank", "classify"]]
     first, *others = verify.steps(kinds, verify.DEEP)
     assert first == verify.steps(kinds)[0] and others == [[kind] for kind in deep.PROBES]
     assert others[-1] == ["needle"]  # which takes what is left
@@ -531,7 +531,7 @@ def test_a_model_without_kinds_chats() -> None:
 
 
 def test_each_kind_has_an_entry_in_the_table_of_failures() -> None:
-    for kind in (*deep.PROBES, "embeddings", "rerank"):
+    for kind in (*deep.PROBES, "embeddings", "rerank", "classify"):
         assert BY_ID[deep.failure(kind)].remedy
     assert BY_ID[deep.SPENT].remedy
 

@@ -970,6 +970,7 @@ def test_whatever_keeps_it_from_listening_is_said(
         (["chat", "needle"], "/v1/completions", "prompt"),
         (["embeddings"], "/v1/embeddings", "input"),
         (["rerank"], "/v1/rerank", "documents"),
+        (["classify"], "/classify", "input"),
     ],
 )
 def test_a_canary_is_what_the_model_can_answer(kinds: list[str], path: str, field: str) -> None:

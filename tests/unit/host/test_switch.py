@@ -2049,3 +2049,124 @@ def test_what_a_container_is_made_from() -> None:
     assert engine.definition({**document, "networks": {}}, "b") == engine.definition(document, "b")
     for odd in (document, {}, {"services": None}, {"services": {"c": []}}):
         assert engine.definition(odd, "c") is None
+
+
+# -- engines that start on demand --------------------------------------------------------------------------------------
+
+
+def stage_in_turn(store: Store, world: World, **tags: str) -> int:
+    """The first always runs, the others start on demand."""
+    engines = [
+        fake_release.an_engine(
+            f"vllm-{name}",
+            PORTS[f"vllm-{name}"],
+            **({} if name == "first" else {"on_demand": {"port": PORTS[f"vllm-{name}"] + 100}}),
+        )
+        for name in tags
+    ]
+    world.ports.update(PORTS)
+    services = "".join(f"  vllm-{name}: {{image: 'x:{tag}'}}\n" for name, tag in tags.items())
+    return store.stage(f"services:\n{services}", fake_release.plan(*engines), fake_release.lock(*engines))
+
+
+@pytest.fixture
+def in_turn(store: Store, world: World) -> int:
+    """A release whose first engine serves, and whose others sleep."""
+    number = stage_in_turn(store, world, second="1", first="1", third="1")
+    assert run(store, number)["outcome"] == "verified"
+    return number
+
+
+def test_engines_on_demand_are_verified_after_the_others_one_at_a_time_and_stopped(
+    store: Store, world: World, in_turn: int
+) -> None:
+    assert world.did == [
+        *("drop", "up 1"),
+        *("drop", "up 1", f"stop {SECOND}", "drop", "up 1", f"stop {THIRD}"),
+    ]
+    assert world.containers == {FIRST: "running", SECOND: "exited", THIRD: "exited"}
+    journal = store.switch() or {}
+    assert {*journal["verifications"]} == {FIRST, SECOND, THIRD} == {*(store.outcome(1) or {})["container_ids"]}
+
+
+@pytest.mark.parametrize("awake", [(), (THIRD,)])
+def test_one_on_demand_that_is_the_same_stays_as_it_is(
+    store: Store, world: World, in_turn: int, awake: tuple[str, ...]
+) -> None:
+    world.containers.update(dict.fromkeys(awake, "running"))
+    world.did.clear()
+    journal = run(
+        store, stage_in_turn(store, world, second="1", first="1", third="1") if awake else in_turn, "rollback"
+    )
+    assert journal["outcome"] == "verified" and journal["kept"] == [SECOND, FIRST, THIRD]
+    assert world.did == [] and world.containers[THIRD] == ("running" if awake else "exited")
+    assert {*journal["verifications"]} == {FIRST}  # which serves
+
+
+def test_one_on_demand_that_runs_makes_room_for_one_that_is_to_be_verified(
+    store: Store, world: World, in_turn: int
+) -> None:
+    world.containers[THIRD] = "running"
+    world.did.clear()
+    journal = run(store, stage_in_turn(store, world, second="2", first="1", third="1"))
+    assert journal["outcome"] == "verified" and journal["kept"] == [FIRST, THIRD]
+    assert world.did == [f"stop {THIRD}", "drop", "up 2", f"stop {SECOND}"]
+
+
+def test_one_on_demand_makes_room_for_one_that_always_runs(store: Store, world: World, in_turn: int) -> None:
+    world.containers[THIRD] = "running"
+    world.did.clear()
+    assert run(store, stage_in_turn(store, world, second="1", first="2", third="1"))["outcome"] == "verified"
+    assert world.did == [f"stop {FIRST}", f"stop {THIRD}", "drop", "up 2"]
+
+
+def test_one_on_demand_that_is_wrong_brings_the_old_release_back(store: Store, world: World, in_turn: int) -> None:
+    world.did.clear()
+    world.bad[SECOND] = "wrong"
+    verify = world.verify
+
+    def heal(params: dict[str, Any]) -> dict[str, Any]:
+        found = verify(params)
+        if world.at(int(params["url"].rpartition(":")[2])) == SECOND:
+            world.bad.clear()
+        return found
+
+    world.verify = heal  # type: ignore[method-assign]
+    switch.verify = heal  # type: ignore[attr-defined]
+    journal = run(store, stage_in_turn(store, world, second="2", first="1", third="1"))
+    assert (journal["outcome"], journal["error"]["failure"]) == ("restored", "answer-wrong")
+    assert world.containers == {FIRST: "running", SECOND: "exited", THIRD: "exited"}
+    assert "stop vllm-first" not in world.did and store.current() == in_turn
+
+
+def test_a_switch_lets_requests_start_engines_again(store: Store, world: World, in_turn: int) -> None:
+    assert store.halt(True) and not store.halt(True)
+    run(store, in_turn, "restart", services=[SECOND])
+    assert not store.halted() and world.containers[SECOND] == "exited"
+
+
+def test_what_an_engine_on_demand_computes_is_finished_for_a_minute(
+    store: Store, world: World, in_turn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = [3.0, 1.0, *[0.0] * 50]
+
+    class Busy:
+        def get(self, path: str, **_: Any) -> http.Answer:
+            number = busy.pop(0) if busy else 0.0
+            return http.Answer(200, "text/plain", f"vllm:num_requests_running {number}\n".encode())
+
+    made = Switch(store, Docker("/nowhere"), {"to": in_turn})
+    made.journal = {"troubles": []}
+    monkeypatch.setattr(switch, "engine_client", lambda url: Busy())
+    (third,) = [item for item in store.engines(in_turn) if item.service == THIRD]
+    world.containers[THIRD] = "running"
+    began = world.clock
+    made.put_to_sleep(third)
+    assert world.containers[THIRD] == "exited" and 6 <= world.clock - began <= 7
+    busy[:] = [1.0] * 1000
+    world.containers[THIRD], began = "running", world.clock
+    made.put_to_sleep(third)
+    assert world.containers[THIRD] == "exited" and 60 <= world.clock - began <= 62
+    world.did.clear()
+    made.put_to_sleep(third)
+    assert world.did == []

@@ -19,6 +19,7 @@ from sparkfleet.reporting import report
 from tests.unit import ROOT
 
 V010 = Engine((0, 10, 1, 1))
+V011 = Engine((0, 11, 0))  # the first with --kv-cache-memory-bytes
 V031 = Engine((0, 31, 0))
 
 
@@ -152,7 +153,7 @@ def test_a_smaller_batch_is_proposed_where_activations_take_too_much() -> None:
 
 def test_fewer_sequences_are_proposed_only_where_they_are_fewer() -> None:
     """The sampler's memory grows with the sequences: 4,096 of them take 18.9 GiB."""
-    made = plan("llama31-8b-fp8", max_num_seqs=4096, kv_cache_memory_bytes=96 * GIB)
+    made = plan("llama31-8b-fp8", version=V011, max_num_seqs=4096, kv_cache_memory_bytes=96 * GIB)
     assert ways(made, "sequences") == [{"max_num_seqs": 64}]
     # The largest number that is both fewer and enough, down to 8.
     for sequences, expected in ((64, 32), (32, 16), (16, 8), (8, None)):
@@ -172,6 +173,7 @@ def test_fewer_sequences_are_proposed_only_where_they_are_fewer() -> None:
             max_num_seqs=sequences,
             max_num_batched_tokens=64,
             kv_cache_memory_bytes=int(cache * GIB),
+            version=V011,
         )
         assert not tight.fits
         assert ways(tight, "sequences") == ([{"max_num_seqs": expected}] if expected else [])
@@ -257,7 +259,7 @@ def test_what_does_not_fit_leaves_nothing_to_the_host(memory: memory_plan.Memory
 
 
 def test_kv_cache_memory_bytes_leaves_the_utilization_aside() -> None:
-    made = plan("llama31-8b-fp8", kv_cache_memory_bytes=20 * GIB)
+    made = plan("llama31-8b-fp8", version=V011, kv_cache_memory_bytes=20 * GIB)
     assert made.kv_cache_gib == 20
     assert made.gpu_memory_utilization == pytest.approx(made.requested_gib / 119.7)
     graphs = plan("llama31-8b-fp8", version=V031, kv_cache_memory_bytes=20 * GIB)
@@ -276,7 +278,7 @@ def one_sequence(length: int, batched: int) -> int:
 
 @pytest.mark.parametrize(("more", "fits"), [(0, True), (-1, False), (-(2 << 20), False)])
 def test_a_whole_sequence_must_fit_into_the_cache(more: int, fits: bool) -> None:
-    made = plan("llama31-8b-fp8", kv_cache_memory_bytes=one_sequence(32768, 16384) + more)
+    made = plan("llama31-8b-fp8", version=V011, kv_cache_memory_bytes=one_sequence(32768, 16384) + more)
     assert made.fits is fits and (made.max_concurrency >= 1) is fits
     assert made.full_length_sequences == fits
     assert any("one sequence of 32768 tokens needs 4.0" in reason for reason in made.reasons) is not fits
@@ -284,7 +286,7 @@ def test_a_whole_sequence_must_fit_into_the_cache(more: int, fits: bool) -> None
 
 @pytest.mark.parametrize(("share", "sure"), [(1.0, False), (1.09, False), (1.11, True)])
 def test_a_cache_that_is_all_but_full_is_noted(share: float, sure: bool) -> None:
-    made = plan("llama31-8b-fp8", kv_cache_memory_bytes=int(one_sequence(32768, 16384) * share))
+    made = plan("llama31-8b-fp8", version=V011, kv_cache_memory_bytes=int(one_sequence(32768, 16384) * share))
     assert made.fits and any("all but fills" in note for note in made.notes) is not sure
 
 

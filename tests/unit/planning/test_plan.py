@@ -1136,3 +1136,127 @@ def test_a_trial_is_of_a_model_that_gives_text_or_vectors() -> None:
     with pytest.raises(SparkfleetError, match="gives neither text nor vectors, whose speed a trial measures"):
         target(trial="dummy", arguments={"convert": "classify"})
     assert target(arguments={"convert": "classify"}) and target(trial="dummy", arguments={"runner": "pooling"})
+
+
+# -- engines that start on demand --------------------------------------------------------------------------------------
+
+IN_TURN = (
+    dataclasses.replace(TWO[0], on_demand=True, port=8002, loopback_port=18002),
+    TWO[1],
+    EngineSettings(
+        "gpt-oss-20b",
+        port=8003,
+        arguments={"gpu_memory_utilization": 0.45},
+        on_demand=True,
+        loopback_port=18003,
+    ),
+)
+
+
+def three(state: State) -> State:
+    return two(two(state))
+
+
+def test_engines_on_demand_are_planned_each_beside_those_that_always_run() -> None:
+    goal = target(engines=IN_TURN)
+    made = plan.make(goal, three(fetched()))
+    assert made["findings"] == []
+    first, always, last = (engine["memory"] for engine in made["engines"])
+    assert first["available_gib"] == last["available_gib"] == pytest.approx(always["left_gib"])
+    note = next(note for note in made["notes"] if note.startswith("on demand"))
+    assert re.search(
+        r"in the [\d.]+ GiB .*: llama31-8b-fp8 \([\d.]+ GiB\), gpt-oss-20b \([\d.]+ GiB\); one at a time", note
+    )
+    places = [engine.get("on_demand") for engine in made["release"]["plan"]["engines"]]
+    assert places[1] is None and places[0]["port"] == 8002 and places[2]["needs_gib"] > places[0]["needs_gib"] > 36
+    assert places[0]["room_gib"] == places[2]["room_gib"] == pytest.approx(always["left_gib"] - 4)
+    small = (
+        dataclasses.replace(IN_TURN[0], arguments={"gpu_memory_utilization": 0.15, "max_model_len": 4096}),
+        *IN_TURN[1:],
+    )
+    small = (
+        *small[:2],
+        dataclasses.replace(small[2], arguments={"gpu_memory_utilization": 0.2, "max_model_len": 8192}),
+    )
+    made = plan.make(target(engines=small), three(fetched()))
+    assert any(note.endswith("they fit at the same time") for note in made["notes"]), made["notes"]
+
+
+def test_an_engine_on_demand_that_does_not_fit_beside_the_others_is_refused() -> None:
+    engines = (*IN_TURN[:2], dataclasses.replace(IN_TURN[2], arguments={"gpu_memory_utilization": 0.7}))
+    (finding,) = plan.make(target(engines=engines), three(fetched()))["findings"]
+    said = re.search(
+        r"Together they fit with a gpu_memory_utilization of ([\d.]+) for \S+, ([\d.]+) for ", finding["message"]
+    )
+    assert finding["id"] == "memory-short" and said, finding
+
+
+def test_the_engine_is_on_loopback_and_its_clients_ask_the_guard() -> None:
+    goal = target(engines=IN_TURN)
+    service = goal.document(three(fetched()))["services"][SERVICE]
+    assert service["ports"] == ["127.0.0.1:18002:8000"]
+    assert service["profiles"] == ["on-demand"] and service["labels"] == {"sparkfleet.port": "8002"}
+    assert service["restart"] == "unless-stopped"
+    made = plan.make(goal, three(fetched()))
+    assert [engine["port"] for engine in made["engines"]] == [18002, 8001, 18003]
+    assert made["prepare"]["guard_settings"]["on_demand_wait"] == "hold"
+    assert "on_demand_wait" not in plan.make(target(), fetched())["prepare"]["guard_settings"]
+    assert "profiles" not in goal.document(three(fetched()))["services"]["vllm-qwen3-8b-fp8"]
+
+
+def test_an_engine_that_sleeps_is_as_it_should_be() -> None:
+    goal = target(engines=IN_TURN)
+    state = three(fetched())
+    document = goal.document(state)
+    state["compose_file"] = yaml.safe_dump(document)
+    state["releases"].update(current=1, numbers=[1], newest_compose=state["compose_file"], halted=False)
+    services = list(document["services"])
+    ports = (18002, 8001, 18003)
+    state["docker"]["containers"] = [started(document, name, port) for name, port in zip(services, ports, strict=True)]
+    for place in (0, 2):
+        state["docker"]["containers"][place]["state"] = "exited"
+    state["engines"][1]["healthy"] = True
+    made = plan.make(goal, state)["deploy"]
+    assert not made["needed"], made
+    state["releases"]["halted"] = True
+    made = plan.make(goal, state)["deploy"]
+    assert made["start"] == [f"let requests start {services[0]} again", f"let requests start {services[2]} again"]
+    assert made["services"] == [services[0], services[2]]
+    stopped = target(engines=IN_TURN, service_state="stopped")
+    assert plan.make(stopped, state)["deploy"]["halt"] is True
+    state["releases"]["halted"] = False
+    state["docker"]["containers"][0]["started_with"]["command"] = ["other"]
+    made = plan.make(goal, state)["deploy"]
+    assert made["start"] == [f"restart {services[0]}: it runs with other settings than its file"]
+    del state["docker"]["containers"][0]
+    assert plan.make(goal, state)["deploy"]["start"] == [f"create and start {services[0]}"]
+
+
+def test_somebody_else_where_the_guard_is_to_listen() -> None:
+    state = three(fetched())
+    state["engines"][0]["door"] = {"address": "192.0.2.1", "pid": 5, "process": "nginx"}
+    (finding,) = plan.make(target(engines=IN_TURN), state)["findings"]
+    assert finding["id"] == "port-taken" and "port 8002 is held by nginx (pid 5)" in finding["message"]
+
+
+def test_without_a_guard_nobody_starts_them() -> None:
+    with pytest.raises(SparkfleetError, match="sparkfleet_guard: false leaves nobody"):
+        target(engines=IN_TURN, guard=False)
+
+
+def test_kv_cache_in_bytes_beside_another_engine() -> None:
+    """vLLM wants its share of the memory to be free at the start, whatever the KV cache is."""
+    image = "nvcr.io/nvidia/vllm:26.08-py3"
+    given = {"kv_cache_memory_bytes": 8 * GIB, "max_model_len": 8192}
+    engines = [
+        dataclasses.replace(TWO[0], image=image),
+        dataclasses.replace(TWO[1], image=image, arguments={**given, "gpu_memory_utilization": 0.9}),
+    ]
+    (finding,) = plan.make(target(engines=engines), two(fetched()))["findings"]
+    said = re.search(r"Set gpu_memory_utilization to ([\d.]+) besides", finding["message"])
+    assert finding["id"] == "memory-short" and said, finding
+    engines[1] = dataclasses.replace(engines[1], arguments={**given, "gpu_memory_utilization": float(said[1])})
+    assert plan.make(target(engines=engines), two(fetched()))["findings"] == []
+    engines[1] = dataclasses.replace(engines[1], image="nvcr.io/nvidia/vllm:25.09-py3")
+    (finding,) = plan.make(target(engines=engines), two(fetched()))["findings"]
+    assert "vLLM 0.10.1.1 has no --kv-cache-memory-bytes" in finding["message"]

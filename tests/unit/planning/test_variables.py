@@ -94,9 +94,33 @@ def test_several_engines_of_an_inventory() -> None:
     assert len(target.Settings.of(variables.settle({"sparkfleet_engines": []})).each()) == 1
 
 
+def test_an_engine_on_demand_has_a_port_on_loopback() -> None:
+    entries = [
+        {"model": "m"},
+        {"model": "n", "on_demand": "yes"},
+        {"model": "o", "on_demand": True, "loopback_port": 99},
+    ]
+    _, second, third = target.Settings.of(variables.settle({"sparkfleet_engines": entries})).each()
+    assert (second.port, second.loopback_port, second.on_demand) == (8001, 18001, True)
+    assert (third.port, third.loopback_port) == (8002, 99)
+
+
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
+        (
+            {"sparkfleet_engines": [{"model": "m", "loopback_port": 1}]},
+            r"\[0\].loopback_port: is only for an engine with on_demand",
+        ),
+        (
+            {"sparkfleet_engines": [{"model": "m", "port": 60000, "on_demand": True}]},
+            r"\[0\].loopback_port: 70000 is none; give it one",
+        ),
+        (
+            {"sparkfleet_engines": [{"model": "m", "on_demand": True}, {"model": "n", "port": 18000}]},
+            r"\[1\].port: 18000 is sparkfleet_engines\[0\].loopback_port already",
+        ),
+        ({"sparkfleet_engines": [{"model": "m", "on_demand": "perhaps"}]}, r"\[0\].on_demand: must be true or false"),
         ({"sparkfleet_engines": ["m"]}, r"sparkfleet_engines\[0\]: must be a mapping with model, not 'm'"),
         ({"sparkfleet_engines": [{"port": 1}]}, r"sparkfleet_engines\[0\]: has no model"),
         ({"sparkfleet_engines": [{"model": "m", "prot": 1}]}, r"\[0\]: unknown key 'prot'; did you mean port\?"),

@@ -84,7 +84,7 @@ def test_a_model_without_text_needs_no_question() -> None:
         ({"question": "q", "prompt": "p", "prompt_expect": "x"}, "verify: the kind chat needs expect"),
         ({"question": "q", "expect": "e"}, "verify: the kind completion needs prompt and prompt_expect"),
         ({"kinds": ["concurrency"]}, "verify: the kind concurrency needs question and expect"),
-        ({"kinds": ["chats"]}, "one of chat, completion, stream, embeddings, rerank, "),
+        ({"kinds": ["chats"]}, "one of chat, completion, stream, embeddings, rerank, classify, "),
         ({"kinds": []}, "verify.kinds: "),
     ],
 )

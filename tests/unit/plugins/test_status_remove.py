@@ -129,6 +129,28 @@ def test_each_engine_of_a_release_has_a_row(store: Store, engine: Engine, docker
     assert [row["state"] for row in found["engines"]] == ["serving", "switching"] and found["engine"] == "switching"
 
 
+def test_an_engine_on_demand_sleeps_until_it_is_stopped(
+    store: Store, engine: Engine, docker: Docker, vllm: Vllm
+) -> None:
+    both = (
+        fake_release.an_engine("vllm-m", int(vllm.url.rpartition(":")[2]), repo="org/m"),
+        fake_release.an_engine("vllm-b", 1, on_demand={"port": 8002}),
+    )
+    store.commit(store.stage("services: {}\n", fake_release.plan(*both), fake_release.lock(*both)), 100.0)
+    labels = {**LABELS, "com.docker.compose.service": "vllm-b"}
+    engine.routes["GET", "/containers/json"] = [
+        {"Id": "abc", "Names": ["/vllm-m"], "State": "running", "Labels": LABELS},
+        {"Id": "def", "Names": ["/vllm-b"], "State": "exited", "Labels": labels},
+    ]
+    found = status.inspect_host(store, docker, 0)
+    assert [row["state"] for row in found["engines"]] == ["serving", "asleep"]
+    assert (found["engine"], found["healthy"]) == ("serving", True)
+    assert found["engines"][1]["on_demand"] == {"port": 8002} and "on_demand" not in found["engines"][0]
+    store.halt(True)
+    found = status.inspect_host(store, docker, 0)
+    assert [row["state"] for row in found["engines"]] == ["serving", "stopped"] and found["engine"] == "stopped"
+
+
 def test_the_log_names_the_engine_where_there_are_several(
     store: Store, engine: Engine, docker: Docker, vllm: Vllm, monkeypatch: pytest.MonkeyPatch
 ) -> None:

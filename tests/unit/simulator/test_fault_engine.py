@@ -144,6 +144,7 @@ WRONG = {
     "image-misread": ("image", "the picture shows "),
     "embeddings-shuffled": ("embeddings", " is closer to "),
     "rerank-reversed": ("rerank", "expected falling scores from the best document to the worst, got "),
+    "label-wrong": ("classify", 'expected "Paris" for "What is the capital of France? '),
 }
 
 
