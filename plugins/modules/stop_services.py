@@ -36,6 +36,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import group
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import LOCK_FILE, Store
 
@@ -75,12 +76,15 @@ def main() -> None:
         found = running(docker, module.params["project"], module.params["services"])
         if not module.check_mode:
             # What the guard is about to do ends first, so that what is stopped here stays stopped.
-            with Store(lock_file=LOCK).exclusive(HELD_BY_STOP) as mine:
+            store = Store(lock_file=LOCK)
+            with store.exclusive(HELD_BY_STOP) as mine:
                 if not mine:
                     module.fail_json(
                         msg="a release switch is running on this host; run again when it has finished",
                         failure="switch-running-other",
                     )
+                if group.rank_service(store, store.current()) in module.params["services"]:
+                    group.keep_down(store)  # or rank 0 starts all of them again
                 stop(module, docker, found, timeout)
     except DockerUnavailable as error:
         if module.check_mode:  # no engine yet, so nothing of ours runs

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sparkfleet_host import cache
-from sparkfleet_host.release_format import DUMMY, FORMAT, TRIAL, TRIAL_FORMAT
+from sparkfleet_host.release_format import DUMMY, FORMAT, GROUP_FORMAT, TRIAL, TRIAL_FORMAT
 
 from sparkfleet import __version__, operator_name
 from sparkfleet.documents import yaml_text
@@ -75,7 +75,8 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
         "fetches": fetched(target, state, fetches),
         "lock": str(target.lock.path) if target.lock else "",
         "compose": document,
-        "release": release(target, document, figures),
+        "release": release(target, document, figures, state),
+        "group": group(target, document, state),
         "notes": notes(target, state),
         "checks": [{"name": check.name, "seen": check.seen, "ok": not check.findings} for check in checks],
         "findings": [dataclasses.asdict(finding) for check in checks for finding in check.findings],
@@ -102,6 +103,23 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
             "model": [reason for found in models for reasons in found for reason in reasons],
         },
         "deploy": deployment,
+    }
+
+
+def group(target: Target, document: compose.Document, state: State | None = None) -> dict[str, Any] | None:
+    """The host's place in the group that runs the engine together (see `sparkfleet_host.group`); None for none."""
+    nodes = target.settings.spans
+    if nodes is None:
+        return None
+    (engine,) = target.engines
+    return {
+        "name": nodes.name,
+        "rank": nodes.rank,
+        "nodes": [
+            {"host": host, "address": address} for host, address in zip(nodes.hosts, nodes.addresses, strict=True)
+        ],
+        "port": target.settings.guard_port,
+        "digest": compose.common(document["services"][engine.service], target.rank(state)),
     }
 
 
@@ -233,7 +251,8 @@ def packages(target: Target, state: State) -> list[str]:
 def guard_settings(target: Target, state: State) -> dict[str, Any]:
     """The content of the guard's settings file. Its own port is open where the engine's is."""
     settings, addresses = target.settings, target.addresses(state)
-    where = list(dict.fromkeys((compose.LOOPBACK, *addresses))) if addresses else [""]
+    own = [settings.spans.address] if settings.spans else []  # where the other hosts of the group ask it
+    where = list(dict.fromkeys((compose.LOOPBACK, *addresses, *own))) if addresses else [""]
     return {
         "interval": settings.guard_interval,
         "wedge_seconds": settings.guard_wedge_seconds,
@@ -348,11 +367,15 @@ def fetched(target: Target, state: State, fetches: Sequence[Fetch]) -> list[dict
 
 
 def release(
-    target: Target, document: compose.Document, memory: Sequence[dict[str, Any] | None] | None = None
+    target: Target,
+    document: compose.Document,
+    memory: Sequence[dict[str, Any] | None] | None = None,
+    state: State | None = None,
 ) -> dict[str, Any]:
     """What is kept on the host alongside the compose file (see sparkfleet_host.release_format): the plan, and what it
     is pinned to. `memory`: the memory plan of each engine."""
     plans, locks = [], []
+    rank = group(target, document, state)
     for engine, figures in zip(target.engines, memory or [None] * len(target.engines), strict=True):
         card, service = engine.card, document["services"][engine.service]
         known = {
@@ -363,7 +386,7 @@ def release(
         }
         asked = {"verify": engine.verify, "settings": engine.settings_hash}
         draft = compose.draft_of(service["command"])
-        plans.append({**known, "image": engine.image, **asked, "memory": figures})
+        plans.append({**known, "image": engine.image, **asked, "memory": figures, **({"group": rank} if rank else {})})
         locks.append(
             {
                 **known,
@@ -374,7 +397,11 @@ def release(
             }
         )
     weights = target.settings.trial
-    kind = {"format": TRIAL_FORMAT, "kind": TRIAL, "weights": weights} if weights else {"format": FORMAT}
+    kind = (
+        {"format": TRIAL_FORMAT, "kind": TRIAL, "weights": weights}
+        if weights
+        else {"format": GROUP_FORMAT if rank else FORMAT}
+    )
     return {
         "plan": {**kind, "engines": plans},
         "lock": {
@@ -420,7 +447,8 @@ def deploy(target: Target, state: State, document: compose.Document) -> dict[str
                 restarts.append(name)
         stop.add(others and not start.reasons, f"stop {', '.join(others)}")
         for engine, known in pairs(target, state):
-            wait.add(not start.reasons and not known["healthy"], f"wait for {engine.service}")
+            answers = known["healthy"] or (settings.spans and not settings.spans.is_head)  # other ranks answer nobody
+            wait.add(not start.reasons and not answers, f"wait for {engine.service}")
     else:
         stage.add(not staged, "stage a release")
         stop.add(running or others, f"stop {', '.join([*others, *running])}")
@@ -473,7 +501,7 @@ def _matches(container: Mapping[str, Any] | None, service: Mapping[str, Any]) ->
             started["environment"][name] in ("", hashlib.sha256(compose.plain(value).encode()).hexdigest())
             for name, value in environment.items()
         )
-        and started["published"] == sorted(port.rpartition(":")[0] for port in service["ports"])
+        and started["published"] == sorted(port.rpartition(":")[0] for port in service.get("ports", ()))
         and started["volumes"] == sorted(map(_bind, service["volumes"]))
         and started["restart"] == service["restart"]
     )
