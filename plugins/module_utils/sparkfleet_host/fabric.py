@@ -26,7 +26,7 @@ COMMAND_SECONDS = 10.0
 OUTPUT = 256 * KIB  # of a command
 MOST = 64  # interfaces
 ROCE_2 = "RoCE v2"
-SLOW_MBIT = 100_000  # a ConnectX-7 of a Spark has 200,000; below this a cable or module limits it
+FULL_MBIT = 200_000  # what a ConnectX-7 port of a Spark has with the right cable, and a switch that is set to it
 ADDRESSES, ROUTES, RDMA = "ip -j address show", "ip -j route show default", "rdma -j link show"
 IBDEV2NETDEV = "ibdev2netdev"
 NETWORK = Path("/sys/class/net")
@@ -241,12 +241,42 @@ def problems(found: Sequence[Interface], address: str, management: bool = False)
     if chosen.is_fabric and not chosen.link:
         said.append(f"{address} is on {chosen.name}, which has no link; {linked}: move the cable, or the address")
     if chosen.is_fabric and chosen.link:
-        if 0 < chosen.speed < SLOW_MBIT:
-            said.append(f"{chosen.name} runs at {chosen.speed / 1000:g} Gbit/s: check cable and modules (200 expected)")
         own = there.get(chosen.port, [])
         mtus = sorted({item.mtu for item in own if item.link})
         if len(mtus) > 1:
             said.append(f"the two interfaces of a port have MTUs of {' and '.join(map(str, mtus))}: give them the same")
+    return said
+
+
+def advice(found: Sequence[Interface], address: str) -> list[str]:
+    """What makes the fabric of a host slower than it could be, in sentences."""
+    chosen = at(found, address)
+    if chosen is None or not chosen.is_fabric:
+        return []
+    own = [item for item in found if item.is_fabric and item.port == chosen.port]
+    said = [
+        f"{item.name} runs at {item.speed / 1000:g} Gbit/s, {FULL_MBIT / 1000:g} are possible: check cable and modules, "
+        "and the speed that the switch is set to"
+        for item in own
+        if 0 < item.speed < FULL_MBIT
+    ]
+    networks = {item.name: {str(ipaddress.IPv4Interface(one).network) for one in item.addresses} for item in own}
+    for item in own:
+        others = set().union(*(networks[name] for name in networks if name != item.name))
+        if item.rdma and not item.rdma_active:
+            said.append(f"the RDMA device {item.rdma} of {item.name} is down")
+        elif item.link and not item.addresses:
+            said.append(
+                f"{item.name} has no address: half of the port is not used by RDMA; give it one of a network of its own"
+            )
+        elif item is not chosen and networks[item.name] & others:
+            said.append(
+                f"{item.name} is in the same network as {chosen.name}: give it one of its own, or one of them idles"
+            )
+    if any(item.link for item in found if item.is_fabric and item.port != chosen.port):
+        said.append("both ports have a link: one cable gives the full bandwidth, a second one adds nothing")
+    if chosen.mtu < 9000:
+        said.append(f"{chosen.name} has an MTU of {chosen.mtu}: 9000 on all of them is faster")
     return said
 
 

@@ -445,7 +445,7 @@ class Switch:
         def start(item: Engine) -> None:
             self.phase(starting, item.service)
             if item.group:
-                self.await_ranks(item.group, item.service, RANKS_SECONDS if forward else self.start_timeout)
+                self.await_ranks(item.group, item.service)
             with contextlib.suppress(OSError):  # not allowed in some containers; then the start itself shows it
                 memory.drop_page_cache()
             self.patiently(lambda: engine.compose_up(str(self.store.project_dir), file, item.service, recreate))
@@ -666,9 +666,9 @@ class Switch:
         self.epoch = ranks.read_record(self.store).epoch + 1
         ranks.write_record(self.store, Record(self.epoch, number))
 
-    def await_ranks(self, group: Group, service: str, seconds: float) -> None:
+    def await_ranks(self, group: Group, service: str) -> None:
         """Until every worker has started its rank. Raises FailedError."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + RANKS_SECONDS
         while True:
             seen = ranks.ask_workers(group)
             missing = ranks.absent(group, seen, self.epoch, ("running",))
@@ -817,8 +817,9 @@ class Switch:
                 reclaim.note(self.store, tried, tried=True)
                 self.store.remove([*unused, *tried])  # its figures are kept; nobody can want it back
         self.journal["out_of_service_s"] = round(answering - stopped, 1) if stopped and answering and served else None
-        if outcome in (FAILED, REMOVED):
-            ranks.keep_down(self.store)
+        last = self.journal["restore_error"] or self.journal["error"] or {}
+        if outcome == FAILED and last.get("failure") != "rank-failed":
+            ranks.keep_down(self.store)  # else the guard starts the ranks once their hosts are there
         self.journal.update(outcome=outcome, ended=self.now())
         self.phase(DONE)
 
