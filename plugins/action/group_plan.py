@@ -49,7 +49,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                 return {**result, **inspection}
             raise AnsibleActionFail(f"{host}: {error}", result={"failure": "bad-input"}) from None
         own = group.get("own") or inspection["plan"]["deploy"]
-        for line in [] if made == {**own, "number": 0} else [*made["stage"], *made["start"]]:
+        # What the host would do by itself its own plan says.
+        for line in [*made["stage"], *made["start"]] if not (own["stage"] or own["start"]) else []:
             display.display(report.clean(f"{host}  group {group['name']}, rank {group['rank']}: {line}"))
         plan = {**inspection["plan"], "deploy": made, "group": {**group, "own": own}}
         return {**result, "changed": False, "plan": plan, "state": inspection["state"]}

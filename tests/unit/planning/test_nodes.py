@@ -1,18 +1,14 @@
-"""Groups of hosts that run one engine together: what an inventory may say, and NVIDIA's recipes for several Sparks."""
+"""Groups of hosts that run one engine together: what an inventory may say, and what a rank is started with."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from sparkfleet_host.release_format import check_lock, check_plan, merged
 
 from sparkfleet import SparkfleetError
-from sparkfleet.planning import catalog, compose, memory_plan, nodes, plan
+from sparkfleet.planning import catalog, nodes, plan
 from sparkfleet.planning.nodes import Nodes
 from sparkfleet.planning.target import Settings, Target
 
@@ -155,79 +151,3 @@ def test_ranks_differ_in_nothing_but_their_place() -> None:
 def test_a_card_of_several_sparks_needs_a_group() -> None:
     with pytest.raises(SparkfleetError, match="list them in sparkfleet_nodes"):
         Target.of(Settings(model="minimax-m3-nvfp4-4x")).document()
-
-
-# -- NVIDIA's recipes for several Sparks -------------------------------------------------------------------------------
-
-#: Cards of them, and what each says of its flags: the facts of NVIDIA's recipes of 2026-11-24, as the cards have them.
-RECIPES = {
-    **{"deepseek-v4-flash-0731-2x": 2, "deepseek-v4-flash-vision-exp-2x": 2, "deepseek-v4-flash-2x": 2},
-    **{"minimax-m27-nvfp4-2x": 2, "qwen38-flash-next-nvfp4-2x": 2, "glm53-flash-nvfp4-2x": 2},
-    **{"minimax-m3-nvfp4-4x": 4},
-}
-FACTS = Path(__file__).parents[1] / "data" / "recipes-several-sparks.yml"
-
-
-def flags_of(command: list[str]) -> dict[str, Any]:
-    """The flags of a command by name; true for one without a value."""
-    found: dict[str, Any] = {}
-    words = command[command.index("serve") + 2 :]
-    for place, word in enumerate(words):
-        if word.startswith("--"):
-            value = words[place + 1] if place + 1 < len(words) and not words[place + 1].startswith("--") else True
-            found[word[2:].replace("-", "_")] = value
-    return found
-
-
-def same(wanted: Any, got: Any) -> bool:
-    """Whether a fact of a recipe is what a command says."""
-    if isinstance(wanted, str) and wanted.startswith("{"):
-        return isinstance(got, str) and json.loads(wanted) == json.loads(got)
-    if isinstance(wanted, float | int) and not isinstance(wanted, bool):
-        return float(wanted) == float(got)
-    return bool(wanted == got)
-
-
-def facts() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = yaml.safe_load(FACTS.read_text(encoding="utf-8"))["recipes"]
-    return found
-
-
-@pytest.mark.parametrize("recipe", facts(), ids=lambda recipe: recipe["card"])
-def test_a_recipe_of_nvidia_is_rendered_as_it_is(recipe: dict[str, Any]) -> None:
-    count = recipe["sparks"]
-    for rank in (0, count - 1):
-        target = Target.of(Settings(model=recipe["card"], spans=group(rank, count)))
-        (engine,) = target.engines
-        service = target.document({"fabric": FABRIC, "engines": [{}]})["services"][engine.service]
-        got = flags_of([compose.plain(word) for word in service["command"]])
-        assert engine.card.repo == recipe["hf"] and engine.card.sparks == count
-        wanted = {**recipe["flags"], "nnodes": count, "node_rank": rank, "master_addr": "10.0.0.1", "master_port": 29501}
-        wanted |= {"headless": True} if rank else {}
-        # What a recipe sets to vLLM's default, a card leaves out.
-        missing = {key: value for key, value in wanted.items() if key not in got and key not in recipe["defaults"]}
-        assert not missing
-        assert {key: (value, got[key]) for key, value in wanted.items() if key in got and not same(value, got[key])} == {}
-        for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", "UCX_NET_DEVICES", "MN_IF_NAME"):
-            assert service["environment"][name] == ("enp1s0f0np0" if rank == 0 else service["environment"].get(name))
-        if rank == 0:
-            assert service["environment"]["NCCL_IB_HCA"] == "rocep1s0f0,roceP2p1s0f0"
-        for name, value in recipe["env"].items():
-            assert service["environment"].get(name) == str(value), name
-        assert service["network_mode"] == "host" and service["ipc"] == "host"
-
-
-@pytest.mark.parametrize("recipe", facts(), ids=lambda recipe: recipe["card"])
-def test_a_recipe_of_nvidia_is_planned_for_each_rank(recipe: dict[str, Any]) -> None:
-    card = catalog.load(recipe["card"])
-    made = memory_plan.make(card, card.with_profile("throughput"), "throughput", card.engine(), memory_plan.Memory())
-    assert made.sparks == recipe["sparks"]
-    assert made.weights_gib == pytest.approx(
-        (card.weights.memory_gib + (card.draft.loaded_gib if card.draft else 0)) / recipe["sparks"], rel=0.02
-    )
-    assert made.weights_gib + made.kv_cache_gib < made.total_gib
-
-
-def test_all_recipes_have_a_card() -> None:
-    assert {recipe["card"]: recipe["sparks"] for recipe in facts()} == RECIPES
-    assert dataclasses.is_dataclass(Nodes)
