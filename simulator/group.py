@@ -93,7 +93,7 @@ class Trio:
         """Whether all have the same current release, whose ranks run, nothing is left to end, and it answers."""
         found = set()
         for spark in self.sparks:
-            phase = spark.sh("sed -n 's/^  \"phase\": \"\\(.*\\)\",$/\\1/p' /var/lib/sparkfleet/switch.json").strip()
+            phase = spark.sh('sed -n \'s/^  "phase": "\\(.*\\)",$/\\1/p\' /var/lib/sparkfleet/switch.json').strip()
             state = spark.sh(f"docker inspect -f '{{{{.State.Status}}}}' {SERVICE} 2>/dev/null || true").strip()
             held = spark.sh("systemctl is-active sparkfleet-switch || true").strip()
             if phase != "done" or state != "running" or held == "active":
@@ -104,7 +104,7 @@ class Trio:
     def phase(self, name: str) -> None:
         """Wait until rank 0's switch is in a phase."""
         script = "systemctl -q is-active sparkfleet-switch && "
-        script += "sed -n 's/^  \"phase\": \"\\(.*\\)\",$/\\1/p' /var/lib/sparkfleet/switch.json || true"
+        script += 'sed -n \'s/^  "phase": "\\(.*\\)",$/\\1/p\' /var/lib/sparkfleet/switch.json || true'
         self.head.until(f"phase {name}", lambda: self.head.sh(script).strip() == name, 120)
 
     def cut(self, spark: Spark, on: bool = True) -> None:

@@ -22,7 +22,7 @@ options:
     type: list
     elements: str
     default: []
-  serve: {description: "Listen with C(iperf3) on O(address) for so many seconds, for the others.", type: int, default: 0}
+  serve: {description: Listen with C(iperf3) on O(address) for so many seconds., type: int, default: 0}
   bandwidth: {description: Measure with C(iperf3)., type: bool, default: false}
   seconds: {description: Duration of a measurement., type: int, default: 3}
 author: ["The Sparkfleet developers"]

@@ -255,8 +255,8 @@ def advice(found: Sequence[Interface], address: str) -> list[str]:
         return []
     own = [item for item in found if item.is_fabric and item.port == chosen.port]
     said = [
-        f"{item.name} runs at {item.speed / 1000:g} Gbit/s, {FULL_MBIT / 1000:g} are possible: check the cable, and the "
-        "speed that the switch is set to"
+        f"{item.name} runs at {item.speed / 1000:g} Gbit/s, {FULL_MBIT / 1000:g} are possible: check the cable, and "
+        "the speed that the switch is set to"
         for item in own
         if 0 < item.speed < FULL_MBIT
     ]
@@ -270,9 +270,7 @@ def advice(found: Sequence[Interface], address: str) -> list[str]:
                 f"{item.name} has no address, so RDMA uses half of the port: give it one of a network of its own"
             )
         elif item is not chosen and networks[item.name] & others:
-            said.append(
-                f"{item.name} is in the same network as {chosen.name}, so one of them idles: give it its own"
-            )
+            said.append(f"{item.name} is in the same network as {chosen.name}, so one of them idles: give it its own")
     if any(item.link for item in found if item.is_fabric and item.port != chosen.port):
         said.append("both ports have a link: one cable gives the full bandwidth, a second one adds nothing")
     if chosen.mtu < 9000:

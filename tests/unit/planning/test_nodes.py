@@ -75,7 +75,7 @@ def test_hosts_that_do_not_agree_on_their_group() -> None:
         nodes.of("a", GROUPS, variables(b=["b", "c"]))
 
 
-@pytest.mark.parametrize("value", ["", None, "fe80::1", "spark-2", "10.0.0.300", "127.0.0.1", "0.0.0.0"])
+@pytest.mark.parametrize("value", ["", None, "fe80::1", "spark-2", "10.0.0.300", "127.0.0.1", "224.0.0.1"])
 def test_addresses_that_no_other_host_reaches(value: Any) -> None:
     known = variables()
     known["b"][nodes.ADDRESS] = value
@@ -99,7 +99,7 @@ def test_a_run_without_one_of_the_hosts() -> None:
 def test_tensor_parallelism_follows_from_the_number_of_hosts() -> None:
     card = catalog.load(SMALL)
     assert nodes.spread(card, {}, 4)["tensor_parallel_size"] == 4
-    with pytest.raises(SparkfleetError, match="2 hosts, but .* is spread over 4"):
+    with pytest.raises(SparkfleetError, match=r"2 hosts, but .* is spread over 4"):
         nodes.spread(card, {"tensor_parallel_size": 4}, 2)
     with pytest.raises(SparkfleetError, match="its 8 KV heads are not divisible by 3"):
         nodes.spread(card, {}, 3)
