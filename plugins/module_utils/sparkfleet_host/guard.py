@@ -996,7 +996,7 @@ class Watcher:
         self.say(f"the switch ended: {ended['outcome'] or 'not yet' if ended else 'by another'}")
         if ended is None:
             return
-        if ended["phase"] != DONE:
+        if ended["outcome"] is None:
             self.say("  rank 0 has not decided, or does not answer; it is asked again")
             self._recover_at = clock() + RANK_PAUSE
             return

@@ -158,6 +158,7 @@ class Switch:
             **{"phase": "", "steps": [], "container": "", "outcome": None, "error": None, "restore_error": None},
             **{"stopped_at": None, "answering_at": None, "out_of_service_s": None, "verifications": {}},
             **{"container_ids": {}, "measured": {}, "repaired": [], "reclaimed": [], "left": [], "troubles": []},
+            "joined": False,
         }
         self.phase(phase)
 
@@ -817,7 +818,7 @@ class Switch:
                 reclaim.note(self.store, tried, tried=True)
                 self.store.remove([*unused, *tried])  # its figures are kept; nobody can want it back
         self.journal["out_of_service_s"] = round(answering - stopped, 1) if stopped and answering and served else None
-        last = self.journal["restore_error"] or self.journal["error"] or {}
+        last = self.journal.get("restore_error") or self.journal.get("error") or {}
         if outcome == FAILED and last.get("failure") != "rank-failed":
             ranks.keep_down(self.store)  # else the guard starts the ranks once their hosts are there
         self.journal.update(outcome=outcome, ended=self.now())

@@ -299,6 +299,12 @@ def notes(target: Target, state: State) -> list[str]:
                 f"{engine.card.name} fetches pictures from whatever address a request names, also inside your network: "
                 f"vLLM {engine.version.text} cannot be told which hosts are allowed, {since} and later can"
             )
+    for engine in target.engines if settings.spans and settings.spans.is_head else ():
+        if preflight.fits_alone(engine, state):
+            found.append(
+                f"{engine.card.name} fits one Spark: replicas of it behind a gateway serve about as many requests more "
+                "as there are Sparks, and go on when one of them fails; ranks make one stream faster"
+            )
     for engine in target.engines if settings.model_source != "local" else ():
         found.append(
             "model_source hub starts the engine with --trust-remote-code: code in the model's repository, at whatever "

@@ -477,6 +477,19 @@ def _fabric(target: Target, state: State) -> Check:
     )
 
 
+def fits_alone(engine: EngineTarget, state: State) -> bool:
+    """Whether a model that is spread over several Sparks would fit this one."""
+    total = float(state["memory"]["total"]) / GIB
+    memory = memory_plan.Memory(total, total - memory_plan.USUAL_HOST_GIB)
+    try:
+        made = memory_plan.make(
+            engine.card, {**engine.arguments, "tensor_parallel_size": 1}, version=engine.version, memory=memory
+        )
+    except SparkfleetError:  # a layout that is not known
+        return False
+    return made.fits
+
+
 def _address(target: Target, state: State) -> Check:
     """Whether it is known where gateways reach the engines."""
     found = ", ".join(target.addresses(state))
