@@ -101,7 +101,7 @@ def measure(own: str, peer: str, seconds: int) -> float | None:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=seconds + 20, check=False)
         data = as_dict(parse_json(done.stdout, "iperf3", 1 << 20), "iperf3")
         end = as_dict(as_dict(data.get("end"), "end").get("sum_received"), "sum_received")
-        return round(as_number(end.get("bits_per_second"), "bits_per_second") / 1e9, 2)
+        return round(float(as_number(end.get("bits_per_second"), "bits_per_second")) / 1e9, 2)
     except (OSError, subprocess.SubprocessError, BoundsError):
         return None
 

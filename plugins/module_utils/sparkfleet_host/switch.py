@@ -773,9 +773,9 @@ class Switch:
         if before is None or before == to or head.current != before or self.group_of(before) is None:
             self.restore()
             return self.journal
-        error = self.journal["error"] or {}
+        why = self.journal["error"] or {}
         with self._regardless(f"the failure of release {to} could not be recorded"):
-            self.store.note_failure(to, self.now(), str(error.get("failure", "")), str(error.get("message", "")), [])
+            self.store.note_failure(to, self.now(), str(why.get("failure", "")), str(why.get("message", "")), [])
         with self._regardless("the previous key could not be restored"):
             key.give_back()
         with self._regardless(f"release {before} could not be made current again"):
