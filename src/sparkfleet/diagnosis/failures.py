@@ -766,8 +766,8 @@ TABLE: tuple[Failure, ...] = (
         "a host of the group is off, its network is cut, or its container ended; its own log says why",
         "See `docker logs` of the engine on the host that is named, and playbooks/fabric.yml for the network between "
         "the hosts. Then run again, for all hosts of the group.",
-        auto_recovery="every host of the group goes back to the previous release; in service the guards start all ranks "
-        "again, up to their limit",
+        auto_recovery="every host of the group goes back to the previous release; in service the guards start all "
+        "ranks again, up to their limit",
     ),
     Failure(
         "group-incomplete",
