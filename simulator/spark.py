@@ -87,9 +87,9 @@ class Spark:
         )
         return done.returncode, done.stdout
 
-    def answers(self, seconds: float = 2) -> bool:
+    def answers(self, seconds: float = 2, model: str = REPOSITORY) -> bool:
         """Whether it answers the question right within so many seconds, asked from outside."""
-        body = {"model": REPOSITORY, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 32}
+        body = {"model": model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 32}
         url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
         headers = {"Content-Type": "application/json", **bearer(engine_key())}
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)

@@ -2,13 +2,24 @@
 """The Sparks of a simulated world as an inventory; SPARKFLEET_WORLD names the world (default: demo).
 
 SPARKFLEET_GATEWAYS are Sparks that are gateways as well, separated by commas; several have a floating address.
+SPARKFLEET_GROUP are Sparks that run one engine together, of the small model, over the world's network.
 """
 
 import ipaddress
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
+
+#: vLLM takes several hosts without Ray on GPUs by itself; its CPU build has to be told.
+RANKS = {
+    "sparkfleet_nodes": "ranks",
+    "sparkfleet_fabric_management": True,
+    "sparkfleet_model": str(Path(__file__).resolve().parents[2] / "simulator" / "cards" / "smollm2-135m.yml"),
+    "sparkfleet_vllm_distributed_executor_backend": "mp",
+    "sparkfleet_environment": {"OMP_NUM_THREADS": "1"},
+}
 
 
 def inventory(world: str, home: Path) -> dict[str, object]:
@@ -42,7 +53,18 @@ def inventory(world: str, home: Path) -> dict[str, object]:
     # Docker gives out addresses from the other end; the world's own are the last.
     floating = {"sparkfleet_gateway_address": str(ipaddress.IPv4Address(state.get("address", "127.0.0.3")) - 2)}
     group = {"hosts": gateways, **({"vars": floating} if len(gateways) > 1 else {})}
-    return {**groups, **({"gateways": group} if gateways else {}), "_meta": {"hostvars": hosts}}
+    together = [name for name in os.environ.get("SPARKFLEET_GROUP", "").split(",") if name in hosts]
+    for name in together:
+        hosts[name]["sparkfleet_fabric_address"] = address(f"sparkfleet-{world}-{name}")
+    ranks = {"ranks": {"hosts": together, "vars": RANKS}} if together else {}
+    return {**groups, **({"gateways": group} if gateways else {}), **ranks, "_meta": {"hostvars": hosts}}
+
+
+def address(container: str) -> str:
+    """The address of a Spark in its world."""
+    form = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
+    done = subprocess.run(["docker", "inspect", "-f", form, container], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def main() -> int:

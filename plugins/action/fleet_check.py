@@ -12,6 +12,7 @@ from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # n
 
 from sparkfleet import SparkfleetError
 from sparkfleet.fleet import gateway, outage
+from sparkfleet.planning import nodes
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
@@ -36,13 +37,32 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                 stops = "releases" in status and outage.stopped_by(verb, status)
             else:
                 stops = "plan" in inspection and outage.stops(inspection["plan"], inspection["state"], stages)
+            if verb:
+                self._complete(name, variables, task_vars)
             stopping += [name] if stops and name in task_vars["ansible_play_hosts"] else []
             if "state" in inspection:
                 system = inspection["state"]["os"]
                 machines[name] = (str(system.get("machine_id", "")), str(system.get("boot_id", "")))
         try:
+            stopping = outage.units(
+                stopping, {name: self._members(name, known[name], task_vars)[1] for name in stopping}
+            )
             outage.check_identities(machines)
             outage.check(stopping, allowed or bool(self._task.check_mode), waves=not verb and "deploy" in stages)
         except SparkfleetError as error:
             raise AnsibleActionFail(str(error)) from None
         return {**result, "changed": False}
+
+    def _members(self, name: str, variables: Any, task_vars: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+        try:
+            return nodes.members(name, variables.get(nodes.NODES), task_vars["groups"])
+        except SparkfleetError as error:
+            raise AnsibleActionFail(f"{name}: {error}", result={"failure": "bad-input"}) from None
+
+    def _complete(self, name: str, variables: Any, task_vars: dict[str, Any]) -> None:
+        """Whether a verb takes the group of a host as a whole."""
+        group, hosts = self._members(name, variables, task_vars)
+        try:
+            nodes.complete(group, hosts, task_vars["ansible_play_hosts"])
+        except SparkfleetError as error:
+            raise AnsibleActionFail(f"{name}: {error}", result={"failure": "bad-input"}) from None

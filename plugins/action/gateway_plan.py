@@ -72,7 +72,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             )
             if arguments.get("address"):
                 gateway.floating(str(arguments["address"]))
-            sparks = gateway.settings({name: known[name] for name in groups.get("sparks", ())})
+            sparks = gateway.settings({name: known[name] for name in gateway.answering(known, groups)})
             further = [*(arguments.get("models") or []), *unfinished(groups.get("sparkfleet_rollout", ()), known)]
             rotating = arguments.get("rotating") or {}
             made = gateway.plan(sparks, ports, further, rotating.get("engine_keys"))

@@ -12,7 +12,7 @@ from ansible.utils.display import Display
 from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 
 from sparkfleet import SparkfleetError
-from sparkfleet.fleet import gateway, rollout
+from sparkfleet.fleet import gateway, groups, rollout
 from sparkfleet.reporting import report
 
 display = Display()
@@ -40,7 +40,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         try:
             shared = rollout.shared({name: hostvars[name] for name in planned})
             canary = rollout.canaries(shared[rollout.CANARY])
-            waves = rollout.schedule(hosts, canary, shared[rollout.WAVES])
+            # A group is one unit of a wave.
+            units = groups.units({name: hostvars[name]["sparkfleet_inspection"]["plan"] for name in planned})
+            heads = [host for host in hosts if host["name"] in units]
+            waves = rollout.schedule(heads, canary, shared[rollout.WAVES])
+            waves = [[name for first in wave for name in units[first]] for wave in waves]
         except SparkfleetError as error:
             raise AnsibleActionFail(str(error)) from None
         for line in [] if lost else rollout.lines(waves, hosts, drained):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sparkfleet.fleet.model_files import Way
 from sparkfleet.monitoring import targets
 from sparkfleet.onboarding import hub_card
 from sparkfleet.packaging import host_program
-from sparkfleet.planning import lock, plan, variables
+from sparkfleet.planning import lock, nodes, plan, variables
 from sparkfleet.planning.target import ModelTarget, Settings, Target, listen, locked_model
 from sparkfleet.planning.variables import ARGUMENT_PREFIX
 from sparkfleet.reporting import report
@@ -81,6 +82,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             "hub_endpoint": settings.hub_endpoint,
             "proxy": settings.proxy,
             "no_proxy": settings.no_proxy,
+            "fabric": settings.spans is not None,
             "now": time.time(),
             # Reporting what is served needs no internet.
             "internet": target.bundle is None and not status,
@@ -144,6 +146,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         )
         settings = Settings.of(
             settled,
+            spans=group(task_vars, self._templar.template),
             lock_file=lock_file,
             address=settled.get("sparkfleet_address") or str(task_vars.get("ansible_host") or host),
             gateways=gateways(task_vars),
@@ -162,6 +165,17 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         ours = [name for name in task_vars if name.startswith(variables.PREFIX)]
         known = [name for name in ours if name in variables.options() or name.startswith(ARGUMENT_PREFIX)]
         return {**dict.fromkeys(ours), **{name: self._templar.template(task_vars[name]) for name in known}}
+
+
+def group(task_vars: dict[str, Any], template: Callable[[Any], Any]) -> nodes.Nodes | None:
+    """The group that a host runs its engine with. Raises SparkfleetError naming the place."""
+    host, hostvars = task_vars["inventory_hostname"], task_vars["hostvars"]
+    own = {key: template(task_vars.get(key)) for key in (nodes.NODES, nodes.ADDRESS)}
+    if not own[nodes.NODES]:
+        return None
+    keys = (nodes.NODES, nodes.ADDRESS)
+    known = {name: {key: hostvars[name].get(key) for key in keys} for name in task_vars["groups"].get("sparks", ())}
+    return nodes.of(host, task_vars["groups"], {**known, host: own})
 
 
 def _asked(model: ModelTarget) -> dict[str, Any]:

@@ -24,7 +24,7 @@ options:
     description: >-
       Instead of O(stages), what to do with what M(sparkfleet.dgx.spark_status) registered as C(status).
     type: str
-    choices: [stop, restart, rollback]
+    choices: [stop, start, restart, rollback, remove]
 author: ["The Sparkfleet developers"]
 attributes:
   check_mode: {support: full, description: Never refuses in check mode.}

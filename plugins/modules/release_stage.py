@@ -16,6 +16,7 @@ options:
   compose: {description: The complete compose file., type: str, required: true}
   plan: {description: The plan that it was made by., type: dict, required: true}
   lock: {description: What it is pinned to., type: dict, required: true}
+  number: {description: "Its number, the same on all hosts of a group; 0 for the next one.", type: int, default: 0}
   project_dir: {description: Folder of the releases., type: path, default: /opt/sparkfleet}
   state_dir: {description: Folder that stores the highest number ever used., type: path, default: /var/lib/sparkfleet}
 author: ["The Sparkfleet developers"]
@@ -56,6 +57,7 @@ def main() -> None:
             "compose": {"type": "str", "required": True},
             "plan": {"type": "dict", "required": True},
             "lock": {"type": "dict", "required": True},
+            "number": {"type": "int", "default": 0},
             "project_dir": {"type": "path", "default": "/opt/sparkfleet"},
             "state_dir": {"type": "path", "default": "/var/lib/sparkfleet"},
         },
@@ -71,10 +73,12 @@ def main() -> None:
         else:
             store.set_journal_aside()
             repaired = store.repair_all()
-        number, current = store.find(compose, plan), store.current()
+        number, current, wanted = store.find(compose, plan), store.current(), module.params["number"]
+        if wanted and number != wanted:
+            number = None
         staged = number is None
         if number is None and module.check_mode:
-            number = store.next_number()
+            number = wanted or store.next_number()
         elif number is None:
             with tempfile.NamedTemporaryFile("w", suffix=".yml", encoding="utf-8") as file:
                 file.write(compose)
@@ -85,7 +89,7 @@ def main() -> None:
                     msg=f"Docker Compose refuses the new release; what runs is untouched: {reason}",
                     failure="compose-invalid",
                 )
-            number = store.stage(compose, plan, {**lock, "created": time.time()})
+            number = store.stage(compose, plan, {**lock, "created": time.time()}, wanted)
     except (OSError, BoundsError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         module.fail_json(msg=f"cannot write a release under {store.project_dir}: {reason}; what runs is untouched")

@@ -50,6 +50,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host imp
     audit,
     bounded,
     engine,
+    group,
     guard,
     integrity,
 )
@@ -120,7 +121,20 @@ def asked(item: Engine) -> dict[str, Any]:
     return result
 
 
-def engine_facts(docker: Docker, item: Engine, row: Mapping[str, Any]) -> dict[str, Any]:
+def ranks(store: Store, item: Engine) -> list[str]:
+    """What is wrong with the other hosts of the engine's group, as this one sees them."""
+    if item.group is None:
+        return []
+    if not item.group.is_head:
+        head = group.ask(item.group, 0)
+        where = f"{item.group.head.address}:{item.group.port}"
+        return [] if head else [f"{item.group.named(0)} does not answer at {where}"]
+    record = group.read_record(store)
+    found = group.absent(item.group, group.ask_workers(item.group), record.epoch, ("running",))
+    return [] if record.down else list(found.values())
+
+
+def engine_facts(store: Store, docker: Docker, item: Engine, row: Mapping[str, Any]) -> dict[str, Any]:
     """What is known of an engine of the current release. `row`: its status."""
     there = optional(lambda: docker.image(item.image) is not None) if item.image else None
     healthy = bool(row.get("healthy"))
@@ -132,7 +146,8 @@ def engine_facts(docker: Docker, item: Engine, row: Mapping[str, Any]) -> dict[s
         "container": optional(lambda: engine_log(docker, item.service)),
         "name_holder": optional(lambda: name_holder(docker, item.service)),
         "image": {"ref": item.image, "present": there},
-        "asked": part(lambda: asked(item)) if healthy else None,
+        "asked": part(lambda: asked(item)) if healthy and not item.is_worker else None,
+        "ranks": optional(lambda: ranks(store, item)),
     }
 
 
@@ -271,7 +286,7 @@ def collect(params: dict[str, Any]) -> dict[str, Any]:
         "commands": {name: command(argv) for name, argv in COMMANDS.items()},
     }
     with ThreadPoolExecutor(MOST_ENGINES) as pool:
-        made = pool.map(lambda item: engine_facts(docker, item, rows.get(item.service) or {}), engines)
+        made = pool.map(lambda item: engine_facts(store, docker, item, rows.get(item.service) or {}), engines)
         facts["engines"] = [*made]
     return facts
 

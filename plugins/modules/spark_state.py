@@ -64,6 +64,10 @@ options:
   hub_endpoint: {description: Address of the Hub., type: str, default: "https://huggingface.co"}
   proxy: {description: Proxy between the host and the internet., type: str, default: ""}
   no_proxy: {description: Names to reach without it separated by commas., type: str, default: ""}
+  fabric:
+    description: Report network interfaces, ConnectX ports and their RDMA devices.
+    type: bool
+    default: false
   status:
     description: Include what is served, as the module M(sparkfleet.dgx.spark_status) does.
     type: bool
@@ -125,7 +129,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import firewall, monitoring, network
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import fabric, firewall, monitoring, network
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import checksum, read_file
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import model_state
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
@@ -648,6 +652,7 @@ def gather(params: dict[str, Any]) -> dict[str, Any]:
             "host_program": checksum(Path(params["project_dir"]) / "lib" / "sparkfleet_host.pyz"),
             "guard": guard(),
             "firewall": wall.result(),
+            "fabric": fabric.summary(fabric.collect()) if params["fabric"] else None,
             "monitoring": bool(monitoring.units()),
             "status": served.result() if served else None,
         }
@@ -701,6 +706,7 @@ def main() -> None:
             "proxy": {"type": "str", "default": ""},
             "no_proxy": {"type": "str", "default": ""},
             "status": {"type": "bool", "default": False},
+            "fabric": {"type": "bool", "default": False},
             "now": {"type": "float", "default": 0},
             "internet": {"type": "bool", "default": True},
         },

@@ -41,6 +41,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import group
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import LOCK_FILE, Store
 
@@ -91,6 +92,8 @@ def main() -> None:
                     )
                 if halts:
                     store.halt(True)
+                if group.rank_service(store, store.current()) in module.params["services"]:
+                    group.keep_down(store)  # or rank 0 starts all of them again
                 stop(module, docker, found, timeout)
     except DockerUnavailable as error:
         if module.check_mode:  # no engine yet, so nothing of ours runs

@@ -32,6 +32,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from . import asking, bounded, engine, measured, memory, pooling, switch
+from . import group as ranks
 from . import key as engine_key
 from .ages import Instant
 from .ages import age as _age
@@ -40,6 +41,7 @@ from .bounded import BoundsError, as_dict, as_int, as_list, as_number, as_str, a
 from .docker import SOCKET, Docker, DockerError, DockerUnavailable
 from .door import HOLD, POLL, WAYS, Door, Doors, State
 from .engine import EngineError
+from .group import Group, Record
 from .http import HttpError, engine_client
 from .metrics import LIMIT as METRICS_LIMIT
 from .metrics import sums
@@ -54,6 +56,10 @@ STATE_FILE = "guard-state.json"
 METRICS_FILE = "metrics/sparkfleet.prom"
 DOCKER_PID = "/run/docker.pid"
 STOP_SECONDS = 10  # until an engine that crashed or hangs is killed
+RANK_SECONDS = 10.0  # that a rank of a group may be gone before all are started again
+AWAY_SECONDS = 30.0  # that a host of it may not answer: its guard may only be restarting
+RANK_PAUSE = 5.0  # between two questions to the other hosts of a group
+RANKS_SECONDS = 45.0  # until the workers have started their ranks
 PROBE_SECONDS = 5.0  # for /health and /metrics
 DOCKER_SECONDS = 10.0  # for an answer of Docker
 BACK_SECONDS = 10.0  # after a start of the host or of Docker in which it may still bring its containers back
@@ -200,6 +206,11 @@ class Observation:
     answered: float | None = None  # seconds that /metrics took, if requested
     busy: bool = False  # another engine of the host starts, and measures memory
     on_demand: bool = False  # it stands ready while it does not run
+    together: bool = False  # rank 0 of a group, whose ranks Docker does not restart: they start together
+    worker: bool = False  # another rank of it, which starts and stops as rank 0 wants
+    down: bool = False  # the ranks of the group were stopped on purpose
+    away: tuple[str, ...] = ()  # hosts of the group that do not answer
+    gone: tuple[str, ...] = ()  # ranks that have ended, in words
 
     def finite(self) -> Observation:
         """The same without figures that are not numbers: NaN differs from itself, and would seem to move."""
@@ -260,6 +271,7 @@ class Guard:
         self._exited: float | None = None  # since when, on the clock
         self._logged: tuple[float | None, float] = (None, 0.0)  # the last line's stamp, and when it was seen
         self._docker_restarted = False  # for another engine, since this one ran
+        self._rank_gone: float | None = None  # since when a rank of the group is, on the clock
 
     @property
     def ready_since(self) -> str:
@@ -300,6 +312,14 @@ class Guard:
         if self.given_up and self._started_since_giving_up(seen):
             self.given_up = None
             self._forgive()
+        if seen.worker:
+            self.lost = ""
+            words = {"running": "serving", "restarting": "healing"}
+            return self._is(words.get(seen.state, "stopped"), seen)
+        if seen.together:
+            before = self._ranks(seen)
+            if before is not None:
+                return before
         if seen.state in ("exited", "paused"):
             return self._stopped(seen)
         self._exited, self.lost, self._docker_restarted = None, "", False
@@ -344,6 +364,30 @@ class Guard:
             return self._start_again(self.healing, seen)
         self.healing = None
         return self._is("stopped", seen)
+
+    def _ranks(self, seen: Observation) -> Action | None:
+        """Of rank 0 what a single engine does not have: ranks that end, and hosts that are away; None for the rest."""
+        if seen.down:
+            self.healing, self.lost = None, ""
+            self._rank_gone = None
+            return self._is("stopped", seen) if seen.state == "exited" else None
+        missing = (*seen.gone, *seen.away)
+        if seen.state == "exited" and not self.given_up and not self.healing:
+            if self.lost:
+                self.healing = {"reason": self.lost, "before": seen.started_at, "tries": 0, **_stamp(seen)}
+            else:
+                return self._restart("crash", f"rank 0 ended: {seen.how}", seen)
+        if self.healing and seen.state == "exited" and seen.away:
+            return self._is("healing", seen)  # until all hosts are there
+        if not missing or self.given_up or seen.state != "running":
+            self._rank_gone = None
+            return None
+        if self._rank_gone is None:
+            self._rank_gone = seen.clock
+        if seen.clock - self._rank_gone < (RANK_SECONDS if seen.gone else AWAY_SECONDS):
+            return None
+        self._rank_gone = None
+        return self._restart("rank", "; ".join(missing), seen)
 
     def _start_again(self, healing: dict[str, Any], seen: Observation) -> Action:
         """Start what should run but does not, after a pause and not indefinitely: Docker may refuse each time."""
@@ -662,7 +706,7 @@ ON_DEMAND_METRICS = (
     ("on_demand_starts_total", "counter", "totals", "Starts of the engine because a request needed it."),
     ("on_demand_waiting", "gauge", "waiting", "Requests that wait for the engine."),
 )
-REASONS = ("crash", "wedge", "hung-start")
+REASONS = ("crash", "wedge", "hung-start", "rank")
 #: Of vLLM's metrics, those that only an engine that computes moves; in a long prefill it is the KV cache that grows.
 _MOVING = (
     *("generation_tokens", "prompt_tokens", "request_success", "num_preemptions", "kv_cache_usage_perc"),
@@ -722,6 +766,9 @@ class Watched:
         self.figures: dict[str, float] | None = None
         self.read_at = -math.inf
         self.start: tuple[str, float] | None = None  # the one in progress, and since when it is known
+        self.asked_ranks = -math.inf  # when the other hosts of the group were asked
+        self.away: tuple[str, ...] = ()
+        self.gone: tuple[str, ...] = ()
         self.looked_at = clock()
         self.seen: Observation | None = None  # the last one
         self.door: Door | None = None  # of an engine that starts on demand
@@ -877,6 +924,10 @@ class Watcher:
             seen["foreign"] = foreign(self.docker)
         seen["limit"] = item.engine.decode_limit
         seen["on_demand"] = item.engine.on_demand is not None and not self.store.halted()
+        if item.engine.is_worker:
+            return {**seen, "worker": True}  # it answers nobody: rank 0 knows whether it computes
+        if item.engine.group:
+            seen |= self._ranks(item, item.engine.group)
         if found["state"] != "running":
             return seen
         client = engine_client(item.engine.url, PROBE_SECONDS)
@@ -904,6 +955,59 @@ class Watcher:
             "waiting": values.get("num_requests_waiting", 0.0),
             "tokens": values.get("generation_tokens", 0.0),
         }
+
+    def _ranks(self, item: Watched, group: Group) -> dict[str, Any]:
+        """What rank 0 sees of the other ranks, asked now and then."""
+        record = ranks.read_record(self.store)
+        if clock() - item.asked_ranks >= RANK_PAUSE:
+            item.asked_ranks = clock()
+            found = ranks.ask_workers(group)
+            words = ranks.absent(group, found, record.epoch, ("running",))
+            item.away = tuple(text for rank, text in words.items() if found[rank] is None)
+            item.gone = tuple(text for rank, text in words.items() if found[rank] is not None)
+        return {"together": True, "down": record.down, "away": item.away, "gone": item.gone}
+
+    def follow(self, item: Watched) -> None:
+        """Of a worker: start or stop its rank as rank 0 wants. A switch of this host does that itself."""
+        group = item.engine.group if item.engine else None
+        if group is None or self.store.switch_active() or self._interrupted():
+            return
+        if clock() - item.asked_ranks < RANK_PAUSE / 2:
+            return
+        item.asked_ranks = clock()
+        head, current, record = ranks.ask(group, 0), self.store.current(), ranks.read_record(self.store)
+        if head is None or head.release != current or current is None:
+            return
+        starts = not head.down and head.epoch not in (0, record.epoch)
+        if not (starts or head.down):
+            return
+        with self.store.exclusive(HELD_BY_GUARD) as mine:
+            if not mine:
+                return
+            if head.down and engine.inspect(self.docker, item.service)["state"] in ("running", "restarting", "paused"):
+                self.say(f"{item.name}: {group.named(0)} was stopped; stopping its rank")
+                engine.stop(self.docker, item.service, STOP_SECONDS)
+            elif starts:
+                self.say(f"{item.name}: {group.named(0)} starts the ranks again (epoch {head.epoch})")
+                engine.stop(self.docker, item.service, STOP_SECONDS)
+                self.notify.alive()
+                drop_page_cache()
+                file = str(self.store.compose_file(current))
+                engine.compose_up(self.settings.project_dir, file, item.service)
+                ranks.write_record(self.store, Record(head.epoch, current))
+
+    def _start_ranks(self, item: Watched, group: Group) -> None:
+        """Let the workers start their ranks, before that of rank 0. Raises EngineError where one does not."""
+        record = ranks.read_record(self.store)
+        epoch = record.epoch + 1
+        ranks.write_record(self.store, Record(epoch, self.store.current()))
+        deadline = clock() + RANKS_SECONDS
+        while missing := ranks.absent(group, ranks.ask_workers(group), epoch, ("running",)):
+            self.notify.alive()
+            if clock() > deadline:
+                raise EngineError("; ".join(missing.values()))
+            time.sleep(1)
+        item.gone, item.away = (), ()
 
     def act(self, item: Watched, action: Action, seen: Observation) -> None:
         """Do it; what fails is logged, and retried after the next observation, or after a pause."""
@@ -935,8 +1039,12 @@ class Watcher:
         self.say("a switch was interrupted; ending it")
         with self.notify.patiently(RECOVER_SECONDS * max(len(self.watched), 1)):
             ended = switch.recover(self.store, self.docker)
-        self.say(f"the switch ended: {ended['outcome'] if ended else 'by another'}")
+        self.say(f"the switch ended: {ended['outcome'] or 'not yet' if ended else 'by another'}")
         if ended is None:
+            return
+        if ended["outcome"] is None:
+            self.say("  rank 0 has not decided, or does not answer; it is asked again")
+            self._recover_at = clock() + RANK_PAUSE
             return
         for trouble in ended.get("troubles") or []:
             self.say(f"  {trouble}")
@@ -982,9 +1090,13 @@ class Watcher:
             drop_page_cache()
         self.notify.alive()
         item.start = "", clock()
+        if item.engine and item.engine.group:
+            self._start_ranks(item, item.engine.group)
         engine.start(self.docker, item.service)
 
     def _give_up(self, item: Watched, action: Action) -> None:
+        if item.engine and item.engine.group:
+            ranks.keep_down(self.store)
         engine.stop(self.docker, item.service, STOP_SECONDS)
         found = engine.inspect(self.docker, item.service)
         if item.guard.given_up is None:
@@ -1222,6 +1334,8 @@ class Watcher:
         self.notify.alive()
         before, ready, began = item.guard.engine, item.guard.ready_since, item.guard.healing
         action = item.guard.decide(seen)
+        if seen.worker or (item.engine and item.engine.is_worker and seen.state == "missing"):
+            self.follow(item)
         if item.guard.engine != before:
             self.say(f"{item.name}: {before} → {item.guard.engine}")
         if item.guard.ready_since not in ("", ready):
@@ -1264,8 +1378,10 @@ class Watcher:
             return 400, "not a path\n"
         if parts.path == "/metrics":
             return 200, self.page
+        if parts.path == ranks.PATH:
+            return 200, ranks.as_text(ranks.status(self.store, Docker(self.docker.socket_path, PROBE_SECONDS)))
         if parts.path != "/ready":
-            return 404, "there are /ready and /metrics\n"
+            return 404, "there are /ready, /metrics and /group\n"
         try:
             asked = parse_qs(parts.query, keep_blank_values=True, max_num_fields=8).get("key")
             if asked is not None and asked != [engine_key.current()]:

@@ -14,7 +14,8 @@ order, which is the order that they are started in:
 Of a trial the plan has format 3, with "kind": "trial", "weights": dummy or real, and perhaps the "loads" that it
 measures: [{streams, input, output, rounds, seed, seconds}] (see `bench.Load`). `settings` is a hash of what the
 figures of an engine depend on besides image and model; plans of earlier versions have none. An engine that starts on
-demand has "on_demand": {port, room_gib, needs_gib}, see `OnDemandPlan`.
+demand has "on_demand": {port, room_gib, needs_gib}, see `OnDemandPlan`. Of an engine that spans several hosts the plan has
+format 4, and the engine its part `group` (see `group.check_group`): it is this host's rank alone.
 
 Format 1, which has no "format", holds one engine with its fields at the top level. Each function here returns format 2,
 whichever format it reads; the files of a release that was staged are never rewritten.
@@ -32,9 +33,11 @@ from typing import Any
 
 from . import bounded
 from .bounded import BoundsError, as_dict, as_int, as_list, as_number, as_str, as_time
+from .group import Group, check_group
 
 FORMAT = 2
 TRIAL_FORMAT = 3  # of a trial, which an earlier version must neither deploy nor roll back to
+GROUP_FORMAT = 4  # of a rank, which an earlier version would start alone
 TRIAL = "trial"  # a kind of release, and the mode of its switch
 #: Phases of a switch on its way back to the previous release.
 RETURNING = ("restoring", "restore-waiting", "restore-verifying")
@@ -95,6 +98,12 @@ class Engine:
     settings: str = ""
     draft: Mapping[str, str] | None = None  # {repo, revision} of the model that drafts for it
     on_demand: OnDemandPlan | None = None  # None for one that always runs
+    group: Group | None = None  # of a rank of an engine that spans several hosts
+
+    @property
+    def is_worker(self) -> bool:
+        """Whether it is a rank other than 0, which answers nobody."""
+        return self.group is not None and not self.group.is_head
 
     @property
     def url(self) -> str:
@@ -120,15 +129,20 @@ def check_plan(data: Any) -> dict[str, Any]:
     expect, prompt, prompt_expect: str, max_tokens: int, kinds: [str]}; memory: {…} or None; settings: str}], and of a
     trial kind and weights}. Raises BoundsError."""
     plan = as_dict(data, "the plan")
-    number = _format(plan, TRIAL_FORMAT)
+    number = _format(plan, GROUP_FORMAT)
     if number < FORMAT:
         plan = {"engines": [_of_format_1(plan, _PLANNED)]}
     if (number == TRIAL_FORMAT) != (plan.get("kind") == TRIAL):
         raise BoundsError(f"kind: {bounded.printable(repr(plan.get('kind')), 80)} is none of format {number}")
     if number == TRIAL_FORMAT and plan.get("weights") not in WEIGHTS:
         raise BoundsError(f"weights: none of {', '.join(WEIGHTS)}")
+    engines = _engines(plan, _planned)
+    if (number == GROUP_FORMAT) != any(engine.get("group") for engine in engines):
+        raise BoundsError(f"group: in a plan of format {number}")
+    if number == GROUP_FORMAT and len(engines) > 1:
+        raise BoundsError("engines: a host with a rank of a group has no other")
     loads = {"loads": check_loads(plan["loads"])} if number == TRIAL_FORMAT and plan.get("loads") else {}
-    return {**plan, **loads, "format": max(number, FORMAT), "engines": _engines(plan, _planned)}
+    return {**plan, **loads, "format": max(number, FORMAT), "engines": engines}
 
 
 def check_loads(value: Any) -> list[dict[str, int]]:
@@ -181,6 +195,7 @@ def merged(plan: Mapping[str, Any], lock: Mapping[str, Any]) -> tuple[Engine, ..
             settings=planned.get("settings", ""),
             draft=locked.get("draft"),
             on_demand=OnDemandPlan(**planned["on_demand"]) if planned.get("on_demand") else None,
+            group=check_group(planned["group"]) if planned.get("group") else None,
         )
         for planned, locked in zip(plan["engines"], lock["engines"], strict=True)
     )
@@ -191,7 +206,12 @@ def identity(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
     change with what is free on the host."""
     kind = {"trial": weights, "loads": plan.get("loads", [])} if (weights := trial_weights(plan)) else {}
     return [
-        {**kind, **{key: engine[key] for key in ("service", "model", "profile", "verify")}, **_door(engine)}
+        {
+            **kind,
+            **{key: engine[key] for key in ("service", "model", "profile", "verify")},
+            **({"group": engine["group"]} if engine.get("group") else {}),
+            **_door(engine),
+        }
         for engine in plan["engines"]
     ]
 
@@ -231,6 +251,8 @@ def _planned(data: Any) -> dict[str, Any]:
         if not as_str(engine.get(key), key, 1000):
             raise BoundsError(f"{key} is empty")
     as_str(engine.get("settings", ""), "settings", 64)
+    if engine.get("group") is not None:
+        check_group(engine["group"])
     asked = as_dict(engine.get("verify"), "verify")
     kinds = as_list(asked.get("kinds", []), "verify.kinds", 100)  # none in releases of earlier versions
     memory = engine.get("memory")
@@ -353,6 +375,12 @@ def _text(value: Any, what: str) -> str:
     return as_str(value, what)
 
 
+def _truth(value: Any, what: str) -> bool:
+    if not isinstance(value, bool):
+        raise BoundsError(f"{what}: not true or false")
+    return value
+
+
 def _names(value: Any, what: str) -> list[str]:
     return [as_str(item, what, 1000) for item in as_list(value, what, MOST_ENGINES)]
 
@@ -379,6 +407,7 @@ _JOURNAL: dict[str, tuple[Callable[[Any, str], Any], Any]] = {
     # quick or deep; which kind of the deep ones is being asked, or how many streams are being measured
     **dict.fromkeys(("verify", "asking"), (_text, "")),
     "verify_seconds": (as_number, 0.0),  # of a deep verification
+    "joined": (_truth, False),  # of a worker: it could be switched, and waits for rank 0
     "from": (_optional(_number), None),
     "outcome": (_optional(_text), None),
     **dict.fromkeys(("models", "from_models"), (_names, [])),

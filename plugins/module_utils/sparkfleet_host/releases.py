@@ -225,7 +225,7 @@ class Store:
         return ", ".join(map(str, self.numbers())) or "(none)"
 
     def summary(self) -> dict[str, Any]:
-        """All of it as plain data: {current, previous, numbers, locks, outcomes, damaged, newest_compose, switch,
+        """All of it as plain data: {current, previous, next, numbers, locks, outcomes, damaged, newest_compose, switch,
         switch_active, switch_compose, lock_holder, unreadable, set_aside, halted}; of the journal all but logs,
         verifications.
         `damaged`: what is wrong with a release, by its number. `unreadable`: state files that cannot be understood, and
@@ -242,6 +242,7 @@ class Store:
             "locks": {str(number): self._lock_or_none(number) or {} for number in numbers},
             "outcomes": {str(number): self.outcome(number) for number in numbers},
             "damaged": damaged,
+            "next": self.next_number(),
             "newest_compose": self._text(numbers[-1]) if numbers else None,
             "switch": _brief(journal),
             "switch_active": active,
@@ -452,9 +453,9 @@ class Store:
                 raise TimeoutError(110, "another staging does not finish")
             yield
 
-    def stage(self, compose: str, plan: dict[str, Any], lock: dict[str, Any]) -> int:
-        """Keep a new release; its number. It is complete or not there at all. Raises OSError, BoundsError for what is
-        not a plan or a lock."""
+    def stage(self, compose: str, plan: dict[str, Any], lock: dict[str, Any], number: int = 0) -> int:
+        """Keep a new release; its number: the next one, or `number`, which must not be lower. It is complete or not
+        there at all. Raises OSError, BoundsError for what is not a plan or a lock, and for a number that was used."""
         plan, lock = check_plan(plan), check_lock(lock)
         merged(plan, lock)
         releases = self.project_dir / "releases"
@@ -464,7 +465,10 @@ class Store:
             scratch = Path(tempfile.mkdtemp(dir=releases, prefix=".staged-"))
             try:
                 scratch.chmod(0o755)
-                number = self.next_number()
+                following = self.next_number()
+                if number and number < following:
+                    raise BoundsError(f"release {number} was used already, the next one is {following}")
+                number = number or following
                 self._note_number(number)
                 _write_release(scratch, compose, as_json(plan), {**lock, "number": number})
                 scratch.rename(self.folder(number))

@@ -11,6 +11,7 @@ from typing import Any
 
 from . import engine, measured
 from .docker import Docker, DockerError
+from .group import of_release
 from .guard import WORST_FIRST, figures, read_state
 from .http import Client, HttpError, engine_client
 from .metrics import LIMIT
@@ -78,6 +79,7 @@ def rows(store: Store, current: int | None, containers: list[dict[str, Any]]) ->
                 {
                     **{key: getattr(item, key) for key in keys},
                     **{"port": item.port, "measured": known.get(item.service)},
+                    "rank": item.group.rank if item.group else None,
                     **({"on_demand": {"port": item.on_demand.port}} if item.on_demand else {}),
                 }
                 for item in store.engines(current)
@@ -87,8 +89,14 @@ def rows(store: Store, current: int | None, containers: list[dict[str, Any]]) ->
         ports = [port.get("PublicPort") for port in item.get("Ports") or [] if port.get("PublicPort")]
         if item.get("State") == "running" and ports:
             unknown = dict.fromkeys(("model", "profile", "repo", "image", "measured"))
-            found.append({"service": engine.service_of(item), **unknown, "port": int(ports[0])})
+            found.append({"service": engine.service_of(item), **unknown, "port": int(ports[0]), "rank": None})
     return found[:MOST_ENGINES]
+
+
+def nodes(store: Store, current: int | None) -> list[str]:
+    """The hosts that run the engine of the current release together, by rank; [] for this one alone."""
+    group = of_release(store, current)
+    return [node.host for node in group.nodes] if group else []
 
 
 def answers(docker: Docker, row: dict[str, Any], log_lines: int) -> dict[str, Any]:
@@ -101,7 +109,9 @@ def answers(docker: Docker, row: dict[str, Any], log_lines: int) -> dict[str, An
             seen = engine.inspect(docker, row["service"])
             lines = engine.read_log(docker, row["service"], "", seen["tty"], log_lines)
             found["log"] = [redact(line) for line in lines]
-        if found["healthy"]:
+        if row["rank"]:  # it answers nobody
+            found["healthy"] = engine.inspect(docker, row["service"])["state"] == "running"
+        elif found["healthy"]:
             found["figures"] = figures(client.get("/metrics", TIMEOUT_SECONDS, LIMIT).text)
             found["tokens_per_second"] = pace(client, found["figures"])
     return found
@@ -135,6 +145,7 @@ def inspect_host(store: Store, docker: Docker, log_lines: int) -> dict[str, Any]
         row["state"] = state(row, containers, switching, there, bool(releases["halted"]))
     return {
         **{"releases": releases, "containers": containers, "docker": there, "gpu": gpu(), "engines": engines},
+        "nodes": nodes(store, releases["current"]),
         "engine": overall(engines, containers, bool(releases["switch_active"]), there),
         "healthy": bool(engines) and all(row["healthy"] or row["state"] == ASLEEP for row in engines),
         "log": [f"{row['service']}  {line}" if len(engines) > 1 else line for row in engines for line in row["log"]],

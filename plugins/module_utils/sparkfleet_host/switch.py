@@ -20,6 +20,10 @@ It runs on the host as the transient unit `sparkfleet-switch.service`, so that a
 step is in the journal (/var/lib/sparkfleet/switch.json) before it starts; `recover` ends a switch that a power cut
 or a kill interrupted. Once the old engine has stopped, nothing that cannot be written or removed keeps the switch
 from finishing: it is listed among the `troubles` of the journal.
+
+Of an engine that spans several hosts each host switches its own rank, under the same id and to the same release. Rank 0
+asks the workers whether they could, before anything stops, and decides as above; the workers, which start their rank
+when it wants them to, take over what it decided: the release that is current there (see `group`, and `mirror`).
 """
 
 from __future__ import annotations
@@ -35,11 +39,13 @@ from pathlib import Path
 from typing import Any
 
 from . import engine, integrity, key, measured, memory, network, reclaim
+from . import group as ranks
 from .asking import Budget
 from .bench import BenchError, Load, bench
 from .bounded import printable
 from .docker import Docker, DockerError, DockerUnavailable
 from .engine import EngineError
+from .group import Group, Record, Status
 from .http import Client, HttpError, engine_client
 from .metrics import LIMIT as METRICS_LIMIT
 from .metrics import sums
@@ -65,6 +71,11 @@ DOOR_SECONDS = 10.0  # until the guard has closed a door
 FAILED_STOP_SECONDS = 5  # until an engine that did not work is killed
 PATIENCE = 120.0  # seconds that Docker may be away: systemd brings it back
 SETTLE = 20.0  # seconds after its return in which containers come back
+JOIN_SECONDS = 180.0  # until all hosts of a group have checked that they could switch
+RANKS_SECONDS = 300.0  # until all workers have started their rank
+LOST_SECONDS = 30.0  # that a worker may not answer while the engine starts
+HEAD_SECONDS = 120.0  # that a worker waits for an answer of rank 0; then its switch stays undecided
+ASK_PAUSE = 1.0  # between two questions to another host
 
 
 def boot_id() -> str:
@@ -116,6 +127,8 @@ class Switch:
         self.verified: set[str] = set()  # services that it found to answer right
         self.weights = ""  # of the trial's engine while it is tried: dummy or real
         self.quiet = QUIET_SECONDS
+        self.epoch = 0  # of the ranks of a group that were started last
+        self.head_seconds = HEAD_SECONDS
 
     # -- the sequence ----------------------------------------------------------------------------------------
 
@@ -129,7 +142,7 @@ class Switch:
         if not self.request.get("new_key"):
             key.forget_staged()
         self.begin(to)
-        problems = self.problems(to)
+        problems = self.problems(to) or self.agree(to)
         if problems:
             first, *more = problems
             also = "".join(f"; also: {problem.message} [{problem.failure}]" for problem in more)
@@ -154,6 +167,7 @@ class Switch:
             **{"phase": "", "steps": [], "container": "", "outcome": None, "error": None, "restore_error": None},
             **{"stopped_at": None, "answering_at": None, "out_of_service_s": None, "verifications": {}},
             **{"container_ids": {}, "measured": {}, "repaired": [], "reclaimed": [], "left": [], "troubles": []},
+            "joined": False,
         }
         self.phase(phase)
 
@@ -212,8 +226,11 @@ class Switch:
             return self.journal
         with self._regardless("requests do not start engines yet"):
             self.store.halt(False)
+        if self.is_worker(to):
+            return self.mirror()
         try:
             self.activate(to, FORWARD[:4], bool(self.request.get("recreate")))
+            self.check_ranks(to)
             if self.trial:
                 self.measure(to)
         except Exception as error:
@@ -285,6 +302,8 @@ class Switch:
             return {}
         try:
             engines = self.store.engines(to)
+            if any(item.group for item in engines):  # ranks start together
+                return {}
             same = {item.service for item in engines} if before == to else self._unchanged(before, to)
             if self.request.get("mode") == RESTART:
                 named = {*self.journal["services"]}
@@ -438,7 +457,11 @@ class Switch:
                 if item.on_demand is not None:
                     self.put_to_sleep(item)
 
+        own = next((item.group for item in engines if item.group), None)
+
         def prepare() -> None:
+            if own:
+                self.raise_epoch(number)
             self.patiently(lambda: self.stop_all(kept))
             if fresh:
                 make_room()
@@ -448,11 +471,13 @@ class Switch:
         def start(item: Engine) -> None:
             self.phase(starting, item.service)
             self._await_port(item)
+            if item.group:
+                self.await_ranks(item.group, item.service)
             with contextlib.suppress(OSError):  # not allowed in some containers; then the start itself shows it
                 memory.drop_page_cache()
             self.patiently(lambda: engine.compose_up(str(self.store.project_dir), file, item.service, recreate))
             self.phase(waiting, item.service)
-            self.wait(item.service, engine_client(item.url))  # with the current key
+            self.wait(item.service, engine_client(item.url), item.group)  # with the current key
             self.running.add(item.service)
 
         def check(item: Engine) -> None:
@@ -564,18 +589,22 @@ class Switch:
                 idle = self.journal["error"] or self.journal["phase"] in RETURNING
                 engine.stop(self.docker, item["Id"], FAILED_STOP_SECONDS if idle else engine.STOP_SECONDS)
 
-    def wait(self, service: str, client: Client) -> None:
-        """Until the engine is ready. Raises FailedError when it ends, is restarted, or takes too long."""
+    def wait(self, service: str, client: Client, group: Group | None = None) -> None:
+        """Until the engine is ready. Raises FailedError when it ends, is restarted, or takes too long, or a rank of its
+        group does."""
         deadline = time.monotonic() + self.start_timeout
         away = settled = revived = 0.0
+        watched = RankWatch(group, self.epoch) if group else None
         while True:
             now = time.monotonic()
+            if watched and (gone := watched.gone(now)):
+                raise FailedError(gone, **self.facts(service, {"failure": "rank-failed"}))
             try:
                 found = engine.inspect(self.docker, service)
                 if away:
                     away, settled = 0.0, now + SETTLE
                 # Docker restarts what crashes. One that stays down went down with Docker, which may not bring it back.
-                if found["state"] == "exited" and not revived:
+                if found["state"] == "exited" and not revived and not group:
                     settled = revived = now + SETTLE
                     engine.start(self.docker, service)
             except DockerUnavailable as error:
@@ -635,6 +664,190 @@ class Switch:
         self.journal["asking"] = ""
         return result
 
+    # -- ranks of a group ------------------------------------------------------------------------------------
+
+    def group_of(self, number: int | None) -> Group | None:
+        """The group that a release is a rank of; None for a release of this host alone."""
+        return ranks.of_release(self.store, number)
+
+    def is_worker(self, number: int | None) -> bool:
+        """Whether a release is a rank other than 0."""
+        group = self.group_of(number)
+        return group is not None and not group.is_head
+
+    def agree(self, to: int) -> list[Problem]:
+        """What keeps the hosts of a group from switching together; nothing has changed on any of them. Rank 0 waits for
+        the workers, and the workers for rank 0."""
+        group = self.group_of(to)
+        if group is None:
+            return []
+        if self.trial:
+            return [Problem("bad-input", "a trial is of one host, not of a group")]
+        deadline = time.monotonic() + JOIN_SECONDS
+        self.journal["joined"] = True
+        self.phase(CHECKING)
+        while True:
+            found = self._gathered(group) if group.is_head else self._admitted(group)
+            if found is None:
+                return []
+            if found and (found[0].failure != "group-incomplete" or time.monotonic() > deadline):
+                return found
+            time.sleep(ASK_PAUSE)
+
+    def _gathered(self, group: Group) -> list[Problem] | None:
+        """Whether all workers could switch: None for yes, a problem of `group-incomplete` for not yet."""
+        waiting = []
+        for rank, seen in ranks.ask_workers(group).items():
+            if seen is None:
+                waiting.append(f"{group.named(rank)} does not answer at {group.nodes[rank].address}:{group.port}")
+            elif seen.id != self.journal["id"]:
+                waiting.append(f"{group.named(rank)} has not begun")
+            elif seen.outcome:
+                why = seen.error or seen.outcome
+                return [Problem("rank-failed", f"{group.named(rank)} cannot switch: {why}")]
+            elif (seen.to, seen.digest) != (self.journal["to"], group.digest):
+                what = f"release {seen.to}" if seen.to != self.journal["to"] else "another image, model or arguments"
+                return [Problem("group-differs", f"{group.named(rank)} is to switch to {what}")]
+            elif not seen.joined:
+                waiting.append(f"{group.named(rank)} is still checking")
+        return [Problem("group-incomplete", "; ".join(waiting))] if waiting else None
+
+    def _admitted(self, group: Group) -> list[Problem] | None:
+        """Whether rank 0 goes on, asked by a worker: as `_gathered`."""
+        head = ranks.ask(group, 0)
+        if head is None:
+            where = f"{group.head.address}:{group.port}"
+            return [Problem("group-incomplete", f"{group.named(0)} does not answer at {where}")]
+        if head.id != self.journal["id"]:
+            return [Problem("group-incomplete", f"{group.named(0)} has not begun")]
+        if head.phase == DONE:
+            return [Problem("rank-failed", f"{group.named(0)} did not switch: {head.error or head.outcome}")]
+        if head.phase in ("", CHECKING):
+            return [Problem("group-incomplete", f"{group.named(0)} is still checking")]
+        return None
+
+    def raise_epoch(self, number: int) -> None:
+        """Let the workers start their ranks of a release. Raises OSError."""
+        self.epoch = ranks.read_record(self.store).epoch + 1
+        ranks.write_record(self.store, Record(self.epoch, number))
+
+    def await_ranks(self, group: Group, service: str) -> None:
+        """Until every worker has started its rank. Raises FailedError."""
+        deadline = time.monotonic() + RANKS_SECONDS
+        while True:
+            seen = ranks.ask_workers(group)
+            missing = ranks.absent(group, seen, self.epoch, ("running",))
+            if not missing:
+                return
+            # What a worker has started it does not start again, and one that has ended its switch does not follow.
+            over = any(
+                one and (one.epoch == self.epoch or (one.outcome and self.journal["phase"] not in RETURNING))
+                for rank, one in seen.items()
+                if rank in missing and one and one.id == self.journal["id"]
+            )
+            if over or time.monotonic() > deadline:
+                raise FailedError("; ".join(missing.values()), **self.facts(service, {"failure": "rank-failed"}))
+            time.sleep(ASK_PAUSE)
+
+    def check_ranks(self, to: int) -> None:
+        """Whether all ranks of the release that was verified still run, before it becomes the current one. Raises
+        FailedError."""
+        group = self.group_of(to)
+        if group and (missing := ranks.absent(group, ranks.ask_workers(group), self.epoch, ("running",))):
+            service = self.store.engines(to)[0].service
+            raise FailedError("; ".join(missing.values()), **self.facts(service, {"failure": "rank-failed"}))
+
+    def mirror(self) -> dict[str, Any]:
+        """A worker's switch: do what rank 0 wants until it has decided. The journal, which stays without an outcome
+        where rank 0 does not answer for long: then it is asked again (see `recover`)."""
+        to, before = self.journal["to"], self.journal["from"]
+        group = self.group_of(to) or self.group_of(before)
+        assert group is not None
+        answered = time.monotonic()
+        while True:
+            head = ranks.ask(group, 0)
+            ours = head is not None and head.id == self.journal["id"]
+            if head is not None and ours and head.phase != DONE and head.active:
+                answered = time.monotonic()
+                back = head.phase in RETURNING
+                if back and self.group_of(before) is None:
+                    return self._leave(group, head)
+                self._follow(group, head)
+            elif head is not None and (ours or not head.active) and (head.phase == DONE or not ours):
+                return self._settle(group, head)
+            elif time.monotonic() - answered > self.head_seconds:
+                return self.journal
+            time.sleep(ASK_PAUSE)
+
+    def _follow(self, group: Group, head: Status) -> None:
+        """Start this host's rank where rank 0 has raised the epoch, and show in the journal where it is."""
+        back = head.phase in RETURNING
+        if head.release in self.store.numbers() and head.epoch != ranks.read_record(self.store).epoch and head.epoch:
+            assert head.release is not None
+            self.start_rank(head.release, head.epoch, back or head.release != self.journal["to"])
+        elif head.phase != self.journal["phase"] and head.phase in ("verifying", "committing", "restore-verifying"):
+            self.phase(head.phase, self.journal["container"])
+
+    def start_rank(self, number: int, epoch: int, back: bool) -> None:
+        """Stop what runs here and start this host's rank. Rank 0 sees the container, or that there is none."""
+        self.phase("restoring" if back else "stopping")
+        item = self.store.engines(number)[0]
+        with self._regardless(f"rank of release {number}"):
+            self.patiently(lambda: self.stop_all(()))
+            self.phase("restoring" if back else "starting", item.service)
+            with contextlib.suppress(OSError):
+                memory.drop_page_cache()
+            file = str(self.store.compose_file(number))
+            if self.request.get("new_key") and not back:
+                key.take()
+            self.patiently(lambda: engine.compose_up(str(self.store.project_dir), file, item.service, False))
+            self.journal["container_ids"][item.service] = str(engine.inspect(self.docker, item.service)["id"])
+        ranks.write_record(self.store, Record(epoch, number))
+        self.phase("restore-waiting" if back else "waiting", item.service)
+
+    def _leave(self, group: Group, head: Status) -> dict[str, Any]:
+        """Back to a release of this host alone: that needs no other."""
+        self.journal["error"] = self._given_up(group, head)
+        self.restore()
+        return self.journal
+
+    def _given_up(self, group: Group, head: Status) -> dict[str, Any]:
+        """Why a worker's release does not stay, for the journal."""
+        message = f"{group.named(0)} did not switch to it: {head.error or head.outcome or 'it was restarted'}"
+        service = next((item.service for item in self.store.engines(self.journal["to"])), "")
+        return {"message": message, **self.facts(service, {"failure": "rank-failed"})}
+
+    def _settle(self, group: Group, head: Status) -> dict[str, Any]:
+        """Rank 0 has decided: the release that is current there becomes so here."""
+        to, before = self.journal["to"], self.journal["from"]
+        if head.current == to and not (head.id == self.journal["id"] and to == before and head.outcome == FAILED):
+            self.journal["error"] = None
+            try:
+                self.commit(to)
+            except Exception as error:
+                if not self._stays(to, error):
+                    self._trouble(f"release {to} could not be recorded as verified", error)
+                    with self._regardless(f"release {to} could not be made current"):
+                        self.store.point(to)
+            self.finish(to)
+            return self.journal
+        if self.journal["error"] is None:
+            with self._regardless("the reason"):
+                self.journal["error"] = self._given_up(group, head)
+        if before is None or before == to or head.current != before or self.group_of(before) is None:
+            self.restore()
+            return self.journal
+        why = self.journal["error"] or {}
+        with self._regardless(f"the failure of release {to} could not be recorded"):
+            self.store.note_failure(to, self.now(), str(why.get("failure", "")), str(why.get("message", "")), [])
+        with self._regardless("the previous key could not be restored"):
+            key.give_back()
+        with self._regardless(f"release {before} could not be made current again"):
+            self.store.commit(before, self.now(), self.journal["container_ids"])
+        self._remove_others(before)
+        self.end(RESTORED)
+        return self.journal
+
     # -- parts -----------------------------------------------------------------------------------------------
 
     def phase(self, name: str, container: str = "") -> None:
@@ -669,6 +882,9 @@ class Switch:
                 reclaim.note(self.store, tried, tried=True)
                 self.store.remove([*unused, *tried])  # its figures are kept; nobody can want it back
         self.journal["out_of_service_s"] = round(answering - stopped, 1) if stopped and answering and served else None
+        last = self.journal.get("restore_error") or self.journal.get("error") or {}
+        if outcome == FAILED and last.get("failure") != "rank-failed":
+            ranks.keep_down(self.store)  # else the guard starts the ranks once their hosts are there
         self.journal.update(outcome=outcome, ended=self.now())
         self.phase(DONE)
 
@@ -770,6 +986,26 @@ class Switch:
         return []
 
 
+class RankWatch:
+    """Whether the ranks of a group still run while rank 0 starts. `epoch`: that they were started in."""
+
+    def __init__(self, group: Group, epoch: int) -> None:
+        self.group, self.epoch = group, epoch
+        self._asked = -ASK_PAUSE
+        self._lost: dict[int, float] = {}  # since when a rank does not answer
+
+    def gone(self, now: float) -> str:
+        """What is wrong, "" for nothing. `now`: of the monotonic clock."""
+        if now - self._asked < ASK_PAUSE:
+            return ""
+        self._asked = now
+        found = ranks.ask_workers(self.group)
+        missing = ranks.absent(self.group, found, self.epoch, ("running",))
+        self._lost = {rank: self._lost.get(rank, now) for rank, seen in found.items() if seen is None}
+        patient = {rank for rank, since in self._lost.items() if now - since < LOST_SECONDS}
+        return "; ".join(words for rank, words in missing.items() if rank not in patient)
+
+
 def _reason(error: Exception) -> str:
     """Why something failed, for a message."""
     known = isinstance(error, FailedError | ReleaseError | EngineError | DockerError)
@@ -812,6 +1048,7 @@ def recover(store: Store | None = None, docker: Docker | None = None) -> dict[st
         request = {**{key: journal.get(key) for key in kept}, "reclaim": False}
         switch = Switch(store, docker or Docker(), request)
         switch.journal, switch.recovering = journal, True
+        switch.head_seconds = 0.0  # the guard asks again
         # It becomes the current one when it is verified. That journal may not have been written.
         another = journal["to"] != journal["from"] and journal["phase"] in FORWARD
         if (journal["phase"] == "committing" or another) and store.current() == journal["to"]:
@@ -825,6 +1062,9 @@ def recover(store: Store | None = None, docker: Docker | None = None) -> dict[st
             key.forget_staged()
             switch.end(REFUSED)  # nothing had changed
             return journal
+        rank = journal["to"] if journal["to"] in store.numbers() else journal["from"]
+        if switch.is_worker(rank):
+            return switch.mirror()
         if journal["to"] == journal["from"] and journal["to"] in store.numbers():
             # Nothing else to go back to: start over. What was stopped is not kept down by a check.
             with contextlib.suppress(Exception):  # where that fails, its start reports it

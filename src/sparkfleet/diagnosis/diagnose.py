@@ -238,6 +238,8 @@ def _engine(facts: Mapping[str, Any], engine: Mapping[str, Any]) -> list[Finding
 
 def _answers(_facts: Mapping[str, Any], engine: Mapping[str, Any]) -> list[Finding]:
     asked, seen = engine["asked"], engine["container"] or {}
+    if engine.get("ranks"):
+        return [Finding("rank-failed", tuple(engine["ranks"]))]
     if asked and asked.get("verified") is False:
         bad = [f"{check['name']}: {check['detail']}" for check in asked["checks"] if not check["ok"]]
         return [Finding(str(asked["failure"]), tuple(bad[:3]))]

@@ -761,6 +761,34 @@ TABLE: tuple[Failure, ...] = (
         auto_recovery="the guard, or the next run, restores the previous release",
     ),
     Failure(
+        "rank-failed",
+        "a rank of an engine over several Sparks failed",
+        "a host of the group is off, its network is cut, or its container ended; its own log says why",
+        "See `docker logs` of the engine on the host that is named, and playbooks/fabric.yml for the network between "
+        "the hosts. Then run again, for all hosts of the group.",
+        auto_recovery="every host of the group goes back to the previous release; in service the guards start all "
+        "ranks again, up to their limit",
+    ),
+    Failure(
+        "group-incomplete",
+        "the hosts of a group did not switch together",
+        "one of them did not begin, or its guard does not answer the others",
+        "Run again for all hosts of the group. `systemctl status sparkfleet-guard` on the host that is named, and "
+        "whether its guard's port is reached from the others, say more.",
+    ),
+    Failure(
+        "group-differs",
+        "the hosts of a group would not run the same",
+        "image, model, revision or arguments differ between them",
+        "Set what differs in the variables of the group, not of a host, and run again.",
+    ),
+    Failure(
+        "fabric-unfit",
+        "a host of a group is not reached by the others as it should",
+        "its sparkfleet_fabric_address is not on a ConnectX port with a link",
+        "playbooks/fabric.yml shows ports and addresses. sparkfleet_fabric_management: true accepts another network.",
+    ),
+    Failure(
         "trial-speed",
         "the speed of a trial could not be measured",
         "the engine answered, but its benchmark failed or did not end in time",

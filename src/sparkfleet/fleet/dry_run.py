@@ -13,7 +13,7 @@ from typing import Any
 from sparkfleet import SparkfleetError
 from sparkfleet.documents import schema
 from sparkfleet.fleet import rollout
-from sparkfleet.planning import memory_plan, preflight, variables
+from sparkfleet.planning import memory_plan, nodes, preflight, variables
 from sparkfleet.planning.target import Settings, Target
 from sparkfleet.reporting import report
 
@@ -67,6 +67,11 @@ def make(hosts: Mapping[str, Mapping[str, Any]]) -> DryRun:
     settings that a rollout has once."""
     hosts = settled(hosts)
     drained = [name for name, values in hosts.items() if values.get("sparkfleet_drained", False)]
+    if together := [name for name, values in hosts.items() if values.get(nodes.NODES) and name not in drained]:
+        raise SparkfleetError(
+            f"{nodes.NODES}: {report.names(together)} run an engine together, which is not planned on paper yet: "
+            "`sparkfleet preflight` plans it on the hosts, and changes nothing"
+        )
     same: dict[str, list[str]] = {}
     settings: dict[str, Settings] = {}
     for name, values in hosts.items():

@@ -15,7 +15,7 @@ from sparkfleet_host.bounded import HOST, printable
 
 from sparkfleet import SparkfleetError
 from sparkfleet.documents import secret
-from sparkfleet.planning import catalog, target
+from sparkfleet.planning import catalog, nodes, target
 from sparkfleet.planning import variables as planned
 
 #: HAProxy takes a line that starts with # for a comment, and a comma for the end of a header's value.
@@ -33,6 +33,19 @@ PREVIOUS = ":previous"
 VARIABLES = ("guard", "guard_port", "address", "drained", "engine_key")
 #: Of those the ones of an engine.
 ENGINE_VARIABLES = ("model", "port")
+
+
+def answering(known: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """The Sparks that requests are sent to: of those that run an engine together the one with rank 0. Raises
+    SparkfleetError."""
+    found = []
+    for host in groups.get("sparks", ()):
+        try:
+            members = nodes.members(host, known[host].get(nodes.NODES), groups)[1]
+        except SparkfleetError as error:
+            raise SparkfleetError(f"{host}: {error}") from None
+        found += [host] if not members or members[0] == host else []
+    return found
 
 
 def settings(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

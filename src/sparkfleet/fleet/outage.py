@@ -29,7 +29,14 @@ def stops(plan: Mapping[str, Any], state: Mapping[str, Any], stages: Sequence[st
 def stopped_by(verb: str, status: Mapping[str, Any]) -> bool:
     """Whether one of SERVICE_VERBS would stop an engine that serves now, by what spark_status found."""
     same = verb == "rollback" and status.get("release") == status["releases"]["current"]
-    return bool(status["engine"] == "serving" and not same)
+    return bool(verb in SERVICE_VERBS and status["engine"] == "serving" and not same)
+
+
+def units(stopping: Sequence[str], groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """The hosts that stop, of those that run one engine together the first alone. `groups`: of a host those of its
+    group, none for a host of its own."""
+    made = {next((other for other in groups.get(host, ()) if other in stopping), host): None for host in stopping}
+    return list(made)
 
 
 def check(stopping: Sequence[str], allowed: bool, waves: bool) -> None:

@@ -48,10 +48,12 @@ def plan(groups: Mapping[str, Sequence[str]], hosts: Mapping[str, Mapping[str, A
             "labels": {"host": host},
         }
 
+    answering = gateway.answering(hosts, groups)
     sparks = gateway.settings({host: hosts[host] for host in groups.get("sparks", ())})
     made: dict[str, list[dict[str, Any]]] = {"engine": [], "guard": [], "gateway": [], "node": []}
     for host, values in sparks.items():
-        made["engine"] += [at(host, engine["port"], "port") for engine in values["engines"]]
+        # Of those that run an engine together, rank 0 alone has its metrics.
+        made["engine"] += [at(host, engine["port"], "port") for engine in values["engines"] if host in answering]
         if gateway.truth(values["guard"]) and str(values["guard_port"]) != "0":
             made["guard"].append(at(host, values["guard_port"], "guard_port"))
     unreached = []

@@ -103,9 +103,7 @@ def offer(model: str, profile: str, room: memory_plan.Memory) -> Choice:
     name = str(expanded("model card", model).absolute()) if path else model
     arguments = card.with_profile(profile)
     if card.sparks > 1:
-        return Choice(
-            card, name, profile, None, f"{card.name} spans {card.sparks} Sparks, which is planned only so far"
-        )
+        return Choice(card, name, profile, None, f"{card.name} spans {card.sparks} Sparks: docs/several-sparks.md")
     try:
         plan = memory_plan.make(card, arguments, profile=profile, memory=room, others=_catalogue)
     except SparkfleetError as error:

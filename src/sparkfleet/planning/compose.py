@@ -11,6 +11,8 @@ model pinned to what was fetched.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import hashlib
 import itertools
 import json
 import re
@@ -65,6 +67,54 @@ TOKEN = "${HF_TOKEN}"  # noqa: S105 - a name, not a value
 
 Source = Literal["local", "hub"]
 Document = dict[str, Any]
+MASTER_PORT = 29501  # of rank 0, where the ranks meet; NVIDIA's recipes have it
+INFINIBAND = "/dev/infiniband"
+#: Variables that name the interface of the fabric to NCCL, Gloo, UCX, Open MPI and vLLM.
+INTERFACE_VARIABLES = (
+    *("MN_IF_NAME", "UCX_NET_DEVICES", "NCCL_SOCKET_IFNAME", "OMPI_MCA_btl_tcp_if_include", "GLOO_SOCKET_IFNAME"),
+    "TP_SOCKET_IFNAME",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rank:
+    """A host's part of an engine that spans several: `number` of `count`, its `address` on the fabric and that of rank
+    0, the `interface` that has it, and the RDMA devices of that port."""
+
+    number: int
+    count: int
+    address: str
+    head: str
+    interface: str = ""
+    rdma: tuple[str, ...] = ()
+
+    @property
+    def flags(self) -> list[str]:
+        """What tells `vllm serve` of the others."""
+        words = ["--nnodes", str(self.count), "--node-rank", str(self.number)]
+        words += ["--master-addr", self.head, "--master-port", str(MASTER_PORT)]
+        return [*words, *(["--headless"] if self.number else [])]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The fabric, as the libraries want it named."""
+        found = {"VLLM_HOST_IP": self.address}
+        if self.interface:
+            found |= dict.fromkeys(INTERFACE_VARIABLES, self.interface)
+        if self.rdma:
+            found |= {"NCCL_IB_HCA": ",".join(self.rdma), "NCCL_IB_DISABLE": "0", "NCCL_IGNORE_CPU_AFFINITY": "1"}
+        return found
+
+
+def common(service: Mapping[str, Any], rank: Rank) -> str:
+    """A hash of what has to be the same on all ranks of an engine: image, arguments, environment."""
+    own = {*rank.environment, *INTERFACE_VARIABLES, "NCCL_IB_HCA", "NCCL_IB_DISABLE", "NCCL_IGNORE_CPU_AFFINITY"}
+    words, flags_of_one = list(map(plain, service["command"])), rank.flags
+    start = words.index(flags_of_one[0])
+    command = words[:start] + words[start + len(flags_of_one) :]
+    environment = {name: value for name, value in service["environment"].items() if name not in own}
+    same = [plain(service["image"]), command, environment, rank.count, rank.head]
+    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
 
 
 def literal(text: Any) -> str:
@@ -136,6 +186,7 @@ def document(
     addresses: Sequence[str] = (),
     api_key_enabled: bool = False,
     media_domains: Sequence[str] | None = None,
+    rank: Rank | None = None,
 ) -> Document:
     """The compose file of one engine as data: one project, one service, in the key order of the guide.
 
@@ -149,12 +200,13 @@ def document(
     ``ca_file``: certificate authorities on the host that a server which downloads by itself trusts.
     What the engine compiles is kept in ``compile_cache_dir``, one folder an image digest: another image's
     compiled code does not fit.
-    Raises for a model that spans several Sparks.
+    ``rank``: of a model that spans several hosts, which is on the network of the host, and started by Sparkfleet alone.
+    Raises for a card of several Sparks without one.
     """
-    if card.sparks > 1:
+    if card.sparks > 1 and rank is None:
         raise SparkfleetError(
-            f"model {card.name} spans {card.sparks} Sparks (sparks in {card.source}): Sparkfleet plans it, but does "
-            "not deploy one engine across Sparks yet; choose a model for one Spark (`sparkfleet models`)"
+            f"model {card.name} spans {card.sparks} Sparks (sparks in {card.source}): list them in sparkfleet_nodes "
+            "(docs/several-sparks.md), or choose a model for one Spark (`sparkfleet models`)"
         )
     image = image or card.image
     volumes = [literal(f"{cache_dir}:{CACHE_IN_CONTAINER}")]
@@ -187,12 +239,16 @@ def document(
         command += ["--allowed-media-domains", *(media_domains or [NO_DOMAIN])]
         # A host that may be asked must not send the engine on to another.
         variables["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] = "0"
+    if rank:
+        command += ["--host", listen_at(addresses), "--port", str(port), *rank.flags]
+        variables |= rank.environment
     given = {**card.environment, **(environment or {})}
     service: Document = {
         "image": literal(image),
         "container_name": card.service,
-        "restart": "unless-stopped",
-        "ports": published(port, addresses),
+        # A rank that starts alone cannot join the others: Sparkfleet starts all of them.
+        "restart": "no" if rank else "unless-stopped",
+        **({"network_mode": "host"} if rank else {"ports": published(port, addresses)}),
         "environment": {**variables, **{name: literal(value) for name, value in given.items()}},
         "ipc": "host",
         "ulimits": {"memlock": -1, "stack": 67108864},
@@ -204,6 +260,9 @@ def document(
         "logging": copy.deepcopy(LOGGING),
         **(copy.deepcopy(HARDENING) if source == "local" else {}),
     }
+    if rank and rank.rdma:
+        service["devices"] = [f"{INFINIBAND}:{INFINIBAND}"]
+        service["cap_add"] = [*service.get("cap_add", []), "IPC_LOCK"]
     made: Document = {"name": PROJECT, "services": {card.service: service}}
     if api_key_enabled:
         if starts_with_serve(image):
@@ -229,6 +288,11 @@ def merged(documents: Sequence[Document]) -> Document:
         if "secrets" in one:
             made["secrets"] = {**made.get("secrets", {}), **one["secrets"]}
     return made
+
+
+def listen_at(addresses: Sequence[str]) -> str:
+    """The one address that an engine on the network of the host listens on: loopback where it is the only one."""
+    return LOOPBACK if list(addresses) == [LOOPBACK] else "0.0.0.0"  # noqa: S104 - the default of vLLM
 
 
 def published(port: int, addresses: Sequence[str]) -> list[str]:

@@ -490,7 +490,11 @@ def _with_room(
 
 
 def _suggestion(kind: str, change: dict[str, Any], plan: Plan) -> Suggestion:
-    words = ["two Sparks, half of the model on each (planned only, not deployed yet)"] if kind == "two_sparks" else []
+    words = (
+        ["two Sparks, half of the model on each (sparkfleet_nodes, docs/several-sparks.md)"]
+        if kind == "two_sparks"
+        else []
+    )
     words += [f"{key if key in ('profile', 'model') else key + ':'} {change[key]}" for key in change if key != "ranks"]
     return Suggestion(kind, f"{', '.join(words)} ({_room(plan)})", change)
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sparkfleet_host import cache
-from sparkfleet_host.release_format import DUMMY, FORMAT, TRIAL, TRIAL_FORMAT
+from sparkfleet_host.release_format import DUMMY, FORMAT, GROUP_FORMAT, TRIAL, TRIAL_FORMAT
 
 from sparkfleet import __version__, operator_name
 from sparkfleet.documents import yaml_text
@@ -76,7 +76,8 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
         "fetches": fetched(target, state, fetches),
         "lock": str(target.lock.path) if target.lock else "",
         "compose": document,
-        "release": release(target, document, figures),
+        "release": release(target, document, figures, state),
+        "group": group(target, document, state),
         "notes": [*notes(target, state), *turns(target, figures)],
         "checks": [{"name": check.name, "seen": check.seen, "ok": not check.findings} for check in checks],
         "findings": [dataclasses.asdict(finding) for check in checks for finding in check.findings],
@@ -104,6 +105,23 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
             "model": [reason for found in models for reasons in found for reason in reasons],
         },
         "deploy": deployment,
+    }
+
+
+def group(target: Target, document: compose.Document, state: State | None = None) -> dict[str, Any] | None:
+    """The host's place in the group that runs the engine together (see `sparkfleet_host.group`); None for none."""
+    nodes = target.settings.spans
+    if nodes is None:
+        return None
+    (engine,) = target.engines
+    return {
+        "name": nodes.name,
+        "rank": nodes.rank,
+        "nodes": [
+            {"host": host, "address": address} for host, address in zip(nodes.hosts, nodes.addresses, strict=True)
+        ],
+        "port": target.settings.guard_port,
+        "digest": compose.common(document["services"][engine.service], target.rank(state)),
     }
 
 
@@ -237,13 +255,14 @@ def packages(target: Target, state: State) -> list[str]:
 def guard_settings(target: Target, state: State) -> dict[str, Any]:
     """The content of the guard's settings file. Its own port is open where the engine's is."""
     settings, addresses = target.settings, target.addresses(state)
-    where = list(dict.fromkeys((compose.LOOPBACK, *addresses))) if addresses else [""]
     in_turn = {
         "on_demand_wait": settings.on_demand_wait,
         "on_demand_hold_seconds": settings.on_demand_hold_seconds,
         "on_demand_min_seconds": settings.on_demand_min_seconds,
         "on_demand_starts_per_hour": settings.on_demand_starts_per_hour,
     }
+    own = [settings.spans.address] if settings.spans else []  # where the other hosts of the group ask it
+    where = list(dict.fromkeys((compose.LOOPBACK, *addresses, *own))) if addresses else [""]
     return {
         **(in_turn if any(engine.on_demand for engine in target.engines) else {}),
         "interval": settings.guard_interval,
@@ -290,6 +309,12 @@ def notes(target: Target, state: State) -> list[str]:
             found.append(
                 f"{engine.card.name} fetches pictures from whatever address a request names, also inside your network: "
                 f"vLLM {engine.version.text} cannot be told which hosts are allowed, {since} and later can"
+            )
+    for engine in target.engines if settings.spans and settings.spans.is_head else ():
+        if preflight.fits_alone(engine, state):
+            found.append(
+                f"{engine.card.name} fits one Spark: replicas of it behind a gateway serve about as many requests more "
+                "as there are Sparks, and go on when one of them fails; ranks make one stream faster"
             )
     for engine in target.engines if settings.model_source != "local" else ():
         found.append(
@@ -381,11 +406,15 @@ def fetched(target: Target, state: State, fetches: Sequence[Fetch]) -> list[dict
 
 
 def release(
-    target: Target, document: compose.Document, memory: Sequence[dict[str, Any] | None] | None = None
+    target: Target,
+    document: compose.Document,
+    memory: Sequence[dict[str, Any] | None] | None = None,
+    state: State | None = None,
 ) -> dict[str, Any]:
     """What is kept on the host alongside the compose file (see sparkfleet_host.release_format): the plan, and what it
     is pinned to. `memory`: the memory plan of each engine."""
     plans, locks = [], []
+    rank = group(target, document, state)
     for engine, figures in zip(target.engines, memory or [None] * len(target.engines), strict=True):
         card, service = engine.card, document["services"][engine.service]
         known = {
@@ -398,7 +427,7 @@ def release(
         if engine.on_demand:
             asked["on_demand"] = {"port": engine.port, **_place(figures)}
         draft = compose.draft_of(service["command"])
-        plans.append({**known, "image": engine.image, **asked, "memory": figures})
+        plans.append({**known, "image": engine.image, **asked, "memory": figures, **({"group": rank} if rank else {})})
         locks.append(
             {
                 **known,
@@ -409,7 +438,7 @@ def release(
             }
         )
     weights = target.settings.trial
-    kind: dict[str, Any] = {"format": FORMAT}
+    kind: dict[str, Any] = {"format": GROUP_FORMAT if rank else FORMAT}
     if weights:
         kind = {"format": TRIAL_FORMAT, "kind": TRIAL, "weights": weights}
         kind |= {"loads": [*map(dict, loads)]} if (loads := target.settings.trial_loads) else {}
@@ -475,8 +504,9 @@ def deploy(target: Target, state: State, document: compose.Document) -> dict[str
                 restarts.append(name)
         stop.add(others and not start.reasons, f"stop {', '.join(others)}")
         for engine, known in pairs(target, state):
-            waits = not start.reasons and not known["healthy"] and not engine.on_demand
-            wait.add(waits, f"wait for {engine.service}")
+            # Those asleep, and other ranks than 0, answer nobody.
+            answers = known["healthy"] or engine.on_demand or (settings.spans and not settings.spans.is_head)
+            wait.add(not start.reasons and not answers, f"wait for {engine.service}")
     else:
         stage.add(not staged, "stage a release")
         stop.add(running or others, f"stop {', '.join([*others, *running])}")
@@ -532,7 +562,7 @@ def _matches(container: Mapping[str, Any] | None, service: Mapping[str, Any]) ->
             started["environment"][name] in ("", hashlib.sha256(compose.plain(value).encode()).hexdigest())
             for name, value in environment.items()
         )
-        and started["published"] == sorted(port.rpartition(":")[0] for port in service["ports"])
+        and started["published"] == sorted(port.rpartition(":")[0] for port in service.get("ports", ()))
         and started["volumes"] == sorted(map(_bind, service["volumes"]))
         and started["restart"] == service["restart"]
     )

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from sparkfleet_host import cache
+from sparkfleet_host import cache, fabric
 from sparkfleet_host.bounded import COMMIT, GIB
 from sparkfleet_host.release_format import REAL
 
@@ -137,6 +137,7 @@ def checks(target: Target, state: State, work: Work) -> tuple[list[Check], list[
         *(_code(case, work) for case in models if case.model.remote_code and target.settings.model_source == "local"),
         *memory,
         _disk(target, state, cases, models),
+        *([_fabric(target, state)] if target.settings.spans else []),
         *(_port(target, state, case) for case in cases),
         *([_address(target, state)] if target.settings.gateways else []),
         *([_firewall(target, state)] if target.settings.firewall else []),
@@ -449,6 +450,10 @@ def _port(target: Target, state: State, case: Case) -> Check:
     holders = [item for item in containers if port in item["ports"] and item["state"] == "running"]
     # While a container of ours is being restarted, Docker's proxy may still, or already, hold its port.
     passing = not holders and (listener or {}).get("process") == "docker-proxy"
+    # One on the network of the host publishes nothing.
+    rank = target.settings.spans is not None and case.found["healthy"]
+    if rank and any(item["service"] == case.engine.service and item["state"] == "running" for item in containers):
+        return Check("port", f"{port}, ours")
     if any(item["ours"] for item in (containers if passing else holders)):
         return Check("port", f"{port}, ours")
     if holders:
@@ -461,6 +466,37 @@ def _port(target: Target, state: State, case: Case) -> Check:
     if target.settings.service_state != "started":
         return Check("port", f"{port}, held by {who}; not needed")
     return Check("port", f"{port}, held by {who}", (Finding("port-taken", f"port {port} is held by {who}: {remedy}"),))
+
+
+def _fabric(target: Target, state: State) -> Check:
+    """Whether the host has its address on the network between the hosts of its group, on the right interface."""
+    nodes = target.settings.spans
+    assert nodes is not None
+    seen = state["fabric"] or {"interfaces": [], "error": "it was not looked for"}
+    found = fabric.known(seen)
+    said = (
+        [seen["error"]] if seen["error"] else fabric.problems(found, nodes.address, target.settings.fabric_management)
+    )
+    chosen = fabric.at(found, nodes.address)
+    where = f"{nodes.address} on {chosen.name}" if chosen else nodes.address
+    return Check(
+        "fabric",
+        f"rank {nodes.rank} of {nodes.name}, {where}",
+        tuple(known("fabric-unfit", fact) for fact in said),
+    )
+
+
+def fits_alone(engine: EngineTarget, state: State) -> bool:
+    """Whether a model that is spread over several Sparks would fit this one."""
+    total = float(state["memory"]["total"]) / GIB
+    memory = memory_plan.Memory(total, total - memory_plan.USUAL_HOST_GIB)
+    try:
+        made = memory_plan.make(
+            engine.card, {**engine.arguments, "tensor_parallel_size": 1}, version=engine.version, memory=memory
+        )
+    except SparkfleetError:  # a layout that is not known
+        return False
+    return made.fits
 
 
 def _address(target: Target, state: State) -> Check:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from sparkfleet_host import cache
+from sparkfleet_host import cache, fabric
 from sparkfleet_host.bounded import HOST, printable
 from sparkfleet_host.release_format import DUMMY, MOST_ENGINES
 from sparkfleet_host.verify import GENERATIVE, embeds
@@ -20,9 +20,10 @@ from sparkfleet_host.verify import GENERATIVE, embeds
 from sparkfleet import SparkfleetError
 from sparkfleet.packaging.bundle import Bundle
 from sparkfleet.paths import ROOT
-from sparkfleet.planning import calibration, catalog, compose, firewall, kv_layout, variables, verification
+from sparkfleet.planning import calibration, catalog, compose, firewall, kv_layout, nodes, variables, verification
 from sparkfleet.planning.catalog import Arguments, Card
 from sparkfleet.planning.lock import Lock, Model
+from sparkfleet.planning.nodes import Nodes
 from sparkfleet.planning.variables import ARGUMENT_PREFIX, PREFIX
 from sparkfleet.planning.vllm_versions import Engine
 
@@ -141,6 +142,8 @@ class Settings:
                 "sparkfleet_lock_key writes it"
             )
         return None
+    spans: Nodes | None = None  # the hosts that run the engine together, and which of them this is
+    fabric_management: bool = False  # accept another network between them than that of ConnectX ports
 
     @classmethod
     def of(cls, settled: Mapping[str, Any], **known: Any) -> Settings:
@@ -436,6 +439,12 @@ class Target:
             )
         engines = tuple(EngineTarget.of(engine, settings.model_source, lock) for engine in each)
         _check_engines(engines)
+        if settings.spans:
+            _check_nodes(settings, settings.spans)
+            engines = tuple(
+                dataclasses.replace(one, arguments=nodes.spread(one.card, one.arguments, len(settings.spans.hosts)))
+                for one in engines
+            )
         for engine in engines if settings.trial else ():
             if not (embeds(engine.verify["kinds"]) or {*engine.verify["kinds"]} & {*GENERATIVE}):
                 raise SparkfleetError(
@@ -451,9 +460,21 @@ class Target:
         """The compose file, pinned to what the host has fetched so far."""
         known: Sequence[State] = (state or {}).get("engines") or [{}] * len(self.engines)
         pairs = zip(self.engines, known, strict=True)
-        return compose.merged([self._document(engine, found, self.addresses(state)) for engine, found in pairs])
+        return compose.merged([self._document(engine, found, state) for engine, found in pairs])
 
-    def _document(self, engine: EngineTarget, found: State, addresses: list[str]) -> compose.Document:
+    def rank(self, state: State | None) -> compose.Rank:
+        """This host's rank, with what was found of its fabric."""
+        nodes = self.settings.spans
+        assert nodes is not None
+        found = fabric.known((state or {}).get("fabric") or {})
+        chosen = fabric.at(found, nodes.address)
+        devices = tuple(fabric.rdma(found, chosen)) if chosen else ()
+        return compose.Rank(
+            nodes.rank, len(nodes.hosts), nodes.address, nodes.addresses[0], chosen.name if chosen else "", devices
+        )
+
+    def _document(self, engine: EngineTarget, found: State, state: State | None) -> compose.Document:
+        addresses = self.addresses(state)
         image, arguments, trial = found.get("image") or {}, engine.arguments, self.settings.trial
         commits = [self._commit(one.get("model") or {}) for one in engine.found(found)]
         if engine.draft and commits[1] and self.settings.model_source == "local":
@@ -481,6 +502,7 @@ class Target:
             addresses=addresses,
             api_key_enabled=self.settings.api_key_enabled and not trial,
             media_domains=self.media_domains(engine),
+            rank=self.rank(state) if self.settings.spans else None,
         )
         if trial:
             made["services"][engine.service]["restart"] = "no"  # a restart of the host ends it
@@ -529,8 +551,33 @@ class Target:
         """Whether anyone on the host's network may reach the engines: without a gateway, a firewall or a key."""
         addresses = self.addresses(state)
         everywhere = not addresses or not all(ipaddress.ip_address(address).is_loopback for address in addresses)
+        if self.settings.spans:  # on the network of the host, so also where gateways are
+            return self.settings.spans.is_head and everywhere and not self.settings.api_key_enabled
         closed = self.settings.gateways or self.settings.firewall or self.settings.api_key_enabled
         return everywhere and not closed
+
+
+def _check_nodes(settings: Settings, group: Nodes) -> None:
+    """What does not go with an engine of several hosts. Raises SparkfleetError."""
+    refused = {
+        variables.ENGINES: (len(settings.each()) > 1, "a host of a group runs its rank alone: give it one engine"),
+        "sparkfleet_model_source": (settings.model_source != "local", "all ranks need the same files: set it to local"),
+        "sparkfleet_guard": (not settings.guard, "the guards of the hosts start the ranks together: set it to true"),
+        "sparkfleet_guard_port": (not settings.guard_port, "the guards of the hosts ask each other there: give it one"),
+        "sparkfleet_firewall": (
+            settings.firewall,
+            "the ports between ranks are not known in advance, so it cannot open them yet: set it to false",
+        ),
+        "sparkfleet_listen": (
+            isinstance(wanted := listen(settings.listen), list) and wanted != [compose.LOOPBACK],
+            "a rank is on the network of the host, and listens on all addresses (auto, all) or on loopback",
+        ),
+    }
+    for name, (wrong, why) in refused.items():
+        if wrong:
+            raise SparkfleetError(f"{name}: {why} (group {group.name}, sparkfleet_nodes)")
+    if settings.trial:
+        raise SparkfleetError(f"a trial is of one Spark, and this one is of the group {group.name} (sparkfleet_nodes)")
 
 
 def _check_engines(engines: Sequence[EngineTarget]) -> None:

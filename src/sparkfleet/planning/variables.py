@@ -63,6 +63,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "sparkfleet_rollout_canary": (0, 10_000),
     "sparkfleet_rollout_soak": (0, _DAY),
     "sparkfleet_verify_seconds": (10, 7200),
+    "sparkfleet_fabric_mtu": (0, 9978),
 }
 
 _ABSOLUTE = (
@@ -93,6 +94,7 @@ FORMS: dict[str, tuple[str, str]] = {
     "sparkfleet_controller_hub": (_URL, "the address of a Hub, https://..."),
     "sparkfleet_proxy": (_URL, "the address of a proxy, http://..."),
     "sparkfleet_no_proxy": (r"[ -~]{0,4000}", "names separated by commas"),
+    "sparkfleet_fabric_address": (r"\d{1,3}(\.\d{1,3}){3}", "an IPv4 address without prefix"),
     "sparkfleet_address": (r"[A-Za-z0-9_.:-]{1,253}", "a name or an address"),
     "sparkfleet_gateway_interface": (r"[A-Za-z0-9_.:@-]{1,15}", "the name of a network interface"),
 }

@@ -1174,6 +1174,7 @@ def test_the_whole_page_of_metrics() -> None:
         f'sparkfleet_engine_restarts_total{{{first},reason="crash"}} 2',
         f'sparkfleet_engine_restarts_total{{{first},reason="wedge"}} 0',
         f'sparkfleet_engine_restarts_total{{{first},reason="hung-start"}} 0',
+        f'sparkfleet_engine_restarts_total{{{first},reason="rank"}} 0',
         *(f'sparkfleet_engine_restarts_total{{{second},reason="{name}"}} 0' for name in REASONS),
         f"sparkfleet_engine_given_up{{{first}}} 0",
         f"sparkfleet_engine_given_up{{{second}}} 0",

@@ -83,7 +83,7 @@ def test_plan_and_lock_are_an_engine_each() -> None:
         ({"engines": [{**ENGINE, "service": "a b"}]}, "service"),
         ({"engines": [{**ENGINE, "service": "a/../b"}]}, "service"),
         ({"engines": [{**ENGINE, "service": "s" * 201}]}, "service"),
-        ({"format": 4}, "format 4 was written by a newer version of Sparkfleet"),
+        ({"format": 5}, "format 5 was written by a newer version of Sparkfleet"),
         ({"format": 0}, "format"),
         ({"format": True}, "format"),
         ({"format": "2"}, "format"),
@@ -225,15 +225,15 @@ def test_a_release_of_a_newer_version_stays_as_it_is(store: Store) -> None:
     folder = store.folder(number)
     for name in ("plan.json", "lock.json"):
         (folder / name).chmod(0o644)
-        (folder / name).write_text(json.dumps({"format": 4, "engines": {}}))
+        (folder / name).write_text(json.dumps({"format": 5, "engines": {}}))
     (folder / ".sealed.json").unlink()
-    with pytest.raises(NewerReleaseError, match=r"plan\.json: format 4 was written by a newer version of Sparkfleet"):
+    with pytest.raises(NewerReleaseError, match=r"plan\.json: format 5 was written by a newer version of Sparkfleet"):
         store.repair(number)
     assert store.numbers() == [number] and "newer version" in store.repair_all()[0] and store.set_aside_files() == []
     with pytest.raises(NewerReleaseError):
         store.engines(number)
     with pytest.raises(NewerFormatError):
-        check_plan({"format": 4})
+        check_plan({"format": 5})
     assert issubclass(NewerReleaseError, ReleaseError)
     assert "newer version" in store.summary()["damaged"][str(number)] and store.find("services: {}\n", PLAN) is None
 
@@ -419,7 +419,7 @@ def test_what_a_journal_lacks() -> None:
     lists = ("models", "from_models", "services", "kept", "steps", "left", "reclaimed", "repaired", "troubles")
     assert check_journal({"to": 3, "more": 5}) == {
         **{"to": 3, "more": 5, "pid": 0, "keep": 0, "start_timeout": 0.0, "verify_seconds": 0.0, "began": 0.0},
-        **{"container_ids": {}, "verifications": {}, "measured": {}},
+        **{"joined": False, "container_ids": {}, "verifications": {}, "measured": {}},
         **{key: [] for key in lists},
         **dict.fromkeys(texts, ""),
         **dict.fromkeys(nothing),

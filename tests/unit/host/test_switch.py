@@ -747,6 +747,7 @@ def test_a_journal_as_it_begins(store: Store, world: World, deployed: int) -> No
             "reclaimed": [],
             "left": [],
             "troubles": [],
+            "joined": False,
         },
     }
     begun.phase("checking")  # again is no other step

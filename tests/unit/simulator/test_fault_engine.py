@@ -217,3 +217,28 @@ def test_what_the_matrix_names_is_in_the_table() -> None:
         assert not row.diagnosis or row.diagnosis in failures.BY_ID, row.name
         named = [words.strip("[]") for words in row.sees if words.startswith("[") and words.endswith("]")]
         assert all(name in failures.BY_ID for name in named), row.name
+
+
+def test_an_engine_over_three_hosts_answers_only_with_all_of_them(tmp_path: Path) -> None:
+    """As vLLM's: workers wait for rank 0, health stays 200 when one is gone, and requests hang."""
+    head = Engine(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        master = str(free.getsockname()[1])
+    ranks = ["--nnodes", "3", "--master-addr", "127.0.0.1", "--master-port", master]
+    others = [Engine(tmp_path).start(*ranks, "--node-rank", str(rank), "--headless") for rank in (1, 2)]
+    first = head.start(*ranks, "--node-rank", "0", "--port", str(head.port))
+    try:
+        head.ready()
+        assert head.verify()["verified"]
+        others[1].kill()
+        others[1].wait(5)
+        assert head.client.get("/health").status == 200
+        with pytest.raises(HttpError, match="no answer"):
+            head.client.post("/v1/completions", {"model": MODEL, "prompt": "1", "max_tokens": 1}, 1)
+        first.kill()
+        assert others[0].wait(5) == 1  # it ends with rank 0
+    finally:
+        for process in (first, *others):
+            process.kill()
+            process.communicate()
