@@ -129,7 +129,12 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import fabric, firewall, monitoring, network
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import (
+    fabric,
+    firewall,
+    monitoring,
+    network,
+)
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import checksum, read_file
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import model_state
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker, DockerUnavailable

@@ -14,8 +14,8 @@ order, which is the order that they are started in:
 Of a trial the plan has format 3, with "kind": "trial", "weights": dummy or real, and perhaps the "loads" that it
 measures: [{streams, input, output, rounds, seed, seconds}] (see `bench.Load`). `settings` is a hash of what the
 figures of an engine depend on besides image and model; plans of earlier versions have none. An engine that starts on
-demand has "on_demand": {port, room_gib, needs_gib}, see `OnDemandPlan`. Of an engine that spans several hosts the plan has
-format 4, and the engine its part `group` (see `group.check_group`): it is this host's rank alone.
+demand has "on_demand": {port, room_gib, needs_gib}, see `OnDemandPlan`. Of an engine that spans several hosts the plan
+has format 4, and the engine its part `group` (see `group.check_group`): it is this host's rank alone.
 
 Format 1, which has no "format", holds one engine with its fields at the top level. Each function here returns format 2,
 whichever format it reads; the files of a release that was staged are never rewritten.

@@ -142,6 +142,7 @@ class Settings:
                 "sparkfleet_lock_key writes it"
             )
         return None
+
     spans: Nodes | None = None  # the hosts that run the engine together, and which of them this is
     fabric_management: bool = False  # accept another network between them than that of ConnectX ports
 
