@@ -111,6 +111,8 @@ _PORTS = (
     *("sparkfleet_port", "sparkfleet_guard_port", "sparkfleet_share_port"),
     *("sparkfleet_node_exporter_port", "sparkfleet_prometheus_port", "sparkfleet_alertmanager_port"),
 )
+#: Ports on loopback while Sparks fetch from each other or from a bundle, as in `sparkfleet_host.share`.
+_OF_A_RUN = {9111: "the port that images are shared on", 9112: "the port that models are shared on"}
 ENGINES = "sparkfleet_engines"
 #: What each entry of `sparkfleet_engines` says itself, so that it is not said for the whole host.
 _OF_ENGINES = ("sparkfleet_model", "sparkfleet_profile", "sparkfleet_image", "sparkfleet_revision")
@@ -193,7 +195,7 @@ def settle(values: Mapping[str, Any]) -> dict[str, Any]:
             for name in _OF_ENGINES
             if made.get(name, _default(name)) != _default(name)
         ]
-    used: dict[int, str] = {}
+    used: dict[int, str] = dict(_OF_A_RUN)
     for index, engine in enumerate(engines):
         name = f"{ENGINES}[{index}].port"
         if engine["port"] in used:

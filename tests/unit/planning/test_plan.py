@@ -1022,7 +1022,7 @@ def test_the_firewall_lets_the_monitor_in_and_nobody_else_to_the_host_s_figures(
     state["firewall"]["sources"]["monitor"] = ["192.0.2.77"]
     rules = plan.make(target(**WALL, monitors=("monitor",)), state)["prepare"]["firewall_rules"]
     clients = rules.partition("chain clients {")[2].partition("chain sparks {")[0]
-    assert "tcp dport { 8000, 9109, 9111 }" in rules and "192.0.2.77/32" in clients
+    assert "tcp dport { 8000, 9109, 9113 }" in rules and "192.0.2.77/32" in clients
 
 
 @pytest.mark.parametrize(
