@@ -882,7 +882,7 @@ def test_environment_comes_on_top_of_the_cards() -> None:
         target(environment={"vllm": "x"})
     with pytest.raises(SparkfleetError, match=r"sparkfleet_environment\.A: must be a text or a number, not \['x'\]"):
         target(environment={"A": ["x"]})
-    with pytest.raises(SparkfleetError, match="VLLM_API_KEY: is a secret.* sparkfleet_engine_key") as refused:
+    with pytest.raises(SparkfleetError, match=r"VLLM_API_KEY: is a secret.* sparkfleet_engine_key") as refused:
         target(environment={"VLLM_API_KEY": "sesame"})
     assert "sesame" not in str(refused.value)
 
