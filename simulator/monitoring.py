@@ -27,7 +27,7 @@ from simulator.spark import Spark
 from simulator.world import World
 from sparkfleet.monitoring import dashboards, page, rules
 
-GATEWAY, PROMETHEUS, RECEIVER = 8080, 9112, 9199
+GATEWAY, PROMETHEUS, RECEIVER = 8080, 9114, 9199
 PORTS = ":911[123]$|:9090$|:9093$|:9100$"  # ours, and those of the distribution's services
 UNITS = ("prometheus", "alertmanager", "node-exporter", "sensors")
 #: PromQL → the samples of an instant query.

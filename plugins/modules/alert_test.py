@@ -24,7 +24,7 @@ attributes:
 EXAMPLES = r"""
 - name: Send a test alert
   sparkfleet.dgx.alert_test:
-    port: 9113
+    port: 9115
 """
 
 RETURN = r"""

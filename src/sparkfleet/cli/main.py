@@ -352,14 +352,14 @@ def _arguments(options: argparse.Namespace) -> list[str]:
 
 #: What vLLM colours its log with.
 _COLOUR = re.compile(r"\x1b\[[0-9;]{0,32}m")
-#: A limit that may be written before ",localhost": names and wildcards, separated by commas.
+#: A limit that Ansible itself checks well: names and wildcards, separated by commas.
 _SIMPLE = re.compile(r"[A-Za-z0-9_.*?-]+(,[A-Za-z0-9_.*?-]+)*")
 
 
 def _limit(options: argparse.Namespace) -> list[str]:
-    """`--limit` for ansible-playbook, with localhost, where the plays of the controller run. What cannot simply be
-    added to (`!spark-3`, `sparks:&rack1`) is resolved to names first. Raises SparkfleetError for one that matches
-    nothing or is not a pattern."""
+    """`--limit` for ansible-playbook. What excludes or intersects (`!spark-3`, `sparks:&rack1`) is resolved to names
+    first. Never more hosts than were named: localhost may be one of the Sparks. Raises SparkfleetError for one that
+    matches nothing or is not a pattern."""
     limit = options.limit if options.limit is not None else getattr(options, "host", None)
     if limit is None:
         return []
@@ -368,7 +368,7 @@ def _limit(options: argparse.Namespace) -> list[str]:
         from sparkfleet.documents import inventory  # noqa: PLC0415 - Ansible reads its configuration as it is imported
 
         limit = ",".join(inventory.matching(options.inventory, limit))
-    return ["--limit", f"{limit},localhost"]
+    return ["--limit", limit]
 
 
 def _dry(options: argparse.Namespace) -> int:

@@ -161,6 +161,8 @@ def parse(text: str, limit: int = CHARACTERS) -> tuple[yaml.Node | None, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        if problem == "but found another document":  # the end of PyYAML's sentence
+            problem = "a second document begins here, one is expected"
         raise YamlError(f"not valid YAML: {printable(str(problem), 200)}", mark.line + 1 if mark else 0) from None
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
         # Of PyYAML's own parts: escapes out of range (`"\\UFFFFFFFF"`), tags without a handle.

@@ -43,6 +43,12 @@ OURS = {
     "download_dir": "sparkfleet_cache_dir",
     "config": "the arguments one by one",
 }
+#: Secrets, which would be readable in the compose file.
+SECRETS = {
+    "HF_TOKEN": "sparkfleet_hf_token",
+    "HUGGING_FACE_HUB_TOKEN": "sparkfleet_hf_token",
+    "VLLM_API_KEY": "sparkfleet_engine_key",
+}
 #: Kinds of attention that are not counted as layers.
 EXTRA_KINDS = ("conv", "cache")
 ArgumentValue = str | int | float | bool | dict[str, Any]
@@ -366,6 +372,9 @@ def _check_sense(card: Card, document: Document) -> None:
             ("sparks",) if card.sparks != 1 else ("arguments", "tensor_parallel_size"),
             f"sparks: {card.sparks}, but arguments.tensor_parallel_size is {ranks}: each Spark has one GPU",
         )
+    for name in card.environment:
+        if name in SECRETS:
+            raise document.error(("environment", name), _secret(name, "environment."))
     _check_questions(card.verify, document)
     places: list[tuple[Arguments, tuple[str, ...]]] = [(card.arguments, ("arguments",))]
     places += [(arguments, ("profiles", name)) for name, arguments in card.profiles.items()]
@@ -401,8 +410,13 @@ def check_environment(environment: Mapping[str, Any], prefix: str) -> None:
     yaml_text.check(environment, prefix.rstrip("."))
     rules = {**schema()["properties"]["environment"], "$defs": schema()["$defs"]}
     found = [text for _, text in problems(dict(environment), rules, prefix)]
+    found += [_secret(name, prefix) for name in environment if name in SECRETS]
     if found:
         raise SparkfleetError(joined(found))
+
+
+def _secret(name: str, prefix: str) -> str:
+    return f"{prefix}{name}: is a secret, and would be readable in the compose file; set {SECRETS[name]} instead"
 
 
 def check_arguments(arguments: Mapping[str, Any], prefix: str) -> None:

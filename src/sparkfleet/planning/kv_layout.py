@@ -311,6 +311,13 @@ class _Cut:
                     f"{self.card.source}: tensor_parallel_size {self.gpus} does not divide the {heads} heads of "
                     f"{entry.kind} layers: vLLM does not start"
                 )
+        for entry in self.card.shape.attention:
+            # vLLM gives several ranks the same head only where each rank has one.
+            if entry.kv_heads % self.gpus and self.gpus % max(entry.kv_heads, 1):
+                raise SparkfleetError(
+                    f"{self.card.source}: tensor_parallel_size {self.gpus} and the {entry.kv_heads} KV heads of "
+                    f"{entry.kind} layers do not divide each other: vLLM does not start"
+                )
 
     def _prefixes(self) -> bool:
         """Whether prefix caching is on: requested, or this version's default."""

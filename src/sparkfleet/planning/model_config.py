@@ -81,10 +81,12 @@ class Description:
 
 
 class _Config:
-    """A mapping of config.json: values within bounds, and the place of each."""
+    """A mapping of config.json: values within bounds, and the place of each. ``defaults``: what transformers takes
+    where a name is not there."""
 
-    def __init__(self, data: Mapping[str, Any], place: str = "") -> None:
-        self.data, self.place = data, place
+    def __init__(self, data: Mapping[str, Any], place: str = "", defaults: Mapping[str, int] | None = None) -> None:
+        self.defaults = {name: value for name, value in (defaults or {}).items() if data.get(name) is None}
+        self.data, self.place = {**data, **self.defaults}, place
 
     def where(self, name: str) -> str:
         return f"{self.place}.{name}" if self.place else name
@@ -190,7 +192,9 @@ class _Reader:
     def take(self, field: str, *names: str, least: int = 1, most: int = MOST_WIDTH) -> int:
         """A whole number for a field of the card, noted with its place."""
         value = self.text.integer(*names, least=least, most=most)
-        self.origin[field] = f"{CONFIG}: {self.text.where(self.text.get(*names)[0])}"
+        name = self.text.get(*names)[0]
+        default = f"not in {CONFIG}; default of {self.model_type} in transformers: {name}"
+        self.origin[field] = default if name in self.text.defaults else f"{CONFIG}: {self.text.where(name)}"
         return value
 
     # -- layers ------------------------------------------------------------------------------------------------------
@@ -212,8 +216,13 @@ class _Reader:
         return hidden // heads
 
     def full(self) -> Layer:
-        kv_heads = self.text.integer_or(self.heads, "num_key_value_heads", least=1)
-        return Layer("full", (("kv_heads", kv_heads), ("head_dim", self.head_dim())))
+        kv_heads, head_dim = self.text.integer_or(self.heads, "num_key_value_heads", least=1), self.head_dim()
+        if self.heads % kv_heads:
+            raise SparkfleetError(
+                f"{CONFIG}: {self.text.where('num_key_value_heads')} {kv_heads} does not divide num_attention_heads "
+                f"{self.heads}; {BY_HAND}"
+            )
+        return Layer("full", (("kv_heads", kv_heads), ("head_dim", head_dim)))
 
     def sliding(self, window: int | None = None) -> Layer:
         """A layer that keeps the last tokens; all of them, where the window is as long as the context."""
@@ -549,6 +558,16 @@ READERS: dict[str, Callable[[_Reader], list[Layer]]] = {
     "kimi_linear": _kimi_linear,
     **dict.fromkeys(("lfm2", "lfm2_moe"), _lfm2),
 }
+#: What config.json leaves out where it is transformers' default: Google's own Gemma 3 has neither `vocab_size` nor
+#: `head_dim`, which is not the quotient of width and heads.
+DEFAULTS: dict[str, dict[str, int]] = {
+    "gemma": {"head_dim": 256},
+    "gemma2": {"head_dim": 256},
+    "gemma3": {
+        **{"vocab_size": 262_208, "max_position_embeddings": 131_072, "sliding_window": 4096},
+        **{"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
+    },
+}
 #: Kinds of model that are known and whose cache a card cannot describe.
 REFUSED = {
     **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), "sparse attention keeps an index besides the cache"),
@@ -584,6 +603,7 @@ def describe(data: Mapping[str, Any]) -> Description:
             f"known here, and its memory is not guessed; {BY_HAND}, or report it. Known are "
             f"{', '.join(sorted(READERS))}"
         )
+    text = _Config(text.data, text.place, DEFAULTS.get(model_type))
     return _described(_Reader(text, model_type), top, architecture)
 
 

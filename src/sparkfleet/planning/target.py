@@ -124,7 +124,7 @@ class Settings:
     gateways_elsewhere: tuple[str, ...] = ()  # those on other hosts
     sparks: tuple[str, ...] = ()  # names or addresses of the other Sparks, where there is a firewall
     monitors: tuple[str, ...] = ()  # and of the host that monitors this one
-    node_exporter_port: int = 9111
+    node_exporter_port: int = 9113
     ssh_port: int = 22
     trial: str = ""  # weights of a trial, which is not to serve: dummy or real
     trial_loads: Sequence[Mapping[str, int]] = ()  # that it measures (sparkfleet_host.release_format); () for its own

@@ -117,6 +117,8 @@ _PORTS = (
     *("sparkfleet_port", "sparkfleet_guard_port", "sparkfleet_share_port"),
     *("sparkfleet_node_exporter_port", "sparkfleet_prometheus_port", "sparkfleet_alertmanager_port"),
 )
+#: Ports on loopback while Sparks fetch from each other or from a bundle, as in `sparkfleet_host.share`.
+_OF_A_RUN = {9111: "the port that images are shared on", 9112: "the port that models are shared on"}
 ENGINES = "sparkfleet_engines"
 #: From the port of clients to that of the engine itself, for one that starts on demand.
 LOOPBACK_OFFSET = 10_000
@@ -208,7 +210,7 @@ def settle(values: Mapping[str, Any]) -> dict[str, Any]:
             for name in _OF_ENGINES
             if made.get(name, _default(name)) != _default(name)
         ]
-    used: dict[int, str] = {}
+    used: dict[int, str] = dict(_OF_A_RUN)
     for index, engine in enumerate(engines):
         for key in ("port", "loopback_port") if engine.get("on_demand") else ("port",):
             name = f"{ENGINES}[{index}].{key}"

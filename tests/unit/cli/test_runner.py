@@ -313,7 +313,7 @@ def test_words_become_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls(HostResult("spark-1"))
     assert command(monkeypatch, calls, "switch", "gpt-oss-120b", "--profile", "low_latency", "-l", "spark-1") == 0
     ((verb, words),) = calls.made
-    assert verb == "switch" and words[:2] == ["--limit", "spark-1,localhost"]
+    assert verb == "switch" and words[:2] == ["--limit", "spark-1"]
     assert extra(words) == {"sparkfleet_model": "gpt-oss-120b", "sparkfleet_profile": "low_latency"}
     command(monkeypatch, calls, "rollback", "4", "-C", "-e", "sparkfleet_port=8001")
     assert extra(calls.made[-1][1]) == {"sparkfleet_release": 4}
@@ -373,7 +373,7 @@ def test_a_rollout_ends_with_what_runs_where(
     printed = capsys.readouterr().out
     assert "spark-1  serving" in printed and "events" in printed
     # The final inspection covers only the requested hosts.
-    assert calls.made[1] == ("status", ["--limit", "spark-1,localhost", "-e", "sparkfleet_image=i:2"])
+    assert calls.made[1] == ("status", ["--limit", "spark-1", "-e", "sparkfleet_image=i:2"])
     assert command(monkeypatch, calls, *words, "--json") == OK
     made = json.loads(capsys.readouterr().out)
     assert made["now"][0]["digest"] == "0123456789ab" and made["rollout"]["waves"] == []

@@ -121,6 +121,21 @@ def test_the_spark_may_be_this_machine(
     assert [host["name"] for host in made["hosts"]] == ["localhost"] and "error" not in made
 
 
+@pytest.mark.parametrize("verb", ["restart", "status"])
+def test_this_machine_is_left_alone_unless_it_is_named(
+    verb: str, local: Path, calls: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where localhost is one of the Sparks, a limit to another one does not have it."""
+    with (local / "hosts.yml").open("a", encoding="utf-8") as file:
+        file.write("    spark-2: {ansible_host: 192.0.2.2}\n")
+    assert main.main([verb, "-l", "spark-2", "-i", str(local), "--json"]) == exit_codes.UNREACHABLE
+    assert [host["name"] for host in json.loads(capsys.readouterr().out)["hosts"]] == ["spark-2"]
+    assert calls.exists()
+    assert main.main([verb, "-l", "spark-3", "-i", str(local)]) == exit_codes.BAD_INPUT
+    printed = capsys.readouterr().err
+    assert printed == "sparkfleet: the limit leaves no host of the inventory: none matches spark-3\n"
+
+
 def test_a_run_that_is_killed_leaves_no_secret(inventory: Path, tmp_path: Path) -> None:
     """Neither while it runs nor after SIGKILL is a secret in a file: sudo's password, a value of -e, HF_TOKEN."""
     secrets = {"password": "pass-4711-word", "variable": "value-4711-secret", "token": "hf_4711abcdefgh"}
@@ -342,7 +357,7 @@ def test_only_hosts_of_the_limit_are_contacted(
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
 def test_limits(words: tuple[str, ...], limit: set[str], rack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Ansible is given, in names: localhost besides, where the plays of the controller run."""
+    """What Ansible is given, in names."""
     given: list[str] = []
 
     def run(verb: str, inventory: str, arguments: list[str], collector: runner.Collector) -> int:
@@ -352,7 +367,7 @@ def test_limits(words: tuple[str, ...], limit: set[str], rack: Path, monkeypatch
     monkeypatch.setattr(main, "run", run)
     main.main([*words, "-i", str(rack)])
     names = given[given.index("--limit") + 1].split(",")
-    assert {*names} == {*limit, "localhost"} and len(names) == len(limit) + 1
+    assert {*names} == limit and len(names) == len(limit)
 
 
 @pytest.mark.parametrize(

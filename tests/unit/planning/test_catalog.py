@@ -105,6 +105,13 @@ def test_settings_of_the_guide(service: str) -> None:
         ("throughput:", "througput:", "profiles: the key throughput is missing"),
         ("revision: main", "revision: main\nrevision: v1", "revision stands twice, in lines"),
         ("revision: main", "revision: [main", "not valid YAML"),
+        ("revision: main", "revision: main\n---", "not valid YAML: a second document begins here"),
+        ("enable_prefix_caching: true", "enable_prefix_caching: maybe", "must be true or false, not 'maybe'"),
+        (
+            "revision: main",
+            "revision: main\nenvironment: {HF_TOKEN: hf_x}",
+            "HF_TOKEN: is a secret, and",
+        ),
         ("tok_s: 23.88", "tok_s: fast", "measured[0].tok_s: must be a number from 0.001 to 1000000, not 'fast'"),
     ],
 )

@@ -189,6 +189,7 @@ def test_a_draft_with_its_own_keys_and_values_adds_groups() -> None:
         (model(FULL), {"speculative_config": "mtp"}, "speculative_config: must be a mapping"),
         (model(FULL), {"pipeline_parallel_size": 2}, "pipeline_parallel_size 2: the planner knows only tensor"),
         (model(GDN, FULL), {"tensor_parallel_size": 3}, "tensor_parallel_size 3 does not divide"),
+        (model(FULL), {"tensor_parallel_size": 3}, "tensor_parallel_size 3 and the . KV heads of full layers do not"),
         (model(dataclasses.replace(FULL, index_bytes=256, index_tokens=4)), {}, "planned from vLLM 0.29 on"),
         (
             model(dataclasses.replace(MAMBA2, chunk=0), FULL),

@@ -110,6 +110,22 @@ def test_the_shape_of_a_real_model(name: str) -> None:
     assert found == wanted
 
 
+def test_what_google_leaves_out_is_the_default_of_transformers() -> None:
+    """Google's own files have only what differs from it; the head size is not the quotient of width and heads."""
+    whole = config("google--gemma-3-12b-it-text")
+    kept = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
+    inner = {"model_type": "gemma3_text", **{name: whole[name] for name in (*kept, "sliding_window")}}
+    made = describe({"model_type": "gemma3", "text_config": inner, "vision_config": {}})
+    assert made.shape == describe(whole).shape
+    assert made.origin["shape.vocab"] == "not in config.json; default of gemma3 in transformers: vocab_size"
+    assert made.origin["shape.hidden"] == "config.json: text_config.hidden_size"
+
+
+def test_heads_that_do_not_share_keys_evenly() -> None:
+    with pytest.raises(SparkfleetError, match="num_key_value_heads 7 does not divide num_attention_heads 32; write"):
+        describe({**config("Qwen--Qwen3-8B"), "num_key_value_heads": 7})
+
+
 @pytest.mark.parametrize(("name", "kind"), REFUSED.items())
 def test_what_is_refused_is_named_with_the_reason(name: str, kind: str) -> None:
     with pytest.raises(SparkfleetError, match=rf"model_type '{kind}' cannot be put into a card: .*by hand"):

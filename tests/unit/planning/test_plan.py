@@ -884,6 +884,9 @@ def test_environment_comes_on_top_of_the_cards() -> None:
         target(environment={"vllm": "x"})
     with pytest.raises(SparkfleetError, match=r"sparkfleet_environment\.A: must be a text or a number, not \['x'\]"):
         target(environment={"A": ["x"]})
+    with pytest.raises(SparkfleetError, match=r"VLLM_API_KEY: is a secret.* sparkfleet_engine_key") as refused:
+        target(environment={"VLLM_API_KEY": "sesame"})
+    assert "sesame" not in str(refused.value)
 
 
 def test_plan_does_not_touch_the_state() -> None:
@@ -1024,7 +1027,7 @@ def test_the_firewall_lets_the_monitor_in_and_nobody_else_to_the_host_s_figures(
     state["firewall"]["sources"]["monitor"] = ["192.0.2.77"]
     rules = plan.make(target(**WALL, monitors=("monitor",)), state)["prepare"]["firewall_rules"]
     clients = rules.partition("chain clients {")[2].partition("chain sparks {")[0]
-    assert "tcp dport { 8000, 9109, 9111 }" in rules and "192.0.2.77/32" in clients
+    assert "tcp dport { 8000, 9109, 9113 }" in rules and "192.0.2.77/32" in clients
 
 
 @pytest.mark.parametrize(

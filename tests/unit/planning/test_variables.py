@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from sparkfleet_host import share
 
 from sparkfleet import SparkfleetError
 from sparkfleet.planning import target, variables
@@ -251,6 +252,18 @@ def play(folder: Path, *words: str, group: str = "", host: str = "") -> str:
     said = " ".join((done.stdout + done.stderr).split())
     assert done.returncode == 2 and "unreachable" not in said.lower().replace("unreachable=0", "")
     return said
+
+
+def test_each_port_has_one_use() -> None:
+    """Also by default: what runs on a Spark must not be in the way of a run that shares image and model."""
+    defaults = [option["default"] for name, option in variables.options().items() if name.endswith("_port")]
+    ports = [*defaults, share.REGISTRY_PORT, share.HUB_PORT]
+    assert len({*ports}) == len(ports)
+    for port in (share.REGISTRY_PORT, share.HUB_PORT):
+        with pytest.raises(SparkfleetError, match=f"sparkfleet_prometheus_port: {port} is the port that .* choose"):
+            variables.settle({"sparkfleet_prometheus_port": port})
+        with pytest.raises(SparkfleetError, match=rf"sparkfleet_engines\[0\].port: {port} is the port that .* choose"):
+            variables.settle({"sparkfleet_engines": [{"model": "llama31-8b-fp8", "port": port}]})
 
 
 def test_ansible_refuses_names_and_values_before_it_contacts_anybody(tmp_path: Path) -> None:

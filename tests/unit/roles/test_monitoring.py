@@ -172,7 +172,7 @@ def test_alertmanager_takes_its_configuration(given: dict[str, str], tmp_path: P
 def test_node_exporter_listens_where_it_is_told() -> None:
     text = rendered("sparkfleet-node-exporter.service.j2", monitoring_addresses=["192.0.2.11", "2001:db8::1"])
     listens = [word.partition("=")[2] for word in text.split() if word.startswith("--web.listen-address")]
-    assert listens == ["127.0.0.1:9111", "192.0.2.11:9111", "[2001:db8::1]:9111"]
+    assert listens == ["127.0.0.1:9113", "192.0.2.11:9113", "[2001:db8::1]:9113"]
     assert "textfile" not in text
     assert "--collector.textfile.directory=/run/sparkfleet-sensors" in rendered(
         "sparkfleet-node-exporter.service.j2", monitoring_spark=True
