@@ -112,7 +112,7 @@ _PORTS = (
     *("sparkfleet_node_exporter_port", "sparkfleet_prometheus_port", "sparkfleet_alertmanager_port"),
 )
 #: Ports on loopback while Sparks fetch from each other or from a bundle, as in `sparkfleet_host.share`.
-_OF_A_RUN = {9111: "the port that images are shared on", 9112: "the port that models are shared on"}
+_OF_A_RUN = {9111: "the port for sharing images", 9112: "the port for sharing models"}
 ENGINES = "sparkfleet_engines"
 #: What each entry of `sparkfleet_engines` says itself, so that it is not said for the whole host.
 _OF_ENGINES = ("sparkfleet_model", "sparkfleet_profile", "sparkfleet_image", "sparkfleet_revision")
