@@ -331,13 +331,6 @@ def is_relative_path(name: Any, parts: int = 16) -> bool:
     return len(names) <= parts and all(_PART.fullmatch(part) for part in names)
 
 
-def relative_path(name: Any, what: str) -> str:
-    """`name` if `is_relative_path`. Raises BoundsError."""
-    if not is_relative_path(name):
-        raise BoundsError(f"{what}: {_shown(name)} is not a relative path of plain names")
-    return str(name)
-
-
 def is_repository_path(name: Any, parts: int = 16) -> bool:
     """Whether `name` can be a file of a Git repository that is put into a folder: relative, at most `parts` names, none
     of them `.`, `..` or `.git`, longer than 255 bytes, or with a backslash or a control character. Other than with

@@ -43,8 +43,6 @@ FILES = ("CapabilityBoundingSet=CAP_DAC_OVERRIDE",)
 READS = ("CapabilityBoundingSet=CAP_DAC_READ_SEARCH",)
 #: Drops the page cache, the one setting of the kernel that it may write.
 DROPS_CACHES = ("ReadWritePaths=/proc/sys/vm/drop_caches",)
-#: Other processes of the host are not to be seen.
-ALONE = ("ProtectProc=invisible",)
 
 
 def writable(paths: Iterable[str]) -> list[str]:

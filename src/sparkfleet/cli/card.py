@@ -95,7 +95,7 @@ def _made(options: argparse.Namespace) -> Draft:
     if not source:
         raise SparkfleetError(
             f"{place}: it names no model of the Hub as ORG/NAME, so that the model's shape is not known: give a folder "
-            f"or ORG/NAME before --from ({'; '.join(settings.left[:3])})"
+            "or ORG/NAME before --from" + (f" ({'; '.join(settings.left[:3])})" if settings.left else "")
         )
     made = _draft(options, source, options.image or settings.image)
     if settings.model and settings.model != made.data["repo"]:

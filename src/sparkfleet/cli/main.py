@@ -220,7 +220,10 @@ def _add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
             )
         if verb == "switch":
             parser.add_argument(
-                "model", nargs="?", type=_word, help="a card's name or path; without it only the profile changes"
+                "model",
+                nargs="?",
+                type=_word,
+                help="a card's name or path, or a model of the Hub (ORG/NAME); without it only the profile changes",
             )
             parser.add_argument("--profile", type=_word)
         elif verb == "trial":

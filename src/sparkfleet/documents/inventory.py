@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -98,6 +99,8 @@ def reach(inventory: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
 
 
 def _open(inventory: str, extra: Sequence[str]) -> tuple[DataLoader, InventoryManager, VariableManager]:
+    if not os.path.exists(inventory):  # noqa: PTH110  raises nothing
+        raise SparkfleetError(f"inventory {inventory!r}: no such file or folder; copy inventory/example")
     for file in _files(Path(inventory)):
         with contextlib.suppress(OSError, UnicodeError):
             yaml_text.measure(file.read_text(encoding="utf-8"), str(file))

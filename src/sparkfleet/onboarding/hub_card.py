@@ -64,8 +64,13 @@ class About:
 
 
 def way() -> Way:
-    """How this user reaches the Hub: HF_ENDPOINT, and the token of HF_TOKEN or of `hf auth login`."""
+    """How this user reaches the Hub: HF_ENDPOINT, and the token of HF_TOKEN or of `hf auth login`. Raises
+    SparkfleetError."""
     endpoint = os.environ.get("HF_ENDPOINT", "").strip() or Way.endpoint
+    if not re.fullmatch(r"https?://[!-~]{1,500}", endpoint):
+        raise SparkfleetError(
+            f"HF_ENDPOINT: must be the address of a Hub, https://..., not '{printable(endpoint, 80)}'"
+        )
     return Way(endpoint=endpoint, token=_token())
 
 
@@ -82,6 +87,9 @@ def _token() -> str:
 
 def ask(repo: str, revision: str, hub: Way) -> About:
     """What the Hub states of a model. Raises SparkfleetError with the reason if it does not, and what to do."""
+    if os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in ("1", "ON", "YES", "TRUE"):
+        here = Answer(reason="HF_HUB_OFFLINE is set, so the Hub is not asked", failure="hub-unreachable")
+        raise SparkfleetError(f"no card for {repo}@{revision}: {here.reason}{_remedy(repo, here)}")
     words = ["--about", f"--seconds={SECONDS - 5:g}"]
     output = model_files.run_client(repo, revision, hub, words, SECONDS)
     problem = output if isinstance(output, Answer) else None

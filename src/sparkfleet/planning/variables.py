@@ -118,7 +118,7 @@ _PORTS = (
     *("sparkfleet_node_exporter_port", "sparkfleet_prometheus_port", "sparkfleet_alertmanager_port"),
 )
 #: Ports on loopback while Sparks fetch from each other or from a bundle, as in `sparkfleet_host.share`.
-_OF_A_RUN = {9111: "the port that images are shared on", 9112: "the port that models are shared on"}
+_OF_A_RUN = {9111: "the port for sharing images", 9112: "the port for sharing models"}
 ENGINES = "sparkfleet_engines"
 #: From the port of clients to that of the engine itself, for one that starts on demand.
 LOOPBACK_OFFSET = 10_000

@@ -27,12 +27,6 @@ MUTATING = frozenset(
 )
 FOLDER = "events"
 _SECRET_NAME = re.compile(r"token|key|passw|secret", re.IGNORECASE)
-_SECRETS = (
-    re.compile(r"()\b(?:hf|nvapi|sk|ghp|glpat)[_-][A-Za-z0-9_-]{8,}"),
-    re.compile(r"(\b(?:bearer|basic)\s{1,8})[A-Za-z0-9+/=._~-]{8,}", re.IGNORECASE),
-    # http://user:password@proxy; a password may have an @ of its own
-    re.compile(r"(\b\w{1,16}://[^\s/:@]{1,256}:)[^\s/]{1,1024}(?=@)"),
-)
 #: Shortest value to search for: shorter ones would match everywhere.
 SHORTEST = 4
 

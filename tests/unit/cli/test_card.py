@@ -160,3 +160,9 @@ def test_the_token_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("HF_TOKEN", " hf_env ")
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.example")
     assert hub_card.way() == Way("https://hub.example", "hf_env")
+
+
+def test_an_inventory_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (("lock", "--check"), ("rollout", "--dry"), ("status",)):
+        code, _, err = run(capsys, *words, "-i", "/nowhere")
+        assert (code, err) == (2, "sparkfleet: inventory '/nowhere': no such file or folder; copy inventory/example\n")

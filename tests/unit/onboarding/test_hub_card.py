@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from simulator.internet import hub as stand_in
 
 from sparkfleet import SparkfleetError
+from sparkfleet.fleet import model_files
 from sparkfleet.fleet.model_files import Way
 from sparkfleet.onboarding import hub_card, model_choice
 from sparkfleet.onboarding.hub_card import About
@@ -383,3 +384,13 @@ def test_the_catalogue_has_figures_like_those_that_are_made() -> None:
         assert made.weights.read_gb_per_token == pytest.approx(card.weights.read_gb_per_token, rel=0.01)
         assert made.shape.attention == card.shape.attention
     assert model_config.CONFIG == "config.json"
+
+
+def test_a_hub_that_is_not_to_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_files, "run_client", lambda *_: pytest.fail("asked"))
+    monkeypatch.setenv("HF_ENDPOINT", "hub.example")
+    with pytest.raises(SparkfleetError, match=r"HF_ENDPOINT: must be .* https://\.\.\., not 'hub\.example'"):
+        hub_card.way()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SparkfleetError, match=r"HF_HUB_OFFLINE is set, so the Hub is not asked; .* `sparkfleet card"):
+        hub_card.ask("org/m", "main", Way())

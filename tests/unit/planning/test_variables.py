@@ -260,9 +260,9 @@ def test_each_port_has_one_use() -> None:
     ports = [*defaults, share.REGISTRY_PORT, share.HUB_PORT]
     assert len({*ports}) == len(ports)
     for port in (share.REGISTRY_PORT, share.HUB_PORT):
-        with pytest.raises(SparkfleetError, match=f"sparkfleet_prometheus_port: {port} is the port that .* choose"):
+        with pytest.raises(SparkfleetError, match=f"sparkfleet_prometheus_port: {port} is the port for"):
             variables.settle({"sparkfleet_prometheus_port": port})
-        with pytest.raises(SparkfleetError, match=rf"sparkfleet_engines\[0\].port: {port} is the port that .* choose"):
+        with pytest.raises(SparkfleetError, match=rf"sparkfleet_engines\[0\].port: {port} is the port for"):
             variables.settle({"sparkfleet_engines": [{"model": "llama31-8b-fp8", "port": port}]})
 
 
