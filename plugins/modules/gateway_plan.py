@@ -31,7 +31,7 @@ options:
     default: {}
     version_added: 0.3.0
   monitoring: {description: Whether the fleet is monitored., type: bool, default: false, version_added: 0.3.0}
-  prometheus_port: {description: TCP port of Prometheus on the monitor., type: int, default: 9112, version_added: 0.3.0}
+  prometheus_port: {description: TCP port of Prometheus on the monitor., type: int, default: 9114, version_added: 0.3.0}
   address: {description: "Floating address, with or without a prefix length.", type: str, default: ""}
   port: {description: TCP port for clients., type: int, default: 8080}
   statistics_port: {description: TCP port of statistics and metrics., type: int, default: 8404}

@@ -27,7 +27,7 @@ attributes:
 EXAMPLES = r"""
 - name: Read the last day
   sparkfleet.dgx.prometheus_figures:
-    port: 9112
+    port: 9114
   register: found
 """
 
