@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shutil
 import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 from sparkfleet_host import bounded, cache
 
 from sparkfleet import SparkfleetError, __version__
+from sparkfleet.diagnosis.ansible_errors import explained
 from sparkfleet.planning import catalog, lock, plan
 from sparkfleet.planning.lock import File, Image, Lock, Model
 from sparkfleet.planning.target import EngineSettings, Settings, Target
@@ -212,6 +216,41 @@ def test_versions_of_packages_are_what_apt_is_to_install(tmp_path: Path) -> None
         Path(path).write_text(dataclasses.replace(known, packages=wrong).text())
         with pytest.raises(SparkfleetError, match=r"packages"):
             Lock.read(path)
+
+
+@pytest.mark.skipif(not shutil.which("apt-get"), reason="needs apt")
+def test_apt_itself_installs_the_version_of_the_lock_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a source with two versions, neither of which need be the newest."""
+    for name in ("source", "parts", "lists/partial"):
+        (tmp_path / name).mkdir(parents=True)
+    entries = [
+        f"Package: sf-x\nVersion: {version}\nArchitecture: all\nFilename: ./{version}.deb\nSize: 1\n"
+        f"SHA256: {'0' * 64}\n"
+        for version in ("1.0", "2.0")
+    ]
+    (tmp_path / "source" / "Packages").write_text("\n".join(entries))
+    (tmp_path / "list").write_text(f"deb [trusted=yes] file:{tmp_path}/source ./\n")
+    (tmp_path / "status").touch()
+    settings = {
+        **{"Dir::Etc::SourceList": "list", "Dir::Etc::SourceParts": "parts", "Dir::Etc::PreferencesParts": "parts"},
+        **{"Dir::State::Lists": "lists", "Dir::State::Status": "status", "Dir::Cache": ""},
+        "Dir::Etc::Preferences": "preferences",
+    }
+    lines = [f'{key} "{tmp_path}/{name}";\n' for key, name in settings.items()]
+    (tmp_path / "apt.conf").write_text("".join([*lines, 'APT::Sandbox::User "root";\n']))
+    monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
+    subprocess.run(["apt-get", "-q", "update"], check=True, capture_output=True, timeout=60)
+    system = {"id": "ubuntu", "codename": "noble", "machine": "aarch64"}
+    chosen = {}
+    for version in ("1.0", "2.0", "3.0"):
+        known = Lock(packages={lock.system_name(system): {"sf-x": version}})
+        (tmp_path / "preferences").write_text(known.preferences(system))
+        argv = ["apt-get", "--simulate", "-q", "install", "sf-x"]
+        done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=60)
+        found = re.search(r"Inst sf-x \((\S+) ", done.stdout)
+        chosen[version] = found[1] if found else explained(done.stderr)
+    assert (chosen["1.0"], chosen["2.0"]) == ("1.0", "2.0")
+    assert "has no installation candidate" in chosen["3.0"] and "`sparkfleet lock --packages HOSTS`" in chosen["3.0"]
 
 
 # -- what a plan takes from it ---------------------------------------------------------------------------------------
