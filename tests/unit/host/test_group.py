@@ -18,6 +18,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host imp
     guard,
     http,
     memory,
+    status,
     switch,
 )
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
@@ -408,3 +409,14 @@ def test_a_record_that_is_damaged_is_the_first_one(world: World) -> None:
     assert group.read_record(store) == Record(7, 2, True)
     (store.state_dir / group.RECORD).write_text('{"epoch": "many"}')
     assert group.read_record(store) == Record()
+
+
+def test_the_status_of_each_host(world: World, deployed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "figures", lambda text: {})
+    monkeypatch.setattr(http.Client, "get", lambda *_, **__: http.Answer(200, "text/plain", b""))
+    for host in world.hosts:
+        found = status.inspect_host(host.store, host.docker, 0)
+        assert (found["engine"], found["engines"][0]["rank"]) == ("serving", host.rank)
+        assert found["nodes"] == ["spark-0", "spark-1", "spark-2"]
+    world.hosts[1].state = "exited"
+    assert status.inspect_host(world.hosts[1].store, world.hosts[1].docker, 0)["engine"] == "stopped"
