@@ -169,11 +169,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
 def group(task_vars: dict[str, Any], template: Callable[[Any], Any]) -> nodes.Nodes | None:
     """The group that a host runs its engine with. Raises SparkfleetError naming the place."""
-    host, hostvars = task_vars["inventory_hostname"], task_vars["hostvars"]
-    own = {key: template(task_vars.get(key)) for key in (nodes.NODES, nodes.ADDRESS)}
-    if not own[nodes.NODES]:
-        return None
     keys = (nodes.NODES, nodes.ADDRESS)
+    if not task_vars.get(nodes.NODES):
+        return None
+    host, hostvars = task_vars["inventory_hostname"], task_vars["hostvars"]
+    own = {key: template(task_vars.get(key)) for key in keys}
     known = {name: {key: hostvars[name].get(key) for key in keys} for name in task_vars["groups"].get("sparks", ())}
     return nodes.of(host, task_vars["groups"], {**known, host: own})
 

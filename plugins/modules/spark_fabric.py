@@ -73,6 +73,8 @@ def reach(own: str, peer: str, mtu: int) -> str:
     argv = ["ping", "-n", "-q", "-c", str(PINGS), "-i", "0.2", "-W", "2", "-M", "do", "-s", str(size), "-I", own, peer]
     try:
         done = subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=20, check=False)
+    except FileNotFoundError:
+        return "ping is not installed: install iputils-ping"
     except (OSError, subprocess.SubprocessError) as error:
         return f"ping: {printable(str(error), 200)}"
     if done.returncode == 0:

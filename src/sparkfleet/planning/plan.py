@@ -313,8 +313,8 @@ def notes(target: Target, state: State) -> list[str]:
     for engine in target.engines if settings.spans and settings.spans.is_head else ():
         if preflight.fits_alone(engine, state):
             found.append(
-                f"{engine.card.name} fits one Spark: replicas of it behind a gateway serve about as many requests more "
-                "as there are Sparks, and go on when one of them fails; ranks make one stream faster"
+                f"{engine.card.name} fits one Spark: replicas behind a gateway serve more requests, and go on when one "
+                "of them fails; ranks only make one stream faster"
             )
     for engine in target.engines if settings.model_source != "local" else ():
         found.append(

@@ -18,6 +18,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host imp
     guard,
     http,
     memory,
+    status,
     switch,
 )
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.docker import Docker
@@ -61,6 +62,7 @@ class World:
         self.formed: tuple[int, ...] = ()
         self.wrong = 0  # a release that answers wrong
         self.lock = threading.RLock()
+        self.boots = False  # a host that loses power comes back at once
         for name in ("ours", "start", "stop", "remove", "compose_up", "inspect", "healthy", "read_log"):
             monkeypatch.setattr(engine, name, getattr(self, name))
         monkeypatch.setattr(switch, "verify", self.verify)
@@ -199,6 +201,12 @@ class World:
             self._end(host)
         finally:
             del host.store.write_switch  # type: ignore[method-assign]
+        if self.boots and not host.up:  # while the others still switch
+            time.sleep(0.2)
+            host.up = True
+            deadline = time.monotonic() + 3
+            decided = lambda: (host.store.switch() or {})["phase"] == "done" or time.monotonic() > deadline  # noqa: E731
+            self._guard(host, decided, [])
 
     def guards(self, until: Callable[[], bool], seconds: float = 12) -> list[str]:
         """Let the guards of all hosts work until something holds; what they said."""
@@ -206,14 +214,9 @@ class World:
             host.up = True
         over, said = threading.Event(), list[str]()
 
-        def work(host: Host) -> None:
-            settings = guard.Settings(project_dir=str(host.store.project_dir), state_dir=str(host.store.state_dir))
-            watcher = guard.Watcher(settings, host.store, host.docker, lambda text: said.append(f"{host.rank} {text}"))
-            while not over.is_set():
-                watcher.step()
-                time.sleep(0.01)
-
-        threads = [threading.Thread(target=work, args=(host,), daemon=True) for host in self.hosts]
+        threads = [
+            threading.Thread(target=self._guard, args=(host, over.is_set, said), daemon=True) for host in self.hosts
+        ]
         for thread in threads:
             thread.start()
         deadline = time.monotonic() + seconds
@@ -226,6 +229,14 @@ class World:
             for thread in threads:
                 thread.join(10)
         return said
+
+    def _guard(self, host: Host, over: Callable[[], bool], said: list[str]) -> None:
+        settings = guard.Settings(project_dir=str(host.store.project_dir), state_dir=str(host.store.state_dir))
+        watcher = guard.Watcher(settings, host.store, host.docker, lambda text: said.append(f"{host.rank} {text}"))
+        deadline = time.monotonic() + 20
+        while not over() and time.monotonic() < deadline:
+            watcher.step()
+            time.sleep(0.01)
 
     def settled(self, *releases: int | None) -> bool:
         """Whether the engine serves, and every host has the same of these releases and nothing left to end."""
@@ -330,6 +341,17 @@ def test_a_host_that_loses_power_in_a_switch_leaves_no_half_group(
     assert current == 1 or (rank, phase) in ((1, "verifying"), (1, "committing")), said
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("phase", ["stopping", "verifying"])
+def test_a_host_that_is_back_while_the_others_still_switch(world: World, deployed: int, rank: int, phase: str) -> None:
+    world.stage()
+    world.hosts[rank].cut_at, world.boots = phase, True
+    world.switch(2, "second")
+    world.guards(lambda: world.settled(1, 2))
+    # A worker that is back in time takes part again; rank 0 goes back.
+    assert {host.store.current() for host in world.hosts} in ([{1}] if rank == 0 else [{1}, {2}])
+
+
 def test_ranks_start_again_together_when_one_ends(world: World, deployed: int) -> None:
     before = [host.seq for host in world.hosts]
     world.hosts[2].state = "exited"
@@ -387,3 +409,14 @@ def test_a_record_that_is_damaged_is_the_first_one(world: World) -> None:
     assert group.read_record(store) == Record(7, 2, True)
     (store.state_dir / group.RECORD).write_text('{"epoch": "many"}')
     assert group.read_record(store) == Record()
+
+
+def test_the_status_of_each_host(world: World, deployed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "figures", lambda text: {})
+    monkeypatch.setattr(http.Client, "get", lambda *_, **__: http.Answer(200, "text/plain", b""))
+    for host in world.hosts:
+        found = status.inspect_host(host.store, host.docker, 0)
+        assert (found["engine"], found["engines"][0]["rank"]) == ("serving", host.rank)
+        assert found["nodes"] == ["spark-0", "spark-1", "spark-2"]
+    world.hosts[1].state = "exited"
+    assert status.inspect_host(world.hosts[1].store, world.hosts[1].docker, 0)["engine"] == "stopped"
