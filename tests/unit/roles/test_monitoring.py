@@ -25,9 +25,9 @@ from simulator import sink
 from sparkfleet_host import guard, monitoring, sensors
 
 from sparkfleet import SparkfleetError
-from sparkfleet.monitoring import targets
+from sparkfleet.monitoring import page, targets
 from tests.unit import ROOT
-from tests.unit.roles.haproxy import free_port
+from tests.unit.roles.haproxy import Spark, free_port, running
 
 ROLE = ROOT / "roles" / "monitoring"
 HOSTS: dict[str, dict[str, Any]] = {
@@ -345,3 +345,51 @@ def test_a_password_is_not_sent_without_tls(tmp_path: Path) -> None:
         assert routes.messages() == []
     finally:
         routes.end()
+
+#: What vLLM 0.32 calls what the page is made of.
+SERVING = (
+    ENGINE
+    + """# TYPE vllm:num_requests_waiting gauge
+vllm:num_requests_waiting{engine="0",model_name="org/m"} 1.0
+# TYPE vllm:generation_tokens_total counter
+vllm:generation_tokens_total{engine="0",model_name="org/m"} 500.0
+# TYPE vllm:time_to_first_token_seconds histogram
+vllm:time_to_first_token_seconds_bucket{engine="0",le="0.1",model_name="org/m"} 7.0
+vllm:time_to_first_token_seconds_bucket{engine="0",le="+Inf",model_name="org/m"} 9.0
+"""
+)
+MEMORY = "node_memory_MemTotal_bytes 1.28e+11\nnode_memory_MemAvailable_bytes 9e+09\n"
+
+
+def test_every_expression_of_the_page_has_an_answer(tmp_path: Path) -> None:
+    """Of Prometheus with the role's configuration and rules, before HAProxy, the guard's and the sensors' own text."""
+    gpu = sensors.metrics(sensors.gpus("41, 4.52, 208, 0, 0x0000000000000020\n"), {})
+    spark = Spark("spark-1")
+    place = {"ansible_host": "127.0.0.1", "sparkfleet_port": spark.port, "sparkfleet_guard_port": spark.port}
+    hosts = {"spark-1": {**place, "sparkfleet_model": "llama31-8b-fp8"}}
+    (tmp_path / "gateway").mkdir()
+    (tmp_path / "prometheus").mkdir()
+    try:
+        with (
+            running(tmp_path / "gateway", hosts) as gateway,
+            exporter(SERVING) as engine,
+            exporter(GUARD) as watch,
+            exporter(gpu + MEMORY) as node,
+        ):
+            found = {"engine": [engine], "guard": [watch], "node": [node]}
+            found["gateway"] = [f"127.0.0.1:{gateway.statistics}"]
+            with prometheus(tmp_path / "prometheus", found) as ask:
+                answers = {name: ask(expr) for name, expr in page.expressions().items()}
+    finally:
+        spark.close()
+    assert [name for name, answer in answers.items() if not answer] == []
+    # By host where the page says so, and with the labels that it reads.
+    for query in page.QUERIES:
+        given = {
+            frozenset(sample["metric"]) - {"__name__", "job", "instance"}
+            for sample in answers[f"status page: {query.name}"]
+        }
+        wanted = {"state": {"host", "service", "state"}, "gateway": {"host", "proxy"}}.get(query.name)
+        wanted = wanted or ({"host"} if "by (host)" in query.expr or query.name == "memory_free" else None)
+        wanted = wanted or ({"model"} if "by (model)" in query.expr else set())
+        assert given == {frozenset(wanted)}, query.name

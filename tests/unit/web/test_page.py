@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from sparkfleet_host import prometheus
 
 from sparkfleet.fleet import gateway as planned
 from sparkfleet.monitoring import page
+from sparkfleet.reporting import html_report
 from tests.unit import ROOT
+from tests.unit.reporting.test_html_report import row, window
 from tests.unit.roles.haproxy import Gateway, Spark, running
 
 WEB = ROOT / "web"
@@ -76,26 +79,47 @@ def test_every_expression_has_figures(monitor: str) -> None:
     assert {"SparkfleetGpuXid"} <= {alert["labels"]["alertname"] for alert in found["firing"]}
 
 
-@pytest.mark.skipif(
+browser = pytest.mark.skipif(
     not (NODE and CHROMIUM and (WEB / "node_modules").is_dir()), reason="no Chromium, or web/ not installed"
 )
-def test_the_page_in_a_browser(door: Gateway, tmp_path: Path) -> None:
-    out = Path(os.environ.get("SPARKFLEET_SCREENSHOTS") or tmp_path)
-    address = f"http://127.0.0.1:{door.port}/status/"
-    argv = [str(NODE), str(WEB / "check.mjs"), address, "--key", KEY, "--out", str(out), "--only", ",".join(LOOKS)]
-    done = subprocess.run(
-        argv, env={**os.environ, "CHROMIUM": CHROMIUM}, capture_output=True, text=True, timeout=300, check=False
-    )
+
+
+def looked(address: str, out: Path, looks: Sequence[str], *words: str) -> dict[str, dict[str, Any]]:
+    """What web/check.mjs found, by look; nothing of it may be wrong."""
+    argv = [str(NODE), str(WEB / "check.mjs"), address, "--out", str(out), "--only", ",".join(looks), *words]
+    environment = {**os.environ, "CHROMIUM": CHROMIUM}
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    looks: dict[str, dict[str, Any]] = {
-        f"{item['scene']}:{item['size']}:{item['scheme']}": item for item in json.loads(done.stdout)
-    }
-    assert {*looks} == {*LOOKS}
-    for name, item in looks.items():
+    found = {f"{item['scene']}:{item['size']}:{item['scheme']}": item for item in json.loads(done.stdout)}
+    assert {*found} == {*looks}
+    for name, item in found.items():
         assert item["errors"] == [] and item["elsewhere"] == [], (name, item)
         assert item["axe"] == [], (name, item["axe"])
         assert item["sideways"] <= 0, f"{name}: wider than the screen"
         assert (out / f"{item['scene']}-{item['size']}-{item['scheme']}.png").stat().st_size > 10_000
+    return found
+
+
+@browser
+def test_the_report_in_a_browser(tmp_path: Path) -> None:
+    out = Path(os.environ.get("SPARKFLEET_SCREENSHOTS") or tmp_path)
+    now = time.time()
+    fleet = figures.fleet(12, now)["sparks"]
+    about = html_report.About(now, "anna@ops-1", "inventory/mine", "0.2.0", 0.3)
+    events = {name: entry["events"] for name, entry in fleet.items()}
+    found = window(window={"model_tokens": [[{"model": "o/m"}, [1.0, 3.0, 2.0, None, 4.0]]]})
+    made = html_report.document(about, [row(name) for name in fleet], fleet, events, found, tmp_path)
+    (tmp_path / "report.html").write_text(made, encoding="utf-8")
+    address = (tmp_path / "report.html").as_uri()
+    looks = looked(address, out, ["report:desktop:light", "report:phone:dark"])
+    assert {item["requests"] for item in looks.values()} == {1}
+
+
+@browser
+def test_the_page_in_a_browser(door: Gateway, tmp_path: Path) -> None:
+    out = Path(os.environ.get("SPARKFLEET_SCREENSHOTS") or tmp_path)
+    address = f"http://127.0.0.1:{door.port}/status/"
+    looks = looked(address, out, LOOKS, "--key", KEY)
     for name in LOOKS[:2]:
         item = looks[name]
         assert item["sparks"] == SPARKS and item["banner"] == "" and item["freshness"] == "live"
