@@ -142,7 +142,8 @@ class Scene:
     # -- faults ----------------------------------------------------------------------------------------------
 
     def load(self, spark: Spark, streams: int) -> None:
-        """Put so many streams on a Spark's engine."""
+        """Put so many streams on a Spark's engine, in place of those before."""
+        self.rest(spark)
         self._loads[spark.name] = Load(f"http://127.0.0.1:{spark.port}", streams).start()
 
     def rest(self, spark: Spark) -> None:
@@ -217,6 +218,8 @@ class Scene:
         start = f"docker start {SERVICE} >/dev/null"
         sensors, node = "sparkfleet-sensors", "sparkfleet-node-exporter"
         engines = [
+            # First: the guard has another rate only after half a minute of one stream.
+            Case("slow", ("SparkfleetSlowEngine",), self.word(b, "slow", 1), self.word(b, "well"), b.name),
             Case(
                 "queue",
                 ("SparkfleetQueueing", "SparkfleetSlowFirstToken"),
@@ -226,7 +229,6 @@ class Scene:
             ),
             Case("kv-full", ("SparkfleetKvCacheFull",), self.word(b, "kv-full"), self.well(b), b.name),
             Case("preempting", ("SparkfleetPreemptions",), self.word(b, "preempting"), self.well(b), b.name),
-            Case("slow", ("SparkfleetSlowEngine",), self.long_stream, self.well(b), b.name),
             Case(
                 "stuck",
                 ("SparkfleetEngineStuck",),
@@ -338,11 +340,6 @@ class Scene:
             ),
         ]
         return [engines, hosts]
-
-    def long_stream(self) -> None:
-        """One stream, slow, without a pause in which the guard would see none."""
-        self.other.command("slow")
-        self.load(self.other, 1)
 
     # -- the cases -------------------------------------------------------------------------------------------
 
