@@ -1,6 +1,6 @@
 """Alerts fired and ended by faults in a simulated fleet, with the time that each takes, and who is told.
 
-    python -m simulator.alerts --world NAME [--only CASE...] [--json FILE]
+    python -m simulator.alerts --world NAME [--only CASE...] [--again] [--json FILE]
 
 The world has two Sparks with the engine that fails on command and spark-1 as gateway (SPARKFLEET_GATEWAYS=spark-1), and
 what site.yml deploys. Monitoring is deployed by its playbook; then, on the Spark that monitors, intervals, ranges and
@@ -104,14 +104,14 @@ class Scene:
 
     # -- monitoring, faster ----------------------------------------------------------------------------------
 
-    def prepare(self) -> None:
-        """Start the sink, deploy monitoring, and divide its times."""
+    def prepare(self, again: bool) -> None:
+        """Start the sink, deploy monitoring unless it is there `again`, and divide its times."""
         text = Path(sink.__file__).read_text(encoding="utf-8")
         self.monitor.sh(
             f"printf %s {shlex.quote(text)} >{SINK}; rm -f {KEPT}; systemctl stop sparkfleet-sink 2>/dev/null || true"
         )
         self.monitor.sh(LISTEN)
-        for spark in (self.monitor, self.other):
+        for spark in () if again else (self.monitor, self.other):
             play(spark, "playbooks/monitoring.yml")
         self.hasten()
 
@@ -392,10 +392,10 @@ class Scene:
         return {way: {state: sorted(names) for state, names in states.items()} for way, states in made.items()}
 
 
-def scene(world: World, only: Sequence[str]) -> dict[str, Any]:
+def scene(world: World, only: Sequence[str], again: bool) -> dict[str, Any]:
     """Play it."""
     stage = Scene(world)
-    stage.prepare()
+    stage.prepare(again)
     lanes = [[case for case in lane if not only or case.name in only] for lane in stage.lanes()]
     time.sleep(10)
     made: dict[str, Any] = {"scale": SCALE, "quiet": sorted(stage.firing()), "rows": []}
@@ -423,11 +423,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m simulator.alerts", description="Alerts fired by faults.")
     parser.add_argument("--world", default="demo")
     parser.add_argument("--only", nargs="*", default=[], metavar="CASE")
+    parser.add_argument("--again", action="store_true", help="an earlier call has deployed monitoring")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     os.environ.setdefault("SPARKFLEET_GATEWAYS", "spark-1")
     try:
-        made = scene(World(options.world, print), options.only)
+        made = scene(World(options.world, print), options.only, options.again)
     except SimulatorError as error:
         print(f"simulator: {error}", file=sys.stderr)
         return 1
