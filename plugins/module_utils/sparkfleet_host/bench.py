@@ -116,7 +116,7 @@ def bench(
     gets each number of streams before it is measured, with the rows so far. Raises BenchError, HttpError."""
     rows: list[dict[str, Any]] = []
     if loads and not embeds(item.verify.get("kinds", ())):
-        _warm_up(item, loads[0])
+        _warm_up(_ask, item, loads[0])
     loads = loads or [Load(streams) for streams in STREAMS]
     if embeds(item.verify.get("kinds", ())):
         for load in loads:
@@ -144,17 +144,17 @@ def measure(docker: Docker, container: str, item: Engine, load: Load, tool: str 
     `throttled` and `joules_per_token`; and what measured it. `tool` is what measured the loads before, so that all can
     be compared. Raises BenchError, HttpError."""
     if embeds(item.verify.get("kinds", ())):
-        made, by = _watched(item, load, lambda: by_texts(item, load)), TEXTS
-        return made, by
+        _warm_up(_embed, item, load)
+        return _watched(item, load, lambda: by_texts(item, load, warm=False)), TEXTS
+    _warm_up(_ask, item, load)
     if not tool or tool == OWN:
         try:
-            _warm_up(item, load)
             return _watched(item, load, lambda: by_vllm(docker, container, item, load)), OWN
         except (DockerError, BenchError) as error:
             if tool:
                 raise BenchError(f"{OWN}: {error}") from None
             tool = f"{REQUESTS}, since {OWN} did not work: {printable(str(error), 300)}"
-    return _watched(item, load, lambda: by_requests(item, load)), tool
+    return _watched(item, load, lambda: by_requests(item, load, warm=False)), tool
 
 
 def command(item: Engine, load: Load) -> list[str]:
@@ -217,9 +217,9 @@ def row(streams: int, done: int, total: float, each: float, first: float) -> dic
     return {"streams": streams, "requests": done, **speeds, "ttft_ms": round(first, 1)}
 
 
-def by_requests(item: Engine, load: Load) -> dict[str, Any]:
-    """The same by requests of our own. Raises BenchError, HttpError."""
-    answers, took = _asked(_ask, item, load)
+def by_requests(item: Engine, load: Load, warm: bool = True) -> dict[str, Any]:
+    """The same by requests of our own; `warm`: after one that is not counted. Raises BenchError, HttpError."""
+    answers, took = _asked(_ask, item, load, warm)
     each = statistics.mean((count - 1) / max(times[-1] - times[0], 1e-6) for count, _, times in answers)
     firsts = [(times[0] - start) * 1000 for _, start, times in answers]
     between = [(late - early) * 1000 for _, _, times in answers for early, late in itertools.pairwise(times)]
@@ -240,9 +240,9 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[math.ceil(place)] - ordered[low]) * (place - low)
 
 
-def by_texts(item: Engine, load: Load) -> dict[str, Any]:
+def by_texts(item: Engine, load: Load, warm: bool = True) -> dict[str, Any]:
     """Tokens that an engine turns into vectors. Raises BenchError, HttpError."""
-    answers, took = _asked(_embed, item, load)
+    answers, took = _asked(_embed, item, load, warm)
     each = statistics.mean(count / max(seconds, 1e-6) for count, seconds in answers)
     times = [seconds * 1000 for _, seconds in answers]
     total = sum(count for count, _ in answers)
@@ -252,26 +252,22 @@ def by_texts(item: Engine, load: Load) -> dict[str, Any]:
 
 
 def _asked(
-    ask: Callable[[Engine, list[int], Load, float], Answer], item: Engine, load: Load
+    ask: Callable[[Engine, list[int], Load, float], Answer], item: Engine, load: Load, warm: bool
 ) -> tuple[list[Answer], float]:
     """The answers to the requests of a load, and the seconds that they took together."""
     prompts = _prompts(load.requests, load.input, load.seed)
     deadline = time.monotonic() + load.seconds
-    ask(item, _warm(load), load, deadline)
+    if warm:
+        _warm_up(ask, item, load)
     began = time.monotonic()
     with ThreadPoolExecutor(load.streams) as pool:
         answers = list(pool.map(lambda prompt: ask(item, prompt, load, deadline), prompts))
     return answers, time.monotonic() - began
 
 
-def _warm_up(item: Engine, load: Load) -> None:
-    """One request that is not measured. Raises BenchError, HttpError."""
-    _ask(item, _warm(load), load, time.monotonic() + load.seconds)
-
-
-def _warm(load: Load) -> list[int]:
-    """Tokens of the request that warms an engine up, which no load asks again."""
-    return _prompts(1, load.input, load.seed + WARM)[0]
+def _warm_up(ask: Callable[[Engine, list[int], Load, float], Answer], item: Engine, load: Load) -> None:
+    """One request that is not measured, of tokens that no load asks again. Raises BenchError, HttpError."""
+    ask(item, _prompts(1, load.input, load.seed + WARM)[0], load, time.monotonic() + load.seconds)
 
 
 def _prompts(count: int, tokens: int, seed: int) -> list[list[int]]:
