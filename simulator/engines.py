@@ -297,6 +297,7 @@ class Play:
         expect(again["status"] == 503, "the cap is forgotten", again)
         self.note("after a reboot", answers_after_s=round(time.monotonic() - began, 1), beyond_the_cap=again["status"])
         engines.variables = {}
+        engines.deploy(*in_turn)
 
     def stopped(self) -> None:
         """What was stopped on purpose is not started by a request; `start` lets it be."""

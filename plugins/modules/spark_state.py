@@ -560,6 +560,11 @@ def guard() -> dict[str, Any]:
     }
 
 
+def other_than_guard(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A listener, unless it is the guard, which closes the door of an engine that starts on demand no longer."""
+    return None if found and found["pid"] and network.is_guard(found) else found
+
+
 def door(port: int) -> dict[str, Any] | None:
     """Who listens on the port of the clients of an engine that starts on demand, unless it is the guard."""
     return next((found for found in network.listeners(port) if not network.is_guard(found)), None) if port else None
@@ -642,7 +647,7 @@ def gather(params: dict[str, Any]) -> dict[str, Any]:
                     "model": model,
                     "hub": hub.result() if hub else None,
                     "draft": {"model": draft, "hub": draft_hub.result() if draft_hub else None} if draft else None,
-                    "listener": listener(engine["port"]),
+                    "listener": other_than_guard(listener(engine["port"])),
                     "door": door(engine.get("door") or 0),
                     "healthy": answers.result(),
                 }

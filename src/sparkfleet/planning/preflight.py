@@ -445,8 +445,8 @@ def _image_store(target: Target, state: State) -> tuple[dict[str, Any], str, boo
 def _port(target: Target, state: State, case: Case) -> Check:
     port, containers, listener = case.engine.engine_port, state["docker"].get("containers", []), case.found["listener"]
     remedy = "stop it, or set sparkfleet_port to a free port"
-    if case.found.get("door"):  # somebody else is where the guard is to listen
-        port, containers, listener = case.engine.port, [], case.found["door"]
+    if case.found.get("door"):  # something else is where the guard is to listen, perhaps an engine of ours until now
+        port, listener = case.engine.port, case.found["door"]
     holders = [item for item in containers if port in item["ports"] and item["state"] == "running"]
     # While a container of ours is being restarted, Docker's proxy may still, or already, hold its port.
     passing = not holders and (listener or {}).get("process") == "docker-proxy"

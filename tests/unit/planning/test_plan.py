@@ -1242,6 +1242,13 @@ def test_somebody_else_where_the_guard_is_to_listen() -> None:
     assert finding["id"] == "port-taken" and "port 8002 is held by nginx (pid 5)" in finding["message"]
 
 
+def test_an_engine_that_always_ran_may_start_on_demand_at_the_same_port() -> None:
+    state = three(fetched())
+    state["engines"][0]["door"] = {"address": "", "pid": 5, "process": "docker-proxy"}
+    state["docker"]["containers"] = [container(SERVICE, ports=[8002])]
+    assert plan.make(target(engines=IN_TURN), state)["findings"] == []
+
+
 def test_without_a_guard_nobody_starts_them() -> None:
     with pytest.raises(SparkfleetError, match="sparkfleet_guard: false leaves nobody"):
         target(engines=IN_TURN, guard=False)
