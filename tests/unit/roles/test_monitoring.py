@@ -346,6 +346,7 @@ def test_a_password_is_not_sent_without_tls(tmp_path: Path) -> None:
     finally:
         routes.end()
 
+
 #: What vLLM 0.32 calls what the page is made of.
 SERVING = (
     ENGINE
