@@ -33,7 +33,7 @@ STRIP = (
     "cd /opt/vllm/lib/python3.11/site-packages && rm -rf torch/test torch/bin/test_* torch/bin/protoc* && "
     "find /opt/vllm -name __pycache__ -type d -prune -exec rm -rf {} +"
 )
-#: Leaves bytecode of what an engine imports, which otherwise each start of each container would compile anew.
+#: Leaves bytecode of what an engine imports, which otherwise each new container would compile again.
 WARM = (
     "/opt/vllm/bin/vllm serve --help >/dev/null; /opt/vllm/bin/python -c 'import gguf, transformers.models.llama, "
     "vllm.entrypoints.openai.api_server, vllm.model_executor.models.llama, vllm.v1.engine.core, "
