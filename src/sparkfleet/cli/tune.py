@@ -292,7 +292,7 @@ class _Tuning:
             **{f"{ARGUMENT_PREFIX}{name}": value for name, value in over.items()},
         }
         words = [word for pair in self.options.extra_vars for word in ("-e", pair)]
-        words += ["-e", json.dumps(given), "--limit", f"{self.host},localhost"]
+        words += ["-e", json.dumps(given), "--limit", self.host]
         words += ["--ask-become-pass"] if self.options.ask_become_pass else []
         began, at = time.monotonic(), time.time()
         collector = Collector(lambda host, line: None, self.log)
