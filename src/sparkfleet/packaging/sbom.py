@@ -24,7 +24,7 @@ from sparkfleet_host.bounded import BoundsError, printable
 from sparkfleet_host.registry import reference
 
 from sparkfleet import SparkfleetError, __version__
-from sparkfleet.planning import lock
+from sparkfleet.packaging import debian
 
 SPECIFICATION = "1.6"
 NAME = "sparkfleet"
@@ -67,11 +67,11 @@ def spark(host: str, facts: object) -> dict[str, Any]:
 
 
 def packages(document: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
-    """Of a Spark's bill: its system as `lock.system_name` has it, and the versions of packages."""
+    """Of a Spark's bill: its system as `debian.system_name` has it, and the versions of packages."""
     about = next(part for part in document["components"] if part["type"] == "operating-system")
     known = {item["name"].removeprefix("sparkfleet:"): item["value"] for item in about["properties"]}
     versions = {part["name"]: part["version"] for part in document["components"] if part["type"] == "library"}
-    return lock.system_name({"id": about["name"], **known}), versions
+    return debian.system_name({"id": about["name"], **known}), versions
 
 
 def write(path: Path, document: Mapping[str, Any]) -> None:
@@ -124,7 +124,7 @@ def _spark(host: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     if len(packages) > _MOST_PACKAGES:
         raise BoundsError(f"packages: more than {_MOST_PACKAGES}")
     for name, entry in sorted(packages.items()):
-        made = _package(bounded.matched(lock.PACKAGE, name, "a package"), bounded.as_dict(entry, name), distribution)
+        made = _package(bounded.matched(debian.PACKAGE, name, "a package"), bounded.as_dict(entry, name), distribution)
         parts[made["bom-ref"]] = made
     root = f"spark:{host}"
     about = {"type": "device", "bom-ref": root, "name": host, "description": "NVIDIA DGX Spark"}
@@ -200,7 +200,7 @@ def _file(model: str, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _package(name: str, entry: Mapping[str, Any], distribution: tuple[str, str]) -> dict[str, Any]:
-    version = bounded.matched(lock.VERSION, entry.get("version"), f"version of {name}")
+    version = bounded.matched(debian.VERSION, entry.get("version"), f"version of {name}")
     arch = bounded.matched(_WORD, entry.get("architecture"), f"architecture of {name}")
     system, codename = (bounded.matched(_WORD, word or "unknown", "the distribution") for word in distribution)
     purl = _purl("deb", f"{system}/{name}", version, {"arch": arch, "distro": codename})

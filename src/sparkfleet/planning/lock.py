@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from sparkfleet_host.registry import valid_image
 from sparkfleet import SparkfleetError, __version__
 from sparkfleet.documents import schema
 from sparkfleet.documents.schema import Document, Place
-from sparkfleet.packaging import signature
+from sparkfleet.packaging import debian, signature
 from sparkfleet.user_paths import expanded
 
 #: Beside the inventory. Ansible takes every other name in the folder of an inventory for a part of it.
@@ -32,16 +32,7 @@ FORMAT = 1
 LIMIT = 4 << 20
 VARIABLE = "sparkfleet_lock_file"
 HEAD = "# Written by `sparkfleet lock`: commit it, do not edit it. docs/supply-chain.md explains it.\n"
-#: Names and versions of packages as dpkg has them; a system (see `system_name`).
-PACKAGE = re.compile(r"[a-z0-9][a-z0-9.+-]{1,99}")
-VERSION = re.compile(r"[0-9][A-Za-z0-9.+:~-]{0,199}")
-SYSTEM = re.compile(r"[a-z0-9._-]{1,40} [a-z0-9._-]{0,40} [a-z0-9_]{1,40}")
 Value = TypeVar("Value")
-
-
-def system_name(system: Mapping[str, Any]) -> str:
-    """What versions of packages are of: distribution, its release, the processor ("ubuntu noble aarch64")."""
-    return " ".join(str(system.get(key) or "") for key in ("id", "codename", "machine"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +222,7 @@ class Lock:
         """What makes apt install the versions of the lock on a system and no others, as apt_preferences(5) has it; ""
         where the lock has none for it."""
         entries = []
-        for name, version in sorted(self.packages.get(system_name(system), {}).items()):
+        for name, version in sorted(self.packages.get(debian.system_name(system), {}).items()):
             entries += [f"Package: {name}\nPin: version {version}\nPin-Priority: 1001\n"]
             entries += [f"Package: {name}\nPin: release *\nPin-Priority: -1\n"]
         return "\n".join(entries)
@@ -264,7 +255,7 @@ def _model_data(model: Model) -> dict[str, Any]:
 
 
 def _is_system(name: str) -> bool:
-    return bool(SYSTEM.fullmatch(name))
+    return bool(debian.SYSTEM.fullmatch(name))
 
 
 def _is_model(name: str) -> bool:
@@ -345,8 +336,8 @@ class _Reader:
         found = {}
         for name, version in self.mapping(place, value).items():
             there = (*place, name)
-            self.bounded(there, lambda what, name=name: bounded.matched(PACKAGE, name, what))  # type: ignore[misc]
-            found[name] = self.bounded(there, lambda what, version=version: bounded.matched(VERSION, version, what))  # type: ignore[misc]
+            self.bounded(there, partial(bounded.matched, debian.PACKAGE, name))
+            found[name] = self.bounded(there, partial(bounded.matched, debian.VERSION, version))
         return found
 
     def file(self, place: Place, value: Any) -> File:

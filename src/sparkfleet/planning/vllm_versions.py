@@ -98,8 +98,11 @@ class Rules:
 
 #: (first version, what changes, where that is seen)
 CHANGES: tuple[tuple[Version, dict[str, Any], str], ...] = (
-    ((0, 11), {"has_fp8_kv": True}, "spark-facts: 0.10.1.1 has none on capability 12.1"),
-    ((0, 11), {"has_kv_cache_bytes": True}, "engine/arg_utils.py of 0.11.0; 0.10.1.1 has none"),
+    (
+        (0, 11),
+        {"has_fp8_kv": True, "has_kv_cache_bytes": True},
+        "spark-facts: 0.10.1.1 has none on capability 12.1; engine/arg_utils.py of 0.11.0, 0.10.1.1 has none",
+    ),
     ((0, 11, 1), {"counts_host_growth": False}, "docs/logged-runs.yml"),
     ((0, 12), {"group_factor": 1.25}, "kv_cache_utils.py"),
     ((0, 14), {"kv_follows_checkpoint": True}, "vllm pull 30785"),

@@ -17,6 +17,7 @@ from sparkfleet_host import bounded, cache
 
 from sparkfleet import SparkfleetError, __version__
 from sparkfleet.diagnosis.ansible_errors import explained
+from sparkfleet.packaging import debian
 from sparkfleet.planning import catalog, lock, plan
 from sparkfleet.planning.lock import File, Image, Lock, Model
 from sparkfleet.planning.target import EngineSettings, Settings, Target
@@ -243,7 +244,7 @@ def test_apt_itself_installs_the_version_of_the_lock_or_none(tmp_path: Path, mon
     system = {"id": "ubuntu", "codename": "noble", "machine": "aarch64"}
     chosen = {}
     for version in ("1.0", "2.0", "3.0"):
-        known = Lock(packages={lock.system_name(system): {"sf-x": version}})
+        known = Lock(packages={debian.system_name(system): {"sf-x": version}})
         (tmp_path / "preferences").write_text(known.preferences(system))
         argv = ["apt-get", "--simulate", "-q", "install", "sf-x"]
         done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=60)

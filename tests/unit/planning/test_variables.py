@@ -45,6 +45,7 @@ def test_settings_have_the_names_and_the_defaults_of_the_inventory() -> None:
             "sparks",
             "monitors",
             "ssh_port",
+            "spans",
         },
     )
     names = {field.name for field in dataclasses.fields(settings)} - own

@@ -348,6 +348,7 @@ def test_a_gpu_is_looked_for_where_the_engine_can_use_it(
 
     monkeypatch.setenv("SPARKFLEET_SIM_HOME", str(tmp_path))
     monkeypatch.setattr(docker_host, "ensure", lambda home, say: None)
+    monkeypatch.setattr(world.images, "prepare", lambda *arguments: None)
     monkeypatch.setattr(gpu, "find", find)
     monkeypatch.setattr(World, "_network", stop)
     monkeypatch.setattr(cuda_image, "ensure", lambda client, say: "image")
