@@ -136,7 +136,8 @@ RECORDS = (
     ),
     Record(
         "sparkfleet:gateway_servers_up",
-        'sum by (host, proxy) (haproxy_server_status{job="gateway",state="UP"})',
+        # The status page's backend has no Sparks.
+        'sum by (host, proxy) (haproxy_server_status{job="gateway",state="UP",proxy!="sparkfleet-status"})',
         "Sparks that the gateway sends requests of a model to.",
     ),
     Record(
