@@ -30,7 +30,7 @@ MIDDLE_PORT = 5001
 VARIABLES = {"sparkfleet_start_timeout": 40, "sparkfleet_guard_interval": 0.5}
 REFUSED = 2
 
-#: Passes on what docker-registry says, and changes it: `layer` a byte of each large blob, `tag` what manifest there is.
+#: Passes on what docker-registry says, and changes it: `layer` a byte of each layer, `tag` what manifest there is.
 MIDDLE = """
 import http.client, http.server, sys
 KIND, OTHER = sys.argv[1:3]
@@ -46,7 +46,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         upstream.request(self.command, path, headers={**headers, "Host": "nvcr.io", "X-Forwarded-Proto": "https"})
         answer = upstream.getresponse()
         body = bytearray(answer.read())
-        if KIND == "layer" and "/blobs/" in path and len(body) > 100_000:
+        if KIND == "layer" and "/blobs/" in path and not body.startswith(b"{"):
             body[len(body) // 2] ^= 1
         self.send_response(answer.status)
         for name, value in answer.getheaders():
@@ -114,9 +114,11 @@ class Scenes:
     @contextlib.contextmanager
     def middle(self, kind: str) -> Iterator[None]:
         """Someone between nvcr.io and its clients, with a certificate that is trusted."""
-        put(self.world.container("internet"), {"run/middle.py": MIDDLE.encode()})
+        # Not in /run: what is copied into a container does not reach its tmpfs.
+        put(self.world.container("internet"), {"srv/middle.py": MIDDLE.encode()})
         self.internet(
-            f"systemd-run --quiet --unit middle python3 /run/middle.py {kind} 25.09-py3; sleep 1; "
+            f"systemd-run --quiet --collect --unit middle python3 /srv/middle.py {kind} 25.09-py3; "
+            f"curl -sf --retry 9 --retry-delay 1 --retry-all-errors http://127.0.0.1:{MIDDLE_PORT}/v2/ >/dev/null; "
             f"sed -i.own s/127.0.0.1:5000/127.0.0.1:{MIDDLE_PORT}/ {NGINX}; systemctl reload nginx; sleep 1"
         )
         try:
