@@ -124,21 +124,22 @@ def foreign(client: docker.DockerClient, image: str, say: Say) -> str:
 def _relabel(saved: Path, changed: Path, architecture: str, name: str) -> None:
     """Copy what `docker save` wrote, with another architecture in the configuration and another name."""
     with tarfile.open(saved) as source, tarfile.open(changed, "w") as target:
-        (manifest,) = json.load(_member(source, "manifest.json"))
-        config = {**json.load(_member(source, manifest["Config"])), "architecture": architecture}
+        (manifest,) = json.load(member(source, "manifest.json"))
+        config = {**json.load(member(source, manifest["Config"])), "architecture": architecture}
         texts = {
             "config.json": json.dumps(config),
             "manifest.json": json.dumps([{**manifest, "Config": "config.json", "RepoTags": [name]}]),
         }
         for layer in manifest["Layers"]:
-            target.addfile(source.getmember(layer), _member(source, layer))
+            target.addfile(source.getmember(layer), member(source, layer))
         for path, text in texts.items():
             entry = tarfile.TarInfo(path)
             entry.size = len(text.encode())
             target.addfile(entry, io.BytesIO(text.encode()))
 
 
-def _member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
+def member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
+    """The content of a file in an image that was saved. Raises SimulatorError."""
     file = archive.extractfile(name)
     if file is None:
         raise SimulatorError(f"{name} is not a file in the saved image")

@@ -21,6 +21,7 @@ from typing import Any
 
 import docker
 
+from simulator import images
 from simulator.shell import SimulatorError
 
 CHUNK = 1 << 20
@@ -48,8 +49,8 @@ def push(
                     reported = time.monotonic()
                     say(f"pushing: {reported - began:.0f} s")
         with tarfile.open(saved) as archive:
-            (content,) = json.load(_member(archive, "manifest.json"))
-            config = _member(archive, content["Config"]).read()
+            (content,) = json.load(images.member(archive, "manifest.json"))
+            config = images.member(archive, content["Config"]).read()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             jobs = [pool.submit(_layer, saved, name, Path(folder), port, repository) for name in content["Layers"]]
             layers = [job.result() for job in jobs]
@@ -64,18 +65,11 @@ def push(
         _send("PUT", address, json.dumps(document).encode(), MANIFEST)
 
 
-def _member(archive: tarfile.TarFile, name: str) -> Any:
-    file = archive.extractfile(name)
-    if file is None:
-        raise SimulatorError(f"{name} is not a file in the saved image")
-    return file
-
-
 def _layer(saved: Path, name: str, folder: Path, port: int, repository: str) -> dict[str, Any]:
     """Compress and upload one layer; its digest and size."""
     compressed, digest = folder / f"{hashlib.sha256(name.encode()).hexdigest()}.gz", hashlib.sha256()
     with tarfile.open(saved) as archive, compressed.open("wb") as file:
-        source, packer = _member(archive, name), zlib.compressobj(level=1, wbits=31)
+        source, packer = images.member(archive, name), zlib.compressobj(level=1, wbits=31)
         while chunk := source.read(CHUNK):
             part = packer.compress(chunk)
             digest.update(part)

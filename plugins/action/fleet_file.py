@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ansible.plugins.action import ActionBase
-from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
+from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import (
+    optional,
+    package,  # noqa: F401 - finds what follows
+)
 
 from sparkfleet import operator_name
 from sparkfleet.fleet import rollout
@@ -38,8 +41,13 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         else:
             seen = {name: (known[name].get("sparkfleet_seen") or {}).get("shown") for name in names}
             news["sparks"] = {name: shown for name, shown in seen.items() if shown}
-        answer: dict[str, Any] = self._execute_module(
-            module_name="sparkfleet.dgx.fleet_file", module_args={**arguments, "news": news}, task_vars=task_vars
+        # The page is no reason for a run to fail.
+        answer = optional.execute(
+            self,
+            "sparkfleet.dgx.fleet_file",
+            {**arguments, "news": news},
+            task_vars,
+            f"the status page on {news['monitor']} was not updated",
         )
         return {**result, **answer}
 

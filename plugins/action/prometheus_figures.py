@@ -6,9 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 from ansible.plugins.action import ActionBase
-from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
+from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import (
+    optional,
+    package,  # noqa: F401 - finds what follows
+)
 
-from sparkfleet.monitoring import page
+from sparkfleet.monitoring import page, targets
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
@@ -19,9 +22,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return what the module found."""
+        task_vars = task_vars or {}
         result: dict[str, Any] = super().run(tmp, task_vars)
         arguments = {**self._task.args, "queries": page.queries()}
-        answer: dict[str, Any] = self._execute_module(
-            module_name="sparkfleet.dgx.prometheus_figures", module_args=arguments, task_vars=task_vars
+        # Without them the report has what the Sparks themselves say.
+        monitor = targets.monitor(task_vars["groups"])
+        answer = optional.execute(
+            self, "sparkfleet.dgx.prometheus_figures", arguments, task_vars, f"no figures of Prometheus on {monitor}"
         )
         return {**result, **answer}

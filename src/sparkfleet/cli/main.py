@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -595,34 +596,26 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _seconds(text: str) -> float:
+def _number(text: str, least: float, most: float, what: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0 <= value <= 86400:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds (0 to 86400)")
+        value = math.nan
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"'{printable(text, 60)}' is not {what}")
     return value
+
+
+def _seconds(text: str) -> float:
+    return _number(text, 0, 86400, "a number of seconds (0 to 86400)")
 
 
 def _hours(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 1 <= value <= 24 * 90:
-        raise argparse.ArgumentTypeError(f"'{printable(text, 40)}' is not a number of hours (1 to 2160)")
-    return value
+    return _number(text, 1, 24 * 90, "a number of hours (1 to 2160)")
 
 
 def _price(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1e6:
-        raise argparse.ArgumentTypeError(f"'{printable(text, 40)}' is not a price")
-    return value
+    return _number(text, 0, 1e6, "a price (0 to 1000000)")
 
 
 def _gib(text: str) -> float:
@@ -633,13 +626,7 @@ def _gib(text: str) -> float:
 
 
 def _gib_or_none(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= MOST_GIB:
-        raise argparse.ArgumentTypeError(f"'{printable(text, 60)}' is not a number of GiB up to {MOST_GIB}")
-    return value
+    return _number(text, 0, MOST_GIB, f"a number of GiB up to {MOST_GIB}")
 
 
 def _target(options: argparse.Namespace, source: str) -> Target:

@@ -46,6 +46,23 @@ def journal(**more: Any) -> dict[str, Any]:
     }
 
 
+def answers(made: dict[str, Any]) -> dict[str, Any]:
+    """Of the modules that act on a Spark which serves: what they return in a trial that ends with this journal."""
+    state = test_plan.serving()
+    state["os"] |= {"boot_id": "", "machine_id": ""}
+    digest = hashlib.sha256(host_program.build(paths.CACHE).read_bytes()).hexdigest()
+    state["host_program"] = state["guard"]["program"] = digest
+    return {
+        "spark_state": {"changed": False, "state": state},
+        "release_stage": {"changed": True, "release": 3, "current": 2, "repaired": []},
+        "release_switch": {
+            **{"changed": False, "id": "x", "joined": False, "already": False, "done": True, "cut": False, "now": 9.0},
+            **{"journal": made, "state": "missing", "restart_count": 0, "started_at": ""},
+            **{"log_lines": [], "cursor": ""},
+        },
+    }
+
+
 @pytest.fixture
 def kept() -> Iterator[dict[str, Path]]:
     """Two hosts, and where this machine keeps what is measured there."""
@@ -65,21 +82,9 @@ def test_one_spark_after_the_other_until_one_fails(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     ran = tmp_path / "ran"
-    state = test_plan.serving()
-    state["os"] |= {"boot_id": "", "machine_id": ""}
-    digest = hashlib.sha256(host_program.build(paths.CACHE).read_bytes()).hexdigest()
-    state["host_program"] = state["guard"]["program"] = digest
-    answers = {
-        "spark_state": {"changed": False, "state": state},
-        "release_stage": {"changed": True, "release": 3, "current": 2, "repaired": []},
-        "release_switch": {
-            **{"changed": False, "id": "x", "joined": False, "already": False, "done": True, "cut": False, "now": 9.0},
-            **{"journal": journal(error=error), "state": "missing", "restart_count": 0, "started_at": ""},
-            **{"log_lines": [], "cursor": ""},
-        },
-    }
     modules = {
-        f"modules/{name}.py": MODULE.format(path=str(ran), name=name, answer=answer) for name, answer in answers.items()
+        f"modules/{name}.py": MODULE.format(path=str(ran), name=name, answer=answer)
+        for name, answer in answers(journal(error=error)).items()
     }
     monkeypatch.setenv("ANSIBLE_COLLECTIONS_PATH", str(overlay(tmp_path, modules)))
     local = {"ansible_connection": "local", "ansible_become": False, "ansible_python_interpreter": sys.executable}

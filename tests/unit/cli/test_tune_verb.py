@@ -4,7 +4,6 @@ ansible-playbook and stand-ins for what acts on a Spark, the rest with a stand-i
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import signal
@@ -21,14 +20,12 @@ import yaml
 from sparkfleet import exit_codes, paths
 from sparkfleet.cli import main, tune
 from sparkfleet.cli.runner import Collector
-from sparkfleet.packaging import host_program
 from sparkfleet.planning import catalog
 from sparkfleet.reporting.host_result import HostResult
 from tests.unit import ROOT
 from tests.unit.cli.test_canaries import children
-from tests.unit.cli.test_trial_verb import journal
+from tests.unit.cli.test_trial_verb import answers, journal
 from tests.unit.cli.test_verbs import calls, elsewhere, inventory, overlay
-from tests.unit.planning import test_plan
 
 __all__ = ["calls", "elsewhere", "inventory"]  # fixtures
 
@@ -67,23 +64,10 @@ class Bench:
 
     def __init__(self, folder: Path, speeds: dict[int, float]) -> None:
         self.folder = folder
-        state = test_plan.serving()
-        state["os"] |= {"boot_id": "", "machine_id": ""}
-        digest = hashlib.sha256(host_program.build(paths.CACHE).read_bytes()).hexdigest()
-        state["host_program"] = state["guard"]["program"] = digest
-        answers = {
-            "spark_state": {"changed": False, "state": state},
-            "release_stage": {"changed": True, "release": 3, "current": 2, "repaired": []},
-            "release_switch": {
-                **{"changed": False, "id": "x", "joined": False, "already": False, "done": True, "cut": False},
-                **{"journal": journal(), "state": "missing", "restart_count": 0, "started_at": "", "now": 9.0},
-                **{"log_lines": [], "cursor": ""},
-            },
-        }
         known = {"folder": str(folder), "speeds": speeds}
         modules = {
             f"modules/{name}.py": MODULE.format(name=name, answer=json.dumps(answer), **known)
-            for name, answer in answers.items()
+            for name, answer in answers(journal()).items()
         }
         self.collections = overlay(folder, modules)
         local = {"ansible_connection": "local", "ansible_become": False, "ansible_python_interpreter": sys.executable}

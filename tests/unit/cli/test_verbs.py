@@ -286,7 +286,7 @@ def test_a_report(fleet: tuple[Path, Path], tmp_path: Path, capsys: pytest.Captu
     text = file.read_text(encoding="utf-8")
     assert "Last 1 hour" in text and "o/m" in text and "spark-1" in text and "spark-2" in text
     assert ran.read_text(encoding="utf-8").split().count("prometheus_figures") == 1
-    # A monitor that is lost is no Spark that is lost.
+    # An unreachable monitor does not make a Spark count as unreachable.
     data = yaml.safe_load(inventory.read_text(encoding="utf-8"))
     data["monitors"] = {"hosts": {"watch": {"ansible_host": "127.0.0.1", "ansible_port": 1}}}
     inventory.write_text(yaml.safe_dump(data), encoding="utf-8")

@@ -374,3 +374,4 @@ def test_a_monitor_that_is_lost_does_not_keep_a_rollout(fleet: Fleet) -> None:
     (fleet.folder / "hosts.yml").write_text(json.dumps(hosts))
     code, printed = fleet.run()
     assert code == 0 and fleet.released() == fleet.names, printed
+    assert "the status page on m1 was not updated: " in " ".join(printed.split())
