@@ -71,7 +71,7 @@ DOOR_SECONDS = 10.0  # until the guard has closed a door
 FAILED_STOP_SECONDS = 5  # until an engine that did not work is killed
 PATIENCE = 120.0  # seconds that Docker may be away: systemd brings it back
 SETTLE = 20.0  # seconds after its return in which containers come back
-JOIN_SECONDS = 180.0  # until all hosts of a group have checked that they could switch
+JOIN_SECONDS = 180.0  # for rank 0, until all hosts of a group have checked that they could switch
 RANKS_SECONDS = 300.0  # until all workers have started their rank
 LOST_SECONDS = 30.0  # that a worker may not answer while the engine starts
 HEAD_SECONDS = 120.0  # that a worker waits for an answer of rank 0; then its switch stays undecided
@@ -683,7 +683,8 @@ class Switch:
             return []
         if self.trial:
             return [Problem("bad-input", "a trial is of one host, not of a group")]
-        deadline = time.monotonic() + JOIN_SECONDS
+        # Rank 0 gives up first: it knows which host is missing, and the others then say what it said.
+        deadline = time.monotonic() + (JOIN_SECONDS if group.is_head else 2 * JOIN_SECONDS)
         self.journal["joined"] = True
         self.phase(CHECKING)
         while True:

@@ -311,6 +311,8 @@ def test_nothing_stops_while_a_host_does_not_take_part(world: World, deployed: i
     journal = world.hosts[0].store.switch() or {}
     assert journal["outcome"] == "refused"
     assert journal["error"]["failure"] == "group-incomplete" and "rank 2 (spark-2)" in journal["error"]["message"]
+    other = (world.hosts[1].store.switch() or {})["error"]
+    assert other["failure"] == "rank-failed" and "rank 2 (spark-2)" in other["message"], other
 
 
 def test_ranks_that_differ_are_not_started(world: World, deployed: int) -> None:
