@@ -12,7 +12,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import http.client
 import itertools
 import json
 import math
@@ -23,6 +22,8 @@ import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import urllib3
 
 from simulator.spark import QUESTION
 from simulator.world import REPOSITORY
@@ -86,18 +87,16 @@ class Load:
     def _run(self, number: int) -> None:
         urls = self.url.split(",")
         place = urllib.parse.urlsplit(urls[number % len(urls)])
-        connection: http.client.HTTPConnection | None = None
+        # Kept connections as clients have them: one that was closed while idle is opened anew, nothing is asked twice.
+        pool = urllib3.HTTPConnectionPool(place.hostname or "", place.port, maxsize=1, timeout=TIMEOUT, retries=False)
         count = number
         while not self._over.is_set():
             count += 1
-            connection = connection or http.client.HTTPConnection(place.hostname or "", place.port, timeout=TIMEOUT)
             began, reason = time.monotonic(), ""
             try:
-                self._ask(connection, place.path, count % 2 == 0)
-            except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
+                self._ask(pool, place.path, count % 2 == 0)
+            except (OSError, urllib3.exceptions.HTTPError, ValueError, KeyError) as error:
                 reason = f"{type(error).__name__}: {error}"[:120]
-                connection.close()
-                connection = None
                 self._over.wait(0.1)  # one who refuses would be asked as fast as the machine can
             with self._lock:
                 self.sent += 1
@@ -108,14 +107,13 @@ class Load:
                     self.latencies.append(time.monotonic() - began)
                     self.right.append(time.monotonic() - self._began)
 
-    def _ask(self, connection: http.client.HTTPConnection, path: str, stream: bool) -> None:
-        """One request. Raises OSError, HTTPException, ValueError (not what was expected) or KeyError."""
+    def _ask(self, pool: urllib3.HTTPConnectionPool, path: str, stream: bool) -> None:
+        """One request. Raises OSError, urllib3's HTTPError, ValueError (not what was expected) or KeyError."""
         body = {"model": REPOSITORY, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 32}
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
         data = json.dumps({**body, "temperature": 0, "stream": stream})
-        connection.request("POST", f"{path}/v1/chat/completions", data, headers)
-        answer = connection.getresponse()
-        text = answer.read().decode("utf-8", "replace")
+        answer = pool.request("POST", f"{path}/v1/chat/completions", body=data, headers=headers)
+        text = answer.data.decode("utf-8", "replace")
         if answer.status != 200:
             raise ValueError(f"HTTP {answer.status}")
         if stream:

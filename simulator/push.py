@@ -13,13 +13,13 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import docker
+from isal import isal_zlib
 
 from simulator import images
 from simulator.shell import SimulatorError
@@ -69,7 +69,7 @@ def _layer(saved: Path, name: str, folder: Path, port: int, repository: str) -> 
     """Compress and upload one layer; its digest and size."""
     compressed, digest = folder / f"{hashlib.sha256(name.encode()).hexdigest()}.gz", hashlib.sha256()
     with tarfile.open(saved) as archive, compressed.open("wb") as file:
-        source, packer = images.member(archive, name), zlib.compressobj(level=1, wbits=31)
+        source, packer = images.member(archive, name), isal_zlib.compressobj(level=1, wbits=31)
         while chunk := source.read(CHUNK):
             part = packer.compress(chunk)
             digest.update(part)
