@@ -23,6 +23,8 @@ ENVIRONMENT = {
     "PATH": "/opt/vllm/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # Threads that spin at a barrier take the processors from the engine beside: 0.7 instead of 12 tokens a second.
+    "OMP_WAIT_POLICY": "passive",
     # The card's 32768 is more than the small model was trained for; the questions are short.
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
     "VLLM_NO_USAGE_STATS": "1",
