@@ -1,7 +1,7 @@
 """One engine over three simulated Sparks: what is done to its hosts, when the guards notice, when it answers again.
 
     python -m simulator up --world NAME --sparks 3 --engine fault
-    python -m simulator.group --world NAME [--only WORD...] [--docs FILE]
+    python -m simulator.group --world NAME [--only WORD...] [--table FILE]
 
 Each row begins with a group that serves, and ends with all hosts on the same release and a right answer, or fails.
 """
@@ -29,6 +29,8 @@ SETTINGS = {
     "sparkfleet_guard_canary_timeout": 5,
     "sparkfleet_guard_wedge_seconds": 10,
 }
+#: Prints the phase of a host's switch; no bare host has one.
+PHASE = """sed -n 's/^  "phase": "\\(.*\\)",$/\\1/p' /var/lib/sparkfleet/switch.json 2>/dev/null"""
 PHASES = ("checking", "starting", "waiting", "verifying", "committing")
 BACK_SECONDS = 240.0
 LOAD_SECONDS = 6  # of the engine that fails on command, so that its phases can be met
@@ -93,7 +95,7 @@ class Trio:
         """Whether all have the same current release, whose ranks run, nothing is left to end, and it answers."""
         found = set()
         for spark in self.sparks:
-            phase = spark.sh('sed -n \'s/^  "phase": "\\(.*\\)",$/\\1/p\' /var/lib/sparkfleet/switch.json').strip()
+            phase = spark.sh(f"{PHASE} || true").strip()
             state = spark.sh(f"docker inspect -f '{{{{.State.Status}}}}' {SERVICE} 2>/dev/null || true").strip()
             held = spark.sh("systemctl is-active sparkfleet-switch || true").strip()
             if phase != "done" or state != "running" or held == "active":
@@ -103,8 +105,7 @@ class Trio:
 
     def phase(self, name: str) -> None:
         """Wait until rank 0's switch is in a phase."""
-        script = "systemctl -q is-active sparkfleet-switch && "
-        script += 'sed -n \'s/^  "phase": "\\(.*\\)",$/\\1/p\' /var/lib/sparkfleet/switch.json || true'
+        script = f"systemctl -q is-active sparkfleet-switch && {PHASE} || true"
         self.head.until(f"phase {name}", lambda: self.head.sh(script).strip() == name, 120)
 
     def cut(self, spark: Spark, on: bool = True) -> None:
