@@ -638,7 +638,7 @@ def client_key(fleet: Fleet, old: str, client: dict[str, str], searched: list[st
 
 def places(printed: str) -> list[str]:
     """How many places were searched on each host without finding a copy, as `rotate` says."""
-    return re.findall(r"(\d+) places searched, 0 with the old secret", " ".join(printed.split()))
+    return re.findall(r"(?<!controller )\b(\d+) places searched, 0 with the old secret", " ".join(printed.split()))
 
 
 SCENES = (good, resumed, bad, killed, gone, drift, drained, door, haproxy_gone, gateway_gone)

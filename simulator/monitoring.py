@@ -165,7 +165,7 @@ def scene(world: World, seconds: float, remove: bool) -> dict[str, Any]:
     play(spark, "playbooks/test_alert.yml")
     made["test_alert"] = [
         alert["labels"]["alertname"]
-        for text in spark.sh("cat /run/sparkfleet-hook").splitlines()
+        for text in filter(str.strip, spark.sh("cat /run/sparkfleet-hook").splitlines())
         for alert in json.loads(text)["alerts"]
     ]
     if remove:

@@ -165,6 +165,11 @@ class Collector:
                 host.result = "changed"
             if res.get("delivered"):
                 host.message = f"a test alert was delivered by {', '.join(map(str, res['delivered']))}"
+            if isinstance(res.get("searched"), int):  # for an old secret, on the host and on the controller
+                where = "on this controller " if "_ansible_delegated_vars" in res else ""
+                copies = len(res.get("found") or [])
+                searched = f"{where}{res['searched']} places searched, {copies} with the old secret"
+                host.message = "; ".join(filter(None, (host.message, searched)))
         elif kind == "runner_on_unreachable":
             host.result, host.message, host.failure = "unreachable", message(res), "unreachable"
         elif not ignored and host.result in ("ok", "changed"):  # a failure that follows from another is none of its own

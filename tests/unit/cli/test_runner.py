@@ -77,6 +77,18 @@ def test_the_failure_is_named_and_the_message_bare() -> None:
     }
 
 
+def test_how_many_places_were_searched_for_an_old_secret_is_said() -> None:
+    delegated = {"searched": 900, "found": [], "_ansible_delegated_vars": {"ansible_host": "localhost"}}
+    collector = collect(event("runner_on_ok", searched=12, found=["/tmp/a"]), event("runner_on_ok", **delegated))
+    assert collector.hosts["spark-1"].message == (
+        "12 places searched, 1 with the old secret; on this controller 900 places searched, 0 with the old secret"
+    )
+    failed = collect(
+        event("runner_on_ok", searched=12, found=["/tmp/a"]), event("runner_on_failed", msg="left: /tmp/a")
+    )
+    assert failed.hosts["spark-1"].message == "left: /tmp/a"
+
+
 def test_bad_input_is_told_apart() -> None:
     collector = collect(event("runner_on_failed", "localhost", msg="no host of the group sparks is in the inventory"))
     assert collector.code(2) == BAD_INPUT and "sparks" in collector.error
