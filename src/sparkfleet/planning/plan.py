@@ -35,6 +35,7 @@ class Work:
 
 def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]:
     """The plan as plain data (it becomes an Ansible variable); `reads`: for one that changes nothing."""
+    target = target.connected(state)
     docker, toolkit, cache, hygiene, program, guard, wall = prepare(target, state)
     fetches = [fetch(target, *pair) for pair in pairs(target, state)]
     document = target.document(state)
