@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sparkfleet_host import cache
+from sparkfleet_host.rank import LAST_WORKER, MEET
 from sparkfleet_host.release_format import DUMMY, FORMAT, GROUP_FORMAT, TRIAL, TRIAL_FORMAT
 
 from sparkfleet import __version__, operator_name
@@ -311,6 +312,11 @@ def notes(target: Target, state: State) -> list[str]:
                 f"{engine.card.name} fetches pictures from whatever address a request names, also inside your network: "
                 f"vLLM {engine.version.text} cannot be told which hosts are allowed, {since} and later can"
             )
+    if settings.spans and not settings.api_key_enabled and target.connected(state).rank(state).over_ray:
+        found.append(
+            f"Ray runs code of whoever reaches its ports {MEET} to {LAST_WORKER} on any address of this Spark: "
+            "sparkfleet_engine_key makes newer versions of it require a token; keep them closed to all but the group"
+        )
     for engine in target.engines if settings.spans and settings.spans.is_head else ():
         if preflight.fits_alone(engine, state):
             found.append(

@@ -248,6 +248,19 @@ def test_settings_that_contradict_each_other_about_ray() -> None:
     assert "ray" not in alone.document()["services"][alone.engines[0].service]["command"]
 
 
+def test_open_ports_of_ray_are_noted_where_no_key_closes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.preflight, "fits_alone", lambda *_: False)
+    state = {"fabric": FABRIC, "engines": [{}], "reached_at": []}
+
+    def noted(**given: Any) -> bool:
+        made = Target.of(Settings(model=SMALL, spans=group(1), **given))
+        return any(
+            "Ray runs code of whoever reaches its ports 29502 to 29609" in note for note in plan.notes(made, state)
+        )
+
+    assert noted(image=OLD) and not noted(image=OLD, engine_key="a-key-of-the-engine") and not noted(image=NATIVE)
+
+
 # -- pipeline parallelism --------------------------------------------------------------------------------------------
 
 
