@@ -154,7 +154,8 @@ def ranks(card: Card, arguments: Arguments) -> int:
                 f"{card.source}: {name} {arguments[name]}: the planner knows only {TENSOR} and {PIPELINE} and does not "
                 "guess; leave it at 1"
             )
-    return max(int(number(arguments, TENSOR, card.sparks)), 1)
+    stages = max(int(number(arguments, PIPELINE, 1)), 1)
+    return max(int(number(arguments, TENSOR, card.sparks // stages)), 1)
 
 
 @dataclasses.dataclass(frozen=True)
