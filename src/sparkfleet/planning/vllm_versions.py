@@ -37,7 +37,8 @@ FIRST_UPSTREAM: Version = (0, 18)
 FIRST_MEDIA_DOMAINS: Version = (0, 11)
 
 #: The first vLLM whose ranks connect to each other by themselves, with ``--nnodes`` (engine/arg_utils.py; the wheel of
-#: 0.11.1 has it, that of 0.11.0 has not). The first of the images whose builders left Ray out of them: NVIDIA's 26.04, upstream's v0.19.
+#: 0.11.1 has it, that of 0.11.0 has not). The first of the images whose builders left Ray out of them: NVIDIA's 26.04,
+#: upstream's v0.19.
 FIRST_NNODES: Version = (0, 11, 1)
 FIRST_WITHOUT_RAY: Version = (0, 19)
 
