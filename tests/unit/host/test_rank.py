@@ -23,14 +23,15 @@ from sparkfleet_host import rank
 from tests.unit import ROOT
 
 _hosts = itertools.count(1)
-#: Listens where rank 0's Ray does, and stays until it is ended.
+#: Listens where rank 0's Ray does, until it is ended or a file is there.
 RAY = """#!{python}
 import os, pathlib, socket, sys, time
 with open({log!r}, "a") as log:
     log.write(" ".join([os.environ["RAY_USAGE_STATS_ENABLED"], *sys.argv[1:]]) + chr(10))
 address = sys.argv[sys.argv.index("--node-ip-address") + 1]
 with socket.create_server((address, 29503 if "--head" in sys.argv else 29510)):
-    time.sleep({seconds})
+    while not pathlib.Path({over!r}).exists():
+        time.sleep(0.1)
 sys.exit(7)
 """
 #: What the check imports: the nodes are those that a file lists.
@@ -54,18 +55,20 @@ class World:
 
     def __init__(self, root: Path, nodes: Sequence[str]) -> None:
         self.root, self.nodes, self.log = root, nodes, root / "log"
-        self.alive, self.started = root / "nodes", root / "engine"
+        self.alive, self.started, self.over = root / "nodes", root / "engine", root / "over"
         self.ray()
         (root / "ray.py").write_text(MODULE.format(log=str(self.log), nodes=str(self.alive)))
         self.processes: list[subprocess.Popen[str]] = []
 
-    def ray(self, seconds: float = 60) -> None:
+    def ray(self) -> None:
         path = self.root / "bin" / "ray"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(RAY.format(python=sys.executable, log=str(self.log), seconds=seconds))
+        path.write_text(RAY.format(python=sys.executable, log=str(self.log), over=str(self.over)))
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
-    def start(self, number: int, engine: str = "import time; time.sleep(60)", join: float = 5, head: float = 5) -> int:
+    def start(
+        self, number: int, engine: str = "import time; time.sleep(60)", join: float = 60, head: float = 60
+    ) -> int:
         code = (
             f"import os, pathlib; pathlib.Path({str(self.started)!r}).write_text(os.environ['RAY_ADDRESS']); {engine}"
         )
@@ -82,12 +85,12 @@ class World:
         self.processes.append(process)
         return len(self.processes) - 1
 
-    def ended(self, index: int, seconds: float = 20) -> tuple[int, str]:
+    def ended(self, index: int, seconds: float = 90) -> tuple[int, str]:
         """Exit code and what was said."""
         said = self.processes[index].communicate(timeout=seconds)[1]
         return self.processes[index].returncode, said
 
-    def until(self, condition: Callable[[], bool], seconds: float = 15) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline
@@ -186,10 +189,9 @@ def test_the_age_that_rank_0_tells(nodes: list[str]) -> None:
 def test_the_engine_starts_once_all_ranks_are_alive(world: World) -> None:
     world.start(1)
     world.start(2)
-    world.until(lambda: True)
     time.sleep(0.3)
     assert not world.said()  # they wait for rank 0
-    head = world.start(0, "raise SystemExit(3)", join=20)
+    head = world.start(0, "raise SystemExit(3)")
     world.until(lambda: len([line for line in world.said() if " --address " in line]) == 2)
     assert not world.started.exists()
     world.alive.write_text(" ".join(world.nodes))
@@ -214,9 +216,11 @@ def test_a_stranger_in_the_cluster_keeps_the_engine_from_starting(world: World) 
 
 def test_the_rank_ends_with_its_ray(world: World) -> None:
     world.alive.write_text(" ".join(world.nodes))
-    world.ray(seconds=4)
-    code, said = world.ended(world.start(0))
-    assert world.started.exists() and code == 1 and "Ray of rank 0 ended with status 7" in said
+    head = world.start(0)
+    world.until(world.started.exists)
+    world.over.touch()
+    code, said = world.ended(head)
+    assert code == 1 and "Ray of rank 0 ended with status 7" in said
 
 
 def test_ray_that_does_not_start(world: World) -> None:
@@ -254,4 +258,4 @@ def test_sigterm_before_there_is_an_engine(world: World, number: int) -> None:
     world.until(lambda: bool(world.said()) if number == 0 else True)
     time.sleep(0.5)
     world.processes[index].terminate()
-    assert world.ended(index, 8)[0] == 0
+    assert world.ended(index, 60)[0] == 0
