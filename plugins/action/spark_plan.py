@@ -64,6 +64,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                     "image": engine.image,
                     "port": engine.engine_port,
                     "door": engine.port if engine.on_demand else 0,
+                    "executors": settings.spans is not None
+                    and nodes.is_asked(target.wanted(engine), engine.image, engine.version),
                     **({"draft": _asked(engine.draft)} if engine.draft else {}),
                 }
                 for engine in target.engines

@@ -31,6 +31,10 @@ options:
         description: TCP port of the clients of an engine that starts on demand; 0 for one that always runs.
         type: int
         default: 0
+      executors:
+        description: Let the image, where the host has it, say what it has to spread an engine over several hosts.
+        type: bool
+        default: false
       draft:
         description: The model that drafts for it, if it is one of its own.
         type: dict
@@ -130,6 +134,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import (
+    executors,
     fabric,
     firewall,
     monitoring,
@@ -618,6 +623,11 @@ def gather(params: dict[str, Any]) -> dict[str, Any]:
             for name in dict.fromkeys(images)
             if not here.get(name) and params["internet"]
         }
+        asked = {
+            name: pool.submit(executors.ask, name)
+            for name in dict.fromkeys(engine["image"] for engine in wanted if engine.get("executors"))
+            if here.get(name)
+        }
         return {
             "user": {"id": os.geteuid(), "name": user_name(os.geteuid())},
             "os": operating_system(),
@@ -649,6 +659,7 @@ def gather(params: dict[str, Any]) -> dict[str, Any]:
                     "draft": {"model": draft, "hub": draft_hub.result() if draft_hub else None} if draft else None,
                     "listener": other_than_guard(listener(engine["port"])),
                     "door": door(engine.get("door") or 0),
+                    **({"executors": asked[engine["image"]].result()} if engine["image"] in asked else {}),
                     "healthy": answers.result(),
                 }
                 for engine, model, hub, draft, draft_hub, answers in zip(
@@ -694,6 +705,7 @@ def main() -> None:
                     "remote_code": {"type": "bool", "default": False},
                     "port": {"type": "int", "required": True},
                     "door": {"type": "int", "default": 0},
+                    "executors": {"type": "bool", "default": False},
                     "draft": {
                         "type": "dict",
                         "options": {

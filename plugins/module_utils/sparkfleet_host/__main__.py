@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program of the services on a host: `python3 sparkfleet_host.pyz switch|guard|names|share|integrity|sensors …`."""
+"""The program of the services on a host, and of ranks over Ray:
+`python3 sparkfleet_host.pyz switch|guard|names|share|integrity|sensors|rank …`."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-VERBS = ("switch", "guard", "names", "share", "integrity", "sensors")
+VERBS = ("switch", "guard", "names", "share", "integrity", "sensors", "rank")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -295,6 +295,35 @@ TABLE: tuple[Failure, ...] = (
         (r"User-specified max_model_len .*is greater", r"than the derived max_model_len"),
     ),
     Failure(
+        "executor-missing",
+        "the image cannot connect the ranks of a group as it is told to",
+        "vLLM before 0.11.1 connects several hosts over Ray alone, and newer images are built without Ray",
+        "Set sparkfleet_executor to auto, or sparkfleet_image to one that has what the message names "
+        "(docs/several-sparks.md).",
+        (
+            r"unrecognized arguments: .*--nnodes",
+            r"sparkfleet: the image has no Ray",
+            r"Failed to import Ray",
+            r"current platform \S+ does not support ray",
+        ),
+    ),
+    Failure(
+        "ray-incomplete",
+        "the Ray cluster of a group is not complete",
+        "a rank did not reach rank 0 on the ports 29502 to 29609 in time, or its Ray ended; the message names it",
+        "See `docker logs` of the engine on the host that is named, and playbooks/fabric.yml for the network between "
+        "the hosts.",
+        (
+            r"sparkfleet: .* not joined the Ray cluster",
+            r"sparkfleet: rank 0 .* could not be joined",
+            r"sparkfleet: the Ray cluster of \S+ has nodes",
+            r"sparkfleet: Ray did not start on rank 0",
+            r"sparkfleet: Ray of rank \d+ ended",
+        ),
+        auto_recovery="every host of the group goes back to the previous release; in service the guards start all "
+        "ranks again, up to their limit",
+    ),
+    Failure(
         "argument-unknown",
         "vLLM does not know an argument",
         "the model card's arguments are for a different version than the image's",

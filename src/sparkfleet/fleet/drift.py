@@ -92,7 +92,7 @@ def _flags(command: Any) -> dict[str, str]:
     found: dict[str, str] = {}
     flag = "model"
     words = command.split() if isinstance(command, str) else command if isinstance(command, list) else []
-    for word in map(compose.plain, compose.without_key(words)):
+    for word in map(compose.plain, compose.of_engine(words)):
         if word.startswith("--"):
             flag = word
             found[flag] = ""

@@ -366,11 +366,13 @@ def _check_sense(card: Card, document: Document) -> None:
             vllm_versions.parse_version(card.vllm)
         except SparkfleetError as error:
             raise document.error(("vllm",), f"vllm: {error}") from None
-    ranks = card.arguments.get("tensor_parallel_size", 1)
-    if ranks != card.sparks:
+    tensor, pipeline = (card.arguments.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
+    sizes = all(isinstance(size, int) and not isinstance(size, bool) for size in (tensor, pipeline))
+    if not sizes or tensor * pipeline != card.sparks:  # type: ignore[operator]
+        stages = f" and arguments.pipeline_parallel_size {pipeline}" if pipeline != 1 else ""
         raise document.error(
             ("sparks",) if card.sparks != 1 else ("arguments", "tensor_parallel_size"),
-            f"sparks: {card.sparks}, but arguments.tensor_parallel_size is {ranks}: each Spark has one GPU",
+            f"sparks: {card.sparks}, but arguments.tensor_parallel_size is {tensor}{stages}: each Spark has one GPU",
         )
     for name in card.environment:
         if name in SECRETS:

@@ -69,6 +69,9 @@ Source = Literal["local", "hub"]
 Document = dict[str, Any]
 MASTER_PORT = 29501  # of rank 0, where the ranks meet; NVIDIA's recipes have it
 INFINIBAND = "/dev/infiniband"
+#: The program of the host in a rank's container, and how it is started there.
+PROGRAM_IN_CONTAINER = "/sparkfleet_host.pyz"
+ENTRY = ("python3", PROGRAM_IN_CONTAINER, "rank")
 #: Variables that name the interface of the fabric to NCCL, Gloo, UCX, Open MPI and vLLM.
 INTERFACE_VARIABLES = (
     *("MN_IF_NAME", "UCX_NET_DEVICES", "NCCL_SOCKET_IFNAME", "OMPI_MCA_btl_tcp_if_include", "GLOO_SOCKET_IFNAME"),
@@ -79,7 +82,8 @@ INTERFACE_VARIABLES = (
 @dataclasses.dataclass(frozen=True)
 class Rank:
     """A host's part of an engine that spans several: `number` of `count`, its `address` on the fabric and that of rank
-    0, the `interface` that has it, and the RDMA devices of that port."""
+    0, the `interface` that has it, and the RDMA devices of that port. Over Ray also the `nodes`, addresses by rank, and
+    the `program` of the host, which forms the cluster (`sparkfleet_host.rank`)."""
 
     number: int
     count: int
@@ -87,10 +91,31 @@ class Rank:
     head: str
     interface: str = ""
     rdma: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
+    program: str = ""
+
+    @property
+    def over_ray(self) -> bool:
+        """Whether Ray connects the ranks, in place of vLLM itself."""
+        return bool(self.program)
+
+    @property
+    def entry(self) -> list[str]:
+        """Over Ray: what precedes the command of the engine."""
+        if not self.over_ray:
+            return []
+        return [*ENTRY, "--rank", str(self.number), "--nodes", ",".join(self.nodes), "--"]
+
+    @property
+    def own(self) -> list[str]:
+        """What no other rank has in its command."""
+        return ["--rank", str(self.number)] if self.over_ray else self.flags
 
     @property
     def flags(self) -> list[str]:
-        """What tells `vllm serve` of the others."""
+        """What tells `vllm serve` of the others; over Ray it finds them in the cluster."""
+        if self.over_ray:
+            return []
         words = ["--nnodes", str(self.count), "--node-rank", str(self.number)]
         words += ["--master-addr", self.head, "--master-port", str(MASTER_PORT)]
         return [*words, *(["--headless"] if self.number else [])]
@@ -109,9 +134,9 @@ class Rank:
 def common(service: Mapping[str, Any], rank: Rank) -> str:
     """A hash of what has to be the same on all ranks of an engine: image, arguments, environment."""
     own = {*rank.environment, *INTERFACE_VARIABLES, "NCCL_IB_HCA", "NCCL_IB_DISABLE", "NCCL_IGNORE_CPU_AFFINITY"}
-    words, flags_of_one = list(map(plain, service["command"])), rank.flags
-    start = words.index(flags_of_one[0])
-    command = words[:start] + words[start + len(flags_of_one) :]
+    words = list(map(plain, [*(service.get("entrypoint", ()) if rank.over_ray else ()), *service["command"]]))
+    start = words.index(rank.own[0])
+    command = words[:start] + words[start + len(rank.own) :]
     environment = {name: value for name, value in service["environment"].items() if name not in own}
     same = [plain(service["image"]), command, environment, rank.count, rank.head]
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
@@ -242,6 +267,8 @@ def document(
     if rank:
         command += ["--host", listen_at(addresses), "--port", str(port), *rank.flags]
         variables |= rank.environment
+        if rank.over_ray:
+            volumes.append(literal(f"{rank.program}:{PROGRAM_IN_CONTAINER}:ro"))
     given = {**card.environment, **(environment or {})}
     service: Document = {
         "image": literal(image),
@@ -264,11 +291,12 @@ def document(
         service["devices"] = [f"{INFINIBAND}:{INFINIBAND}"]
         service["cap_add"] = [*service.get("cap_add", []), "IPC_LOCK"]
     made: Document = {"name": PROJECT, "services": {card.service: service}}
+    first = [*(KEYED if api_key_enabled else []), *map(literal, rank.entry if rank else [])]
+    if first and starts_with_serve(image):
+        service["entrypoint"] = [*first, "vllm", "serve"]
+    elif first:
+        service["command"] = [*first, *service["command"]]
     if api_key_enabled:
-        if starts_with_serve(image):
-            service["entrypoint"] = [*KEYED, "vllm", "serve"]
-        else:
-            service["command"] = [*KEYED, *service["command"]]
         service["secrets"] = [KEY_NAME]
         made["secrets"] = {KEY_NAME: {"file": KEY_FILE}}
     return made
@@ -306,3 +334,9 @@ def published(port: int, addresses: Sequence[str]) -> list[str]:
 def without_key(command: Sequence[Any]) -> list[Any]:
     """A command without the part that passes it the key."""
     return list(command[len(KEYED) :] if list(command[: len(KEYED)]) == KEYED else command)
+
+
+def of_engine(command: Sequence[Any]) -> list[Any]:
+    """A command without what passes it the key, and without what forms the cluster of its ranks."""
+    words = without_key(command)
+    return words[words.index("--") + 1 :] if tuple(words[: len(ENTRY)]) == ENTRY and "--" in words else words

@@ -24,6 +24,7 @@ from sparkfleet.planning.vllm_versions import Engine, Rules, since
 BLOCK = 16
 #: vLLM's default where a card gives none (openai api server, less than 70 GiB or unknown GPU memory).
 DEFAULT_BATCHED_TOKENS = 2048
+TENSOR, PIPELINE = "tensor_parallel_size", "pipeline_parallel_size"
 STATES = ("gdn", "mamba2", "kda", "conv")
 #: Methods of speculation that need no layers: tokens come from the text itself.
 WITHOUT_LAYERS = ("ngram", "ngram_gpu", "suffix")
@@ -146,14 +147,59 @@ def number(arguments: Arguments, key: str, default: float) -> float:
 
 
 def ranks(card: Card, arguments: Arguments) -> int:
-    """GPUs that share the model, each with a part of every layer; raises for ways of sharing that are not planned."""
-    for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
+    """GPUs that share each layer of the model; raises for ways of sharing that are not planned."""
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if number(arguments, name, 1) > 1:
             raise SparkfleetError(
-                f"{card.source}: {name} {arguments[name]}: the planner knows only tensor_parallel_size and does not "
+                f"{card.source}: {name} {arguments[name]}: the planner knows only {TENSOR} and {PIPELINE} and does not "
                 "guess; leave it at 1"
             )
-    return max(int(number(arguments, "tensor_parallel_size", card.sparks)), 1)
+    stages = max(int(number(arguments, PIPELINE, 1)), 1)
+    return max(int(number(arguments, TENSOR, card.sparks // stages)), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage of a pipeline: how many layers it has, and whether it is the ``first``, with the embedding, and the
+    ``last``, with the output layer. Without pipeline parallelism there is one."""
+
+    layers: int
+    first: bool = True
+    last: bool = True
+
+
+def stages(card: Card, arguments: Arguments) -> list[Stage]:
+    """The stages that the layers of a model are split over (vLLM: ``get_pp_indices``); raises where it cannot be split
+    so, or is not planned."""
+    count, layers = max(int(number(arguments, PIPELINE, 1)), 1), card.shape.layers
+    if count == 1:
+        return [Stage(layers)]
+    if why := unsplit(card, arguments, count):
+        raise SparkfleetError(f"{card.source}: {PIPELINE} {count}: {why}")
+    each, rest = divmod(layers, count)
+    # What is left over goes to the stages before the last one.
+    sizes = [each + (1 if count - 1 - rest <= place < count - 1 else 0) for place in range(count)]
+    return [Stage(size, place == 0, place == count - 1) for place, size in enumerate(sizes)]
+
+
+def unsplit(card: Card, arguments: Arguments, count: int) -> str:
+    """Why a model cannot be split into so many stages, or is not planned so; "" for nothing."""
+    kinds = card.shape.attention
+    if count > card.shape.layers:
+        return f"the model has {card.shape.layers} layers, and each stage needs one"
+    if len(kinds) != 1 or kinds[0].kind not in ("full", "mla") or kinds[0].index_bytes:
+        return (
+            "the planner knows it only of models whose layers all keep the same, and does not guess which layers of "
+            f"the others a stage gets; use {TENSOR}"
+        )
+    if card.vision:
+        return f"the planner does not know which stages of a model that takes pictures have its encoder; use {TENSOR}"
+    if speculation(card, arguments).tokens:
+        return (
+            "the planner does not know what drafts on the last stage alone: leave speculative_config out, or use "
+            f"{TENSOR}"
+        )
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,8 +276,14 @@ def state_bytes(entry: Attention, arguments: Arguments, drafted: int = 0, gpus: 
     return columns * (width // gpus) * conv_size + matrix * size
 
 
-def layout(card: Card, arguments: Arguments, version: Engine) -> Layout:
-    """The layout of a model under arguments of ``vllm serve``; raises, with what is missing, when it is not known."""
+def layout(card: Card, arguments: Arguments, version: Engine, stage: Stage | None = None) -> Layout:
+    """The layout of a model, or a stage of it, under arguments of ``vllm serve``; raises, with what is missing, when it
+    is not known."""
+    stage = stage or stages(card, arguments)[0]
+    if stage.layers != card.shape.layers:
+        (only,) = card.shape.attention
+        attention = (dataclasses.replace(only, layers=stage.layers),)
+        card = dataclasses.replace(card, shape=dataclasses.replace(card.shape, attention=attention))
     return _Cut(card, arguments, version).layout()
 
 

@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from sparkfleet_host.bounded import GIB
+from sparkfleet_host.rank import OBJECT_STORE
 from sparkfleet_host.verify import GENERATIVE
 
 from sparkfleet import SparkfleetError
 from sparkfleet.planning import catalog, kv_layout, verification, vllm_versions
 from sparkfleet.planning.catalog import Arguments, Card
-from sparkfleet.planning.kv_layout import DEFAULT_BATCHED_TOKENS
+from sparkfleet.planning.kv_layout import DEFAULT_BATCHED_TOKENS, Stage
 from sparkfleet.planning.kv_layout import number as _number
 from sparkfleet.planning.vllm_versions import Engine
 
@@ -41,6 +42,14 @@ LOADER_GIB = {"instanttensor": 4.4}
 #: What the engine takes beyond its budget: 2.6 and 2.8 GiB measured at utilization 0.20 and 0.40 of a GB10
 #: (public preflight script of a vLLM fork); API server, allocator, workspaces.
 BEYOND_BUDGET_GIB = 2.8
+#: What Ray takes besides on each Spark: 0.6 GiB of processes (resident, Ray 2.60, on the host of rank 0), and its
+#: object store (`sparkfleet_host.rank`).
+RAY_GIB = 0.6 + OBJECT_STORE / GIB
+#: Bytes of an element of embedding and output layer, which quantized checkpoints keep in bf16.
+EMBEDDING_BYTES = 2
+#: Bytes a token and hidden unit of what a stage of a pipeline gets from the one before: hidden states and residual in
+#: bf16, in a buffer and as they are received (worker/gpu_model_runner.py; calculated, not measured).
+HANDED_ON_BYTES = 8
 #: Estimate of vLLM >= 0.21 for its graphs; 0.36 to 0.64 GiB in logs with default capture sizes. Where it is not
 #: subtracted, the graphs come on top of the budget.
 CUDA_GRAPHS_GIB = 0.5
@@ -237,6 +246,27 @@ def make(
 
 
 def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, memory: Memory) -> Plan:
+    """The plan of the stage of a pipeline that has the fewest blocks: vLLM gives all stages as many."""
+    stages = dict.fromkeys(kv_layout.stages(card, arguments))
+    return min((_of_stage(card, arguments, profile, version, memory, stage) for stage in stages), key=_tightness)
+
+
+def _tightness(plan: Plan) -> tuple[float, float]:
+    return plan.kv_blocks, plan.left_gib
+
+
+def stage_gib(card: Card, arguments: Arguments, stage: Stage) -> float:
+    """Weights of a stage, all ranks of it together: its share of the layers, with the embedding, and the output layer.
+    Where those are the same tensor, the first and the last stage each have it. A card does not say whether they are, so
+    the larger figure of either case counts."""
+    whole = card.weights.memory_gib
+    if stage.first and stage.last:
+        return whole
+    end = min(card.shape.vocab * card.shape.hidden * EMBEDDING_BYTES / GIB, whole)
+    return (whole - end) * stage.layers / card.shape.layers + end * (stage.first or stage.last)
+
+
+def _of_stage(card: Card, arguments: Arguments, profile: str, version: Engine, memory: Memory, stage: Stage) -> Plan:
     batched = int(_number(arguments, "max_num_batched_tokens", DEFAULT_BATCHED_TOKENS))
     sequences = int(_number(arguments, "max_num_seqs", DEFAULT_SEQUENCES))
     utilization = share = _number(arguments, SHARE, DEFAULT_UTILIZATION)
@@ -244,14 +274,17 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
 
     rules, gpus = version.rules, kv_layout.ranks(card, arguments)
     dtype = kv_layout.kv_dtype(card, arguments, version)
-    cut = kv_layout.layout(card, arguments, version)
+    cut = kv_layout.layout(card, arguments, version, stage)
     generates = bool({*verification.kinds(card, arguments)} & {*GENERATIVE})
     speculation = kv_layout.speculation(card, arguments)
     drafted = card.draft is not None and speculation.model == card.draft.repo
-    weights = (card.weights.memory_gib + (card.draft.loaded_gib if card.draft and drafted else 0)) / gpus
+    weights = (stage_gib(card, arguments, stage) + (card.draft.loaded_gib if card.draft and drafted else 0)) / gpus
     v2 = v2_runner(card, version)
     # Without text there is no sampler.
-    activation = activation_gib(card, batched, sequences if generates else 0, version, gpus=gpus, v2=v2)
+    sampled = sequences if generates and stage.last else 0
+    activation = activation_gib(card, batched, sampled, version, gpus=gpus, v2=v2)
+    if not stage.first:
+        activation += batched * card.shape.hidden * HANDED_ON_BYTES / GIB
     captured = 0.0 if arguments.get("enforce_eager") is True else CUDA_GRAPHS_GIB
     graphs = captured if (rules.v2_counts_cuda_graphs if v2 else rules.v1_counts_cuda_graphs) else 0.0
     runtime = OLD_RUNTIME_GIB if rules.counts_host_growth else RUNTIME_GIB
@@ -277,7 +310,8 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
     each = cut.blocks(length)
     concurrency = pool / each if cut.groups else float(sequences)
     taken = requested if cut.groups else spent
-    left = memory.available - taken - BEYOND_BUDGET_GIB
+    beyond = beyond_budget_gib(arguments)
+    left = memory.available - taken - beyond
 
     reasons = list(cut.refusals)
     if dtype == "fp8" and not rules.has_fp8_kv:
@@ -305,7 +339,7 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
         )
     elif left < memory.reserve:
         reasons.append(
-            f"with the {taken:.1f} GiB of its budget and {BEYOND_BUDGET_GIB} GiB besides it the engine leaves "
+            f"with the {taken:.1f} GiB of its budget and {beyond:g} GiB besides it the engine leaves "
             f"{left:.1f} GiB to the host; below {memory.reserve:g} GiB a Spark is in danger of freezing"
         )
     if concurrency < 1:
@@ -316,14 +350,17 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
         )
     typical = min(pool // cut.blocks(min(TYPICAL_TOKENS, length)), sequences) if cut.groups else sequences
     full = min(int(concurrency), sequences)
+    # Stages take turns with a token, so only the ranks of one read at a time.
     limit = BANDWIDTH_GB_S * gpus / card.weights.read_gb_per_token if generates else 0.0
     # Measured with the card's own speculation: with other speculation, or none, it says nothing.
     comparable = speculation.tokens == kv_layout.speculation(card, card.arguments).tokens
     measured = max((entry.tok_s for entry in card.measured if comparable), default=None)
     held, logged = int(concurrency * length) if cut.groups else 0, cut.tokens(pool, length)
     notes = list(cut.notes) if not reasons else []
-    if gpus > 1:
-        notes.append(f"planned for each of {gpus} Sparks; Sparkfleet does not deploy one engine across Sparks yet")
+    sparks = gpus * int(_number(arguments, kv_layout.PIPELINE, 1))
+    if sparks > 1:
+        split = f": {gpus} for each of {sparks // gpus} stages of layers" if sparks > gpus else ""
+        notes.append(f"planned for each of {sparks} Sparks{split}")
     if not reasons:
         if not cut.groups:
             notes.append(
@@ -386,14 +423,14 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
         total_gib=memory.total,
         available_gib=memory.available,
         reserve_gib=memory.reserve,
-        left_gib=min(left, memory.available - spent - BEYOND_BUDGET_GIB),
+        left_gib=min(left, memory.available - spent - beyond),
         fits=not reasons,
         reasons=tuple(reasons),
         notes=tuple(notes),
         suggestions=(),
         decode_tok_s_limit=limit,
         measured_tok_s=measured,
-        sparks=gpus,
+        sparks=sparks,
         kv_block_tokens=cut.block,
         kv_block_bytes=cut.block_bytes,
         kv_blocks=pool,
@@ -406,11 +443,16 @@ def _budget(card: Card, arguments: Arguments, profile: str, version: Engine, mem
     )
 
 
+def beyond_budget_gib(arguments: Arguments) -> float:
+    """What an engine takes beyond its budget."""
+    return BEYOND_BUDGET_GIB + (RAY_GIB if arguments.get("distributed_executor_backend") == "ray" else 0.0)
+
+
 def _ways_out(
     card: Card, arguments: Arguments, profile: str, version: Engine, memory: Memory, made: Plan, others: Sequence[Card]
 ) -> Iterable[Suggestion]:
     """The nearest plans that fit, the smallest change first."""
-    highest = highest_share(memory)
+    highest = highest_share(memory, beyond_budget_gib(arguments))
 
     def offer(kind: str, change: Arguments) -> list[Suggestion]:
         plan = _budget(card, {**arguments, **change}, profile, version, memory)
@@ -437,7 +479,7 @@ def _ways_out(
     for name, replaced in card.profiles.items():
         if name != profile:
             yield from _with_room("profile", {"profile": name}, card, {**card.arguments, **replaced}, memory, version)
-    if not here:
+    if not here and made.sparks == kv_layout.ranks(card, arguments):
         two = kv_layout.ranks(card, arguments) * 2
         yield from _with_room(
             "two_sparks", {"ranks": 2}, card, {**arguments, "tensor_parallel_size": two}, memory, version
@@ -471,9 +513,10 @@ def _holds_one(card: Card, arguments: Arguments, version: Engine, memory: Memory
     return made.max_concurrency >= 1 + ERROR and made.requested_gib >= taken
 
 
-def highest_share(memory: Memory) -> float:
-    """The highest utilization, in steps of 0.01, that leaves the host its floor."""
-    return math.floor((memory.available - BEYOND_BUDGET_GIB - memory.reserve) / memory.total * 100) / 100
+def highest_share(memory: Memory, beyond: float = BEYOND_BUDGET_GIB) -> float:
+    """The highest utilization, in steps of 0.01, that leaves the host its floor. ``beyond``: what the engine takes
+    beyond its budget."""
+    return math.floor((memory.available - beyond - memory.reserve) / memory.total * 100) / 100
 
 
 def _with_room(
@@ -482,7 +525,7 @@ def _with_room(
     """Another plan, with its own utilization or, if that is too much, the highest that the host can give."""
     profile = str(change.get("profile", "throughput"))
     memory = dataclasses.replace(memory, correction=0.0)  # measured with other settings
-    for share in ({}, {SHARE: highest_share(memory)}):
+    for share in ({}, {SHARE: highest_share(memory, beyond_budget_gib(arguments))}):
         plan = _budget(card, {**arguments, **share}, profile, version, memory)
         if plan.fits:
             yield _suggestion(kind, {**change, **share}, plan)

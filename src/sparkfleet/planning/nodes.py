@@ -15,10 +15,13 @@ from sparkfleet_host.bounded import printable
 from sparkfleet_host.group import MOST_RANKS
 
 from sparkfleet import SparkfleetError
+from sparkfleet.planning import kv_layout, vllm_versions
 from sparkfleet.planning.catalog import Arguments, Card
+from sparkfleet.planning.kv_layout import PIPELINE, TENSOR
+from sparkfleet.planning.vllm_versions import Engine
 
-NODES, ADDRESS = "sparkfleet_nodes", "sparkfleet_fabric_address"
-TENSOR, PIPELINE = "tensor_parallel_size", "pipeline_parallel_size"
+NODES, ADDRESS, EXECUTOR = "sparkfleet_nodes", "sparkfleet_fabric_address", "sparkfleet_executor"
+BACKEND, NATIVE, RAY, AUTO = "distributed_executor_backend", "mp", "ray", "auto"
 #: Arguments of vllm serve that Sparkfleet sets for a group.
 OWN = ("nnodes", "node_rank", "master_addr", "master_port", "headless", "host", "port")
 #: Where a group was asked for by a run that leaves one of its hosts out.
@@ -135,17 +138,88 @@ def spread(card: Card, arguments: Arguments, count: int) -> Arguments:
     Raises SparkfleetError where they do not fit."""
     if taken := [key for key in OWN if key in arguments or key.replace("_", "-") in arguments]:
         raise SparkfleetError(f"sparkfleet_vllm_{taken[0]}: Sparkfleet sets it for an engine of several Sparks")
+    if (given := arguments.get(BACKEND, NATIVE)) not in (NATIVE, RAY):
+        raise SparkfleetError(
+            f"sparkfleet_vllm_{BACKEND}: {printable(repr(given), 60)} does not connect several Sparks: leave it out, "
+            f"{EXECUTOR} says what does"
+        )
     pipeline = _size(arguments, PIPELINE, 1)
-    tensor = _size(arguments, TENSOR, max(count // pipeline, 1))
+    if count % pipeline:
+        raise SparkfleetError(
+            f"sparkfleet_vllm_{PIPELINE}: {count} hosts ({NODES}) cannot be divided into {pipeline} stages"
+            f"{_ways(card, arguments, count)}"
+        )
+    tensor = _size(arguments, TENSOR, count // pipeline)
     if tensor * pipeline != count:
         raise SparkfleetError(
             f"{NODES}: {count} hosts, but {card.name} is spread over {tensor * pipeline} ({TENSOR} {tensor}"
             f"{f' x {PIPELINE} {pipeline}' if pipeline > 1 else ''}): name as many hosts, or set "
-            f"sparkfleet_vllm_{TENSOR}"
+            f"sparkfleet_vllm_{TENSOR}{_ways(card, arguments, count)}"
         )
     if words := indivisible(card, tensor):
-        raise SparkfleetError(f"{NODES}: {card.name} cannot be spread over {tensor} hosts: {'; '.join(words)}")
+        raise SparkfleetError(
+            f"{NODES}: {card.name} cannot be spread over {tensor} hosts: {'; '.join(words)}"
+            f"{_ways(card, arguments, count)}"
+        )
+    if pipeline > card.shape.layers:
+        raise SparkfleetError(
+            f"sparkfleet_vllm_{PIPELINE}: {card.name} has {card.shape.layers} layers, fewer than {pipeline} stages"
+        )
     return {**arguments, TENSOR: tensor}
+
+
+def executor(wanted: str, image: str, version: Engine, asked: Mapping[str, Any] | None = None) -> tuple[str, str]:
+    """What connects the ranks of an engine, vLLM itself (NATIVE) or RAY, and why it cannot, "" if it can or nothing is
+    known of the image. `wanted`: ``sparkfleet_executor``; `asked`: what the image said (`executors.ask`)."""
+    native = asked["native"] if asked else version.has_nnodes
+    ray = asked["ray"] if asked else vllm_versions.has_ray(image)
+    chosen = (RAY if native is False else NATIVE) if wanted == AUTO else {"native": NATIVE, "ray": RAY}[wanted]
+    what = f"vLLM {(asked['vllm'] if asked else version.text) or 'of unknown version'} in {image}"
+    since = ".".join(map(str, vllm_versions.FIRST_NNODES))
+    newer = "sparkfleet_image to a newer one"
+    if chosen == NATIVE and native is False:
+        remedy = newer if ray is False else f"{EXECUTOR}: ray, or {newer}"
+        return chosen, (
+            f"{EXECUTOR}: {wanted}: {what} cannot connect several Sparks by itself ({since} and later can): set "
+            f"{remedy}"
+        )
+    if chosen == RAY and ray is False and native is False:
+        return chosen, (
+            f"{EXECUTOR}: {wanted}: {what} connects several Sparks over Ray alone, and {image} has no Ray: set "
+            f"sparkfleet_image to one with vLLM {since} or later"
+        )
+    if chosen == RAY and ray is False:
+        remedy = f"{EXECUTOR}: native, or sparkfleet_image to one with Ray"
+        return chosen, f"{EXECUTOR}: {wanted}: {image} has no Ray: set {remedy}"
+    return chosen, ""
+
+
+def is_asked(wanted: str, image: str, version: Engine) -> bool:
+    """Whether the image has to say what it has, because neither its name nor the card does."""
+    if wanted != RAY and version.has_nnodes is None:
+        return True
+    return executor(wanted, image, version)[0] == RAY and vllm_versions.has_ray(image) is None
+
+
+def splits(card: Card, arguments: Arguments, count: int) -> list[tuple[int, int]]:
+    """Sizes of tensor and pipeline parallelism over so many hosts that are possible and planned, the most tensor
+    parallelism first: it is the faster one."""
+    return [
+        (tensor, count // tensor)
+        for tensor in range(count, 0, -1)
+        if count % tensor == 0
+        and not indivisible(card, tensor)
+        and (tensor == count or not kv_layout.unsplit(card, arguments, count // tensor))
+    ]
+
+
+def _ways(card: Card, arguments: Arguments, count: int) -> str:
+    """The end of a message about sizes: those that are possible."""
+    found = [
+        f"sparkfleet_vllm_{TENSOR}: {tensor}{f' and sparkfleet_vllm_{PIPELINE}: {pipeline}' if pipeline > 1 else ''}"
+        for tensor, pipeline in splits(card, arguments, count)
+    ]
+    return f". What is possible over {count} hosts: {'; or '.join(found)}" if found else ""
 
 
 def indivisible(card: Card, tensor: int) -> list[str]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sparkfleet_host import cache
+from sparkfleet_host.rank import LAST_WORKER, MEET
 from sparkfleet_host.release_format import DUMMY, FORMAT, GROUP_FORMAT, TRIAL, TRIAL_FORMAT
 
 from sparkfleet import __version__, operator_name
@@ -35,6 +36,7 @@ class Work:
 
 def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]:
     """The plan as plain data (it becomes an Ansible variable); `reads`: for one that changes nothing."""
+    target = target.connected(state)
     docker, toolkit, cache, hygiene, program, guard, wall = prepare(target, state)
     fetches = [fetch(target, *pair) for pair in pairs(target, state)]
     document = target.document(state)
@@ -310,6 +312,11 @@ def notes(target: Target, state: State) -> list[str]:
                 f"{engine.card.name} fetches pictures from whatever address a request names, also inside your network: "
                 f"vLLM {engine.version.text} cannot be told which hosts are allowed, {since} and later can"
             )
+    if settings.spans and not settings.api_key_enabled and target.connected(state).rank(state).over_ray:
+        found.append(
+            f"Ray runs code of whoever reaches its ports {MEET} to {LAST_WORKER} on any address of this Spark: "
+            "sparkfleet_engine_key makes newer versions of it require a token; keep them closed to all but the group"
+        )
     for engine in target.engines if settings.spans and settings.spans.is_head else ():
         if preflight.fits_alone(engine, state):
             found.append(

@@ -19,7 +19,8 @@ from sparkfleet import SparkfleetError
 from sparkfleet.diagnosis.failures import BY_ID
 from sparkfleet.documents import yaml_text
 from sparkfleet.packaging.bundle import Bundle
-from sparkfleet.planning import calibration, catalog, memory_plan, vllm_versions
+from sparkfleet.planning import calibration, catalog, kv_layout, memory_plan, nodes, vllm_versions
+from sparkfleet.planning.catalog import Arguments
 from sparkfleet.planning.target import EngineTarget, ModelTarget, State, Target, listen
 
 #: (ID, VERSION_ID) of /etc/os-release -> where its own packages suffice for Docker with Compose v2.
@@ -134,6 +135,7 @@ def checks(target: Target, state: State, work: Work) -> tuple[list[Check], list[
         _docker(target, state),
         _toolkit(state),
         *(_image(target, state, case) for case in cases),
+        *([_executor(target, state)] if target.settings.spans else []),
         *(_code(case, work) for case in models if case.model.remote_code and target.settings.model_source == "local"),
         *memory,
         _disk(target, state, cases, models),
@@ -486,14 +488,21 @@ def _fabric(target: Target, state: State) -> Check:
     )
 
 
+def _executor(target: Target, state: State) -> Check:
+    """Whether the image has what is to connect the ranks."""
+    (engine,) = target.engines
+    chosen, problem = target.executor(engine, state["engines"][0].get("executors"))
+    seen = "over Ray" if chosen == nodes.RAY else "vLLM itself"
+    return Check("executor", seen, (known("executor-missing", problem),) if problem else ())
+
+
 def fits_alone(engine: EngineTarget, state: State) -> bool:
     """Whether a model that is spread over several Sparks would fit this one."""
     total = float(state["memory"]["total"]) / GIB
     memory = memory_plan.Memory(total, total - memory_plan.USUAL_HOST_GIB)
+    alone: Arguments = {kv_layout.TENSOR: 1, kv_layout.PIPELINE: 1, nodes.BACKEND: False}
     try:
-        made = memory_plan.make(
-            engine.card, {**engine.arguments, "tensor_parallel_size": 1}, version=engine.version, memory=memory
-        )
+        made = memory_plan.make(engine.card, {**engine.arguments, **alone}, version=engine.version, memory=memory)
     except SparkfleetError:  # a layout that is not known
         return False
     return made.fits

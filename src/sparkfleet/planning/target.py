@@ -18,16 +18,19 @@ from sparkfleet_host.release_format import DUMMY, MOST_ENGINES
 from sparkfleet_host.verify import GENERATIVE, embeds
 
 from sparkfleet import SparkfleetError
+from sparkfleet.packaging import host_program
 from sparkfleet.packaging.bundle import Bundle
 from sparkfleet.paths import ROOT
 from sparkfleet.planning import calibration, catalog, compose, firewall, kv_layout, nodes, variables, verification
 from sparkfleet.planning.catalog import Arguments, Card
 from sparkfleet.planning.lock import Lock, Model
-from sparkfleet.planning.nodes import Nodes
+from sparkfleet.planning.nodes import BACKEND, RAY, Nodes
 from sparkfleet.planning.variables import ARGUMENT_PREFIX, PREFIX
 from sparkfleet.planning.vllm_versions import Engine
 
 State = Mapping[str, Any]
+#: What tells vLLM how to split the layers over the stages of a pipeline.
+PARTITION = "VLLM_PP_LAYER_PARTITION"
 DEFAULTS = ROOT / "roles" / "sparkfleet" / "defaults" / "main.yml"
 
 
@@ -120,6 +123,7 @@ class Settings:
     bundle_digest: str = ""  # of its bundle.json; empty: not checked
     bundle_signers: str = ""  # file of those one of whom must have signed it; empty: not checked
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # sparkfleet_vllm_<name>
+    executor: str = nodes.AUTO  # what connects the ranks of an engine over several hosts
     gateways: tuple[str, ...] = ()  # names or addresses of the inventory's gateways
     gateways_elsewhere: tuple[str, ...] = ()  # those on other hosts
     sparks: tuple[str, ...] = ()  # names or addresses of the other Sparks, where there is a firewall
@@ -446,6 +450,7 @@ class Target:
                 dataclasses.replace(one, arguments=nodes.spread(one.card, one.arguments, len(settings.spans.hosts)))
                 for one in engines
             )
+            _check_split(engines[0])
         for engine in engines if settings.trial else ():
             if not (embeds(engine.verify["kinds"]) or {*engine.verify["kinds"]} & {*GENERATIVE}):
                 raise SparkfleetError(
@@ -455,10 +460,37 @@ class Target:
         bundle = (
             Bundle.read(settings.bundle, settings.bundle_digest, settings.bundle_signers) if settings.bundle else None
         )
-        return cls(settings, engines, bundle, lock)
+        made = cls(settings, engines, bundle, lock)
+        if settings.spans and (problem := made.executor(engines[0])[1]):
+            raise SparkfleetError(problem)
+        return made.connected()
+
+    def executor(self, engine: EngineTarget, asked: Mapping[str, Any] | None = None) -> tuple[str, str]:
+        """What connects the ranks of the engine, and why it cannot (`nodes.executor`). `asked`: what its image said."""
+        return nodes.executor(self.wanted(engine), engine.image, engine.version, asked)
+
+    def wanted(self, engine: EngineTarget) -> str:
+        """What is to connect the ranks: `auto`, `native` or `ray`."""
+        given = engine.settings.arguments.get(BACKEND, engine.card.arguments.get(BACKEND))
+        by_argument = {nodes.NATIVE: "native", RAY: "ray"}.get(str(given), nodes.AUTO)
+        return by_argument if self.settings.executor == nodes.AUTO else self.settings.executor
+
+    def connected(self, state: State | None = None) -> Target:
+        """The same with what connects the ranks among the arguments, by what is known of the image. vLLM itself needs
+        no word of it."""
+        if not self.settings.spans:
+            return self
+        (engine,), (found,) = self.engines, (state or {}).get("engines") or [{}]
+        chosen, _ = self.executor(engine, found.get("executors"))
+        arguments = {key: value for key, value in engine.arguments.items() if key != BACKEND}
+        if chosen == RAY or BACKEND in engine.settings.arguments:
+            arguments[BACKEND] = chosen
+        return dataclasses.replace(self, engines=(dataclasses.replace(engine, arguments=arguments),))
 
     def document(self, state: State | None = None) -> compose.Document:
         """The compose file, pinned to what the host has fetched so far."""
+        if (connected := self.connected(state)) != self:
+            return connected.document(state)
         known: Sequence[State] = (state or {}).get("engines") or [{}] * len(self.engines)
         pairs = zip(self.engines, known, strict=True)
         return compose.merged([self._document(engine, found, state) for engine, found in pairs])
@@ -470,8 +502,11 @@ class Target:
         found = fabric.known((state or {}).get("fabric") or {})
         chosen = fabric.at(found, nodes.address)
         devices = tuple(fabric.rdma(found, chosen)) if chosen else ()
+        ray = self.engines[0].arguments.get(BACKEND) == RAY
         return compose.Rank(
-            nodes.rank, len(nodes.hosts), nodes.address, nodes.addresses[0], chosen.name if chosen else "", devices
+            *(nodes.rank, len(nodes.hosts), nodes.address, nodes.addresses[0], chosen.name if chosen else "", devices),
+            nodes=nodes.addresses,
+            program=f"{self.settings.project_dir}/lib/{host_program.NAME}" if ray else "",
         )
 
     def _document(self, engine: EngineTarget, found: State, state: State | None) -> compose.Document:
@@ -574,11 +609,29 @@ def _check_nodes(settings: Settings, group: Nodes) -> None:
             "a rank is on the network of the host, and listens on all addresses (auto, all) or on loopback",
         ),
     }
+    given, other = settings.each()[0].arguments.get(BACKEND), {"native": RAY, "ray": nodes.NATIVE}
+    if given and given == other.get(settings.executor):
+        raise SparkfleetError(
+            f"sparkfleet_vllm_{BACKEND}: {given} and {nodes.EXECUTOR}: {settings.executor} contradict each other: "
+            f"remove the former (group {group.name}, sparkfleet_nodes)"
+        )
     for name, (wrong, why) in refused.items():
         if wrong:
             raise SparkfleetError(f"{name}: {why} (group {group.name}, sparkfleet_nodes)")
     if settings.trial:
         raise SparkfleetError(f"a trial is of one Spark, and this one is of the group {group.name} (sparkfleet_nodes)")
+
+
+def _check_split(engine: EngineTarget) -> None:
+    """Whether the layers are split as they are planned to be. Raises SparkfleetError."""
+    for place, environment in (
+        ("sparkfleet_environment", engine.settings.environment),
+        (engine.card.source, engine.card.environment),
+    ):
+        if PARTITION in environment:
+            raise SparkfleetError(
+                f"{place}: {PARTITION}: the memory plan is of vLLM's own split of the layers: leave it out"
+            )
 
 
 def _check_engines(engines: Sequence[EngineTarget]) -> None:

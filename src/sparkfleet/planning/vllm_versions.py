@@ -36,6 +36,12 @@ FIRST_UPSTREAM: Version = (0, 18)
 #: wheel of 0.10.2 has neither).
 FIRST_MEDIA_DOMAINS: Version = (0, 11)
 
+#: The first vLLM whose ranks connect to each other by themselves, with ``--nnodes`` (engine/arg_utils.py; the wheel of
+#: 0.11.1 has it, that of 0.11.0 has not). The first of the images whose builders left Ray out of them: NVIDIA's 26.04,
+#: upstream's v0.19.
+FIRST_NNODES: Version = (0, 11, 1)
+FIRST_WITHOUT_RAY: Version = (0, 19)
+
 #: Dates of vLLM's changes are those of the first release that has them: read from the wheels of 0.11.0 to 0.32.0 on
 #: PyPI, unless a line names another source.
 
@@ -188,6 +194,11 @@ class Engine:
         """Whether it can be told from which hosts it may fetch media; one that is not known may lack the option."""
         return self.version >= FIRST_MEDIA_DOMAINS
 
+    @property
+    def has_nnodes(self) -> bool | None:
+        """Whether its ranks connect to each other by themselves; None where its version is not known."""
+        return self.version >= FIRST_NNODES if self.version else None
+
     @classmethod
     def parse(cls, text: str) -> Engine:
         """Of a version as vLLM logs it; raises when the text is none. ``0.1.dev20482`` (built from a copy without
@@ -230,6 +241,12 @@ def of_image(image: str) -> Engine:
     if re.search(r"(^|/)vllm-openai(-\w+)?$", repository) and tag.startswith("v"):
         return Engine(_version(tag.partition("-")[0]))
     return Engine(())
+
+
+def has_ray(image: str) -> bool | None:
+    """Whether an image has Ray; None for one that is neither NVIDIA's nor upstream's."""
+    engine = of_image(image)
+    return engine.version < FIRST_WITHOUT_RAY if engine.version else None
 
 
 def moves(image: str) -> bool:

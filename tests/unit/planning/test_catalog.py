@@ -9,6 +9,7 @@ import pytest
 
 from sparkfleet import SparkfleetError
 from sparkfleet.planning import catalog, memory_plan, vllm_versions
+from tests.unit import ROOT
 
 CARD = (catalog.catalogue_folder() / "llama31-8b-fp8.yml").read_text(encoding="utf-8")
 
@@ -185,3 +186,24 @@ def test_a_script_in_place_of_a_card_is_not_quoted(tmp_path: Path) -> None:
     with pytest.raises(SparkfleetError, match="as a model card is; `sparkfleet card --from") as raised:
         catalog.load(str(path))
     assert "hf_secret" not in str(raised.value)
+
+
+def test_a_card_of_several_sparks_is_split_over_all_of_them(tmp_path: Path) -> None:
+    text = (
+        (ROOT / "models" / "llama33-70b-nvfp4.yml")
+        .read_text()
+        .replace("tool_call_parser:", "sparks: 6\ntool_call_parser:")
+    )
+    path = tmp_path / "six.yml"
+    path.write_text(
+        text.replace("arguments:\n", "arguments:\n  tensor_parallel_size: 2\n  pipeline_parallel_size: 3\n", 1)
+    )
+    card = catalog.load(str(path))
+    assert memory_plan.make(card, card.arguments).sparks == card.sparks == 6
+    path.write_text(text.replace("arguments:\n", "arguments:\n  pipeline_parallel_size: 6\n", 1))
+    assert memory_plan.make(catalog.load(str(path)), catalog.load(str(path)).arguments).sparks == 6
+    path.write_text(text.replace("arguments:\n", "arguments:\n  pipeline_parallel_size: 3\n", 1))
+    with pytest.raises(
+        SparkfleetError, match=r"sparks: 6, but .*tensor_parallel_size is 1 and .*pipeline_parallel_size 3"
+    ):
+        catalog.load(str(path))

@@ -187,7 +187,24 @@ def test_a_draft_with_its_own_keys_and_values_adds_groups() -> None:
         (model(FULL), mtp(3, model="org/draft"), "org/draft: the draft's attention is missing"),
         (model(FULL), mtp(0), "num_speculative_tokens: must be a whole number from 1 to 1024, not 0"),
         (model(FULL), {"speculative_config": "mtp"}, "speculative_config: must be a mapping"),
-        (model(FULL), {"pipeline_parallel_size": 2}, "pipeline_parallel_size 2: the planner knows only tensor"),
+        (
+            model(FULL),
+            {"decode_context_parallel_size": 2},
+            "decode_context_parallel_size 2: the planner knows only ten",
+        ),
+        (
+            model(FULL, FULL),
+            {"pipeline_parallel_size": 2},
+            "pipeline_parallel_size 2: the planner knows it only of models",
+        ),
+        (model(GDN, FULL), {"pipeline_parallel_size": 2}, "does not guess which layers"),
+        (model(FULL), {"pipeline_parallel_size": 11}, "the model has 10 layers, and each stage needs one"),
+        (model(FULL), {"pipeline_parallel_size": 2, **mtp(3)}, "what drafts on the last stage"),
+        (
+            dataclasses.replace(model(FULL), vision=True),
+            {"pipeline_parallel_size": 2},
+            "which stages of a model that tak",
+        ),
         (model(GDN, FULL), {"tensor_parallel_size": 3}, "tensor_parallel_size 3 does not divide"),
         (model(FULL), {"tensor_parallel_size": 3}, "tensor_parallel_size 3 and the . KV heads of full layers do not"),
         (model(dataclasses.replace(FULL, index_bytes=256, index_tokens=4)), {}, "planned from vLLM 0.29 on"),
@@ -201,6 +218,27 @@ def test_a_draft_with_its_own_keys_and_values_adds_groups() -> None:
 def test_what_is_missing_is_named(card: Card, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(SparkfleetError, match=words):
         cut(card, **arguments)
+
+
+@given(st.integers(1, 200), st.integers(1, 8))
+def test_layers_are_split_over_stages_as_vllm_does(layers: int, count: int) -> None:
+    card = model(dataclasses.replace(FULL, layers=layers))
+    if count > layers:
+        return
+    sizes = [layers // count] * count
+    for place in range(2, layers % count + 2):  # vllm/distributed/utils.py, get_pp_indices
+        sizes[-place] += 1
+    made = kv_layout.stages(card, {"pipeline_parallel_size": count})
+    assert [stage.layers for stage in made] == sizes and sum(sizes) == layers
+    assert [stage.first for stage in made] == [True] + [False] * (count - 1)
+    assert [stage.last for stage in made] == [False] * (count - 1) + [True]
+
+
+def test_a_stage_keeps_what_its_layers_need() -> None:
+    card, arguments = model(Attention("full", 32, 8, 128)), {"pipeline_parallel_size": 4}
+    for stage in kv_layout.stages(card, arguments):
+        made = kv_layout.layout(card, arguments, V025, stage)
+        assert made.block_bytes * 4 == cut(card).block_bytes and made.blocks(32768) == cut(card).blocks(32768)
 
 
 def test_without_the_hybrid_manager_windows_keep_all_tokens() -> None:

@@ -520,3 +520,64 @@ def test_layers_of_an_encoder_beside_others_are_refused() -> None:
     odd = dataclasses.replace(card, shape=dataclasses.replace(card.shape, attention=mixed))
     with pytest.raises(SparkfleetError, match="kind encoder beside others"):
         memory_plan.make(odd, odd.arguments)
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_a_stage_of_a_pipeline_holds_its_layers_and_an_end_of_the_model(stages: int) -> None:
+    whole, made = plan("llama33-70b-fp8"), plan("llama33-70b-fp8", pipeline_parallel_size=stages)
+    card = catalog.load("llama33-70b-fp8")
+    sizes: dict[str, Any] = {"pipeline_parallel_size": stages}
+    each = [memory_plan.stage_gib(card, sizes, stage) for stage in kv_layout.stages(card, sizes)]
+    end = card.shape.vocab * card.shape.hidden * 2 / GIB
+    # Embedding and output layer, in case that they are one tensor, are there twice.
+    assert sum(each) == pytest.approx(card.weights.memory_gib + end)
+    assert made.sparks == stages and made.weights_gib in each
+    assert made.kv_bytes_per_token == pytest.approx(whole.kv_bytes_per_token / stages, rel=0.02)
+    # All stages have as many blocks as the one that has room for the fewest.
+    tokens = [
+        memory_plan._of_stage(
+            card, {**card.arguments, **sizes}, "throughput", card.engine(), Memory(), stage
+        ).kv_cache_tokens
+        for stage in kv_layout.stages(card, sizes)
+    ]
+    assert made.kv_cache_tokens == min(tokens) > whole.kv_cache_tokens
+    assert made.weights_gib == each[tokens.index(min(tokens))]
+    # One stage after the other reads its weights.
+    assert made.decode_tok_s_limit == whole.decode_tok_s_limit
+    assert f"planned for each of {stages} Sparks: 1 for each of {stages} stages of layers" in made.notes
+
+
+def test_tensor_and_pipeline_parallelism_together() -> None:
+    made = plan("llama33-70b-fp8", pipeline_parallel_size=2, tensor_parallel_size=2)
+    half, two = plan("llama33-70b-fp8", tensor_parallel_size=2), plan("llama33-70b-fp8", pipeline_parallel_size=2)
+    assert made.sparks == 4 and made.weights_gib == pytest.approx(two.weights_gib / 2)
+    assert made.decode_tok_s_limit == half.decode_tok_s_limit
+    assert made.kv_bytes_per_token == half.kv_bytes_per_token // 2
+
+
+def test_a_stage_that_is_not_the_first_keeps_what_is_handed_to_it() -> None:
+    card = catalog.load("llama33-70b-fp8")
+    arguments: dict[str, Any] = {**card.arguments, "pipeline_parallel_size": 2}
+    first, last = (
+        memory_plan._of_stage(card, arguments, "throughput", card.engine(), Memory(), stage)
+        for stage in kv_layout.stages(card, arguments)
+    )
+    assert last.activation_gib - first.activation_gib == pytest.approx(32768 * 8192 * 8 / GIB)
+
+
+def test_ray_takes_memory_besides_the_engine() -> None:
+    sizes = {"tensor_parallel_size": 2}
+    alone, ray = (
+        plan("llama33-70b-fp8", **sizes, **more)  # type: ignore[arg-type]
+        for more in ({}, {"distributed_executor_backend": "ray"})
+    )
+    assert alone.left_gib - ray.left_gib == pytest.approx(memory_plan.RAY_GIB)
+    assert alone.kv_cache_gib == ray.kv_cache_gib
+    share = memory_plan.highest_share(Memory(), memory_plan.beyond_budget_gib({"distributed_executor_backend": "ray"}))
+    assert 0 < memory_plan.highest_share(Memory()) - share <= 0.02
+
+
+def test_models_that_are_not_planned_over_a_pipeline() -> None:
+    for name in ("gpt-oss-120b", "qwen36-27b-nvfp4", "gemma4-31b-nvfp4"):
+        with pytest.raises(SparkfleetError, match="pipeline_parallel_size 2: the planner"):
+            plan(name, pipeline_parallel_size=2)
