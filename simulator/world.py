@@ -37,6 +37,8 @@ from simulator.shell import SimulatorError
 IMAGE = "nvidia/vllm:25.09-py3"
 #: Of a world with --engine fault: one to upgrade to, and one for another processor.
 IMAGE_NEXT, IMAGE_FOREIGN = "nvidia/vllm:25.10-py3", "nvidia/vllm:25.11-py3"
+#: The first with a vLLM that connects several Sparks by itself is 25.12.
+IMAGE_RANKS = "nvidia/vllm:26.10-py3"
 REPOSITORY = "nvidia/Llama-3.1-8B-Instruct-FP8"
 #: The small model by its own name, for a second engine (simulator/cards).
 SECOND = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -276,13 +278,15 @@ class World:
                 self._fill_hub(internet, repository, mark, source)
 
     def _push(self, client: docker.DockerClient, state: dict[str, Any], cache: Path, engine: str) -> None:
-        for tag, image in self._engines(client, cache, engine, "gpu" in state).items():
-            repository = tag.partition(":")[0]
-            mark = f"sim-{tag.partition(':')[2]}-{image.rpartition(':')[2]}"
-            if registry_serves(state["registry_port"], tag, mark):
-                continue
-            self.say(f"pushing nvcr.io/{tag}")
-            push(client, image, state["registry_port"], (tag, f"{repository}:{mark}"), cache, self.say)
+        port = state["registry_port"]
+        for image, tags in self._engines(client, cache, engine, "gpu" in state).items():
+            version = image.rpartition(":")[2]
+            marks = {tag: f"sim-{tag.partition(':')[2]}-{version}" for tag in tags}
+            lacking = {tag: mark for tag, mark in marks.items() if not registry_serves(port, tag, mark)}
+            if lacking:
+                self.say(f"pushing {', '.join(f'nvcr.io/{tag}' for tag in lacking)}")
+                names = [*lacking, *(f"{tag.partition(':')[0]}:{mark}" for tag, mark in lacking.items())]
+                push(client, image, port, names, cache, self.say)
 
     def _models(self, client: docker.DockerClient, internet: Container, cache: Path) -> dict[str, tuple[str, Path]]:
         """What the simulated Hub lacks: mark and folder by repository."""
@@ -310,15 +314,16 @@ class World:
         put(internet, {f"srv/hub/{repository}/repo.json": entry}, mode=0o644)
         put(internet, {f"srv/hub/{repository}/mark": mark.encode()}, mode=0o644)
 
-    def _engines(self, client: docker.DockerClient, cache: Path, engine: str, cuda: bool) -> dict[str, str]:
-        """What the simulated nvcr.io serves: repository and tag -> local image."""
+    def _engines(self, client: docker.DockerClient, cache: Path, engine: str, cuda: bool) -> dict[str, list[str]]:
+        """What the simulated nvcr.io serves: local image -> repository and tag."""
         if engine == "vllm":
             made = cuda_image.ensure(client, self.say) if cuda else images.engine(client, cache, self.say)
-            return {IMAGE: made}
+            return {made: [IMAGE, IMAGE_RANKS]}
         if engine == "none":
-            return {IMAGE: images.build(client, "no-engine", cache, self.say)}
+            return {images.build(client, "no-engine", cache, self.say): [IMAGE]}
         first, second = (images.fault_engine(client, version, cache, self.say) for version in images.FAULT_VERSIONS)
-        return {IMAGE: first, IMAGE_NEXT: second, IMAGE_FOREIGN: images.foreign(client, first, self.say)}
+        foreign = images.foreign(client, first, self.say)
+        return {first: [IMAGE], second: [IMAGE_NEXT, IMAGE_RANKS], foreign: [IMAGE_FOREIGN]}
 
     def _spark(self, client: docker.DockerClient, name: str, state: dict[str, Any], cache: Path) -> None:
         known = state["sparks"][name]

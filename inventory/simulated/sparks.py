@@ -15,6 +15,7 @@ from pathlib import Path
 #: vLLM takes several hosts without Ray on GPUs by itself; its CPU build has to be told.
 RANKS = {
     "sparkfleet_nodes": "ranks",
+    "sparkfleet_image": "nvcr.io/nvidia/vllm:26.10-py3",
     "sparkfleet_fabric_management": True,
     "sparkfleet_model": str(Path(__file__).resolve().parents[2] / "simulator" / "cards" / "smollm2-135m.yml"),
     "sparkfleet_vllm_distributed_executor_backend": "mp",
