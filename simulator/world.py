@@ -276,6 +276,8 @@ class World:
             self._push(client, state, cache, engine)
             for repository, (mark, source) in models.result().items():
                 self._fill_hub(internet, repository, mark, source)
+        ask = "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8001/ready', timeout=60)"
+        self._until(lambda: run_in(internet, ["python3", "-c", ask])[0] == 0, "the simulated Hub")
 
     def _push(self, client: docker.DockerClient, state: dict[str, Any], cache: Path, engine: str) -> None:
         port = state["registry_port"]

@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import sys
+import threading
 import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,8 +34,16 @@ class Refusal(Exception):
         self.status, self.code = status, code
 
 
+_hashing = threading.Lock()  # one at a time: several requests for a cold file would each hash it
+
+
+def _digests(path: Path, size: int, modified: int) -> tuple[str, str]:
+    with _hashing:
+        return _hashed(path, size, modified)
+
+
 @functools.lru_cache(maxsize=256)
-def _digests(path: Path, _size: int, _modified: int) -> tuple[str, str]:
+def _hashed(path: Path, _size: int, _modified: int) -> tuple[str, str]:
     content = path.read_bytes()
     blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
     return blob, hashlib.sha256(content).hexdigest()
@@ -155,6 +164,10 @@ class Handler(BaseHTTPRequestHandler):
             if account is None:
                 raise Refusal(401, "", "Invalid username or password.")
             self._body({"type": "user", "name": account["name"], "auth": {"type": "access_token"}})
+        elif path == "/ready":  # the real Hub has no such path: all is hashed then, so that no client waits for it
+            for folder in self.root.glob("*/*/files"):
+                Repository(self.root, folder.parent.relative_to(self.root).as_posix()).commit()
+            self._body({"ready": True})
         elif api:
             self._api(self._repository(api[1]), api[2] or "revision", api[3] or "main")
         elif file:

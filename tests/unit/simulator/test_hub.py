@@ -337,6 +337,16 @@ def test_command_line_is_told_why(hub: Hub, tmp_path: Path) -> None:
     assert f"'{GATED}' requires approval" in run.stdout + run.stderr
 
 
+def test_it_is_ready_when_all_is_hashed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hub.raw("GET", "/ready", {})[0] == 200
+
+    def read(path: Path) -> bytes:
+        raise AssertionError(f"{path} is read again")
+
+    monkeypatch.setattr(stand_in.Path, "read_bytes", read)
+    assert hub.commit(OPEN)
+
+
 def test_whoami(hub: Hub) -> None:
     assert hub.api(ALICE).whoami()["name"] == "alice"
     with pytest.raises(HfHubHTTPError) as caught:
