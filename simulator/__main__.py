@@ -52,6 +52,12 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--sparks", type=_count, default=1, help="number of Sparks (default: %(default)s)")
     up.add_argument("--flavour", choices=FLAVOURS, default="dgxos", help="dgxos: as DGX OS ships; bare: sshd, Python")
     up.add_argument("--store", choices=STORES, default="graph", help="where Docker keeps images")
+    up.add_argument(
+        "--ca",
+        choices=("trusted", "private"),
+        default="trusted",
+        help="private: Sparks do not trust the CA of their internet, and the inventory has sparkfleet_ca_file",
+    )
     up.add_argument("--engine", choices=("vllm", "none", "fault"), default="vllm", help="what nvcr.io serves")
     up.add_argument(
         "--gpu", choices=("auto", "off"), default="auto", help="auto: a new world gets this machine's NVIDIA GPU"
@@ -147,7 +153,11 @@ def _run(options: argparse.Namespace, say: object) -> int:
     world = World(getattr(options, "world", "demo"), say)  # type: ignore[arg-type]
     match options.verb:
         case "up":
-            world.up(options.sparks, options.flavour, options.engine, options.store, options.gpu == "auto")
+            world.up(
+                *(options.sparks, options.flavour, options.engine, options.store),
+                use_gpu=options.gpu == "auto",
+                trusting=options.ca == "trusted",
+            )
             _status(world, as_json=False)
         case "status":
             _status(world, options.json)

@@ -106,8 +106,11 @@ class World:
 
     # -- up ---------------------------------------------------------------------------------------------------
 
-    def up(self, sparks: int, flavour: str, engine: str, store: str = "graph", use_gpu: bool = True) -> None:
-        """Bring the world up, or add to it what is missing; `flavour` and `store` are those of the Sparks it adds.
+    def up(
+        self, sparks: int, flavour: str, engine: str, store: str = "graph", use_gpu: bool = True, trusting: bool = True
+    ) -> None:
+        """Bring the world up, or add to it what is missing; `flavour`, `store` and whether they trust the CA of their
+        internet are those of the Sparks it adds.
 
         `use_gpu`: a new world with the real engine gets this machine's NVIDIA GPU, if there is one. The Sparks of a
         world share it.
@@ -140,14 +143,14 @@ class World:
             name = f"spark-{number}"
             if name not in state["sparks"]:
                 state["sparks"][name] = {
-                    **{"flavour": flavour, "store": store},
+                    **{"flavour": flavour, "store": store, "trusting": trusting},
                     **{"ssh": free_port(), "http": free_port()},
                 }
                 self._save(state)
             self._spark(client, name, state, cache)
         self._write_known_hosts(state)
         for name in state["sparks"]:
-            self._wait(client, name, state["sparks"][name]["flavour"])
+            self._wait(client, name, state["sparks"][name])
         self._save(state)
 
     def _gpu(self, client: docker.DockerClient) -> dict[str, Any]:
@@ -357,11 +360,13 @@ class World:
                     "etc/machine-id": f"{secrets.token_hex(16)}\n".encode(),
                     "etc/simulator/nameserver": f"nameserver {state['address']}\n".encode(),
                     "etc/simulator/meminfo": (gpu.meminfo(MEMINFO, found) if found else MEMINFO).encode(),
-                    "usr/local/share/ca-certificates/simulator.crt": (self.folder / "ca" / "ca.pem").read_bytes(),
                     "etc/ssh/authorized_keys": (ssh / "id_ed25519.pub").read_bytes(),
                 },
                 mode=0o644,
             )
+            if known.get("trusting", True):
+                authority = (self.folder / "ca" / "ca.pem").read_bytes()
+                put(container, {"usr/local/share/ca-certificates/simulator.crt": authority}, mode=0o644)
             if known.get("store") == "containerd":
                 settings: dict[str, Any] = {"features": {"containerd-snapshotter": True}}
                 settings |= RUNTIMES if known["flavour"] == "dgxos" else {}
@@ -387,17 +392,20 @@ class World:
         lines = [f"[127.0.0.1]:{known['ssh']} {key}" for known in state["sparks"].values()]
         write_private(self.folder / "ssh" / "known_hosts", "\n".join(lines) + "\n")
 
-    def _wait(self, client: docker.DockerClient, name: str, flavour: str) -> None:
+    def _wait(self, client: docker.DockerClient, name: str, known: dict[str, Any]) -> None:
         container = client.containers.get(self.container_name(name))
         port = self.state()["sparks"][name]["ssh"]
 
         def ready() -> bool:
             if not ssh_answers(port):
                 return False
-            starts = flavour == "dgxos" and run_in(container, ["systemctl", "is-enabled", "docker.service"])[0] == 0
+            starts = (
+                known["flavour"] == "dgxos" and run_in(container, ["systemctl", "is-enabled", "docker.service"])[0] == 0
+            )
             if starts and run_in(container, ["docker", "version"])[0] != 0:
                 return False
-            return run_in(container, ["curl", "-fsS", "-o", "/dev/null", "https://nvcr.io/v2/"])[0] == 0
+            unverified = [] if known.get("trusting", True) else ["--insecure"]
+            return run_in(container, ["curl", *unverified, "-fsS", "-o", "/dev/null", "https://nvcr.io/v2/"])[0] == 0
 
         self._until(ready, name)
 
@@ -441,7 +449,7 @@ class World:
         known = self.state()["sparks"].get(host)
         client = docker_host.connect()
         if known and client is not None:
-            self._wait(client, host, known["flavour"])
+            self._wait(client, host, known)
 
     def unplug(self, plugged: bool = False) -> None:
         """Cut the internet connection, the simulated and the real one, or give it back; Sparks reach each other and the

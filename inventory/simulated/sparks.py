@@ -33,6 +33,7 @@ def inventory(world: str, home: Path) -> dict[str, object]:
             "ansible_port": known["ssh"],
             "sparkfleet_address": f"sparkfleet-{world}-{name}",
             "sparkfleet_simulated_url": f"http://127.0.0.1:{known['http']}",
+            **({} if known.get("trusting", True) else {"sparkfleet_ca_file": str(folder / "ca" / "ca.pem")}),
         }
         for name, known in state["sparks"].items()
     }

@@ -13,6 +13,7 @@ from ansible.utils.display import Display
 from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 
 from sparkfleet import SparkfleetError
+from sparkfleet.documents import certificates
 from sparkfleet.fleet import image_digest, image_signature
 from sparkfleet.fleet.gateway import truth
 from sparkfleet.packaging.bundle import Bundle
@@ -27,7 +28,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
     TRANSFERS_FILES = False
     _supports_check_mode = True
     _VALID_ARGS = frozenset(
-        ("image", "registries", "proxy", "no_proxy", "bundle", "controller_verifies", "keys", "logins")
+        ("image", "registries", "proxy", "no_proxy", "bundle", "controller_verifies", "keys", "logins", "ca_file")
     )
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -47,7 +48,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                     "reason": "",
                 }
             proxy, no_proxy = (str(arguments.get(key) or "") for key in ("proxy", "no_proxy"))
-            ways = arguments.get("registries") or {}, proxy, no_proxy, logins(arguments.get("logins") or {})
+            ca = certificates.read(str(arguments.get("ca_file") or ""))
+            ways = arguments.get("registries") or {}, proxy, no_proxy, logins(arguments.get("logins") or {}), ca
             folder = Path(constants.DEFAULT_LOCAL_TMP)
             answer, new = image_digest.of_run(folder, image, *ways)
             failure = "image-unsigned"

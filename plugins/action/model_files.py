@@ -13,6 +13,7 @@ from ansible.utils.display import Display
 from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 
 from sparkfleet import SparkfleetError
+from sparkfleet.documents import certificates
 from sparkfleet.fleet import model_files
 from sparkfleet.fleet.gateway import truth
 from sparkfleet.packaging.bundle import Bundle
@@ -33,6 +34,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             "token",
             "proxy",
             "no_proxy",
+            "ca_file",
             "bundle",
             "remote_code",
             "pickle",
@@ -48,12 +50,6 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         arguments, variables = self._task.args, task_vars or {}
         host = str(variables.get("inventory_hostname"))
         repo, revision = str(arguments["repo"]), str(arguments["revision"])
-        way = model_files.Way(
-            endpoint=str(arguments.get("endpoint") or model_files.Way.endpoint),
-            token=str(arguments.get("token") or "").strip(),
-            proxy=str(arguments.get("proxy") or ""),
-            no_proxy=str(arguments.get("no_proxy") or ""),
-        )
         failure, code, new = "bad-input", truth(arguments.get("remote_code", False)), False
         try:
             if arguments.get("lock"):
@@ -62,6 +58,13 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                 trust = Bundle.trust(variables, self._templar.template)
                 answer = model_files.of_bundle(str(arguments["bundle"]), trust, repo, revision)
             else:
+                way = model_files.Way(
+                    endpoint=str(arguments.get("endpoint") or model_files.Way.endpoint),
+                    token=str(arguments.get("token") or "").strip(),
+                    proxy=str(arguments.get("proxy") or ""),
+                    no_proxy=str(arguments.get("no_proxy") or ""),
+                    ca=certificates.read(str(arguments.get("ca_file") or "")),
+                )
                 kinds = {"remote_code": code, "pickle": truth(arguments.get("pickle", False))}
                 answer, new = model_files.of_run(Path(constants.DEFAULT_LOCAL_TMP), repo, revision, way, **kinds)
             if answer.expected and arguments.get("listing"):

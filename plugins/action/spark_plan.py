@@ -19,6 +19,7 @@ from sparkfleet_host.bounded import GIB
 from sparkfleet_host.engine import PROJECT
 
 from sparkfleet import SparkfleetError, paths
+from sparkfleet.documents import certificates
 from sparkfleet.fleet import gateway
 from sparkfleet.fleet.model_files import Way
 from sparkfleet.monitoring import targets
@@ -84,6 +85,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             "hub_endpoint": settings.hub_endpoint,
             "proxy": settings.proxy,
             "no_proxy": settings.no_proxy,
+            "ca": settings.ca,
+            "registries": target.registries,
             "fabric": settings.spans is not None,
             "now": time.time(),
             # Reporting what is served needs no internet.
@@ -126,6 +129,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             token=settings.hf_token,
             proxy=settings.proxy,
             no_proxy=settings.no_proxy,
+            ca=settings.ca,
         )
         locked = settings.lock()
         for engine in settings.each():
@@ -155,6 +159,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             gateways_elsewhere=gateways(task_vars, but=host),
             sparks=_others(task_vars) if settled.get("sparkfleet_firewall") else (),
             monitors=_monitors(task_vars) if settled.get("sparkfleet_monitoring") else (),
+            ca=certificates.read(settled.get("sparkfleet_ca_file", "")),
             ssh_port=int(task_vars.get("ansible_port") or 22),
             host_program=hashlib.sha256(host_program.build(paths.CACHE).read_bytes()).hexdigest(),
         )

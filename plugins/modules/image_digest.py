@@ -17,6 +17,10 @@ options:
   registries: {description: "HOST[:PORT] to ask instead of a registry.", type: dict, default: {}}
   proxy: {description: Proxy between controller and registry., type: str, default: ""}
   no_proxy: {description: Names to reach without it., type: str, default: ""}
+  ca_file:
+    description: File with certificates in PEM of authorities to trust besides the controller's.
+    type: path
+    version_added: 0.3.0
   logins:
     description: Username and password by registry, as in C(sparkfleet_registry_logins).
     type: dict

@@ -252,8 +252,8 @@ def explain(text: str, ref: Reference, room: str = "") -> JobError:
     if has("x509:", "certificate", "tls: ", "server gave http response to https"):
         return JobError(
             "registry-tls",
-            f"{host} presents a certificate that this host does not trust; install its CA as"
-            f" /etc/docker/certs.d/{host}/ca.crt ({_short(text)})",
+            f"{host} presents a certificate that this host does not trust; set sparkfleet_ca_file to that of its CA, "
+            f"and run again ({_short(text)})",
         )
     if has("toomanyrequests", "too many requests"):
         return JobError("registry-limit", f"{host} limits the number of pulls; wait, or set sparkfleet_registry_logins")

@@ -220,10 +220,10 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.doc
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.integrity import verify_model
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.job import Job, JobError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.redaction import passwords
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.trust import CA_BUNDLE
 
 IMAGE = "sparkfleet/host-python:1"
 CONTAINER = "sparkfleet-fetch"
-CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 TRUST = ("/etc/ssl/certs", "/etc/ssl/openssl.cnf", "/etc/ca-certificates")  # not /etc/ssl/private
 TOKEN = "/run/secrets/hf_token"  # noqa: S105  a path, not a token
 CLIENT = "/hf_client.pyz"

@@ -20,6 +20,10 @@ options:
   token: {description: The Hub's token., type: str, default: ""}
   proxy: {description: Proxy between controller and Hub., type: str, default: ""}
   no_proxy: {description: Names to reach without it., type: str, default: ""}
+  ca_file:
+    description: File with certificates in PEM of authorities to trust besides the controller's.
+    type: path
+    version_added: 0.3.0
   bundle: {description: Folder whose list is used instead of the Hub., type: path}
   remote_code:
     description: Include code files, which the engine runs with C(trust_remote_code).

@@ -9,8 +9,9 @@ module: spark_remove
 short_description: Removes what Sparkfleet put on a host
 description:
   - Containers of ours, releases, the guard and the firewall with their units and settings, journal and metrics,
-    compile caches, and the empty image of the downloads. Models, engine images and the token only if requested.
-    Docker, the NVIDIA toolkit and earlyoom stay, and so does every container that is not ours.
+    compile caches, the CA of C(sparkfleet_ca_file), and the empty image of the downloads. Models, engine images and
+    the token only if requested. Docker, the NVIDIA toolkit and earlyoom stay, and so does every container that is not
+    ours.
   - Only models that Sparkfleet downloaded itself are removed, according to its lists in the cache;
     all other models stay.
   - If Docker is installed but does not respond, nothing is removed - its containers would come back with it.
@@ -53,6 +54,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host imp
     engine,
     firewall,
     monitoring,
+    trust,
 )
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import BoundsError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import (
@@ -112,6 +114,9 @@ def plan(params: dict[str, Any], store: Store, docker: Docker) -> list[Item]:
     keys = [Path(f"{KEY_FILE}{end}") for end in ("", ".next", ".previous")]
     files = [Path(SETTINGS_FILE), Path(LOGINS), *keys, *([Path(params["token_file"])] if params["token"] else [])]
     items += [(str(file), file.unlink) for file in files if file.exists()]
+    authorities = trust.Store()
+    if authorities.found():
+        items.append(("CA of sparkfleet_ca_file", lambda: authorities.apply("", [])))
     return items
 
 
@@ -224,7 +229,7 @@ def main() -> None:
         for name, remove in items:
             try:
                 remove()
-            except (OSError, DockerError, engine.EngineError, subprocess.SubprocessError) as error:
+            except (OSError, DockerError, engine.EngineError, trust.TrustError, subprocess.SubprocessError) as error:
                 module.fail_json(msg=f"cannot remove {name}: {error}; removed so far: {', '.join(done) or 'nothing'}")
             done.append(name)
     module.exit_json(changed=bool(items), removed=[name for name, _ in items])

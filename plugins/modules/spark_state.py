@@ -68,6 +68,15 @@ options:
   hub_endpoint: {description: Address of the Hub., type: str, default: "https://huggingface.co"}
   proxy: {description: Proxy between the host and the internet., type: str, default: ""}
   no_proxy: {description: Names to reach without it separated by commas., type: str, default: ""}
+  ca:
+    description: Certificates in PEM that the host is to trust besides its own; registry and Hub are asked with them.
+    type: str
+    default: ""
+  registries:
+    description: Registries that Docker is to trust by them.
+    type: list
+    elements: str
+    default: []
   fabric:
     description: Report network interfaces, ConnectX ports and their RDMA devices.
     type: bool
@@ -139,6 +148,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host imp
     firewall,
     monitoring,
     network,
+    trust,
 )
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import checksum, read_file
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import model_state
@@ -334,14 +344,17 @@ def hub_access(
     proxy: str = "",
     no_proxy: str = "",
     seconds: float = REACH_SECONDS,
+    ca: str = "",
 ) -> dict[str, Any]:
-    """What the Hub says of the model's config.json: a status of HTTP and the Hub's own error code."""
+    """What the Hub says of the model's config.json: a status of HTTP and the Hub's own error code. `ca`: authorities to
+    trust besides the host's."""
     request = urllib.request.Request(f"{endpoint}/{repo}/resolve/{revision}/config.json", method="HEAD")  # noqa: S310
     # Without TLS anybody on the way could read it.
     if token and (request.type == "https" or request.host.partition(":")[0] in ("127.0.0.1", "localhost")):
         request.add_header("Authorization", f"Bearer {token}")
     try:
-        with opener(request.full_url, proxy, no_proxy).open(request, timeout=seconds) as answer:
+        context = trust.context(ca) if ca else None
+        with opener(request.full_url, proxy, no_proxy, context).open(request, timeout=seconds) as answer:
             return {"status": answer.status, "error": ""}
     except urllib.error.HTTPError as error:
         status = 200 if error.code in (301, 302, 303, 307, 308) else error.code
@@ -364,13 +377,14 @@ def registry_access(
     no_proxy: str = "",
     seconds: float = REACH_SECONDS,
     config: dict[str, Any] | None = None,
+    ca: str = "",
 ) -> dict[str, Any]:
     """Whether the image's registry answers, with any status, asked as Docker asks it; `config` is RegistryConfig of
-    `docker info`. ``failure`` is an id of the table of failures."""
+    `docker info`, `ca`: authorities to trust besides the host's. ``failure`` is an id of the table of failures."""
     found = {"host": registry_host(image), "status": 0, "error": "", "failure": ""}
     info = {"HttpProxy": proxy, "HttpsProxy": proxy, "NoProxy": no_proxy, "RegistryConfig": config}
     try:
-        return {**found, "status": Registry(reference(image), info, None, seconds).ping()}
+        return {**found, "status": Registry(reference(image), info, None, seconds, ca=ca).ping()}
     except JobError as error:
         return {**found, "error": str(error), "failure": error.id}
     except OSError as error:
@@ -393,6 +407,29 @@ def service_environment(unit: str, names: Sequence[str]) -> tuple[str, ...]:
         pairs = []
     found = dict(pair.partition("=")[::2] for pair in pairs)
     return tuple(found.get(name, "") for name in names)
+
+
+def started_since(unit: str, moment: float) -> bool:
+    """Whether the main process of a unit was started at or after a moment, seconds since 1970; False if it does not
+    run."""
+    # Of the clock that is never set.
+    value = run("systemctl", "show", "--property=ExecMainStartTimestampMonotonic", "--value", unit) or "0"
+    started = int(value) / 1e6 if value.isdigit() else 0.0
+    return bool(started) and time.monotonic() - started <= time.time() - moment
+
+
+def trusted(store: trust.Store, pem: str, registries: Sequence[str]) -> dict[str, Any]:
+    """What there is of certificate authorities: `present`: files of ours, `current`: they are those that are wanted,
+    `program`: what writes the host's bundle is there, `daemon`: Docker was started after the newest of them was
+    written."""
+    found = store.found()
+    newest = max((path.stat().st_mtime for path in found if path.parent == store.local), default=None)
+    return {
+        "present": bool(found),
+        "current": store.is_current(pem, registries),
+        "program": store.has_program(),
+        "daemon": newest is not None and started_since("docker.service", newest),
+    }
 
 
 def docker_engine(project: str, images: Sequence[str], proxy: str = "", no_proxy: str = "") -> dict[str, Any]:
@@ -614,12 +651,13 @@ def gather(params: dict[str, Any]) -> dict[str, Any]:
             ]
             for asked_for, known in ((wanted, models), (drafts, drafting))
         )
+        trusts = pool.submit(trusted, trust.Store(), params["ca"], params["registries"])
         docker = engine.result()
         config, here = docker.pop("registries", {}), docker.pop("images", {})
         # What pulls is Docker: its own proxy counts where it has one.
         through = docker if docker.get("proxy") else params
         registries = {
-            name: pool.submit(patiently, functools.partial(ask_registry, name, through, config))
+            name: pool.submit(patiently, functools.partial(ask_registry, name, through, config, params["ca"]))
             for name in dict.fromkeys(images)
             if not here.get(name) and params["internet"]
         }
@@ -671,6 +709,7 @@ def gather(params: dict[str, Any]) -> dict[str, Any]:
             # Of the current release, and of trials.
             "measured": [*trials(store), *of_release(store, store.current())],
             "host_program": checksum(Path(params["project_dir"]) / "lib" / "sparkfleet_host.pyz"),
+            "trust": trusts.result(),
             "guard": guard(),
             "firewall": wall.result(),
             "fabric": fabric.summary(fabric.collect()) if params["fabric"] else None,
@@ -682,12 +721,16 @@ def gather(params: dict[str, Any]) -> dict[str, Any]:
 def ask_hub(params: dict[str, Any], engine: dict[str, Any], token: str, seconds: float) -> dict[str, Any]:
     """`hub_access` for an engine's model."""
     proxies = (params["proxy"], params["no_proxy"])
-    return hub_access(params["hub_endpoint"], engine["repo"], engine["revision"], token, *proxies, seconds)
+    return hub_access(
+        params["hub_endpoint"], engine["repo"], engine["revision"], token, *proxies, seconds, params["ca"]
+    )
 
 
-def ask_registry(image: str, through: dict[str, Any], config: dict[str, Any], seconds: float) -> dict[str, Any]:
+def ask_registry(
+    image: str, through: dict[str, Any], config: dict[str, Any], ca: str, seconds: float
+) -> dict[str, Any]:
     """`registry_access` for an image, through the proxy that Docker uses."""
-    return registry_access(image, through["proxy"], through["no_proxy"], seconds, config)
+    return registry_access(image, through["proxy"], through["no_proxy"], seconds, config, ca)
 
 
 def main() -> None:
@@ -727,6 +770,8 @@ def main() -> None:
             "hub_endpoint": {"type": "str", "default": "https://huggingface.co"},
             "proxy": {"type": "str", "default": ""},
             "no_proxy": {"type": "str", "default": ""},
+            "ca": {"type": "str", "default": ""},
+            "registries": {"type": "list", "elements": "str", "default": []},
             "status": {"type": "bool", "default": False},
             "fabric": {"type": "bool", "default": False},
             "now": {"type": "float", "default": 0},

@@ -867,7 +867,7 @@ def explain(error: BaseException, request: Request) -> FetchError:
             why = "rate limit reached" if status == 429 else "server error"
             return FetchError("hub-unreachable", f"{constants.ENDPOINT} answered {status} ({why}); run again later")
         if isinstance(cause, ssl.SSLError):
-            return _unreachable(f"TLS: {cause.reason or cause}; is its CA in /etc/ssl/certs/ca-certificates.crt?")
+            return _unreachable(f"TLS: {cause.reason or cause}; for a private CA set sparkfleet_ca_file")
         if isinstance(cause, httpx2.TransportError) and not _has_ssl(cause):
             return _unreachable(f"{str(cause) or type(cause).__name__}; check DNS, network and proxy of this host")
     text = " ".join(str(error).split())[:300]

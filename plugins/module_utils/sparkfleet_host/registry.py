@@ -351,7 +351,8 @@ def opener(
 
 class Registry:
     """The registry of an image. `info` is what `docker info` says (proxies, registries without TLS), `auth` what
-    `credentials` gives, `host` where to ask instead of the registry itself. Every method raises OSError
+    `credentials` gives, `host` where to ask instead of the registry itself, `ca` certificates in PEM of authorities to
+    trust besides this machine's. Every method raises OSError
     (`RegistryError` for a bad answer) on failure."""
 
     def __init__(
@@ -362,6 +363,7 @@ class Registry:
         timeout: float = 15,
         host: str = "",
         certificates: str | Path = CERTIFICATES,
+        ca: str = "",
     ) -> None:
         self.ref, self.timeout = ref, timeout
         self.host = host or ("registry-1.docker.io" if ref.registry == "docker.io" else ref.registry)
@@ -369,6 +371,8 @@ class Registry:
         for authority in sorted(Path(certificates, host or ref.registry).glob("*.crt")):
             with contextlib.suppress(OSError):
                 context.load_verify_locations(authority)
+        if ca:
+            context.load_verify_locations(cadata=ca)
         plain = insecure(host or ref.registry, info)
         proxies = {kind: str(info.get(key) or "") for kind, key in (("http", "HttpProxy"), ("https", "HttpsProxy"))}
         self._opener = opener(proxies, str(info.get("NoProxy") or ""), context, self.host if plain else "")

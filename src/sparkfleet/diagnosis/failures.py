@@ -506,7 +506,7 @@ TABLE: tuple[Failure, ...] = (
         "registry-tls",
         "the registry's certificate is not trusted",
         "a private CA, or a proxy that intercepts TLS",
-        "Put the CA certificate in /etc/docker/certs.d/REGISTRY/ca.crt on the host.",
+        "Set sparkfleet_ca_file to the CA's certificate, a PEM file on the controller.",
         (r"x509: certificate", r"tls: failed to verify certificate"),
     ),
     Failure(
@@ -580,7 +580,8 @@ TABLE: tuple[Failure, ...] = (
         "hub-unreachable",
         "the Hugging Face Hub cannot be reached",
         "the host's DNS, network, proxy or certificates",
-        "Check `curl -I https://huggingface.co` on the host, then run again: downloads resume.",
+        "Check `curl -I https://huggingface.co` on the host, set sparkfleet_ca_file if a CA of your own signs what it "
+        "sees there, then run again: downloads resume.",
         (
             r"[Cc]ouldn't connect to '?https://huggingface",
             r"HTTPSConnectionPool\(host='huggingface\.co'",
@@ -694,6 +695,12 @@ TABLE: tuple[Failure, ...] = (
         "the host's clock is wrong",
         "it is not synchronised; certificates and signatures look expired or not yet valid",
         "Set it: `timedatectl set-ntp true` on the host, and make sure it reaches a time server.",
+    ),
+    Failure(
+        "ca-program-missing",
+        "the host cannot be given a CA",
+        "the package ca-certificates is not installed",
+        "Install it: `apt-get install ca-certificates` on the host.",
     ),
     Failure(
         "docker-too-old",

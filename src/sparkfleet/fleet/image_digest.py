@@ -36,16 +36,17 @@ def resolve(
     config: str = DOCKER_CONFIG,
     seconds: float = IN_ALL,
     logins: Mapping[str, Mapping[str, str]] | None = None,
+    ca: str = "",
 ) -> Answer:
     """Ask the registry; an image with a digest is that digest. `registries` says where to ask instead: host of a
-    registry -> HOST[:PORT] with the same repositories. The proxy of the environment comes before `proxy`. `seconds` is
-    for all of it: names, login, redirects. Raises SparkfleetError for what is not the name of an image or of a
-    registry."""
+    registry -> HOST[:PORT] with the same repositories. The proxy of the environment comes before `proxy`. `ca`:
+    authorities in PEM to trust besides this controller's. `seconds` is for all of it: names, login, redirects. Raises
+    SparkfleetError for what is not the name of an image or of a registry."""
     ref = checked(image)
     if ref.digest:
         return Answer(ref.digest)
     try:
-        registry = registry_of(ref, registries, proxy, no_proxy, config, logins)
+        registry = registry_of(ref, registries, proxy, no_proxy, config, logins, ca)
         return Answer(bounded.in_time(lambda: digest_of(registry, ref.tag), seconds))
     except OSError as error:
         host = str(registries.get(ref.registry, "")) or ref.registry
@@ -67,6 +68,7 @@ def registry_of(
     no_proxy: str = "",
     config: str = DOCKER_CONFIG,
     logins: Mapping[str, Mapping[str, str]] | None = None,
+    ca: str = "",
 ) -> Registry:
     """The registry of an image as this controller asks it, see `resolve`; `logins` of the inventory come before those
     that `docker login` left in `config`. Raises SparkfleetError for what is not the name of a registry, and
@@ -87,7 +89,7 @@ def registry_of(
         login = login or credentials(Path(config).expanduser(), host or ref.registry)
     except RuntimeError:
         login = None  # a user without a home has no logins
-    return Registry(ref, ways, login, SECONDS, host)
+    return Registry(ref, ways, login, SECONDS, host, ca=ca)
 
 
 def of_run(
@@ -97,11 +99,12 @@ def of_run(
     proxy: str = "",
     no_proxy: str = "",
     logins: Mapping[str, Mapping[str, str]] | None = None,
+    ca: str = "",
 ) -> tuple[Answer, bool]:
     """`resolve` once a run for all its hosts, kept in a folder that lives as long as the run; whether it was asked just
     now. A tag that moves meanwhile is the same for every host, and a registry that is away costs its time once."""
     file = folder / "sparkfleet-digests.json"
     known, new = run_cache.ask(
-        file, image, lambda: dataclasses.asdict(resolve(image, registries, proxy, no_proxy, logins=logins))
+        file, image, lambda: dataclasses.asdict(resolve(image, registries, proxy, no_proxy, logins=logins, ca=ca))
     )
     return Answer(**known), new

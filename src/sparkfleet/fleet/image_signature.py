@@ -125,6 +125,7 @@ def require(
     proxy: str = "",
     no_proxy: str = "",
     logins: Mapping[str, Mapping[str, str]] | None = None,
+    ca: str = "",
 ) -> str:
     """Check an image whose publisher has a key in `keys`, once a run (kept in `folder`); the key's file, "" where the
     publisher has none. `answer`: what its tag stands for. Raises SparkfleetError for one that is not signed, or where
@@ -139,7 +140,7 @@ def require(
 
     def ask() -> dict[str, Any]:
         try:
-            registry = image_digest.registry_of(ref, registries, proxy, no_proxy, logins=logins)
+            registry = image_digest.registry_of(ref, registries, proxy, no_proxy, logins=logins, ca=ca)
             bounded.in_time(lambda: verify(registry, answer.digest, key), image_digest.IN_ALL)
         except SparkfleetError as error:
             return dataclasses.asdict(Verdict(str(error)))

@@ -13,6 +13,7 @@ from sparkfleet_host.bounded import BoundsError, printable
 from sparkfleet_host.registry import Registry, parse_manifest, resolve
 
 from sparkfleet import SparkfleetError
+from sparkfleet.documents import certificates
 from sparkfleet.fleet import image_digest, model_files
 from sparkfleet.fleet.model_files import Way
 from sparkfleet.planning import catalog, target
@@ -40,22 +41,26 @@ class Ways:
     proxy: str = ""
     no_proxy: str = ""
     logins: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict, repr=False)
+    ca: str = ""
 
     @classmethod
     def of(cls, values: Mapping[str, Any], token: str = "") -> Ways:
         """From a host's variables, as `variables.settle` returns them; `token` is the user's, where they have none."""
         settings = Settings.of(values)
+        ca = certificates.read(settings.ca_file)
         return cls(
             Way(
                 endpoint=values.get("sparkfleet_controller_hub") or settings.hub_endpoint,
                 token=settings.hf_token or token,
                 proxy=settings.proxy,
                 no_proxy=settings.no_proxy,
+                ca=ca,
             ),
             values.get("sparkfleet_controller_registries") or {},
             settings.proxy,
             settings.no_proxy,
             settings.registry_logins,
+            ca,
         )
 
 
@@ -66,7 +71,9 @@ def ask_image(image: str, ways: Ways, platform: str = PLATFORM) -> Image:
     """What a reference stands for. Raises UpstreamError, and SparkfleetError for what is no reference."""
     ref = image_digest.checked(image)
     try:
-        registry = image_digest.registry_of(ref, ways.registries, ways.proxy, ways.no_proxy, logins=ways.logins)
+        registry = image_digest.registry_of(
+            ref, ways.registries, ways.proxy, ways.no_proxy, logins=ways.logins, ca=ways.ca
+        )
         return bounded.in_time(lambda: _image(registry, ref.wanted, platform), IMAGE_SECONDS)
     except (OSError, BoundsError) as error:
         raise UpstreamError(f"{image}: its registry does not say what it is: {printable(str(error), 300)}") from None

@@ -33,6 +33,13 @@ from sparkfleet.planning.lock import Lock
 #: A controller without a way to the Hub keeps a run waiting no longer than this.
 SECONDS = 10.0
 LIMIT = 32 << 20  # bytes of a list
+#: Where distributions keep the certificates that they trust in one file.
+BUNDLES = (
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +62,14 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """How to the Hub. The proxy of the environment comes before `proxy`."""
+    """How to the Hub. The proxy of the environment comes before `proxy`; `ca`: authorities in PEM to trust besides this
+    controller's."""
 
     endpoint: str = "https://huggingface.co"
     token: str = dataclasses.field(default="", repr=False)
     proxy: str = ""
     no_proxy: str = ""
+    ca: str = ""
 
 
 def resolve(repo: str, revision: str, way: Way, remote_code: bool = False, pickle: bool = False) -> Answer:
@@ -108,7 +117,7 @@ def environment(way: Way, folder: Path) -> dict[str, str]:
     and there is none for a Hub without TLS."""
     found = urllib.request.getproxies()
     no_proxy = ",".join(filter(None, (found.get("no"), way.no_proxy)))
-    authorities = os.environ.get("SSL_CERT_FILE") or ssl.get_default_verify_paths().cafile
+    authorities = _authorities(way.ca, folder)
     variables = {
         "HOME": str(folder),
         "HF_HOME": str(folder / "hf"),
@@ -130,6 +139,18 @@ def environment(way: Way, folder: Path) -> dict[str, str]:
         with os.fdopen(os.open(folder / "token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(way.token)
     return {name: value for name, value in variables.items() if value}
+
+
+def _authorities(ca: str, folder: Path) -> str:
+    """The file of certificates that the client trusts: this machine's, and with `ca` a copy of that with them."""
+    own = os.environ.get("SSL_CERT_FILE") or ssl.get_default_verify_paths().cafile or ""
+    if not ca:
+        return own
+    # With a file named the client reads nothing else; Debian's Python names a folder alone.
+    base = own or next((place for place in BUNDLES if Path(place).is_file()), "")
+    file = folder / "ca.pem"
+    file.write_text((Path(base).read_text(encoding="utf-8", errors="replace") + "\n" if base else "") + ca, "utf-8")
+    return str(file)
 
 
 def _is_private(endpoint: str) -> bool:

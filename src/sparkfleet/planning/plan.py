@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from sparkfleet_host import cache
 from sparkfleet_host.rank import LAST_WORKER, MEET
+from sparkfleet_host.registry import reference, valid_image
 from sparkfleet_host.release_format import DUMMY, FORMAT, GROUP_FORMAT, TRIAL, TRIAL_FORMAT
 
 from sparkfleet import __version__, operator_name
@@ -37,6 +38,7 @@ class Work:
 def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]:
     """The plan as plain data (it becomes an Ansible variable); `reads`: for one that changes nothing."""
     target = target.connected(state)
+    trust = authorities(target, state)
     docker, toolkit, cache, hygiene, program, guard, wall = prepare(target, state)
     fetches = [fetch(target, *pair) for pair in pairs(target, state)]
     document = target.document(state)
@@ -76,6 +78,7 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
             for index, engine in enumerate(target.engines)
         ],
         "fetches": fetched(target, state, fetches),
+        "registries": target.registries,
         "lock": str(target.lock.path) if target.lock else "",
         "compose": document,
         "release": release(target, document, figures, state),
@@ -84,10 +87,11 @@ def make(target: Target, state: State, *, reads: bool = False) -> dict[str, Any]
         "checks": [{"name": check.name, "seen": check.seen, "ok": not check.findings} for check in checks],
         "findings": [dataclasses.asdict(finding) for check in checks for finding in check.findings],
         "prepare": {
-            "needed": any(work.reasons for work in (docker, toolkit, cache, hygiene, program, guard, wall)),
+            "needed": any(work.reasons for work in (trust, docker, toolkit, cache, hygiene, program, guard, wall)),
+            "trust": trust.reasons,
             "docker": docker.reasons,
             "install_docker": not state["docker"]["installed"],
-            "restart_docker": stale_proxy(target, state),
+            "restart_docker": stale_proxy(target, state) or stale_trust(target, state),
             "toolkit": toolkit.reasons,
             "cache": cache.reasons,
             "memory": hygiene.reasons,
@@ -148,6 +152,7 @@ def prepare(target: Target, state: State) -> tuple[Work, Work, Work, Work, Work,
         if settings.proxy
         else "let Docker use no proxy of ours any more and restart it",
     )
+    docker.add(stale_trust(target, state), "restart Docker so that it trusts the CA for Docker Hub")
     wants = settings.docker_group and not state["operator"]["in_docker_group"]
     docker.add(wants, f"put {settings.operator} into the group docker")
 
@@ -215,6 +220,27 @@ def prepare(target: Target, state: State) -> tuple[Work, Work, Work, Work, Work,
     else:
         guard.add(there["active"] or there["enabled"], "stop the guard")
     return docker, toolkit, cache, hygiene, program, guard, wall(target, state)
+
+
+def authorities(target: Target, state: State) -> Work:
+    """Reasons to change which certificate authorities the host and its Docker trust."""
+    work, there = Work(), state["trust"]
+    if target.settings.ca:
+        work.add(not there["current"], f"trust the CA of {target.settings.ca_file}")
+    else:
+        work.add(there["present"] or not there["current"], "trust the CA of sparkfleet_ca_file no longer")
+    return work
+
+
+def stale_trust(target: Target, state: State) -> bool:
+    """Whether Docker has to be restarted to trust the CA. It reads the host's certificates once, and those of a
+    registry at each pull; with its own image store it has none for Docker Hub."""
+    docker, there = state["docker"], state["trust"]
+    if not (target.settings.ca and docker["running"]) or docker.get("store") == "containerd" or target.bundle:
+        return False
+    pulls = [engine.image for engine, found in pairs(target, state) if not found.get("image")]
+    asked = any(reference(image).registry == "docker.io" for image in pulls if valid_image(image))
+    return asked and not (there["current"] and there["daemon"])
 
 
 def wall(target: Target, state: State) -> Work:

@@ -132,6 +132,7 @@ def checks(target: Target, state: State, work: Work) -> tuple[list[Check], list[
         _gpu(target, state),
         _system(target, state),
         _clock(state),
+        *([_trust(state)] if target.settings.ca else []),
         _docker(target, state),
         _toolkit(state),
         *(_image(target, state, case) for case in cases),
@@ -209,6 +210,15 @@ def _clock(state: State) -> Check:
     size = f"{abs(offset) / 86400:.1f} days" if abs(offset) >= 86400 else f"{abs(offset) / 60:.0f} minutes"
     seen = f"{size} {'ahead of' if offset > 0 else 'behind'} this machine's"
     return Check("clock", seen, (known("clock-wrong", f"the host's clock is {seen}"),))
+
+
+def _trust(state: State) -> Check:
+    """Whether the host can be given a CA."""
+    trust = state["trust"]
+    if trust["program"]:
+        return Check("ca", "trusted" if trust["current"] else "not trusted yet; will be")
+    fact = "the host has no update-ca-certificates, which adds the CA of sparkfleet_ca_file to what it trusts"
+    return Check("ca", "no update-ca-certificates", (known("ca-program-missing", fact),))
 
 
 def _docker(target: Target, state: State) -> Check:
@@ -613,8 +623,8 @@ def _hub(state: State, case: ModelCase) -> Check:
     if hub["status"] == 0:
         finding = Finding(
             "hub-unreachable",
-            f"the host does not reach the Hugging Face Hub ({hub['error']}): check its name server, proxy "
-            "and certificates",
+            f"the host does not reach the Hugging Face Hub ({hub['error']}): check its name server and proxy; "
+            "for a Hub or a proxy with a private CA set sparkfleet_ca_file",
         )
     elif hub["status"] == 401 and not has_token:
         finding = Finding(

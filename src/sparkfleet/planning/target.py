@@ -14,7 +14,9 @@ from typing import Any
 import yaml
 from sparkfleet_host import cache, fabric
 from sparkfleet_host.bounded import HOST, printable
+from sparkfleet_host.registry import reference, valid_image
 from sparkfleet_host.release_format import DUMMY, MOST_ENGINES
+from sparkfleet_host.trust import CA_BUNDLE
 from sparkfleet_host.verify import GENERATIVE, embeds
 
 from sparkfleet import SparkfleetError
@@ -86,7 +88,7 @@ class Settings:
     cache_group: str = "docker"
     cache_mode: str = "2775"
     compile_cache_dir: str = "/var/cache/sparkfleet"
-    ca_file: str = ""  # certificate authorities of the host, for an engine that downloads by itself
+    ca_file: str = ""  # certificates on the controller of authorities that hosts trust besides their own
     operator: str = "root"
     hf_token: str = dataclasses.field(default="", repr=False)
     registry_logins: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict, repr=False)
@@ -132,6 +134,7 @@ class Settings:
     ssh_port: int = 22
     trial: str = ""  # weights of a trial, which is not to serve: dummy or real
     trial_loads: Sequence[Mapping[str, int]] = ()  # that it measures (sparkfleet_host.release_format); () for its own
+    ca: str = ""  # what ca_file has, in PEM
     host_program: str = ""  # sha256 of the program that is to be on the host; empty: not checked
     lock_file: str = ""  # what tags and revisions stand for; empty: what registry and Hub say
     lock_signers: str = ""  # file of those one of whom must have signed it; empty: not checked
@@ -495,6 +498,11 @@ class Target:
         pairs = zip(self.engines, known, strict=True)
         return compose.merged([self._document(engine, found, state) for engine, found in pairs])
 
+    @property
+    def registries(self) -> list[str]:
+        """Registries that images of the engines come from, as Docker names them."""
+        return sorted({reference(engine.image).registry for engine in self.engines if valid_image(engine.image)})
+
     def rank(self, state: State | None) -> compose.Rank:
         """This host's rank, with what was found of its fabric."""
         nodes = self.settings.spans
@@ -533,7 +541,7 @@ class Target:
             commit=commits[0],
             cache_dir=self.settings.cache_dir,
             compile_cache_dir=self.settings.compile_cache_dir,
-            ca_file=self.settings.ca_file,
+            ca_file=CA_BUNDLE if self.settings.ca_file else "",
             port=engine.engine_port,
             addresses=addresses,
             api_key_enabled=self.settings.api_key_enabled and not trial,

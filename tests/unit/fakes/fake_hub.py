@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import ssl
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 
@@ -74,8 +76,8 @@ class Hub:
 
 
 @contextmanager
-def serve(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
-    """Serves `hub` until the end of the block; sets its url."""
+def serve(hub: Hub, host: str = "127.0.0.1", port: int = 0, pair: Path | None = None) -> Iterator[Hub]:
+    """Serves `hub` until the end of the block; sets its url. Over TLS with a certificate and its key."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -222,7 +224,11 @@ def serve(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
             pass  # a client that was killed half way is part of the tests
 
     with Server((host, port), Handler) as server:
-        hub.url = f"http://{host}:{server.server_address[1]}"
+        if pair:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(pair)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+        hub.url = f"{'https' if pair else 'http'}://{host}:{server.server_address[1]}"
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         try:
             yield hub

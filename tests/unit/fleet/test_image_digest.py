@@ -13,9 +13,11 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+from sparkfleet_host import registry
 
 from sparkfleet import SparkfleetError
 from sparkfleet.fleet import image_digest
+from tests.unit.fakes.authority import Authority
 from tests.unit.fakes.fake_registry import FakeRegistry, digest, reply, serving
 
 IMAGE = "nvcr.io/nvidia/vllm:1"
@@ -30,6 +32,18 @@ def upstream() -> Iterator[FakeRegistry]:
 def test_the_registry_says_it(upstream: FakeRegistry) -> None:
     found = image_digest.resolve(f"{upstream.address}/nvidia/vllm:1", {})
     assert found == image_digest.Answer(digest(upstream.index))
+
+
+def test_a_registry_with_a_private_ca(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Docker does not verify registries on loopback.
+    monkeypatch.setattr(registry, "insecure", lambda *_: False)
+    authority = Authority(tmp_path)
+    with serving(FakeRegistry(), authority.server) as upstream:
+        image = f"{upstream.address}/nvidia/vllm:1"
+        assert "CERTIFICATE_VERIFY_FAILED" in image_digest.resolve(image, {}).reason
+        assert image_digest.resolve(image, {}, ca=authority.pem) == image_digest.Answer(digest(upstream.index))
+        asked = (tmp_path, image, {}, "", "", None)
+        assert image_digest.of_run(*asked, authority.pem)[0] == image_digest.Answer(digest(upstream.index))
 
 
 def test_another_registry_with_the_same_repositories_is_asked(upstream: FakeRegistry, tmp_path: Path) -> None:
@@ -148,7 +162,9 @@ def test_the_inventorys_proxy(monkeypatch: pytest.MonkeyPatch, no_proxy: str) ->
     )
     made: list[dict[str, object]] = []
     real = image_digest.Registry
-    monkeypatch.setattr(image_digest, "Registry", lambda ref, info, *rest: made.append(info) or real(ref, info, *rest))
+    monkeypatch.setattr(
+        image_digest, "Registry", lambda ref, info, *rest, **more: made.append(info) or real(ref, info, *rest, **more)
+    )
     image_digest.resolve("registry.example/a:1", {}, "http://proxy:3128", no_proxy)
     assert made == [{"HttpProxy": "http://proxy:3128", "HttpsProxy": "http://proxy:3128", "NoProxy": no_proxy}]
     monkeypatch.setenv("HTTPS_PROXY", "http://mine:1")

@@ -24,6 +24,7 @@ from sparkfleet.fleet.model_files import Answer, Way
 from sparkfleet.packaging import hub_client
 from sparkfleet.packaging.bundle import Bundle, Entry
 from sparkfleet.planning.lock import Lock
+from tests.unit.fakes.authority import Authority
 from tests.unit.fakes.fake_hub import Hub, serve
 from tests.unit.host.test_fetch_model import fetch
 
@@ -195,6 +196,30 @@ def test_proxy_and_authorities(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("SSL_CERT_FILE", "/mine.pem")
     found = model_files.environment(way, tmp_path)
     assert (found["HTTPS_PROXY"], found["SSL_CERT_FILE"]) == ("http://mine:1", "/mine.pem")
+
+
+def test_a_private_ca_is_trusted_besides_this_controllers_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the real client, asked by TLS; those that this controller trusts otherwise stay trusted."""
+    authority, other = Authority(tmp_path / "ca"), Authority(tmp_path / "other", "Another CA")
+    with serve(Hub(files=dict(FILES), large=("model.safetensors",)), pair=authority.server) as hub:
+        failed = ask(hub)
+        assert failed.failure == "hub-unreachable" and "for a private CA set sparkfleet_ca_file" in failed.reason
+        assert ask(hub, ca=authority.pem) == Answer(hub.commit, has(hub))
+        assert ask(hub, ca=other.pem).failure == "hub-unreachable"
+        monkeypatch.setenv("SSL_CERT_FILE", str(authority.ca))
+        assert ask(hub, ca=other.pem) == Answer(hub.commit, has(hub))
+
+
+def test_the_distributions_certificates_are_found_where_python_names_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle.crt"
+    bundle.write_text("of the distribution")
+    monkeypatch.setattr(model_files.ssl, "get_default_verify_paths", lambda: SimpleNamespace(cafile=None))
+    monkeypatch.setattr(model_files, "BUNDLES", (str(tmp_path / "missing"), str(bundle)))
+    found = model_files.environment(Way(ca="private"), tmp_path)
+    assert Path(found["SSL_CERT_FILE"]).read_text() == "of the distribution\nprivate"
+    assert "SSL_CERT_FILE" not in model_files.environment(Way(), tmp_path)
 
 
 def test_a_run_asks_once(hub: Hub, tmp_path: Path) -> None:

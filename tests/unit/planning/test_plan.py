@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import yaml
 from sparkfleet_host.bounded import GIB
+from sparkfleet_host.trust import CA_BUNDLE
 
 from sparkfleet import SparkfleetError
 from sparkfleet.planning import firewall, plan, preflight, variables
+from sparkfleet.planning.compose import CA_IN_CONTAINER
 from sparkfleet.planning.target import EngineSettings, Settings, Target
 
 SERVICE = "vllm-llama31-8b-fp8"
@@ -49,6 +51,7 @@ def bare() -> State:
         "project_dir": None,
         "token": {"present": False, "private": False, "current": False},
         "registry_logins": {"present": False, "private": False, "current": True},
+        "trust": {"present": False, "current": True, "program": True, "daemon": False},
         "engines": [
             {
                 "image": None,
@@ -865,6 +868,59 @@ def test_a_proxy_is_given_to_docker() -> None:
     assert made["docker"] == ["let Docker use no proxy of ours any more and restart it"] and made["restart_docker"]
     made = plan.make(target(proxy="http://me:secret@proxy:3128"), prepared())["prepare"]
     assert not made["docker"] and not made["restart_docker"]
+
+
+def test_a_private_ca_is_given_to_the_host_and_taken_away() -> None:
+    state, wanted = prepared(), target(ca_file="/srv/ca.pem", ca="PEM")
+    state["trust"]["current"] = False
+    assert plan.make(wanted, state)["registries"] == ["nvcr.io"]
+    made = plan.make(wanted, state)["prepare"]
+    assert made["trust"] == ["trust the CA of /srv/ca.pem"] and made["needed"]
+    assert not made["docker"] and not made["restart_docker"]
+    state["trust"] |= {"current": True, "present": True}
+    assert not plan.make(wanted, state)["prepare"]["trust"]
+    assert plan.make(target(), state)["prepare"]["trust"] == ["trust the CA of sparkfleet_ca_file no longer"]
+    # The files are gone, what was built of them is not.
+    state["trust"] |= {"current": False, "present": False}
+    assert plan.make(target(), state)["prepare"]["trust"] == ["trust the CA of sparkfleet_ca_file no longer"]
+
+
+def test_an_engine_that_downloads_by_itself_trusts_what_its_host_trusts() -> None:
+    wanted = target(model_source="hub", ca_file="/srv/ca.pem", ca="PEM")
+    volumes = wanted.document(fetched())["services"][SERVICE]["volumes"]
+    assert f"{CA_BUNDLE}:{CA_IN_CONTAINER}:ro" in volumes
+    assert "/srv/ca.pem" not in str(wanted.document(fetched()))
+
+
+def test_docker_is_restarted_for_a_ca_only_where_it_would_not_read_it() -> None:
+    def work(image: str, ca: str = "PEM", **docker: Any) -> dict[str, Any]:
+        state["docker"] |= docker
+        found = plan.make(target(ca_file="/srv/ca.pem" if ca else "", ca=ca, image=image), state)["prepare"]
+        assert any("restart" in reason for reason in found["docker"]) == found["restart_docker"]
+        return dict(found)
+
+    state, hub = prepared(), "vllm/vllm-openai:v0.24.0"
+    state["trust"]["current"] = False
+    assert work(hub)["docker"] == ["restart Docker so that it trusts the CA for Docker Hub"]
+    assert not work("nvcr.io/nvidia/vllm:25.09-py3")["restart_docker"]
+    assert not work(hub, ca="")["restart_docker"]
+    assert not work(hub, store="containerd")["restart_docker"]
+    assert not work(hub, store="docker", running=False, installed=False, compose=None)["restart_docker"]
+    state["docker"] |= {"running": True, "installed": True, "compose": "2.40.3"}
+    # It has been there for longer than Docker runs, or for less.
+    state["trust"] |= {"current": True, "present": True, "daemon": True}
+    assert not work(hub)["restart_docker"]
+    state["trust"]["daemon"] = False
+    assert work(hub)["restart_docker"]
+    state["engines"][0]["image"] = {"id": "sha256:1", "digest": DIGEST, "size": 20 * GIB}
+    assert not work(hub)["restart_docker"]
+
+
+def test_a_host_that_cannot_be_given_a_ca_is_refused() -> None:
+    state = prepared()
+    state["trust"]["program"] = False
+    assert "ca-program-missing" in ids(target(ca_file="/srv/ca.pem", ca="PEM"), state)
+    assert "ca-program-missing" not in ids(target(), state)
 
 
 def test_tool_calls_are_the_cards_and_can_be_left_out() -> None:

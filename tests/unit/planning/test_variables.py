@@ -36,6 +36,7 @@ def test_settings_have_the_names_and_the_defaults_of_the_inventory() -> None:
         target.Settings.of({}),
         {
             "arguments",
+            "ca",
             "gateways",
             "gateways_elsewhere",
             "host_program",

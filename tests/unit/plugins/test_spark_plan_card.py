@@ -15,6 +15,7 @@ from plugins.action import spark_plan
 from sparkfleet import paths
 from sparkfleet.fleet import model_files
 from sparkfleet.planning import catalog
+from tests.unit.fakes.authority import Authority
 from tests.unit.fakes.fake_hub import Hub, serve
 from tests.unit.planning.test_model_config import FOLDER
 
@@ -94,6 +95,18 @@ def test_the_hub_of_the_controller_comes_first(hub: Hub) -> None:
 def test_a_hub_that_is_not_reached_is_bad_input_that_says_so(hub: Hub) -> None:
     with pytest.raises(AnsibleActionFail, match=r"spark-1: no card for acme/tiny@main: .*cannot be reached"):
         run(hub, sparkfleet_hub_endpoint="http://127.0.0.1:9")
+
+
+def test_a_private_ca_is_read_here_and_given_to_the_inspection(hub: Hub, tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "ca")
+    with serve(Hub(repo="acme/private", files=dict(FILES), large=("model.safetensors",)), pair=authority.server) as own:
+        _, asked = run(own, sparkfleet_ca_file=str(authority.ca), sparkfleet_image="registry.example:5000/vllm:1")
+    assert asked["ca"] == authority.pem and asked["registries"] == ["registry.example:5000"]
+    assert asked["engines"][0]["revision"] == own.commit
+    _, asked = run(hub)
+    assert asked["ca"] == "" and asked["registries"] == ["docker.io"]
+    with pytest.raises(AnsibleActionFail, match="spark-1: sparkfleet_ca_file: /nowhere is not there"):
+        run(hub, sparkfleet_ca_file="/nowhere")
 
 
 @pytest.mark.parametrize("more", [{"status": True}, {"sparkfleet_bundle": "/nowhere"}])

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 from plugins.modules import spark_state
+
+from tests.unit.fakes.authority import Authority
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -180,6 +183,49 @@ def test_a_registry_that_does_not_speak_tls(hub: str) -> None:
     assert (found["status"], found["failure"]) == (0, "registry-tls")
     insecure = {"IndexConfigs": {host: {"Secure": False}}}
     assert spark_state.registry_access(f"{host}/x:1", config=insecure)["status"] == 501  # any answer is one
+
+
+def test_registry_and_hub_are_asked_with_the_ca_that_the_host_is_to_trust(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    with authority.serving(Hub) as host:
+        # Docker does not verify one on loopback unless it is told to.
+        config = {"IndexConfigs": {host: {"Secure": True}}}
+        found = spark_state.registry_access(f"{host}/x:1", config=config)
+        assert (found["status"], found["failure"]) == (0, "registry-tls")
+        found = spark_state.registry_access(f"{host}/x:1", config=config, ca=authority.pem)
+        assert found["status"] == 501  # any answer is one
+        asked = (f"https://{host}", "org/model", "main", "good")
+        assert "CERTIFICATE_VERIFY_FAILED" in spark_state.hub_access(*asked)["error"]
+        assert spark_state.hub_access(*asked, ca=authority.pem)["status"] == 200
+
+
+def test_whether_docker_was_started_before_the_ca_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What systemd says of a main process is seconds of a clock that starts with the machine."""
+    tool = tmp_path / "systemctl"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for ago, expected in ((60, False), (10, True)):
+        tool.write_text(f"#!/bin/sh\necho {int((time.monotonic() - ago) * 1e6)}\n")
+        tool.chmod(0o755)
+        assert spark_state.started_since("docker.service", time.time() - 30) is expected
+    for said in ("0", "", "[not set]"):
+        tool.write_text(f"#!/bin/sh\necho '{said}'\n")
+        assert not spark_state.started_since("docker.service", 0)
+
+
+def test_what_a_host_trusts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = spark_state.trust.Store(tmp_path / "local", tmp_path / "etc", tmp_path / "docker", "/bin/true")
+    nothing = {"present": False, "current": True, "program": True, "daemon": False}
+    assert spark_state.trusted(store, "", ["nvcr.io"]) == nothing
+    pem = Authority(tmp_path / "authority").pem
+    assert spark_state.trusted(store, pem, ["nvcr.io"]) == nothing | {"current": False}
+    for path, text in store.wanted(pem, ["nvcr.io"]).items():
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    (tmp_path / "etc").mkdir()
+    store.bundle.write_text(pem)
+    monkeypatch.setattr(spark_state, "started_since", lambda unit, moment: moment > time.time() - 60)
+    assert spark_state.trusted(store, pem, ["nvcr.io"]) == dict.fromkeys(nothing, True)
+    assert spark_state.trusted(store, "", []) == dict.fromkeys(nothing, True) | {"current": False}
 
 
 DRIVER = {"DriverStatus": [["driver-type", "io.containerd.snapshotter.v1"]]}

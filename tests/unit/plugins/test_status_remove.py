@@ -247,6 +247,19 @@ def test_remove_takes_the_firewall_off(
     assert asked == ["disable --now firewall.service", "daemon-reload"]
 
 
+def test_remove_takes_the_private_ca_away(
+    remove: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = spark_remove.trust.Store(tmp_path / "ca", tmp_path / "etc", tmp_path / "docker", str(tmp_path / "missing"))
+    monkeypatch.setattr(spark_remove.trust, "Store", lambda: found)
+    assert "CA of sparkfleet_ca_file" not in remove(check=True)["removed"]
+    file = tmp_path / "ca" / "sparkfleet-0123.crt"
+    file.parent.mkdir()
+    file.write_text("x")
+    assert "CA of sparkfleet_ca_file" in remove(check=True)["removed"] and file.exists()
+    assert "CA of sparkfleet_ca_file" in remove()["removed"] and not file.exists()
+
+
 def test_remove_keeps_models_and_token_unless_asked(
     remove: Callable[..., dict[str, Any]], engine: Engine, tmp_path: Path
 ) -> None:

@@ -248,6 +248,16 @@ def test_inventory(home: Path) -> None:
     assert several == {"hosts": ["spark-2", "spark-1"], "vars": {"sparkfleet_gateway_address": "127.0.0.1"}}
 
 
+def test_a_spark_that_does_not_trust_the_ca_of_its_internet_has_it_in_the_inventory(home: Path) -> None:
+    made = write_world()
+    state = made.state()
+    state["sparks"]["spark-2"]["trusting"] = False
+    made._save(state)
+    hosts = json.loads(script().stdout)["_meta"]["hostvars"]
+    assert "sparkfleet_ca_file" not in hosts["spark-1"]
+    assert hosts["spark-2"]["sparkfleet_ca_file"] == str(made.folder / "ca" / "ca.pem")
+
+
 def test_inventory_keeps_the_token_to_itself(home: Path) -> None:
     made = write_world()
     answer = script()
