@@ -132,10 +132,14 @@ def _place(inventory: str, hosts: dict[str, dict[str, Any]]) -> Path:
 def _packages(options: argparse.Namespace) -> dict[str, dict[str, str]]:
     """Versions of packages by system, of the Sparks that `--packages` names. Raises SparkfleetError where two of one
     system have different ones, or one does not answer."""
+    os.environ.setdefault("ANSIBLE_CONFIG", str(ROOT / "ansible.cfg"))
+    from sparkfleet.documents import inventory  # noqa: PLC0415 - Ansible reads its configuration as it is imported
+
+    hosts = ",".join(inventory.matching(options.inventory, options.packages))
     collector, found = Collector(lambda host, line: None), dict[str, dict[str, str]]()
     with tempfile.TemporaryDirectory(prefix="sparkfleet-") as folder:
         words = [word for pair in options.extra_vars for word in ("-e", pair)]
-        words += ["-l", options.packages, "-e", json.dumps({"sparkfleet_sbom_folder": folder})]
+        words += ["-l", hosts, "-e", json.dumps({"sparkfleet_sbom_folder": folder})]
         words += ["--ask-become-pass"] if options.ask_become_pass else []
         run_playbook("sbom", options.inventory, words, collector)
         for name, host in sorted(collector.hosts.items()):

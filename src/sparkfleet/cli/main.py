@@ -356,23 +356,22 @@ def _arguments(options: argparse.Namespace) -> list[str]:
 
 #: What vLLM colours its log with.
 _COLOUR = re.compile(r"\x1b\[[0-9;]{0,32}m")
-#: A limit that Ansible itself checks well: names and wildcards, separated by commas.
+#: A limit that Ansible may be given as it is: names and wildcards, separated by commas.
 _SIMPLE = re.compile(r"[A-Za-z0-9_.*?-]+(,[A-Za-z0-9_.*?-]+)*")
 
 
 def _limit(options: argparse.Namespace) -> list[str]:
     """`--limit` for ansible-playbook. What excludes or intersects (`!spark-3`, `sparks:&rack1`) is resolved to names
-    first. Never more hosts than were named: localhost may be one of the Sparks. Raises SparkfleetError for one that
-    matches nothing or is not a pattern."""
+    first. Never more hosts than were named: localhost may be one of the Sparks. Raises SparkfleetError for one that has
+    a part that matches nothing, which Ansible only warns of, or is not a pattern."""
     limit = options.limit if options.limit is not None else getattr(options, "host", None)
     if limit is None:
         return []
-    if not _SIMPLE.fullmatch(limit):
-        os.environ.setdefault("ANSIBLE_CONFIG", str(ROOT / "ansible.cfg"))
-        from sparkfleet.documents import inventory  # noqa: PLC0415 - Ansible reads its configuration as it is imported
+    os.environ.setdefault("ANSIBLE_CONFIG", str(ROOT / "ansible.cfg"))
+    from sparkfleet.documents import inventory  # noqa: PLC0415 - Ansible reads its configuration as it is imported
 
-        limit = ",".join(inventory.matching(options.inventory, limit))
-    return ["--limit", limit]
+    matching = inventory.matching(options.inventory, limit)
+    return ["--limit", limit if _SIMPLE.fullmatch(limit) else ",".join(matching)]
 
 
 def _dry(options: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import os
 import re
@@ -27,6 +28,8 @@ from sparkfleet.documents import yaml_text
 #: A file of an inventory, bytes.
 LARGEST = 16 << 20
 
+#: What Ansible says of a part of a pattern that no host and no group has.
+_UNMATCHED = re.compile(r"Could not match supplied host pattern, ignoring: (.+)")
 #: Variables that say how a host is reached, and what it is to serve.
 REACH = (
     *("ansible_host", "ansible_port", "ansible_user", "ansible_connection"),
@@ -41,6 +44,8 @@ def variables(inventory: str, limit: str | None, extra: Sequence[str]) -> dict[s
     Raises SparkfleetError for an inventory or extra variables that cannot be read.
     """
     try:
+        if limit:
+            matching(inventory, limit)
         loader, hosts, manager = _open(inventory, extra)
         if limit:
             hosts.subset(limit)
@@ -62,22 +67,32 @@ def variables(inventory: str, limit: str | None, extra: Sequence[str]) -> dict[s
 
 def matching(inventory: str, limit: str) -> list[str]:
     """The names of the hosts that a pattern of Ansible (`-l`) leaves. Raises SparkfleetError for one that leaves none
-    or has a part that matches none (one that excludes nothing is a slip), for an invalid pattern, and for an inventory
-    that cannot be read."""
+    or has a part that matches none (one that excludes nothing is a slip), with the names that are near it, for an
+    invalid pattern, and for an inventory that cannot be read."""
     usual, constants.HOST_PATTERN_MISMATCH = constants.HOST_PATTERN_MISMATCH, "error"
+    hosts = None
     try:
         _, hosts, _ = _open(inventory, ())
         hosts.subset(limit)
         found = [str(host.name) for host in hosts.get_hosts()] if hosts._subset else []
     # Ansible indexes and compiles the parts of a pattern, and does not catch what that raises.
     except (AnsibleError, ValueError, IndexError, TypeError, AttributeError, OSError, re.error) as error:
-        reason = str(error).replace("Could not match supplied host pattern, ignoring:", "no host matches")
+        reason, part = str(error), _UNMATCHED.search(str(error))
+        if part and hosts is not None:
+            reason = f"no host or group matches {part[1]!r}{_near(part[1], hosts)}"
         raise SparkfleetError(f"--limit {limit!r}, inventory {inventory}: {reason}") from None
     finally:
         constants.HOST_PATTERN_MISMATCH = usual
     if not found:
         raise SparkfleetError(f"--limit {limit!r} leaves no host of the inventory {inventory}")
     return found
+
+
+def _near(part: str, hosts: InventoryManager) -> str:
+    """A question with the names of hosts and groups that are most like a part of a pattern; "" for none."""
+    names = [*map(str, hosts.hosts), *(str(name) for name in hosts.groups if name not in ("all", "ungrouped"))]
+    near = difflib.get_close_matches(part.lstrip("!&~")[:100], names, n=3)
+    return f": did you mean {' or '.join(near)}?" if near else ""
 
 
 def reach(inventory: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:

@@ -307,6 +307,10 @@ def logs_go_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(event_log, "FOLDER", tmp_path / "events")
 
 
+#: An inventory that has spark-1.
+EXAMPLE = ("-i", str(ROOT / "inventory" / "example"))
+
+
 def command(monkeypatch: pytest.MonkeyPatch, calls: Calls, *words: str) -> int:
     monkeypatch.setattr(main, "run", calls)
     return main.main(words)
@@ -323,7 +327,10 @@ def extra(words: Sequence[str]) -> dict[str, Any]:
 
 def test_words_become_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls(HostResult("spark-1"))
-    assert command(monkeypatch, calls, "switch", "gpt-oss-120b", "--profile", "low_latency", "-l", "spark-1") == 0
+    assert (
+        command(monkeypatch, calls, "switch", "gpt-oss-120b", "--profile", "low_latency", "-l", "spark-1", *EXAMPLE)
+        == 0
+    )
     ((verb, words),) = calls.made
     assert verb == "switch" and words[:2] == ["--limit", "spark-1"]
     assert extra(words) == {"sparkfleet_model": "gpt-oss-120b", "sparkfleet_profile": "low_latency"}
@@ -380,7 +387,7 @@ def test_a_rollout_ends_with_what_runs_where(
 ) -> None:
     row = status_page.summary("spark-1", FOUND, [])
     calls = Calls(HostResult("spark-1", "changed", release=RELEASE, summary=row))
-    words = ("rollout", "-l", "spark-1", "-e", "sparkfleet_image=i:2")
+    words = ("rollout", "-l", "spark-1", "-e", "sparkfleet_image=i:2", *EXAMPLE)
     assert command(monkeypatch, calls, *words) == OK
     printed = capsys.readouterr().out
     assert "spark-1  serving" in printed and "events" in printed

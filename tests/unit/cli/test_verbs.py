@@ -133,7 +133,7 @@ def test_this_machine_is_left_alone_unless_it_is_named(
     assert calls.exists()
     assert main.main([verb, "-l", "spark-3", "-i", str(local)]) == exit_codes.BAD_INPUT
     printed = capsys.readouterr().err
-    assert printed == "sparkfleet: the limit leaves no host of the inventory: none matches spark-3\n"
+    assert printed.endswith("no host or group matches 'spark-3': did you mean spark-2 or sparks?\n")
 
 
 def test_a_run_that_is_killed_leaves_no_secret(inventory: Path, tmp_path: Path) -> None:
@@ -353,6 +353,8 @@ def test_only_hosts_of_the_limit_are_contacted(
         (("stop", "-l", "&rack1"), {"spark-2"}),
         (("preflight", "-l", "spark-1:spark-2"), {"spark-1", "spark-2"}),
         (("drift", "-l", "spark-1,spark-3"), {"spark-1", "spark-3"}),
+        (("drift", "-l", "spark-*,rack1"), {"spark-*", "rack1"}),
+        (("stop", "-l", "sparks,!rack1"), {"spark-1", "spark-3"}),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -378,6 +380,29 @@ def test_limits_that_are_none(limit: str, inventory: Path, capsys: pytest.Captur
     assert main.main(["stop", "-l", limit, "-i", str(inventory)]) == exit_codes.BAD_INPUT
     printed = capsys.readouterr().err
     assert printed.startswith("sparkfleet: --limit ") and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("stop", "-l", "spark-1,spork-2"), "'spork-2': did you mean spark-2"),
+        (("stop", "-l", "spark-1,rakc1"), "'rakc1': did you mean rack1?"),
+        (("rollout", "-l", "spark-1,spark-2,typo*"), "'typo*'"),
+        (("deploy", "-l", "sparks:!rack2"), "'rack2': did you mean rack1"),
+        (("deploy", "-l", "sparks:&rack2"), "'rack2': did you mean rack1"),
+        (("logs", "spark-1,nothing"), "'nothing'"),
+        (("tune", "llama31-8b-fp8", "-l", "spark-1,nothing"), "'nothing'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_part_of_a_limit_that_matches_nothing_is_refused(
+    words: tuple[str, ...], part: str, rack: Path, calls: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ansible warns, and leaves it out: the run would be of other hosts than were meant."""
+    assert main.main([*words, "-i", str(rack)]) == exit_codes.BAD_INPUT
+    printed = capsys.readouterr().err
+    assert f"no host or group matches {part}" in printed and printed.count("\n") == 1
+    assert not calls.exists()
 
 
 NOISY = """#!/bin/sh
