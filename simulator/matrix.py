@@ -656,13 +656,27 @@ def markdown(outcomes: Sequence[Outcome], before: str = "") -> str:
     return "\n".join(lines) + "\n"
 
 
+#: A host's line of PLAY RECAP: that a run ended well, and nothing of what it found.
+_RECAP = re.compile(r": ok=\d+ +changed=\d+ ")
+#: What a run says that it has to do on a host, a stage a line.
+_STAGE = re.compile(r"^spark-\d +(prepare|fetch|deploy): ")
+
+
 def quote(output: str, words: str) -> str:
-    """The line of an output that has these words, short enough for a table."""
-    line = next((line for line in output.splitlines() if words in line), words)
+    """The line of an output that has these words, short enough for a table. Of a run that ended well, as its recap
+    says, what it found to do, or that there was nothing."""
+    lines = output.splitlines()
+    said = [line for line in lines if not _RECAP.search(line)]
+    found = [line for line in said if words in line]
+    if not found and any(words in line for line in lines):
+        found = [line for line in said if _STAGE.match(line)]
+        found = found or [line for line in said if line.endswith("; nothing to change")]
+    line = found[0] if found else words
+    has_them = words in line
     line = line.replace(f"{ROOT}/", "")
     line = re.sub(r"^(fatal: )?(\[?spark-\d\]?:? +)+(\d+ s  )?", "", line.strip()).replace("|", "/")
     if len(line) > 150:
-        line = line[:110].rpartition(" ")[0] + " …" + ("" if words in line[:110] else f" {words}")
+        line = line[:110].rpartition(" ")[0] + " …" + (f" {words}" if has_them and words not in line[:110] else "")
     return f"`{line}`"
 
 

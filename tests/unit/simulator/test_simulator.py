@@ -755,6 +755,40 @@ COMMIT
     assert ":FORWARD DROP" in docker_host.without_docker(rules, before=":FORWARD DROP [0:0]")
 
 
+COUNTS = "unreachable=0    failed=0    skipped=63   rescued=0    ignored=0   "
+RECAP = f"""
+PLAY RECAP *********************************************************************
+localhost                  : ok=1    changed=0    {COUNTS}
+spark-1                    : ok=7    changed=1    {COUNTS}
+"""
+PLANNED = "spark-1    llama31-8b-fp8 (throughput) on NVIDIA GB10, 115.2 of 119.7 GiB of memory available"
+
+
+@pytest.mark.parametrize(
+    ("said", "quoted"),
+    [
+        (
+            f"{PLANNED}\nspark-1    prepare: change /opt/hf: owner nobody to root\nspark-1    deploy: start it\n",
+            "prepare: change /opt/hf: owner nobody to root",
+        ),
+        (
+            f"{PLANNED}; nothing to change\n",
+            "llama31-8b-fp8 (throughput) on NVIDIA GB10, 115.2 of 119.7 GiB of memory available; nothing to change",
+        ),
+        (f"{PLANNED}\nspark-1    prepare: {'long; ' * 30}\n", f"prepare: {chr(32).join(['long;'] * 16)} …"),
+        ("", "failed=0"),
+    ],
+)
+def test_the_page_of_the_matrix_quotes_what_a_run_found_and_no_recap(said: str, quoted: str) -> None:
+    assert matrix.quote(said + RECAP, "failed=0") == f"`{quoted}`"
+
+
+def test_the_page_of_the_matrix_quotes_the_line_with_the_words() -> None:
+    said = f"{PLANNED}; nothing to change\nspark-1    12 s  release 3 does not serve: no answer [answer-empty]\n{RECAP}"
+    assert matrix.quote(said, "[answer-empty]") == "`release 3 does not serve: no answer [answer-empty]`"
+    assert matrix.quote(said, "not there") == "`not there`"
+
+
 def test_a_brief_matrix_has_a_row_of_each_place() -> None:
     found = matrix.rows()
     some = [row for row in found if matrix.brief(row)]
