@@ -14,7 +14,8 @@ order, which is the order that they are started in:
 Of a trial the plan has format 3, with "kind": "trial", "weights": dummy or real, and perhaps the "loads" that it
 measures: [{streams, input, output, rounds, seed, seconds}] (see `bench.Load`). `settings` is a hash of what the
 figures of an engine depend on besides image and model; plans of earlier versions have none. An engine that starts on
-demand has "on_demand": {port, room_gib, needs_gib}, see `OnDemandPlan`. Of an engine that spans several hosts the plan
+demand has "on_demand": {port, room_gib, needs_gib}, see `OnDemandPlan`, and the plan then format 5 (2 in releases of
+the first versions that had it). Of an engine that spans several hosts the plan
 has format 4, and the engine its part `group` (see `group.check_group`): it is this host's rank alone.
 
 Format 1, which has no "format", holds one engine with its fields at the top level. Each function here returns format 2,
@@ -38,6 +39,8 @@ from .group import Group, check_group
 FORMAT = 2
 TRIAL_FORMAT = 3  # of a trial, which an earlier version must neither deploy nor roll back to
 GROUP_FORMAT = 4  # of a rank, which an earlier version would start alone
+ON_DEMAND_FORMAT = 5  # with engines that start on demand, all of which an earlier version would start
+NEWEST = ON_DEMAND_FORMAT
 TRIAL = "trial"  # a kind of release, and the mode of its switch
 #: Phases of a switch on its way back to the previous release.
 RETURNING = ("restoring", "restore-waiting", "restore-verifying")
@@ -129,7 +132,7 @@ def check_plan(data: Any) -> dict[str, Any]:
     expect, prompt, prompt_expect: str, max_tokens: int, kinds: [str]}; memory: {…} or None; settings: str}], and of a
     trial kind and weights}. Raises BoundsError."""
     plan = as_dict(data, "the plan")
-    number = _format(plan, GROUP_FORMAT)
+    number = _format(plan, NEWEST)
     if number < FORMAT:
         plan = {"engines": [_of_format_1(plan, _PLANNED)]}
     if (number == TRIAL_FORMAT) != (plan.get("kind") == TRIAL):
@@ -141,6 +144,8 @@ def check_plan(data: Any) -> dict[str, Any]:
         raise BoundsError(f"group: in a plan of format {number}")
     if number == GROUP_FORMAT and len(engines) > 1:
         raise BoundsError("engines: a host with a rank of a group has no other")
+    if number == ON_DEMAND_FORMAT and not any(engine.get("on_demand") for engine in engines):
+        raise BoundsError(f"on_demand: of no engine in a plan of format {number}")
     loads = {"loads": check_loads(plan["loads"])} if number == TRIAL_FORMAT and plan.get("loads") else {}
     return {**plan, **loads, "format": max(number, FORMAT), "engines": engines}
 

@@ -15,7 +15,14 @@ from typing import Any, NamedTuple
 from sparkfleet_host import cache
 from sparkfleet_host.rank import LAST_WORKER, MEET
 from sparkfleet_host.registry import reference, valid_image
-from sparkfleet_host.release_format import DUMMY, FORMAT, GROUP_FORMAT, TRIAL, TRIAL_FORMAT
+from sparkfleet_host.release_format import (
+    DUMMY,
+    FORMAT,
+    GROUP_FORMAT,
+    ON_DEMAND_FORMAT,
+    TRIAL,
+    TRIAL_FORMAT,
+)
 
 from sparkfleet import __version__, operator_name
 from sparkfleet.documents import yaml_text
@@ -471,7 +478,8 @@ def release(
             }
         )
     weights = target.settings.trial
-    kind: dict[str, Any] = {"format": GROUP_FORMAT if rank else FORMAT}
+    in_turn = any(engine.on_demand for engine in target.engines)
+    kind: dict[str, Any] = {"format": GROUP_FORMAT if rank else ON_DEMAND_FORMAT if in_turn else FORMAT}
     if weights:
         kind = {"format": TRIAL_FORMAT, "kind": TRIAL, "weights": weights}
         kind |= {"loads": [*map(dict, loads)]} if (loads := target.settings.trial_loads) else {}

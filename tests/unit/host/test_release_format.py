@@ -17,6 +17,8 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host imp
 )
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bounded import BoundsError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.release_format import (
+    GROUP_FORMAT,
+    ON_DEMAND_FORMAT,
     Engine,
     NewerFormatError,
     check_journal,
@@ -83,7 +85,7 @@ def test_plan_and_lock_are_an_engine_each() -> None:
         ({"engines": [{**ENGINE, "service": "a b"}]}, "service"),
         ({"engines": [{**ENGINE, "service": "a/../b"}]}, "service"),
         ({"engines": [{**ENGINE, "service": "s" * 201}]}, "service"),
-        ({"format": 5}, "format 5 was written by a newer version of Sparkfleet"),
+        ({"format": 6}, "format 6 was written by a newer version of Sparkfleet"),
         ({"format": 0}, "format"),
         ({"format": True}, "format"),
         ({"format": "2"}, "format"),
@@ -225,17 +227,33 @@ def test_a_release_of_a_newer_version_stays_as_it_is(store: Store) -> None:
     folder = store.folder(number)
     for name in ("plan.json", "lock.json"):
         (folder / name).chmod(0o644)
-        (folder / name).write_text(json.dumps({"format": 5, "engines": {}}))
+        (folder / name).write_text(json.dumps({"format": 6, "engines": {}}))
     (folder / ".sealed.json").unlink()
-    with pytest.raises(NewerReleaseError, match=r"plan\.json: format 5 was written by a newer version of Sparkfleet"):
+    with pytest.raises(NewerReleaseError, match=r"plan\.json: format 6 was written by a newer version of Sparkfleet"):
         store.repair(number)
     assert store.numbers() == [number] and "newer version" in store.repair_all()[0] and store.set_aside_files() == []
     with pytest.raises(NewerReleaseError):
         store.engines(number)
     with pytest.raises(NewerFormatError):
-        check_plan({"format": 5})
+        check_plan({"format": 6})
     assert issubclass(NewerReleaseError, ReleaseError)
     assert "newer version" in store.summary()["damaged"][str(number)] and store.find("services: {}\n", PLAN) is None
+
+
+def test_a_version_that_would_start_every_engine_does_not_read_a_plan_with_engines_on_demand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a format of its own; that of any other release stays as it was."""
+    plain = fake_release.plan(ENGINE)
+    in_turn = {**fake_release.plan({**ENGINE, "on_demand": {"port": 8001}}), "format": ON_DEMAND_FORMAT}
+    assert check_plan(in_turn)["engines"][0]["on_demand"]["port"] == 8001
+    assert check_plan({**in_turn, "format": 2})["engines"][0]["on_demand"]  # of the first versions that had it
+    with pytest.raises(BoundsError, match="on_demand: of no engine in a plan of format 5"):
+        check_plan({**plain, "format": ON_DEMAND_FORMAT})
+    monkeypatch.setattr(release_format, "NEWEST", GROUP_FORMAT)
+    assert check_plan(plain)["format"] == 2
+    with pytest.raises(NewerFormatError, match="format 5 was written by a newer version of Sparkfleet"):
+        check_plan(in_turn)
 
 
 # -- fields, each ------------------------------------------------------------------------------------------------------

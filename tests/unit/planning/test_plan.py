@@ -1226,6 +1226,7 @@ def test_engines_on_demand_are_planned_each_beside_those_that_always_run() -> No
     assert re.search(
         r"in the [\d.]+ GiB .*: llama31-8b-fp8 \([\d.]+ GiB\), gpt-oss-20b \([\d.]+ GiB\); one at a time", note
     )
+    assert made["release"]["plan"]["format"] == 5 and made["release"]["lock"]["format"] == 2
     places = [engine.get("on_demand") for engine in made["release"]["plan"]["engines"]]
     assert places[1] is None and places[0]["port"] == 8002 and places[2]["needs_gib"] > places[0]["needs_gib"] > 36
     assert places[0]["room_gib"] == places[2]["room_gib"] == pytest.approx(always["left_gib"] - 4)
