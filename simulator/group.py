@@ -105,9 +105,9 @@ class Trio:
         return len(found) == 1 and self.head.answers(5, SECOND)
 
     def phase(self, name: str) -> None:
-        """Wait until rank 0's switch is in a phase."""
-        script = f"systemctl -q is-active sparkfleet-switch && {PHASE} || true"
-        self.head.until(f"phase {name}", lambda: self.head.sh(script).strip() == name, 120)
+        """Wait until rank 0's switch is in a phase, some of which last a quarter of a second."""
+        there = f'systemctl -q is-active sparkfleet-switch && [ "$({PHASE})" = {name} ]'
+        self.head.sh(f"for i in $(seq 6000); do if {there}; then exit 0; fi; sleep 0.02; done; exit 1")
 
     def cut(self, spark: Spark, on: bool = True) -> None:
         """Cut a Spark off from the other two, or give the way back."""

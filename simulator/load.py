@@ -87,7 +87,7 @@ class Load:
     def _run(self, number: int) -> None:
         urls = self.url.split(",")
         place = urllib.parse.urlsplit(urls[number % len(urls)])
-        # Kept connections as clients have them: one that was closed while idle is opened anew, nothing is asked twice.
+        # Kept connections as clients have them: one that was closed while idle is opened again, nothing is asked twice.
         pool = urllib3.HTTPConnectionPool(place.hostname or "", place.port, maxsize=1, timeout=TIMEOUT, retries=False)
         count = number
         while not self._over.is_set():
