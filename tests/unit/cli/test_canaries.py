@@ -140,7 +140,11 @@ def test_what_a_verb_prints_and_keeps(world: World, verb: str) -> None:
 
 def test_what_a_command_leaves_that_is_killed(world: World) -> None:
     process = world.start("sparkfleet", "deploy", "--check", "-i", str(world.folder / "inventory"))
-    time.sleep(4)
+    end, below = time.monotonic() + 60, list[int]()
+    while not below and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.1)
+        below = children(process.pid)
+    time.sleep(3)
     below = children(process.pid)
     for pid in (process.pid, *below):
         try:

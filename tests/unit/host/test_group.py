@@ -208,7 +208,7 @@ class World:
             decided = lambda: (host.store.switch() or {})["phase"] == "done" or time.monotonic() > deadline  # noqa: E731
             self._guard(host, decided, [])
 
-    def guards(self, until: Callable[[], bool], seconds: float = 12) -> list[str]:
+    def guards(self, until: Callable[[], bool], seconds: float = 60) -> list[str]:
         """Let the guards of all hosts work until something holds; what they said."""
         for host in self.hosts:
             host.up = True
@@ -233,7 +233,7 @@ class World:
     def _guard(self, host: Host, over: Callable[[], bool], said: list[str]) -> None:
         settings = guard.Settings(project_dir=str(host.store.project_dir), state_dir=str(host.store.state_dir))
         watcher = guard.Watcher(settings, host.store, host.docker, lambda text: said.append(f"{host.rank} {text}"))
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 90
         while not over() and time.monotonic() < deadline:
             watcher.step()
             time.sleep(0.01)

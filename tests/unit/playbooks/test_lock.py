@@ -27,7 +27,7 @@ from ansible.module_utils.basic import AnsibleModule
 FOLDER = Path({folder!r})
 options = ("engines", "project", "operator", "project_dir", "cache_dir", "token", "token_file", "engine_key", "address",
            "gateways", "sources", "registry_logins", "hub_endpoint", "proxy", "no_proxy", "now", "internet", "status",
-           "fabric")
+           "fabric", "ca", "registries")
 module = AnsibleModule({{name: {{"type": "raw", "no_log": False}} for name in options}}, supports_check_mode=True)
 (FOLDER / "asked.json").write_text(json.dumps(module.params["engines"]))
 module.exit_json(changed=False, state=json.loads((FOLDER / "state.json").read_text()))

@@ -275,6 +275,6 @@ def running(folder: Path, hosts: dict[str, dict[str, Any]], **more: Any) -> Iter
 
 
 def open_port(port: int, address: str = "127.0.0.1") -> bool:
-    with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=1):
+    with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=10):
         return True
     return False
