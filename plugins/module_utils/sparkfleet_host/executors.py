@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import threading
 from typing import Any
 
 from .bounded import KIB, BoundsError, as_dict, as_str, parse_json
@@ -32,16 +33,24 @@ def ask(image: str, seconds: float = SECONDS) -> dict[str, Any] | None:
     say."""
     name = f"sparkfleet-ask-{os.getpid()}"
     words = ["docker", "run", "--rm", "--name", name, "--pull", "never", "--network", "none", "--cap-drop", "ALL"]
-    words += ["--security-opt", "no-new-privileges", "--entrypoint", "python3", image, "-c", QUESTION]
+    words += ["--security-opt", "no-new-privileges", "--log-driver", "none", "--entrypoint", "python3", image]
     try:
-        done = subprocess.run(words, capture_output=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            subprocess.run(["docker", "rm", "-f", name], capture_output=True, timeout=seconds, check=False)
-        return None
+        # An image may say anything, without an end: no more is read than an answer can have.
+        with subprocess.Popen([*words, "-c", QUESTION], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as asked:
+            late = threading.Timer(seconds, asked.kill)
+            late.start()
+            assert asked.stdout is not None
+            text = asked.stdout.read(ANSWER + 1)
+            if len(text) > ANSWER:
+                asked.kill()
+            code = asked.wait()
+            late.cancel()
     except OSError:
         return None
-    return understood(done.stdout[:ANSWER]) if done.returncode == 0 else None
+    if code < 0:  # killed, which does not end the container
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            subprocess.run(["docker", "rm", "-f", name], capture_output=True, timeout=seconds, check=False)
+    return understood(text) if code == 0 else None
 
 
 def understood(text: bytes) -> dict[str, Any] | None:

@@ -378,8 +378,7 @@ def _dry(options: argparse.Namespace) -> int:
     os.environ.setdefault("ANSIBLE_CONFIG", str(ROOT / "ansible.cfg"))
     from sparkfleet.documents import inventory  # noqa: PLC0415 - Ansible reads its configuration as it is imported
 
-    limit = None if options.limit is None else ",".join(inventory.matching(options.inventory, options.limit))
-    hosts = inventory.variables(options.inventory, limit, options.extra_vars)
+    hosts = inventory.variables(options.inventory, options.limit, options.extra_vars)
     beside = locks.found([options.inventory])
     paper = dry_run.make({name: {locks.VARIABLE: beside, **values} for name, values in hosts.items()})
     print(

@@ -44,11 +44,9 @@ def variables(inventory: str, limit: str | None, extra: Sequence[str]) -> dict[s
     Raises SparkfleetError for an inventory or extra variables that cannot be read.
     """
     try:
-        if limit:
-            matching(inventory, limit)
         loader, hosts, manager = _open(inventory, extra)
-        if limit:
-            hosts.subset(limit)
+        if limit is not None:
+            _narrow(hosts, inventory, limit)
         found = {
             str(host.name): _values(
                 loader, manager, host, lambda name: name.startswith("sparkfleet_") or name == "ansible_host"
@@ -69,16 +67,23 @@ def matching(inventory: str, limit: str) -> list[str]:
     """The names of the hosts that a pattern of Ansible (`-l`) leaves. Raises SparkfleetError for one that leaves none
     or has a part that matches none (one that excludes nothing is a slip), with the names that are near it, for an
     invalid pattern, and for an inventory that cannot be read."""
-    usual, constants.HOST_PATTERN_MISMATCH = constants.HOST_PATTERN_MISMATCH, "error"
-    hosts = None
     try:
-        _, hosts, _ = _open(inventory, ())
+        hosts = _open(inventory, ())[1]
+    except (AnsibleError, OSError, ValueError, TypeError) as error:
+        raise SparkfleetError(f"--limit {limit!r}, inventory {inventory}: {error}") from None
+    return _narrow(hosts, inventory, limit)
+
+
+def _narrow(hosts: InventoryManager, inventory: str, limit: str) -> list[str]:
+    """`matching` for an inventory that is open, which has those hosts alone then."""
+    usual, constants.HOST_PATTERN_MISMATCH = constants.HOST_PATTERN_MISMATCH, "error"
+    try:
         hosts.subset(limit)
         found = [str(host.name) for host in hosts.get_hosts()] if hosts._subset else []
     # Ansible indexes and compiles the parts of a pattern, and does not catch what that raises.
     except (AnsibleError, ValueError, IndexError, TypeError, AttributeError, OSError, re.error) as error:
         reason, part = str(error), _UNMATCHED.search(str(error))
-        if part and hosts is not None:
+        if part:
             reason = f"no host or group matches {part[1]!r}{_near(part[1], hosts)}"
         raise SparkfleetError(f"--limit {limit!r}, inventory {inventory}: {reason}") from None
     finally:

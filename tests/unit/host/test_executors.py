@@ -6,6 +6,7 @@ import json
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,5 +78,9 @@ def test_an_image_is_asked_without_network_and_never_pulled(tmp_path: Path, monk
     docker.write_text(f'#!/bin/sh\necho "$@" >> {log}.2\n[ "$1" = rm ] || exec sleep 30\n')
     assert executors.ask("example.org/x:1", 0.5) is None
     assert "rm -f sparkfleet-ask-" in Path(f"{log}.2").read_text()
+    docker.write_text(f'#!/bin/sh\necho "$@" >> {log}.3\n[ "$1" = rm ] || exec yes\n')
+    began = time.monotonic()
+    assert executors.ask("example.org/x:1", 50) is None, "an image that does not stop talking"
+    assert time.monotonic() - began < 25 and "rm -f sparkfleet-ask-" in Path(f"{log}.3").read_text()
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     assert executors.ask("example.org/x:1") is None
