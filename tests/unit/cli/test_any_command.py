@@ -22,6 +22,7 @@ from sparkfleet.onboarding import discovery, hub_card
 from sparkfleet.onboarding.ssh import Inspection
 from sparkfleet.planning import catalog
 from sparkfleet.reporting import event_log
+from tests.unit.fakes.clock import set_time
 
 CODES = {0, 2, 3, 4, 5, 6, 7, 130}
 ODD = st.one_of(
@@ -64,7 +65,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr("ansible_runner.interface.run", ran)
         patch.setattr(event_log, "FOLDER", folder / "events")
         patch.setattr(main, "default_inventory", lambda: str(folder / "hosts.yml"))
-        patch.setattr("time.sleep", stop)
+        set_time(patch, main, sleep=stop)
         patch.setattr(discovery, "browse", lambda *_: [])
         patch.setattr(hub_card, "ask", no_hub)
         patch.setattr(catalog, "STATE", folder / "events")

@@ -23,6 +23,7 @@ from sparkfleet.exit_codes import BAD_INPUT, DOWN, INTERRUPTED, OK, REFUSED, RES
 from sparkfleet.paths import ROOT
 from sparkfleet.reporting import event_log, status_page
 from sparkfleet.reporting.host_result import HostResult
+from tests.unit.fakes.clock import set_time
 
 
 def event(kind: str, host: str = "spark-1", **res: Any) -> dict[str, Any]:
@@ -374,7 +375,7 @@ def test_a_status_is_watched_until_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsy
         if len(pauses) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("time.sleep", pause)
+    set_time(monkeypatch, main, sleep=pause)
     assert command(monkeypatch, calls, "status", "--watch", "3") == OK
     assert pauses == [3.0, 3.0] and capsys.readouterr().out.count("again after 3 s") == 2
     assert command(monkeypatch, calls, "status", "--watch", "--json") == BAD_INPUT

@@ -19,6 +19,7 @@ from sparkfleet_host.asking import Budget, CheckError, StreamReader
 from sparkfleet_host.http import Answer, Client, HttpError
 
 from sparkfleet.diagnosis.failures import BY_ID
+from tests.unit.fakes.clock import set_time
 
 PARAMS = {
     **{"url": "http://127.0.0.1:1", "model": "m", "question": "q", "expect": "Paris", "prompt": "p"},
@@ -131,7 +132,7 @@ def test_a_model_that_cannot_keep_three_numbers_in_mind_is_asked_for_each() -> N
 def test_a_long_context_takes_no_more_time_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """10 seconds for 1,000 tokens, and twice the tokens take four times as long."""
     clock = [100.0]
-    monkeypatch.setattr(asking.time, "monotonic", lambda: clock[0])
+    set_time(monkeypatch, asking, deep, verify, monotonic=lambda: clock[0])
     answer = reader(served=1_000_000)
 
     def slow(path: str, body: dict[str, Any]) -> Any:

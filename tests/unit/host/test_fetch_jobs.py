@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 from plugins.action.fetch_wait import describe, entry, failure, gigabytes, line
 from plugins.modules import fetch_status, model_download
 
+from tests.unit.fakes.clock import set_time
+
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
@@ -83,7 +85,7 @@ def test_writes_are_few_and_percent_never_goes_back(job: Job, monkeypatch: pytes
 
 def test_rate(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(jobs.time, "time", lambda: now)
+    set_time(monkeypatch, jobs, time_=lambda: now)
     job.update("downloading", 0, 10**9)
     now += 2
     job.update("downloading", 160_000_000, 10**9)

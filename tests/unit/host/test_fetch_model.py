@@ -25,6 +25,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cac
 )
 from sparkfleet_host import fetch_model
 
+from tests.unit.fakes.clock import set_time
 from tests.unit.fakes.fake_hub import Hub, serve
 
 SHARD = random.Random(1).randbytes(3_000_000)  # noqa: S311
@@ -524,7 +525,7 @@ def test_what_the_disk_takes_does_not_count_as_slow(monkeypatch: pytest.MonkeyPa
                 yield b"x" * 600_000
 
     now = [0.0]
-    monkeypatch.setattr(fetch_model.time, "monotonic", lambda: now[0])
+    set_time(monkeypatch, fetch_model, monotonic=lambda: now[0])
     pace = fetch_model.Pace("f")
     for _ in fetch_model.Paced(Stream(), pace):
         now[0] += 1000  # it is written

@@ -39,6 +39,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.htt
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store
 
 from tests.unit.fakes import fake_release
+from tests.unit.fakes.clock import set_time
 from tests.unit.fakes.fake_engine import Engine, Handler, deployed
 
 REPO = "org/model"
@@ -853,7 +854,7 @@ class Service:
         monkeypatch.setattr(module, "read_settings", lambda path: Settings(**settings))
         monkeypatch.setattr(Watcher, "open_window", lambda watcher: self.open_window())
         monkeypatch.setattr(Watcher, "survive", lambda watcher: world.wait(self.round_seconds))
-        monkeypatch.setattr(module.time, "sleep", self.sleep)
+        set_time(monkeypatch, module, sleep=self.sleep)
 
     def open_window(self) -> bool:
         self.opened.append(self.world.now - 10_000)

@@ -27,6 +27,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.rel
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import Store
 
 from tests.unit.fakes import fake_release
+from tests.unit.fakes.clock import set_time
 from tests.unit.fakes.fake_engine import Engine, Handler
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -360,7 +361,7 @@ def test_a_fetch_waits_for_what_is_being_reclaimed(host: Host, monkeypatch: pyte
         waited.append(seconds)
         hold.__exit__(None, None, None)
 
-    monkeypatch.setattr(job.time, "sleep", sleep)
+    set_time(monkeypatch, job, sleep=sleep)
     assert hold.__enter__() is None
     assert job.Job(host.jobs / "model.json", "model", "m").acquire() is None and len(waited) == 1
 

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 from sparkfleet.reporting import status_page as words
 from tests.unit.fakes import fake_release
+from tests.unit.fakes.clock import set_time
 
 ENGINE = fake_release.an_engine("vllm-m")
 PLAN, LOCK = fake_release.plan(ENGINE), fake_release.lock(ENGINE)
@@ -895,8 +896,11 @@ def test_for_how_long_the_lock_is_waited_for(
     now = [0.0]
     with store.exclusive(held_by) as mine:
         assert mine
-        monkeypatch.setattr(releases.time, "monotonic", lambda: now[0])
-        monkeypatch.setattr(releases.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + patience / 4))
+        set_time(
+            *(monkeypatch, releases),
+            monotonic=lambda: now[0],
+            sleep=lambda seconds: now.__setitem__(0, now[0] + patience / 4),
+        )
         with store.exclusive(asked_as) as second:
             assert not second
     assert now[0] == patience

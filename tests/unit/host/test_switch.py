@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import (
+    asking,
     engine,
     http,
     memory,
@@ -33,6 +34,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.fakes import fake_release
+from tests.unit.fakes.clock import set_time
 
 OLD, NEW = "vllm-old", "vllm-new"
 
@@ -64,8 +66,7 @@ class World:
         monkeypatch.setattr(switch, "precheck", self.precheck)
         monkeypatch.setattr(http, "KEY_FILE", str(store.state_dir / "etc" / "engine_key"))
         monkeypatch.setattr(memory, "drop_page_cache", lambda: self.did.append("drop"))
-        monkeypatch.setattr(switch.time, "sleep", self.sleep)
-        monkeypatch.setattr(switch.time, "monotonic", lambda: self.clock)
+        set_time(monkeypatch, switch, asking, monotonic=lambda: self.clock, sleep=self.sleep)
         write = store.write_switch
 
         def write_or_cut(journal: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import http
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import asking, http
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import verify as verification
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.http import Answer, Client, HttpError
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.verify import (
@@ -23,6 +23,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.ver
 from plugins.modules import vllm_verify
 
 from sparkfleet.diagnosis.failures import BY_ID
+from tests.unit.fakes.clock import set_time
 from tests.unit.fakes.fake_vllm import ANSWER, MODEL, Vllm
 
 CHECKS = ["health", "models", "chat", "completion", "stream", "metrics", "openapi"]
@@ -411,7 +412,7 @@ def test_what_a_client_s_error_means(kind: str, failure: str) -> None:
 
 def test_a_check_says_how_long_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter((10.0, 12.3456))
-    monkeypatch.setattr(verification.time, "monotonic", lambda: next(clock))
+    set_time(monkeypatch, verification, asking, monotonic=lambda: next(clock))
     assert checking(Scripted(health=""))._timed(lambda: "x") == {
         **{"ok": True, "detail": "x", "seconds": 2.346, "failure": ""},
     }
@@ -494,8 +495,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr(verification.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(verification.time, "sleep", self.sleep)
+        set_time(monkeypatch, verification, asking, monotonic=lambda: self.now, sleep=self.sleep)
 
     def sleep(self, seconds: float) -> None:
         self.now = round(self.now + seconds, 6)
