@@ -56,8 +56,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                 display.display(report.clean(f"{host}  {line}"))
             return {**result, **answer, "changed": False}
         for address, why in answer["reached"].items():
-            speed = answer["gbit_s"].get(address)
-            measured = f", {speed:g} Gbit/s" if speed else ""
+            speeds = ((answer["gbit_s"].get(address), "TCP"), (answer["rdma_gbit_s"].get(address), "RDMA"))
+            measured = "".join(f", {speed:g} Gbit/s over {way}" for speed, way in speeds if speed)
             display.display(report.clean(f"{host}  {others[address]} ({address}): {why or 'reached'}{measured}"))
             said += [why] if why else []
         chosen = {name: (hostvars[name].get(FOUND) or {}).get("chosen") for name in hosts}

@@ -12,7 +12,7 @@ description:
   - Finds the ConnectX interfaces of a host, both of each port, with link, speed, MTU, RDMA device, GID index and
     addresses. Changes nothing.
   - With O(peers) it also sends them packets that fill the MTU and must not be fragmented, and measures the bandwidth to
-    each one with C(iperf3) if O(bandwidth) is true and both have it.
+    each one if O(bandwidth) is true, over TCP with C(iperf3) and over RDMA with C(ib_write_bw), where both have it.
 options:
   address: {description: "The host's own address on that network, with or without prefix.", type: str, default: ""}
   management: {description: Accept another network than that of ConnectX ports., type: bool, default: false}
@@ -22,9 +22,14 @@ options:
     type: list
     elements: str
     default: []
-  serve: {description: Listen with C(iperf3) on O(address) for so many seconds., type: int, default: 0}
-  bandwidth: {description: Measure with C(iperf3)., type: bool, default: false}
-  seconds: {description: Duration of a measurement., type: int, default: 3}
+  serve:
+    description:
+      - Wait for the measurements of others for so many seconds, with C(iperf3) on O(address), and with C(ib_write_bw)
+        on its RDMA device. The latter's handshake (TCP 18515) is on all addresses.
+    type: int
+    default: 0
+  bandwidth: {description: Measure with C(iperf3) and C(ib_write_bw)., type: bool, default: false}
+  seconds: {description: "Duration of a measurement, the same on both sides.", type: int, default: 3}
 author: ["The Sparkfleet developers"]
 attributes:
   check_mode: {support: full, description: Changes nothing.}
@@ -45,11 +50,18 @@ chosen: {description: "Of O(address); interface, mtu, speed and address with pre
 problems: {description: What is wrong., returned: success, type: list, elements: str}
 advice: {description: What makes it slower than it could be., returned: success, type: list, elements: str}
 reached: {description: "Of each of O(peers) an empty text, or why not.", returned: success, type: dict}
-gbit_s: {description: Of each of O(peers) the bandwidth that was measured., returned: success, type: dict}
+gbit_s: {description: Of each of O(peers) the bandwidth over TCP that was measured., returned: success, type: dict}
+rdma_gbit_s:
+  description: The same over RDMA; of one RDMA device, of which each port has two that share its bandwidth.
+  returned: success
+  type: dict
 """
 
+import math
 import shutil
 import subprocess
+import threading
+import time
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -65,6 +77,9 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.bou
 HEADERS = 28  # of IPv4 and ICMP
 PINGS = 3
 PORT = "5201"
+RDMA_PORT = "18515"
+RDMA_TRIES = 3  # the other side listens again only when its last measurement has ended
+PAUSE = 1.0  # seconds
 
 
 def reach(own: str, peer: str, mtu: int) -> str:
@@ -108,13 +123,58 @@ def measure(own: str, peer: str, seconds: int) -> float | None:
         return None
 
 
-def serve(own: str, seconds: int) -> None:
-    """Listen for measurements; ends by itself."""
-    argv = ["iperf3", "--server", "--bind", own, "--port", PORT]
-    try:
-        subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return
+def by_rdma(item: fabric.Interface | None) -> bool:
+    """Whether a host can measure over RDMA at an interface."""
+    return bool(item and item.rdma_active and item.gid is not None and shutil.which("ib_write_bw"))
+
+
+def rdma_command(item: fabric.Interface, seconds: int) -> list[str]:
+    """`ib_write_bw` on an interface's device; it prints the average alone, in Gbit/s."""
+    device = ["--ib-dev", item.rdma, "--gid-index", str(item.gid), "--port", RDMA_PORT]
+    return ["ib_write_bw", *device, "--CPU-freq", "--duration", str(seconds), "--report_gbits", "--output", "bandwidth"]
+
+
+def measure_rdma(item: fabric.Interface, peer: str, seconds: int) -> float | None:
+    """Gbit/s that are written into the memory of a peer that serves; None where it cannot be measured."""
+    for left in reversed(range(RDMA_TRIES)):
+        try:
+            argv = [*rdma_command(item, seconds), peer]
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=seconds + 20, check=False)
+            if done.returncode == 0 and math.isfinite(rate := float(done.stdout[-4096:].split()[-1])):
+                return round(rate, 2)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        except (ValueError, IndexError):
+            pass
+        if left:
+            time.sleep(PAUSE)
+    return None
+
+
+def serve(own: str, item: fabric.Interface | None, seconds: int, measured: int) -> list[str]:
+    """Listen for measurements of so many seconds with what there is; ends by itself. Returns the programs."""
+    ways = {}
+    if shutil.which("iperf3"):
+        ways["iperf3"] = ["iperf3", "--server", "--bind", own, "--port", PORT]
+    if item and by_rdma(item):
+        ways["ib_write_bw"] = rdma_command(item, measured)
+    threads = [threading.Thread(target=listen, args=(argv, seconds)) for argv in ways.values()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sorted(ways)
+
+
+def listen(argv: list[str], seconds: int) -> None:
+    """Run a server again and again, as `ib_write_bw` ends with each measurement."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        try:
+            subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=left, check=False)
+        except (OSError, subprocess.SubprocessError):
+            return
+        time.sleep(min(PAUSE, max(end - time.monotonic(), 0)))
 
 
 def main() -> None:
@@ -132,26 +192,22 @@ def main() -> None:
     )
     params = module.params
     own = params["address"].partition("/")[0]
-    measures = shutil.which("iperf3") is not None
-    if params["serve"]:
-        if measures:
-            serve(own, params["serve"])
-        module.exit_json(changed=False, served=measures)
     summary = fabric.summary(fabric.collect())
     if summary["error"]:
         module.fail_json(msg=f"the network interfaces cannot be understood: {summary['error']}", failure="internal")
     found = fabric.known(summary)
     item = fabric.at(found, own) if own else None
+    if params["serve"]:
+        module.exit_json(changed=False, served=serve(own, item, params["serve"], params["seconds"]))
     chosen: dict[str, Any] = {}
     if item:
         with_prefix = next(one for one in item.addresses if one.partition("/")[0] == own)
         chosen = {"interface": item.name, "mtu": item.mtu, "speed": item.speed, "address": with_prefix}
     reached = {peer: reach(own, peer, item.mtu) for peer in params["peers"]} if item else {}
-    ways = {
-        peer: value
-        for peer in (params["peers"] if params["bandwidth"] and measures and item else ())
-        if not reached[peer] and (value := measure(own, peer, params["seconds"])) is not None
-    }
+    there = [peer for peer, why in reached.items() if params["bandwidth"] and not why]
+    seconds = params["seconds"]
+    tcp = {peer: measure(own, peer, seconds) for peer in there if shutil.which("iperf3")}
+    written = {peer: measure_rdma(item, peer, seconds) for peer in there if item and by_rdma(item)}
     module.exit_json(
         changed=False,
         lines=fabric.described(found),
@@ -160,7 +216,8 @@ def main() -> None:
         problems=fabric.problems(found, own, params["management"]) if own else [],
         advice=fabric.advice(found, own) if own else [],
         reached=reached,
-        gbit_s=ways,
+        gbit_s={peer: value for peer, value in tcp.items() if value is not None},
+        rdma_gbit_s={peer: value for peer, value in written.items() if value is not None},
     )
 
 
