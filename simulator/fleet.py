@@ -656,12 +656,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     world = World(options.world, lambda text: None)
     found: dict[str, Any] = {}
+    began = time.monotonic()
+
+    def progress(text: str) -> None:
+        print(f"[{time.monotonic() - began:4.0f} s] {text} ...", file=sys.stderr, flush=True)
+
     try:
         fleet = Fleet(world, options.gateways.split(","), options.streams)
         for scene in (*SCENES, *MORE):
             if scene.__name__ not in (options.only or [known.__name__ for known in SCENES]):
                 continue
+            progress(f"{scene.__name__}: waiting for the fleet to be healthy")
             fleet.healthy()
+            progress(f"{scene.__name__}: {(scene.__doc__ or '').partition('.')[0]}")
             found[scene.__name__] = result = scene(fleet)
             more = {key: result[key] for key in SHOWN if key in result}
             print(f"{scene.__name__}: {line(result) if 'sent' in result else ''} {more or result}", flush=True)

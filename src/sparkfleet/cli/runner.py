@@ -46,8 +46,6 @@ ASIDE = frozenset(("sparkfleet.dgx.fleet_file", "sparkfleet.dgx.prometheus_figur
 REFUSALS = OF_ALL | {"switch-running-other", "bad-input", "engine-busy"}
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _FAILURE = re.compile(r"\[([a-z][a-z0-9-]+)\]")
-#: What Ansible says of a part of a limit.
-_UNMATCHED = re.compile(r"Could not match supplied host pattern, ignoring: (\S+)")
 #: A host's latest message is a separate line: "HOST  12 s  loading weights".
 _LINE = re.compile(r"^(?P<host>\S+)  (?P<text>.*)")
 
@@ -195,9 +193,6 @@ class Collector:
         code = max(map(_code, self.hosts.values()), default=OK)
         if code == OK and rc != 0:
             self.error = _ANSI.sub("", " ".join(self._output)) or f"ansible-playbook ended with {rc}"
-            if "leaves us with no hosts to target" in self.error:
-                names = ", ".join(_UNMATCHED.findall(self.error))
-                self.error = "the limit leaves no host of the inventory" + (f": none matches {names}" if names else "")
             return BAD_INPUT
         if not self.hosts:
             self.error = (
