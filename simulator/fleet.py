@@ -668,7 +668,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             progress(f"{scene.__name__}: waiting for the fleet to be healthy")
             fleet.healthy()
-            progress(f"{scene.__name__}: {(scene.__doc__ or '').partition('.')[0]}")
+            progress(f"{scene.__name__}: {' '.join((scene.__doc__ or '').split()).partition('.')[0]}")
             found[scene.__name__] = result = scene(fleet)
             more = {key: result[key] for key in SHOWN if key in result}
             print(f"{scene.__name__}: {line(result) if 'sent' in result else ''} {more or result}", flush=True)
