@@ -168,6 +168,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.reg
     reference,
 )
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.releases import STATE_DIR, Store, read_json
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.systemd import service_environment
 
 #: Names of variables whose values nothing is reported of.
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
@@ -397,18 +398,6 @@ def registry_access(
         return {**found, "error": str(error), "failure": failure}
 
 
-def service_environment(unit: str, names: Sequence[str]) -> tuple[str, ...]:
-    """Variables of the environment that the main process of a unit was started with; "" for those not set, or if it
-    does not run. Read from the process, since a unit's files may be newer than it."""
-    pid = run("systemctl", "show", "--property=MainPID", "--value", unit) or "0"
-    try:
-        pairs = Path(f"/proc/{int(pid)}/environ").read_bytes().decode("utf-8", "replace").split("\0")
-    except (OSError, ValueError):
-        pairs = []
-    found = dict(pair.partition("=")[::2] for pair in pairs)
-    return tuple(found.get(name, "") for name in names)
-
-
 def started_since(unit: str, moment: float) -> bool:
     """Whether the main process of a unit was started at or after a moment, seconds since 1970; False if it does not
     run."""
@@ -453,8 +442,9 @@ def docker_engine(project: str, images: Sequence[str], proxy: str = "", no_proxy
             no_proxy=info.get("NoProxy") or "",
             registries=info.get("RegistryConfig") or {},
         )
-        has = service_environment("docker.service", PROXIES) if proxy else ()
-        found["proxy_current"] = has == (proxy, proxy, no_proxy) if proxy else not PROXY_UNIT.exists()
+        own = service_environment("docker.service") if proxy else {}
+        has = [own.get(name, "") for name in PROXIES]
+        found["proxy_current"] = has == [proxy, proxy, no_proxy] if proxy else not PROXY_UNIT.exists()
         found["images"] = {name: image(docker, name) for name in dict.fromkeys(images)}
         found["containers"] = [container(docker, item, project) for item in docker.containers(all=True)]
     except (DockerUnavailable, OSError) as error:
@@ -589,7 +579,7 @@ def guard() -> dict[str, Any]:
     file = read_text(GUARD_UNIT)
     installed = file is not None
     written = dict(re.findall(r"^Environment=(SPARKFLEET_\w+)=(\w+)$", file or "", re.M))
-    (runs,) = service_environment("sparkfleet-guard.service", ["SPARKFLEET_GENERATION"]) if installed else ("",)
+    runs = service_environment("sparkfleet-guard.service").get("SPARKFLEET_GENERATION", "") if installed else ""
     unit = unit_state("sparkfleet-guard.service") if installed else {}
     return {
         "installed": installed,

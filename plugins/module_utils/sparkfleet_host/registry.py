@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from . import bounded
+from . import bounded, docker_proxy
 from .bounded import DIGEST, BoundsError, printable
 from .docker import Docker
 from .http import Deadline, Timed
@@ -374,8 +374,9 @@ class Registry:
         if ca:
             context.load_verify_locations(cadata=ca)
         plain = insecure(host or ref.registry, info)
-        proxies = {kind: str(info.get(key) or "") for kind, key in (("http", "HttpProxy"), ("https", "HttpsProxy"))}
-        self._opener = opener(proxies, str(info.get("NoProxy") or ""), context, self.host if plain else "")
+        self._opener = opener(
+            docker_proxy.proxies(info), str(info.get("NoProxy") or ""), context, self.host if plain else ""
+        )
         self._basic = ""
         if auth:
             self._basic = "Basic " + base64.b64encode(f"{auth['username']}:{auth['password']}".encode()).decode()

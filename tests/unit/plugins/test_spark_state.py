@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -285,22 +284,6 @@ def test_toolkit_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert spark_state.toolkit()["version"] == "1.18.1"
 
 
-def test_the_environment_of_a_service_is_that_of_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    process = subprocess.Popen(["sleep", "60"], env={"HTTP_PROXY": "http://me:a%40b@proxy:3128"})
-    try:
-        tool = tmp_path / "systemctl"
-        tool.write_text(f"#!/bin/sh\necho {process.pid}\n", encoding="utf-8")
-        tool.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-        found = spark_state.service_environment("docker.service", ("HTTP_PROXY", "NO_PROXY"))
-        assert found == ("http://me:a%40b@proxy:3128", "")
-        tool.write_text("#!/bin/sh\necho 0\n", encoding="utf-8")
-        assert spark_state.service_environment("docker.service", ("HTTP_PROXY",)) == ("",)
-    finally:
-        process.kill()
-        process.wait()
-
-
 def test_a_guard_that_is_older_than_its_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unit = tmp_path / "guard.service"
     unit.write_text(
@@ -308,6 +291,8 @@ def test_a_guard_that_is_older_than_its_unit(tmp_path: Path, monkeypatch: pytest
     )
     monkeypatch.setattr(spark_state, "GUARD_UNIT", unit)
     for runs, current in (("cd", True), ("ef", False), ("", False)):
-        monkeypatch.setattr(spark_state, "service_environment", lambda *_args, runs=runs: (runs,))
+        monkeypatch.setattr(
+            spark_state, "service_environment", lambda _unit, runs=runs: {"SPARKFLEET_GENERATION": runs}
+        )
         found = spark_state.guard()
         assert (found["program"], found["current"]) == ("ab", current)

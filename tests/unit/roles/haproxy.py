@@ -82,6 +82,11 @@ class Engine(http.server.BaseHTTPRequestHandler):
             right = spark.guarded and asked == f"/ready?model={spark.repo}" and name in ("", engine_key.name(spark.key))
             return self.answer(200 if right else 503, f"serving {spark.repo}\n" if right else "another-model\n")
         body = self.rfile.read(int(headers.get("content-length") or 0))
+        if headers.get("transfer-encoding") == "chunked":
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
         if spark.strict and self.path != "/v1/models" and headers.get("authorization") != f"Bearer {spark.key}":
             spark.refused += 1
             return self.answer(401, "another key")
@@ -217,9 +222,10 @@ class Gateway:
     def raw(self, data: bytes, seconds: float = 5.0) -> bytes:
         """What comes back for these bytes, until HAProxy closes or for some seconds."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=seconds) as connection:
-            connection.sendall(data)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may refuse before it has read all
+                connection.sendall(data)
             parts = []
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(TimeoutError, ConnectionResetError):
                 while part := connection.recv(65536):
                     parts.append(part)
             return b"".join(parts)
