@@ -16,6 +16,7 @@ from sparkfleet import SparkfleetError
 from sparkfleet.documents import certificates
 from sparkfleet.fleet import model_files
 from sparkfleet.fleet.gateway import truth
+from sparkfleet.packaging import signature
 from sparkfleet.packaging.bundle import Bundle
 
 display = Display()
@@ -53,7 +54,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         failure, code, new = "bad-input", truth(arguments.get("remote_code", False)), False
         try:
             if arguments.get("lock"):
-                answer = model_files.of_lock(str(arguments["lock"]), repo, revision, code)
+                signers = str(self._templar.template(variables.get(signature.LOCK.signers) or ""))
+                answer = model_files.of_lock(str(arguments["lock"]), repo, revision, code, signers)
             elif arguments.get("bundle"):
                 trust = Bundle.trust(variables, self._templar.template)
                 answer = model_files.of_bundle(str(arguments["bundle"]), trust, repo, revision)

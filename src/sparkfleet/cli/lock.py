@@ -23,7 +23,7 @@ from sparkfleet.fleet.lock_upstream import Maker, UpstreamError
 from sparkfleet.fleet.model_files import Way
 from sparkfleet.onboarding import hub_card
 from sparkfleet.onboarding.prompts import report_line
-from sparkfleet.packaging import sbom, signature
+from sparkfleet.packaging import debian, sbom, signature
 from sparkfleet.paths import ROOT
 from sparkfleet.planning import lock
 from sparkfleet.planning.lock import Lock
@@ -94,8 +94,9 @@ def run(options: argparse.Namespace, agrees: Callable[[str], bool]) -> int:
     key, signers = (_common(hosts, name) for name in (signature.LOCK.key, signature.LOCK.signers))
     whole = options.update == []
     old = Lock.read(path, not whole, "" if whole else signers) if exists else Lock(path=path)
+    kept = dataclasses.replace(old, packages={}) if whole and exists and not _trusted(path, signers) else old
     try:
-        new = Maker(old, _make_card, renewed, options.platform, hub_card.way().token).make(hosts)
+        new = Maker(kept, _make_card, renewed, options.platform, hub_card.way().token).make(hosts)
     except UpstreamError as error:
         print(report.clean(f"sparkfleet: {error}"), file=sys.stderr)
         return UNREACHABLE
@@ -103,9 +104,11 @@ def run(options: argparse.Namespace, agrees: Callable[[str], bool]) -> int:
         new = dataclasses.replace(new, packages={**new.packages, **_packages(options)})
     lines = lock_upstream.changes(old, new)
     written = not options.check and (not exists or new.text() != _text(path)) and _agreed(options, lines, agrees)
+    # Before anything is written: a key that does not sign changes nothing.
+    made = signature.of(new.text().encode(), key, signature.LOCK) if key and not options.check else b""
     if written:
         new.write()
-    signed = _sign(path, key, signers, written) if not options.check else None
+    signed = _signed(path, made, signers, written)
     _say(options, path, lines, written, signed)
     return DRIFT if options.check and lines else OK
 
@@ -147,7 +150,7 @@ def _packages(options: argparse.Namespace) -> dict[str, dict[str, str]]:
                 raise SparkfleetError(f"--packages: {name}: {host.message or host.result}")
             system, versions = sbom.packages(sbom.read(Path(folder, f"{name}.cdx.json")))
             known = found.setdefault(system, {})
-            for package in sbom.PREPARED:
+            for package in debian.PREPARED:
                 version = versions.get(package)
                 if version and known.setdefault(package, version) != version:
                     raise SparkfleetError(
@@ -166,10 +169,20 @@ def _common(hosts: dict[str, dict[str, Any]], name: str) -> str:
     return found.pop() if found else ""
 
 
-def _sign(path: Path, key: str, signers: str, written: bool) -> str | None:
-    """What is to be said of the lock's signature. A signature of what was there before is none of this one."""
-    if key:
-        return f"{signature.sign(path, key, signature.LOCK)}: written"
+def _trusted(path: Path, signers: str) -> bool:
+    """Whether a lock is as it was written, and signed by one who may. What it says of packages, which neither registry
+    nor Hub knows, is of no use otherwise."""
+    try:
+        Lock.read(path, signers=signers)
+    except SparkfleetError:
+        return False
+    return True
+
+
+def _signed(path: Path, made: bytes, signers: str, written: bool) -> str | None:
+    """Put the signature in its place; what is to be said of it. One of what was there before is none of this lock."""
+    if made:
+        return f"{signature.write(path, made)}: written"
     if written and signature.beside(path).exists():
         signature.beside(path).unlink()
         return f"{signature.beside(path)}: removed, as it is of the lock before; {signature.LOCK.key} makes a new one"

@@ -37,9 +37,16 @@ PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | rsa.RSAPublic
 def key_file(ref: Reference, keys: Mapping[str, Any]) -> str:
     """The file with the key of an image's publisher: that of the longest name in `keys` (REGISTRY, REGISTRY/PATH) that
     the image's own name is, or is below; "" for none."""
-    name = f"{ref.registry}/{ref.path}"
-    fitting = [prefix for prefix in keys if name == prefix or name.startswith(f"{prefix.rstrip('/')}/")]
-    return str(keys[max(fitting, key=len)]) if fitting else ""
+    name = _normal(f"{ref.registry}/{ref.path}")
+    files = {_normal(prefix): str(file) for prefix, file in keys.items()}
+    fitting = [prefix for prefix in files if name == prefix or name.startswith(f"{prefix}/")]
+    return files[max(fitting, key=len)] if fitting else ""
+
+
+def _normal(name: str) -> str:
+    """One of the ways to write the same place: registries are known by name whatever its case, and by TLS's port."""
+    host, slash, path = name.rstrip("/").partition("/")
+    return f"{host.lower().removesuffix(':443')}{slash}{path}"
 
 
 def public_key(file: str) -> PublicKey:

@@ -225,7 +225,10 @@ def changes(old: Lock, new: Lock) -> list[str]:
     found = [*_each("image", old.images, new.images, _new_image, _image_changes)]
     found += _each("model", old.models, new.models, _new_model, _model_changes)
     found += _each("card", old.cards, new.cards, lambda _: "new", lambda _, __: iter(["changed"]))
-    found += _each("packages of", old.packages, new.packages, lambda known: f"new ({len(known)})", _package_changes)
+    found += _each(
+        *("packages of", old.packages, new.packages, lambda known: f"new ({len(known)})", _package_changes),
+        removed="removed, as the lock was changed by hand or is not signed: read them again with --packages",
+    )
     if old.sparkfleet != new.sparkfleet and (old.images or old.models):
         found.append(f"sparkfleet: {old.sparkfleet} → {new.sparkfleet}")
     return found
@@ -237,10 +240,11 @@ def _each(
     new: Mapping[str, Any],
     described: Callable[[Any], str],
     changed: Callable[[Any, Any], Iterator[str]],
+    removed: str = "removed, no host of the inventory uses it",
 ) -> Iterator[str]:
     for name in sorted({*old, *new}):
         if name not in new:
-            yield f"{kind} {name}: removed, no host of the inventory uses it"
+            yield f"{kind} {name}: {removed}"
         elif name not in old:
             yield f"{kind} {name}: {described(new[name])}"
         elif old[name] != new[name]:

@@ -196,9 +196,10 @@ def of_run(
     return Answer(**known), new
 
 
-def of_lock(file: str, repo: str, commit: str, remote_code: bool = False) -> Answer:
-    """What a lock has of it. Raises SparkfleetError."""
-    return Answer(commit, Lock.read(file).at(repo, commit).expected(remote_code)["files"], locked=True)
+def of_lock(file: str, repo: str, commit: str, remote_code: bool = False, signers: str = "") -> Answer:
+    """What a lock has of it, which must be signed where there are `signers`: it may have been changed since the run was
+    planned. Raises SparkfleetError."""
+    return Answer(commit, Lock.read(file, signers=signers).at(repo, commit).expected(remote_code)["files"], locked=True)
 
 
 def refuse(expected: Mapping[str, Any], listing: Mapping[str, Any], host: str, what: str) -> None:

@@ -79,6 +79,12 @@ class Bundle:
         `signers`: file of those one of whom must have signed it (see `signature`). Raises SparkfleetError for a folder
         that is not a bundle, or one that is of another form or digest, or not signed."""
         place = expanded("sparkfleet_bundle", folder)
+        wanted = digest.strip().lower().removeprefix("sha256:")
+        if digest and not bounded.SHA256.fullmatch(wanted):
+            raise SparkfleetError(
+                f"sparkfleet_bundle_digest: must be sha256: and 64 hex digits, as `sparkfleet bundle` printed it, not "
+                f"{bounded.printable(digest, 80)!r}"
+            )
         try:
             with os.fdopen(bounded.open_beneath(place, NAME), "rb") as file:
                 data = file.read(LIMIT + 1)
@@ -88,7 +94,7 @@ class Bundle:
                 f"sparkfleet_bundle {place}: no bundle found ({type(error).__name__}: {error}); create "
                 "one with `sparkfleet bundle FOLDER` where there is internet"
             ) from None
-        wanted, found = digest.strip().lower().removeprefix("sha256:"), hashlib.sha256(data).hexdigest()
+        found = hashlib.sha256(data).hexdigest()
         if wanted and wanted != found:
             raise SparkfleetError(
                 f"sparkfleet_bundle {place}: its {NAME} has the digest sha256:{found}, but sparkfleet_bundle_digest "

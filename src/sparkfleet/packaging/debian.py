@@ -10,6 +10,12 @@ PACKAGE = re.compile(r"[a-z0-9][a-z0-9.+-]{1,99}")
 VERSION = re.compile(r"[0-9][A-Za-z0-9.+:~-]{0,199}")
 #: What `system_name` gives.
 SYSTEM = re.compile(r"[a-z0-9._-]{1,40} [a-z0-9._-]{0,40} [a-z0-9_]{1,40}")
+#: Packages that the stage prepare installs, with those that Docker's bring with them.
+PREPARED = (
+    *("docker.io", "docker-cli", "docker-compose", "docker-compose-v2"),
+    *("docker-ce", "docker-ce-cli", "containerd.io", "docker-compose-plugin"),
+    *("containerd", "runc", "nvidia-container-toolkit", "earlyoom", "nftables"),
+)
 
 
 def system_name(system: Mapping[str, Any]) -> str:

@@ -28,15 +28,9 @@ from sparkfleet.packaging import debian
 
 SPECIFICATION = "1.6"
 NAME = "sparkfleet"
-#: Packages that the stage prepare installs, with those that Docker's bring with them.
-PREPARED = (
-    *("docker.io", "docker-cli", "docker-compose", "docker-compose-v2"),
-    *("docker-ce", "docker-ce-cli", "containerd.io", "docker-compose-plugin"),
-    *("containerd", "runc", "nvidia-container-toolkit", "earlyoom", "nftables"),
-)
 #: And those that the gateway and monitoring install, and what runs it all.
 PACKAGES = (
-    *(*PREPARED, "haproxy", "keepalived", "prometheus", "prometheus-alertmanager", "prometheus-node-exporter"),
+    *(*debian.PREPARED, "haproxy", "keepalived", "prometheus", "prometheus-alertmanager", "prometheus-node-exporter"),
     *("python3", "python3-apt"),
 )
 #: As dpkg has them.

@@ -54,20 +54,37 @@ def read(file: Path) -> bytes | None:
         raise SparkfleetError(f"{beside(file)} cannot be read: {error}") from None
 
 
-def sign(file: Path, key: str, kind: Kind) -> Path:
-    """Sign a file; the signature, next to it. `key`: a private key without a passphrase, or a public one whose private
-    key the SSH agent has. Raises SparkfleetError."""
+def of(data: bytes, key: str, kind: Kind) -> bytes:
+    """The signature of data. `key`: a private key without a passphrase, or a public one whose private key the SSH agent
+    has. Raises SparkfleetError."""
     path = expanded(kind.key, key)
     if not path.is_file():
         raise SparkfleetError(f"{kind.key}: {path} is not a file; `ssh-keygen -t ed25519` makes a key")
-    made = beside(file)
-    made.unlink(missing_ok=True)
-    code, said = _run(["-Y", "sign", "-f", str(path), "-n", kind.namespace, str(file)])
-    if code or not made.is_file():
+    code, made, said = _run(["-Y", "sign", "-f", str(path), "-n", kind.namespace], data)
+    if code or not made.startswith(b"-----BEGIN SSH SIGNATURE-----"):
         raise SparkfleetError(
             f"{kind.key}: {path} does not sign: {printable(said, 300) or code}. A key with a "
             "passphrase works through the SSH agent: ssh-add it, and name its .pub file"
         )
+    return made
+
+
+def sign(file: Path, key: str, kind: Kind) -> Path:
+    """Sign a file; the signature, next to it, where one that was there stays until there is another. Raises
+    SparkfleetError."""
+    return write(file, of(file.read_bytes(), key, kind))
+
+
+def write(file: Path, signature: bytes) -> Path:
+    """Put a file's signature next to it. Raises SparkfleetError."""
+    made = beside(file)
+    scratch = made.with_name(f"{made.name}.{os.getpid()}")
+    try:
+        scratch.write_bytes(signature)
+        scratch.replace(made)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise SparkfleetError(f"{made} cannot be written: {error}") from None
     return made
 
 
@@ -77,28 +94,32 @@ def check(data: bytes, signature: bytes | None, signers: str, what: str, kind: K
     if not path.is_file():
         raise SparkfleetError(f"{kind.signers}: {path} is not a file: NAME KEYTYPE KEY, a line for each")
     if signature is None:
-        raise SparkfleetError(f"{what} is not signed, and {kind.signers} wants a signature: make it with {kind.key}")
+        raise SparkfleetError(
+            f"{what} is not signed, and {kind.signers} wants a signature: make it with {kind.key}, or sign the file "
+            f"that is there, once you have read it: ssh-keygen -Y sign -n {kind.namespace} -f KEY FILE"
+        )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "signature")
         file.write_bytes(signature)
         common = ["-f", str(path), "-n", kind.namespace, "-s", str(file)]
-        code, said = _run(["-Y", "find-principals", "-f", str(path), "-s", str(file)])
-        names = [name for name in said.splitlines() if re.fullmatch(r"[!-~]{1,200}", name)] if code == 0 else []
+        code, printed, said = _run(["-Y", "find-principals", "-f", str(path), "-s", str(file)])
+        listed = printed.decode("utf-8", "replace").splitlines()
+        names = [name for name in listed if re.fullmatch(r"[!-~]{1,200}", name)] if code == 0 else []
         for name in names:
-            code, said = _run(["-Y", "verify", "-I", name, *common], data)
+            code, _, said = _run(["-Y", "verify", "-I", name, *common], data)
             if code == 0:
                 return name
     raise SparkfleetError(f"{what} is not signed by anyone in {path}: {printable(said, 200) or 'unknown key'}")
 
 
-def _run(arguments: Sequence[str], data: bytes = b"") -> tuple[int, str]:
-    """Exit code and what it said. It asks nobody for a passphrase. Raises SparkfleetError where it is missing."""
+def _run(arguments: Sequence[str], data: bytes = b"") -> tuple[int, bytes, str]:
+    """Exit code, what it printed, and what it said of it. It asks nobody for a passphrase. Raises SparkfleetError where
+    it is missing."""
     try:
         done = subprocess.run(
             [_PROGRAM, *arguments],
             input=data,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            capture_output=True,
             timeout=SECONDS,
             check=False,
             env={**os.environ, "SSH_ASKPASS_REQUIRE": "force", "SSH_ASKPASS": "/bin/false", "LC_ALL": "C"},
@@ -109,4 +130,5 @@ def _run(arguments: Sequence[str], data: bytes = b"") -> tuple[int, str]:
         ) from None
     except (OSError, subprocess.SubprocessError) as error:
         raise SparkfleetError(f"{_PROGRAM}: {error}") from None
-    return done.returncode, done.stdout.decode("utf-8", "replace").strip()[:LARGEST]
+    said = (done.stderr or done.stdout).decode("utf-8", "replace").strip()
+    return done.returncode, done.stdout[:LARGEST], said[:LARGEST]

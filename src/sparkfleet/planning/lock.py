@@ -336,7 +336,9 @@ class _Reader:
         found = {}
         for name, version in self.mapping(place, value).items():
             there = (*place, name)
-            self.bounded(there, partial(bounded.matched, debian.PACKAGE, name))
+            if name not in debian.PREPARED:
+                known = ", ".join(debian.PREPARED)
+                raise self.document.error(there, f"{_name(there)}: not a package that Sparkfleet installs ({known})")
             found[name] = self.bounded(there, partial(bounded.matched, debian.VERSION, version))
         return found
 

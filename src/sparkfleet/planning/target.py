@@ -330,9 +330,10 @@ class EngineTarget:
 
     @property
     def fetches_media(self) -> bool:
-        """Whether it fetches pictures that requests name, from hosts that nothing else limits."""
+        """Whether it may fetch media that requests name, from hosts that nothing else limits. A model that takes no
+        pictures may still take videos or sound: only one that takes text alone fetches nothing."""
         limited = {"allowed_media_domains", "allowed-media-domains"} & {*self.arguments}
-        return verification.takes_pictures(self.card, self.arguments) and not limited
+        return self.card.vision and not self.arguments.get("language_model_only") and not limited
 
     @property
     def settings_hash(self) -> str:

@@ -83,6 +83,10 @@ FORMS: dict[str, tuple[str, str]] = {
     "sparkfleet_hf_token_file": _ABSOLUTE,
     "sparkfleet_ca_file": _ABSOLUTE,
     "sparkfleet_lock_file": _ABSOLUTE,
+    "sparkfleet_bundle_digest": (
+        r"(sha256:)?[0-9A-Fa-f]{64}",
+        "sha256: and 64 hex digits, as `sparkfleet bundle` printed it",
+    ),
     "sparkfleet_cache_owner": _NAME,
     "sparkfleet_cache_group": _NAME,
     "sparkfleet_operator": _NAME,
@@ -102,6 +106,9 @@ FORMS: dict[str, tuple[str, str]] = {
 #: Texts that may also be kept elsewhere, see `documents.secret`.
 SECRETS = ("sparkfleet_hf_token", "sparkfleet_engine_key", "sparkfleet_proxy")
 LOGINS = "sparkfleet_registry_logins"
+IMAGE_KEYS = "sparkfleet_image_keys"
+#: What a key is for: a registry, or what is below a path there.
+_PUBLISHER = re.compile(r"(?=.{1,255}\Z)[A-Za-z0-9.-]+(:[0-9]{1,5})?(/[a-z0-9]+([._-]+[a-z0-9]+)*)*/?")
 
 #: Parameters of verbs, which have no place in an inventory, and of the simulated world.
 PARAMETERS = frozenset(
@@ -182,6 +189,8 @@ def settle(values: Mapping[str, Any]) -> dict[str, Any]:
                 made[name] = _engines(value)
             elif name == LOGINS:
                 made[name] = logins(value)
+            elif name == IMAGE_KEYS:
+                made[name] = _image_keys(value)
             elif name in SECRETS:
                 made[name] = _value(name, secret.text(name, value), {**options()[name], "type": "str", "no_log": True})
             elif option := options().get(name):
@@ -286,6 +295,19 @@ def logins(value: Any) -> dict[str, dict[str, str]]:
             raise SparkfleetError(f"{at}.username: must not have a colon")
         made[str(registry)] = {key: str(text) for key, text in found.items()}
     return made
+
+
+def _image_keys(value: Any) -> dict[str, str]:
+    """Files by publisher. Raises SparkfleetError for a name that no image can have: nothing would be checked."""
+    made = _value(IMAGE_KEYS, value, options()[IMAGE_KEYS])
+    for publisher, file in made.items():
+        if not isinstance(publisher, str) or not _PUBLISHER.fullmatch(publisher):
+            raise SparkfleetError(
+                f"{IMAGE_KEYS}: {_shown(publisher)} is not REGISTRY or REGISTRY/PATH, without https://, tag or *"
+            )
+        if not isinstance(file, str) or not file.strip():
+            raise SparkfleetError(f"{IMAGE_KEYS}: {publisher}: must be the path of a public key, not {_shown(file)}")
+    return dict(made)
 
 
 def _value(name: str, value: Any, option: Mapping[str, Any], rule: str = "") -> Any:

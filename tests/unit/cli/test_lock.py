@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -344,6 +346,66 @@ def test_a_lock_is_signed_and_what_was_changed_is_not_signed_again(
     world.path.unlink()  # nor is the lock left out by removing it
     with pytest.raises(SparkfleetError, match="sparkfleet_lock_signers wants a signed lock, and there is none"):
         Target.of(dataclasses.replace(settings, lock_file=""))
+
+
+PACKAGES = {"ubuntu noble aarch64": {"docker.io": "27.5.1-0ubuntu3", "runc": "1.1.12-0ubuntu3"}}
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_packages_of_a_lock_that_was_changed_are_not_signed_again(
+    world: World, capsys: Captured, tmp_path: Path, signed: bool
+) -> None:
+    """Registry and Hub know nothing of them, so what a forger wrote would be taken as it is."""
+    key = test_signature.make(tmp_path, "alice")
+    more = ["-e", f"sparkfleet_lock_key={key}"] if signed else []
+    if signed:
+        world.inventory(sparkfleet_lock_signers=test_signature.signers(tmp_path, key))
+    assert world.run(*more) == 0
+    own = dataclasses.replace(world.read(), packages=PACKAGES)
+    own.write()
+    if signed:
+        signature.sign(world.path, str(key), signature.LOCK)
+    assert world.run("--update", "--yes", *more) == 0 and world.read().packages == PACKAGES
+    text = world.path.read_text(encoding="utf-8")
+    world.path.write_text(text.replace("27.5.1-0ubuntu3", "20.10.0-evil1"), encoding="utf-8")
+    capsys.readouterr()
+    assert world.run("--update", "--yes", *more) == 0
+    said = "packages of ubuntu noble aarch64: removed, as the lock was changed by hand or is not signed"
+    assert said in capsys.readouterr().out and world.read().packages == {}
+
+
+def test_a_package_that_is_not_ours_is_refused(world: World, capsys: Captured) -> None:
+    assert world.run() == 0
+    dataclasses.replace(world.read(), packages=PACKAGES).write()
+    text = world.path.read_text(encoding="utf-8")
+    world.path.write_text(text.replace("runc:", "openssl:"), encoding="utf-8")
+    assert world.run("--update", "--yes") == 2
+    assert "openssl: not a package that Sparkfleet installs" in capsys.readouterr().err
+
+
+def test_a_key_that_does_not_sign_changes_nothing(world: World, capsys: Captured, tmp_path: Path) -> None:
+    key, locked = test_signature.make(tmp_path, "alice"), test_signature.make(tmp_path, "bob", "a passphrase")
+    for bad in ("/nope/key", str(locked)):
+        assert world.run("-e", f"sparkfleet_lock_key={bad}") == 2
+        assert "sparkfleet_lock_key: " in capsys.readouterr().err and not world.path.exists()
+    assert world.run("-e", f"sparkfleet_lock_key={key}") == 0
+    made = signature.beside(world.path).read_bytes()
+    assert world.run("-e", f"sparkfleet_lock_key={locked}") == 2
+    assert signature.beside(world.path).read_bytes() == made
+    allowed = test_signature.signers(tmp_path, key)
+    assert Lock.read(world.path, signers=allowed) == world.read()
+
+
+def test_a_lock_that_is_there_is_signed_as_the_message_says(world: World, capsys: Captured, tmp_path: Path) -> None:
+    assert world.run() == 0
+    key = test_signature.make(tmp_path, "alice")
+    world.inventory(sparkfleet_lock_signers=test_signature.signers(tmp_path, key))
+    capsys.readouterr()
+    assert world.run("-e", f"sparkfleet_lock_key={key}") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    command = said[said.index("ssh-keygen") :].replace("KEY", str(key)).replace("FILE", str(world.path))
+    subprocess.run(shlex.split(command), check=True, capture_output=True, timeout=30)
+    assert world.run("-e", f"sparkfleet_lock_key={key}") == 0
 
 
 @pytest.mark.parametrize(

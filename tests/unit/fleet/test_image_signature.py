@@ -12,6 +12,7 @@ import pytest
 from ansible.errors import AnsibleActionFail
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+from sparkfleet_host.registry import reference
 
 from sparkfleet import SparkfleetError
 from sparkfleet.fleet import image_digest, image_signature
@@ -169,3 +170,23 @@ def test_the_action_refuses_what_is_not_signed(
     publish(upstream, CURVE)
     assert stage.run(run, image=image, keys=keys)["digest"] == digest(upstream.index)
     assert stage.run(run, image=image)["digest"] == digest(upstream.index)
+
+
+@pytest.mark.parametrize(
+    ("image", "publisher"),
+    [
+        ("Registry.Example/our/x:1", "registry.example/our"),
+        ("registry.example/our/x:1", "Registry.Example/our"),
+        ("registry.example:443/our/x:1", "registry.example/our/"),
+        ("registry.example/our/x:1", "registry.example:443"),
+        ("registry.example:5000/our/x:1", "registry.example:5000/our/x"),
+        ("vllm/vllm-openai:v0.25.1", "docker.io/vllm"),
+    ],
+)
+def test_a_publisher_may_be_written_in_other_ways(image: str, publisher: str) -> None:
+    assert image_signature.key_file(reference(image), {publisher: "/keys/theirs.pub"}) == "/keys/theirs.pub"
+
+
+@pytest.mark.parametrize("publisher", ["registry.example/ou", "registry.example:5000/our", "example/our"])
+def test_another_publisher_is_none(publisher: str) -> None:
+    assert image_signature.key_file(reference("registry.example/our/x:1"), {publisher: "/keys/theirs.pub"}) == ""

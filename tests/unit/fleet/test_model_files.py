@@ -21,12 +21,13 @@ from sparkfleet_host import cache
 from sparkfleet import SparkfleetError
 from sparkfleet.fleet import lock_upstream, model_files
 from sparkfleet.fleet.model_files import Answer, Way
-from sparkfleet.packaging import hub_client
+from sparkfleet.packaging import hub_client, signature
 from sparkfleet.packaging.bundle import Bundle, Entry
-from sparkfleet.planning.lock import Lock
+from sparkfleet.planning.lock import File, Lock
 from tests.unit.fakes.authority import Authority
 from tests.unit.fakes.fake_hub import Hub, serve
 from tests.unit.host.test_fetch_model import fetch
+from tests.unit.packaging import test_signature
 
 FILES = {"config.json": b'{"a": 1}', "model.safetensors": b"w" * 5000, "weights.bin": b"pickle", "chat.jinja": b"hi"}
 TOKEN = "hf_canary"
@@ -453,15 +454,18 @@ def test_a_bundle_says_what_it_has_and_a_collected_list_is_compared(tmp_path: Pa
 # -- the action ------------------------------------------------------------------------------------------------------
 
 
-def act(monkeypatch: pytest.MonkeyPatch, folder: Path, **arguments: Any) -> tuple[dict[str, Any], list[str]]:
+def act(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, variables: dict[str, Any] | None = None, **arguments: Any
+) -> tuple[dict[str, Any], list[str]]:
     """Run the action; its result and its warnings."""
     printed: list[str] = []
     monkeypatch.setattr(action, "display", SimpleNamespace(warning=printed.append))
     monkeypatch.setattr(action.constants, "DEFAULT_LOCAL_TMP", str(folder))
     given = {"repo": "acme/tiny", "revision": "main", **arguments}
     task = SimpleNamespace(args=given, async_val=0, check_mode=False, diff=False, environment=None, delegate_to=None)
-    made = action.ActionModule(task, *(SimpleNamespace(_shell=SimpleNamespace(tmpdir="none")) for _ in range(5)))
-    return made.run(task_vars={"inventory_hostname": "spark-1"}), printed
+    stand_in = SimpleNamespace(_shell=SimpleNamespace(tmpdir="none"), template=lambda value: value)
+    made = action.ActionModule(task, *[stand_in] * 5)
+    return made.run(task_vars={"inventory_hostname": "spark-1", **(variables or {})}), printed
 
 
 def test_what_was_not_verified_is_said_once_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -505,3 +509,20 @@ def test_with_a_lock_nobody_is_asked(hub: Hub, monkeypatch: pytest.MonkeyPatch, 
     assert refused.value.result["failure"] == "lock-mismatch"
     with pytest.raises(AnsibleActionFail, match="acme/tiny@main is not in the lock"):
         act(monkeypatch, tmp_path, **{**given, "revision": "main"})
+
+
+def test_a_lock_that_was_changed_after_the_plan_is_refused(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made, key = lock_of(hub, tmp_path / "lock.yml"), test_signature.make(tmp_path, "alice")
+    variables = {"sparkfleet_lock_signers": test_signature.signers(tmp_path, key)}
+    given = {"revision": hub.commit, "lock": str(made.path)}
+    with pytest.raises(AnsibleActionFail, match="is not signed, and sparkfleet_lock_signers wants a signature"):
+        act(monkeypatch, tmp_path, variables, **given)
+    signature.sign(made.path, str(key), signature.LOCK)
+    assert act(monkeypatch, tmp_path, variables, **given)[0]["expected"]["commit"] == hub.commit
+    (name, model), forged = next(iter(made.models.items())), File(1, "e" * 64, "")
+    changed = dataclasses.replace(made, models={name: dataclasses.replace(model, files={"config.json": forged})})
+    changed.write()  # with a seal that is right
+    with pytest.raises(AnsibleActionFail, match="is not signed by anyone in"):
+        act(monkeypatch, tmp_path, variables, **given)

@@ -340,6 +340,16 @@ def with_wheels(folder: Path) -> Bundle:
     return made
 
 
+@pytest.mark.parametrize("digest", ["sha256:", " ", "SHA256:", "sha256:abc"])
+def test_a_digest_that_is_none_accepts_no_bundle(tmp_path: Path, digest: str) -> None:
+    """As of a variable of the shell that is not set."""
+    folder = tmp_path / "carry"
+    made = with_wheels(folder).write()
+    with pytest.raises(SparkfleetError, match="sparkfleet_bundle_digest: must be sha256: and 64 hex digits"):
+        Bundle.read(folder, digest)
+    assert Bundle.read(folder, f" SHA256:{made.upper()} ").files == Bundle.read(folder).files
+
+
 def test_wheels_are_checked_before_anything_is_installed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "carry"
     digest = with_wheels(folder).write()

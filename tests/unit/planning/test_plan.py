@@ -1137,6 +1137,9 @@ def test_an_engine_that_takes_pictures_fetches_none_unless_it_is_told_from_where
     assert words[-3:] == ["--allowed-media-domains", "images.example.com", "b.example"]
     words, environment = command(model="qwen36-27b-nvfp4", environment={REDIRECTS: 1})
     assert environment[REDIRECTS] == "1"
+    # It may take videos then.
+    words, environment = command(model="qwen36-27b-nvfp4", arguments={"limit_mm_per_prompt": {"image": 0}})
+    assert words[-2:] == ["--allowed-media-domains", "none.invalid"] and environment[REDIRECTS] == "0"
     arguments = {"allowed_media_domains": "example.com"}
     words, _ = command(model="qwen36-27b-nvfp4", arguments=arguments)
     assert words.count("--allowed-media-domains") == 1 and "example.com" in words

@@ -337,3 +337,30 @@ def test_bad_input_of_a_verb_is_exit_code_2(tmp_path: Path, name: str, value: st
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in " ".join(done.stdout.split()) + done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"https://registry.example": "/k"}, "'https://registry.example' is not REGISTRY or REGISTRY/PATH"),
+        ({"registry.example/our/*": "/k"}, "is not REGISTRY or REGISTRY/PATH"),
+        ({"registry.example/our/x:1": "/k"}, "is not REGISTRY or REGISTRY/PATH"),
+        ({5: "/k"}, "the key '5' is not a text"),
+        ({"registry.example": None}, "registry.example: must be the path of a public key, not None"),
+        ({"registry.example": " "}, "must be the path of a public key"),
+        ("registry.example", "must be a mapping"),
+    ],
+)
+def test_a_publisher_that_no_image_can_have_is_refused(keys: Any, problem: str) -> None:
+    with pytest.raises(SparkfleetError, match=f"sparkfleet_image_keys: .*{re.escape(problem)}"):
+        variables.settle({"sparkfleet_image_keys": keys})
+    good = {"nvcr.io": "/k", "registry.example:5000/our/x-y.z/": "~/k", "Registry.Example": "k"}
+    assert variables.settle({"sparkfleet_image_keys": good}) == {"sparkfleet_image_keys": good}
+
+
+@pytest.mark.parametrize("digest", ["sha256:", " ", "sha256: ", "sha256:" + "0" * 63, "md5:" + "0" * 64])
+def test_a_digest_of_a_bundle_that_is_none_is_refused(digest: str) -> None:
+    with pytest.raises(SparkfleetError, match="sparkfleet_bundle_digest: must be sha256: and 64 hex digits"):
+        variables.settle({"sparkfleet_bundle_digest": digest})
+    for good in ("", "a" * 64, "sha256:" + "B" * 64):
+        assert variables.settle({"sparkfleet_bundle_digest": good}) == {"sparkfleet_bundle_digest": good}
