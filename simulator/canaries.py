@@ -45,7 +45,7 @@ OWN = {
     "/etc/systemd/system/docker.service.d/sparkfleet-proxy.env",
 }
 #: Processes that have a secret in their environment, which root alone can read: Docker the proxy's, an engine its key.
-OWN_PROCESSES = ("dockerd", "containerd", "docker", "vllm", "python3", "sh")
+OWN_PROCESSES = ("dockerd", "containerd", "docker-proxy", "docker", "vllm", "python3", "sh")
 SECONDS = 600
 BASE = {"sparkfleet_start_timeout": 40, "sparkfleet_guard_interval": 0.5, "sparkfleet_all_at_once": True}
 
