@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from . import metrics, sensors
-from .bounded import COMMIT, MIB, BoundsError, as_dict, as_int, as_number, parse_json, printable
+from .bounded import COMMIT, MIB, BoundsError, as_dict, as_int, as_number, as_time, parse_json, printable
 from .cache import repo_folder
 from .docker import Docker, DockerError
 from .http import HttpError, engine_client
@@ -70,7 +70,7 @@ _COUNTERS = (
 SETTLE = 3.0  # seconds in which an engine's counters come to rest
 #: Share by which what the engine counted may differ from what was answered.
 AGREE = 0.02
-SENSE = 1.0  # seconds between two readings of the GPU
+SENSE = 1.0  # seconds between two readings of the GPU, and of which one is the mean (NVML: of the last second)
 
 
 class BenchError(Exception):
@@ -149,7 +149,10 @@ def measure(docker: Docker, container: str, item: Engine, load: Load, tool: str 
     _warm_up(_ask, item, load)
     if not tool or tool == OWN:
         try:
-            return _watched(item, load, lambda: by_vllm(docker, container, item, load)), OWN
+            asked = _watched(
+                item, load, lambda: by_vllm(docker, container, item, load), lambda: _end(docker, container)
+            )
+            return asked, OWN
         except (DockerError, BenchError) as error:
             if tool:
                 raise BenchError(f"{OWN}: {error}") from None
@@ -189,6 +192,16 @@ def by_vllm(docker: Docker, container: str, item: Engine, load: Load) -> dict[st
     if code:
         raise BenchError("it wrote no result")
     return understood("\n".join(lines), load)
+
+
+def _end(docker: Docker, container: str) -> float | None:
+    """When `vllm bench serve` wrote its result (Unix time; a container has its host's clock), as soon as all answers
+    were there; None where the container does not say."""
+    try:
+        code, lines = docker.execute(container, ["stat", "--format=%.Y", RESULT], 30.0)
+        return as_time(float(lines[-1]), RESULT) if code == 0 and lines else None
+    except (DockerError, ValueError):  # BoundsError is one
+        return None
 
 
 def understood(text: str, load: Load) -> dict[str, Any]:
@@ -321,19 +334,25 @@ def _ask(item: Engine, prompt: list[int], load: Load, deadline: float) -> tuple[
 # -- what the engine and the GPU say meanwhile -----------------------------------------------------------------------
 
 
-def _watched(item: Engine, load: Load, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The row that `work` makes, with what was counted and read while it ran. Raises BenchError where the engine
-    counted less than was answered."""
+def _watched(
+    item: Engine, load: Load, work: Callable[[], dict[str, Any]], ended: Callable[[], float | None] = lambda: None
+) -> dict[str, Any]:
+    """The row that `work` makes, with what was counted while it ran, and what the GPU was in its `seconds`. `ended`
+    says when these were over, where that is before `work` is. Raises BenchError where the engine counted less than was
+    answered."""
     before, began = counters(item), time.time()
     with gpu_read() as readings:
         made = work()
+        end = time.time()
+    said = ended()
+    end = said if said is not None and began <= said <= end else end
     counted = _settled(item, before, made)
     for kind, key in (("output_tokens", "generation_tokens"), ("requests", "request_success")):
         wanted, found = made.get(kind) or 0, counted.get(key)
         if found is not None and found < wanted * (1 - AGREE):
             raise BenchError(f"{wanted} {kind.replace('_', ' ')} were answered, and the engine counted {found:.0f}")
     more = counted.get("generation_tokens", 0.0) > (made.get("output_tokens") or 0) * (1 + AGREE) + load.output
-    return {**made, "at": round(began, 2), "counted": _named(counted), "disturbed": more, **_drawn(readings, made)}
+    return {**made, "at": round(began, 2), "counted": _named(counted), "disturbed": more, **_drawn(readings, made, end)}
 
 
 def counters(item: Engine) -> dict[str, float]:
@@ -369,14 +388,15 @@ def _named(moved: dict[str, float]) -> dict[str, Any]:
 
 
 @contextmanager
-def gpu_read() -> Iterator[list[list[str]]]:
-    """The sensors' rows of the GPU, read once a second as long as the context lasts."""
-    rows: list[list[str]] = []
+def gpu_read() -> Iterator[list[tuple[float, list[str]]]]:
+    """The sensors' rows of the GPU and when they were read (Unix time), once a second as long as the context lasts."""
+    rows: list[tuple[float, list[str]]] = []
     program, ended = sensors.Program(sensors.SMI), threading.Event()
 
     def read() -> None:
         while True:
-            rows.extend(sensors.gpus(program.output() or "")[:1])
+            found = sensors.gpus(program.output() or "")[:1]
+            rows.extend((time.time(), row) for row in found)
             if ended.wait(SENSE):
                 return
 
@@ -389,12 +409,18 @@ def gpu_read() -> Iterator[list[list[str]]]:
         thread.join(sensors.TIMEOUT + 1)
 
 
-def _drawn(rows: Sequence[Sequence[str]], made: dict[str, Any]) -> dict[str, Any]:
+def _drawn(readings: Sequence[tuple[float, Sequence[str]]], made: dict[str, Any], end: float) -> dict[str, Any]:
     """Temperature (°C, the highest), power (W, the mean), why the GPU was slowed down, and energy a token; None for
-    what the GPU does not say."""
+    what the GPU does not say. Of the `seconds` before `end` alone: `vllm bench serve` first loads its libraries and its
+    tokenizer and tries one request, and what the GPU draws meanwhile is not what the tokens took. (That the engine has
+    requests would be no better sign: the one that is tried is one too.)"""
+    begin = end - (made.get("seconds") or math.inf)
+    rows = [row for at, row in readings if begin <= at <= end]
+    # The first reading is in part of what was before.
+    later = [row for at, row in readings if begin + SENSE <= at <= end] or rows
     heat, power = (
-        [value for row in rows if (value := sensors.number(row[sensors.FIELDS.index(field)])) is not None]
-        for field in ("temperature.gpu", "power.draw")
+        [value for row in chosen if (value := sensors.number(row[sensors.FIELDS.index(field)])) is not None]
+        for field, chosen in (("temperature.gpu", rows), ("power.draw", later))
     )
     mean = statistics.mean(power) if power else None
     tokens = made.get("output_tokens") or made.get("input_tokens")

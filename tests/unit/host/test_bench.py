@@ -7,6 +7,7 @@ import itertools
 import json
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ class Container:
     def __init__(self, engine: Engine) -> None:
         self.engine, self.ran = engine, []  # type: ignore[var-annotated]
         self.ends: dict[str, tuple[int, str]] = {"rm": (0, ""), "cat": (0, json.dumps(RESULT)), "vllm": (0, "done\n")}
+        self.ends["stat"] = (1, "stat: cannot statx\n")
         self.slow = 0.0
+        self.during: Callable[[], None] = lambda: None  # what happens while the benchmark runs
         self.environments: list[list[str]] = []
         engine.routes["POST", "/containers/c1/exec"] = self.make
 
@@ -61,6 +64,8 @@ class Container:
 
         def start(handler: Handler) -> None:
             time.sleep(self.slow)
+            if argv[0] == "timeout":
+                self.during()
             # In two frames, as they come.
             parts = (raw[:5], raw[5:])
             handler.chunks(*(struct.pack(">BxxxL", 1, len(part)) + part for part in parts if part))
@@ -289,6 +294,78 @@ def test_what_the_engine_counted_and_the_gpu_drew(
     assert row["joules_per_token"] == pytest.approx(40 * 70.8 / 192, abs=1e-3) and not row["disturbed"]
     warm = vllm.asked("/v1/completions")
     assert len(warm) == 1 and len(warm[0]["prompt"]) == bench.INPUT  # which no counter of the row has
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_the_power_is_that_of_the_benchmark_s_own_seconds(
+    container: Container, docker: Docker, vllm: Vllm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: bool
+) -> None:
+    """Its libraries take as long as it does; what comes after its result is left out where the container says when it
+    was written."""
+    container.ends["cat"] = (0, json.dumps({**FULL, "duration": 0.6, "total_output_tokens": 60}))
+    Counting(monkeypatch)
+    gpu(tmp_path, monkeypatch, "")
+    monkeypatch.setattr(bench, "SENSE", 0.02)
+
+    def phases() -> None:
+        for power, seconds in ((10, 0.6), (100, 0.6), (10, 0.6 if said else 0.0)):
+            reading = f"{power // 2}, {power}.0, 2000, 96, {'0x20' if power == 10 else '0x4'}"
+            # Replaced as a whole: it may be read at any time.
+            (tmp_path / "new").write_text(f"#!/bin/sh\necho '{reading}'\n", encoding="utf-8")
+            (tmp_path / "new").chmod(0o755)
+            (tmp_path / "new").replace(tmp_path / "smi")
+            time.sleep(seconds)
+            if power == 100 and said:
+                container.ends["stat"] = (0, f"{time.time():.9f}\n")
+
+    container.during = phases
+    row = measured_once(docker, vllm, bench.Load(1))
+    assert row["power_w"] == pytest.approx(100.0, abs=25.0) and row["temperature_c"] == 50.0
+    assert row["joules_per_token"] == pytest.approx(1.0, abs=0.25) and "sw-power-cap" in row["throttled"]
+
+
+def reading(power: float) -> list[str]:
+    return ["50", f"{power:.1f}", "2000", "96", "0x0"]
+
+
+def test_readings_of_another_time_say_nothing() -> None:
+    made = {"seconds": 10.0, "output_tokens": 100}
+    around = [(float(at), reading(100.0 if 90 < at <= 100 else 10.0)) for at in range(80, 111)]
+    assert bench._drawn(around, made, 100.0)["joules_per_token"] == 10.0  # without the one at 90, a mean of what was
+    assert bench._drawn(around, {**made, "seconds": 0.5}, 100.2)["power_w"] == 100.0
+    nothing = bench._drawn(around[:3], made, 100.0)
+    assert nothing["power_w"] is nothing["temperature_c"] is nothing["joules_per_token"] is None
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 100), st.floats(0, 500)), max_size=30),
+    st.floats(0, 100),
+    st.none() | st.floats(0, 50),
+)
+def test_the_power_is_one_that_was_read(read: list[tuple[float, float]], end: float, seconds: float | None) -> None:
+    found = bench._drawn([(at, reading(power)) for at, power in read], {"seconds": seconds}, end)["power_w"]
+    within = [power for at, power in read if end - (seconds or 1e9) <= at <= end]
+    assert (found is None) == (not within)
+    assert found is None or min(within) - 0.1 <= found <= max(within) + 0.1
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "when"),
+    [
+        (0, "1700000000.250000000\n", 1700000000.25),
+        (0, "", None),
+        (0, "soon", None),
+        (0, "nan", None),
+        (0, "1e300", None),
+        (1, "7", None),
+    ],
+)
+def test_when_the_result_was_written(
+    container: Container, docker: Docker, code: int, text: str, when: float | None
+) -> None:
+    container.ends["stat"] = (code, text)
+    assert bench._end(docker, "c1") == when
+    assert bench._end(docker, "c2") is None
 
 
 @pytest.mark.parametrize(("tokens", "disturbed"), [(192.0, False), (256.0, False), (300.0, True)])
