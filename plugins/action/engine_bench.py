@@ -20,7 +20,7 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 from sparkfleet_host import benchmarks
-from sparkfleet_host.bounded import BoundsError, printable
+from sparkfleet_host.bounded import BoundsError, as_dict, as_str, as_time, printable
 
 from sparkfleet import SparkfleetError, operator_name, paths
 from sparkfleet.fleet import gateway
@@ -91,7 +91,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         self, host: str, found: Mapping[str, Any], engine: Mapping[str, Any], planned: list[Any], repetitions: int
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The record of an engine, and the result of what failed, {} for nothing."""
-        began = float(found["now"])
+        try:
+            began = as_time(found["now"], "now")
+        except BoundsError as error:
+            raise AnsibleActionFail(f"{host}: the time that the host says: {error}") from None
         record: dict[str, Any] = {
             **{"format": benchmarks.FORMAT, "id": records.new_id(began), "at": began, "ended": began, "host": host},
             **{"controller": operator_name.name(), "release": found["release"]},
@@ -112,23 +115,27 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
                 return record, {**answer, "failed": True, "msg": message, "failure": "benchmark"}
             place = {"shape": shape.name, "input": load.input, "output": load.output, "streams": load.streams}
             try:
-                row = benchmarks.check_row({**answer["row"], **place, "repetition": repetition})
+                given = as_dict(answer["row"], "row")
+                row = benchmarks.check_row({**given, **place, "repetition": repetition})
+                tool, ended = as_str(answer.get("tool"), "tool", 1000), as_time(answer["now"], "now")
             except BoundsError as error:
                 raise AnsibleActionFail(f"{host}: what the host measured: {error}") from None
             record["rows"].append(row)
-            record.update(tool=str(answer["tool"]), ended=float(answer["now"]), complete=number == len(planned))
+            record.update(tool=tool, ended=ended, complete=number == len(planned))
             display.display(report.clean(f"{host}  {benchmark.line(row, repetitions)}"))
             self._keep(host, record)
         return record, {}
 
     def _keep(self, host: str, record: dict[str, Any]) -> None:
+        """Lines, since the command shows no warning of a run that ends well."""
         answer = self._module(step="keep", record=record)
         if answer.get("failed"):
-            display.warning(report.clean(f"{host}: the benchmark is not kept on the host: {answer.get('msg')}"))
+            display.display(report.clean(f"{host}  the benchmark is not kept on the host: {answer.get('msg')}"))
         try:
             records.keep(paths.STATE, host, record)
-        except OSError as error:
-            display.warning(f"{host}: the benchmark is not kept on this machine: {error.strerror}")
+        except (OSError, BoundsError) as error:
+            why = printable(getattr(error, "strerror", None) or str(error), 300)
+            display.display(report.clean(f"{host}  the benchmark is not kept on this machine: {why}"))
 
     def _module(self, **arguments: Any) -> dict[str, Any]:
         places = {key: self._task.args[key] for key in ("project_dir", "state_dir") if key in self._task.args}

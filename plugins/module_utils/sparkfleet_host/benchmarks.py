@@ -18,7 +18,7 @@ from typing import Any
 
 from . import bounded, engine, metrics, sensors
 from .bench import BenchError
-from .bounded import SHA256, BoundsError, as_dict, as_int, as_list, as_number, as_str, printable
+from .bounded import SHA256, BoundsError, as_dict, as_int, as_list, as_number, as_str, as_time, printable
 from .docker import Docker
 from .http import engine_client
 from .release_format import Engine
@@ -31,6 +31,7 @@ MOST = 32  # records of a host
 MOST_ROWS = 256  # of a record
 LOOK = 3.0  # seconds in which requests of others are looked for
 LARGEST = 16 * bounded.MIB  # of the file
+LEAST = 1e-9  # of a figure that is not zero: no engine is so slow, and a ratio to it may be beyond a float
 #: Form of a record's id, which is part of a file's name.
 ID = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{6}")
 SHAPE = re.compile(r"[a-z0-9][a-z0-9_.:-]{0,31}")
@@ -40,9 +41,11 @@ _ANY = re.compile(r"[\w.+-]{0,80}", re.ASCII)
 _COUNTS = ("input", "output", "streams", "repetition", "requests")
 _FIGURES = (
     *("tokens_per_second", "stream_tokens_per_second", "ttft_ms", "ttft_mean_ms", "seconds"),
-    *("at", "input_tokens", "output_tokens", "temperature_c", "power_w", "joules_per_token"),
+    *("input_tokens", "output_tokens", "temperature_c", "power_w", "joules_per_token"),
     *(f"{name}_p{share}_ms" for name in ("ttft", "itl", "request") for share in (50, 95, 99)),
 )
+#: What each row has.
+_MEASURED = ("tokens_per_second", "ttft_ms")
 _COUNTED = ("requests", "output_tokens", "input_tokens", "preemptions", "cached_tokens", "ttft_mean_ms")
 
 
@@ -60,9 +63,9 @@ def check_record(value: Any, what: str = "a benchmark") -> dict[str, Any]:
     made["settings"] = bounded.matched(SHA256, given["settings"], f"{what}: settings") if given.get("settings") else ""
     made["release"] = as_int(given.get("release"), f"{what}: release", 0, 10**9)
     for key in ("at", "ended"):
-        made[key] = as_number(given.get(key), f"{what}: {key}", 0.0, bounded.LATEST)
+        made[key] = as_time(given.get(key), f"{what}: {key}")
     for key in ("limit_tok_s", "published_tok_s"):
-        made[key] = _figure(given.get(key), f"{what}: {key}")
+        made[key] = figure(given.get(key), f"{what}: {key}")
     for key in ("reads", "serving", "complete"):
         made[key] = given.get(key) is True
     made["rows"] = [check_row(row, f"{what}: rows") for row in as_list(given.get("rows"), f"{what}: rows", MOST_ROWS)]
@@ -74,19 +77,25 @@ def check_row(value: Any, what: str = "a row") -> dict[str, Any]:
     given = as_dict(value, what)
     made: dict[str, Any] = {"shape": bounded.matched(SHAPE, given.get("shape"), f"{what}.shape")}
     made.update({key: as_int(given.get(key), f"{what}.{key}", 0, 1 << 30) for key in _COUNTS})
-    made.update({key: _figure(given[key], f"{what}.{key}") for key in _FIGURES if key in given})
+    for key in _MEASURED:
+        as_number(given.get(key), f"{what}.{key}")
+    made.update({key: figure(given[key], f"{what}.{key}") for key in _FIGURES if key in given})
+    made.update({"at": as_time(given["at"], f"{what}.at")} if given.get("at") is not None else {})
     counted = as_dict(given.get("counted") or {}, f"{what}.counted")
-    made["counted"] = {key: _figure(counted[key], f"{what}.counted") for key in _COUNTED if key in counted}
+    made["counted"] = {key: figure(counted[key], f"{what}.counted") for key in _COUNTED if key in counted}
     made["disturbed"] = given.get("disturbed") is True
     reasons = as_list(given.get("throttled") or [], f"{what}.throttled", 16)
     made["throttled"] = [printable(as_str(reason, f"{what}.throttled", 64)) for reason in reasons]
     return made
 
 
-def _figure(value: Any, what: str) -> float | int | None:
+def figure(value: Any, what: str) -> float | int | None:
+    """A measured number, None for one that is not known. Raises BoundsError."""
     if value is None:
         return None
     number = as_number(value, what, 0.0, 1e12)
+    if 0 < number < LEAST:
+        raise BoundsError(f"{what}: {number:g} is less than {LEAST:g}")
     return value if isinstance(value, int) else number
 
 

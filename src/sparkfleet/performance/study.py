@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparkfleet_host import bounded
-from sparkfleet_host.bounded import BoundsError, as_dict, as_int, as_list, as_number, as_str
+from sparkfleet_host import benchmarks, bounded
+from sparkfleet_host.bounded import BoundsError, as_dict, as_int, as_list, as_str, as_time
 from sparkfleet_host.releases import write_json
 
 from sparkfleet import SparkfleetError
@@ -53,8 +53,11 @@ class Study:
         return {search.key(run["settings"]): result(run, objective) for run in self.runs if not run["confirms"]}
 
     def add(self, run: Mapping[str, Any]) -> None:
-        """Keep a run. Raises SparkfleetError."""
-        self.runs.append(_run(dict(run)))
+        """Keep a run. Raises SparkfleetError, also for what a Spark cannot have measured."""
+        try:
+            self.runs.append(_run(dict(run)))
+        except BoundsError as error:
+            raise SparkfleetError(f"what the Spark measured: {error}") from None
         self.write()
 
     def write(self) -> None:
@@ -125,14 +128,13 @@ def _run(value: Any) -> dict[str, Any]:
     rows = []
     for item in as_list(run.get("rows"), "rows", 64):
         row = as_dict(item, "a row")
-        rows.append({key: as_number(row[key], key) for key in _ROW if row.get(key) is not None})
-    ready = run.get("ready_s")
+        rows.append({key: benchmarks.figure(row[key], key) for key in _ROW if row.get(key) is not None})
     return {
         "settings": as_dict(run.get("settings"), "settings"),
         "rows": rows,
-        "ready_s": None if ready is None else as_number(ready, "ready_s"),
+        "ready_s": benchmarks.figure(run.get("ready_s"), "ready_s"),
         "failed": as_str(run.get("failed") or "", "failed", 4000),
-        "seconds": as_number(run.get("seconds"), "seconds"),
-        "at": as_number(run.get("at"), "at"),
+        "seconds": as_time(run.get("seconds"), "seconds"),
+        "at": as_time(run.get("at"), "at"),
         "confirms": run.get("confirms") is True,
     }

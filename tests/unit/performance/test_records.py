@@ -59,9 +59,18 @@ def test_a_file_of_another_form_is_none(tmp_path: Path) -> None:
         {"rows": [row(shape="a b")]},
         {"rows": [row(streams=-1)]},
         {"rows": [row(ttft_ms="soon")]},
+        {"rows": [row(ttft_ms=None)]},
+        {"rows": [row(tokens_per_second=1e-320)]},
+        {"rows": [{key: value for key, value in row().items() if key != "tokens_per_second"}]},
+        {"rows": [row(at=1e300)]},
+        {"rows": [row(at=-1e18)]},
+        {"rows": [row(at="then")]},
+        {"limit_tok_s": 1e-320},
         {"rows": [row()] * (benchmarks.MOST_ROWS + 1)},
         {"repo": "no repo"},
         {"at": None},
+        {"at": 1e300},
+        {"ended": -1e18},
     ],
 )
 def test_the_form_is_checked(more: dict[str, object]) -> None:
