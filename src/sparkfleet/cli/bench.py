@@ -70,7 +70,8 @@ def compare(options: argparse.Namespace) -> int:
     first, second = (records.find(paths.STATE, name) for name in options.of[1:])
     made = comparison.compare(first, second)
     if options.json:
-        print(json.dumps(made.as_dict(), indent=2))
+        notes = {"first": benchmark.notes(first), "second": benchmark.notes(second)}
+        print(json.dumps({**made.as_dict(), "notes": notes}, indent=2))
     else:
         print(report.clean(benchmark.compared(made)), end="")
     return SLOWER if made.slower else OK

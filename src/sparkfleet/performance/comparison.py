@@ -1,17 +1,21 @@
 """Whether two benchmarks differ by more than noise.
 
-What is compared is the mean of a figure over the repetitions of a load, as a ratio: Welch's t-test of the logarithms,
-so that each side may have its own noise. Requests within a repetition are not independent of each other (they share the
+What is compared is the mean of a figure over the repetitions of a load, as a ratio: Student's t-test of the logarithms,
+with the noise of both sides together. (Of two or three repetitions the noise of a side alone is hardly known: Welch's
+test, which lets each side have its own, calls noise a difference two to six times as often as it promises where the
+other side has ten.) Requests within a repetition are not independent of each other (they share the
 batch, the temperature, the moment), so they count as one. Of all loads and figures together the chance to call noise a
-difference is ALPHA (Holm's method). With one repetition on a side nothing can be said, and nothing is.
+difference is ALPHA (Holm's method). With one repetition on a side nothing can be said, and nothing is; nor of a load
+in which others used the engine, whose figures are not its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparkfleet import SparkfleetError
@@ -27,14 +31,16 @@ FIGURES = (
 )
 #: The figures are rounded to about this: repetitions that are all equal are not free of noise.
 ROUNDING = 1e-3
+#: Logarithm of a ratio beyond which it is no other.
+FARTHEST = 50.0
 FASTER, SLOWER, NOISE, UNKNOWN = "faster", "slower", "noise", "unknown"
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
     """One figure of one load, B against A: `change` is B/A - 1, `low` and `high` its 95% interval (of this figure
-    alone), `p` the chance of noise to differ by as much; None where there is one repetition only. `verdict`: FASTER,
-    SLOWER, NOISE or UNKNOWN."""
+    alone), `p` the chance of noise to differ by as much; None where it is not judged. `verdict`: FASTER, SLOWER, NOISE
+    or UNKNOWN, and `why` that, "" otherwise."""
 
     shape: str
     streams: int
@@ -47,6 +53,7 @@ class Difference:
     high: float | None = None
     p: float | None = None
     verdict: str = UNKNOWN
+    why: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +97,12 @@ def compare(first: Record, second: Record) -> Comparison:
         raise SparkfleetError(f"these benchmarks have no load in common: the first has {have[0]}, the second {have[1]}")
     found = []
     for place in common:
+        disturbed = [name for name, rows in (("A", ours[place]), ("B", theirs[place])) if _disturbed(rows)]
+        why = f"others used the engine in {' and '.join(disturbed)}" if disturbed else ""
         for key, name, more in FIGURES:
-            sides = [_values(rows, key) for rows in (ours[place], theirs[place])]
-            if all(sides):
-                found.append((_difference(place, name, *sides), more))
+            before, after = (_values(rows, key) for rows in (ours[place], theirs[place]))
+            if before and after:
+                found.append((_difference(place, name, before, after, why), more))
     return Comparison(
         first,
         second,
@@ -114,10 +123,19 @@ def _values(rows: Sequence[Any], key: str) -> list[float]:
     return [float(row[key]) for row in rows if row.get(key)]
 
 
-def _difference(place: tuple[str, int], name: str, first: Sequence[float], second: Sequence[float]) -> Difference:
+def _disturbed(rows: Sequence[Mapping[str, Any]]) -> bool:
+    return any(row["disturbed"] for row in rows)
+
+
+def _difference(
+    place: tuple[str, int], name: str, first: Sequence[float], second: Sequence[float], why: str
+) -> Difference:
+    """`why`: it is not to be judged, "" for nothing."""
     ours, theirs = statistics.mean(first), statistics.mean(second)
-    made = Difference(*place, name, ours, theirs, theirs / ours - 1, (len(first), len(second)))
+    made = Difference(*place, name, ours, theirs, theirs / ours - 1, (len(first), len(second)), why=why)
     if min(made.repetitions) < 2:
+        made = dataclasses.replace(made, why=why or "it takes two repetitions of both or more to know the noise")
+    if made.why:
         return made
     change, low, high, p = ratio(first, second)
     return dataclasses.replace(made, change=change, low=low, high=high, p=p)
@@ -128,12 +146,12 @@ def ratio(first: Sequence[float], second: Sequence[float]) -> tuple[float, float
     as much; of two values a side or more, each above zero."""
     logs = [[math.log(value) for value in side] for side in (first, second)]
     shift = statistics.mean(logs[1]) - statistics.mean(logs[0])
-    parts = [max(statistics.variance(side), ROUNDING**2) / len(side) for side in logs]
-    error = math.sqrt(sum(parts))
-    freedom = sum(parts) ** 2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, logs, strict=True))
+    freedom = sum(len(side) - 1 for side in logs)
+    squares = sum((len(side) - 1) * statistics.variance(side) for side in logs)
+    error = math.sqrt(max(squares / freedom, ROUNDING**2) * sum(1 / len(side) for side in logs))
     width = t_quantile(1 - ALPHA / 2, freedom) * error
-    ends = (math.expm1(shift - width), math.expm1(min(shift + width, 50.0)))
-    return math.expm1(shift), *ends, 2 * t_tail(abs(shift) / error, freedom)
+    change, low, high = (math.expm1(min(value, FARTHEST)) for value in (shift, shift - width, shift + width))
+    return change, low, high, 2 * t_tail(abs(shift) / error, freedom)
 
 
 def _judged(found: Sequence[tuple[Difference, bool]]) -> list[Difference]:
@@ -157,6 +175,7 @@ def t_tail(t: float, freedom: float) -> float:
     return 0.5 * _beta(freedom / (freedom + t * t), freedom / 2, 0.5)
 
 
+@functools.cache
 def t_quantile(share: float, freedom: float) -> float:
     """The t that is not exceeded with the chance `share` > 0.5."""
     low, high = 0.0, 1.0

@@ -79,7 +79,9 @@ def _percent(value: float | None) -> str:
 
 def compared(made: Comparison) -> str:
     """Two records against each other, for people."""
-    lines = [f"A  {_head(made.first)}", f"B  {_head(made.second)}"]
+    lines = []
+    for name, record in (("A", made.first), ("B", made.second)):
+        lines += [f"{name}  {_head(record)}", *(f"     {note}" for note in notes(record))]
     lines += [f"   {name}: {_short(pair[0])} in A, {_short(pair[1])} in B" for name, pair in made.differs.items()]
     rows = [("shape", "streams", "figure", "A", "B", "B against A", "95% interval", "repetitions", "verdict")]
     for item in made.differences:
@@ -92,11 +94,13 @@ def compared(made: Comparison) -> str:
         )
     lines += [f"\n{report.table(rows)}".rstrip()]
     lines += [f"left out, since only one of them has it: {', '.join(made.left_out)}"] if made.left_out else []
-    verdicts = {item.verdict for item in made.differences}
-    if verdicts == {comparison.UNKNOWN}:
-        end = "Nothing can be said: it takes two repetitions of both or more to know the noise."
-    elif verdicts <= {comparison.NOISE, comparison.UNKNOWN}:
-        end = "No difference is larger than noise."
+    unknown = dict.fromkeys(f"{item.shape} x {item.streams}: {item.why}" for item in made.differences if item.why)
+    lines += [f"not judged: {text}" for text in unknown]
+    verdicts = {item.verdict for item in made.differences} - {comparison.UNKNOWN}
+    if not verdicts:
+        end = "Nothing can be said."
+    elif verdicts == {comparison.NOISE}:
+        end = f"No difference {'of the others ' if unknown else ''}is larger than noise."
     else:
         words = {comparison.SLOWER: "slower", comparison.FASTER: "faster"}
         end = f"B is {' and '.join(word for key, word in words.items() if key in verdicts)} by more than noise."

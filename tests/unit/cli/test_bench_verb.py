@@ -46,13 +46,20 @@ class Fleet:
         self.folder, self.ran, self.monkeypatch = folder, folder / "ran", monkeypatch
         self.runs = 0
 
-    def bench(self, *words: str, gateway: bool = False, busy: int = 0, fails: int = -1) -> int:
+    def bench(self, *words: str, gateway: bool = False, busy: int = 0, fails: int = -1, **says: Any) -> int:
+        """`says`: in place of what the Spark answers usually."""
         self.runs += 1
         look = {
             **{"changed": False, "release": 3, "gpu": "NVIDIA GB10", "driver": "580.95.05", "now": 1e9},
-            "engines": [{**ENGINE, "busy": busy}],
+            **{"engines": [{**ENGINE, "busy": busy}], **says.get("look", {})},
         }
-        measured = {"changed": False, "row": ROW, "tool": "vllm bench serve", "now": 1e9 + 5}
+        measured = {
+            "changed": False,
+            "row": ROW,
+            "tool": "vllm bench serve",
+            "now": 1e9 + 5,
+            **says.get("measured", {}),
+        }
         bench = {"look": look, "measure": measured, "keep": {"changed": False}}
         servers = {"drain": {"changed": True, "sessions": 0}, "ready": {"changed": True}}
         modules = {
@@ -136,6 +143,33 @@ def test_a_drained_spark_is_put_back(fleet: Fleet, fails: int, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(
+    ("says", "why"),
+    [
+        ({"look": {"now": 1e300}}, "the time that the host says: now"),
+        ({"measured": {"now": -1e18}}, "what the host measured: now"),
+        ({"measured": {"tool": None}}, "what the host measured: tool"),
+        ({"measured": {"row": [1]}}, "what the host measured: row"),
+        ({"measured": {"row": {**ROW, "ttft_ms": None}}}, "what the host measured: a row.ttft_ms"),
+        ({"measured": {"row": {key: ROW[key] for key in ("ttft_ms", "requests")}}}, "a row.tokens_per_second"),
+    ],
+)
+def test_a_spark_may_answer_anything(
+    fleet: Fleet, says: dict[str, Any], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = fleet.bench("-l", "bench-1", "--streams", "1", "--repetitions", "1", "--json", **says)
+    (host,) = json.loads(capsys.readouterr().out)["hosts"]
+    assert code == exit_codes.DOWN and why in host["message"]
+
+
+def test_a_record_that_cannot_be_kept_is_said(fleet: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
+    """An engine's image has a name that is longer than any."""
+    engine = {**ENGINE, "busy": 0, "image": "i" * 2000}
+    words = ("-l", "bench-1", "--streams", "1", "--repetitions", "1")
+    assert fleet.bench(*words, look={"engines": [engine]}) == exit_codes.OK
+    assert "the benchmark is not kept on this machine: a benchmark: image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("words", "why"),
     [
         (("--shape", "odd"), "shape 'odd': one of chat, long, nvidia"),
@@ -164,4 +198,14 @@ def test_compare_says_whether_it_is_slower(
     assert main.main(["bench", "compare", "b", "a", "--json"]) == exit_codes.OK
     made = json.loads(capsys.readouterr().out)
     assert made["differences"][0]["verdict"] == "faster" and made["first"].startswith("b/")
+    assert made["notes"]["first"] == made["notes"]["second"] != []
     assert main.main(["bench", "compare", "a", "a"]) == exit_codes.OK
+
+
+def test_a_file_with_figures_of_no_engine_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, speed in (("a", 20.0), ("b", 1e-320)):
+        text = json.dumps({**record(), "rows": [row(repetition=number, tokens_per_second=speed) for number in (1, 2)]})
+        (tmp_path / f"{name}.json").write_text(text, encoding="utf-8")
+    words = [str(tmp_path / f"{name}.json") for name in "ab"]
+    assert main.main(["bench", "compare", *words]) == exit_codes.BAD_INPUT
+    assert "b.json is none" in capsys.readouterr().err

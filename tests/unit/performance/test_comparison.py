@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sparkfleet_host import benchmarks
 
 from sparkfleet import SparkfleetError
 from sparkfleet.performance import comparison
 from sparkfleet.performance.comparison import FASTER, NOISE, SLOWER, UNKNOWN
 from sparkfleet.reporting import benchmark
 from tests.unit.performance.benchmark_records import record, row
+
+#: What a record may have.
+FIGURE = st.floats(benchmarks.LEAST, 1e12)
 
 
 def side(speeds: list[float], streams: int = 1, first: float = 200.0) -> list[dict[str, Any]]:
@@ -58,6 +63,35 @@ def test_one_repetition_says_nothing() -> None:
     assert set(verdicts(side([10.0]), side([20.0, 20.1, 20.0])).values()) == {UNKNOWN}
     made = comparison.compare(record(side([10.0])), record(side([20.0])))
     assert not made.slower and "Nothing can be said" in benchmark.compared(made)
+    assert "not judged: chat x 1: it takes two repetitions" in benchmark.compared(made)
+    assert made.as_dict()["differences"][0]["why"].startswith("it takes two repetitions")
+
+
+def test_a_load_with_requests_of_others_is_not_judged() -> None:
+    rows = [*side([10.0, 10.1, 10.2]), *side([30.0, 30.1, 30.2], streams=4)]
+    slow = [*side([5.0, 5.1, 5.2]), *side([30.0, 30.1, 30.3], streams=4)]
+    slow[1]["disturbed"] = True
+    made = comparison.compare(record(rows), record(slow, complete=False))
+    assert not made.slower and {item.verdict for item in made.differences if item.streams == 1} == {UNKNOWN}
+    assert {item.verdict for item in made.differences if item.streams == 4} == {NOISE}
+    text = benchmark.compared(made)
+    assert text.count("not judged: chat x 1: others used the engine in B") == 1
+    assert "No difference of the others is larger than noise." in text
+    both = comparison.compare(record([row(disturbed=True)]), record([row(disturbed=True)]))
+    assert {item.why for item in both.differences} == {"others used the engine in A and B"}
+    # What is known of each record is said with it.
+    first, _, second = text.partition("\nB  ")
+    assert "up to 61 °C" in first and "others used the engine" not in first and "it was cut" not in first
+    assert "others used the engine meanwhile" in second and "it was cut: not all loads were measured" in second
+    slowed = record([{**one, "throttled": ["sw-power-cap"]} for one in rows])
+    assert "the GPU was slowed down: sw-power-cap" in benchmark.compared(comparison.compare(slowed, record(rows)))
+
+
+@given(st.lists(FIGURE, min_size=2, max_size=4), st.lists(FIGURE, min_size=2, max_size=4))
+def test_any_figures_of_records_can_be_compared(first: list[float], second: list[float]) -> None:
+    made = comparison.compare(record(side(first)), record(side(second)))
+    json.dumps(made.as_dict(), allow_nan=False)
+    assert benchmark.compared(made)
 
 
 def test_noise_is_rarely_called_a_difference() -> None:
@@ -76,6 +110,32 @@ def test_noise_is_rarely_called_a_difference() -> None:
         made = comparison.compare(*map(record, sides))
         wrong += any(item.verdict in (SLOWER, FASTER) for item in made.differences)
     assert wrong / 150 <= 0.09  # 0.05 is promised; the binomial's 99% bound
+
+
+@pytest.mark.parametrize("repetitions", [(3, 3), (2, 5), (3, 10), (2, 10)])
+def test_so_it_is_however_often_each_was_measured(repetitions: tuple[int, int]) -> None:
+    """Of 400 pairs of equal engines, with noise of its own in each of twelve figures."""
+    dice = random.Random(11)  # noqa: S311
+    wrong = 0
+    for _ in range(400):
+        first, second = (
+            record(
+                [
+                    row(
+                        streams=streams,
+                        repetition=number,
+                        **{key: 100 * dice.lognormvariate(0, 0.03) for key, *_ in comparison.FIGURES},
+                    )
+                    for number in range(1, count + 1)
+                    for streams in (1, 4, 16, 32)
+                ]
+            )
+            for count in repetitions
+        )
+        made = comparison.compare(first, second)
+        assert len(made.differences) == 12
+        wrong += any(item.verdict in (SLOWER, FASTER) for item in made.differences)
+    assert wrong / 400 <= 0.075  # as above
 
 
 def test_a_loss_of_a_tenth_is_usually_seen() -> None:
