@@ -108,6 +108,8 @@ def main(options: argparse.Namespace) -> int:
     if not re.fullmatch("[a-z][a-z0-9_-]{0,63}", name):
         raise SparkfleetError(f"--name {printable(name, 80)}: small letters, digits, dashes and underscores")
     planned = _loads(options)
+    path = _output(options, card, host)
+    profile.check(card, path)
     asked = {
         **{"host": host, "model": card.digest, "profile": options.profile, "arguments": arguments},
         **{"objective": options.objective, "ttft_p95_s": options.ttft_p95, "weights": options.weights},
@@ -125,7 +127,6 @@ def main(options: argparse.Namespace) -> int:
             tuning.climb(dimensions)
             tuning.confirm()
             if known.winner and known.verdict == "better":
-                path = _output(options, card, host)
                 profile.write(card, name, options.profile, known.winner, path, tuning.comment())
                 say(f"written: profile {name} in {path}")
                 say(f"to use it: sparkfleet switch {path} --profile {name} -l {host}; and in the inventory")
@@ -160,7 +161,9 @@ def _host(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def _loads(options: argparse.Namespace) -> list[dict[str, int]]:
     """The load of each run, its repetitions with other tokens each. Raises SparkfleetError."""
-    streams = options.streams or (STREAMS if options.objective == THROUGHPUT else 1)
+    streams = options.streams
+    if streams is None:
+        streams = STREAMS if options.objective == THROUGHPUT else 1
     asked = loads.Asked.of(
         {
             **{"shapes": [options.shape], "streams": [streams], "rounds": options.rounds},

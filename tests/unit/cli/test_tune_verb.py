@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -155,6 +156,21 @@ def test_the_best_is_confirmed_in_turn_and_written(spark: Spark, capsys: pytest.
 def test_the_card_of_another_model_is_not_replaced(spark: Spark, capsys: pytest.CaptureFixture[str]) -> None:
     spark.output.write_text((ROOT / "models" / "qwen3-32b-fp8.yml").read_text(encoding="utf-8"), encoding="utf-8")
     assert spark.tune() == exit_codes.BAD_INPUT and "card of another model" in capsys.readouterr().err
+    assert spark.tried == []  # which is said before the search
+
+
+@pytest.mark.parametrize(
+    ("place", "why"), [("file/card.yml", "File exists|Not a directory"), ("folder", "Is a directory"), ("text", "card")]
+)
+def test_an_output_that_cannot_be_written_is_said_before_the_search(
+    place: str, why: str, spark: Spark, state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text").write_text("no card", encoding="utf-8")
+    assert spark.tune("--output", str(tmp_path / place)) == exit_codes.BAD_INPUT
+    assert re.search(why, capsys.readouterr().err) and spark.tried == [] and not state.exists()
+    assert (tmp_path / "text").read_text(encoding="utf-8") == "no card"
 
 
 def test_a_limit_of_the_first_token_and_what_does_not_start(spark: Spark, capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,6 +269,7 @@ def test_a_search_that_was_killed_goes_on(tmp_path: Path, state: Path) -> None:
         (("--name", "Best"), "--name Best: small letters"),
         (("--repetitions", "1"), "--repetitions 1: 2 to 8"),
         (("--shape", "odd"), "shape 'odd'"),
+        (("--streams", "0"), "streams: 0 is not an integer from 1 to 1024"),
         (("--profile", "odd"), "has no profile 'odd'"),
     ],
 )
