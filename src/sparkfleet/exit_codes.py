@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sparkfleet import SparkfleetError
+
 OK, INTERNAL, BAD_INPUT, REFUSED, DRIFT, RESTORED, DOWN, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 7, 130
 #: Result of a host -> exit code.
 CODES = {
@@ -17,3 +19,10 @@ CODES = {
     "down": DOWN,
     "unreachable": UNREACHABLE,
 }
+
+
+def of_error(error: BaseException) -> int:
+    """That of a command which is ended by an exception."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return BAD_INPUT if isinstance(error, SparkfleetError) else INTERNAL

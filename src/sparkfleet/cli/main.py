@@ -29,7 +29,7 @@ from sparkfleet.cli import bench, card, lock, summary, tune
 from sparkfleet.cli.runner import Collector, default_inventory, run
 from sparkfleet.diagnosis import audit
 from sparkfleet.documents import yaml_text
-from sparkfleet.exit_codes import DOWN, INTERRUPTED, OK, RESTORED
+from sparkfleet.exit_codes import DOWN, INTERRUPTED, OK, RESTORED, of_error
 from sparkfleet.fleet import (
     dry_run,
     outage,
@@ -445,7 +445,7 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[HostRe
             try:
                 code = run(options.verb, options.inventory, words, collector)
             except BaseException as error:
-                log({"event": "end", "exit_code": INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1})
+                log.end(of_error(error), board.seconds(), collector.cut())
                 raise
             live.stand = not sys.stdout.isatty()  # what comes next goes elsewhere
         hosts = _sorted(collector)
@@ -458,7 +458,9 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[HostRe
             made["runs"] = history.runs(paths.STATE / event_log.FOLDER, options.inventory, chosen)
         if options.verb == "rollout" and not options.check and not collector.error:
             made["rollout"] = summary.of_rollout(hosts, board)
-        log({"event": "end", "seconds": round(board.seconds(), 1), **made})
+        log({"event": "summary", **made})
+        results = {host.name: host.result for host in hosts}
+        log.end(code, board.seconds(), collector.cut() if collector.error else results)
     if log.path:
         made["events"] = str(log.path)
     if log.problem:

@@ -31,7 +31,7 @@ from sparkfleet.exit_codes import (
 )
 from sparkfleet.paths import COLLECTIONS, ROOT
 from sparkfleet.reporting.host_result import HostResult
-from sparkfleet.reporting.progress import Board, phase_of
+from sparkfleet.reporting.progress import DONE, Board, phase_of
 
 #: ansible-core's default search path; an inventory plugin may be there.
 FURTHER_COLLECTIONS = ("~/.ansible/collections", "/usr/share/ansible/collections")
@@ -43,6 +43,8 @@ IDENT = "run"
 OF_ALL = frozenset(("all-at-once", "same-host"))
 #: Actions that run on the monitor, and say nothing of the host for which they run.
 ASIDE = frozenset(("sparkfleet.dgx.fleet_file", "sparkfleet.dgx.prometheus_figures"))
+#: Result of a host whose run was cut.
+CUT = "interrupted"
 REFUSALS = OF_ALL | {"switch-running-other", "bad-input", "engine-busy"}
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _FAILURE = re.compile(r"\[([a-z][a-z0-9-]+)\]")
@@ -185,6 +187,14 @@ class Collector:
                 host.result = "exposed"
             if res.get("diagnosed"):
                 host.result = "faulty" if res.get("serves") else "down"
+
+    def cut(self) -> dict[str, str]:
+        """The results of a run that does not go on: of what it has not done with, CUT."""
+        done = {name for name, row in self.board.rows.items() if row.phase == DONE}
+        found = dict.fromkeys(self.board.rows, CUT)
+        for host in self.hosts.values():
+            found[host.name] = host.result if CODES[host.result] != OK or host.name in done else CUT
+        return found
 
     def code(self, rc: int) -> int:
         """The exit code of the whole, of ansible-playbook's `rc`."""

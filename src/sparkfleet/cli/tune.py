@@ -19,8 +19,8 @@ from sparkfleet_host.bounded import printable
 from sparkfleet_host.release_format import REAL, WEIGHTS
 
 from sparkfleet import SparkfleetError, paths
-from sparkfleet.cli.runner import Collector, run
-from sparkfleet.exit_codes import CODES, DOWN, INTERNAL, OK, REFUSED
+from sparkfleet.cli.runner import CUT, Collector, run
+from sparkfleet.exit_codes import CODES, DOWN, INTERNAL, OK, REFUSED, of_error
 from sparkfleet.onboarding import hub_card
 from sparkfleet.onboarding.prompts import report_line
 from sparkfleet.paths import ROOT
@@ -117,28 +117,35 @@ def main(options: argparse.Namespace) -> int:
         "variables": sorted(options.extra_vars),
     }
     say = report_line if options.json else functools.partial(print, flush=True)
+    began = time.monotonic()
     with (
-        event_log.keep(paths.STATE, "tune", False, options.extra_vars, inventory=options.inventory, limit=host) as log,
         study.opened(paths.STATE, host, json.loads(json.dumps(asked)), options.fresh) as known,
+        event_log.keep(paths.STATE, "tune", False, options.extra_vars, inventory=options.inventory, limit=host) as log,
     ):
         tuning = _Tuning(options, host, arguments, planned, known, lambda text: say(report.clean(text)), log)
-        code = OK
+        code, result = OK, "ok"
         try:
-            tuning.climb(dimensions)
-            tuning.confirm()
-            if known.winner and known.verdict == "better":
-                profile.write(card, name, options.profile, known.winner, path, tuning.comment())
-                say(f"written: profile {name} in {path}")
-                say(f"to use it: sparkfleet switch {path} --profile {name} -l {host}; and in the inventory")
-                say(f"  sparkfleet_model: {path}\n  sparkfleet_profile: {name}")
-                if again := [f"{ARGUMENT_PREFIX}{key}" for key in known.winner if key in given]:
-                    say(f"  without {', '.join(again)}, which would take the profile's place")
-        except _StoppedError as error:
-            code = error.code
-            report_line(report.clean(f"sparkfleet: {error}"))
+            try:
+                tuning.climb(dimensions)
+                tuning.confirm()
+                if known.winner and known.verdict == "better":
+                    profile.write(card, name, options.profile, known.winner, path, tuning.comment())
+                    say(f"written: profile {name} in {path}")
+                    say(f"to use it: sparkfleet switch {path} --profile {name} -l {host}; and in the inventory")
+                    say(f"  sparkfleet_model: {path}\n  sparkfleet_profile: {name}")
+                    if again := [f"{ARGUMENT_PREFIX}{key}" for key in known.winner if key in given]:
+                        say(f"  without {', '.join(again)}, which would take the profile's place")
+            except _StoppedError as error:
+                code, result = error.code, tuning.result
+                report_line(report.clean(f"sparkfleet: {error}"))
+            finally:
+                known.write()
+        except BaseException as error:
+            code, result = of_error(error), CUT
+            raise
         finally:
-            known.write()
-            log({"event": "end", "exit_code": code, "study": str(known.path), "runs": len(known.runs)})
+            more = {"study": str(known.path), "runs": len(known.runs)}
+            log.end(code, time.monotonic() - began, {host: result}, **more)
     if options.json:
         print(json.dumps({**known.as_dict(), "study": str(known.path), "exit_code": code}, indent=2))
     return code
@@ -203,6 +210,7 @@ class _Tuning:
         self.limit_ms = options.ttft_p95 * 1000 if options.ttft_p95 else None
         self.default: search.Settings = {}
         self.best: search.Settings = {}
+        self.result = "untouched"  # of the last run
         self.sides: tuple[list[Result], list[Result]] = ([], [])
 
     # -- the search ----------------------------------------------------------------------------------------------
@@ -303,6 +311,7 @@ class _Tuning:
         if collector.error:
             raise _StoppedError(collector.error, code)
         host = collector.hosts[self.host]
+        self.result = host.result
         record: Mapping[str, Any] = next(iter(host.measured.values()), {})
         made: dict[str, Any] = {
             **{"settings": settings, "rows": record.get("speed") or [], "ready_s": record.get("ready_s")},

@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -51,6 +51,12 @@ class EventLog:
             self.problem = (
                 f"the event log {self.path} ends early: {error.strerror or error}; the run continued without it"
             )
+
+    def end(self, code: int, seconds: float, hosts: Mapping[str, str], **more: Any) -> None:
+        """Write the last line, which `sparkfleet history` reads: it is short however many hosts there are. `hosts`:
+        their results by name."""
+        results = [{"name": name, "result": result} for name, result in hosts.items()]
+        self({"event": "end", "exit_code": code, "seconds": round(seconds, 1), "hosts": results, **more})
 
     def close(self) -> None:
         """Close the file. What could not be written is tried once more by that, and is given up."""

@@ -6,23 +6,27 @@ last restarts; an event log is of one run of a verb, on every host it touched.
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sparkfleet_host import bounded
 from sparkfleet_host.bounded import LATEST, printable
 from sparkfleet_host.release_format import MOST_ENGINES
 
-from sparkfleet.reporting import report
+from sparkfleet.exit_codes import CODES, OK
+from sparkfleet.reporting import progress, report
 
 MOST = 500  # events of a host
 RUNS = 500  # event logs, the newest
 LOG_BYTES = 64 << 20
-LINE_BYTES = 1 << 20  # the last line of a log has every host's result
+LINE_BYTES = 1 << 20
+LAST_BYTES = 16 << 20  # of its last line, into which earlier versions wrote all that they knew of each host
 
 
 def events(found: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -114,11 +118,13 @@ def runs(folder: Path, inventory: str, hosts: Sequence[str] | None = None) -> li
         if first.get("event") != "begin" or not _same(_text(first.get("inventory"), 4096), inventory):
             continue
         ended = last.get("event") == "end"
-        results = {
-            _text(item.get("name"), 260): _text(item.get("result"), 40)
-            for item in map(_mapping, _listed(last.get("hosts")))
-        }
-        if hosts is not None and not {*hosts} & {*results}:
+        if whole := ended and isinstance(last.get("hosts"), list):
+            results = {
+                _text(item.get("name"), 260): _text(item.get("result"), 40) for item in map(_mapping, last["hosts"])
+            }
+        else:  # it was killed, or still runs
+            results = _seen(path)
+        if hosts is not None and not {*hosts} & {*results} and (whole or not _meant(first, results, hosts)):
             continue
         code, seconds = _number(last.get("exit_code")), _number(last.get("seconds"))
         parts = [f"exit code {code:.0f}" if code is not None else "", f"{seconds:.0f} s" if seconds is not None else ""]
@@ -130,6 +136,31 @@ def runs(folder: Path, inventory: str, hosts: Sequence[str] | None = None) -> li
         )
         found.append({**run, "hosts": results, "file": path.name})
     return sorted((run for run in found if run["at"]), key=lambda run: float(run["at"]))
+
+
+def _seen(path: Path) -> dict[str, str]:
+    """The hosts that a log without results names, each with its result as far as it had one, "" for none."""
+    results: dict[str, str] = {}
+    phases: dict[str, str] = {}
+    try:
+        with path.open("rb") as file:
+            for raw in iter(lambda: file.readline(LINE_BYTES), b""):
+                line = _line(raw) if b'"host"' in raw else {}
+                if host := _text(line.get("host"), 260):
+                    results[host] = _text(line.get("result"), 40) or results.get(host, "ok")
+                    phases[host] = _text(line.get("phase"), 40) or phases.get(host, "")
+    except OSError:
+        return {}
+    ended = {host for host, result in results.items() if phases[host] == progress.DONE or CODES.get(result, OK) != OK}
+    return {host: result if host in ended else "" for host, result in results.items()}
+
+
+def _meant(first: Mapping[str, Any], seen: Mapping[str, str], hosts: Sequence[str]) -> bool:
+    """Whether a run may have been of one of `hosts`, by its limit; without one by what it has seen, if anything."""
+    if first.get("limit") is None:
+        return not seen
+    parts = [part for part in re.split("[,:]", _text(first["limit"], 4096)) if part[:1] not in ("!", "&", "~")]
+    return any(part in ("all", "sparks") or fnmatch.fnmatchcase(host, part) for part in parts for host in hosts)
 
 
 def _same(one: str, other: str) -> bool:
@@ -145,16 +176,28 @@ def _ends(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
             size = file.tell()
             if size > LOG_BYTES:
                 return {}, {}
-            file.seek(max(size - LINE_BYTES, 0))
-            lines = file.read(LINE_BYTES).splitlines()
+            last = _last(file, size)
     except OSError:
         return {}, {}
-    return _line(first), _line(lines[-1] if lines else b"")
+    return _line(first), _line(last, LAST_BYTES)
 
 
-def _line(raw: bytes) -> Mapping[str, Any]:
+def _last(file: BinaryIO, size: int) -> bytes:
+    """The last line; b"" for a longer one than LAST_BYTES."""
+    taken = 64 << 10
+    while True:
+        file.seek(max(size - taken, 0))
+        _, newline, line = file.read(taken).rstrip(b"\n").rpartition(b"\n")
+        if newline or taken >= size:
+            return line
+        if taken >= LAST_BYTES:
+            return b""
+        taken *= 4
+
+
+def _line(raw: bytes, limit: int = LINE_BYTES) -> Mapping[str, Any]:
     try:
-        return _mapping(bounded.parse_json(raw, "event log", LINE_BYTES))
+        return _mapping(bounded.parse_json(raw, "event log", limit))
     except ValueError:
         return {}
 
@@ -165,7 +208,7 @@ def page(hosts: Mapping[str, Sequence[Mapping[str, Any]]], made: Sequence[Mappin
     if made:
         rows = [("when", "run", "who", "outcome", "hosts")]
         for run in made:
-            results = ", ".join(f"{host} {result}" for host, result in run["hosts"].items())
+            results = ", ".join(f"{host} {result}".strip() for host, result in run["hosts"].items())
             rows.append((_when(run), run["event"], run.get("by", "-"), run["detail"], printable(results, 120)))
         parts.append("Runs from this controller\n" + report.table(rows))
     for host, found in hosts.items():

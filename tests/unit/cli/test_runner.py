@@ -398,17 +398,29 @@ def test_a_rollout_ends_with_what_runs_where(
     made = json.loads(capsys.readouterr().out)
     assert made["now"][0]["digest"] == "0123456789ab" and made["rollout"]["waves"] == []
     lines = Path(made["events"]).read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["event"] for line in lines] == ["begin", "end"]
+    assert [json.loads(line)["event"] for line in lines] == ["begin", "summary", "end"]
+    summary, end = (json.loads(line) for line in lines[1:])
+    assert summary["rollout"] == made["rollout"] and summary["hosts"] == made["hosts"]
+    assert end["hosts"] == [{"name": "spark-1", "result": "changed"}] and end["exit_code"] == OK
 
 
 def test_an_interrupted_run_says_so_in_its_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def cut(*given: Any) -> int:
+    def cut(verb: str, inventory: str, words: Sequence[str], collector: Collector) -> int:
+        for name in ("spark-1", "spark-2", "spark-3"):
+            collector.take(event("runner_on_start", name, task_action="sparkfleet.dgx.vllm_verify"))
+        for name, result in (("spark-1", "changed"), ("spark-2", "failed"), ("spark-3", "changed")):
+            collector.hosts[name] = HostResult(name, result)
+        collector.board.rows["spark-1"].phase = "done"
         raise KeyboardInterrupt
 
     monkeypatch.setattr(main, "run", cut)
     assert main.main(["deploy"]) == INTERRUPTED
     (log,) = (tmp_path / "events").iterdir()
-    assert json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["exit_code"] == INTERRUPTED
+    end = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
+    assert end["exit_code"] == INTERRUPTED and end["seconds"] >= 0
+    assert {host["name"]: host["result"] for host in end["hosts"]} == {
+        **{"spark-1": "changed", "spark-2": "failed", "spark-3": "interrupted"}
+    }
 
 
 def test_remove_shows_first_and_asks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

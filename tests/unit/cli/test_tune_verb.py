@@ -4,6 +4,7 @@ ansible-playbook and stand-ins for what acts on a Spark, the rest with a stand-i
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from sparkfleet import exit_codes, paths
 from sparkfleet.cli import main, tune
 from sparkfleet.cli.runner import Collector
 from sparkfleet.planning import catalog
+from sparkfleet.reporting import event_log, history
 from sparkfleet.reporting.host_result import HostResult
 from tests.unit import ROOT
 from tests.unit.cli.test_canaries import children
@@ -216,6 +218,44 @@ def test_what_says_nothing_of_the_settings_ends_it(
     assert spark.tried == [64, 128, 128, 256, 64, 128, 64, 128]  # what was measured is not measured again
 
 
+def ends(state: Path) -> list[dict[str, Any]]:
+    """The last line of each event log."""
+    files = sorted((state / event_log.FOLDER).glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+    return [json.loads(path.read_text(encoding="utf-8").splitlines()[-1]) for path in files]
+
+
+def test_its_event_log_ends_with_its_spark(
+    spark: Spark, state: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spark.ends[128] = {"result": "failed", "message": "release 2 does not serve"}
+    assert spark.tune() == exit_codes.DOWN
+    del spark.ends[128]
+    assert spark.tune() == exit_codes.OK
+
+    def cut(*given: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "run", cut)
+    assert spark.tune("--fresh") == exit_codes.INTERRUPTED
+    (run, *_) = history.runs(state / event_log.FOLDER, str(spark.inventory), [HOST])
+    assert run["event"] == "tune" and run["detail"].startswith("exit code ")
+    assert [(end["exit_code"], end["hosts"]) for end in ends(state)] == [
+        (exit_codes.DOWN, [{"name": HOST, "result": "failed"}]),
+        (exit_codes.OK, [{"name": HOST, "result": "ok"}]),
+        (exit_codes.INTERRUPTED, [{"name": HOST, "result": "interrupted"}]),
+    ]
+    assert all(end["event"] == "end" and end["seconds"] >= 0 and "study" in end for end in ends(state))
+
+
+def test_what_a_spark_cannot_have_measured_ends_it(
+    spark: Spark, state: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SPEEDS, 128, 1e300)
+    assert spark.tune() == exit_codes.BAD_INPUT
+    assert "what the Spark measured: tokens_per_second" in capsys.readouterr().err
+    assert ends(state)[0]["exit_code"] == exit_codes.BAD_INPUT
+
+
 def test_a_default_that_does_not_start(spark: Spark, capsys: pytest.CaptureFixture[str]) -> None:
     spark.ends[64] = {"result": "restored", "message": "no memory"}
     assert spark.tune() == exit_codes.REFUSED and spark.tried == [64]
@@ -302,3 +342,9 @@ def test_a_study_of_another_form_is_said(spark: Spark, state: Path, capsys: pyte
         path.write_text(json.dumps(data), encoding="utf-8")
         assert spark.tune() == exit_codes.BAD_INPUT
         assert "--fresh starts the search over" in capsys.readouterr().err
+    with path.with_suffix(".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert spark.tune("--fresh") == exit_codes.BAD_INPUT
+    assert "another process runs this search" in capsys.readouterr().err
+    # No run has begun but the first.
+    assert len(ends(state)) == 1 and ends(state)[0]["event"] == "end"

@@ -33,6 +33,15 @@ def test_a_verb_that_changes_something_keeps_one(tmp_path: Path) -> None:
     assert stat.S_IMODE(log.path.stat().st_mode) == 0o600
 
 
+def test_its_last_line_has_names_and_results_alone(tmp_path: Path) -> None:
+    with event_log.keep(tmp_path, "rollout", False, []) as log:
+        log.end(6, 12.345, {f"spark-{number}": "changed" for number in range(400)}, runs=3)
+    end = lines(log.path)[-1]
+    assert (end["event"], end["exit_code"], end["seconds"], end["runs"]) == ("end", 6, 12.3, 3)
+    assert isinstance(end["hosts"], list) and end["hosts"][399] == {"name": "spark-399", "result": "changed"}
+    assert len(json.dumps(end)) < 32_000
+
+
 @pytest.mark.parametrize(("verb", "check"), [("status", False), ("drift", False), ("rollout", True)])
 def test_one_that_changes_nothing_does_not(tmp_path: Path, verb: str, check: bool) -> None:
     with event_log.keep(tmp_path, verb, check, []) as log:
