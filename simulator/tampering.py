@@ -195,7 +195,7 @@ class Scenes:
     def source(self) -> str:
         """Another Spark that shares a model has changed a file of weights, its size kept."""
         source = Spark(self.world, self.names[0], VARIABLES)
-        folder = f"/opt/hf/hub/models--{REPOSITORY.replace('/', '--')}"
+        folder = f"/opt/hf/models--{REPOSITORY.replace('/', '--')}"
         blob = source.sh(f"ls -S {folder}/blobs/* | head -1").strip()
         change = f"dd if=/dev/urandom of={blob} bs=4096 count=1 seek=8 conv=notrunc status=none"
         source.sh(f"cp -p {blob} /root/kept; touch -r {blob} /root/time; {change}; touch -r /root/time {blob}")
