@@ -505,8 +505,9 @@ TABLE: tuple[Failure, ...] = (
     Failure(
         "registry-tls",
         "the registry's certificate is not trusted",
-        "a private CA, or a proxy that intercepts TLS",
-        "Set sparkfleet_ca_file to the CA's certificate, a PEM file on the controller.",
+        "a private CA, a proxy that intercepts TLS, or a certificate that has expired",
+        "With a private CA set sparkfleet_ca_file to its certificate, a PEM file on the controller; one that has expired "
+        "is renewed by its owner, unless the host's clock is wrong.",
         (r"x509: certificate", r"tls: failed to verify certificate"),
     ),
     Failure(
