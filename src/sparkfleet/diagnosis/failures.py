@@ -506,8 +506,8 @@ TABLE: tuple[Failure, ...] = (
         "registry-tls",
         "the registry's certificate is not trusted",
         "a private CA, a proxy that intercepts TLS, or a certificate that has expired",
-        "With a private CA set sparkfleet_ca_file to its certificate, a PEM file on the controller; one that has expired "
-        "is renewed by its owner, unless the host's clock is wrong.",
+        "With a private CA set sparkfleet_ca_file to its certificate, a PEM file on the controller; one that has "
+        "expired is renewed by its owner, unless the host's clock is wrong.",
         (r"x509: certificate", r"tls: failed to verify certificate"),
     ),
     Failure(
