@@ -42,7 +42,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if KIND == "tag" and "/manifests/" in path:
             path = path.rpartition("/")[0] + "/" + OTHER
         upstream = http.client.HTTPConnection("127.0.0.1", 5000)
-        headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
+        # Docker names each media type that it takes in a line of its own.
+        headers = {name: ", ".join(self.headers.get_all(name)) for name in self.headers if name.lower() != "host"}
         upstream.request(self.command, path, headers={**headers, "Host": "nvcr.io", "X-Forwarded-Proto": "https"})
         answer = upstream.getresponse()
         body = bytearray(answer.read())
@@ -201,7 +202,8 @@ class Scenes:
         source.sh(f"cp -p {blob} /root/kept; touch -r {blob} /root/time; {change}; touch -r /root/time {blob}")
         self.victim.sh(f"rm -rf {folder} /opt/hf/.sparkfleet/models--{REPOSITORY.replace('/', '--')}")
         try:
-            code, printed, _ = Fleet(self.world, [self.names[0]], 1).run("ansible-playbook", "site.yml")
+            fleet = Fleet(self.world, [self.names[0]], 1)
+            code, printed, _ = fleet.run("ansible-playbook", "site.yml", **VARIABLES, sparkfleet_all_at_once=True)
             expect(code == 0, "site.yml", printed[-3000:])
             digest = self.victim.sh(f"sha256sum {folder}/blobs/{Path(blob).name}").split()[0]
             expect(digest == Path(blob).name, "the victim has the model's own bytes", printed[-3000:])
