@@ -151,6 +151,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.rel
 
 MOST_LAYERS = 1000  # of an image
 SILENCE = 1800.0  # seconds without a word from the engine; a huge layer may unpack for long
+SHOWN = 200  # characters of what the engine says of a failure
 
 
 # -- progress ----------------------------------------------------------------------------------------------
@@ -274,7 +275,9 @@ def explain(text: str, ref: Reference, room: str = "") -> JobError:
 
 
 def _short(text: str) -> str:
-    return " ".join(text.split())[-200:]
+    """The end of what Docker says, where the cause is."""
+    words = " ".join(text.split())
+    return words if len(words) <= SHOWN else f"… {words[-SHOWN:].partition(' ')[2]}"
 
 
 def room(info: dict[str, Any]) -> str:

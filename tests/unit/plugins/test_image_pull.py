@@ -419,3 +419,9 @@ def test_an_image_that_was_brought_is_noted(
     assert json.loads(capsys.readouterr().out)["changed"] is True
     noted = [json.loads(path.read_text()) for path in (tmp_path / "state" / "images").glob(f"{'1' * 64}.json")]
     assert noted == ([] if before else [{"names": [REF, OWN]}])
+
+
+def test_a_long_reason_is_cut_at_a_word() -> None:
+    assert image_pull._short(" a  b\n") == "a b"
+    cut = image_pull._short("word " * 100 + "the cause")
+    assert cut.startswith("… word ") and cut.endswith(" the cause") and len(cut) <= 202
