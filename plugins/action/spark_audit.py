@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Any
 
 from ansible.errors import AnsibleActionFail
@@ -13,7 +14,7 @@ from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # n
 from sparkfleet import SparkfleetError
 from sparkfleet.diagnosis import audit
 from sparkfleet.fleet import drift, gateway
-from sparkfleet.planning import target, variables
+from sparkfleet.planning import firewall, target, variables
 from sparkfleet.reporting import report
 
 display = Display()
@@ -62,13 +63,16 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         names = [name for name in variables.options() if name in task_vars]
         values = {name: self._templar.template(task_vars[name]) for name in names if name not in variables.SECRETS}
         groups = task_vars.get("group_names", ())
-        ports = dict(USUAL)
+        ports, engines, doors, wall = dict(USUAL), set[int](), set[int](), False
         try:
             settings = target.Settings.of(variables.settle(values))
             if "sparks" in groups:
-                ports |= {engine.port: "engine" for engine in settings.each()}
-                ports |= {engine.loopback_port: "engine" for engine in settings.each() if engine.on_demand}
+                ports |= {port: "engine" for one in settings.each() for port in (one.port, one.engine_port)}
                 ports |= {settings.guard_port: "guard", int(values.get("sparkfleet_share_port", 0)): "sharing"}
+                engines = {engine.engine_port for engine in settings.each()}
+                doors = {engine.port for engine in settings.each() if engine.on_demand}
+                named = [ipaddress.ip_network(source) for source in firewall.allowed(settings.firewall_allow)]
+                wall = settings.firewall and all(network.prefixlen for network in named)  # 0.0.0.0/0 names everyone
             if "gateways" in groups:
                 own = ("sparkfleet_gateway_port", "sparkfleet_gateway_peer_port")
                 numbers = [*(values[name] for name in own), *(values.get("sparkfleet_gateway_ports") or {}).values()]
@@ -80,6 +84,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         wants = gateway.truth(values.get("sparkfleet_docker_group", False))
         return audit.Expected(
             ports,
+            engines,
+            doors,
+            wall,
             operator=settings.operator if wants else "",
             statistics_port=int(values.get("sparkfleet_gateway_statistics_port") or 0) if "gateways" in groups else 0,
             differs=drift.reasons(inspection["plan"], inspection["state"]) if "plan" in inspection else (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -24,3 +25,29 @@ def expanded(what: str, text: str | Path) -> Path:
     except (OSError, ValueError) as error:
         raise SparkfleetError(f"{shown}: {error}") from None
     return path
+
+
+def output(what: str, text: str | Path, make: bool = False, folder: bool = False) -> Path:
+    """`expanded` of a file that is to be written later (`folder`: of a folder to write into), so that a long run is not
+    begun whose result has no place. `make`: the folders above it are made then. Raises SparkfleetError."""
+    path = expanded(what, text)
+    place = Path(os.path.realpath(path))  # of a link, what it names
+    if place.exists():
+        reason = _unfit(place, folder)
+    else:
+        above = place.parent
+        while (make or folder) and not above.exists():
+            above = above.parent
+        reason = _unfit(above, True)
+    if reason:
+        raise SparkfleetError(f"{what} {printable(str(text), 300)}: {os.strerror(reason)}: choose another path")
+    return path
+
+
+def _unfit(place: Path, folder: bool) -> int:
+    """Why nothing can be written there, 0 where it can."""
+    if not place.exists():
+        return errno.ENOENT
+    if place.is_dir() != folder:
+        return errno.ENOTDIR if folder else errno.EISDIR
+    return 0 if os.access(place, os.W_OK | os.X_OK if folder else os.W_OK) else errno.EACCES

@@ -16,7 +16,7 @@ from sparkfleet.onboarding.ssh import Place
 from sparkfleet.packaging import wheels
 from sparkfleet.packaging.bundle import Bundle
 from sparkfleet.planning import catalog, memory_plan
-from sparkfleet.user_paths import expanded
+from sparkfleet.user_paths import expanded, output
 from tests.unit.fakes.fake_registry import FakeRegistry, digest, serving
 from tests.unit.planning.test_plan import target
 
@@ -39,6 +39,29 @@ def test_a_home_folder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_a_path_is_one_error(text: str, why: str) -> None:
     with pytest.raises(SparkfleetError, match=rf"^FOLDER '.*{why}"):
         expanded("FOLDER", text)
+
+
+def test_where_nothing_can_be_written_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "no" / "x")
+    for name in ("file", "new", "/dev/null"):
+        assert output("--output", tmp_path / name) == tmp_path / name
+    assert output("--output", tmp_path / "a" / "b", make=True) and output("FOLDER", tmp_path / "a" / "b", folder=True)
+    assert output("FOLDER", tmp_path, folder=True) == tmp_path and not (tmp_path / "a").exists()
+    for name, given, why in (
+        ("no/x", {}, "No such file or directory"),
+        ("link", {}, "No such file or directory"),
+        (".", {}, "Is a directory"),
+        ("file/x", {}, "Not a directory"),
+        ("file/x/y", {"make": True}, "Not a directory"),
+        ("file", {"folder": True}, "Not a directory"),
+        ("file/x", {"folder": True}, "Not a directory"),
+    ):
+        with pytest.raises(SparkfleetError, match=rf"^--output .*{name}: {why}: choose another path"):
+            output("--output", tmp_path / name, **given)
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(SparkfleetError, match="Permission denied"):
+        output("--output", tmp_path / "new")
 
 
 KEY = ssh.HostKey("ssh-ed25519", "AAAA")

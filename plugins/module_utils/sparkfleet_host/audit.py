@@ -8,6 +8,7 @@ import base64
 import calendar
 import contextlib
 import grp
+import hashlib
 import json
 import os
 import pwd
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import bounded, engine, http
+from . import bounded, engine, firewall, http
 from .bounded import BoundsError
 from .copies import PLACES, SHORTEST, search
 from .docker import Docker
@@ -34,6 +35,8 @@ HAPROXY = Path("/etc/haproxy/sparkfleet")
 PROXY_FILE = UNITS / "docker.service.d" / "sparkfleet-proxy.env"
 CERTIFICATE = HAPROXY / "gateway.pem"
 NAMESPACES = ("NetworkMode", "PidMode", "IpcMode", "UTSMode", "UsernsMode")
+#: The last line of a unit, as the roles write it.
+_CHECKSUM = re.compile(r"^# SHA-256 of the lines above: ([0-9a-f]{64})\n", re.M)
 SSHD = ("permitrootlogin", "passwordauthentication", "permitemptypasswords", "kbdinteractiveauthentication")
 
 
@@ -48,6 +51,7 @@ def look(project_dir: str, state_dir: str, token_file: str, docker: Docker) -> d
         "copies": lambda: copies(secrets),
         "docker_logins": docker_logins,
         "containers": lambda: containers(docker),
+        "firewall": firewall.closed,
         "docker_users": docker_users,
         "releases": lambda: releases(store, docker),
         "units": units,
@@ -221,29 +225,46 @@ def docker_logins() -> list[dict[str, Any]]:
 
 
 def containers(docker: Docker) -> list[dict[str, Any]]:
-    """The containers that run: what each may do to the host. `ours`: of the project; `key`: it has the engine's key."""
+    """The containers that run: what each may do to the host, and who may reach it. `ours`: of the project; `key`: it
+    has the engine's key."""
     found = []
     for item in docker.containers(all=False)[:MOST]:
         detail = docker.container(item["Id"])
         if detail is None:
             continue
         host, config = detail["HostConfig"], detail["Config"]
-        binds = [str(mount.get("Source") or "") for mount in detail.get("Mounts") or []]
-        published = [bind for each in (host.get("PortBindings") or {}).values() for bind in each or []]
+        binds = [mount for mount in detail.get("Mounts") or [] if mount.get("Source")]  # a tmpfs has none
+        # As Docker chose them, such as for `-P`; the wish alone where it names none.
+        bindings = (detail.get("NetworkSettings") or {}).get("Ports") or host.get("PortBindings") or {}
         found.append(
             {
                 "name": str(detail["Name"]).lstrip("/"),
                 "image": str(config.get("Image") or ""),
                 "ours": (config.get("Labels") or {}).get(engine.PROJECT_LABEL) == engine.PROJECT,
                 "privileged": bool(host.get("Privileged")),
-                "socket": any(path in ("/var/run/docker.sock", "/run/docker.sock", "/", "/run") for path in binds),
+                "mounts": [mounted(mount) for mount in binds[:MOST]],
                 "host": [name for name in NAMESPACES if host.get(name) == "host"],
                 "capabilities": [str(name) for name in host.get("CapAdd") or []],
-                "key": http.KEY_FILE in binds,
-                "published": [f"{bind.get('HostIp') or '0.0.0.0'}:{bind.get('HostPort')}" for bind in published],  # noqa: S104
+                "key": http.KEY_FILE in [mount["Source"] for mount in binds],
+                "published": [*published(bindings)][:MOST],
             }
         )
     return found
+
+
+def mounted(mount: Mapping[str, Any]) -> dict[str, Any]:
+    """{source, writable} of a mount; `/var/run` and whatever else is a link is what it names."""
+    return {"source": os.path.realpath(str(mount["Source"])), "writable": mount.get("RW") is not False}
+
+
+def published(bindings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """{address, port, protocol} of each port of the host that a container has."""
+    for inside, binds in bindings.items():
+        for bind in binds or []:
+            if str(bind.get("HostPort") or "").isdecimal():
+                address = bind.get("HostIp") or "0.0.0.0"  # noqa: S104 - what Docker takes it for
+                protocol = inside.partition("/")[2] or "tcp"
+                yield {"address": address, "port": int(bind["HostPort"]), "protocol": protocol}
 
 
 def docker_users() -> list[str]:
@@ -280,7 +301,8 @@ def releases(store: Store, docker: Docker) -> dict[str, Any]:
 
 
 def units() -> list[dict[str, Any]]:
-    """Sparkfleet's units: {name, path, drop_ins, reload (its file is newer than what systemd has read), enabled}."""
+    """Sparkfleet's units: {name, path, drop_ins, reload (its file is newer than what systemd has read), edited (its
+    file is not what was written), state}."""
     names = sorted(path.name for path in UNITS.glob("sparkfleet-*.*") if path.suffix in (".service", ".timer", ".path"))
     found = []
     for name in names[:MOST]:
@@ -294,10 +316,23 @@ def units() -> list[dict[str, Any]]:
                 "path": shown.get("FragmentPath", ""),
                 "drop_ins": shown.get("DropInPaths", "").split(),
                 "reload": shown.get("NeedDaemonReload") == "yes",
+                "edited": edited(UNITS / name),
                 "state": shown.get("ActiveState", ""),
             }
         )
     return found
+
+
+def edited(path: Path) -> bool:
+    """Whether a unit is another than its checksum says; one without a checksum is not known to be."""
+    try:
+        text = bounded.read_file(path, 1 << 20).decode("utf-8", "replace")
+    except FileNotFoundError:  # removed meanwhile
+        return False
+    found = _CHECKSUM.search(text)
+    if found is None:
+        return False
+    return hashlib.sha256(text[: found.start()].encode()).hexdigest() != found[1] or found.end() != len(text)
 
 
 def certificate(path: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from .network import resolve
 RULES = Path("/etc/sparkfleet/firewall.nft")
 UNIT = Path("/etc/systemd/system/sparkfleet-firewall.service")
 LARGEST = 1 << 20
+_PORTS = re.compile(r"tcp dport \{ ([0-9]+(?:, [0-9]+)*) \}")
 _MARK = re.compile(r'comment "([0-9a-f]{64})"')
 
 
@@ -33,6 +35,17 @@ def state(sources: Sequence[str]) -> dict[str, Any]:
         "loaded": _loaded() if unit else "",
         "sources": {name: resolve(name) for name in dict.fromkeys(sources)},
     }
+
+
+def closed() -> list[int]:
+    """Ports of engines and guard that are open to named sources alone; none unless the table that the kernel has is
+    that of our file, as it was written."""
+    rules = _text(RULES)
+    text = rules.rpartition(' comment "')[0]
+    found = _PORTS.search(text)
+    if not found or _loaded() != hashlib.sha256(text.encode()).hexdigest():
+        return []
+    return [int(port) for port in found[1].split(", ")]
 
 
 def _text(path: Path) -> str:

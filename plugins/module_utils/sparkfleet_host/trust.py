@@ -28,6 +28,8 @@ DOCKER_NAME = f"{PREFIX}ca.crt"
 CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 BUNDLE_BYTES = 4 << 20
 UPDATE_SECONDS = 120
+#: What begins a certificate, of whatever kind, or is cut off before it says what it begins.
+_BEGIN = re.compile(r"-----BEGIN(?: [A-Z0-9 ]*CERTIFICATE-----|(?! [A-Z0-9 ]+-----))")
 _BLOCK = re.compile(r"-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----")
 
 
@@ -39,7 +41,10 @@ def split(pem: str) -> dict[str, str]:
     """Each certificate by the name of its file, in PEM; the same certificate has the same name and text however it is
     written. Raises ValueError."""
     found = {}
-    for block in _BLOCK.findall(pem):
+    blocks = _BLOCK.findall(pem)
+    if (begun := len(_BEGIN.findall(pem))) != len(blocks):
+        raise ValueError(f"{begun} begin, and {len(blocks)} are whole and of the kind -----BEGIN CERTIFICATE-----")
+    for block in blocks:
         der = ssl.PEM_cert_to_DER_cert(block)
         found[f"{PREFIX}{hashlib.sha256(der).hexdigest()[:16]}.crt"] = ssl.DER_cert_to_PEM_cert(der)
     return found

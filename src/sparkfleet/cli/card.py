@@ -14,7 +14,7 @@ from sparkfleet.onboarding import hub_card, recipe
 from sparkfleet.onboarding.prompts import report_line
 from sparkfleet.planning import card_draft, catalog
 from sparkfleet.planning.card_draft import Draft
-from sparkfleet.user_paths import expanded
+from sparkfleet.user_paths import expanded, output
 
 EPILOG = """examples:
   sparkfleet card Qwen/Qwen3-8B-FP8 --output cards/qwen3-8b.yml
@@ -63,6 +63,8 @@ def run(options: argparse.Namespace) -> int:
     if target and target.exists() and not (options.force and target.is_file()):
         remedy = "--force replaces it" if target.is_file() else "name a file"
         raise SparkfleetError(f"--output {printable(str(target), 300)} is there already: {remedy}")
+    if target:
+        output("--output", target, make=True)  # before anything is asked of the Hub
     made = _made(options)
     text = made.text()
     for words in made.unknown:

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -57,7 +58,7 @@ from sparkfleet.reporting import (
 from sparkfleet.reporting.host_result import HostResult
 from sparkfleet.reporting.live import Live, Page, columns, terminal
 from sparkfleet.reporting.progress import Board
-from sparkfleet.user_paths import expanded
+from sparkfleet.user_paths import expanded, output
 
 #: Exit codes: bad input, as argparse has it; a plan that does not fit.
 BAD_INPUT = 2
@@ -330,7 +331,8 @@ def _arguments(options: argparse.Namespace) -> list[str]:
     words += _limit(options)
     words += ["--check", "--diff"] if options.check else []
     words += ["--ask-become-pass"] if options.ask_become_pass else []
-    folder = str(expanded("FOLDER", options.folder).absolute()) if options.verb in ("bundle", "sbom") else None
+    writes = options.verb in ("bundle", "sbom")
+    folder = str(output("FOLDER", options.folder, folder=True).absolute()) if writes else None
     given = {
         "sparkfleet_model": getattr(options, "model", None),
         "sparkfleet_profile": getattr(options, "profile", None),
@@ -393,6 +395,7 @@ def _verb(options: argparse.Namespace) -> int:
     if options.verb == "bench" and options.of[:1] == [bench.COMPARE]:
         return bench.compare(options)
     words = _arguments(options)
+    sarif = output("--sarif", options.sarif) if getattr(options, "sarif", None) else None
     if options.verb == "remove" and not options.check:
         if not options.yes:
             preview = Collector(lambda host, line: None)
@@ -413,18 +416,20 @@ def _verb(options: argparse.Namespace) -> int:
         if not _agrees("All at once?"):
             raise SparkfleetError("nothing was changed")
         hosts, board, made = _run(options, words + confirmed)
-    if getattr(options, "sarif", None):
-        _write_sarif(options.sarif, hosts)
-    return _show(options, hosts, board, made)
+    code = _show(options, hosts, board, made)
+    if sarif and "error" not in made and not _write(sarif, audit.sarif({host.name: host.audit for host in hosts})):
+        return code or BAD_INPUT
+    return code
 
 
-def _write_sarif(name: str, hosts: Sequence[HostResult]) -> None:
-    """Raises SparkfleetError."""
+def _write(path: Path, text: str) -> bool:
+    """Whether a file could be written; if not, why is said, and what was shown before stays the result."""
     try:
-        text = audit.sarif({host.name: host.audit for host in hosts})
-        expanded("--sarif", name).write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise SparkfleetError(f"--sarif {name}: {error.strerror}") from None
+        report_line(f"sparkfleet: {path} cannot be written: {error.strerror}")
+        return False
+    return True
 
 
 def _agrees(question: str) -> bool:
@@ -539,7 +544,7 @@ def _status(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     """Write the report; the exit code is that of `status`."""
-    path = expanded("--output", options.output)
+    path = output("--output", options.output)
     collector = Collector(lambda host, line: None)
     code = run("report", options.inventory, _arguments(options), collector)
     if collector.error:
@@ -552,10 +557,8 @@ def _report(options: argparse.Namespace) -> int:
     shown = {host.name: host.shown or {} for host in hosts}
     histories = {host.name: host.history or [] for host in hosts}
     made = html_report.document(about, rows, shown, histories, collector.figures, paths.STATE)
-    try:
-        path.write_text(made, encoding="utf-8")
-    except OSError as error:
-        raise SparkfleetError(f"--output {options.output}: {error.strerror}") from None
+    if not _write(path, made):
+        return code or BAD_INPUT
     if options.json:
         print(json.dumps({"verb": "report", "exit_code": code, "file": str(path.absolute())}, indent=2))
     else:
@@ -712,7 +715,10 @@ def _sbom(options: argparse.Namespace) -> int:
         if options.advisories is None or options.json:
             print(json.dumps(own, indent=2))
     else:
-        hosts, board, made = _run(options, _arguments(options))
+        words = _arguments(options)
+        if options.advisories is not None:
+            advisories.check([], options.advisories)  # so that nothing is asked and written for a file of no use
+        hosts, board, made = _run(options, words)
         code = _show(options, hosts, board, made)
         folder = expanded("FOLDER", options.folder)
         if not options.check:

@@ -6,10 +6,12 @@ import dataclasses
 import ipaddress
 import json
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from sparkfleet_host.audit import UNITS
 from sparkfleet_host.bounded import printable
+from sparkfleet_host.http import KEY_FILE
 
 from sparkfleet import __version__
 
@@ -17,6 +19,10 @@ GRADES = ("info", "low", "medium", "high", "critical")
 EXPIRES_SOON, EXPIRES_NOW = 30, 7  # days
 OLD_SECRET = 365  # days
 _DOCKER_API = (2375, 2376)
+#: What listens in place of containers; Docker itself does with `userland-proxy: false`.
+_PROXIES = ("docker-proxy", "dockerd")
+_SOCKETS = ("/run/docker.sock", "/run/containerd/containerd.sock", "/run/docker/containerd/containerd.sock")
+_SYSTEM = ("/etc", "/root", "/var/lib/docker", "/var/lib/containerd", "/proc", "/dev")
 #: Capabilities that lead to the host.
 _POWERS = {"ALL", "SYS_ADMIN", "SYS_MODULE", "SYS_PTRACE", "SYS_RAWIO", "DAC_READ_SEARCH"}
 
@@ -48,7 +54,7 @@ CHECKS = {
             "high",
             "An engine is open to the network without a key",
             "Anyone on the network may use it, and call its other routes",
-            "Add a gateway, or set `sparkfleet_listen: loopback` or `sparkfleet_engine_key`, and deploy",
+            "Set `sparkfleet_engine_key`, `sparkfleet_firewall: true` or `sparkfleet_listen: loopback`, and deploy",
         ),
         Check(
             "port-unexpected",
@@ -130,9 +136,17 @@ CHECKS = {
         Check(
             "container-socket",
             "high",
-            "A container has Docker's socket, or the root of the host",
+            "A container has the socket of Docker or containerd, or the root of the host",
             "It can do what root of the host can do",
             "Run it without that mount; a proxy of the socket can limit the calls",
+        ),
+        Check(
+            "container-mount",
+            "medium",
+            "A container has a folder of the host's system",
+            "It reads what is there: passwords, keys, other containers' files; high where it may write, and so decide "
+            "what root does",
+            "Mount the file or folder that it needs alone, with `:ro`",
         ),
         Check(
             "container-host",
@@ -146,7 +160,8 @@ CHECKS = {
             "medium",
             "A unit of Sparkfleet was changed",
             "A drop-in or an edited file decides what runs as root",
-            "`systemctl cat UNIT` shows it; `systemctl revert UNIT` removes drop-ins, then `sparkfleet deploy`",
+            "`systemctl cat UNIT` shows it; `systemctl revert UNIT` removes drop-ins; remove an edited file, then "
+            "`sparkfleet deploy`",
         ),
         Check(
             "certificate-expires",
@@ -219,9 +234,14 @@ class Finding:
 @dataclasses.dataclass(frozen=True)
 class Expected:
     """What the inventory says of a host: ports with what they are for, and whether it wants members of group docker;
-    `differs`: reasons why it is not as the inventory says."""
+    `engines`: ports of engines themselves, `doors`: those where the guard takes requests for one that starts on demand;
+    `firewall`: the firewall lets named sources alone reach them; `differs`: reasons why it is not as the inventory
+    says."""
 
     ports: Mapping[int, str]
+    engines: Collection[int] = ()
+    doors: Collection[int] = ()
+    firewall: bool = False
     operator: str = ""
     statistics_port: int = 0
     differs: Sequence[str] = ()
@@ -235,6 +255,7 @@ def findings(facts: Mapping[str, Any], expected: Expected) -> list[Finding]:
             found.append(_found("not-read", part, str(value["error"])))
         elif judge := _JUDGES.get(part):
             found += judge(value, facts, expected)
+    found += _open_engines(facts, expected)
     found += [_found("deployment-differs", "release", reason) for reason in expected.differs]
     unique = dict.fromkeys(found)
     return sorted(unique, key=lambda item: (-GRADES.index(item.grade), item.id, item.where))
@@ -261,17 +282,60 @@ def is_open(address: str) -> bool:
 
 
 def _listeners(value: Any, facts: Mapping[str, Any], expected: Expected) -> Iterator[Finding]:
+    containers = _read(facts, "containers")
+    published = {port["port"]: item["ours"] for item in containers for port in item["published"]}
     for item in value:
         address, port, process = item["address"], int(item["port"]), item["process"]
-        where = f"{address}:{port}"
-        if not is_open(address):
+        proxy = process in _PROXIES and port in published
+        if is_open(address) and not (proxy and not published[port]):  # others' containers are named by what they are
+            what = f"{process or 'a process'} listens on {address}:{port}"
+            yield from _open_port(f"{address}:{port}", port, what, expected, api=process == "dockerd" and not proxy)
+
+
+def _open_port(where: str, port: int, what: str, expected: Expected, api: bool = False) -> Iterator[Finding]:
+    if api or port in _DOCKER_API:
+        yield _found("docker-api", where, what)
+    elif port == expected.statistics_port:
+        yield _found("statistics-open", where, what)
+    elif port not in expected.ports:
+        yield _found("port-unexpected", where, what)
+
+
+def _open_engines(facts: Mapping[str, Any], expected: Expected) -> Iterator[Finding]:
+    """Engines without a key that others reach: published by Docker, on the network of the host (a rank), or behind the
+    guard, which asks for the key of its file."""
+    ours = [item for item in _read(facts, "containers") if item["ours"]]
+    keys, told = {port["port"]: item["key"] for item in ours for port in item["published"]}, set[int]()
+    safe = {*(_read(facts, "firewall") if expected.firewall else ())}
+    for item in ours:
+        for port in item["published"] if not item["key"] else ():
+            if is_open(port["address"]) and port["port"] not in safe:
+                where = _place(port)
+                told.add(port["port"])
+                yield _found("engine-open", where, f"container {item['name']} is published on {where} and has no key")
+    on_host = [item for item in ours if "NetworkMode" in item["host"]]
+    key_file = any(item["path"] == KEY_FILE for item in _read(facts, "secrets"))
+    for item in _read(facts, "listeners"):
+        port, where = int(item["port"]), f"{item['address']}:{item['port']}"
+        door = port in expected.doors
+        # A gateway on this host may have the engine's port at another address.
+        if not (door or port in expected.engines) or port in told | safe or item["process"] == "haproxy":
             continue
-        if process == "dockerd" or port in _DOCKER_API:
-            yield _found("docker-api", where, f"{process or 'a process'} listens on {where}")
-        elif port == expected.statistics_port:
-            yield _found("statistics-open", where, f"{process or 'a process'} listens on {where}")
-        elif port not in expected.ports:
-            yield _found("port-unexpected", where, f"{process or 'a process'} listens on {where}")
+        keyed = keys.get(port, all(one["key"] for one in on_host) if on_host and not door else key_file)
+        if is_open(item["address"]) and not keyed:
+            what = "takes requests for an engine" if door else "serves an engine"
+            yield _found("engine-open", where, f"{item['process'] or 'a process'} {what} on {where} without a key")
+
+
+def _place(port: Mapping[str, Any]) -> str:
+    protocol = "" if port["protocol"] == "tcp" else f"/{port['protocol']}"
+    return f"{port['address']}:{port['port']}{protocol}"
+
+
+def _read(facts: Mapping[str, Any], part: str) -> Sequence[Any]:
+    """A part that is a list; nothing where it could not be read."""
+    value = facts.get(part)
+    return value if isinstance(value, list) else ()
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -316,14 +380,25 @@ def _containers(value: Any, facts: Mapping[str, Any], expected: Expected) -> Ite
         if item["privileged"] or powers:
             what = "" if item["privileged"] else f", capabilities {', '.join(powers)}"
             yield _found("container-privileged", name, f"{name} ({item['image']}){what}")
-        if item["socket"]:
-            yield _found("container-socket", name, f"{name} ({item['image']})")
+        for mount in item["mounts"]:
+            source, how = mount["source"], "writable" if mount["writable"] else "read-only"
+            if source == "/" or any(_has(source, place) for place in _SOCKETS):  # to ask a socket is not to write it
+                yield _found("container-socket", name, f"{name} ({item['image']}): {source}")
+            elif any(_has(source, place) for place in _SYSTEM):
+                grade = "high" if mount["writable"] else ""
+                yield _found("container-mount", name, f"{name} ({item['image']}): {source}, {how}", grade)
         shared = [key for key in item["host"] if not (item["ours"] and key == "IpcMode")]
         if shared:
             yield _found("container-host", name, f"{name}: {', '.join(shared)}")
-        for place in item["published"] if item["ours"] and not item["key"] else ():
-            if is_open(place.rpartition(":")[0]):
-                yield _found("engine-open", place, f"{name} is published on {place} and has no key")
+        for port in item["published"] if not item["ours"] else ():
+            if is_open(port["address"]):
+                where = _place(port)
+                yield from _open_port(where, port["port"], f"{name} is published on {where}", expected)
+
+
+def _has(folder: str, place: str) -> bool:
+    """Whether a folder is a place, or has it."""
+    return place == folder or place.startswith(f"{folder.rstrip('/')}/")
 
 
 def _docker_users(value: Any, facts: Mapping[str, Any], expected: Expected) -> Iterator[Finding]:
@@ -352,6 +427,10 @@ def _units(value: Any, facts: Mapping[str, Any], expected: Expected) -> Iterator
             yield _found("unit-altered", item["name"], f"{item['name']} has the drop-in {path}")
         if item["reload"]:
             yield _found("unit-altered", item["name"], f"{item['path']} was edited since systemd read it")
+        if item["edited"]:
+            yield _found("unit-altered", item["name"], f"{item['name']} is not what Sparkfleet wrote")
+        if item["path"] != f"{UNITS}/{item['name']}":
+            yield _found("unit-altered", item["name"], f"systemd has {item['name']} from {item['path'] or 'nowhere'}")
 
 
 def _certificates(value: Any, facts: Mapping[str, Any], expected: Expected) -> Iterator[Finding]:

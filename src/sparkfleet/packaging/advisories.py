@@ -24,7 +24,7 @@ from sparkfleet.user_paths import expanded
 LARGEST = 16 << 20  # of a file, bytes
 MOST = 200_000  # advisories
 _ENTRIES = 10_000  # of a list in an advisory
-
+_VERSION = 1000  # characters of a version; Python refuses an integer of more than 4300 digits
 
 #: Ecosystem and name -> versions that are there, each with the release of its distribution.
 Known = dict[tuple[str, str], set[tuple[str, str]]]
@@ -47,7 +47,7 @@ class Finding:
 
 def check(documents: Sequence[Mapping[str, Any]], place: str) -> tuple[list[Finding], int]:
     """Findings for the components of bills of materials (of `sbom`), and the number of advisories that were read.
-    Raises SparkfleetError for a file that has none or is of another form."""
+    Raises SparkfleetError for a file that has none or is of another form, whatever the bills have."""
     known: Known = {}
     for document in documents:
         release = next((part["version"] for part in document["components"] if part["type"] == "operating-system"), "")
@@ -64,7 +64,8 @@ def check(documents: Sequence[Mapping[str, Any]], place: str) -> tuple[list[Find
                     raise BoundsError(f"{where}: more than {MOST} advisories")
                 advisory = bounded.as_dict(entry, where)
                 identity = printable(bounded.as_str(advisory.get("id"), f"{where}: id", 200), 200)
-                found.update(dict.fromkeys(_affecting(advisory, identity, known)))
+                affected = [*_affected(advisory, f"{where}: {identity}")]
+                found.update(dict.fromkeys(_affecting(advisory, identity, affected, known)))
         except BoundsError as error:
             raise SparkfleetError(f"--advisories: {error}: it must be advisories in the OSV format") from None
     if not number:
@@ -85,38 +86,69 @@ def _names(part: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 yield ecosystem, item["value"]
 
 
-def _affecting(advisory: Mapping[str, Any], identity: str, known: Known) -> Iterator[Finding]:
-    if advisory.get("withdrawn"):
-        return
-    summary = printable(str(advisory.get("summary") or ""), 200)
-    for item in bounded.as_list(advisory.get("affected", []), f"{identity}: affected", _ENTRIES):
-        affected = bounded.as_dict(item, f"{identity}: affected")
-        package = bounded.as_dict(affected.get("package", {}), f"{identity}: package")
+@dataclasses.dataclass(frozen=True)
+class _Affected:
+    """What an advisory says of one package; `release` of the distribution, "" for all; `ranges`: events of each."""
+
+    ecosystem: str
+    release: str
+    name: str
+    versions: Sequence[Any]
+    ranges: Sequence[Sequence[tuple[str, str]]]
+
+
+def _affected(advisory: Mapping[str, Any], at: str) -> Iterator[_Affected]:
+    """Raises BoundsError, which begins with `at`."""
+    for item in _list(advisory.get("affected"), f"{at}: affected", _ENTRIES):
+        affected = bounded.as_dict(item, f"{at}: affected")
+        package = bounded.as_dict(affected.get("package", {}), f"{at}: package")
         # PyPI, Debian:12, Ubuntu:24.04:LTS
         ecosystem, _, of = str(package.get("ecosystem", "")).partition(":")
         name = str(package.get("name", ""))
-        name = str(canonicalize_name(name)) if ecosystem == "PyPI" else name
-        for version, release in sorted(known.get((ecosystem, name), ())):
-            if of and of.partition(":")[0] != release:
+        yield _Affected(
+            ecosystem,
+            of.partition(":")[0],
+            str(canonicalize_name(name)) if ecosystem == "PyPI" else name,
+            _list(affected.get("versions"), f"{at}: versions", MOST),
+            [*_ranges(affected, at)],
+        )
+
+
+def _ranges(affected: Mapping[str, Any], at: str) -> Iterator[list[tuple[str, str]]]:
+    for item in _list(affected.get("ranges"), f"{at}: ranges", _ENTRIES):
+        known = bounded.as_dict(item, f"{at}: range")
+        if known.get("type") in ("ECOSYSTEM", "SEMVER"):  # not of Git
+            yield [
+                (kind, bounded.as_str(value, f"{at}: {printable(kind, 40)}", _VERSION))
+                for event in _list(known.get("events"), f"{at}: events", _ENTRIES)
+                for kind, value in bounded.as_dict(event, f"{at}: event").items()
+            ]
+
+
+def _list(value: Any, what: str, most: int) -> list[Any]:
+    return [] if value is None else bounded.as_list(value, what, most)
+
+
+def _affecting(
+    advisory: Mapping[str, Any], identity: str, affected: Sequence[_Affected], known: Known
+) -> Iterator[Finding]:
+    if advisory.get("withdrawn"):
+        return
+    summary = printable(str(advisory.get("summary") or ""), 200)
+    for item in affected:
+        for version, release in sorted(known.get((item.ecosystem, item.name), ())):
+            if item.release and item.release != release:
                 continue
-            hit, fixed = _is_affected(affected, version, ecosystem, identity)
+            hit, fixed = _is_affected(item, version)
             if hit:
-                yield Finding(name, version, identity, summary, fixed)
+                yield Finding(item.name, version, identity, summary, fixed)
 
 
-def _is_affected(affected: Mapping[str, Any], version: str, ecosystem: str, identity: str) -> tuple[bool, str]:
+def _is_affected(affected: _Affected, version: str) -> tuple[bool, str]:
     """Whether a version is affected, as the schema says how to evaluate it, and the version that fixes it."""
-    order = _pypi if ecosystem == "PyPI" else _deb
-    hit, fixed = version in bounded.as_list(affected.get("versions", []), f"{identity}: versions", MOST), ""
-    for item in bounded.as_list(affected.get("ranges", []), f"{identity}: ranges", _ENTRIES):
-        known = bounded.as_dict(item, f"{identity}: range")
-        if known.get("type") not in ("ECOSYSTEM", "SEMVER"):  # of Git
-            continue
-        events = [
-            (kind, str(value))
-            for event in bounded.as_list(known.get("events", []), f"{identity}: events", _ENTRIES)
-            for kind, value in bounded.as_dict(event, f"{identity}: event").items()
-        ]
+    order = _pypi if affected.ecosystem == "PyPI" else _deb
+    hit, fixed = version in affected.versions, ""
+    for events in affected.ranges:
         inside = False
         for kind, value in sorted(events, key=lambda event: order(event[1])):
             beyond = order(version) >= order(value)
@@ -146,7 +178,7 @@ def _deb(text: str) -> tuple[Any, ...]:
     if text == "0":
         return ()
     epoch, colon, rest = text.partition(":")
-    if not colon or not epoch.isdigit():
+    if not colon or not re.fullmatch("[0-9]+", epoch):
         epoch, rest = "0", text
     upstream, dash, revision = rest.rpartition("-")
     if not dash:
@@ -156,7 +188,7 @@ def _deb(text: str) -> tuple[Any, ...]:
 
 def _pieces(text: str) -> list[tuple[list[int], int]]:
     """Turns of other characters and digits. `~` sorts before the end, the end before letters, letters before others."""
-    turns = re.findall(r"(\D*)(\d*)", text)
+    turns = re.findall(r"([^0-9]*)([0-9]*)", text)
     return [([*(_rank(mark) for mark in marks), 0], int(digits or 0)) for marks, digits in turns]
 
 
@@ -176,14 +208,23 @@ def _files(place: Path) -> Iterator[tuple[str, bytes]]:
                 yield from _members(path)
             elif path.suffix == ".json" or path == place:
                 yield str(path), bounded.read_file(path, LARGEST)
-    except (OSError, BoundsError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except (OSError, BoundsError) as error:
         raise SparkfleetError(f"--advisories {place}: {error}") from None
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist()[: MOST + 1]:
-            if member.filename.endswith(".json"):
-                with archive.open(member) as file:
-                    reader: Callable[[int], bytes] = file.read
-                    yield f"{path}:{printable(member.filename, 200)}", bounded.read_all(reader, str(path), LARGEST)
+    """Raises OSError, BoundsError."""
+    if path.exists() and not path.is_file():
+        raise BoundsError(f"{path}: not a regular file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist()[: MOST + 1]:
+                if member.filename.endswith(".json"):
+                    with archive.open(member) as file:
+                        reader: Callable[[int], bytes] = file.read
+                        yield f"{path}:{printable(member.filename, 200)}", bounded.read_all(reader, str(path), LARGEST)
+    except (OSError, BoundsError):
+        raise
+    except Exception as error:  # of zipfile, zlib, lzma, struct, codecs: whatever an archive makes them raise
+        reason = printable(f"{type(error).__name__}: {error}", 200)
+        raise BoundsError(f"{path}: not a zip archive that can be read ({reason}): download it again") from None

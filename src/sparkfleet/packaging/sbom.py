@@ -36,6 +36,9 @@ PACKAGES = (
 #: As dpkg has them.
 _WORD = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 LARGEST = 64 << 20  # of a document, bytes
+#: Of the environment: the time that documents have (https://reproducible-builds.org/docs/source-date-epoch/).
+EPOCH = "SOURCE_DATE_EPOCH"
+_LATEST = 253402300799  # the end of the year 9999
 _MOST_ENGINES, _MOST_MODELS, _MOST_PACKAGES = 16, 2, 1000
 
 
@@ -128,7 +131,6 @@ def _spark(host: str, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _bill(about: dict[str, Any], parts: Sequence[dict[str, Any]], needs: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    moment = int(os.environ.get("SOURCE_DATE_EPOCH") or datetime.datetime.now(datetime.UTC).timestamp())
     identity = "\n".join([about["bom-ref"], *(f"{part['bom-ref']} {part.get('hashes', '')}" for part in parts)])
     return {
         "$schema": f"http://cyclonedx.org/schema/bom-{SPECIFICATION}.schema.json",
@@ -137,12 +139,24 @@ def _bill(about: dict[str, Any], parts: Sequence[dict[str, Any]], needs: Mapping
         "serialNumber": uuid.uuid5(uuid.NAMESPACE_URL, identity).urn,
         "version": 1,
         "metadata": {
-            "timestamp": datetime.datetime.fromtimestamp(moment, datetime.UTC).isoformat().replace("+00:00", "Z"),
+            "timestamp": _moment().isoformat().replace("+00:00", "Z"),
             "component": about,
         },
         "components": list(parts),
         "dependencies": [{"ref": ref, "dependsOn": list(of)} for ref, of in needs.items()],
     }
+
+
+def _moment() -> datetime.datetime:
+    """Now, to the second, or what the environment has in its place. Raises SparkfleetError."""
+    given = os.environ.get(EPOCH)
+    if not given:
+        return datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+    if not re.fullmatch("[0-9]{1,12}", given) or int(given) > _LATEST:
+        raise SparkfleetError(
+            f"{EPOCH}: {printable(given, 60)!r} is not a time in seconds since 1970: unset it, or set it to one"
+        )
+    return datetime.datetime.fromtimestamp(int(given), datetime.UTC)
 
 
 # -- parts of a Spark ------------------------------------------------------------------------------------------------

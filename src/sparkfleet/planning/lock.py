@@ -8,7 +8,9 @@ hash of all others, so that an edit or a merge that went wrong is noticed; whoev
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -366,11 +368,27 @@ def beside(inventory: str | Path) -> Path:
 
 
 def found(inventories: Sequence[str]) -> str:
-    """The lock beside the sources of an inventory, "" for none. Raises SparkfleetError for several."""
-    there = list(dict.fromkeys(str(place) for place in map(beside, _files(inventories)) if place.is_file()))
+    """The lock beside the sources of an inventory, "" for none. Raises SparkfleetError for several, and for one that is
+    no file: whoever has a lock must not deploy without it."""
+    there = list(dict.fromkeys(str(place) for place in map(beside, _files(inventories)) if _is_there(place)))
     if len(there) > 1:
         raise SparkfleetError(f"several locks: {', '.join(there)}: name the one to use in {VARIABLE}")
     return next(iter(there), "")
+
+
+def _is_there(place: Path) -> bool:
+    try:
+        if stat.S_ISREG(place.stat().st_mode):
+            return True
+        reason = "it is no regular file"
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR) and not place.is_symlink():
+            return False
+        reason = str(error.strerror)
+    raise SparkfleetError(
+        f"the lock {place} cannot be read: {reason}: restore it from version control, remove it to deploy without a "
+        f"lock, or name the one to use in {VARIABLE}"
+    )
 
 
 def _files(inventories: Sequence[str]) -> list[str]:

@@ -57,6 +57,11 @@ class EngineSettings:
     on_demand: bool = False
     loopback_port: int = 0  # of one on demand: where the engine itself is published
 
+    @property
+    def engine_port(self) -> int:
+        """The TCP port of the host that the engine itself is published on."""
+        return self.loopback_port if self.on_demand else self.port
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -315,7 +320,7 @@ class EngineTarget:
     @property
     def engine_port(self) -> int:
         """The TCP port of the host that the engine itself is published on."""
-        return self.settings.loopback_port if self.on_demand else self.port
+        return self.settings.engine_port
 
     @property
     def verify(self) -> dict[str, Any]:

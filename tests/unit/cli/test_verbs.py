@@ -298,6 +298,30 @@ def test_a_report(fleet: tuple[Path, Path], tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(
+    "words", [("audit", "--sarif", "no/x"), ("report", "-o", "no/x"), ("sbom", "file/x"), ("bundle", "file")]
+)
+def test_a_result_that_has_no_place_is_not_asked_for(
+    words: tuple[str, ...], inventory: Path, calls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main.main([*words, "-i", str(inventory)]) == exit_codes.BAD_INPUT
+    said = capsys.readouterr()
+    assert said.out == "" and ": choose another path" in said.err and said.err.count("\n") == 1
+    assert not calls.exists()
+
+
+def test_a_page_that_cannot_be_written_in_the_end_hides_no_finding(
+    inventory: Path, calls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder was there when it began, and the disk is full by now."""
+    words = ("-i", str(inventory), "--json")
+    assert main.main(["audit", "--sarif", "/dev/full", *words]) == exit_codes.UNREACHABLE
+    said = capsys.readouterr()
+    assert json.loads(said.out)["exit_code"] == exit_codes.UNREACHABLE
+    assert "/dev/full cannot be written: No space left on device" in said.err
+
+
+@pytest.mark.parametrize(
     ("option", "value"), [("--hours", "0"), ("--hours", "day"), ("--price", "-1"), ("--price", "nan")]
 )
 def test_a_report_of_no_such_time_or_price(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import os
+import ssl
 import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sparkfleet import SparkfleetError
 from sparkfleet.documents import certificates
@@ -54,6 +60,47 @@ def test_what_is_no_certificate_of_an_authority(authority: Authority, tmp_path: 
     assert "damaged" in refused(file)
     file.write_text((authority.folder / "issued.pem").read_text())
     assert "certificate 1 (CN=localhost) is not that of a CA" in refused(file)
+
+
+def test_one_that_is_cut_off_is_not_passed_over(authority: Authority, tmp_path: Path) -> None:
+    other, file = Authority(tmp_path / "other", "Another CA").pem, tmp_path / "ca.pem"
+    trusted = other.replace("BEGIN CERT", "BEGIN TRUSTED CERT").replace("END CERT", "END TRUSTED CERT")
+    for second in (other[: len(other) // 2], other[:-5], other[:20], other[: len(other) // 2] + other, trusted):
+        file.write_text(authority.pem + second)
+        said = refused(file)
+        assert "damaged" in said and " begin, and " in said
+
+
+def test_what_is_no_file(authority: Authority, tmp_path: Path) -> None:
+    pipe = tmp_path / "ca.pem"
+    os.mkfifo(pipe)
+    assert "is no regular file" in refused(pipe)
+    assert "is no regular file" in refused(Path("/dev/zero"))
+    for name in ("a\0b", "\ud800"):
+        with pytest.raises(SparkfleetError, match=r"sparkfleet_ca_file: .* cannot be read: ") as caught:
+            certificates.read(f"{tmp_path}/{name}")
+        assert "\0" not in str(caught.value)
+
+
+def test_a_version_that_there_is_not(authority: Authority, tmp_path: Path) -> None:
+    der = ssl.PEM_cert_to_DER_cert(authority.pem)
+    third = b"\xa0\x03\x02\x01\x02"
+    (tmp_path / "ca.pem").write_text(ssl.DER_cert_to_PEM_cert(der.replace(third, third[:-1] + b"\x07", 1)))
+    assert "is damaged: " in refused(tmp_path / "ca.pem")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 1 << 12), st.integers(0, 255)), min_size=1, max_size=4))
+def test_a_certificate_with_other_bytes_is_taken_or_one_error(
+    authority: Authority, tmp_path: Path, changes: list[tuple[int, int]]
+) -> None:
+    der = bytearray(ssl.PEM_cert_to_DER_cert(authority.pem))
+    for place, value in changes:
+        der[place % len(der)] = value
+    text = base64.encodebytes(bytes(der)).decode()
+    (tmp_path / "ca.pem").write_text(f"-----BEGIN CERTIFICATE-----\n{text}-----END CERTIFICATE-----\n")
+    with contextlib.suppress(SparkfleetError):
+        certificates.read(str(tmp_path / "ca.pem"))
 
 
 def test_a_whole_bundle_is_not_taken_for_a_private_authority(

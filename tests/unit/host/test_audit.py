@@ -8,9 +8,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sparkfleet_host import audit, copies
+from sparkfleet_host import audit, copies, http
 
 SECRET = "a-secret-that-is-nowhere-else-" + "7" * 8
 
@@ -123,6 +124,46 @@ def test_a_part_that_cannot_be_read_says_why() -> None:
         raise OSError(2, "No such file", "/x\x1b")
 
     assert set(audit.part(broken)) == {"error"} and "\x1b" not in audit.part(broken)["error"]
+
+
+class OneContainer:
+    """A Docker that has one."""
+
+    def __init__(self, **detail: Any) -> None:
+        self.detail = {"Name": "/c", "Config": {}, "HostConfig": {}, **detail}
+
+    def containers(self, **_: Any) -> list[dict[str, Any]]:
+        return [{"Id": "1"}]
+
+    def container(self, _: str) -> dict[str, Any]:
+        return self.detail
+
+
+def test_mounts_of_a_container_are_what_links_name(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    here = [("/run/", True), (f"{tmp_path}/link", False), ("/etc/../etc", True)]
+    given = [{"Type": "bind", "Source": source, "RW": writable} for source, writable in here]
+    given += [{"Type": "tmpfs", "Source": "", "RW": True}, {"Type": "bind", "Source": http.KEY_FILE, "RW": False}]
+    (found,) = audit.containers(OneContainer(Mounts=given))  # type: ignore[arg-type]
+    assert [(item["source"], item["writable"]) for item in found["mounts"]] == [
+        *(("/run", True), (f"{tmp_path}/run", False), ("/etc", True)),
+        (http.KEY_FILE, False),
+    ]
+    assert found["key"] and not found["ours"]
+
+
+def test_ports_of_a_container_are_those_that_docker_chose() -> None:
+    everywhere = "0.0.0.0"  # noqa: S104 - what Docker says
+    chosen = {"80/tcp": [{"HostIp": everywhere, "HostPort": "32768"}, {"HostIp": "::", "HostPort": "32768"}]}
+    ports = chosen | {"53/udp": [{"HostIp": "", "HostPort": "53"}], "90/tcp": None}
+    wish = {"PortBindings": {"80/tcp": [{"HostIp": "", "HostPort": ""}], "81/tcp": [{"HostPort": "81"}]}}
+    (found,) = audit.containers(OneContainer(NetworkSettings={"Ports": ports}, HostConfig=wish))  # type: ignore[arg-type]
+    assert [tuple(item.values()) for item in found["published"]] == [
+        *((everywhere, 32768, "tcp"), ("::", 32768, "tcp"), (everywhere, 53, "udp")),
+    ]
+    (found,) = audit.containers(OneContainer(HostConfig=wish))  # type: ignore[arg-type]
+    assert [tuple(item.values()) for item in found["published"]] == [(everywhere, 81, "tcp")]
 
 
 def test_files_that_others_may_change(tmp_path: Path) -> None:

@@ -21,11 +21,15 @@ from pathlib import Path
 from sparkfleet_host import firewall
 firewall.RULES, firewall.UNIT = Path(sys.argv[1]), Path(sys.argv[2])
 firewall.unit_state = lambda name: {"ActiveState": "active", "UnitFileState": "enabled"}
-found = [firewall.state(["127.0.0.1", "no-such-gateway.invalid"])]
+found, closed = [firewall.state(["127.0.0.1", "no-such-gateway.invalid"])], [firewall.closed()]
 for argv in (["-f", sys.argv[1]], ["flush", "ruleset"]):
     subprocess.run(["/usr/sbin/nft", *argv], check=True)
     found.append(firewall.state([]))
-print(json.dumps(found))
+    closed.append(firewall.closed())
+rules = firewall.RULES.read_text()
+firewall.RULES.write_text(rules.replace("counter drop", "counter accept", 1))
+subprocess.run(["/usr/sbin/nft", "-f", sys.argv[1]], check=True)
+print(json.dumps([found, [*closed, firewall.closed()]]))
 """
 
 
@@ -36,7 +40,7 @@ def test_a_host_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert found.pop("installed") in (True, False)
     assert found == {"rules": "", "unit": "", "active": False, "enabled": False, "loaded": "", "sources": {}}
     (tmp_path / "rules").write_bytes(b"\xff")  # damaged
-    assert firewall.state([])["rules"] == ""
+    assert firewall.state([])["rules"] == "" and firewall.closed() == []
 
 
 @pytest.mark.skipif(
@@ -50,7 +54,9 @@ def test_the_table_that_is_loaded_is_recognised(tmp_path: Path) -> None:
     argv = ["unshare", "--net", sys.executable, "-c", SCRIPT, str(tmp_path / "rules"), str(tmp_path / "unit")]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0, done.stderr
-    found: list[dict[str, Any]] = json.loads(done.stdout)
+    found: list[dict[str, Any]]
+    found, closed = json.loads(done.stdout)
+    assert closed == [[], [8000, 9109], [], []]  # the last one was edited
     assert [state["loaded"] for state in found] == ["", planned.mark(rules), ""]
     assert found[0]["sources"] == {"127.0.0.1": ["127.0.0.1"], "no-such-gateway.invalid": []}
     assert all(state["rules"] == rules and state["unit"] == planned.unit() for state in found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import json
 import shutil
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sparkfleet import SparkfleetError
 from sparkfleet.cli import main
@@ -109,3 +113,63 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.zip").write_text("no zip")
     with pytest.raises(SparkfleetError, match=r"--advisories .*bad\.zip"):
         advisories.check([], str(tmp_path / "bad.zip"))
+
+
+@pytest.mark.parametrize(
+    ("ecosystem", "version"),
+    [("PyPI", "1" * 5000), ("PyPI", f"1!{'9' * 5000}"), ("Ubuntu", "9" * 5000), ("Ubuntu", f"{'9' * 5000}:1")],
+)
+def test_a_version_without_end_is_refused_whoever_it_is_of(tmp_path: Path, ecosystem: str, version: str) -> None:
+    with pytest.raises(SparkfleetError, match=r"--advisories: .*osv\.json: X-1: fixed: .* OSV format"):
+        found(tmp_path, bill(runc="1"), advisory(ecosystem, "other", {"introduced": "0"}, {"fixed": version}))
+
+
+def test_digits_of_versions_are_those_of_dpkg(tmp_path: Path) -> None:
+    """`²` is a digit for Python, and no number."""
+    for version in ("²:1", "٣:1", "1.²", "1.٣-²"):
+        fixed = advisory("Ubuntu", "runc", {"introduced": "0"}, {"fixed": version})
+        assert found(tmp_path, bill(runc="1"), fixed) == [f"runc 1: X-1 (fixed in {version}) It breaks."]
+
+
+def archive(compression: int = zipfile.ZIP_DEFLATED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as made:
+        made.writestr("ü.json", json.dumps([advisory("PyPI", "a", {"introduced": "0"})] * 20))
+    return buffer.getvalue()
+
+
+def test_a_damaged_archive_is_named_with_what_to_do(tmp_path: Path) -> None:
+    file = tmp_path / "all.zip"
+    whole = archive()
+    at = whole.index(b".json") + 5
+    for data in (whole[:at] + b"\xff" * 20 + whole[at + 20 :], whole.replace("ü".encode(), b"\xff\xff")):
+        file.write_bytes(data)
+        with pytest.raises(SparkfleetError, match=r"--advisories .*all\.zip: not a zip archive .*: download it again"):
+            advisories.check([], str(file))
+
+
+@given(
+    st.sampled_from((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA)),
+    st.lists(st.tuples(st.integers(0, 1 << 12), st.integers(0, 255)), min_size=1, max_size=6),
+)
+def test_whatever_an_archive_has_is_read_or_one_error(
+    tmp_path_factory: pytest.TempPathFactory, compression: int, changes: list[tuple[int, int]]
+) -> None:
+    data = bytearray(archive(compression))
+    for place, value in changes:
+        data[place % len(data)] = value
+    file = tmp_path_factory.getbasetemp() / "changed.zip"
+    file.write_bytes(data)
+    with contextlib.suppress(SparkfleetError):
+        advisories.check([], str(file))
+
+
+def test_nothing_is_asked_or_written_for_a_file_of_no_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = advisory("Ubuntu", "never-installed", {"introduced": "0"}, {"fixed": "9" * 5000})
+    (tmp_path / "bad.json").write_text(json.dumps(bad))
+    monkeypatch.setattr(main, "run", lambda *given: pytest.fail("hosts were asked"))
+    words = ["sbom", str(tmp_path / "bills"), "--advisories", str(tmp_path / "bad.json"), "-i", str(tmp_path)]
+    assert main.main(words) == 2 and not (tmp_path / "bills").exists()
+    assert "bad.json: X-1: fixed: more than" in capsys.readouterr().err

@@ -123,3 +123,16 @@ def test_what_is_installed_is_on_the_bill(capsys: pytest.CaptureFixture[str], mo
     assert parts["pyyaml"]["bom-ref"] in needs[parts["ansible-core"]["bom-ref"]]
     assert parts["ansible-core"]["bom-ref"] in needs[made["metadata"]["component"]["bom-ref"]]
     assert sbom.document() == made
+
+
+@pytest.mark.parametrize("value", ["abc", "-1", "1.5", "²", "9" * 12, "9" * 5000])
+def test_a_time_that_is_none_is_named(
+    value: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", value)
+    assert main.main(["sbom"]) == 2
+    assert "sparkfleet: SOURCE_DATE_EPOCH: " in (said := capsys.readouterr().err) and "unset it" in said
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "253402300799")
+    assert sbom.document()["metadata"]["timestamp"] == "9999-12-31T23:59:59Z"
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", sbom.document()["metadata"]["timestamp"])

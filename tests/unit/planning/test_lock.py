@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 import stat
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +201,33 @@ def test_the_lock_is_in_the_folder_of_the_inventory(tmp_path: Path) -> None:
     (tmp_path / "more.yml").write_text("")
     with pytest.raises(SparkfleetError, match=r"several locks: .*sparkfleet_lock_file"):
         lock.found([str(hosts), str(tmp_path / "more.yml")])
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (os.mkfifo, "it is no regular file"),
+        (os.mkdir, "it is no regular file"),
+        (lambda place: place.symlink_to("/dev/null"), "it is no regular file"),
+        (lambda place: place.symlink_to(place.name), "Too many levels of symbolic links"),
+        (lambda place: place.symlink_to("nowhere"), "No such file or directory"),
+    ],
+    ids=["pipe", "folder", "device", "loop", "dangling"],
+)
+def test_a_lock_that_is_no_file_is_not_taken_for_none(tmp_path: Path, make: Callable[[Path], None], why: str) -> None:
+    hosts = tmp_path / "hosts.yml"
+    hosts.write_text("")
+    make(tmp_path / lock.NAME)
+    with pytest.raises(SparkfleetError, match=rf"{lock.NAME} cannot be read: {why}: .*{lock.VARIABLE}"):
+        lock.found([str(hosts)])
+
+
+def test_a_lock_may_be_a_link_to_one(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "hosts.yml").write_text("")
+    place = tmp_path / "mine" / lock.NAME
+    place.symlink_to(file)
+    assert lock.found([str(place.with_name("hosts.yml"))]) == str(place)
 
 
 def test_versions_of_packages_are_what_apt_is_to_install(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar, trust_as_template
 from ansible_collections.sparkfleet.dgx.plugins.modules import alert_test
 from simulator import sink
-from sparkfleet_host import guard, monitoring, sensors
+from sparkfleet_host import audit, guard, monitoring, sensors
 
 from sparkfleet import SparkfleetError
 from sparkfleet.monitoring import page, targets
@@ -177,6 +177,16 @@ def test_node_exporter_listens_where_it_is_told() -> None:
     assert "--collector.textfile.directory=/run/sparkfleet-sensors" in rendered(
         "sparkfleet-node-exporter.service.j2", monitoring_spark=True
     )
+
+
+@pytest.mark.parametrize("name", monitoring.UNITS)
+def test_an_audit_knows_a_unit_that_was_edited(name: str, tmp_path: Path) -> None:
+    text = rendered(f"{name}.j2", monitoring_program="0" * 64)
+    unit = tmp_path / name
+    unit.write_text(text, encoding="utf-8")
+    assert text.startswith("# Made by Sparkfleet.") and not audit.edited(unit)
+    unit.write_text(text.replace("User=prometheus", "User=root"), encoding="utf-8")
+    assert audit.edited(unit)
 
 
 ENGINE = """# TYPE vllm:num_requests_running gauge

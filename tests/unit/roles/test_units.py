@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import hardening, http
+from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host import audit, hardening, http
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.cache import MANIFEST_BYTES, manifest_path
 
 from tests.unit import ROOT
@@ -152,6 +152,20 @@ def test_systemd_understands_every_line(units: Path) -> None:
 def test_the_role_has_the_same_properties_as_transient_units() -> None:
     kept = yaml.safe_load((ROLE / "vars" / "main.yml").read_text(encoding="utf-8"))
     assert kept["guard_hardening"] == list(hardening.COMMON)
+
+
+def test_an_audit_knows_a_unit_that_was_edited(units: Path, tmp_path: Path) -> None:
+    firewall = ROOT / "roles" / "firewall" / "files" / "sparkfleet-firewall.service"
+    for unit in (*units.glob("sparkfleet-*"), firewall):
+        text = unit.read_text(encoding="utf-8")
+        assert text.startswith("# Made by Sparkfleet.") and not audit.edited(unit)
+        copy = tmp_path / unit.name
+        for other in (text.replace("[Unit]\n", "[Unit]\n\n"), f"{text}[Service]\nUser=x\n", f"{text}#", f"#\n{text}"):
+            copy.write_text(other, encoding="utf-8")
+            assert audit.edited(copy)
+        copy.write_text("[Unit]\nDescription=Of an earlier version\n", encoding="utf-8")
+        assert not audit.edited(copy)
+    assert not audit.edited(tmp_path / "gone")
 
 
 @needs_systemd
