@@ -76,7 +76,7 @@ def failure(jobs: Sequence[dict[str, Any]]) -> str | None:
 
 def entry(given: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """What to ask the host about a job, and its state when that is known already. Raises AnsibleActionFail."""
-    if not isinstance(given, dict) or not given.get("name") or set(given) - {"name", "job", "status_file"}:
+    if not isinstance(given, dict) or not given.get("name") or set(given) - {"name", "job", "status_file", "source"}:
         raise AnsibleActionFail(f"fetch_wait: a job is {{name: image, job: REGISTERED RESULT}}, not {given!r}")
     name, job = str(given["name"]), given.get("job") or {}
     query = {"name": name, "status_file": given.get("status_file") or f"{FOLDER}/{name}.json"}
@@ -111,6 +111,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         if not isinstance(wanted, list) or not wanted:
             raise AnsibleActionFail("fetch_wait: jobs must be a list of {name, job}")
         pairs = [entry(given) for given in wanted]
+        sources = {str(given["name"]): str(given.get("source") or "") for given in wanted}
         host = str(task_vars.get("inventory_hostname", "localhost"))
         self._executor = ReconnectingExecutor(self, host, display.display)
         began = shown_at = time.monotonic()
@@ -134,8 +135,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         for job in jobs:
             alone = job["result"].get("mirror_failed") or job["result"].get("peer_failed")
             if alone:
+                instead = f"instead of {sources[job['name']]}" if sources[job["name"]] else "instead"
                 display.display(
-                    f"{host}  {job['name']} was fetched from the internet instead: {printable(str(alone), 500)}"
+                    f"{host}  {job['name']} was fetched from the internet {instead}: {printable(str(alone), 500)}"
                 )
             if unverified := job["result"].get("unverified"):
                 display.warning(f"{host}  {job['name']} not verified: {printable(str(unverified), 600)}")

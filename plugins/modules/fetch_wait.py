@@ -23,6 +23,7 @@ options:
       name: {description: "What it is called: C(image) or C(model).", type: str, required: true}
       job: {description: The registered result., type: dict, required: true}
       status_file: {description: "C(/run/sparkfleet/fetch/NAME.json) by default.", type: path}
+      source: {description: The other host that it is to be copied from; named where it was not., type: str}
   timeout: {description: Seconds; the jobs themselves continue., type: float, default: 7200}
 author: ["The Sparkfleet developers"]
 attributes:

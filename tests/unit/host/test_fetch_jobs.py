@@ -11,6 +11,7 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host imp
 from ansible_collections.sparkfleet.dgx.plugins.module_utils.sparkfleet_host.job import Job, is_alive, read_status
 from hypothesis import given
 from hypothesis import strategies as st
+from plugins.action import fetch_wait
 from plugins.action.fetch_wait import describe, entry, failure, gigabytes, line
 from plugins.modules import fetch_status, model_download
 
@@ -318,3 +320,18 @@ def test_a_field_of_another_type_has_its_first_value(job: Job, field: str, value
     assert isinstance(found[field], jobs.FIELDS[field][0]) or found[field] == jobs.FIELDS[field][1]
     assert found["name"] == "model"
     assert describe({**found, "state": "running", "phase": "downloading"}).startswith("model")
+
+
+@pytest.mark.parametrize(("source", "instead"), [("spark-1", "instead of spark-1"), ("", "instead")])
+def test_a_source_that_could_not_be_used_is_named(monkeypatch: pytest.MonkeyPatch, source: str, instead: str) -> None:
+    printed: list[str] = []
+    monkeypatch.setattr(fetch_wait, "display", SimpleNamespace(display=printed.append, warning=printed.append))
+    job = {"changed": True, "peer_failed": "model.safetensors differs"}
+    arguments = {"jobs": [{"name": "model", "job": job, "source": source}]}
+    task = SimpleNamespace(
+        args=arguments, async_val=0, check_mode=False, diff=False, environment=None, delegate_to=None
+    )
+    stand_in = SimpleNamespace(_shell=SimpleNamespace(tmpdir="none"))
+    result = fetch_wait.ActionModule(task, *[stand_in] * 5).run(task_vars={"inventory_hostname": "spark-2"})
+    assert result["changed"] and not result.get("failed")
+    assert printed == [f"spark-2  model was fetched from the internet {instead}: model.safetensors differs"]
