@@ -313,36 +313,29 @@ def _firing(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _fired(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Alerts that fired within the window: how often, and for how long in all."""
-    made = []
-    for labels, values in figures.get("fired", ()):
-        on = [value is not None for value in values]
-        begins = [place for place, here in enumerate(on) if here and (place == 0 or not on[place - 1])]
-        if begins:
-            made.append(
-                {
-                    **{"name": labels.get("alertname", ""), "host": labels.get("host", NONE)},
-                    **{"severity": labels.get("severity", ""), "times": len(begins)},
-                    **{"first": figures["times"][begins[0]], "minutes": sum(on) * figures["step"] / 60},
-                }
-            )
+    made = [
+        {
+            **{"name": labels.get("alertname", ""), "host": labels.get("host", NONE)},
+            **{"severity": labels.get("severity", ""), "times": found["times"]},
+            **{"first": found["first"], "minutes": found["seconds"] / 60},
+        }
+        for labels, found in figures.get("fired", ())
+        if found["seconds"]
+    ]
     made.sort(key=lambda item: (item["severity"] != "critical", -item["minutes"]))
     return made[:ALERTS]
 
 
 def _costs(figures: Mapping[str, Any], price: float | None) -> dict[str, Any] | None:
     """Energy of the GPUs and tokens of the window, by host and in all; None where power was not measured."""
-    if not figures:
-        return None
-    hours = figures["step"] / 3600
-    power = {labels.get("host", ""): values for labels, values in figures["window"].get("power", ())}
-    tokens = {labels.get("host", ""): values for labels, values in figures["window"].get("tokens", ())}
+    power, tokens = (
+        {labels.get("host", ""): total for labels, total in figures.get("totals", {}).get(name, ())}
+        for name in ("power", "tokens")
+    )
     made = []
     for host in sorted(power, key=report.natural):
-        watts = [value for value in power[host] if value is not None]
-        # Tokens without their energy would make it look cheap.
-        made_then = zip(tokens.get(host, ()), power[host], strict=False)
-        count = sum(rate for rate, value in made_then if rate is not None and value is not None) * figures["step"]
-        made.append({"host": host, **_cost(len(watts) * hours, sum(watts) * hours / 1000, count, price)})
+        count = tokens[host]["sum"] if host in tokens else 0.0
+        made.append({"host": host, **_cost(power[host]["seconds"] / 3600, power[host]["sum"] / 3.6e6, count, price)})
     if not made:
         return None
     hours, kwh, count = (sum(row[key] for row in made) for key in ("hours", "kwh", "tokens"))

@@ -60,7 +60,7 @@ def row(host: str, **more: Any) -> dict[str, Any]:
 def window(**more: Any) -> dict[str, Any]:
     times = [int(NOW) - 3600 + 900 * number for number in range(5)]
     made: dict[str, Any] = {"at": int(NOW), "seconds": 3600, "step": 900, "times": times, "missing": []}
-    return {**made, "now": {}, "window": {}, "fired": [], "firing": [], **more}
+    return {**made, "now": {}, "window": {}, "totals": {}, "fired": [], "firing": [], **more}
 
 
 def page(tmp_path: Path, *rows: dict[str, Any], found: dict[str, Any] | None = None, **more: Any) -> Page:
@@ -92,7 +92,7 @@ def test_what_others_say_stays_text(tmp_path: Path) -> None:
     firing = [{"labels": {"alertname": EVIL, "severity": EVIL}, "annotations": {"summary": EVIL}, "since": EVIL}]
     found = window(
         firing=firing,
-        fired=[[{"alertname": EVIL, "host": EVIL, "severity": EVIL}, [1, 1, None, 1, None]]],
+        fired=[[{"alertname": EVIL, "host": EVIL, "severity": EVIL}, {"times": 1, "seconds": 60, "first": NOW}]],
         window={"model_tokens": [[{"model": EVIL}, [1.0, 2.0, 3.0, 4.0, 5.0]]]},
     )
     (tmp_path / "reports").mkdir()
@@ -154,9 +154,11 @@ def test_without_benchmarks_and_without_prometheus_it_says_so(tmp_path: Path) ->
 
 
 def test_energy_and_costs(tmp_path: Path) -> None:
-    lines = {"power": [[{"host": "s1"}, [100.0] * 4 + [None]], [{"host": "s2"}, [50.0] * 4 + [None]]]}
-    lines["tokens"] = [[{"host": "s1"}, [1000.0] * 4 + [None]]]
-    made = page(tmp_path, found=window(window=lines))
+    totals = {
+        "power": [[{"host": "s1"}, {"sum": 3.6e5, "seconds": 3600}], [{"host": "s2"}, {"sum": 1.8e5, "seconds": 3600}]],
+        "tokens": [[{"host": "s1"}, {"sum": 3.6e6, "seconds": 3600}]],
+    }
+    made = page(tmp_path, found=window(totals=totals))
     text = " ".join(made.sections["costs"].split())
     # 100 W for an hour; 3.6 million tokens; 0.30 a kWh.
     assert "s1 1.0 0.100 3,600,000 0.10 0.03 0.008" in text and "s2 1.0 0.050 0" in text
@@ -164,10 +166,13 @@ def test_energy_and_costs(tmp_path: Path) -> None:
 
 
 def test_alerts_that_fired_are_counted(tmp_path: Path) -> None:
-    fired = [[{"alertname": "SparkfleetGpuHot", "host": "s1", "severity": "warning"}, [1, 1, None, 1, None]]]
+    labels = {"alertname": "SparkfleetGpuHot", "host": "s1", "severity": "warning"}
+    fired = [[labels, {"times": 2, "seconds": 2700, "first": int(NOW) - 3600}]]
+    fired.append([{"alertname": "SparkfleetRuleFailing"}, {"times": 1, "seconds": 45, "first": int(NOW) - 60}])
     text = " ".join(page(tmp_path, found=window(fired=fired)).sections["alerts"].split())
     first = time.strftime("%Y-%m-%d %H:%M", time.localtime(NOW - 3600))
     assert f"warning SparkfleetGpuHot s1 {first} 2 45" in text and "None fires." in text
+    assert text.endswith(" 1 0.8")
 
 
 def test_a_verification_of_each_engine(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_every_expression_has_figures(monitor: str) -> None:
     port, end = int(monitor.rpartition(":")[2]), time.monotonic() + 30
     firing: set[str] = set()
     while "SparkfleetGpuXid" not in firing and time.monotonic() < end:  # the rules are evaluated every 2 s
-        found = prometheus.figures(port, page.queries(), 6 * 3600)
+        found = prometheus.figures(port, page.queries(), 6 * 3600, page.totals())
         firing = {alert["labels"]["alertname"] for alert in found["firing"]}
     assert "SparkfleetGpuXid" in firing
     assert found["missing"] == []
