@@ -11,7 +11,7 @@ from ansible.utils.display import Display
 from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 
 from sparkfleet import SparkfleetError
-from sparkfleet.monitoring import targets
+from sparkfleet.monitoring import rules, targets
 
 display = Display()
 
@@ -38,4 +38,5 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
             for line in made["unreached"]:
                 display.warning(line)
         # Passwords and tokens are among it.
+        made["rules"] = rules.inventory_file(made["meant"])
         return {**result, **made, "receivers": receivers, "changed": False, "_ansible_no_log": True}

@@ -29,8 +29,9 @@ def plan(groups: Mapping[str, Sequence[str]], hosts: Mapping[str, Mapping[str, A
     """The targets of a fleet, from the groups of the inventory and the variables of each host.
 
     Returns `monitor` (a host), `address` (the one under which it is reached), `targets` ({job: [{targets, labels}]}, as
-    Prometheus reads them from files), and `unreached` (a line for each gateway whose statistics listen on loopback
-    alone). The monitor reaches itself on loopback, the others at their addresses of the inventory.
+    Prometheus reads them from files), `meant` ({backend of the gateways: Sparks that are to serve its model}), and
+    `unreached` (a line for each gateway whose statistics listen on loopback alone). The monitor reaches itself on
+    loopback, the others at their addresses of the inventory.
     Raises SparkfleetError naming host and value."""
     where = monitor(groups)
     if not where:
@@ -67,10 +68,13 @@ def plan(groups: Mapping[str, Sequence[str]], hosts: Mapping[str, Mapping[str, A
         made["gateway"].append(at(host, value(host, "gateway_statistics_port"), "gateway_statistics_port"))
     every = dict.fromkeys(host for name in reversed(GROUPS) for host in groups.get(name, ()))
     made["node"] = [at(host, value(host, "node_exporter_port"), "node_exporter_port") for host in every]
+    further = [model for host in groups.get("gateways", ()) for model in value(host, "gateway_models") or ()]
+    served = {host: values for host, values in sparks.items() if host in answering}
     return {
         "monitor": where,
         "address": gateway.address(where, hosts[where]),
         "targets": made,
+        "meant": gateway.meant(served, further) if groups.get("gateways") else {},
         "unreached": unreached,
     }
 

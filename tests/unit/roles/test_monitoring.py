@@ -25,7 +25,8 @@ from simulator import sink
 from sparkfleet_host import guard, monitoring, sensors
 
 from sparkfleet import SparkfleetError
-from sparkfleet.monitoring import page, targets
+from sparkfleet.fleet import gateway
+from sparkfleet.monitoring import page, rules, targets
 from tests.unit import ROOT
 from tests.unit.roles.haproxy import Spark, free_port, running
 
@@ -83,6 +84,33 @@ def test_targets_are_those_of_the_inventory() -> None:
         "opens them"
     ]
     assert sorted(item["labels"]["host"] for item in found["targets"]["node"]) == ["gw-1", "gw-2", *SPARKS]
+
+
+def test_how_many_sparks_are_meant_to_serve_each_model() -> None:
+    groups = {"sparks": SPARKS, "gateways": ["gw-1", "gw-2"]}
+    # Two have the default, one has two engines.
+    assert targets.plan(groups, HOSTS)["meant"] == {"llama31-8b-fp8": 3, "qwen3-8b-fp8": 1}
+    hosts = {
+        **HOSTS,
+        "spark-1": {**HOSTS["spark-1"], "sparkfleet_model": "gpt-oss-20b"},
+        "spark-2": {**HOSTS["spark-2"], "sparkfleet_drained": "yes", "sparkfleet_model": "gpt-oss-20b"},
+        "gw-2": {**HOSTS["gw-2"], "sparkfleet_gateway_models": ["gpt-oss-120b"]},
+    }
+    found = targets.plan(groups, hosts)["meant"]
+    assert found == {"gpt-oss-20b": 1, "llama31-8b-fp8": 1, "qwen3-8b-fp8": 1, "gpt-oss-120b": 0}
+    # As the gateway has them.
+    made = gateway.plan(gateway.settings({name: hosts[name] for name in SPARKS}), None, ["gpt-oss-120b"])
+    counts = {item["name"]: sum(server["meant"] for server in item["servers"]) for item in made["backends"]}
+    assert counts == found
+    assert targets.plan({"sparks": SPARKS}, hosts)["meant"] == {}
+
+
+@pytest.mark.parametrize("meant", [{}, {"llama31-8b-fp8": 2, "123": 0}])
+def test_prometheus_takes_the_rules_of_an_inventory(meant: dict[str, int], tmp_path: Path) -> None:
+    file = tmp_path / "inventory.yml"
+    file.write_text(rules.inventory_file(meant), encoding="utf-8")
+    done = subprocess.run([program("promtool"), "check", "rules", file], capture_output=True, text=True, check=False)
+    assert f"{len(meant)} rules found" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_monitor_reaches_itself_on_loopback() -> None:
