@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
+import operator
 import os
 import shutil
 import subprocess
@@ -362,6 +363,35 @@ def test_an_alert_arrives_by_each_way(tmp_path: Path) -> None:
     assert found["/hook"]["key"] == "Bearer a-token-of-the-hook" and found["ntfy"]["key"] == ""
     mail = found["mail"]["body"]
     assert "To: ops@example.org" in mail and "From: sparks@example.org" in mail and "SparkfleetTest" in mail
+
+
+def test_an_engine_that_is_down_hides_its_own_warnings_alone(tmp_path: Path) -> None:
+    def fired(alertname: str, severity: str, host: str = "spark-1", **more: str) -> dict[str, Any]:
+        return {"labels": {"alertname": alertname, "severity": severity, "host": host, **more}}
+
+    down, also = "vllm-a", "vllm-b"
+    alerts = [fired("SparkfleetEngineDown", "critical", service=down)]
+    # Without a guard there is no service.
+    alerts.append(fired("SparkfleetEngineDown", "critical", host="spark-2", instance="spark-2:8000"))
+    hidden = [
+        fired(name, "warning", service=down)
+        for name in ("SparkfleetEngineRestarts", "SparkfleetEngineStartSlow", "SparkfleetSlowEngine")
+    ]
+    seen = [fired(alert["labels"]["alertname"], "warning", service=also) for alert in hidden]
+    for host in ("spark-1", "spark-2"):
+        for name in ("SparkfleetEngineStuck", "SparkfleetQueueing", "SparkfleetSlowFirstToken"):
+            seen.append(fired(name, "warning", host=host, model="o/b"))
+    seen.append(fired("SparkfleetSlowEngine", "warning", host="spark-3", service=down))
+    routes = Routes(tmp_path, NOBODY)
+    try:
+        alert_test.ask(routes.port, "/api/v2/alerts", [*alerts, *hidden, *seen])
+        found = json.loads(alert_test.ask(routes.port, "/api/v2/alerts"))
+    finally:
+        routes.end()
+    key = operator.itemgetter("alertname", "host")
+    suppressed = [item["labels"] for item in found if item["status"]["inhibitedBy"]]
+    assert len(found) == len(alerts) + len(hidden) + len(seen)
+    assert sorted(suppressed, key=key) == sorted((alert["labels"] for alert in hidden), key=key)
 
 
 def test_a_password_is_not_sent_without_tls(tmp_path: Path) -> None:
