@@ -22,11 +22,13 @@ import yaml
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar, trust_as_template
 from ansible_collections.sparkfleet.dgx.plugins.modules import alert_test
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from simulator import sink
 from sparkfleet_host import guard, monitoring, sensors
 
 from sparkfleet import SparkfleetError
-from sparkfleet.fleet import gateway
+from sparkfleet.fleet import gateway, receivers
 from sparkfleet.monitoring import page, rules, targets
 from tests.unit import ROOT
 from tests.unit.roles.haproxy import Spark, free_port, running
@@ -48,6 +50,9 @@ SPARKS = ["spark-1", "spark-2", "spark-3"]
 NOBODY = dict.fromkeys(
     ("email", "email_from", "smtp", "smtp_user", "smtp_password", "webhook", "webhook_token", "ntfy", "ntfy_token"), ""
 )
+
+
+MAIL = {"email": "a@example.org", "email_from": "s@example.org", "smtp": "mail.example.org:25"}
 
 
 def program(name: str) -> str:
@@ -142,11 +147,40 @@ def test_a_bad_value_is_named_with_its_host(variables: dict[str, Any], words: st
         ({"webhook": "ftp://secret-in-it"}, "sparkfleet_alert_webhook: is not an address that begins with http"),
         ({"webhook_token": "s"}, "sparkfleet_alert_webhook_token: is for sparkfleet_alert_webhook"),
         ({"ntfy_token": "s"}, "sparkfleet_alert_ntfy_token: is for sparkfleet_alert_ntfy"),
+        ({"smtp_password": "secret"}, "sparkfleet_alert_email: missing, to whom mail goes; sparkfleet_alert_smtp_pass"),
+        ({**MAIL, "smtp_user": "u"}, "sparkfleet_alert_smtp_password: missing; sparkfleet_alert_smtp_user has no use"),
+        ({**MAIL, "smtp_password": "secret"}, "sparkfleet_alert_smtp_user: missing; sparkfleet_alert_smtp_password"),
+        *(
+            ({**MAIL, "smtp": smtp}, f"sparkfleet_alert_smtp: '{smtp}' is not HOST:PORT of a mail server")
+            for smtp in ("::1:25", "fe80::1:587", "[::1]", "[mail]:25", "mail", "a b:25", "[fe80::1%eth0]:25")
+        ),
+        ({**MAIL, "smtp": "mail:0"}, "sparkfleet_alert_smtp: '0' is not a TCP port"),
+        *(
+            ({name: f"https{rest}", f"{name}_token": "secret"}, f"sparkfleet_alert_{name}: {words}")
+            for name in ("webhook", "ntfy")
+            for rest, words in {
+                "://%zz/secret": "has neither a name nor an address of a host",
+                "://a:port/secret": "has neither a name nor an address of a host",
+                "://[::1/secret": "has neither a name nor an address of a host",
+                ":///secret": "has neither a name nor an address of a host",
+                "://:80/secret": "has neither a name nor an address of a host",
+                "://?secret": "has neither a name nor an address of a host",
+                "://a:99999/secret": "'99999' is not a TCP port",
+                "://host/secret%": "has a character that an address has only as %XX",
+                "://host/secret#%zz": "has a character that an address has only as %XX",
+                "://secret%zz@host/": "has a character that an address has only as %XX",
+                '://"@host/secret': "has a character that an address has only as %XX",
+                "://host/secret b": "is not an address that begins with http",
+            }.items()
+        ),
+        ({"webhook": "https://host/x", "webhook_token": "sec\nret"}, "sparkfleet_alert_webhook_token: has a character"),
+        ({"ntfy": "https://host/secret#x"}, "sparkfleet_alert_ntfy: has a part after #"),
+        ({"ntfy": "https://host/?a=secret"}, "sparkfleet_alert_ntfy: has no topic after the host"),
     ],
 )
 def test_a_bad_receiver_is_named_without_its_secret(given: dict[str, str], words: str) -> None:
     with pytest.raises(SparkfleetError) as error:
-        targets.receivers({**NOBODY, **given})
+        receivers.configuration({**NOBODY, **given})
     assert str(error.value).startswith(words) and "secret" not in str(error.value)
 
 
@@ -184,18 +218,66 @@ EVERYONE = {
 }
 
 
-@pytest.mark.parametrize("given", [NOBODY, EVERYONE, {**NOBODY, "ntfy": "http://192.0.2.3/x?y=1"}])
-def test_alertmanager_takes_its_configuration(given: dict[str, str], tmp_path: Path) -> None:
-    text = rendered("alertmanager.yml.j2", monitoring_receivers=targets.receivers(given))
-    file = tmp_path / "alertmanager.yml"
+def refused(text: str, folder: Path) -> str:
+    """What amtool says against a configuration; "" for nothing."""
+    file = folder / "alertmanager.yml"
     file.write_text(text, encoding="utf-8")
     done = subprocess.run([program("amtool"), "check-config", file], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    return "" if done.returncode == 0 else done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        NOBODY,
+        EVERYONE,
+        {**NOBODY, "ntfy": "http://192.0.2.3/x?y=1"},
+        {**NOBODY, **MAIL, "smtp": "[2001:db8::1]:587"},
+        {**NOBODY, "webhook": "https://user:pass%20word@[2001:db8::1]:8443/a%2Fb?x=100%#part"},
+        {**NOBODY, "webhook": "http://h"},
+    ],
+)
+def test_alertmanager_takes_its_configuration(given: dict[str, str], tmp_path: Path) -> None:
+    text = rendered("alertmanager.yml.j2", monitoring_receivers=receivers.configuration(given))
+    assert refused(text, tmp_path) == ""
     (receiver,) = yaml.safe_load(text)["receivers"]
     if given["smtp_password"]:
         assert receiver["email_configs"][0]["auth_password"] == given["smtp_password"]
     if given["ntfy"]:
         assert receiver["webhook_configs"][-1]["url"].endswith("template=alertmanager")
+
+
+PARTS = st.sampled_from(
+    [
+        *"/:?#[]@%&=.-_{}\"'\\|^`<>;,!*+ ",
+        "http://",
+        "https://",
+        "//",
+        "::1",
+        "[::1]",
+        "%41",
+        "%zz",
+        ":80",
+        ":x",
+        "h",
+        "a.b",
+        "1",
+    ]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(PARTS, max_size=6).map("".join), st.sampled_from(["webhook", "ntfy", "smtp"]))
+def test_what_is_not_refused_alertmanager_takes(tmp_path_factory: pytest.TempPathFactory, text: str, name: str) -> None:
+    values = {**MAIL, name: text} if name == "smtp" else {name: f"http://{text}"}
+    try:
+        made = receivers.configuration({**NOBODY, **values})
+    except SparkfleetError as error:
+        assert "\n" not in str(error) and str(error).startswith("sparkfleet_alert_")
+        return
+    receiver = {"name": "owner", **made}
+    config = json.dumps({"route": {"receiver": "owner"}, "receivers": [receiver]})
+    assert refused(config, tmp_path_factory.getbasetemp()) == ""
 
 
 def test_node_exporter_listens_where_it_is_told() -> None:
@@ -320,8 +402,8 @@ class Routes:
         smtp = f"127.0.0.1:{self.mail.server_address[1]}"
         filled = {key: text.format(url=self.url, smtp=smtp) for key, text in given.items()}
         config = folder / "alertmanager.yml"
-        receivers = targets.receivers({**NOBODY, **filled})
-        config.write_text(rendered("alertmanager.yml.j2", monitoring_receivers=receivers), encoding="utf-8")
+        told = receivers.configuration({**NOBODY, **filled})
+        config.write_text(rendered("alertmanager.yml.j2", monitoring_receivers=told), encoding="utf-8")
         self.port = free_port()
         words = [f"--config.file={config}", f"--storage.path={folder}/data", "--cluster.listen-address="]
         self.process = subprocess.Popen(
