@@ -4,7 +4,7 @@
 
 The distribution's Prometheus serves them with the built page until Ctrl-C. Plans and fleet.json are made by our own
 code from the model cards; what is invented is the load, and some faults: a Spark that gave up, one that is hot, one
-without figures, one that differs from the inventory.
+without figures, one that differs from the inventory. The engine of one is asleep, and of another a second one.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from sparkfleet_host import fleet_file
+from sparkfleet_host.guard import STATES
 
 from simulator.shell import SimulatorError
 from sparkfleet.monitoring import page, rules
@@ -37,8 +38,8 @@ MODELS = ("llama31-8b-fp8", "gpt-oss-120b", "qwen3-32b-fp8", "llama33-70b-nvfp4"
 STEP, RECENT = 120, 600  # seconds between samples; how long what the page shows as a figure only has been there
 AHEAD = 3600  # seconds for which figures are there already
 GIB = 1024**3
+SLEEPS, SECOND_SLEEPS = 20, 21  # Sparks whose engine, or second engine, starts on demand
 PAGE = ROOT / "roles" / "monitoring" / "files" / "page"
-STATES = ("serving", "loading", "stopped", "wedged", "healing", "given-up", "missing", "switching", "docker-down")
 
 
 def names(sparks: int) -> list[str]:
@@ -53,7 +54,8 @@ def model_of(place: int) -> str:
 
 def state_of(place: int, switching: Sequence[int]) -> str:
     """Nearly all serve."""
-    return "switching" if place in switching else {4: "given-up", 11: "loading"}.get(place, "serving")
+    others = {4: "given-up", 11: "loading", SLEEPS: "asleep"}
+    return "switching" if place in switching else others.get(place, "serving")
 
 
 def openmetrics(sparks: int, hours: float, now: float, switching: Sequence[int] = ()) -> Iterator[str]:
@@ -91,6 +93,9 @@ def openmetrics(sparks: int, hours: float, now: float, switching: Sequence[int] 
             service = f'{guard},service="vllm-{model}"'
             for other in STATES:
                 yield f'sparkfleet_engine_state{{{service},state="{other}"}} {other == state:d} {at}'
+                if place == SECOND_SLEEPS:
+                    second = f'{guard},service="vllm-on-demand",state="{other}"'
+                    yield f"sparkfleet_engine_state{{{second}}} {other == 'asleep':d} {at}"
             yield f"sparkfleet_engine_up{{{service}}} {serves:d} {at}"
             yield f"sparkfleet_engine_given_up{{{service}}} {state == 'given-up':d} {at}"
             count = 3 if state == "given-up" else place % 7 == 3

@@ -101,6 +101,11 @@ async function look(browser, scene, size, scheme) {
     await page.$eval(".fleet .row", (row) => row.scrollIntoView({ block: "start" }));
     await new Promise((resolve) => setTimeout(resolve, 200));
     await shoot("row");
+    const states = (rows) => Object.fromEntries(rows.map((row) => [row.querySelector(".open").textContent.trim(), row.querySelector(".badge").textContent]));
+    found.states = await page.$$eval(".fleet .row", states);
+    await page.click("label.check input");
+    found.attention = await page.$$eval(".fleet .row", states);
+    await page.click("label.check input");
     await page.type("#filter", "spark-137 serving");
     found.filtered = await page.$$eval(".fleet .row", (rows) => rows.length);
     await page.$eval("#filter", (input) => {

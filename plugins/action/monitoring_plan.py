@@ -11,7 +11,8 @@ from ansible.utils.display import Display
 from ansible_collections.sparkfleet.dgx.plugins.plugin_utils import package  # noqa: F401 - finds what follows
 
 from sparkfleet import SparkfleetError
-from sparkfleet.monitoring import targets
+from sparkfleet.fleet import receivers
+from sparkfleet.monitoring import rules, targets
 
 display = Display()
 
@@ -30,12 +31,13 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         known = task_vars["hostvars"]
         try:
             made = targets.plan(groups, {host: known[host] for names in groups.values() for host in names})
-            receivers = targets.receivers(self._task.args["receivers"])
+            told = receivers.configuration(self._task.args["receivers"])
         except SparkfleetError as error:
             raise AnsibleActionFail(str(error)) from None
         host = task_vars["inventory_hostname"]
         if host == made["monitor"]:
             for line in made["unreached"]:
                 display.warning(line)
+        made["rules"] = rules.inventory_file(made["meant"])
         # Passwords and tokens are among it.
-        return {**result, **made, "receivers": receivers, "changed": False, "_ansible_no_log": True}
+        return {**result, **made, "receivers": told, "changed": False, "_ansible_no_log": True}

@@ -24,7 +24,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible has no types
         """Return what the module found."""
         task_vars = task_vars or {}
         result: dict[str, Any] = super().run(tmp, task_vars)
-        arguments = {**self._task.args, "queries": page.queries()}
+        arguments = {**self._task.args, "queries": page.queries(), "totals": page.totals()}
         # Without them the report has what the Sparks themselves say.
         monitor = targets.monitor(task_vars["groups"])
         answer = optional.execute(

@@ -20,7 +20,7 @@ from sparkfleet_host.engine import PROJECT
 
 from sparkfleet import SparkfleetError, paths
 from sparkfleet.documents import certificates
-from sparkfleet.fleet import gateway
+from sparkfleet.fleet import gateway, receivers
 from sparkfleet.fleet.model_files import Way
 from sparkfleet.monitoring import targets
 from sparkfleet.onboarding import hub_card
@@ -147,6 +147,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             values.pop(variables.ENGINES, None)
         settled = variables.settle(values)
         _check_gateways(task_vars)
+        _check_receivers(task_vars, settled)
         lock_file = settled.pop("sparkfleet_lock_file", "") or lock.found(
             task_vars.get("ansible_inventory_sources") or ()
         )
@@ -200,6 +201,20 @@ def _check_gateways(task_vars: dict[str, Any]) -> None:
             variables.settle({**dict.fromkeys(name for name in names if name not in variables.options()), **own})
         except SparkfleetError as error:
             raise SparkfleetError(f"{gate}: {error}") from None
+
+
+def _check_receivers(task_vars: dict[str, Any], settled: dict[str, Any]) -> None:
+    """Check whom Alertmanager is to tell, before anything is changed: what this host says of it, and the one that
+    monitors it. Raises SparkfleetError."""
+    receivers.check(settled)
+    name = targets.monitor(task_vars.get("groups", {})) if settled.get("sparkfleet_monitoring") else ""
+    if name and name != task_vars["inventory_hostname"]:
+        values = task_vars["hostvars"][name]
+        keys = [key for key in values if key == "sparkfleet_monitoring" or key.startswith("sparkfleet_alert_")]
+        try:
+            receivers.check({key: values[key] for key in keys})
+        except SparkfleetError as error:
+            raise SparkfleetError(f"{name}: {error}") from None
 
 
 def gateways(task_vars: dict[str, Any], but: str = "") -> tuple[str, ...]:

@@ -18,6 +18,10 @@ options:
     description: Set by the action; by name the C(expr) and whether its last hours are wanted as well (C(window)).
     type: dict
     default: {}
+  totals:
+    description: Set by the action; by name the expression that is added up over these hours.
+    type: dict
+    default: {}
 author: ["The Sparkfleet developers"]
 attributes:
   check_mode: {support: full, description: Reads only.}
@@ -33,7 +37,8 @@ EXAMPLES = r"""
 
 RETURN = r"""
 figures:
-  description: Time, samples of now and of the window by name, alerts that fire and that fired; and what is missing.
+  description: >-
+    Time, samples of now, means of the window and totals by name, alerts that fire and fired; and what is missing.
   returned: success
   type: dict
 """
@@ -50,12 +55,13 @@ def main() -> None:
             "port": {"type": "int", "required": True},
             "hours": {"type": "float", "default": 24.0},
             "queries": {"type": "dict", "default": {}},
+            "totals": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,
     )
     params = module.params
     try:
-        found = prometheus.figures(params["port"], params["queries"], params["hours"] * 3600)
+        found = prometheus.figures(params["port"], params["queries"], params["hours"] * 3600, params["totals"])
     except HttpError as error:
         module.fail_json(msg=f"Prometheus does not answer on port {params['port']}: {error}")
     module.exit_json(changed=False, figures=found)

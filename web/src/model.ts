@@ -3,8 +3,9 @@
 import type { Alert, Engine, Event, Fleet, Memory, Name, Rollout, Sample, SparkEntry, Vector } from "./api";
 import { byName } from "./format";
 
-/** How bad a state is, and its word. */
+/** How bad a state is, and its word. An engine that starts on demand is well asleep; of several the others say more. */
 const STATES: Record<string, [number, string]> = {
+  asleep: [-1, "asleep"],
   serving: [0, "serving"],
   answers: [0, "answers"],
   switching: [1, "switching"],
@@ -99,7 +100,7 @@ export function sparks(fleet: Fleet | undefined, figures: Figures): Spark[] {
       release: release.get(name) || entry.release || undefined,
       state,
       word,
-      tone: TONES[level] ?? "warn",
+      tone: TONES[Math.max(level, 0)] ?? "warn",
       drained: entry.drained ?? false,
       running: running.get(name),
       waiting: waiting.get(name),

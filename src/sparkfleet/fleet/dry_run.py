@@ -12,7 +12,7 @@ from typing import Any
 
 from sparkfleet import SparkfleetError
 from sparkfleet.documents import schema
-from sparkfleet.fleet import rollout
+from sparkfleet.fleet import receivers, rollout
 from sparkfleet.planning import memory_plan, nodes, preflight, variables
 from sparkfleet.planning.target import Settings, Target
 from sparkfleet.reporting import report
@@ -104,6 +104,7 @@ def settled(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]
     for name, values in hosts.items():
         try:
             settled[name] = {**values, **variables.settle(values)}
+            receivers.check(settled[name])
         except SparkfleetError as error:
             for line in str(error).splitlines():
                 problems.setdefault(line, []).append(name)

@@ -180,6 +180,17 @@ def plan(
     }
 
 
+def meant(hosts: Mapping[str, Mapping[str, Any]], models: Sequence[Any] = ()) -> dict[str, int]:
+    """Of each backend of `plan` how many Sparks that are not drained are meant to serve its model. Raises
+    SparkfleetError naming the host."""
+    found = {_word(_card("sparkfleet_gateway_models", name).name): 0 for name in models}
+    for host, values in hosts.items():
+        own = {_word(_card(host, engine["model"]).name) for engine in values["engines"]}
+        for name in sorted(own) if not truth(values["drained"]) else ():
+            found[name] = found.get(name, 0) + 1
+    return found
+
+
 def _card(place: str, name: Any) -> catalog.Card:
     try:
         return catalog.load(str(name))

@@ -77,6 +77,13 @@ def queries() -> dict[str, dict[str, Any]]:
     return {query.name: {"expr": query.expr, "window": query.window} for query in QUERIES}
 
 
+def totals() -> dict[str, str]:
+    """What the report adds up over its hours, by name. It asks on the monitor itself, not through a gateway."""
+    of = {query.name: query.expr for query in QUERIES}
+    # Tokens without their energy would make it look cheap.
+    return {"power": of["power"], "tokens": f"{of['tokens']} and on (host) {of['power']}"}
+
+
 def queries_file() -> str:
     """The same, as the page's code imports it."""
     return json.dumps(queries(), indent=2) + "\n"

@@ -4,6 +4,8 @@ about each.
 This table is the only place of both: `scripts/docs` writes roles/monitoring/files/recording.yml and alerts.yml and
 docs/alerts.md from it.
 
+How many Sparks are to serve each model is the inventory's: the role writes it as a rule of its own (`inventory_file`).
+
 Series of an engine have the labels host and model (the name it is served under), the guard's have host and service
 (vllm-CARD), those of HAProxy host, proxy and server.
 """
@@ -12,9 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
+
+from sparkfleet.fleet.gateway import PREVIOUS
 
 NOTE = "Made by scripts/docs from src/sparkfleet/monitoring/rules.py; edit that file."
 PAGE = "docs/alerts.md"
@@ -64,6 +69,11 @@ def _by_bucket(name: str) -> str:
 
 
 _ITL = ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds")
+#: While the engines' key is rotated, some Sparks of a model are servers of one backend, the rest of the other one. The
+#: status page's backend has no Sparks.
+_SERVERS = 'sum by (host, proxy) (haproxy_server_status{{job="gateway",state="UP",proxy{}}})'
+_NOW, _BEFORE = (_SERVERS.format(which) for which in (f'!~"sparkfleet-status|.*{PREVIOUS}"', f'=~".*{PREVIOUS}"'))
+_AS_NOW = f'label_replace({_BEFORE}, "proxy", "$1", "proxy", "(.*){PREVIOUS}")'
 _DISKS = 'fstype!~"tmpfs|ramfs|squashfs|overlay|fuse.*|nfs.*"'
 
 RECORDS = (
@@ -136,15 +146,20 @@ RECORDS = (
     ),
     Record(
         "sparkfleet:gateway_servers_up",
-        # The status page's backend has no Sparks.
-        'sum by (host, proxy) (haproxy_server_status{job="gateway",state="UP",proxy!="sparkfleet-status"})',
-        "Sparks that the gateway sends requests of a model to.",
+        f"{_NOW} + on (host, proxy) {_AS_NOW} or {_NOW}",
+        "Sparks that the gateway sends requests of a model to, with the engines' key of now or the one before.",
     ),
     Record(
         "sparkfleet:gateway_requests:rate5m",
         'sum by (host, proxy, code) (rate(haproxy_backend_http_responses_total{job="gateway"}[5m]))',
         "Answers a second that the gateway passed on, by class of status.",
     ),
+)
+
+MEANT = Record(
+    "sparkfleet:gateway_servers_meant",
+    "vector(N)",
+    "Sparks that are to serve a model (`proxy`), from the inventory, without those that are drained.",
 )
 
 #: States in which the guard itself says why an engine does not serve, or in which it is not meant to.
@@ -337,23 +352,24 @@ ALERTS = (
     Alert(
         "SparkfleetGatewayNoServer",
         "critical",
-        "sparkfleet:gateway_servers_up == 0",
+        f"sparkfleet:gateway_servers_up == 0 unless on (proxy) {MEANT.name} == 0",
         "1m",
         "{{ $labels.host }}: no Spark answers requests of {{ $labels.proxy }}",
         "Clients of that model get 503.",
-        "All Sparks with that model are down, drained, or serve another.",
+        "All Sparks with that model are down, drained, or serve another. A model that no Spark is meant to serve "
+        "(`sparkfleet_gateway_models`) does not count.",
         "`sparkfleet status` shows what each serves.",
     ),
     Alert(
         "SparkfleetGatewayNoBackup",
         "warning",
-        "sparkfleet:gateway_servers_up == 1 and on (host, proxy) "
-        'count by (host, proxy) (haproxy_server_status{job="gateway",state="UP"}) > 1',
+        f"sparkfleet:gateway_servers_up == 1 and on (proxy) {MEANT.name} > 1",
         "10m",
         "{{ $labels.host }}: one Spark is left for {{ $labels.proxy }}",
-        "Of several Sparks that serve the model one is left: its end is the end of the service.",
-        "The others are down, drained, or serve another model.",
-        "`sparkfleet status`; a drained Spark comes back with `sparkfleet_drained: false`.",
+        "Of several Sparks that are to serve the model one is left: its end is the end of the service.",
+        "The others are down, or serve another model. Those with `sparkfleet_drained: true` do not count.",
+        "`sparkfleet status`. After a rollout that changed which Sparks are to serve the model: `site.yml --tags "
+        "monitoring`, which tells Prometheus.",
     ),
     Alert(
         "SparkfleetCertificateExpires",
@@ -427,6 +443,14 @@ def recording_file() -> str:
     return _file("sparkfleet", [{"record": record.name, "expr": record.expr} for record in RECORDS])
 
 
+def inventory_file(meant: Mapping[str, int]) -> str:
+    """What the inventory says, as a file of rules: `meant` are the Sparks that are to serve each model, by backend."""
+    made = [
+        {"record": MEANT.name, "expr": f"vector({count})", "labels": {"proxy": name}} for name, count in meant.items()
+    ]
+    return _file("sparkfleet-inventory", made, "Made by Sparkfleet from the inventory.")
+
+
 def alerts_file() -> str:
     """The alerts as a file of Prometheus."""
     made = [
@@ -450,9 +474,9 @@ class _Indented(yaml.SafeDumper):
         super().increase_indent(flow, False)
 
 
-def _file(group: str, made: list[dict[str, Any]]) -> str:
+def _file(group: str, made: list[dict[str, Any]], note: str = NOTE) -> str:
     data = {"groups": [{"name": group, "rules": made}]}
-    return f"---\n# {NOTE}\n" + yaml.dump(data, Dumper=_Indented, sort_keys=False, allow_unicode=True, width=60)
+    return f"---\n# {note}\n" + yaml.dump(data, Dumper=_Indented, sort_keys=False, allow_unicode=True, width=60)
 
 
 #: Names of series in an expression, with their label matchers.
@@ -497,6 +521,7 @@ def markdown() -> str:
         "| --- | --- | --- |",
     ]
     parts += [
-        f"| `{record.name}` | {record.text} | `{record.expr.replace('|', chr(92) + '|')}` |" for record in RECORDS
+        f"| `{record.name}` | {record.text} | `{record.expr.replace('|', chr(92) + '|')}` |"
+        for record in (*RECORDS, MEANT)
     ]
     return "\n".join(parts) + "\n"

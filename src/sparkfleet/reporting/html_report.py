@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,16 +17,17 @@ from markupsafe import Markup
 from sparkfleet_host import bounded
 from sparkfleet_host.bounded import BoundsError, printable
 
+from sparkfleet.performance import records
 from sparkfleet.reporting import report, status_page, svg
 
 HERE = Path(__file__).parent
 GIB = 1024**3
 #: Benchmarks of a host that are drawn, the newest; events and alerts that are listed.
 BENCHMARKS, EVENTS, ALERTS = 3, 100, 100
-#: Where a benchmark's file has more, it is none of ours.
-BENCHMARK_BYTES, ROWS = 4 * bounded.MIB, 256
 MOST_LINES = 6
 NONE = "\N{EN DASH}"
+#: Beyond it a number is not one that was measured.
+LARGEST = 1e15
 PART_NAMES = {"weights": "weights", "activations": "activations", "runtime": "runtime", "cuda_graphs": "CUDA graphs"}
 PART_NAMES["kv_cache"] = "KV cache"
 
@@ -55,6 +55,7 @@ def document(
     `histories` their events, `figures` what the module prometheus_figures returned ({} without monitoring), `state` the
     controller's folder, with benchmarks and verifications."""
     totals = status_page.totals(rows)
+    made = [_row(row, shown.get(row["host"], {})) for row in rows]
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -67,8 +68,8 @@ def document(
         css=(HERE / "colours.css").read_text(encoding="utf-8") + (HERE / "report.css").read_text(encoding="utf-8"),
         summary=status_page.words(totals),
         totals=totals,
-        serving=totals["states"].get("serving", 0),
-        rows=[_row(row, shown.get(row["host"], {})) for row in rows],
+        serving=sum(row["tone"] == "good" for row in made),
+        rows=made,
         memory=_memory(rows, shown, figures),
         parts=PART_NAMES,
         charts=_charts(figures),
@@ -85,13 +86,15 @@ def document(
 
 
 def moment(at: float | None) -> str:
-    """A time of the controller's clock."""
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at)) if at else NONE
+    """A time of the controller's clock; a dash for none, and for one that no clock shows."""
+    with contextlib.suppress(OSError, OverflowError, ValueError):
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(at)) if at else NONE
+    return NONE
 
 
 def figure(value: Any, digits: int = 0, unit: str = "") -> str:
     """A number for people; a dash for none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
         return NONE
     return f"{value:,.{digits}f}{unit}"
 
@@ -104,8 +107,12 @@ def code(text: str) -> Markup:
     )
 
 
+#: An engine that starts on demand is well asleep.
+TONES = {"serving": "good", "asleep": "good", "loading": "busy", "switching": "busy"}
+
+
 def _row(row: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str, Any]:
-    tone = {"serving": "good", "loading": "busy", "switching": "busy"}.get(row["state"], "bad")
+    tone = TONES.get(row["state"], "bad")
     return {**row, "tone": tone, "limit": shown.get("limit"), "image": next(iter(_images(shown)), "")}
 
 
@@ -196,48 +203,33 @@ def _charts(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _benchmarks(state: Path, hosts: Sequence[str]) -> list[dict[str, Any]]:
     """The newest benchmarks of each host that `sparkfleet bench` has kept, as curves over the streams at a time."""
-    made = []
-    for host in hosts:
-        folder = state / "benchmarks" / re.sub(r"[^A-Za-z0-9_.-]", "_", host)[:100]
-        for path in sorted(folder.glob("*.json"))[-BENCHMARKS:]:
-            with contextlib.suppress(OSError, BoundsError):
-                made.append(_benchmark(host, bounded.read_json(path, BENCHMARK_BYTES, follow=False), str(path)))
+    made = [_benchmark(host, record) for host in hosts for record in records.of_host(state, host)[-BENCHMARKS:]]
     return [item for item in made if item["curves"]]
 
 
-def _benchmark(host: str, record: Mapping[str, Any], what: str) -> dict[str, Any]:
-    loads: dict[str, dict[int, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for item in bounded.as_list(record.get("rows"), f"{what}: rows", ROWS):
-        row = bounded.as_dict(item, f"{what}: a row")
-        shape, streams = str(row.get("shape") or "load"), row.get("streams")
-        if isinstance(streams, int) and not isinstance(streams, bool) and 0 < streams < 1 << 20:
-            loads[printable(shape, 40)][streams].append(row)
-    limit, published = _number(record.get("limit_tok_s")), _number(record.get("published_tok_s"))
-    curves = [_curve(shape, points, limit, published) for shape, points in loads.items()]
+def _benchmark(host: str, record: records.Record) -> dict[str, Any]:
+    loads: dict[str, dict[int, list[Mapping[str, Any]]]] = defaultdict(dict)
+    for (shape, streams), rows in records.points(record).items():
+        if streams:
+            loads[shape][streams] = rows
     texts = ("model", "profile", "vllm", "image", "gpu", "id")
-    release = record.get("release")
     return {
         "host": host,
-        **{key: printable(str(record.get(key) or ""), 200) for key in texts},
-        "release": release if isinstance(release, int) else None,
-        "at": _number(record.get("at")),
-        "complete": record.get("complete") is True,
-        "curves": curves,
-        "limit": limit,
-        "published": published,
+        **{key: record[key] for key in (*texts, "release", "at", "complete")},
+        "curves": [_curve(shape, points, record["limit_tok_s"]) for shape, points in loads.items()],
+        "limit": record["limit_tok_s"],
+        "published": record["published_tok_s"],
     }
 
 
-def _curve(
-    shape: str, points: Mapping[int, Sequence[Mapping[str, Any]]], limit: float | None, published: float | None
-) -> dict[str, Any]:
+def _curve(shape: str, points: Mapping[int, Sequence[Mapping[str, Any]]], limit: float | None) -> dict[str, Any]:
     keys = (
         *("tokens_per_second", "stream_tokens_per_second", "ttft_ms", "ttft_p50_ms", "ttft_p95_ms", "itl_p95_ms"),
         *("joules_per_token", "temperature_c"),
     )
     rows: list[dict[str, Any]] = []
     for streams in sorted(points):
-        figures: dict[str, Any] = {key: _mean([_number(row.get(key)) for row in points[streams]]) for key in keys}
+        figures: dict[str, Any] = {key: records.mean(points[streams], key) for key in keys}
         stream = figures["stream_tokens_per_second"]
         figures["share"] = stream / limit if stream is not None and limit else None
         rows.append({"streams": streams, "repetitions": len(points[streams]), **figures})
@@ -251,18 +243,7 @@ def _curve(
         "rows": rows,
         "total": svg.lines(f"{shape}: tokens a second of all streams", total, scale, size=(420, 220)),
         "stream": svg.lines(f"{shape}: tokens a second of one stream", one, scale, mark, size=(420, 220)),
-        "published": published,
     }
-
-
-def _number(value: Any) -> float | None:
-    plain = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if plain else None
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 # -- what happened -----------------------------------------------------------------------------------------------------
@@ -313,36 +294,29 @@ def _firing(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _fired(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Alerts that fired within the window: how often, and for how long in all."""
-    made = []
-    for labels, values in figures.get("fired", ()):
-        on = [value is not None for value in values]
-        begins = [place for place, here in enumerate(on) if here and (place == 0 or not on[place - 1])]
-        if begins:
-            made.append(
-                {
-                    **{"name": labels.get("alertname", ""), "host": labels.get("host", NONE)},
-                    **{"severity": labels.get("severity", ""), "times": len(begins)},
-                    **{"first": figures["times"][begins[0]], "minutes": sum(on) * figures["step"] / 60},
-                }
-            )
+    made = [
+        {
+            **{"name": labels.get("alertname", ""), "host": labels.get("host", NONE)},
+            **{"severity": labels.get("severity", ""), "times": found["times"]},
+            **{"first": found["first"], "minutes": found["seconds"] / 60},
+        }
+        for labels, found in figures.get("fired", ())
+        if found["seconds"]
+    ]
     made.sort(key=lambda item: (item["severity"] != "critical", -item["minutes"]))
     return made[:ALERTS]
 
 
 def _costs(figures: Mapping[str, Any], price: float | None) -> dict[str, Any] | None:
     """Energy of the GPUs and tokens of the window, by host and in all; None where power was not measured."""
-    if not figures:
-        return None
-    hours = figures["step"] / 3600
-    power = {labels.get("host", ""): values for labels, values in figures["window"].get("power", ())}
-    tokens = {labels.get("host", ""): values for labels, values in figures["window"].get("tokens", ())}
+    power, tokens = (
+        {labels.get("host", ""): total for labels, total in figures.get("totals", {}).get(name, ())}
+        for name in ("power", "tokens")
+    )
     made = []
     for host in sorted(power, key=report.natural):
-        watts = [value for value in power[host] if value is not None]
-        # Tokens without their energy would make it look cheap.
-        made_then = zip(tokens.get(host, ()), power[host], strict=False)
-        count = sum(rate for rate, value in made_then if rate is not None and value is not None) * figures["step"]
-        made.append({"host": host, **_cost(len(watts) * hours, sum(watts) * hours / 1000, count, price)})
+        count = tokens[host]["sum"] if host in tokens else 0.0
+        made.append({"host": host, **_cost(power[host]["seconds"] / 3600, power[host]["sum"] / 3.6e6, count, price)})
     if not made:
         return None
     hours, kwh, count = (sum(row[key] for row in made) for key in ("hours", "kwh", "tokens"))

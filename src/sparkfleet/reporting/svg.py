@@ -100,7 +100,7 @@ def _words(title: str, made: Sequence[Line], scale: Scale, limit: tuple[float, s
 
 def nice(high: float) -> list[float]:
     """Round steps from 0 to at least `high`, three to six of them."""
-    if high <= 0 or not math.isfinite(high):
+    if not 1e-300 < high < 1e300:  # nor what has no quarter, or no multiple, as a float
         return [0.0, 1.0]
     raw = high / 4
     unit = 10 ** math.floor(math.log10(raw))

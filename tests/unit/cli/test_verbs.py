@@ -227,7 +227,7 @@ SERVED: dict[str, Any] = {
 
 FIGURES: dict[str, Any] = {
     **{"at": 1_700_000_000, "seconds": 3600, "step": 900, "times": [1_699_996_400 + 900 * n for n in range(5)]},
-    **{"now": {}, "fired": [], "firing": [], "missing": []},
+    **{"now": {}, "totals": {}, "fired": [], "firing": [], "missing": []},
     "window": {"model_tokens": [[{"model": "o/m"}, [1.0, 2.0, 3.0, 4.0, 5.0]]]},
 }
 

@@ -124,6 +124,15 @@ def test_bad_variables(name: str, value: Any, complaint: str) -> None:
     assert "geheim" not in str(raised.value)
 
 
+def test_whom_alerts_go_to_is_checked_where_monitoring_is_on() -> None:
+    values = {"sparkfleet_alert_webhook": "http://geheim:port/hook"}
+    assert dry_run.make({"s1": values}).fits
+    with pytest.raises(SparkfleetError) as raised:
+        dry_run.make({name: {**values, "sparkfleet_monitoring": "yes"} for name in ("s1", "s2")})
+    assert str(raised.value).startswith("s1, s2: sparkfleet_alert_webhook: has neither a name nor an address of a host")
+    assert "geheim" not in str(raised.value)
+
+
 def test_words_of_the_command_line_are_numbers_where_numbers_are_wanted() -> None:
     paper = dry_run.make(
         {"s1": {"sparkfleet_port": "8001", "sparkfleet_memory_reserve_gib": "6", "sparkfleet_drained": "no"}}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from sparkfleet.fleet import gateway
 from sparkfleet.monitoring import rules
 from tests.unit import ROOT
 
@@ -51,8 +52,8 @@ def up(job: str, values: str) -> dict[str, str]:
     return {f'up{{job="{job}",host="spark-1",instance="spark-1:1"}}': values}
 
 
-def server(name: str, values: str) -> dict[str, str]:
-    return {f'haproxy_server_status{{job="gateway",host="gw",proxy="m",server="{name}",state="UP"}}': values}
+def server(name: str, values: str, proxy: str = "m") -> dict[str, str]:
+    return {f'haproxy_server_status{{job="gateway",host="gw",proxy="{proxy}",server="{name}",state="UP"}}': values}
 
 
 #: A Spark and a gateway under ordinary load, with what their exporters report.
@@ -89,6 +90,7 @@ ORDINARY: dict[str, str] = {
     'sparkfleet_gpu_throttled{host="spark-1",gpu="0",reason="hw-thermal-slowdown"}': still(0),
     **server("spark-1", still(1)),
     **server("spark-2", still(1)),
+    'sparkfleet:gateway_servers_meant{proxy="m"}': still(2),
     'prometheus_rule_evaluation_failures_total{rule_group="sparkfleet"}': still(0),
     'prometheus_notifications_dropped_total{job="prometheus"}': still(0),
     'alertmanager_notifications_failed_total{integration="email"}': still(0),
@@ -159,12 +161,14 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-def promtool(folder: Path, tests: list[dict[str, Any]]) -> str:
-    """What promtool says against these tests; "" where they pass."""
+def promtool(folder: Path, tests: list[dict[str, Any]], *more: Path) -> str:
+    """What promtool says against these tests; "" where they pass. `more`: files of rules besides the role's."""
     assert PROMTOOL, "promtool is missing: apt-get install --no-install-recommends prometheus"
     file = folder / "tests.yml"
     file.write_text(
-        yaml.safe_dump({"rule_files": [str(path) for path in FILES], "evaluation_interval": "15s", "tests": tests})
+        yaml.safe_dump(
+            {"rule_files": [str(path) for path in (*FILES, *more)], "evaluation_interval": "15s", "tests": tests}
+        )
     )
     done = subprocess.run([PROMTOOL, "test", "rules", file], capture_output=True, text=True, check=False, timeout=120)
     return "" if done.returncode == 0 else done.stdout + done.stderr
@@ -205,6 +209,64 @@ def test_none_fires_under_ordinary_load(tmp_path: Path) -> None:
 def test_an_alert_fires_for_its_fault_alone_and_ends(name: str, tmp_path: Path) -> None:
     fault = FAULTS[name]
     assert promtool(tmp_path, [world(faulty(name), {fault.fires: [name], fault.ends: []})]) == ""
+
+
+def meant(folder: Path, **servers: int) -> Path:
+    """The rules of an inventory in which so many Sparks are to serve each model."""
+    (folder / "inventory.yml").write_text(rules.inventory_file(servers), encoding="utf-8")
+    return folder / "inventory.yml"
+
+
+@pytest.mark.parametrize(
+    ("servers", "up", "firing"),
+    [
+        # Each Spark is a server of each backend; here each of the two serves a model of its own.
+        ({"a": 1, "b": 1}, {"a": "10", "b": "01"}, []),
+        ({"a": 2, "b": 1}, {"a": "100", "b": "001"}, ["SparkfleetGatewayNoBackup"]),
+        ({"a": 2, "b": 0}, {"a": "11", "b": "00"}, []),
+        ({"a": 1, "b": 1}, {"a": "10", "b": "00"}, ["SparkfleetGatewayNoServer"]),
+        # What the inventory does not say yet, of a model that is new, does not silence the alert.
+        ({"a": 1}, {"a": "10", "b": "00"}, ["SparkfleetGatewayNoServer"]),
+    ],
+)
+def test_servers_count_against_those_that_are_meant(
+    servers: dict[str, int], up: dict[str, str], firing: list[str], tmp_path: Path
+) -> None:
+    series: dict[str, str] = {}
+    for proxy, states in up.items():
+        for place, state in enumerate(states):
+            series |= server(f"spark-{place}", still(float(state)), proxy)
+    assert promtool(tmp_path, [world(series, {30: firing})], meant(tmp_path, **servers)) == ""
+
+
+def rotated(before: str, now: str) -> dict[str, str]:
+    """Two Sparks while the engines' key is rotated: those that are up with the key before, and with that of now."""
+    series: dict[str, str] = {}
+    for place in (0, 1):
+        series |= server(f"spark-{place}", still(float(before[place])), f"m{gateway.PREVIOUS}")
+        series |= server(f"spark-{place}", still(float(now[place])))
+    return series
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "count", "firing"),
+    [
+        ("11", "00", 2, []),
+        ("01", "10", 2, []),
+        ("00", "11", 2, []),
+        ("01", "00", 1, ["SparkfleetGatewayNoBackup"]),
+        ("00", "10", 1, ["SparkfleetGatewayNoBackup"]),
+        ("00", "00", 0, ["SparkfleetGatewayNoServer"]),
+    ],
+)
+def test_while_a_key_is_rotated_both_backends_of_a_model_count(
+    before: str, now: str, count: int, firing: list[str], tmp_path: Path
+) -> None:
+    test = world(rotated(before, now), {30: firing})
+    name = "sparkfleet:gateway_servers_up"
+    samples = [{"labels": f'{name}{{host="gw",proxy="m"}}', "value": count}]
+    test["promql_expr_test"].append({"expr": name, "eval_time": "30m", "exp_samples": samples})
+    assert promtool(tmp_path, [test], meant(tmp_path, m=2)) == ""
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,18 @@ def test_a_private_ca_is_read_here_and_given_to_the_inspection(hub: Hub, tmp_pat
         run(hub, sparkfleet_ca_file="/nowhere")
 
 
+def test_whom_alerts_go_to_is_checked_before_the_host_is_inspected(hub: Hub) -> None:
+    wrong: dict[str, Any] = {"sparkfleet_monitoring": True, "sparkfleet_alert_smtp_user": "sparks"}
+    groups = {"sparks": ["spark-1"], "monitors": ["watch"]}
+    with pytest.raises(AnsibleActionFail, match="spark-1: sparkfleet_alert_email: missing"):
+        run(hub, groups={"sparks": ["spark-1"]}, **wrong)
+    # Of the host that monitors it, too.
+    with pytest.raises(AnsibleActionFail, match="spark-1: watch: sparkfleet_alert_email: missing"):
+        run(hub, sparkfleet_monitoring=True, groups=groups, hostvars={"watch": wrong})
+    run(hub, groups=groups, hostvars={"watch": wrong})
+    run(hub, **{**wrong, "sparkfleet_monitoring": False})
+
+
 @pytest.mark.parametrize("more", [{"status": True}, {"sparkfleet_bundle": "/nowhere"}])
 def test_nobody_is_asked_for_status_or_with_a_bundle(hub: Hub, more: dict[str, Any]) -> None:
     with pytest.raises(AnsibleActionFail, match="acme/tiny has no card yet"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from simulator import figures
 
 from sparkfleet.reporting import html_report, svg
+from tests.unit.performance import benchmark_records
 
 NOW = 1_700_000_000.0
 ABOUT = html_report.About(NOW, "anna@ops", "inventory/mine", "0.2.0", 0.3)
@@ -60,7 +62,7 @@ def row(host: str, **more: Any) -> dict[str, Any]:
 def window(**more: Any) -> dict[str, Any]:
     times = [int(NOW) - 3600 + 900 * number for number in range(5)]
     made: dict[str, Any] = {"at": int(NOW), "seconds": 3600, "step": 900, "times": times, "missing": []}
-    return {**made, "now": {}, "window": {}, "fired": [], "firing": [], **more}
+    return {**made, "now": {}, "window": {}, "totals": {}, "fired": [], "firing": [], **more}
 
 
 def page(tmp_path: Path, *rows: dict[str, Any], found: dict[str, Any] | None = None, **more: Any) -> Page:
@@ -92,7 +94,7 @@ def test_what_others_say_stays_text(tmp_path: Path) -> None:
     firing = [{"labels": {"alertname": EVIL, "severity": EVIL}, "annotations": {"summary": EVIL}, "since": EVIL}]
     found = window(
         firing=firing,
-        fired=[[{"alertname": EVIL, "host": EVIL, "severity": EVIL}, [1, 1, None, 1, None]]],
+        fired=[[{"alertname": EVIL, "host": EVIL, "severity": EVIL}, {"times": 1, "seconds": 60, "first": NOW}]],
         window={"model_tokens": [[{"model": EVIL}, [1.0, 2.0, 3.0, 4.0, 5.0]]]},
     )
     (tmp_path / "reports").mkdir()
@@ -121,28 +123,66 @@ def test_memory_is_plan_against_measured(tmp_path: Path) -> None:
     assert "97.5 of 119.7 GiB planned, 99.5 in use on the host" in str(bars[0]["aria-label"])
 
 
-def record(**more: Any) -> dict[str, Any]:
-    rows = [
-        {"shape": "chat", "streams": streams, "repetition": number, "tokens_per_second": 25.0 * streams + number}
-        | {"stream_tokens_per_second": 25.0, "ttft_p50_ms": 90.0, "throttled": []}
-        for streams in (1, 4, 16)
-        for number in (0, 2)
-    ]
-    return {"format": 1, "model": "m", "limit_tok_s": 31.9, "rows": rows, "complete": True, "at": NOW, **more}
+def benchmarked(folder: Path, *texts: str) -> None:
+    """Files of benchmarks of the Spark s1, in their order."""
+    there = folder / "benchmarks" / "s1"
+    there.mkdir(parents=True)
+    for number, text in enumerate(texts):
+        (there / f"{number}.json").write_text(text, encoding="utf-8")
 
 
 def test_benchmarks_are_drawn_with_their_limit(tmp_path: Path) -> None:
-    folder = tmp_path / "benchmarks" / "s1"
-    folder.mkdir(parents=True)
-    (folder / "1.json").write_text(json.dumps(record()))
-    for name, text in (("2", "{"), ("3", json.dumps(record(rows={})))):
-        (folder / f"{name}.json").write_text(text)
+    rows = [
+        benchmark_records.row(streams=streams, repetition=number, tokens_per_second=25.0 * streams + number)
+        | {"stream_tokens_per_second": 25.0, "ttft_p50_ms": 90.0}
+        for streams in (1, 4, 16)
+        for number in (0, 2)
+    ]
+    record = benchmark_records.record(rows, limit_tok_s=31.9)
+    benchmarked(tmp_path, json.dumps(record), "{", json.dumps({**record, "rows": {}}))
     made = page(tmp_path)
     text = " ".join(made.sections["benchmarks"].split())
     # The mean of two repetitions, and the share of the limit.
     assert "16 401.0 25.0 78% 90 ms" in text and "limit by memory bandwidth: 31.9 tokens/s a stream" in text
     assert sum(item.get("class") == "limit" for _, item in made.elements) == 1
     assert sum(tag == "circle" for tag, _ in made.elements) == 6
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"at": 1e300},
+        {"at": -1e18},
+        {"rows": [benchmark_records.row(tokens_per_second=5e-324)]},
+        {"rows": [benchmark_records.row(tokens_per_second=10**390)]},
+        {"rows": [benchmark_records.row(streams=10**390)]},
+        {"rows": [benchmark_records.row(streams=0)]},
+        {"limit_tok_s": 1e-320},
+        {"release": 10**380},
+    ],
+)
+def test_a_damaged_benchmark_does_not_keep_the_report_from_being_made(more: dict[str, Any], tmp_path: Path) -> None:
+    record = benchmark_records.record()
+    benchmarked(tmp_path, json.dumps(record), json.dumps({**record, **more}))
+    assert "org/m" in page(tmp_path, row("s1", model="org/m")).sections["fleet"]
+    assert "NVIDIA GB10" in page(tmp_path).sections["benchmarks"]
+
+
+def test_an_engine_that_starts_on_demand_is_well_asleep(tmp_path: Path) -> None:
+    made = page(tmp_path, row("s1"), row("s2", state="asleep"), row("s3", state="given-up"), row("s4", state="loading"))
+    tones = [str(item["class"]) for tag, item in made.elements if str(item.get("class")).startswith("badge ")]
+    assert tones[:4] == ["badge good", "badge good", "badge bad", "badge busy"]
+    assert "Serving2/4Sparks" in "".join(made.sections[""].split())
+
+
+@pytest.mark.parametrize("at", [1e300, -1e18, float("nan"), float("inf")])
+def test_a_time_that_no_clock_shows(at: float) -> None:
+    assert html_report.moment(at) == html_report.NONE
+
+
+@pytest.mark.parametrize("value", [10**390, -(10**390), 1e300, float("nan"), True, "1"])
+def test_what_is_no_figure_is_a_dash(value: Any) -> None:
+    assert html_report.figure(value) == html_report.NONE
 
 
 def test_without_benchmarks_and_without_prometheus_it_says_so(tmp_path: Path) -> None:
@@ -154,9 +194,11 @@ def test_without_benchmarks_and_without_prometheus_it_says_so(tmp_path: Path) ->
 
 
 def test_energy_and_costs(tmp_path: Path) -> None:
-    lines = {"power": [[{"host": "s1"}, [100.0] * 4 + [None]], [{"host": "s2"}, [50.0] * 4 + [None]]]}
-    lines["tokens"] = [[{"host": "s1"}, [1000.0] * 4 + [None]]]
-    made = page(tmp_path, found=window(window=lines))
+    totals = {
+        "power": [[{"host": "s1"}, {"sum": 3.6e5, "seconds": 3600}], [{"host": "s2"}, {"sum": 1.8e5, "seconds": 3600}]],
+        "tokens": [[{"host": "s1"}, {"sum": 3.6e6, "seconds": 3600}]],
+    }
+    made = page(tmp_path, found=window(totals=totals))
     text = " ".join(made.sections["costs"].split())
     # 100 W for an hour; 3.6 million tokens; 0.30 a kWh.
     assert "s1 1.0 0.100 3,600,000 0.10 0.03 0.008" in text and "s2 1.0 0.050 0" in text
@@ -164,10 +206,13 @@ def test_energy_and_costs(tmp_path: Path) -> None:
 
 
 def test_alerts_that_fired_are_counted(tmp_path: Path) -> None:
-    fired = [[{"alertname": "SparkfleetGpuHot", "host": "s1", "severity": "warning"}, [1, 1, None, 1, None]]]
+    labels = {"alertname": "SparkfleetGpuHot", "host": "s1", "severity": "warning"}
+    fired = [[labels, {"times": 2, "seconds": 2700, "first": int(NOW) - 3600}]]
+    fired.append([{"alertname": "SparkfleetRuleFailing"}, {"times": 1, "seconds": 45, "first": int(NOW) - 60}])
     text = " ".join(page(tmp_path, found=window(fired=fired)).sections["alerts"].split())
     first = time.strftime("%Y-%m-%d %H:%M", time.localtime(NOW - 3600))
     assert f"warning SparkfleetGpuHot s1 {first} 2 45" in text and "None fires." in text
+    assert text.endswith(" 1 0.8")
 
 
 def test_a_verification_of_each_engine(tmp_path: Path) -> None:
@@ -186,7 +231,17 @@ def test_a_verification_of_each_engine(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("high", "steps"),
-    [(0, [0, 1]), (1, [0, 0.25, 0.5, 0.75, 1.0]), (7, [0, 2, 4, 6, 8]), (431, [0, 200, 400, 600]), (1e-9, None)],
+    [
+        (0, [0, 1]),
+        (1, [0, 0.25, 0.5, 0.75, 1.0]),
+        (7, [0, 2, 4, 6, 8]),
+        (431, [0, 200, 400, 600]),
+        (1e-9, None),
+        (5e-324, [0, 1]),
+        (1.7e308, [0, 1]),
+        (math.nan, [0, 1]),
+        (math.inf, [0, 1]),
+    ],
 )
 def test_steps_of_a_scale_are_round(high: float, steps: list[float] | None) -> None:
     found = svg.nice(high)

@@ -55,6 +55,7 @@ def test_what_a_host_answers_is_a_row() -> None:
         (("engines",), None),
         (("engines",), [ENGINE] * 20_000),
         (("gpu", "temperature"), "x"),
+        (("gpu", "temperature"), 10**390),
         (("releases", "damaged"), [1]),
         (("releases", "switch", "began"), 1e300),
         (("engines", 0, "figures", "num_requests_running"), "1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
+import operator
 import os
 import shutil
 import subprocess
@@ -21,11 +22,14 @@ import yaml
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar, trust_as_template
 from ansible_collections.sparkfleet.dgx.plugins.modules import alert_test
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from simulator import sink
 from sparkfleet_host import audit, guard, monitoring, sensors
 
 from sparkfleet import SparkfleetError
-from sparkfleet.monitoring import page, targets
+from sparkfleet.fleet import gateway, receivers
+from sparkfleet.monitoring import page, rules, targets
 from tests.unit import ROOT
 from tests.unit.roles.haproxy import Spark, free_port, running
 
@@ -46,6 +50,9 @@ SPARKS = ["spark-1", "spark-2", "spark-3"]
 NOBODY = dict.fromkeys(
     ("email", "email_from", "smtp", "smtp_user", "smtp_password", "webhook", "webhook_token", "ntfy", "ntfy_token"), ""
 )
+
+
+MAIL = {"email": "a@example.org", "email_from": "s@example.org", "smtp": "mail.example.org:25"}
 
 
 def program(name: str) -> str:
@@ -85,6 +92,33 @@ def test_targets_are_those_of_the_inventory() -> None:
     assert sorted(item["labels"]["host"] for item in found["targets"]["node"]) == ["gw-1", "gw-2", *SPARKS]
 
 
+def test_how_many_sparks_are_meant_to_serve_each_model() -> None:
+    groups = {"sparks": SPARKS, "gateways": ["gw-1", "gw-2"]}
+    # Two have the default, one has two engines.
+    assert targets.plan(groups, HOSTS)["meant"] == {"llama31-8b-fp8": 3, "qwen3-8b-fp8": 1}
+    hosts = {
+        **HOSTS,
+        "spark-1": {**HOSTS["spark-1"], "sparkfleet_model": "gpt-oss-20b"},
+        "spark-2": {**HOSTS["spark-2"], "sparkfleet_drained": "yes", "sparkfleet_model": "gpt-oss-20b"},
+        "gw-2": {**HOSTS["gw-2"], "sparkfleet_gateway_models": ["gpt-oss-120b"]},
+    }
+    found = targets.plan(groups, hosts)["meant"]
+    assert found == {"gpt-oss-20b": 1, "llama31-8b-fp8": 1, "qwen3-8b-fp8": 1, "gpt-oss-120b": 0}
+    # As the gateway has them.
+    made = gateway.plan(gateway.settings({name: hosts[name] for name in SPARKS}), None, ["gpt-oss-120b"])
+    counts = {item["name"]: sum(server["meant"] for server in item["servers"]) for item in made["backends"]}
+    assert counts == found
+    assert targets.plan({"sparks": SPARKS}, hosts)["meant"] == {}
+
+
+@pytest.mark.parametrize("meant", [{}, {"llama31-8b-fp8": 2, "123": 0}])
+def test_prometheus_takes_the_rules_of_an_inventory(meant: dict[str, int], tmp_path: Path) -> None:
+    file = tmp_path / "inventory.yml"
+    file.write_text(rules.inventory_file(meant), encoding="utf-8")
+    done = subprocess.run([program("promtool"), "check", "rules", file], capture_output=True, text=True, check=False)
+    assert f"{len(meant)} rules found" in done.stdout, done.stdout + done.stderr
+
+
 def test_a_monitor_reaches_itself_on_loopback() -> None:
     assert at(targets.plan({"sparks": ["spark-1"]}, HOSTS), "engine") == ["127.0.0.1:8000"]
 
@@ -113,11 +147,40 @@ def test_a_bad_value_is_named_with_its_host(variables: dict[str, Any], words: st
         ({"webhook": "ftp://secret-in-it"}, "sparkfleet_alert_webhook: is not an address that begins with http"),
         ({"webhook_token": "s"}, "sparkfleet_alert_webhook_token: is for sparkfleet_alert_webhook"),
         ({"ntfy_token": "s"}, "sparkfleet_alert_ntfy_token: is for sparkfleet_alert_ntfy"),
+        ({"smtp_password": "secret"}, "sparkfleet_alert_email: missing, to whom mail goes; sparkfleet_alert_smtp_pass"),
+        ({**MAIL, "smtp_user": "u"}, "sparkfleet_alert_smtp_password: missing; sparkfleet_alert_smtp_user has no use"),
+        ({**MAIL, "smtp_password": "secret"}, "sparkfleet_alert_smtp_user: missing; sparkfleet_alert_smtp_password"),
+        *(
+            ({**MAIL, "smtp": smtp}, f"sparkfleet_alert_smtp: '{smtp}' is not HOST:PORT of a mail server")
+            for smtp in ("::1:25", "fe80::1:587", "[::1]", "[mail]:25", "mail", "a b:25", "[fe80::1%eth0]:25")
+        ),
+        ({**MAIL, "smtp": "mail:0"}, "sparkfleet_alert_smtp: '0' is not a TCP port"),
+        *(
+            ({name: f"https{rest}", f"{name}_token": "secret"}, f"sparkfleet_alert_{name}: {words}")
+            for name in ("webhook", "ntfy")
+            for rest, words in {
+                "://%zz/secret": "has neither a name nor an address of a host",
+                "://a:port/secret": "has neither a name nor an address of a host",
+                "://[::1/secret": "has neither a name nor an address of a host",
+                ":///secret": "has neither a name nor an address of a host",
+                "://:80/secret": "has neither a name nor an address of a host",
+                "://?secret": "has neither a name nor an address of a host",
+                "://a:99999/secret": "'99999' is not a TCP port",
+                "://host/secret%": "has a character that an address has only as %XX",
+                "://host/secret#%zz": "has a character that an address has only as %XX",
+                "://secret%zz@host/": "has a character that an address has only as %XX",
+                '://"@host/secret': "has a character that an address has only as %XX",
+                "://host/secret b": "is not an address that begins with http",
+            }.items()
+        ),
+        ({"webhook": "https://host/x", "webhook_token": "sec\nret"}, "sparkfleet_alert_webhook_token: has a character"),
+        ({"ntfy": "https://host/secret#x"}, "sparkfleet_alert_ntfy: has a part after #"),
+        ({"ntfy": "https://host/?a=secret"}, "sparkfleet_alert_ntfy: has no topic after the host"),
     ],
 )
 def test_a_bad_receiver_is_named_without_its_secret(given: dict[str, str], words: str) -> None:
     with pytest.raises(SparkfleetError) as error:
-        targets.receivers({**NOBODY, **given})
+        receivers.configuration({**NOBODY, **given})
     assert str(error.value).startswith(words) and "secret" not in str(error.value)
 
 
@@ -155,18 +218,66 @@ EVERYONE = {
 }
 
 
-@pytest.mark.parametrize("given", [NOBODY, EVERYONE, {**NOBODY, "ntfy": "http://192.0.2.3/x?y=1"}])
-def test_alertmanager_takes_its_configuration(given: dict[str, str], tmp_path: Path) -> None:
-    text = rendered("alertmanager.yml.j2", monitoring_receivers=targets.receivers(given))
-    file = tmp_path / "alertmanager.yml"
+def refused(text: str, folder: Path) -> str:
+    """What amtool says against a configuration; "" for nothing."""
+    file = folder / "alertmanager.yml"
     file.write_text(text, encoding="utf-8")
     done = subprocess.run([program("amtool"), "check-config", file], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    return "" if done.returncode == 0 else done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        NOBODY,
+        EVERYONE,
+        {**NOBODY, "ntfy": "http://192.0.2.3/x?y=1"},
+        {**NOBODY, **MAIL, "smtp": "[2001:db8::1]:587"},
+        {**NOBODY, "webhook": "https://user:pass%20word@[2001:db8::1]:8443/a%2Fb?x=100%#part"},
+        {**NOBODY, "webhook": "http://h"},
+    ],
+)
+def test_alertmanager_takes_its_configuration(given: dict[str, str], tmp_path: Path) -> None:
+    text = rendered("alertmanager.yml.j2", monitoring_receivers=receivers.configuration(given))
+    assert refused(text, tmp_path) == ""
     (receiver,) = yaml.safe_load(text)["receivers"]
     if given["smtp_password"]:
         assert receiver["email_configs"][0]["auth_password"] == given["smtp_password"]
     if given["ntfy"]:
         assert receiver["webhook_configs"][-1]["url"].endswith("template=alertmanager")
+
+
+PARTS = st.sampled_from(
+    [
+        *"/:?#[]@%&=.-_{}\"'\\|^`<>;,!*+ ",
+        "http://",
+        "https://",
+        "//",
+        "::1",
+        "[::1]",
+        "%41",
+        "%zz",
+        ":80",
+        ":x",
+        "h",
+        "a.b",
+        "1",
+    ]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(PARTS, max_size=6).map("".join), st.sampled_from(["webhook", "ntfy", "smtp"]))
+def test_what_is_not_refused_alertmanager_takes(tmp_path_factory: pytest.TempPathFactory, text: str, name: str) -> None:
+    values = {**MAIL, name: text} if name == "smtp" else {name: f"http://{text}"}
+    try:
+        made = receivers.configuration({**NOBODY, **values})
+    except SparkfleetError as error:
+        assert "\n" not in str(error) and str(error).startswith("sparkfleet_alert_")
+        return
+    receiver = {"name": "owner", **made}
+    config = json.dumps({"route": {"receiver": "owner"}, "receivers": [receiver]})
+    assert refused(config, tmp_path_factory.getbasetemp()) == ""
 
 
 def test_node_exporter_listens_where_it_is_told() -> None:
@@ -301,8 +412,8 @@ class Routes:
         smtp = f"127.0.0.1:{self.mail.server_address[1]}"
         filled = {key: text.format(url=self.url, smtp=smtp) for key, text in given.items()}
         config = folder / "alertmanager.yml"
-        receivers = targets.receivers({**NOBODY, **filled})
-        config.write_text(rendered("alertmanager.yml.j2", monitoring_receivers=receivers), encoding="utf-8")
+        told = receivers.configuration({**NOBODY, **filled})
+        config.write_text(rendered("alertmanager.yml.j2", monitoring_receivers=told), encoding="utf-8")
         self.port = free_port()
         words = [f"--config.file={config}", f"--storage.path={folder}/data", "--cluster.listen-address="]
         self.process = subprocess.Popen(
@@ -344,6 +455,35 @@ def test_an_alert_arrives_by_each_way(tmp_path: Path) -> None:
     assert found["/hook"]["key"] == "Bearer a-token-of-the-hook" and found["ntfy"]["key"] == ""
     mail = found["mail"]["body"]
     assert "To: ops@example.org" in mail and "From: sparks@example.org" in mail and "SparkfleetTest" in mail
+
+
+def test_an_engine_that_is_down_hides_its_own_warnings_alone(tmp_path: Path) -> None:
+    def fired(alertname: str, severity: str, host: str = "spark-1", **more: str) -> dict[str, Any]:
+        return {"labels": {"alertname": alertname, "severity": severity, "host": host, **more}}
+
+    down, also = "vllm-a", "vllm-b"
+    alerts = [fired("SparkfleetEngineDown", "critical", service=down)]
+    # Without a guard there is no service.
+    alerts.append(fired("SparkfleetEngineDown", "critical", host="spark-2", instance="spark-2:8000"))
+    hidden = [
+        fired(name, "warning", service=down)
+        for name in ("SparkfleetEngineRestarts", "SparkfleetEngineStartSlow", "SparkfleetSlowEngine")
+    ]
+    seen = [fired(alert["labels"]["alertname"], "warning", service=also) for alert in hidden]
+    for host in ("spark-1", "spark-2"):
+        for name in ("SparkfleetEngineStuck", "SparkfleetQueueing", "SparkfleetSlowFirstToken"):
+            seen.append(fired(name, "warning", host=host, model="o/b"))
+    seen.append(fired("SparkfleetSlowEngine", "warning", host="spark-3", service=down))
+    routes = Routes(tmp_path, NOBODY)
+    try:
+        alert_test.ask(routes.port, "/api/v2/alerts", [*alerts, *hidden, *seen])
+        found = json.loads(alert_test.ask(routes.port, "/api/v2/alerts"))
+    finally:
+        routes.end()
+    key = operator.itemgetter("alertname", "host")
+    suppressed = [item["labels"] for item in found if item["status"]["inhibitedBy"]]
+    assert len(found) == len(alerts) + len(hidden) + len(seen)
+    assert sorted(suppressed, key=key) == sorted((alert["labels"] for alert in hidden), key=key)
 
 
 def test_a_password_is_not_sent_without_tls(tmp_path: Path) -> None:

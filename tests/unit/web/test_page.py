@@ -71,7 +71,7 @@ def test_every_expression_has_figures(monitor: str) -> None:
     port, end = int(monitor.rpartition(":")[2]), time.monotonic() + 30
     firing: set[str] = set()
     while "SparkfleetGpuXid" not in firing and time.monotonic() < end:  # the rules are evaluated every 2 s
-        found = prometheus.figures(port, page.queries(), 6 * 3600)
+        found = prometheus.figures(port, page.queries(), 6 * 3600, page.totals())
         firing = {alert["labels"]["alertname"] for alert in found["firing"]}
     assert "SparkfleetGpuXid" in firing
     assert found["missing"] == []
@@ -131,6 +131,10 @@ def test_the_page_in_a_browser(door: Gateway, tmp_path: Path) -> None:
         # With the keyboard: a row was opened, and a chart followed to a point in time.
         assert item["opened"] == "true" and item["moment"] != "now"
         assert item["filtered"] == 1
+        # An engine that starts on demand is well asleep, and the other one of its Spark says more.
+        assert (item["states"]["spark-21"], item["states"]["spark-22"]) == ("asleep", "serving")
+        assert {"spark-5", "spark-10", "spark-12"} <= {*item["attention"]}
+        assert not {"spark-21", "spark-22"} & {*item["attention"]}
     assert "Prometheus does not answer" in looks["silent:phone:light"]["banner"]
     assert "no figures of these Sparks yet" in looks["empty:desktop:dark"]["banner"]
     assert "fleet.json is not there" in looks["no-fleet-file:desktop:light"]["banner"]
