@@ -18,7 +18,7 @@ from tests.unit.host.test_fabric import wired
 OWN, PEER = "192.168.100.11", "192.168.100.10"
 IPERF = json.dumps({"end": {"sum_received": {"bits_per_second": 96_234_000_000.0}}})
 #: As perftest prints where its partner does not listen yet.
-REFUSED = 'echo "Couldn\'t connect to 192.168.100.10:18515" >&2; exit 1'
+REFUSED = "echo 'unable to connect to 192.168.100.10:18515' >&2; exit 1"
 
 
 @pytest.fixture
