@@ -222,7 +222,7 @@ def document(
     ``api_key_enabled``: the engine takes only requests with the key in `KEY_FILE`.
     ``media_domains``: hosts that the engine may fetch pictures from, which clients name as URLs: with none of them it
     takes those of the request itself (``data:``) alone; None leaves it to vLLM, which fetches whatever it reaches.
-    ``ca_file``: certificate authorities on the host that a server which downloads by itself trusts.
+    ``ca_file``: certificate authorities on the host that an engine trusts which downloads models or media by itself.
     What the engine compiles is kept in ``compile_cache_dir``, one folder an image digest: another image's
     compiled code does not fit.
     ``rank``: of a model that spans several hosts, which is on the network of the host, and started by Sparkfleet alone.
@@ -246,9 +246,6 @@ def document(
         variables = {"HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN}
         # The guide's flag, needed by none of its models; offline there is no remote code to trust.
         command.append("--trust-remote-code")
-        if ca_file:
-            variables |= dict.fromkeys(CA_VARIABLES, CA_IN_CONTAINER)
-            volumes.append(literal(f"{ca_file}:{CA_IN_CONTAINER}:ro"))
     else:
         # HF_HUB_CACHE: vLLM reads config and tokenizer there, for the weights in --download-dir.
         variables = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": CACHE_IN_CONTAINER}
@@ -260,6 +257,9 @@ def document(
             kept = f"{compile_cache_dir}/{image_digest.partition(':')[2][:12]}"
             volumes += [literal(f"{kept}/{name}:{path}") for name, path in COMPILE_CACHES.items()]
             image = image_known_as or f"{image.partition('@')[0]}@{image_digest}"
+    if ca_file:
+        variables |= dict.fromkeys(CA_VARIABLES, CA_IN_CONTAINER)
+        volumes.append(literal(f"{ca_file}:{CA_IN_CONTAINER}:ro"))
     if media_domains is not None:
         command += ["--allowed-media-domains", *(media_domains or [NO_DOMAIN])]
         # A host that may be asked must not send the engine on to another.

@@ -547,7 +547,7 @@ class Target:
             commit=commits[0],
             cache_dir=self.settings.cache_dir,
             compile_cache_dir=self.settings.compile_cache_dir,
-            ca_file=CA_BUNDLE if self.settings.ca_file else "",
+            ca_file=CA_BUNDLE if self.settings.ca_file and self._downloads(engine) else "",
             port=engine.engine_port,
             addresses=addresses,
             api_key_enabled=self.settings.api_key_enabled and not trial,
@@ -565,6 +565,13 @@ class Target:
         the same model."""
         complete = model.get("complete") or (model.get("suspect") and not model.get("missing"))
         return model.get("commit") if complete or (self.settings.trial == DUMMY and model.get("config")) else None
+
+    def _downloads(self, engine: EngineTarget) -> bool:
+        """Whether an engine asks servers itself: for its model, or for media that requests name."""
+        if self.settings.model_source == "hub":
+            return True
+        takes_media = engine.card.vision and not engine.arguments.get("language_model_only")
+        return takes_media and self.media_domains(engine) != []
 
     def media_domains(self, engine: EngineTarget) -> list[str] | None:
         """Hosts that an engine may fetch pictures from; None where it is not told."""

@@ -892,6 +892,30 @@ def test_an_engine_that_downloads_by_itself_trusts_what_its_host_trusts() -> Non
     assert "/srv/ca.pem" not in str(wanted.document(fetched()))
 
 
+@pytest.mark.parametrize(
+    ("settings", "trusts"),
+    [
+        ({"model": "llama31-8b-fp8"}, False),
+        ({"model": "qwen36-27b-nvfp4"}, False),  # pictures from nowhere
+        ({"model": "qwen36-27b-nvfp4", "media_domains": ["images.example.com"]}, True),
+        ({"model": "qwen36-27b-nvfp4", "media_domains": ["*"]}, True),
+        ({"model": "qwen36-27b-nvfp4", "arguments": {"allowed_media_domains": "images.example.com"}}, True),
+        (
+            {
+                **{"model": "qwen36-27b-nvfp4", "media_domains": ["*"]},
+                "arguments": {"language_model_only": True},
+            },
+            False,
+        ),
+    ],
+)
+def test_an_engine_that_fetches_media_trusts_what_its_host_trusts(settings: dict[str, Any], trusts: bool) -> None:
+    made = target(ca_file="/srv/ca.pem", ca="PEM", **settings)
+    (service,) = made.document(fetched())["services"].values()
+    assert (f"{CA_BUNDLE}:{CA_IN_CONTAINER}:ro" in service["volumes"]) is trusts
+    assert ("SSL_CERT_FILE" in service["environment"]) is trusts
+
+
 def test_docker_is_restarted_for_a_ca_only_where_it_would_not_read_it() -> None:
     def work(image: str, ca: str = "PEM", **docker: Any) -> dict[str, Any]:
         state["docker"] |= docker
