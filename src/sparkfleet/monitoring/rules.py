@@ -177,7 +177,7 @@ ALERTS = (
         "{{ $labels.instance }}{{ end }} does not serve",
         "The engine has not served for two minutes, and nobody stopped it. Of a host without a guard: its `/metrics` "
         "does not answer.",
-        "Docker or the container is gone, or the guard's restart does not help.",
+        "Docker hangs, it or the container is gone, or the guard's restart does not help.",
         "`sparkfleet status`, then `sparkfleet diagnose -l HOST`, which names cause and remedy.",
     ),
     Alert(
@@ -411,8 +411,8 @@ ALERTS = (
         "1m",
         "{{ $labels.host }}: the guard has observed nothing for {{ $value | humanizeDuration }}",
         "The guard answers, and does not look at the engine.",
-        "Docker hangs.",
-        "`journalctl -u sparkfleet-guard -u docker` on the host.",
+        "A disk that hangs, or a `sparkfleet_guard_interval` of more than five minutes.",
+        "`journalctl -k -u sparkfleet-guard` on the host.",
     ),
     Alert(
         "SparkfleetRuleFailing",
