@@ -251,8 +251,7 @@ class Scene:
             Case(
                 "loading",
                 ("SparkfleetEngineStartSlow",),
-                # A restart begins with the word in the container's own layer.
-                self.script(b, f"echo endless-load >{command}; docker restart -t 1 {SERVICE}"),
+                lambda: (b.command("endless-load"), b.sh(f"docker restart -t 1 {SERVICE}")),
                 self.well(b),
                 b.name,
             ),
