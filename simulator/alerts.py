@@ -218,6 +218,8 @@ class Scene:
         a, b = self.monitor, self.other
         layer = f"$(docker inspect -f '{{{{.GraphDriver.Data.UpperDir}}}}' {SERVICE})"
         command = f"{layer}/tmp/simulated-fault"  # noqa: S108 - the container's
+        # Of a container that runs: what is written beneath an overlay that is mounted is not seen in it.
+        inside = f"/proc/$(docker inspect -f '{{{{.State.Pid}}}}' {SERVICE})/root/tmp/simulated-fault"
         start = f"docker start {SERVICE} >/dev/null"
         guard, again = "/etc/sparkfleet/guard.json", "systemctl restart sparkfleet-guard"
         sensors, node = "sparkfleet-sensors", "sparkfleet-node-exporter"
@@ -251,7 +253,7 @@ class Scene:
             Case(
                 "loading",
                 ("SparkfleetEngineStartSlow",),
-                lambda: (b.command("endless-load"), b.sh(f"docker restart -t 1 {SERVICE}")),
+                self.script(b, f"echo endless-load >{inside}; docker restart -t 1 {SERVICE}"),
                 self.well(b),
                 b.name,
             ),
