@@ -34,11 +34,13 @@ TIMEOUT = 120.0
 
 @dataclasses.dataclass
 class Load:
-    """A load that runs from `start` to `stop`. Times in seconds."""
+    """A load that runs from `start` to `stop`. Times in seconds. `ca`: file with what signs the certificates of https,
+    "" for what this machine trusts."""
 
     url: str
     streams: int
     key: str = ""
+    ca: str = ""
     answered: int = 0
     latencies: list[float] = dataclasses.field(default_factory=list)
     failures: list[tuple[float, str]] = dataclasses.field(default_factory=list)  # seconds since the start, why
@@ -88,7 +90,11 @@ class Load:
         urls = self.url.split(",")
         place = urllib.parse.urlsplit(urls[number % len(urls)])
         # Kept connections as clients have them: one that was closed while idle is opened again, nothing is asked twice.
-        pool = urllib3.HTTPConnectionPool(place.hostname or "", place.port, maxsize=1, timeout=TIMEOUT, retries=False)
+        pool = urllib3.connection_from_url(
+            f"{place.scheme}://{place.netloc}",
+            **{"maxsize": 1, "timeout": TIMEOUT, "retries": False},
+            **({"ca_certs": self.ca or None} if place.scheme == "https" else {}),
+        )
         count = number
         while not self._over.is_set():
             count += 1

@@ -4,8 +4,9 @@ the Prometheus that the role set up, the test alert, and what it all costs the S
     python -m simulator.monitoring --world NAME [--seconds 120] [--json FILE]
 
 The world has the real engine, spark-1 as its gateway (SPARKFLEET_GATEWAYS=spark-1), and what site.yml deploys. The
-scene switches monitoring on, runs again (nothing may change), puts load on the gateway, has an Xid in the kernel's log,
-asks Prometheus, sends a test alert to a receiver on the Spark, and leaves monitoring on; `--remove` removes it.
+scene gives the gateway a certificate, switches monitoring on, runs again (nothing may change), puts load on the
+gateway, has an Xid in the kernel's log, asks Prometheus, sends a test alert to a receiver on the Spark, and leaves
+monitoring on; `--remove` removes it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from simulator.world import World
 from sparkfleet.monitoring import dashboards, page, rules
 
 GATEWAY, PROMETHEUS, RECEIVER = 8080, 9114, 9199
+CERTIFICATE = "/etc/haproxy/sparkfleet/gateway.pem"
 PORTS = ":911[123]$|:9090$|:9093$|:9100$"  # ours, and those of the distribution's services
 UNITS = ("prometheus", "alertmanager", "node-exporter", "sensors")
 #: PromQL → the samples of an instant query.
@@ -122,7 +124,10 @@ def play(spark: Spark, playbook: str, **variables: Any) -> str:
 
 def scene(world: World, seconds: float, remove: bool) -> dict[str, Any]:
     """Play it; the figures."""
-    on = {"sparkfleet_monitoring": True, "sparkfleet_alert_webhook": f"http://127.0.0.1:{RECEIVER}/hook"}
+    on = {
+        **{"sparkfleet_monitoring": True, "sparkfleet_alert_webhook": f"http://127.0.0.1:{RECEIVER}/hook"},
+        "sparkfleet_gateway_certificate": "self-signed",
+    }
     spark = Spark(world, "spark-1", on)
     spark.sh(
         f"cat >/run/sparkfleet-hook.py <<'END'\n{HOOK}\nEND\nrm -f /run/sparkfleet-hook\n"
@@ -130,6 +135,9 @@ def scene(world: World, seconds: float, remove: bool) -> dict[str, Any]:
         "systemd-run --quiet --unit=sparkfleet-hook python3 /run/sparkfleet-hook.py"
     )
     made: dict[str, Any] = {}
+    play(spark, "playbooks/gateway.yml")
+    certificate = world.folder / "gateway.pem"
+    certificate.write_text(spark.sh(f"openssl x509 -in {CERTIFICATE}"), encoding="utf-8")
     began = time.monotonic()
     play(spark, "playbooks/monitoring.yml")
     made["installed_s"] = round(time.monotonic() - began, 1)
@@ -142,7 +150,7 @@ def scene(world: World, seconds: float, remove: bool) -> dict[str, Any]:
     spark.sh("systemctl restart sparkfleet-sensors")
     before, began = cost(spark), time.monotonic()
     address = spark.sh("hostname -i").split()[0]
-    load = Load(f"http://{address}:{GATEWAY}", 4).start()
+    load = Load(f"https://{address}:{GATEWAY}", 4, ca=str(certificate)).start()
     time.sleep(seconds)
     after, took = cost(spark), time.monotonic() - began
     query = querying(spark)
