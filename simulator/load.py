@@ -35,12 +35,13 @@ TIMEOUT = 120.0
 @dataclasses.dataclass
 class Load:
     """A load that runs from `start` to `stop`. Times in seconds. `ca`: file with what signs the certificates of https,
-    "" for what this machine trusts."""
+    "" for what this machine trusts; `name`: what these are of, "" for the host of the URL."""
 
     url: str
     streams: int
     key: str = ""
     ca: str = ""
+    name: str = ""
     answered: int = 0
     latencies: list[float] = dataclasses.field(default_factory=list)
     failures: list[tuple[float, str]] = dataclasses.field(default_factory=list)  # seconds since the start, why
@@ -93,7 +94,7 @@ class Load:
         pool = urllib3.connection_from_url(
             f"{place.scheme}://{place.netloc}",
             **{"maxsize": 1, "timeout": TIMEOUT, "retries": False},
-            **({"ca_certs": self.ca or None} if place.scheme == "https" else {}),
+            **({"ca_certs": self.ca or None, "assert_hostname": self.name or None} if place.scheme == "https" else {}),
         )
         count = number
         while not self._over.is_set():

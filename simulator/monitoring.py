@@ -150,12 +150,13 @@ def scene(world: World, seconds: float, remove: bool) -> dict[str, Any]:
     spark.sh("systemctl restart sparkfleet-sensors")
     before, began = cost(spark), time.monotonic()
     address = spark.sh("hostname -i").split()[0]
-    load = Load(f"https://{address}:{GATEWAY}", 4, ca=str(certificate)).start()
+    load = Load(f"https://{address}:{GATEWAY}", 4, ca=str(certificate), name=spark.name).start()
     time.sleep(seconds)
     after, took = cost(spark), time.monotonic() - began
     query = querying(spark)
     rows = look(query)
-    made["load"] = line(load.stop())
+    result = load.stop()
+    made["load"], made["failed"] = line(result), result["failed"]
     faults.fix(world, "spark-1", ["xid"])
     made["rules"], made["expressions"] = len(rules.RECORDS) + len(rules.ALERTS), len(rows)
     made["empty"] = [dataclasses.asdict(row) for row in rows if row.series == 0]
@@ -188,7 +189,7 @@ def scene(world: World, seconds: float, remove: bool) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Play the scene; 1 where an expression is empty, a second run changed something, or the alert did not arrive."""
+    """Play the scene; 1 where a request failed, an expression is empty, a second run changed something, or the alert did not arrive."""
     parser = argparse.ArgumentParser(prog="python -m simulator.monitoring", description="Monitoring under load.")
     parser.add_argument("--world", default="demo")
     parser.add_argument("--seconds", type=float, default=120.0)
@@ -204,7 +205,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(text)
     if options.json:
         options.json.write_text(text + "\n", encoding="utf-8")
-    right = not made["empty"] and not made["second_run_changed"] and "SparkfleetTest" in made["test_alert"]
+    right = (
+        not made["failed"]
+        and not made["empty"]
+        and not made["second_run_changed"]
+        and "SparkfleetTest" in made["test_alert"]
+    )
     return 0 if right and not made.get("left") else 1
 
 
