@@ -189,8 +189,8 @@ def scene(world: World, seconds: float, remove: bool) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Play the scene; 1 where a request failed, an expression is empty, a second run changed something, or the alert did
-    not arrive."""
+    """Play the scene; 1 where a request failed, an expression is empty, a second run changed something, or no alert
+    arrived."""
     parser = argparse.ArgumentParser(prog="python -m simulator.monitoring", description="Monitoring under load.")
     parser.add_argument("--world", default="demo")
     parser.add_argument("--seconds", type=float, default=120.0)
