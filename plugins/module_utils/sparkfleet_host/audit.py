@@ -118,7 +118,7 @@ def plain_address(words: str) -> str:
 def secret_files(project_dir: str, token_file: str) -> list[Path]:
     """Files that have secrets, as far as Sparkfleet writes them."""
     keys = [Path(f"{http.KEY_FILE}{end}") for end in ("", ".next", ".previous")]
-    gateway = [HAPROXY / name for name in ("keys", "engine_keys", "gateway.pem")]
+    gateway = [HAPROXY / name for name in ("keys", "engine_keys", "gateway.pem", "gateway.pem.key")]
     return [Path(token_file), *keys, Path(LOGINS), Path(project_dir) / ".env", PROXY_FILE, *gateway]
 
 
