@@ -247,6 +247,8 @@ def certified(folder: Path, *addresses: str) -> str:
 def test_a_certificate_is_made_again_when_it_names_something_else_or_ends(tmp_path: Path) -> None:
     assert "reloaded" in certified(tmp_path, "192.0.2.5", "fd00::4")
     first = (tmp_path / "gateway.pem").read_text(encoding="utf-8")
+    modes = {path.name: oct(path.stat().st_mode)[-3:] for path in tmp_path.glob("gateway.pem*")}
+    assert modes == {"gateway.pem": "600", "gateway.pem.key": "600"}
     assert "changed=0" in certified(tmp_path, "192.0.2.5", "fd00::4")
     assert "reloaded" in certified(tmp_path, "192.0.2.5", "fd00::4", "192.0.2.4/24")  # a floating address, added later
     second = (tmp_path / "gateway.pem").read_text(encoding="utf-8")
