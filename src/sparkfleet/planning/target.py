@@ -334,11 +334,15 @@ class EngineTarget:
         return self.card.engine(self.image)
 
     @property
+    def takes_media(self) -> bool:
+        """Whether requests may name media. One that takes no pictures (limit_mm_per_prompt) may still take videos or sound:
+        only one that takes text alone takes none."""
+        return self.card.vision and not self.arguments.get("language_model_only")
+
+    @property
     def fetches_media(self) -> bool:
-        """Whether it may fetch media that requests name, from hosts that nothing else limits. A model that takes no
-        pictures may still take videos or sound: only one that takes text alone fetches nothing."""
-        limited = {"allowed_media_domains", "allowed-media-domains"} & {*self.arguments}
-        return self.card.vision and not self.arguments.get("language_model_only") and not limited
+        """Whether it may fetch media that requests name, from hosts that nothing else limits."""
+        return self.takes_media and not {"allowed_media_domains", "allowed-media-domains"} & {*self.arguments}
 
     @property
     def settings_hash(self) -> str:
@@ -568,10 +572,7 @@ class Target:
 
     def _downloads(self, engine: EngineTarget) -> bool:
         """Whether an engine asks servers itself: for its model, or for media that requests name."""
-        if self.settings.model_source == "hub":
-            return True
-        takes_media = engine.card.vision and not engine.arguments.get("language_model_only")
-        return takes_media and self.media_domains(engine) != []
+        return self.settings.model_source == "hub" or (engine.takes_media and self.media_domains(engine) != [])
 
     def media_domains(self, engine: EngineTarget) -> list[str] | None:
         """Hosts that an engine may fetch pictures from; None where it is not told."""

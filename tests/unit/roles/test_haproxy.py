@@ -186,11 +186,13 @@ def test_a_request_is_bounded(tmp_path: Path, spark: Make) -> None:
         assert len(engine.asked) == 1
 
 
+@pytest.mark.parametrize("length", ["", "Content-Length: 10\r\n"], ids=["chunked", "both"])
 @pytest.mark.parametrize(
     ("method", "size", "status"),
     [("POST", 190_000, 200), ("POST", 260_000, 413), ("POST", 6_500_000, 413), ("DELETE", 6_500_000, 413)],
 )
-def test_a_body_without_a_length_is_bounded_too(door: Any, method: str, size: int, status: int) -> None:
+def test_a_body_without_a_length_is_bounded_too(door: Any, method: str, size: int, status: int, length: str) -> None:
+    """Nor does one help that is not that of the chunks."""
     gateway, engine = door
     engine.asked.clear()
     path = "/v1/completions" if method == "POST" else "/v1/responses/resp_1"
