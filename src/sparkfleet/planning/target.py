@@ -335,8 +335,8 @@ class EngineTarget:
 
     @property
     def takes_media(self) -> bool:
-        """Whether requests may name media. One that takes no pictures (limit_mm_per_prompt) may still take videos or sound:
-        only one that takes text alone takes none."""
+        """Whether requests may name media. One that takes no pictures (limit_mm_per_prompt) may still take videos or
+        sound: only one that takes text alone takes none."""
         return self.card.vision and not self.arguments.get("language_model_only")
 
     @property
